@@ -1,0 +1,55 @@
+"""The errors of vaopd, one tree. A message names the value, the bound and the remedy.
+
+    VaopdError
+    ├── InvalidInput            the request itself is wrong; sending it again is pointless
+    │   └── ImageRefused        the image can't be read, is of another format, or is over a cap
+    ├── LimitExceeded           too large, too many, or no room now
+    ├── Mismatch                two sides disagree: tokenizer, model revision, policy version, image grid, weights
+    ├── NotFound                an image, run or snapshot that the other side doesn't have
+    ├── LeaseLost               somebody else owns this queue entry or this job now; nothing was committed
+    ├── Unavailable             the other side is starting, draining, or can't be reached; try again
+    ├── NumericalError          a number that must be finite isn't
+    └── ConfigError             the configuration can't be run as it is
+
+`services.teacher` maps them to gRPC status codes and `services.api` to HTTP; nothing else does.
+"""
+
+
+class VaopdError(Exception):
+    """Any error that this project raises on purpose."""
+
+
+class InvalidInput(VaopdError):
+    """The request is wrong in itself."""
+
+
+class ImageRefused(InvalidInput):
+    """An image that is not decoded: unreadable, of another format than PNG, JPEG or WEBP, or over a cap."""
+
+
+class LimitExceeded(VaopdError):
+    """Over a stated limit."""
+
+
+class Mismatch(VaopdError):
+    """Two sides that must agree do not; the message names both."""
+
+
+class NotFound(VaopdError):
+    """Something that was referred to is not there."""
+
+
+class LeaseLost(VaopdError):
+    """The lease on an entry or a job is held by somebody else; the late commit was refused."""
+
+
+class Unavailable(VaopdError):
+    """The other side can't answer now."""
+
+
+class NumericalError(VaopdError):
+    """A missing or non-finite number where a finite one is required."""
+
+
+class ConfigError(VaopdError):
+    """A configuration that can't be run; the message names the key."""

@@ -1,0 +1,236 @@
+"""All data that crosses a boundary between processes. Torch-free: numpy and bytes only.
+
+Legend, used in every module: B prompt groups, K rollouts per group, N = B·K, T response tokens of one rollout, M response
+tokens of one group (the sum of its T), P prompt tokens, V vocabulary, D hidden size. Log-probs and VA are in nats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+PayloadKind = Literal["none", "hidden", "top_k", "sampled"]
+DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """An image as bytes (PNG, JPEG or WEBP), known by its content.
+
+    >>> EncodedImage(data=b"abc").sha256[:8]
+    'ba7816bf'
+    """
+
+    data: bytes
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePart:
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One chat turn; parts stand in the order in which the model reads them.
+
+    >>> Message(role="user", content=(ImagePart(sha256="ba78…"), TextPart(text="How long is the side?"))).role
+    'user'
+    """
+
+    role: Literal["system", "user", "assistant"]
+    content: tuple[TextPart | ImagePart, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A record of a data set: what is asked, about which images, and the answer that evaluation compares with.
+
+    `images` holds each image once; `messages` refer to them by content. No image is fine, several are too.
+    """
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    images: tuple[EncodedImage, ...]
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSettings:
+    """How a student samples. `temperature=0` is greedy."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 4096
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRequest:
+    """Trainer → rollout worker: sample `num_rollouts` (K) responses with this policy version."""
+
+    group_id: str
+    messages: tuple[Message, ...]
+    images: tuple[EncodedImage, ...]
+    num_rollouts: int
+    sampling: SamplingSettings
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled attempt.
+
+    response_ids (T,) int32, the first EOS included; rollout_logprobs (T,) float32, the student's own at temperature 1.
+    """
+
+    rollout_id: str
+    response_ids: np.ndarray
+    rollout_logprobs: np.ndarray
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """Rollout worker → trainer: the K siblings of one prompt. prompt_token_ids (P,) int32, placeholders expanded."""
+
+    group_id: str
+    policy_version: int
+    policy_sha256: str
+    prompt_token_ids: np.ndarray
+    rollouts: tuple[Rollout, ...]
+    worker: str
+    generation_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyVersion:
+    """A published policy snapshot: a folder with model.safetensors and the digest of that file."""
+
+    version: int
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Degradation:
+    """How the degraded view is made. The paper's: pixelation with ratio 0.1 (method.md; `vaopd.degradation`).
+
+    strength: pixelate: ratio in (0, 1]; blur: Gaussian radius as a fraction of the shorter side; else unused.
+    """
+
+    kind: DegradationKind = "pixelate"
+    strength: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """A dense row-major array as bytes, so that bfloat16 travels without torch.
+
+    >>> Tensor.from_numpy(np.array([1.5, 2.0], np.float32)).numpy().tolist()
+    [1.5, 2.0]
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16", "int32", "int64", "uint8"]
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> Tensor:
+        array = np.ascontiguousarray(array)
+        return cls(dtype=array.dtype.name, shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
+
+    def numpy(self) -> np.ndarray:
+        """The values; bfloat16, which numpy lacks, comes back as float32 (exactly)."""
+        if self.dtype == "bfloat16":
+            widened = np.frombuffer(self.data, "<u2").astype(np.uint32) << 16
+            return widened.view(np.float32).reshape(self.shape)
+        return np.frombuffer(self.data, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
+
+
+ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRequest:
+    """One prompt group for the teacher. Exactly one of `prompt_token_ids` and `messages` is given.
+
+    With token ids (the trainer's way) the teacher reads the very tokens that the student read; `images` then holds one image
+    per placeholder run, in order. With messages (ad-hoc use) the teacher's own chat template renders the prompt and
+    `images` holds each image that the messages refer to.
+    """
+
+    group_id: str
+    response_ids: tuple[np.ndarray, ...]
+    images: tuple[EncodedImage, ...] = ()
+    prompt_token_ids: np.ndarray | None = None
+    messages: tuple[Message, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Payload:
+    """The teacher's distribution over a group's M response tokens (siblings one after the other).
+
+    kind "hidden": tensors["hidden"] (M, D). "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32 descending,
+    ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
+    """
+
+    kind: PayloadKind
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupScore:
+    """What the teacher says of one prompt group. Each tuple has K arrays (T_k,) float32, in the order of the request.
+
+    teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), all in nats.
+    """
+
+    group_id: str
+    teacher_logprobs: tuple[np.ndarray, ...]
+    degraded_logprobs: tuple[np.ndarray, ...]
+    visual_advantage: tuple[np.ndarray, ...]
+    payload: Payload
+    prompt_tokens: int
+
+    @property
+    def mean_visual_advantage(self) -> np.ndarray:
+        """(K,) the m_k of method.md, "Rollout weights"."""
+        return np.array([va.mean(dtype=np.float64) for va in self.visual_advantage])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherLimits:
+    """What one request may hold; the server refuses more, naming the bound."""
+
+    max_groups_per_request: int = 256
+    max_rollouts_per_group: int = 64
+    max_tokens_per_rollout: int = 16_384
+    max_image_bytes: int = 32 * 2**20
+    max_image_pixels: int = 32_000_000
+    max_message_bytes: int = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherDescription:
+    model: str
+    revision: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    dtype: str
+    limits: TeacherLimits
+    payloads: tuple[PayloadKind, ...]
+    degradations: tuple[DegradationKind, ...]
