@@ -1,7 +1,7 @@
 """The configuration of a run: one TOML file, one pydantic model, under sixty fields in all (a test counts them).
 
-`load_config(path, overrides)` reads it; `--set section.key=value` on the command line overrides a field. Wrong keys, types and
-paths are named with the remedy. Importing this module loads nothing heavy.
+`load_config(path, overrides)` reads it; `--set section.key=value` on the command line overrides a field. Wrong keys,
+types and paths are named with the remedy. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file and applies overrides such as "trainer.steps=10". Raises ConfigError with the key and the remedy."""
+    """Reads a TOML file, applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
     try:
         text = Path(path).read_text()
     except OSError as error:

@@ -1,7 +1,7 @@
 """All data that crosses a boundary between processes. Torch-free: numpy and bytes only.
 
-Legend, used in every module: B prompt groups, K rollouts per group, N = B·K, T response tokens of one rollout, M response
-tokens of one group (the sum of its T), P prompt tokens, V vocabulary, D hidden size. Log-probs and VA are in nats.
+Legend, used in every module: B prompt groups, K rollouts per group, N = B·K, T response tokens of one rollout, M
+response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, D hidden size. Log-probs and VA: nats.
 """
 
 from __future__ import annotations
@@ -167,13 +167,14 @@ ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64"
 class ScoreRequest:
     """One prompt group for the teacher. Exactly one of `prompt_token_ids` and `messages` is given.
 
-    With token ids (the trainer's way) the teacher reads the very tokens that the student read; `images` then holds one image
-    per placeholder run, in order. With messages (ad-hoc use) the teacher's own chat template renders the prompt and
-    `images` holds each image that the messages refer to.
+    With token ids (the trainer's way) the teacher reads the very tokens that the student read; `images` then holds one
+    image per placeholder run, in order. With messages (ad-hoc use) the teacher's own chat template renders the prompt
+    and `images` holds each image that the messages refer to. A response is token ids (T_k,), or, for ad-hoc use, a text
+    that the teacher tokenises as a finished assistant turn.
     """
 
     group_id: str
-    response_ids: tuple[np.ndarray, ...]
+    responses: tuple[np.ndarray | str, ...]
     images: tuple[EncodedImage, ...] = ()
     prompt_token_ids: np.ndarray | None = None
     messages: tuple[Message, ...] | None = None
@@ -183,8 +184,8 @@ class ScoreRequest:
 class Payload:
     """The teacher's distribution over a group's M response tokens (siblings one after the other).
 
-    kind "hidden": tensors["hidden"] (M, D). "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32 descending,
-    ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
+    kind "hidden": tensors["hidden"] (M, D). "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32,
+    descending, ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
     """
 
     kind: PayloadKind
@@ -195,7 +196,8 @@ class Payload:
 class GroupScore:
     """What the teacher says of one prompt group. Each tuple has K arrays (T_k,) float32, in the order of the request.
 
-    teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), all in nats.
+    teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), in nats.
+    response_ids and token_texts, one tuple of T_k strings per rollout, are there when the texts were asked for.
     """
 
     group_id: str
@@ -204,6 +206,8 @@ class GroupScore:
     visual_advantage: tuple[np.ndarray, ...]
     payload: Payload
     prompt_tokens: int
+    response_ids: tuple[np.ndarray, ...] | None = None
+    token_texts: tuple[tuple[str, ...], ...] | None = None
 
     @property
     def mean_visual_advantage(self) -> np.ndarray:

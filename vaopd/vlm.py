@@ -1,7 +1,7 @@
 """A vision-language model with its tokenizer and processor: the one way in which teacher and trainer read a prompt.
 
-What arrives: messages or token ids, decoded images, response ids. What leaves: hidden states of the response tokens, over
-which `vaopd.divergence` applies the LM head in chunks. Nothing here is specific to a family; see `vaopd.families`.
+What arrives: messages or token ids, decoded images, response ids. What leaves: hidden states of the response tokens,
+over which `vaopd.divergence` applies the LM head in chunks. Nothing here is specific to a family: see `vaopd.families`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _VISION_PAD = "<|vision_pad|>"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PreparedPrompt:
-    """A prompt as a model reads it: token_ids (P,) int64 with placeholders expanded, and one image per placeholder run."""
+    """A prompt as a model reads it: token_ids (P,) int64, placeholders expanded, and one image per placeholder run."""
 
     token_ids: np.ndarray
     images: tuple[PreparedImage, ...]
@@ -55,7 +55,7 @@ class Vlm:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Vlm:
-        """Loads weights and processor from a folder or hub id; `device_map` (accelerate) spreads over several devices."""
+        """Loads a folder or hub id; `device_map` (accelerate) spreads the weights over several devices."""
         processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
 
@@ -63,7 +63,7 @@ class Vlm:
             path, dtype=getattr(torch, dtype), device_map=device_map, attn_implementation="sdpa"
         )
         if device is not None and device_map is None:
-            model = model.to(device)
+            model = model.to(torch.device(device))
         return cls(path=Path(path), model=model.eval(), processor=processor, family=family_for(model.config.model_type))
 
     @property
@@ -103,7 +103,7 @@ class Vlm:
         return self.family.prepare_image(self.processor, image)
 
     def render(self, messages: Sequence[Message], images: Mapping[str, PreparedImage]) -> PreparedPrompt:
-        """The prompt of `messages` in the model's chat template; `images` by SHA-256, each used as often as it is named."""
+        """The prompt of `messages` in the chat template; `images` by SHA-256, each used as often as it is named."""
         named = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
         if missing := [sha for sha in named if sha not in images]:
             raise InvalidInput(f"the messages name image {missing[0][:12]}…, which was not sent along")
@@ -160,9 +160,9 @@ class Vlm:
             )
 
     def response_hidden(self, prompts: Sequence[PreparedPrompt], responses: Sequence[np.ndarray]) -> torch.Tensor:
-        """(M, D) hidden states that predict the response tokens, rows one after the other; one forward over padded rows.
+        """(M, D) hidden states that predict the response tokens, row after row, in one forward.
 
-        Row i is prompts[i] followed by responses[i] (T_i,). Rows that share a PreparedPrompt object share its image's encoding.
+        Row i is prompts[i] followed by responses[i] (T_i,). Rows that share a PreparedPrompt share its images' encoding.
         """
         sequences = [
             np.concatenate((prompt.token_ids, np.asarray(ids[:-1], dtype=np.int64)))

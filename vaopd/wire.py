@@ -226,26 +226,24 @@ def score_request_to_pb(
     degradation: t.Degradation,
     tokenizer_fingerprint: str,
     revision: str,
+    with_token_texts: bool,
 ) -> teacher_pb2.ScoreGroupsRequest:
     return teacher_pb2.ScoreGroupsRequest(
         job=job,
         groups=[_prompt_group_to_pb(request) for request in requests],
         payload=PAYLOAD_KINDS[payload],
         top_k=top_k,
-        degradation=teacher_pb2.Degradation(
-            kind=DEGRADATION_KINDS[degradation.kind], strength=degradation.strength
-        ),
+        degradation=teacher_pb2.Degradation(kind=DEGRADATION_KINDS[degradation.kind], strength=degradation.strength),
         tokenizer_fingerprint=tokenizer_fingerprint,
         revision=revision,
+        with_token_texts=with_token_texts,
     )
 
 
 def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
     group = teacher_pb2.PromptGroup(
         group_id=request.group_id,
-        rollouts=[
-            teacher_pb2.RolloutTokens(rollout_id=str(k), response_ids=ids) for k, ids in enumerate(request.response_ids)
-        ],
+        rollouts=[_rollout_tokens(str(k), response) for k, response in enumerate(request.responses)],
     )
     if (request.prompt_token_ids is None) == (request.messages is None):
         raise InvalidInput(f"group {request.group_id!r} needs exactly one of prompt_token_ids and messages")
@@ -255,6 +253,12 @@ def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
         group.tokens.token_ids.extend(request.prompt_token_ids)  # type: ignore[arg-type]
         group.tokens.image_sha256.extend(image.sha256 for image in request.images)
     return group
+
+
+def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.RolloutTokens:
+    if isinstance(response, str):
+        return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_text=response)
+    return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_ids=response)
 
 
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:

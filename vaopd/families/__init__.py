@@ -40,7 +40,7 @@ class Family(Protocol):
         attention_mask: torch.Tensor,
         row_images: Sequence[Sequence[PreparedImage]],
     ) -> torch.Tensor:
-        """(rows, length, D): the hidden states that the LM head reads. An image object that several rows share is encoded once."""
+        """(rows, length, D): what the LM head reads; an image object shared by rows is encoded once."""
         ...
 
 

@@ -53,7 +53,7 @@ class Qwen3VL:
 
     @staticmethod
     def _encode(model: Any, images: list[PreparedImage]) -> Any:
-        """The vision tower's output for `images`, with one run per distinct object: siblings share their prompt's image."""
+        """The vision tower's output for `images`, one run per distinct object: siblings share their prompt's image."""
         distinct = list({id(image): image for image in images}.values())
         place = {id(image): index for index, image in enumerate(distinct)}
         device = model.model.visual.device

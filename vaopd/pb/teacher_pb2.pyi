@@ -119,12 +119,14 @@ class MessagePrompt(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[_common_pb2.ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class RolloutTokens(_message.Message):
-    __slots__ = ("rollout_id", "response_ids")
+    __slots__ = ("rollout_id", "response_ids", "response_text")
     ROLLOUT_ID_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_TEXT_FIELD_NUMBER: _ClassVar[int]
     rollout_id: str
     response_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, rollout_id: _Optional[str] = ..., response_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    response_text: str
+    def __init__(self, rollout_id: _Optional[str] = ..., response_ids: _Optional[_Iterable[int]] = ..., response_text: _Optional[str] = ...) -> None: ...
 
 class PromptGroup(_message.Message):
     __slots__ = ("group_id", "tokens", "messages", "rollouts")
@@ -139,7 +141,7 @@ class PromptGroup(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., messages: _Optional[_Union[MessagePrompt, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutTokens, _Mapping]]] = ...) -> None: ...
 
 class ScoreGroupsRequest(_message.Message):
-    __slots__ = ("job", "groups", "payload", "top_k", "degradation", "tokenizer_fingerprint", "revision")
+    __slots__ = ("job", "groups", "payload", "top_k", "degradation", "tokenizer_fingerprint", "revision", "with_token_texts")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +149,7 @@ class ScoreGroupsRequest(_message.Message):
     DEGRADATION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    WITH_TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
     job: str
     groups: _containers.RepeatedCompositeFieldContainer[PromptGroup]
     payload: PayloadKind
@@ -154,7 +157,8 @@ class ScoreGroupsRequest(_message.Message):
     degradation: Degradation
     tokenizer_fingerprint: str
     revision: str
-    def __init__(self, job: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[PromptGroup, _Mapping]]] = ..., payload: _Optional[_Union[PayloadKind, str]] = ..., top_k: _Optional[int] = ..., degradation: _Optional[_Union[Degradation, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    with_token_texts: bool
+    def __init__(self, job: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[PromptGroup, _Mapping]]] = ..., payload: _Optional[_Union[PayloadKind, str]] = ..., top_k: _Optional[int] = ..., degradation: _Optional[_Union[Degradation, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., with_token_texts: _Optional[bool] = ...) -> None: ...
 
 class ScoreGroupsResponse(_message.Message):
     __slots__ = ("score", "payload", "error")
@@ -167,7 +171,7 @@ class ScoreGroupsResponse(_message.Message):
     def __init__(self, score: _Optional[_Union[GroupScore, _Mapping]] = ..., payload: _Optional[_Union[TensorChunk, _Mapping]] = ..., error: _Optional[_Union[GroupError, _Mapping]] = ...) -> None: ...
 
 class GroupScore(_message.Message):
-    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload")
+    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload", "response_ids", "token_texts")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +179,8 @@ class GroupScore(_message.Message):
     VISUAL_ADVANTAGE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     lengths: _containers.RepeatedScalarFieldContainer[int]
     teacher_logprobs: _common_pb2.Tensor
@@ -182,7 +188,9 @@ class GroupScore(_message.Message):
     visual_advantage: _common_pb2.Tensor
     prompt_tokens: int
     payload: _containers.RepeatedCompositeFieldContainer[PayloadTensor]
-    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ...) -> None: ...
+    response_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ..., response_ids: _Optional[_Iterable[int]] = ..., token_texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PayloadTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
