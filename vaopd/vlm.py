@@ -59,11 +59,11 @@ class Vlm:
         processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             path, dtype=getattr(torch, dtype), device_map=device_map, attn_implementation="sdpa"
         )
         if device is not None and device_map is None:
-            model = model.to(torch.device(device))
+            model = model.to(device)
         return cls(path=Path(path), model=model.eval(), processor=processor, family=family_for(model.config.model_type))
 
     @property

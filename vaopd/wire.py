@@ -250,7 +250,7 @@ def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
     if request.messages is not None:
         group.messages.messages.extend(messages_to_pb(request.messages))
     else:
-        group.tokens.token_ids.extend(request.prompt_token_ids)  # type: ignore[arg-type]
+        group.tokens.token_ids.extend(request.prompt_token_ids)
         group.tokens.image_sha256.extend(image.sha256 for image in request.images)
     return group
 
