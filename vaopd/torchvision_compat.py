@@ -1,4 +1,4 @@
-"""Makes `import torchvision` work beside a CPU build of torch: call `ensure_torchvision()` before importing a processor.
+"""Makes `import torchvision` work beside a CPU build of torch: call `ensure_torchvision()` before using a processor.
 
 PyPI's x86 torchvision is a CUDA build. Beside a CPU torch its C++ library can't be loaded, and the Python part then
 stops at the two operators that it registers unconditionally, `torchvision::nms` and `torchvision::qnms`. transformers

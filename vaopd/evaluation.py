@@ -1,0 +1,87 @@
+r"""Whether a response is right: the first committed answer counts, and equality is mathematical.
+
+>>> committed_answer(r"Either \boxed{12} or \boxed{13}.")
+'12'
+>>> is_correct(r"So it is \boxed{\frac{1}{2}}.", "0.5")
+True
+>>> avg_at_n([[True, False], [True, True]])
+0.75
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from vaopd.errors import InvalidInput
+
+MAX_ANSWER_CHARS = 300
+"""A longer "answer" is a runaway response; it is compared as text only."""
+
+_BOXED = re.compile(r"\\f?boxed\s*\{")
+# "The answer is 12." or "Answer: 12": up to the end of the sentence; a point between digits doesn't end it.
+_ANSWER_IS = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+?)(?:\.(?!\d)|[\n;]|$)", re.IGNORECASE)
+# What can keep a computer algebra system busy for ever: towers and large exponents, and factorials. math-verify's own
+# timeout is a signal, which only the main thread may set, so these are compared as text instead.
+_COSTLY = re.compile(r"(\^|\*\*).*(\^|\*\*)|(\^|\*\*)\s*\{?\s*-?\d{4,}|!|\\(sum|prod|int|lim)\b", re.DOTALL)
+
+
+def committed_answer(text: str) -> str | None:
+    r"""The first answer that the response commits to, or None.
+
+    It is the content of the first complete \boxed{…}; without one, what follows the first "answer is".
+    """
+    for start in _BOXED.finditer(text):
+        content = _balanced(text, start.end())
+        if content is not None:
+            return content.strip() or None
+    said = _ANSWER_IS.search(text)
+    if said is None:
+        return None
+    return said.group(1).strip().strip("$*").strip() or None
+
+
+def is_correct(response_text: str, answer: str) -> bool:
+    """Whether the response's committed answer equals the reference; a response without one is wrong."""
+    if not answer.strip():
+        raise InvalidInput("the reference answer is empty, so nothing can be compared with it; drop or mend the record")
+    committed = committed_answer(response_text)
+    # ViRL39K writes its references as \boxed{…}.
+    reference = committed_answer(answer) if _BOXED.match(answer.strip()) else answer.strip()
+    return committed is not None and _equal(committed, reference or answer.strip())
+
+
+def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
+    """avg@n: the mean, over questions, of the share of their samples that are right (not best-of, not a vote)."""
+    if not correct or not all(len(samples) for samples in correct):
+        raise InvalidInput(f"avg@n needs at least one question and one sample of each, got {len(correct)} questions")
+    return sum(sum(samples) / len(samples) for samples in correct) / len(correct)
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """The text from `start` up to the brace that closes the one before it; None where the response was cut off."""
+    depth = 1
+    for end in range(start, len(text)):
+        if text[end] in "{}" and text[end - 1] != "\\":
+            depth += 1 if text[end] == "{" else -1
+            if depth == 0:
+                return text[start:end]
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _equal(committed: str, answer: str) -> bool:
+    if committed == answer:
+        return True
+    if max(len(committed), len(answer)) > MAX_ANSWER_CHARS or _COSTLY.search(committed) or _COSTLY.search(answer):
+        return False
+    from math_verify import parse, verify
+
+    # It warns, once per process, that it runs without its timeout: that is meant (see _COSTLY).
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    reference = parse(f"${answer}$", parsing_timeout=None)
+    given = parse(f"${committed}$", parsing_timeout=None)
+    return bool(verify(reference, given, timeout_seconds=None))

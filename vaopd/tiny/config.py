@@ -1,0 +1,140 @@
+"""The sizes and training recipes of the tiny models, as tables.
+
+Teacher and student differ in what they have seen, hardly in size: the student knows the language and the arithmetic but
+has seen two scans of each digit only, so what it lacks is reading. The vocabularies are padded to different widths, as
+real LM heads are, and the teachers' heads are untied (as in Qwen3-VL-8B) where the student's is tied (as in the 2B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vaopd.data.handwritten_geometry import COMMON_FIRST, COMMON_LAST
+from vaopd.errors import InvalidInput
+
+HEAD_DIM = 32
+"""vLLM's CPU attention has kernels for 32, 64 and 128, none for 16."""
+PATCH_PX = 16
+MERGE = 2
+MAX_POSITIONS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinySize:
+    """The shape of one model. heads = hidden / HEAD_DIM in both towers; mlp is twice hidden."""
+
+    hidden: int
+    layers: int
+    kv_heads: int
+    vision_hidden: int
+    vision_depth: int
+    deepstack: tuple[int, ...]
+    padded_vocab: int
+    tied: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyRecipe:
+    """How one model is pre-trained; the optimiser is the same for all (pretrain.py)."""
+
+    steps: int
+    read_only_steps: int
+    """The first steps ask for nothing but reading: the vision tower learns several times sooner that way."""
+    read_share: float
+    """Share of "Read the numbers." afterwards."""
+    scans_per_digit: int | None
+    """None: every scan of the training split."""
+    pixelated_share: float
+    """Share of images shown pixelated to 10 %. A teacher that has seen some has a calibrated guess for a number that it
+    can't see; one that hasn't answers every such number with the same digit, and VA then depends on the digit."""
+    habit: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyModel:
+    size: TinySize
+    recipe: TinyRecipe
+
+
+def _teacher_recipe(steps: int, seed: int) -> TinyRecipe:
+    return TinyRecipe(
+        steps=steps,
+        read_only_steps=800,
+        read_share=0.2,
+        scans_per_digit=None,
+        pixelated_share=0.1,
+        habit=COMMON_FIRST,
+        seed=seed,
+    )
+
+
+MODELS: dict[str, TinyModel] = {
+    "teacher": TinyModel(
+        size=TinySize(
+            hidden=128,
+            layers=4,
+            kv_heads=2,
+            vision_hidden=64,
+            vision_depth=3,
+            deepstack=(1,),
+            padded_vocab=512,
+            tied=False,
+        ),
+        recipe=_teacher_recipe(steps=3000, seed=1),
+    ),
+    "student": TinyModel(
+        size=TinySize(
+            hidden=128,
+            layers=4,
+            kv_heads=2,
+            vision_hidden=64,
+            vision_depth=2,
+            deepstack=(0,),
+            padded_vocab=496,
+            tied=True,
+        ),
+        recipe=TinyRecipe(
+            steps=800,
+            read_only_steps=100,
+            read_share=0.1,
+            scans_per_digit=2,
+            pixelated_share=0.0,
+            habit=COMMON_LAST,
+            seed=2,
+        ),
+    ),
+    "teacher-small": TinyModel(
+        size=TinySize(
+            hidden=96,
+            layers=3,
+            kv_heads=1,
+            vision_hidden=32,
+            vision_depth=2,
+            deepstack=(0,),
+            padded_vocab=512,
+            tied=False,
+        ),
+        recipe=_teacher_recipe(steps=3000, seed=3),
+    ),
+    "teacher-large": TinyModel(
+        size=TinySize(
+            hidden=192,
+            layers=4,
+            kv_heads=2,
+            vision_hidden=64,
+            vision_depth=4,
+            deepstack=(1,),
+            padded_vocab=512,
+            tied=False,
+        ),
+        recipe=_teacher_recipe(steps=2500, seed=4),
+    ),
+}
+
+
+def named(name: str) -> TinyModel:
+    """Raises InvalidInput for a name that isn't in the table."""
+    if name not in MODELS:
+        raise InvalidInput(f"there is no tiny model {name!r}; choose one of {', '.join(MODELS)}")
+    return MODELS[name]

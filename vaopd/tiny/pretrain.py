@@ -1,0 +1,204 @@
+"""Pre-trains a tiny model: supervised on drawn examples, the loss on the response only.
+
+What arrives: a name of the table in config.py. What leaves: a folder that transformers and vLLM load like any Qwen3-VL
+(weights, configuration, processor, chat template) with `training.json`, the accuracy measured on scans that no
+training example shows. Every example is drawn afresh, so there is no data set and no epoch. Run by `vaopd models make
+NAME FOLDER` or `python -m vaopd.tiny NAME FOLDER`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vaopd.data.handwritten_geometry import (
+    READ_QUESTION,
+    SIZE_PX,
+    Scans,
+    draw,
+    random_phrasing,
+    random_question,
+    scans,
+)
+from vaopd.degradation import pixelate
+from vaopd.errors import InvalidInput
+from vaopd.tiny.build import build_model
+from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, named
+from vaopd.tiny.measure import held_out_accuracy
+from vaopd.tiny.tokenizer import build_processor, chat_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+BATCH = 32
+LEARNING_RATE = 2e-3
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+WARM_UP_STEPS = 100
+CLIP_NORM = 1.0
+IGNORED = -100
+HELD_OUT_QUESTIONS = 600
+
+
+class Example(NamedTuple):
+    prompt: str
+    response: str
+    image: np.ndarray
+    """(96, 96, 3) uint8"""
+
+
+def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None = None) -> dict[str, object]:
+    """Pre-train the model `name`, write it to `folder`, and return what training.json says.
+
+    seed and steps default to those of the table. With another number of steps the phases keep their proportion.
+    """
+    import torch
+
+    model_of_table = named(name)
+    recipe = model_of_table.recipe
+    seed = recipe.seed if seed is None else seed
+    steps = recipe.steps if steps is None else steps
+    if steps < 1:
+        raise InvalidInput(f"steps must be at least 1, got {steps}")
+    torch.manual_seed(seed)
+    processor = build_processor()
+    model = build_model(model_of_table.size, processor.tokenizer)
+    started = time.monotonic()
+    train(model, processor, recipe, seed=seed, steps=steps)
+    training_s = time.monotonic() - started
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    report: dict[str, object] = {
+        "name": name,
+        "seed": seed,
+        "steps": steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "held_out_questions": HELD_OUT_QUESTIONS,
+        **held_out_accuracy(model, processor, num_questions=HELD_OUT_QUESTIONS),
+        "training_s": round(training_s),
+        "recipe": asdict(recipe),
+    }
+    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def train(
+    model: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    recipe: TinyRecipe,
+    *,
+    seed: int,
+    steps: int,
+) -> None:
+    """AdamW with warm-up and a cosine down to a hundredth; `model` is trained in place."""
+    import torch
+
+    available = scans("train")
+    chosen = {digit: images[: recipe.scans_per_digit] for digit, images in available.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    read_only_steps = recipe.read_only_steps * steps // recipe.steps
+    model.train()
+    started = time.monotonic()
+    for step in range(steps):
+        rng = np.random.default_rng([seed, step])
+        read_share = 1.0 if step < read_only_steps else recipe.read_share
+        examples = [draw_example(chosen, recipe, read_share, rng) for _ in range(BATCH)]
+        loss = response_loss(model, processor, examples)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _schedule(step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        if step % 50 == 49 or step == steps - 1:
+            left_s = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
+            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {left_s:.0f} s left", file=sys.stderr, flush=True)
+
+
+def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
+    """One example. The target of a pixelated image is the same as of the clear one."""
+    question = random_question(rng)
+    image = draw(question, scans_by_digit, rng)
+    if rng.random() < recipe.pixelated_share:
+        image = pixelate(image)
+    phrasing = random_phrasing(rng, recipe.habit)
+    if rng.random() < read_share:
+        return Example(READ_QUESTION, question.reading(phrasing[0]), np.asarray(image))
+    return Example(question.asked, question.solution(phrasing), np.asarray(image))
+
+
+def response_loss(
+    model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, examples: list[Example]
+) -> torch.Tensor:
+    """Mean cross-entropy over the response tokens of the batch, the closing <|im_end|> included."""
+    import torch
+
+    ids, targets = encode(processor, examples)  # (B, S), (B, S)
+    grid = torch.tensor([[1, SIZE_PX // PATCH_PX, SIZE_PX // PATCH_PX]]).expand(len(examples), 3)
+    # One image at one place in every prompt, and padding only at the end: the positions are the same for all.
+    positions, _ = model.model.get_rope_index(
+        ids[:1], (ids[:1] == model.config.image_token_id).int(), image_grid_thw=grid[:1]
+    )
+    hidden = model.model(
+        input_ids=ids,
+        pixel_values=patches(np.stack([example.image for example in examples])),
+        image_grid_thw=grid,
+        position_ids=positions.expand(3, len(examples), ids.shape[1]),
+        use_cache=False,
+    ).last_hidden_state  # (B, S, D)
+    counted = targets != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), targets[counted])
+
+
+def encode(processor: Qwen3VLProcessor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, S), padded at the end, and for each position the token to be said next, or IGNORED: (B, S)."""
+    import torch
+
+    tokenizer = processor.tokenizer
+    image_tokens = processor.image_token * (SIZE_PX // PATCH_PX // MERGE) ** 2
+    prompts = tokenizer(
+        [chat_text(processor, example.prompt).replace(processor.image_token, image_tokens) for example in examples]
+    )["input_ids"]
+    responses = tokenizer([example.response + tokenizer.eos_token for example in examples])["input_ids"]
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    ids = torch.full((len(examples), width), tokenizer.pad_token_id)
+    targets = torch.full((len(examples), width), IGNORED)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        targets[row, len(prompt) - 1 : end - 1] = torch.tensor(response)
+    return ids, targets
+
+
+def patches(images: np.ndarray) -> torch.Tensor:
+    """(n, 96, 96, 3) uint8 → (n·36, 1536): what the image processor makes of them, all at once and many times sooner.
+
+    Order as Qwen3-VL's: patches by merge block, in each block row by row; in a patch channel, time, row, column.
+    """
+    import torch
+
+    n, side = len(images), SIZE_PX // PATCH_PX
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0  # (n, 3, 96, 96)
+    blocks = scaled.reshape(n, 3, side // MERGE, MERGE, PATCH_PX, side // MERGE, MERGE, PATCH_PX)
+    ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # n, block row, block column, row, column, channel, y, x
+    still = ordered.unsqueeze(6).expand(
+        *ordered.shape[:6], 2, PATCH_PX, PATCH_PX
+    )  # an image is a film of 2 same frames
+    return still.reshape(n * side * side, -1)
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm_up = min(WARM_UP_STEPS, steps // 5)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.01 + 0.99 * 0.5 * (1.0 + float(np.cos(np.pi * progress)))

@@ -1,0 +1,122 @@
+"""The tiny models' tokenizer: byte-level BPE in Qwen's own arrangement, trained on the task's sentences.
+
+Every digit is a token of its own (Qwen's splitting rule does that), so that a digit that is read is one decision, and
+the special tokens are Qwen's, so that the real processor, chat template and vLLM take it for what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vaopd.data.handwritten_geometry import KINDS, PHRASINGS, READ_QUESTION, Question
+from vaopd.tiny.config import MAX_POSITIONS, MERGE, PATCH_PX
+from vaopd.torchvision_compat import ensure_torchvision
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer, Qwen3VLProcessor
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+NUM_TOKENS = 479
+"""With the special tokens: 256 bytes, as many merges as fit, and the 8 above at the end."""
+
+_EVERYDAY = (
+    # Beside the task's own sentences, so that other English doesn't fall apart into bytes.
+    "system user assistant You are a helpful assistant. Put the final answer in \\boxed{}. What is the number in the "
+    "image? There is one figure with two numbers here and they have been written by hand. First look at the picture, "
+    "then think about which side is meant, because the question asks for something that can be worked out from it. "
+    "This image shows that the value of the other number is not the same, so the result would be more than what we "
+    "have. If it is not known, say so; otherwise give just the number. Let me think step by step and check the result."
+)
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Train it; the same bytes every time."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_TOKENS - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(_corpus(), trainer)
+    learned = json.loads(raw.to_str())["model"]
+    first_special = len(learned["vocab"])
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
+        added_tokens_decoder={
+            first_special + i: AddedToken(token, normalized=False, special=True)
+            for i, token in enumerate(SPECIAL_TOKENS)
+        },
+        unk_token=None,  # type: ignore[arg-type]  # every byte is in the alphabet
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+        },
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+def build_processor() -> Qwen3VLProcessor:
+    """The real processor with the tiny tokenizer, patches of 16 px and 96×96 px as 9 image tokens."""
+    ensure_torchvision()
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    shape = {
+        "patch_size": PATCH_PX,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 384 * 384},
+    }
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shape),
+        tokenizer=build_tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(**shape),
+        chat_template=Path(__file__).with_name("chat_template.jinja").read_text(),
+    )
+
+
+def chat_text(processor: Qwen3VLProcessor, asked: str) -> str:
+    """The prompt as the chat template renders it: one image, then the question."""
+    content = [{"type": "image"}, {"type": "text", "text": asked}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],  # type: ignore[arg-type]
+        add_generation_prompt=True,
+    )
+
+
+def _corpus() -> list[str]:
+    example = {"triangle": (3, 4, 5), "rectangle": (6, 7), "angle": (89,)}
+    sentences = [READ_QUESTION] * 8 + [_EVERYDAY]
+    for kind in KINDS:
+        question = Question(kind=kind, numbers=example[kind.split("_")[0]])
+        sentences += [question.asked] * 8
+        sentences += [question.solution((i, j, k)) for i, j, k in product(range(PHRASINGS), repeat=3)]
+    return sentences
