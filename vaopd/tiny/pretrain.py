@@ -87,8 +87,9 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
         "training_s": round(training_s),
         "recipe": asdict(recipe),
     }
-    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+    text = json.dumps(report, indent=2)
+    (folder / "training.json").write_text(f"{text}\n")
+    return json.loads(text)
 
 
 def train(
