@@ -1,8 +1,9 @@
-#!lua
+#!lua flags=allow-oom
 -- include keys.lua
 -- include fence_lease.lua
 -- The one commit of a request: publishes the group and removes the request, or does nothing at all.
--- ARGV: worker, entry id, delivery count, dedupe key, group. Refused as a whole when memory is full (no allow-oom).
+-- ARGV: worker, entry id, delivery count, dedupe key, group. Goes on when memory is full: it trades a request, images and
+-- all, for a group. Were it refused, a Redis full of requests would never empty.
 local commit = ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. ARGV[3]
 local seen = redis.call('HGET', K.seen_groups, ARGV[4])
 if not owns(ARGV[2], ARGV[1], ARGV[3]) then

@@ -54,7 +54,7 @@ _CAN_PASS = (
 
 
 class GroupMissing(Exception):
-    """A stream or its consumer group is missing: nobody has joined since Redis came back empty. Caught in this package."""
+    """A stream or its consumer group is missing: nobody joined since Redis came back empty. Caught in this package."""
 
 
 def checked_name(kind: str, name: str) -> str:
@@ -97,17 +97,18 @@ class Connection:
         self.key = {name: f"vaopd:{{{job}}}:{name}" for name in KEY_NAMES}
         self._scripts: dict[str, Any] = {}
 
-    def call(self, operation: Callable[[], T]) -> T:
+    def call(self, operation: Callable[[], T], *, patience_s: float | None = None) -> T:
         """Runs an operation that may be repeated; raises Unavailable when Redis is full, or silent for `patience_s`."""
-        deadline = time.monotonic() + self.patience_s
+        patience_s = self.patience_s if patience_s is None else patience_s
+        deadline = time.monotonic() + patience_s
         pause_s = 0.05
         while True:
             try:
                 return operation()
             except redis.exceptions.OutOfMemoryError:
                 raise Unavailable(
-                    f"Redis at {self.where} is full (maxmemory); nothing was written. It takes writes again once groups "
-                    "are acknowledged, or with a larger maxmemory"
+                    f"Redis at {self.where} is full (maxmemory); nothing was written. It takes writes again once "
+                    "groups are acknowledged, or with a larger maxmemory"
                 ) from None
             except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
                 raise ConfigError(
@@ -116,7 +117,7 @@ class Connection:
             except _CAN_PASS as error:
                 if time.monotonic() + pause_s > deadline:
                     raise Unavailable(
-                        f"Redis at {self.where} did not answer for {self.patience_s:g} s ({type(error).__name__}); "
+                        f"Redis at {self.where} did not answer for {patience_s:g} s ({type(error).__name__}); "
                         "is it up, and reachable from here?"
                     ) from None
             except redis.ResponseError as error:

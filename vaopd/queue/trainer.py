@@ -1,8 +1,8 @@
 """The trainer's end of the queue: one process per job, the one that holds the job's lease.
 
 In: finished groups. Out: requests and policy versions. Waits for: a group. A group stays in Redis until `acknowledge`,
-which is called only once a checkpoint that contains its effect is durable; until then whoever resumes gets it again. Each
-write is fenced: a trainer that was taken for dead and comes back is refused (LeaseLost).
+which is called only once a checkpoint that contains its effect is durable; until then whoever resumes gets it again.
+Each write is fenced: a trainer that was taken for dead and comes back is refused (LeaseLost).
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class TrainerQueue:
             if remaining_s <= 0:
                 raise LeaseLost(
                     f"job {self._connection.job!r} is held by trainer {reply[1].decode()!r} for another "
-                    f"{reply[2] / 1000:.1f} s at least; stop that trainer, wait until its lease has run out, or choose another job name"
+                    f"{reply[2] / 1000:.1f} s at least; stop that trainer, wait until its lease has run out, or choose "
+                    "another job name"
                 )
             time.sleep(min(0.1, remaining_s))
         if epoch != self._epoch:
@@ -90,7 +91,7 @@ class TrainerQueue:
         return LeaseKeeper(renew=self.renew, every_s=self.lease_s / 3)
 
     def release(self) -> None:
-        """Lets the job go. What was collected and not acknowledged will be delivered again; this delivery does not count."""
+        """Lets the job go. What was collected and not acknowledged is delivered again; this delivery does not count."""
         self._run("release_job", self._last_id)
 
     def check_epoch(self) -> None:
@@ -147,7 +148,7 @@ class TrainerQueue:
         return read_letters(self._connection, after=after, limit=limit)
 
     def publish_policy(self, policy: PolicyVersion) -> None:
-        """Announces a snapshot as the latest; higher versions, left by a run resumed from before them, are withdrawn."""
+        """Announces a snapshot as the latest; higher versions, left by a run resumed earlier, are withdrawn."""
         self._run("publish_policy", policy.version, wire.policy_version_to_bytes(policy))
 
     def forget(self, before_version: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vaopd import wire
-from vaopd.errors import InvalidInput, LeaseLost, Mismatch
+from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
 from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, checked_name, dedupe_key
 from vaopd.queue.dead_letters import letter_bytes
 from vaopd.queue.keeper import LeaseKeeper
@@ -94,7 +94,7 @@ class WorkerQueue:
         """The commit: publishes the group and removes the request, both or neither.
 
         False: this group had been published before, the request is removed all the same. Raises LeaseLost when another
-        delivery of this request has begun, and Unavailable when Redis is full (renew, and try again).
+        delivery of this request has begun. Goes on when Redis is full, since it makes room.
         """
         key = dedupe_key(lease.request.group_id, lease.request.policy_version)
         if dedupe_key(group.group_id, group.policy_version) != key:
@@ -145,8 +145,12 @@ class WorkerQueue:
     def close(self) -> None:
         """Takes the worker off the list of those alive. Leases that it still holds run out by themselves."""
         connection = self._connection
-        connection.call(lambda: connection.redis.zrem(connection.key["workers"], self.worker))
-        connection.close()
+        try:
+            connection.call(lambda: connection.redis.zrem(connection.key["workers"], self.worker), patience_s=0)
+        except Unavailable:
+            pass  # a process that ends does not wait for Redis; its name ages out of the list
+        finally:
+            connection.close()
 
     def _join_once(self) -> None:
         if not self._joined:
