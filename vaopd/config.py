@@ -6,6 +6,7 @@ types and paths are named with the remedy. Importing this module loads nothing h
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,6 +199,11 @@ class Config(Section):
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
                 f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
             )
+        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
+            raise ValueError(
+                f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "
+                "set evaluation.samples = 1 or evaluation.temperature > 0"
+            )
         if self.teacher.payload == "none":
             raise ValueError('teacher.payload = "none" carries no distribution; use hidden, top_k or sampled')
         return self
@@ -229,6 +235,21 @@ def validate(values: dict[str, Any], *, origin: str) -> Config:
     except pydantic.ValidationError as error:
         lines = [_describe(item) for item in error.errors()]
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
+    sections = []
+    for name, section in config.model_dump(mode="json").items():
+        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items() if value is not None]
+        sections.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers, booleans and lists are TOML's
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -128,7 +128,7 @@ def top_k_logprobs(hidden: Tensor, head: Tensor, k: int, *, chunk_tokens: int = 
 def _in_chunks(
     function: Callable[..., Tensor], hidden: Tensor, head: Tensor, per_token: Sequence[Tensor], chunk_tokens: int
 ) -> Tensor:
-    """function(hidden, head, *per_token) over slices of tokens, whose intermediates live only while they are computed."""
+    """function(hidden, head, *per_token) over slices of tokens, whose intermediates live only meanwhile."""
     columns = zip(hidden.split(chunk_tokens), *(column.split(chunk_tokens) for column in per_token), strict=True)
     return torch.cat(
         [

@@ -1,6 +1,6 @@
 """The objective of VA-OPD (arXiv 2605.21924): which rollouts to learn from, how to weight their tokens. Pure functions.
 
-Shapes: N = B·K rollouts, siblings next to each other; T response tokens, padded, response_mask (N, T) true on valid ones.
+Shapes: N = B·K rollouts, siblings adjacent; T response tokens, padded, response_mask (N, T) true on valid ones.
 The loss is `(token_weights * kl).sum() / B`, where kl (N, T) is the per-token divergence of `vaopd.divergence`.
 """
 
@@ -45,6 +45,12 @@ def rollout_weights(mean_va: Tensor, *, temperature: float = 1.0, eps: float = 1
     return torch.softmax(centred / (deviation + eps) / temperature, dim=-1)
 
 
+def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
+    """V: the ⌈high_fraction·T⌉ tokens of largest VA of each rollout, ties: earlier first; (N, T) bool."""
+    count = _count(_lengths(response_mask), high_fraction, math.ceil)
+    return response_mask & (_ranks(visual_advantage, response_mask) < count[:, None])
+
+
 def token_weights(
     visual_advantage: Tensor,
     response_mask: Tensor,
@@ -55,14 +61,12 @@ def token_weights(
 ) -> Tensor:
     """The weight of each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's weights sum to its rollout weight.
 
-    The ⌈high_fraction·T⌉ tokens of largest VA (ties: earlier first) share `high_weight`, the
-    others the rest. Where there are no others (T = 1), the high group takes all of it.
+    The `high_group` shares `high_weight`, the other tokens the rest. Where there are no others (T = 1), the high group
+    takes all of it.
     """
-    lengths = _lengths(response_mask)
-    high_count = _count(lengths, high_fraction, math.ceil)
-    high = response_mask & (_ranks(visual_advantage, response_mask) < high_count[:, None])
+    high = high_group(visual_advantage, response_mask, high_fraction=high_fraction)
     low = response_mask & ~high
-    low_count = lengths - high_count
+    high_count, low_count = high.sum(-1), low.sum(-1)
     high_share = torch.where(low_count > 0, high_weight, 1.0) / high_count
     low_share = torch.where(low_count > 0, 1.0 - high_weight, 0.0) / low_count.clamp_min(1)
     return (high * high_share[:, None] + low * low_share[:, None]) * rollout_weights.float()[:, None]

@@ -7,6 +7,7 @@ response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -65,6 +66,14 @@ class Prompt:
     messages: tuple[Message, ...]
     images: tuple[EncodedImage, ...]
     answer: str
+
+
+def images_in_order(messages: Iterable[Message], images: Iterable[EncodedImage]) -> tuple[EncodedImage, ...]:
+    """One image per image part of the messages, in the order in which the model reads them."""
+    by_sha256 = {image.sha256: image for image in images}
+    return tuple(
+        by_sha256[part.sha256] for message in messages for part in message.content if isinstance(part, ImagePart)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,6 +33,10 @@ class Family(Protocol):
         """Every id that announces vision input; none of them may stand inside a response."""
         ...
 
+    def vision_tower(self, model: Any) -> torch.nn.Module:
+        """The part that `student.train_vision_tower = false` freezes."""
+        ...
+
     def final_hidden(
         self,
         model: Any,

@@ -31,6 +31,9 @@ class Qwen3VL:
             (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         )
 
+    def vision_tower(self, model: Any) -> torch.nn.Module:
+        return model.model.visual
+
     def final_hidden(
         self,
         model: Any,

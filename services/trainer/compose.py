@@ -1,0 +1,155 @@
+"""Puts a trainer rank together: models, queue, teacher client, accelerate. Called once the configuration is read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from vaopd.client import SyncTeacherClient
+
+from services.trainer import checkpoint
+from services.trainer.collector import Collector
+from services.trainer.loop import Coordinator, Interrupted, Trainer
+from services.trainer.ranks import Ranks
+from services.trainer.records import ProgressLine
+from services.trainer.scoring import Scorer
+from services.trainer.student import StudentLoss
+from vaopd.config import Config, to_toml
+from vaopd.data import load_prompts
+from vaopd.errors import ConfigError, Mismatch
+from vaopd.payloads import to_torch
+from vaopd.queue import TrainerQueue
+from vaopd.types import Degradation
+from vaopd.vlm import Vlm, check_same_tokenizer
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
+
+
+def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
+    """Runs this process's rank to the end of the job; returns the exit status."""
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
+        # A step of text-only prompts leaves the vision tower without a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=list(config.trainer.trackers),
+        project_dir=str(config.run_folder),
+    )
+    ranks = Ranks()
+    set_seed(config.run.seed)
+    start = _prepare_folder(config, resume=resume) if ranks.is_coordinator else None
+    ranks.barrier()
+    if resume and not ranks.is_coordinator:
+        start = checkpoint.latest(config.run_folder / "checkpoints")
+
+    # float32 weights whatever the compute precision: steps of 1e-6 would vanish in bfloat16.
+    student = Vlm.load(
+        config.student.model,
+        dtype="float32",
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+    if start is not None:
+        student.model.load_state_dict(checkpoint.load_student(start))
+    if not config.student.train_vision_tower:
+        student.family.vision_tower(student.model).requires_grad_(False)
+    prompts = load_prompts(
+        config.data.source, split=config.data.train_split, instruction=config.data.instruction or None
+    )
+
+    with contextlib.ExitStack() as stack:
+        teacher = stack.enter_context(
+            SyncTeacherClient(
+                config.teacher.address,
+                job=config.run.name,
+                payload=config.teacher.payload,
+                top_k=config.teacher.top_k,
+                degradation=Degradation(kind=config.degradation.kind, strength=config.degradation.strength),
+                tokenizer_fingerprint=student.fingerprint,
+            )
+        )
+        description = teacher.describe()
+        check_same_tokenizer(student=student.fingerprint, teacher=description.tokenizer_fingerprint)
+        if config.teacher.payload not in description.payloads:
+            raise Mismatch(
+                f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
+                f"not {config.teacher.payload}; change teacher.payload"
+            )
+        head = to_torch(teacher.head()).to(accelerator.device) if config.teacher.payload == "hidden" else None
+        coordinator = _coordinator(config, stack) if ranks.is_coordinator else None
+        trainer = Trainer(
+            config=config,
+            accelerator=accelerator,
+            ranks=ranks,
+            student=student,
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, objective=config.objective),
+            prompts=prompts,
+            coordinator=coordinator,
+            stop=stop,
+        )
+        if start is not None:
+            trainer.resume(start)
+        accelerator.init_trackers("tensorboard")
+        scorer = Scorer(
+            teacher=teacher,
+            student=student,
+            prompt_of=trainer.prompt_of,
+            max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
+        )
+        stack.callback(scorer.close)
+        try:
+            trainer.run(scorer)
+        except Interrupted:
+            log.warning("stopped at step %d; go on with --resume", trainer.progress.step)
+            return EXIT_INTERRUPTED
+        finally:
+            accelerator.end_training()
+    return 0
+
+
+def _prepare_folder(config: Config, *, resume: bool) -> Path | None:
+    """Makes RUN with its configuration, or finds the checkpoint to resume from."""
+    folder = config.run_folder
+    if resume:
+        return checkpoint.latest(folder / "checkpoints")
+    if (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"run folder {folder} is in use; pass --resume to go on, or choose another run.name")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config))
+    shutil.rmtree(folder / "policy", ignore_errors=True)
+    return None
+
+
+def _coordinator(config: Config, stack: contextlib.ExitStack) -> Coordinator:
+    queue = TrainerQueue(
+        url=config.queue.url,
+        job=config.run.name,
+        lease_s=config.queue.lease_s,
+        max_deliveries=config.queue.max_deliveries,
+    )
+    stack.callback(queue.close)
+    # A trainer that was killed holds the job until its lease runs out.
+    queue.acquire(wait_s=config.queue.lease_s + 5)
+    stack.callback(queue.release)
+    keeper = stack.enter_context(queue.keeper())
+    validation = load_prompts(
+        config.data.source,
+        split=config.data.validation_split,
+        limit=config.evaluation.prompts,
+        shuffle_seed=42,  # method.md: the held-out problems are chosen with seed 42, whatever the run's seed
+        instruction=config.data.instruction or None,
+    )
+    return Coordinator(
+        collector=Collector(queue=queue),
+        keeper=keeper,
+        validation=validation,
+        progress_line=ProgressLine(steps=config.trainer.steps),
+    )

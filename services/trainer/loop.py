@@ -1,0 +1,372 @@
+"""The trainer: one prompt group's way from the data set to the step that learns from it.
+
+In: prompts, groups (through the collector), scores (through the scorer). Out: policy versions, checkpoints, metrics.
+A step: publish the policy, enqueue its prompts, collect and score the groups, weigh, forward and backward, step. Waits
+for: rollout workers and the teacher. On-policy: step s learns from policy version s, at most `max_policy_lag` older.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import get_cosine_schedule_with_warmup
+
+from services.trainer import checkpoint, metrics
+from services.trainer.collector import Collector
+from services.trainer.heldout import evaluate
+from services.trainer.order import PromptOrder
+from services.trainer.ranks import COORDINATOR, Ranks
+from services.trainer.records import JsonLines, ProgressLine
+from services.trainer.scoring import Refused, Scorer
+from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd import wire
+from vaopd.config import Config
+from vaopd.errors import NumericalError, VaopdError
+from vaopd.queue import LeaseKeeper
+from vaopd.types import PolicyVersion, Prompt, RolloutRequest, SamplingSettings
+from vaopd.vlm import Vlm
+from vaopd.weights import link_snapshot, prune_snapshots, publish_snapshot
+
+log = logging.getLogger(__name__)
+
+
+_STOP = b"stop"  # no protobuf message of a group: those begin with the tag of group_id
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived; all finished steps are in a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """What only rank 0 has."""
+
+    collector: Collector
+    keeper: LeaseKeeper
+    validation: Sequence[Prompt]
+    progress_line: ProgressLine
+
+
+class Trainer:
+    """One rank. Collaborators come in ready-made; `services/trainer/__main__.py` composes them."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        accelerator: Accelerator,
+        ranks: Ranks,
+        student: Vlm,
+        loss: StudentLoss,
+        prompts: Sequence[Prompt],
+        coordinator: Coordinator | None,
+        stop: threading.Event,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.ranks = ranks
+        self.student = student
+        self.prompts = prompts
+        self.coordinator = coordinator
+        self.stop = stop
+        self.folder = config.run_folder
+        self.progress = checkpoint.Progress()
+        self._first_step = 0
+        self._best_accuracy = -1.0
+        self.order = PromptOrder(prompts=len(prompts), seed=config.run.seed)
+        self.metrics_file = JsonLines(self.folder / "metrics.jsonl")
+        self.samples_file = JsonLines(self.folder / "samples.jsonl")
+        settings = config.trainer
+        trainable = [p for p in loss.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.schedule = get_cosine_schedule_with_warmup(
+            optimizer, round(settings.warmup_fraction * settings.steps), settings.steps
+        )
+        self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def resume(self, folder: Path) -> None:
+        """Goes on from a checkpoint. The student's weights were loaded from it before the model was wrapped."""
+        self.progress = checkpoint.load_progress(folder)
+        self._first_step = self.progress.step
+        checkpoint.load_optimizer(folder, self.optimizer)
+        self.schedule.load_state_dict(self.progress.schedule)
+        if self.coordinator is not None:
+            self.metrics_file.drop_from(self.progress.step)
+            self.samples_file.drop_from(self.progress.step)
+            evaluated = [line["accuracy"] for line in self.metrics_file.read() if line["kind"] == "eval"]
+            self._best_accuracy = max(evaluated, default=-1.0)
+        log.info("resumed at step %d with %d trained groups", self.progress.step, len(self.progress.ledger))
+
+    def run(self, scorer: Scorer) -> None:
+        """Trains to the last step, evaluates and leaves the final model in RUN/model. Raises Interrupted on request."""
+        steps = self.config.trainer.steps
+        try:
+            while self.progress.step < steps:
+                self._step(self.progress.step, scorer)
+                if self.progress.step % self.config.trainer.checkpoint_every == 0 or self.progress.step == steps:
+                    self._checkpoint()
+            self._publish(steps)
+            self._evaluate_if_due(steps)
+        except Interrupted:
+            self._checkpoint()
+            raise
+        if self.coordinator is not None:
+            link_snapshot(self._snapshot, self.folder / "model")
+
+    def _step(self, step: int, scorer: Scorer) -> None:
+        started = time.monotonic()
+        self._publish(step)
+        publish_s = time.monotonic() - started
+        self._enqueue(step)
+        self._evaluate_if_due(step)
+        scored, timings = self._collect(step, scorer)
+        self._train(step, scored, {"publish_s": publish_s, **timings})
+
+    def _check(self) -> None:
+        """Called by the coordinator while it waits: where a lost lease or a request to stop ends the run."""
+        assert self.coordinator is not None
+        self.coordinator.keeper.check()
+        if self.stop.is_set():
+            for rank in range(1, self.ranks.world):
+                self.ranks.send(_STOP, to=rank)
+            raise Interrupted
+
+    # -- policy and prompts -------------------------------------------------------------------------------------------
+
+    def _publish(self, version: int) -> None:
+        state = self.accelerator.get_state_dict(self.loss)  # a collective under FSDP: every rank calls it
+        if self.coordinator is None:
+            return
+        dtype = getattr(torch, self.config.student.dtype)
+        self._snapshot: PolicyVersion = publish_snapshot(
+            self.folder,
+            version,
+            {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()},
+            model_files_from=self.student.path,
+        )
+        self.coordinator.collector.publish(self._snapshot)
+        # Requests in flight may still name a version that old, and the worker that takes them must find it.
+        prune_snapshots(self.folder, keep=self.config.trainer.max_policy_lag + 2)
+
+    def group_id(self, step: int, index: int) -> str:
+        return f"train-{step:06d}-{index:04d}"
+
+    def prompt_of(self, group_id: str) -> tuple[int, Prompt]:
+        """A training group's place in its step, and its prompt."""
+        _, step, index = group_id.split("-")
+        position = int(step) * self.config.trainer.prompts_per_step + int(index)
+        return int(index), self.prompts[self.order.index(position)]
+
+    def _enqueue(self, step: int) -> None:
+        """The prompts of this step and, with a lag allowed, of the next ones, which this policy may serve already."""
+        if self.coordinator is None:
+            return
+        settings, sampling = self.config.trainer, self.config.rollout
+        newest = step + settings.max_policy_lag
+        for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
+            ids = [self.group_id(target, index) for index in range(settings.prompts_per_step)]
+            requests = [
+                RolloutRequest(
+                    group_id=group_id,
+                    messages=(prompt := self.prompt_of(group_id)[1]).messages,
+                    images=prompt.images,
+                    num_rollouts=settings.rollouts_per_prompt,
+                    sampling=SamplingSettings(
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        max_new_tokens=sampling.max_new_tokens,
+                        seed=self.config.run.seed,
+                    ),
+                    policy_version=step,
+                )
+                for group_id in ids
+            ]
+            self.coordinator.collector.enqueue(requests, oldest_version=max(0, target - settings.max_policy_lag))
+
+    # -- groups -------------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int, scorer: Scorer) -> tuple[list[ScoredGroup], dict[str, float]]:
+        """This rank's groups of the step, each scored as soon as it arrived; in the order of the prompts."""
+        started = time.monotonic()
+        size = self.config.trainer.prompts_per_step
+        if self.coordinator is not None:
+            self._distribute([self.group_id(step, index) for index in range(size)], self.coordinator, scorer)
+        else:
+            for _ in range(size // self.ranks.world):
+                data = self.ranks.receive()
+                if data == _STOP:
+                    raise Interrupted
+                scorer.submit([wire.rollout_group_from_bytes(data)] if data else [])
+        generated = time.monotonic()
+        results = list(scorer.results())
+        self._give_up([result for result in results if isinstance(result, Refused)])
+        scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
+        if not scored:
+            raise VaopdError(
+                f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
+                f"(job {self.config.run.name!r})"
+            )
+        return scored, {"wait_s": generated - started, "score_s": time.monotonic() - generated}
+
+    def _distribute(self, group_ids: list[str], coordinator: Coordinator, scorer: Scorer) -> None:
+        """Hands every group to its rank on arrival; a rank is sent an empty message for a group that will not come."""
+        missing = set(group_ids)
+        for groups in coordinator.collector.groups(group_ids, check=self._check):
+            mine = []
+            for group in groups:
+                missing.discard(group.group_id)
+                rank = self._rank_of(group.group_id)
+                if rank == COORDINATOR:
+                    mine.append(group)
+                else:
+                    self.ranks.send(wire.rollout_group_to_bytes(group), to=rank)
+            scorer.submit(mine)
+        for group_id in missing:
+            if (rank := self._rank_of(group_id)) != COORDINATOR:
+                self.ranks.send(b"", to=rank)
+
+    def _rank_of(self, group_id: str) -> int:
+        return int(group_id.rpartition("-")[2]) % self.ranks.world
+
+    def _give_up(self, refused: list[Refused]) -> None:
+        message = json.dumps([[item.group_id, item.reason] for item in refused]).encode()
+        everyone = self.ranks.gather(message)
+        if self.coordinator is not None:
+            for group_id, reason in (pair for part in everyone for pair in json.loads(part)):
+                self.coordinator.collector.dead_letter(group_id, reason)
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    def _train(self, step: int, scored: list[ScoredGroup], timings: dict[str, float]) -> None:
+        started = time.monotonic()
+        weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
+        loss, kl = self._backward(weighted)
+        norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.progress.step = step + 1
+        timings["forward_backward_s"] = time.monotonic() - started
+        parts = self.ranks.gather(json.dumps(metrics.of_rank(weighted, kl, loss)).encode())
+        lines = self.ranks.gather(json.dumps([[g.group.group_id, g.group.policy_version] for g in scored]).encode())
+        if self.coordinator is not None:
+            self.progress.ledger.extend(
+                checkpoint.LedgerLine(group_id=group_id, step=step, policy_version=version)
+                for part in lines
+                for group_id, version in json.loads(part)
+            )
+            self._record(step, [json.loads(part) for part in parts], float(norm), learning_rate, timings)
+            if self._is_due(step):
+                self._write_samples(step, weighted, kl)
+
+    def _backward(self, weighted: list[WeightedGroup]) -> tuple[float, list[np.ndarray]]:
+        """Accumulates the gradient over forwards of whole groups -> this rank's share of the loss, each group's KL."""
+        size = self.config.trainer.groups_per_forward
+        batches = [weighted[start : start + size] for start in range(0, len(weighted), size)]
+        total, kl = 0.0, []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with self.accelerator.autocast(), self._sync(last):
+                loss, kl_M = self.loss(batch)
+                share = loss / self.config.trainer.prompts_per_step
+                # Data parallelism averages gradients over ranks; the loss is a sum over all groups.
+                self.accelerator.backward(share * self.ranks.world)
+            total += float(share.detach())
+            lengths = [len(group.token_weights) for group in batch]
+            kl.extend(part.float().cpu().numpy() for part in kl_M.split(lengths))
+        return total, kl
+
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once per step, in the last backward."""
+        return nullcontext() if last else self.accelerator.no_sync(self.loss)
+
+    def _mask_seed(self, step: int, index: int) -> int:
+        return int(np.random.SeedSequence([self.config.run.seed, step, index]).generate_state(1)[0])
+
+    # -- evaluation, records, checkpoints -----------------------------------------------------------------------------
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return every > 0 and (step % every == 0 or step == self.config.trainer.steps)
+
+    def _evaluate_if_due(self, step: int) -> None:
+        if self.coordinator is None or not self._is_due(step):
+            return
+        result = evaluate(
+            self.coordinator.collector,
+            self.coordinator.validation,
+            version=step,
+            config=self.config,
+            check=self._check,
+            decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
+        )
+        if result.accuracy > self._best_accuracy:  # the first best wins
+            self._best_accuracy = result.accuracy
+            link_snapshot(self._snapshot, self.folder / "best")
+        self.metrics_file.write(
+            {
+                "kind": "eval",
+                "step": step,
+                "accuracy": result.accuracy,
+                "standard_error": result.standard_error,
+                "prompts": result.prompts,
+                "samples": result.samples,
+            }
+        )
+        self.accelerator.log({"eval/accuracy": result.accuracy}, step=step)
+        self.coordinator.progress_line.say(
+            f"held-out accuracy at step {step}: {result.accuracy:.1%} ± {result.standard_error:.1%} "
+            f"(avg@{result.samples}, {result.prompts} problems)"
+        )
+
+    def _record(
+        self, step: int, parts: list[dict], norm: float, learning_rate: float, timings: dict[str, float]
+    ) -> None:
+        assert self.coordinator is not None
+        values = metrics.of_step(parts)
+        values |= {"grad_norm": norm, "learning_rate": learning_rate, **timings}
+        values["rollouts_per_s"] = values.pop("rollouts") / sum(timings.values())
+        values |= {f"groups_{reason}": float(n) for reason, n in self.coordinator.collector.counts.items()}
+        record = {key: value for key, value in values.items() if np.isfinite(value)}
+        self.metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
+        self.accelerator.log({f"train/{key}": value for key, value in record.items()}, step=step)
+        self.coordinator.progress_line.step(step + 1, values)
+
+    def _write_samples(self, step: int, weighted: list[WeightedGroup], kl: list[np.ndarray]) -> None:
+        for group, kl_M in zip(weighted, kl, strict=True):
+            _, prompt = self.prompt_of(group.scored.group.group_id)
+            for record in metrics.samples_of(group, kl_M, prompt, self.student.tokenizer):
+                self.samples_file.write({"step": step, **record})
+
+    def _checkpoint(self) -> None:
+        """Durable first, then acknowledged: what is acknowledged is in a checkpoint."""
+        state = self.accelerator.get_state_dict(self.loss)
+        if self.coordinator is None:
+            return
+        self.progress.schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.progress,
+            student={name.removeprefix("model."): tensor for name, tensor in state.items()},
+            optimizer=self.optimizer.optimizer,
+            keep=self.config.trainer.keep_checkpoints,
+        )
+        self.coordinator.collector.acknowledge([line.group_id for line in self.progress.ledger])
+        self.coordinator.collector.forget(max(0, self.progress.step - self.config.trainer.max_policy_lag - 1))

@@ -1,0 +1,74 @@
+"""What a run leaves for people: metrics.jsonl, samples.jsonl, the trackers, and a line of progress per step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class JsonLines:
+    """Appends one JSON object per line. `drop_from(step)` forgets what a resumed run is about to do again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a last line that a crash cut short is left out."""
+        text = self.path.read_text() if self.path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def drop_from(self, step: int) -> None:
+        kept = [record for record in self.read() if record["step"] < step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+class ProgressLine:
+    """Step, loss, mean VA, rollouts/s, accuracy, time left: rewritten in a terminal, a plain line elsewhere."""
+
+    def __init__(
+        self, *, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, every: int = 10
+    ) -> None:
+        self._steps = steps
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._every = every
+        self._terminal = self._stream.isatty()
+        self._started: float | None = None
+        self._first = 0
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` counts from 1 here: it has just been finished."""
+        if self._started is None:
+            self._started, self._first = self._clock(), step
+        done = step - self._first
+        left = (self._clock() - self._started) / done * (self._steps - step) if done else None
+        line = (
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
+            f"mean VA {metrics['mean_va']:.3f}  {metrics['rollouts_per_s']:.1f} rollouts/s"
+        )
+        if left is not None:
+            line += f"  {_duration(left)} left"
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{line}" + ("\n" if step == self._steps else ""))
+        elif step % self._every == 0 or step in (1, self._steps):
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,103 @@
+"""Scores a rank's groups as they arrive, beside the generation of the others.
+
+In: rollout groups and their prompts. Out: ScoredGroups, or why one can't be trained on. Waits for: the teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from vaopd.client import GroupFailure, SyncTeacherClient
+
+from services.trainer.student import ScoredGroup
+from vaopd import images
+from vaopd.errors import InvalidInput, Mismatch
+from vaopd.types import Prompt, RolloutGroup, ScoreRequest, images_in_order
+from vaopd.vlm import PreparedPrompt, Vlm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A group that the student's or the teacher's checks refuse; trying again would not help."""
+
+    group_id: str
+    reason: str
+
+
+class Scorer:
+    """One per rank. `submit` returns at once; `results` waits for everything submitted since the last call."""
+
+    def __init__(
+        self,
+        *,
+        teacher: SyncTeacherClient,
+        student: Vlm,
+        prompt_of: Callable[[str], tuple[int, Prompt]],
+        max_tokens: int,
+        threads: int = 2,
+    ) -> None:
+        self._teacher = teacher
+        self._student = student
+        self._prompt_of = prompt_of
+        self._max_tokens = max_tokens
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
+        self._futures: list[Future[list[ScoredGroup | Refused]]] = []
+
+    def submit(self, groups: Sequence[RolloutGroup]) -> None:
+        if groups:
+            self._futures.append(self._pool.submit(self._score, list(groups)))
+
+    def results(self) -> Iterator[ScoredGroup | Refused]:
+        """Raises what ended a scoring call, e.g. Unavailable after the client's own retries."""
+        futures, self._futures = self._futures, []
+        for future in futures:
+            yield from future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
+        results: list[ScoredGroup | Refused] = []
+        prepared: dict[str, tuple[int, PreparedPrompt, RolloutGroup]] = {}
+        requests = []
+        for group in groups:
+            index, prompt = self._prompt_of(group.group_id)
+            try:
+                prepared[group.group_id] = (index, self._prepare(prompt, group), group)
+            except (InvalidInput, Mismatch) as error:
+                results.append(Refused(group_id=group.group_id, reason=str(error)))
+                continue
+            requests.append(
+                ScoreRequest(
+                    group_id=group.group_id,
+                    responses=tuple(rollout.response_ids for rollout in group.rollouts),
+                    images=images_in_order(prompt.messages, prompt.images),
+                    prompt_token_ids=group.prompt_token_ids,
+                )
+            )
+        for answer in self._teacher.score(requests) if requests else ():
+            if isinstance(answer, GroupFailure):
+                # What the teacher can't answer now is not the group's fault: it ends the step, not the group.
+                if not isinstance(answer.error, InvalidInput | Mismatch):
+                    raise answer.error
+                results.append(Refused(group_id=answer.group_id, reason=str(answer.error)))
+                continue
+            index, prepared_prompt, group = prepared[answer.group_id]
+            results.append(ScoredGroup(index=index, group=group, prompt=prepared_prompt, score=answer))
+        return results
+
+    def _prepare(self, prompt: Prompt, group: RolloutGroup) -> PreparedPrompt:
+        """The student's own reading of the prompt, which must be what the rollout engine read."""
+        decoded = {image.sha256: self._student.prepare_image(images.decode(image)) for image in prompt.images}
+        rendered = self._student.render(prompt.messages, decoded)
+        if not np.array_equal(rendered.token_ids, group.prompt_token_ids):
+            raise Mismatch(
+                f"group {group.group_id}: the rollout engine read a prompt of {len(group.prompt_token_ids)} tokens, "
+                f"the trainer renders {len(rendered.token_ids)} others; use one model folder and equal pixel bounds"
+            )
+        for rollout in group.rollouts:
+            self._student.check_response(rollout.response_ids, rendered, max_tokens=self._max_tokens)
+        return rendered
