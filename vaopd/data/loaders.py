@@ -8,6 +8,7 @@ checked at once for all records, image bytes when a prompt is taken. Images are 
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Sequence
@@ -145,14 +146,9 @@ class Prompts(Sequence[Prompt]):
         return self._with_order(self._order[~np.isin(self._order, list(faults))])
 
     def _with_order(self, order: np.ndarray) -> Prompts:
-        return Prompts(
-            table=self._table,
-            schema=self._schema,
-            order=order,
-            split=self._split,
-            folder=self._folder,
-            instruction=self._instruction,
-        )
+        other = copy.copy(self)
+        other._order = order
+        return other
 
     def _fault(self, text: object, answer: object, num_images: int) -> str | None:
         if not isinstance(text, str) or not text.replace(IMAGE_MARKER, "").strip():
