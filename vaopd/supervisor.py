@@ -1,7 +1,7 @@
 """Child processes that live and die together: each in a session of its own, with a log, restarts and a clean end.
 
-What arrives: `Child`s to start. What leaves: the exit code of the main child. What it waits for: the main child's exit, a
-signal, or a child that can't be kept alive. Knows nothing of teachers and trainers; `vaopd.launch` does.
+What arrives: `Child`s to start. What leaves: the exit code of the main child. What it waits for: the main child's exit,
+a signal, or a child that can't be kept alive. Knows nothing of teachers and trainers; `vaopd.launch` does.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Child:
     """What a restart runs, where it differs."""
     stop_order: int = 1
     """Children are ended in this order, those with the same number together."""
+    grace_s: float | None = None
+    """From SIGTERM to SIGKILL, where it needs longer or less than the supervisor's."""
     to_terminal: bool = False
     """Whether its standard output goes to the terminal; standard error always goes to the log."""
 
@@ -76,7 +78,9 @@ class Supervisor:
     logs: folder for NAME.log; an earlier run's log is appended to. grace_s: from SIGTERM to SIGKILL.
     """
 
-    def __init__(self, *, logs: Path, grace_s: float = 20.0, backoff_s: float = 1.0, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, logs: Path, grace_s: float = 20.0, backoff_s: float = 1.0, say: Callable[[str], None]
+    ) -> None:
         self._logs = logs
         self._grace_s = grace_s
         self._backoff_s = backoff_s
@@ -212,7 +216,8 @@ class Supervisor:
             for running in wave:
                 if running.process.poll() is None:
                     running.process.terminate()
-            deadline = time.monotonic() + self._grace_s
+            graces = (running.child.grace_s for running in wave)
+            deadline = time.monotonic() + max(self._grace_s if grace is None else grace for grace in graces)
             while any(running.process.poll() is None for running in wave):
                 if time.monotonic() > deadline or len(self._signals) > signals_before:
                     break

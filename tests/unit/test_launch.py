@@ -47,10 +47,11 @@ def test_the_main_child_s_exit_code_is_the_answer_and_the_others_end(supervisor:
 
 
 def test_a_child_that_dies_before_it_is_ready_is_reported_with_the_end_of_its_log(supervisor: Supervisor) -> None:
-    with supervisor, pytest.raises(ChildFailed, match=r"ended with code 3 before it was ready(.|\n)*no such model"):
-        supervisor.start(Child(name="teacher", argv=python("import sys; sys.exit(print('no such model') or 3)"),
-                               is_ready=lambda: False))
-        supervisor.wait_ready("teacher", timeout_s=60)
+    code = "print('no such model'); raise SystemExit(3)"
+    with supervisor:
+        supervisor.start(Child(name="teacher", argv=python(code), is_ready=lambda: False))
+        with pytest.raises(ChildFailed, match=r"ended with code 3 before it was ready(.|\n)*no such model"):
+            supervisor.wait_ready("teacher", timeout_s=60)
 
 
 def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: Path, said: list[str]) -> None:
@@ -64,9 +65,10 @@ def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: 
 
 
 def test_restarts_are_bounded(supervisor: Supervisor) -> None:
-    with supervisor, pytest.raises(ChildFailed, match=r"restarted 2 times"):
+    with supervisor:
         supervisor.start(Child(name="worker", argv=python("raise SystemExit(1)"), restarts=2))
-        wait_until("the supervisor gives up", supervisor.check)
+        with pytest.raises(ChildFailed, match="restarted 2 times"):
+            wait_until("the supervisor gives up", supervisor.check)
 
 
 def test_a_restart_may_run_with_other_arguments(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""The command line. Each subcommand imports what is heavy only when it runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import vaopd
+from vaopd.cli import doctor, make, report, run, score, services
+from vaopd.errors import VaopdError
+
+FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 done, 1 a check found something wrong, 2 an error that was told, 130 Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except VaopdError as error:
+        if arguments.verbose or os.environ.get("VAOPD_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"vaopd: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vaopd",
+        description="Distil a vision-language teacher into a small student, weighting what depends on seeing.",
+        epilog="Begin with `vaopd demo`: a whole run on two CPU cores.",
+    )
+    parser.add_argument("--version", action="version", version=vaopd.__version__)
+    parser.add_argument("--verbose", action="store_true", help="show where an error comes from (also VAOPD_DEBUG=1)")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    for module in (run, services, score, make, report, doctor):
+        module.add_parsers(subparsers)
+    return parser

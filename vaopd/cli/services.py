@@ -1,0 +1,56 @@
+"""`vaopd train | teacher | rollout | api`: one process of the system in the foreground.
+
+The process replaces this one, so that signals and exit codes are the service's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from vaopd.cli.common import Needs, add_config_arguments, dry_run
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+
+NEEDS: dict[str, tuple[Needs, ...]] = {
+    "trainer": ("student", "data"),
+    "teacher": ("teacher", "teacher port"),
+    "rollout": ("student",),
+    "api": ("api port",),
+}
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    train = subparsers.add_parser("train", help="a trainer alone, against a running teacher, Redis and workers")
+    add_config_arguments(train)
+    train.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    train.set_defaults(command=_run, service="trainer")
+
+    teacher = subparsers.add_parser("teacher", help="the teacher server (gRPC)")
+    rollout = subparsers.add_parser("rollout", help="one rollout worker")
+    api = subparsers.add_parser("api", help="the scoring API (HTTP)")
+    for parser, service in ((teacher, "teacher"), (rollout, "rollout"), (api, "api")):
+        add_config_arguments(parser)
+        parser.set_defaults(command=_run, service=service)
+    for parser in (teacher, api):
+        parser.add_argument("--announce", metavar="FILE", help="write host:port there once it serves")
+    rollout.add_argument("--worker", metavar="NAME", help="the worker's name, unique within the run")
+
+
+def _run(arguments: argparse.Namespace) -> int:  # noqa: RET503: execv does not return
+    from vaopd.config import load_config
+    from vaopd.launch import service_argv
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return dry_run(config, NEEDS[arguments.service])
+    extra = ["--resume"] if getattr(arguments, "resume", False) else []
+    for name in ("announce", "worker"):
+        if value := getattr(arguments, name, None):
+            extra += [f"--{name}", value]
+    argv = service_argv(arguments.service, config, arguments.config, arguments.overrides, *extra)
+    sys.stdout.flush()
+    os.execv(argv[0], argv)
