@@ -1,7 +1,7 @@
 """vLLM as a rollout engine; the only module that knows vLLM, with `vllm_extension`, which runs inside it.
 
-In: requests. Out: groups, K siblings from one vLLM request each, so that prompt and image are computed once. New weights
-are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says what was measured and what did not work.
+In: requests. Out: groups, K siblings from one vLLM request each, so that prompt and image are computed once. New
+weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says what was measured and what did not work.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ class VllmEngine:
     ) -> None:
         options = dict(options or {})
         if taken := sorted(set(options) & set(_OURS) - {"dtype"}):
-            raise ConfigError(
-                f"rollout.engine_options.{taken[0]} can't be set: the worker sets it itself; leave it out"
-            )
+            raise ConfigError(f"rollout.engine_options.{taken[0]} is what the worker sets itself; leave it out")
         if options.pop("dtype", dtype) != dtype:
             raise ConfigError(f"rollout.engine_options.dtype must be student.dtype, which is {dtype}; leave it out")
         _prepare_process(options)
@@ -74,13 +72,11 @@ class VllmEngine:
         verify_snapshot(policy)
         self._policy = None
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy.path})
-        # Keys, values and image features of the old weights must not be met again. The encoder cache has two halves: the
-        # runner's is emptied by reload_weights, the scheduler's is not, and would promise features that are gone.
+        # Keys, values and image features of the old weights must not be met again. The encoder cache has two halves:
+        # the runner's is emptied by reload_weights, the scheduler's is not, and would promise features that are gone.
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
-            raise Mismatch(
-                "vLLM did not reset its prefix cache: requests were still running; weights change between batches only"
-            )
+            raise VaopdError("vLLM did not reset its prefix cache, since requests still run; start the worker anew")
         self._policy = policy
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
@@ -109,9 +105,7 @@ class VllmEngine:
                 generation_s=generation_s,
             )
         if running:
-            raise VaopdError(
-                f"vLLM returned no output for {len(running)} of {len(requests)} requests; its log says why"
-            )
+            raise VaopdError(f"vLLM left {len(running)} of {len(requests)} requests without output; its log says why")
         return [outcomes[index] for index in range(len(requests))]
 
     def close(self) -> None:
@@ -185,12 +179,13 @@ def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, i
     return {key: value for key, value in bounds.items() if value is not None}
 
 
-def _start(model: str, dtype: str, options: Mapping[str, Any], pixel_bounds: Mapping[str, int]) -> Any:
+def _start(model: str, dtype: Any, options: Mapping[str, Any], pixel_bounds: Mapping[str, int]) -> Any:
     try:
         import vllm
     except ImportError as error:
         raise ConfigError(
-            f'vLLM can\'t be imported ({error}); install the extra "cpu" or "gpu", or set rollout.engine = "transformers"'
+            f'vLLM can\'t be imported ({error}); install the extra "cpu" or "gpu", or '
+            'set rollout.engine = "transformers"'
         ) from error
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         _register_in_process(model)
@@ -209,7 +204,7 @@ def _start(model: str, dtype: str, options: Mapping[str, Any], pixel_bounds: Map
 
 
 def _register_in_process(model: str) -> None:
-    """Has vLLM look at the model's class here instead of in a subprocess (7 s), in which the torchvision shim would lack."""
+    """Has vLLM look at the model's class here, not in a subprocess (7 s), which would lack the torchvision shim."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

@@ -29,7 +29,7 @@ POLICY_POLL_S = 0.1
 
 
 class HandBack(BaseException):
-    """Time is up: stop in the midst of a batch. Not an Exception, so that no library's `except Exception` holds it up."""
+    """Time is up: stop in the midst of a batch. Not an Exception, so that no `except Exception` swallows it."""
 
 
 class Stop:
@@ -38,12 +38,18 @@ class Stop:
     def __init__(self, *, drain_s: float) -> None:
         self.requested = False
         self._drain_s = drain_s
+        self._disarmed = False
         self._wake = threading.Event()
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
+
+    def disarm(self) -> None:
+        """From here on nothing is interrupted any more."""
+        self._disarmed = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def wait(self, timeout_s: float) -> None:
         """Pauses, though not beyond a signal."""
@@ -55,12 +61,14 @@ class Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise HandBack
-        self.request()
-        signal.setitimer(signal.ITIMER_REAL, self._drain_s)
+            self._on_deadline(number, frame)
+        elif not self._disarmed:
+            self.request()
+            signal.setitimer(signal.ITIMER_REAL, self._drain_s)
 
     def _on_deadline(self, number: int, frame: FrameType | None) -> None:
-        raise HandBack
+        if not self._disarmed:
+            raise HandBack
 
 
 class RolloutWorker:
@@ -166,8 +174,10 @@ class RolloutWorker:
                 self._stop.wait(RETRY_S)
 
     def _hand_back(self) -> None:
-        """Releases what is held, except what an engine died of, perhaps: those leases run out, so that the delivery counts
-        and a request that kills every engine ends in the dead letters."""
+        """Releases what is held, except what the engine may have died of: those leases run out by themselves, so that
+        the delivery counts and a request that kills every engine ends in the dead letters.
+        """
+        self._stop.disarm()
         suspects = {lease.entry_id for lease in self._generating}
         try:
             for lease in self._queue.held():
