@@ -1,0 +1,160 @@
+"""How far the student is from the teacher at one token, and how to compute it without a (tokens, vocabulary) matrix."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import tensor
+
+from vaopd import divergence
+from vaopd.errors import InvalidInput
+
+M, V, D_S, D_T = 37, 50, 8, 12
+
+
+def hidden_and_heads(*, requires_grad: bool = False) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((M, D_S), (V, D_S), (M, D_T), (V, D_T))
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return tuple(t.requires_grad_(requires_grad) for t in tensors)
+
+
+def kl_float64(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+    """The definition, in float64, independent of the code under test."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
+    return (np.exp(student) * (student - teacher)).sum(-1)
+
+
+def test_reverse_kl_by_hand() -> None:
+    # p_S = (1/2, 1/2), p_T = (1/4, 3/4): KL = ½·log 2 + ½·log(2/3).
+    kl = divergence.reverse_kl(tensor([0.0, 0.0]), tensor([0.0, math.log(3.0)]))
+    assert float(kl) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+
+
+def test_the_padding_of_a_head_is_outside_the_distribution() -> None:
+    student, teacher = tensor([0.0, 0.0, 50.0]), tensor([0.0, math.log(3.0), -7.0, 99.0])
+    kl = divergence.reverse_kl(student, teacher, vocab_size=2)
+    assert float(kl) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+
+
+def test_equal_distributions_have_no_divergence() -> None:
+    hidden, head, *_ = hidden_and_heads()
+    kl = divergence.fused_reverse_kl(hidden, head, hidden, head)
+    torch.testing.assert_close(kl, torch.zeros(M), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, M, 1000])
+def test_fused_equals_the_definition_whatever_the_chunk(chunk_tokens: int) -> None:
+    h_s, w_s, h_t, w_t = hidden_and_heads()
+    expected = kl_float64((h_s @ w_s.T).numpy(), (h_t @ w_t.T).numpy())
+    found = divergence.fused_reverse_kl(h_s, w_s, h_t, w_t, chunk_tokens=chunk_tokens)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_padded_to_different_widths_meet_on_the_logical_vocabulary() -> None:
+    h_s, w_s, h_t, w_t = hidden_and_heads()
+    padded = torch.cat([w_t, torch.randn(14, D_T)])
+    torch.testing.assert_close(
+        divergence.fused_reverse_kl(h_s, w_s, h_t, padded, vocab_size=V),
+        divergence.fused_reverse_kl(h_s, w_s, h_t, w_t),
+    )
+    with pytest.raises(InvalidInput, match="50 rows, teacher's 64; give the shared vocab_size"):
+        divergence.fused_reverse_kl(h_s, w_s, h_t, padded)
+
+
+def test_gradients_equal_those_of_the_plain_reference_and_reach_the_student_only() -> None:
+    weights = torch.rand(M, generator=torch.Generator().manual_seed(1))
+    plain, fused = hidden_and_heads(requires_grad=True), hidden_and_heads(requires_grad=True)
+    (weights * divergence.reverse_kl(plain[0] @ plain[1].T, (plain[2] @ plain[3].T).detach())).sum().backward()
+    (weights * divergence.fused_reverse_kl(*fused, chunk_tokens=7)).sum().backward()
+    for expected, found in zip(plain[:2], fused[:2], strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    assert fused[2].grad is None
+    assert fused[3].grad is None
+
+
+def test_no_matrix_over_all_tokens_and_the_vocabulary_ever_exists() -> None:
+    """Watches every tensor that an operation returns, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for item in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(item, torch.Tensor):
+                    self.numel = max(self.numel, item.numel())
+            return result
+
+    tokens, vocabulary, chunk = 512, 301, 16
+    generator = torch.Generator().manual_seed(0)
+    h_s = torch.randn(tokens, 4, generator=generator, requires_grad=True)
+    w_s = torch.randn(vocabulary, 4, generator=generator, requires_grad=True)
+    h_t, w_t = torch.randn(tokens, 4, generator=generator), torch.randn(vocabulary, 4, generator=generator)
+    with Largest() as largest:
+        divergence.fused_reverse_kl(h_s, w_s, h_t, w_t, chunk_tokens=chunk).sum().backward()
+    assert largest.numel == chunk * vocabulary
+
+
+def test_token_logprobs_equal_log_softmax_and_gather() -> None:
+    hidden, head, *_ = hidden_and_heads()
+    ids = torch.arange(M) % V
+    expected = torch.log_softmax((hidden @ head.T).double(), -1).gather(-1, ids[:, None])[:, 0]
+    found = divergence.token_logprobs(hidden, head, ids, chunk_tokens=10)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 49, 50])
+def test_top_k_and_tail_never_exceed_the_exact_divergence(k: int) -> None:
+    h_s, w_s, h_t, w_t = hidden_and_heads()
+    exact = divergence.fused_reverse_kl(h_s, w_s, h_t, w_t)
+    payload = divergence.top_k_logprobs(h_t, w_t, k)
+    coarse = divergence.fused_top_k_reverse_kl(h_s, w_s, *payload, chunk_tokens=9)
+    assert bool((coarse <= exact + 1e-5).all())
+    assert bool((coarse >= -1e-6).all())
+    if k >= V - 1:  # a tail of at most one id merges nothing
+        torch.testing.assert_close(coarse, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_top_k_and_tail_by_hand() -> None:
+    # p_T = (0.5, 0.3, 0.2), p_S = (0.2, 0.2, 0.6), k = 1: buckets {0} and {1, 2}.
+    p_t, p_s = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
+    identity = torch.eye(3)
+    ids, logprobs, tail = divergence.top_k_logprobs(p_t, identity, 1)
+    assert ids.tolist() == [[0]]
+    assert float(tail) == pytest.approx(math.log(0.5), abs=1e-6)
+    kl = divergence.fused_top_k_reverse_kl(p_s, identity, ids, logprobs, tail)
+    assert float(kl) == pytest.approx(0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5), abs=1e-6)
+
+
+def test_sampled_estimators_by_hand() -> None:
+    # p_S(y) = 0.5 and p_T(y) = 0.25: k1 = log 2, k3 = r − 1 − log r with r = ½.
+    p_s = tensor([[0.5, 0.5]]).log()
+    arguments = (p_s, torch.eye(2), tensor([0]), tensor([math.log(0.25)]))
+    assert float(divergence.fused_sampled_kl(*arguments, estimator="k1")) == pytest.approx(math.log(2), abs=1e-6)
+    assert float(divergence.fused_sampled_kl(*arguments, estimator="k3")) == pytest.approx(math.log(2) - 0.5, abs=1e-6)
+    with pytest.raises(InvalidInput, match="'k2' is unknown; use k1 or k3"):
+        divergence.fused_sampled_kl(*arguments, estimator="k2")
+
+
+def test_k1s_gradient_is_the_reverse_kls_on_average() -> None:
+    """Summed over all ids with their probabilities, the score-function gradient is the exact one."""
+    logits_s = torch.randn(6, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    logits_t = torch.randn(6, generator=torch.Generator().manual_seed(3))
+    (exact,) = torch.autograd.grad(divergence.reverse_kl(logits_s, logits_t), logits_s)
+    probabilities = logits_s.softmax(-1).detach()
+    estimates = divergence.fused_sampled_kl(
+        logits_s.expand(6, 6), torch.eye(6), torch.arange(6), logits_t.log_softmax(-1), estimator="k1"
+    )
+    (average,) = torch.autograd.grad((probabilities * estimates).sum(), logits_s)
+    torch.testing.assert_close(average, exact, atol=1e-6, rtol=0)
