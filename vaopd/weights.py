@@ -62,10 +62,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def publish_snapshot(
     folder: Path, version: int, state: Mapping[str, torch.Tensor], *, model_files_from: Path
 ) -> PolicyVersion:
-    """Writes `folder`/policy/v{version}; replaces it if it exists, unless its weights are these very ones.
+    """Writes `folder`/policy/v{version}; one that exists is replaced in one step.
 
-    state: the model's whole `state_dict()`, on any device; its names are those that `save_pretrained` writes, but for the
-    tied LM head, which is left out as there. model_files_from: the student's folder, for configuration and tokenizer.
+    state: the model's whole `state_dict()`, on any device; its names are those that `save_pretrained` writes, but for
+    the tied LM head, left out as there. model_files_from: the student's folder, for configuration and tokenizer.
     """
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
@@ -123,7 +123,7 @@ def verify_snapshot(policy: PolicyVersion) -> None:
         ) from None
     if digest != policy.sha256:
         raise Mismatch(
-            f"policy version {policy.version}: {weights} has SHA-256 {digest[:12]}…, announced was {policy.sha256[:12]}…; "
+            f"policy version {policy.version}: {weights} has SHA-256 {digest[:12]}…, not {policy.sha256[:12]}…; "
             "it was replaced or damaged: take the latest version"
         )
 
@@ -144,7 +144,7 @@ def _without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        owner = owners.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), name)
+        owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
         if owner != name:
             raise InvalidInput(
                 f"{name} and {owner} share storage, though config.json does not tie them (tie_word_embeddings); "
