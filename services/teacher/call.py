@@ -1,0 +1,66 @@
+"""One ScoreGroups call between its feeder (which prepares groups), the scheduler (which scores them) and its reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.teacher.engine import PreparedGroup
+from services.teacher.scheduler import Delivery, Unit
+from vaopd.errors import VaopdError
+
+UNITS_AHEAD = 2
+"""Units that may be prepared before the reader has taken the first of them: one on the device, one behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A group that never reached the device."""
+
+    group_id: str
+    error: VaopdError
+
+
+class Call:
+    """Lives on the event loop."""
+
+    def __init__(self) -> None:
+        self.feeder: asyncio.Task[None] | None = None
+        self._results: asyncio.Queue[Delivery | Refusal | Exception] = asyncio.Queue()
+        self._unread: dict[Unit, int] = {}
+        self._unit_read = asyncio.Event()
+
+    async def unit(self, groups: Sequence[PreparedGroup]) -> Unit:
+        """A unit of these groups, once fewer than UNITS_AHEAD others are on their way."""
+        while len(self._unread) >= UNITS_AHEAD:
+            self._unit_read.clear()
+            await self._unit_read.wait()
+        unit = Unit(tuple(groups), self._results.put_nowait, asyncio.get_running_loop())
+        self._unread[unit] = len(unit.groups)
+        return unit
+
+    def refuse(self, group_id: str, error: VaopdError) -> None:
+        self._results.put_nowait(Refusal(group_id, error))
+
+    def fail(self, error: Exception) -> None:
+        """Ends the call: its reader gets the error."""
+        self._results.put_nowait(error)
+
+    async def next(self) -> Delivery | Refusal:
+        item = await self._results.get()
+        if isinstance(item, Exception):
+            raise item
+        if isinstance(item, Delivery):
+            self._unread[item.unit] -= 1
+            if self._unread[item.unit] == 0:
+                del self._unread[item.unit]
+                self._unit_read.set()
+        return item
+
+    def cancel(self) -> None:
+        """Nobody reads any more: what hasn't reached the device never will."""
+        if self.feeder is not None:
+            self.feeder.cancel()
+        for unit in self._unread:
+            unit.cancelled = True

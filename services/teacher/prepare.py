@@ -1,0 +1,205 @@
+"""From a request to groups that are ready for the device; every refusal that doesn't need the device happens here.
+
+`read_envelope` checks what concerns the whole call. `Preparer.prepare` checks one group, fetches, decodes and degrades
+its images and renders its prompt; it runs on a small thread pool.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.teacher.engine import PreparedGroup
+from services.teacher.images import ImageStore
+from vaopd import images as image_files
+from vaopd import wire
+from vaopd.degradation import degrade
+from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
+from vaopd.families import PreparedImage
+from vaopd.pb import teacher_pb2
+from vaopd.types import (
+    Degradation,
+    EncodedImage,
+    ImagePart,
+    PayloadKind,
+    TeacherDescription,
+    TeacherLimits,
+)
+from vaopd.vlm import PreparedPrompt, Vlm, check_same_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Envelope:
+    """What holds for every group of a call."""
+
+    payload: PayloadKind
+    top_k: int
+    degradation: Degradation
+
+
+def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> Envelope:
+    """Raises the call's error: InvalidInput, LimitExceeded or Mismatch."""
+    if request.tokenizer_fingerprint:
+        check_same_tokenizer(student=request.tokenizer_fingerprint, teacher=teacher.tokenizer_fingerprint)
+    check_revision(request.revision, teacher)
+    groups, limit = len(request.groups), teacher.limits.max_groups_per_request
+    if groups == 0:
+        raise InvalidInput("the request holds no groups; it needs at least one")
+    if groups > limit:
+        raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
+    ids = [group.group_id for group in request.groups]
+    if "" in ids:
+        raise InvalidInput(f"group {ids.index('')} of the request has an empty group_id; name it")
+    _refuse_duplicates("group_id", ids, "the request")
+    return Envelope(
+        payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
+    )
+
+
+def check_revision(revision: str, teacher: TeacherDescription) -> None:
+    """Raises Mismatch for a revision other than the teacher's; empty is not checked."""
+    if revision and revision != teacher.revision:
+        raise Mismatch(
+            f"the client expects teacher revision {revision[:12]!r}…, this teacher has {teacher.revision[:12]}…; "
+            "describe the teacher again and fetch its head again"
+        )
+
+
+def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> PayloadKind:
+    try:
+        payload = wire.payload_kind_from_pb(request.payload)
+    except KeyError:
+        known = ", ".join(f"{name} ({wire.PAYLOAD_KINDS[name]})" for name in teacher.payloads)
+        raise Mismatch(f"payload {request.payload} is unknown to this teacher; it has {known}") from None
+    if payload == "top_k" and not 1 <= request.top_k <= teacher.vocab_size:
+        raise InvalidInput(f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary")
+    return payload
+
+
+def _degradation(message: teacher_pb2.Degradation) -> Degradation:
+    try:
+        degradation = wire.degradation_from_pb(message)
+    except KeyError:
+        known = ", ".join(f"{name} ({number})" for name, number in wire.DEGRADATION_KINDS.items())
+        raise InvalidInput(f"degradation {message.kind} is unknown to this teacher; it has {known}") from None
+    needs_strength = degradation.kind in ("pixelate", "blur")
+    if needs_strength and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
+        raise InvalidInput(f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}")
+    return degradation
+
+
+def _refuse_duplicates(field: str, ids: Sequence[str], place: str) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(name for index, name in enumerate(ids) if name in ids[:index])
+        raise InvalidInput(f"{field} {twice!r} stands twice in {place}; ids must be unique there")
+
+
+class Preparer:
+    """Reads groups with one model's tokenizer and image processor."""
+
+    def __init__(self, vlm: Vlm, *, store: ImageStore, limits: TeacherLimits) -> None:
+        self._vlm = vlm
+        self._store = store
+        self._limits = limits
+        self._max_tokens = min(vlm.max_tokens, limits.max_tokens_per_rollout)
+        # Fast tokenizers fail with "Already borrowed" when two threads use one.
+        self._tokenizer = threading.Lock()
+
+    def admit_image(self, image: EncodedImage) -> None:
+        """Decodes it once, so that a bad image is refused where it is sent, and stores its bytes."""
+        image_files.decode(image, max_bytes=self._limits.max_image_bytes, max_pixels=self._limits.max_image_pixels)
+        self._store.put(image)
+
+    def prepare(self, group: teacher_pb2.PromptGroup, envelope: Envelope) -> PreparedGroup:
+        """Raises the group's error."""
+        self._check_rollouts(group)
+        original, degraded = self._prompts(group, envelope.degradation)
+        responses = []
+        for rollout in group.rollouts:
+            ids = self._response_ids(rollout)
+            try:
+                self._vlm.check_response(ids, original, max_tokens=self._max_tokens)
+            except InvalidInput as error:
+                raise InvalidInput(f"rollout {rollout.rollout_id!r} of group {group.group_id!r}: {error}") from None
+            responses.append(ids)
+        return PreparedGroup(
+            group_id=group.group_id,
+            original=original,
+            degraded=degraded,
+            responses=tuple(responses),
+            payload=envelope.payload,
+            top_k=envelope.top_k,
+        )
+
+    def token_texts(self, token_ids: np.ndarray) -> list[str]:
+        """The text of each token by itself; a part of a character shows as U+FFFD."""
+        with self._tokenizer:
+            return [self._vlm.tokenizer.decode([int(token_id)]) for token_id in token_ids]
+
+    def _check_rollouts(self, group: teacher_pb2.PromptGroup) -> None:
+        rollouts, limit = len(group.rollouts), self._limits.max_rollouts_per_group
+        if rollouts == 0:
+            raise InvalidInput(f"group {group.group_id!r} holds no rollouts; it needs at least one")
+        if rollouts > limit:
+            raise LimitExceeded(f"group {group.group_id!r} holds {rollouts} rollouts, the limit is {limit}; split it")
+        ids = [rollout.rollout_id for rollout in group.rollouts]
+        _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}")
+
+    def _prompts(
+        self, group: teacher_pb2.PromptGroup, degradation: Degradation
+    ) -> tuple[PreparedPrompt, PreparedPrompt]:
+        """The prompt in the original and in the degraded view."""
+        kind = group.WhichOneof("prompt")
+        if kind == "tokens":
+            token_ids = np.fromiter(group.tokens.token_ids, dtype=np.int64, count=len(group.tokens.token_ids))
+            if token_ids.size > self._max_tokens:  # before any image is decoded
+                raise InvalidInput(f"the prompt has {token_ids.size} tokens, the limit is {self._max_tokens}")
+            names = list(group.tokens.image_sha256)
+            views = self._views(names, degradation)
+            return tuple(  # type: ignore[return-value]
+                self._vlm.from_token_ids(token_ids, [view[sha] for sha in names]) for view in views
+            )
+        if kind == "messages":
+            messages = wire.messages_from_pb(group.messages.messages)
+            if not messages:
+                raise InvalidInput(f"group {group.group_id!r} has an empty prompt; it needs at least one message")
+            names = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
+            views = self._views(names, degradation)
+            with self._tokenizer:
+                return tuple(self._vlm.render(messages, view) for view in views)  # type: ignore[return-value]
+        raise InvalidInput(f"group {group.group_id!r} has no prompt; give tokens or messages")
+
+    def _views(
+        self, names: Sequence[str], degradation: Degradation
+    ) -> tuple[dict[str, PreparedImage], dict[str, PreparedImage]]:
+        """Each image in both views, by SHA-256."""
+        original, degraded = {}, {}
+        for sha256 in dict.fromkeys(names):
+            image = image_files.decode(
+                self._store.get(sha256),
+                max_bytes=self._limits.max_image_bytes,
+                max_pixels=self._limits.max_image_pixels,
+            )
+            original[sha256] = self._vlm.prepare_image(image)
+            # Noise is seeded by the content, so that a group that is scored again gets the same answer.
+            degraded[sha256] = self._vlm.prepare_image(degrade(image, degradation, seed=int(sha256[:16], 16)))
+            if original[sha256].grid != degraded[sha256].grid:
+                raise Mismatch(
+                    f"image {sha256[:12]}… has grid {original[sha256].grid} in the original and "
+                    f"{degraded[sha256].grid} in the degraded view; the views must differ in pixels only"
+                )
+        return original, degraded
+
+    def _response_ids(self, rollout: teacher_pb2.RolloutTokens) -> np.ndarray:
+        if rollout.response_text and rollout.response_ids:
+            raise InvalidInput(f"rollout {rollout.rollout_id!r} has ids and a text; give one of the two")
+        if not rollout.response_text:
+            return np.fromiter(rollout.response_ids, dtype=np.int64, count=len(rollout.response_ids))
+        with self._tokenizer:
+            tokenizer = self._vlm.tokenizer
+            ids = tokenizer(rollout.response_text, add_special_tokens=False)["input_ids"]
+            return np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)

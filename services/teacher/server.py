@@ -1,0 +1,181 @@
+"""The teacher's process from the loaded model to the drained server.
+
+Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
+within the grace, exit 0. The engine failed: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from services.teacher.engine import Engine, GroupEngine
+from services.teacher.errors import ErrorInterceptor
+from services.teacher.images import DEFAULT_CAPACITY_BYTES, ImageStore
+from services.teacher.prepare import Preparer
+from services.teacher.revision import revision_of
+from services.teacher.scheduler import Scheduler
+from services.teacher.servicer import CHUNK_BYTES, MAX_WAITING_GROUPS, TeacherServicer
+from vaopd import payloads, wire
+from vaopd.config import Config
+from vaopd.errors import ConfigError
+from vaopd.pb import teacher_pb2, teacher_pb2_grpc
+from vaopd.types import TeacherDescription, TeacherLimits
+from vaopd.vlm import Vlm
+
+log = logging.getLogger(__name__)
+
+SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
+GRACE_S = 60.0
+_MESSAGE_OVERHEAD_BYTES = 1024
+
+
+def describe(vlm: Vlm, *, model: str, limits: TeacherLimits) -> TeacherDescription:
+    """What Describe answers. An image travels in one message, so it can't be larger than a message."""
+    return TeacherDescription(
+        model=model,
+        revision=revision_of(vlm.model),
+        tokenizer_fingerprint=vlm.fingerprint,
+        vocab_size=vlm.vocab_size,
+        hidden_size=vlm.hidden_size,
+        dtype=str(vlm.head.dtype).removeprefix("torch."),
+        limits=replace(
+            limits,
+            max_tokens_per_rollout=min(limits.max_tokens_per_rollout, vlm.max_tokens),
+            max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
+        ),
+        payloads=payloads.PAYLOADS,
+        degradations=tuple(wire.DEGRADATION_KINDS),
+    )
+
+
+def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        # Clients ping every 10 s to notice a frozen server; without these two the server would call that abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A second server on the same port must fail to start, not share the port silently.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class TeacherServer:
+    """One listening server; `start`, then `stop`. All of it lives on the event loop that starts it."""
+
+    def __init__(
+        self,
+        vlm: Vlm,
+        *,
+        model: str,
+        batch_tokens: int,
+        limits: TeacherLimits = TeacherLimits(),
+        engine: Engine | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        max_waiting_groups: int = MAX_WAITING_GROUPS,
+        image_capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
+    ) -> None:
+        self.failed = asyncio.Event()
+        self.description = describe(vlm, model=model, limits=limits)
+        limits = self.description.limits
+        loop = asyncio.get_running_loop()
+        store = ImageStore(image_capacity_bytes)
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
+        self._scheduler = Scheduler(
+            engine or GroupEngine(vlm, batch_tokens=batch_tokens),
+            batch_tokens=batch_tokens,
+            on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
+        )
+        self._health = HealthServicer()
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_options(limits))
+        servicer = TeacherServicer(
+            description=self.description,
+            head=vlm.head,
+            preparer=Preparer(vlm, store=store, limits=limits),
+            store=store,
+            scheduler=self._scheduler,
+            threads=self._threads,
+            batch_tokens=batch_tokens,
+            chunk_bytes=chunk_bytes,
+            max_waiting_groups=max_waiting_groups,
+        )
+        teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, address: str) -> str:
+        """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise ConfigError(f"teacher.address = {address!r} can't be listened on; is the port taken?") from None
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Drains: health first, so that balancers turn away, then no new calls, then the accepted ones' ends."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(grace_s)
+        await asyncio.get_running_loop().run_in_executor(None, self._scheduler.stop)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+def load(config: Config) -> Vlm:
+    """The teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them."""
+    if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
+        # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
+        torch.set_num_threads(1)
+    return Vlm.load(
+        config.teacher.model,
+        dtype=config.teacher.dtype,
+        device_map=config.teacher.device_map,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+async def serve(config: Config, *, announce: Path | None = None, grace_s: float = GRACE_S) -> int:
+    """Serves until a signal or a failed engine; returns the exit status."""
+    vlm = load(config)
+    server = TeacherServer(vlm, model=config.teacher.model, batch_tokens=config.teacher.batch_tokens)
+    address = await server.start(config.teacher.address)
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    if announce is not None:
+        _announce(address, announce)
+    print(f"teacher ready on {address}", flush=True)
+    ends = [asyncio.create_task(event.wait()) for event in (told, server.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    log.info("teacher stops: %s", "its engine failed" if server.failed.is_set() else "it was told to")
+    # After a failure nothing accepted can be answered; the waiting calls have their UNAVAILABLE already.
+    await server.stop(1.0 if server.failed.is_set() else grace_s)
+    return 1 if server.failed.is_set() else 0
+
+
+def _announce(address: str, path: Path) -> None:
+    """Whoever reads the file sees all of it or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(address)
+    partial.replace(path)

@@ -1,0 +1,232 @@
+"""The Teacher service's RPCs: a call is checked, prepared on threads, queued for the device and streamed back.
+
+Images come in by content; a ScoreGroups call is cut into units of about one forward each, at most two of which are
+prepared ahead of the device or of a slow reader. Errors are raised as they are; the interceptor maps them to statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TypeVar
+
+import grpc
+import numpy as np
+import torch
+
+from services.teacher.call import Call, Refusal
+from services.teacher.engine import PreparedGroup, ScoredGroup, padded_tokens
+from services.teacher.errors import QueueFull, status_of
+from services.teacher.images import ImageStore
+from services.teacher.prepare import Envelope, Preparer, check_revision, read_envelope
+from services.teacher.scheduler import Delivery, Scheduler
+from vaopd import payloads, wire
+from vaopd.errors import LimitExceeded, VaopdError
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.pb import teacher_pb2_grpc
+from vaopd.types import TeacherDescription
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 2**20
+MAX_WAITING_GROUPS = 4096
+"""Groups of all calls that are accepted and not yet answered."""
+_PREPARED_AHEAD = 4
+_RETRY_AFTER_S = 1.0
+_MESSAGE_OVERHEAD_BYTES = 1024
+
+T = TypeVar("T")
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
+    def __init__(
+        self,
+        *,
+        description: TeacherDescription,
+        head: torch.Tensor,
+        preparer: Preparer,
+        store: ImageStore,
+        scheduler: Scheduler,
+        threads: ThreadPoolExecutor,
+        batch_tokens: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        max_waiting_groups: int = MAX_WAITING_GROUPS,
+    ) -> None:
+        self._description = description
+        self._head = head
+        self._preparer = preparer
+        self._store = store
+        self._scheduler = scheduler
+        self._threads = threads
+        self._batch_tokens = batch_tokens
+        self._chunk_bytes = chunk_bytes
+        self._max_waiting_groups = max_waiting_groups
+        self._waiting_groups = 0
+
+    async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
+        return wire.description_to_pb(self._description)
+
+    async def PutImages(
+        self, request_iterator: AsyncIterator, context: grpc.aio.ServicerContext
+    ) -> pb.PutImagesResponse:
+        received = []
+        async for message in request_iterator:
+            image = await self._on_thread(wire.image_from_pb, message)
+            await self._on_thread(self._preparer.admit_image, image)
+            received.append(image.sha256)
+            log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
+        return pb.PutImagesResponse(sha256=received)
+
+    async def MissingImages(
+        self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.MissingImagesResponse:
+        return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
+
+    async def GetHead(
+        self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TensorChunk]:
+        check_revision(request.revision, self._description)
+        rows, width = self._head.shape
+        dtype = str(self._head.dtype).removeprefix("torch.")
+        described: pb.PayloadTensor | None = pb.PayloadTensor(name="head", dtype=dtype, shape=(rows, width))
+        row_bytes = width * self._head.element_size()
+        step = max(1, self._chunk_bytes // row_bytes)
+        for start in range(0, rows, step):
+            part = await self._on_thread(payloads.from_torch, self._head[start : start + step])
+            yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=part.data, tensor=described)
+            described = None
+
+    async def ScoreGroups(
+        self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ScoreGroupsResponse]:
+        envelope = read_envelope(request, self._description)
+        groups = len(request.groups)
+        if self._waiting_groups + groups > self._max_waiting_groups:
+            raise QueueFull(
+                f"{self._waiting_groups} groups wait already, with these {groups} they are over the limit of "
+                f"{self._max_waiting_groups}; try again in {_RETRY_AFTER_S:g} s",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._waiting_groups += groups
+        call = Call()
+        # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
+        context.add_done_callback(lambda _: call.cancel())
+        call.feeder = asyncio.create_task(self._feed(request, envelope, call))
+        started, failed = time.monotonic(), 0
+        try:
+            for _ in range(groups):
+                match await call.next():
+                    case Delivery(group=group, result=ScoredGroup() as scored):
+                        for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
+                            yield message
+                    case Delivery(group=group, result=VaopdError() as error):
+                        failed += 1
+                        yield _group_error(group.group_id, error)
+                    case Refusal(group_id=group_id, error=error):
+                        failed += 1
+                        yield _group_error(group_id, error)
+        finally:
+            call.cancel()
+            self._waiting_groups -= groups
+            elapsed_s = time.monotonic() - started
+            log.info("job %r: %d groups, %d refused, %.3f s", request.job[:64], groups, failed, elapsed_s)
+
+    async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
+        """Prepares the groups in order and submits them, in units that fill a forward, as far ahead as is allowed.
+
+        The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
+        """
+        try:
+            ready: list[PreparedGroup] = []
+            async with aclosing(self._prepared(request.groups, envelope)) as prepared:
+                async for group_id, item in prepared:
+                    if isinstance(item, VaopdError):
+                        call.refuse(group_id, item)
+                        continue
+                    if ready and padded_tokens([*ready, item]) > self._batch_tokens:
+                        self._scheduler.submit(await call.unit(ready))
+                        ready = []
+                    ready.append(item)
+            if ready:
+                self._scheduler.submit(await call.unit(ready))
+        except Exception as error:  # whoever waits for results has to hear of it
+            call.fail(error)
+
+    async def _prepared(
+        self, groups: Sequence[pb.PromptGroup], envelope: Envelope
+    ) -> AsyncGenerator[tuple[str, PreparedGroup | VaopdError], None]:
+        """The groups in order, some of them prepared ahead on the threads."""
+        ahead: deque[tuple[str, asyncio.Task[PreparedGroup]]] = deque()
+        try:
+            for group in groups:
+                preparing = asyncio.create_task(self._on_thread(self._preparer.prepare, group, envelope))
+                ahead.append((group.group_id, preparing))
+                if len(ahead) > _PREPARED_AHEAD:
+                    yield await _outcome(*ahead.popleft())
+            while ahead:
+                yield await _outcome(*ahead.popleft())
+        finally:
+            for _, preparing in ahead:
+                preparing.cancel()
+
+    async def _answer(
+        self, group: PreparedGroup, scored: ScoredGroup, *, with_token_texts: bool
+    ) -> Iterator[pb.ScoreGroupsResponse]:
+        """The group's score and its payload in chunks, or an error when the score is too large for one message."""
+        advantage = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, np.float32(0))
+        score = pb.GroupScore(
+            group_id=group.group_id,
+            lengths=[len(ids) for ids in group.responses],
+            teacher_logprobs=wire.tensor_to_pb(scored.teacher_logprobs),
+            degraded_logprobs=wire.tensor_to_pb(scored.degraded_logprobs),
+            visual_advantage=wire.tensor_to_pb(advantage),
+            prompt_tokens=len(group.original.token_ids),
+            payload=[
+                pb.PayloadTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
+                for name, tensor in scored.payload.tensors.items()
+            ],
+        )
+        if with_token_texts:
+            ids = np.concatenate(group.responses)
+            score.response_ids.extend(ids.tolist())
+            score.token_texts.extend(await self._on_thread(self._preparer.token_texts, ids))
+        size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
+        if size > limit:
+            error = LimitExceeded(
+                f"the score of group {group.group_id!r} takes {size} bytes, the limit of a message is {limit}; "
+                "send fewer rollouts in a group"
+            )
+            return iter([_group_error(group.group_id, error)])
+        return self._messages(score, scored)
+
+    def _messages(self, score: pb.GroupScore, scored: ScoredGroup) -> Iterator[pb.ScoreGroupsResponse]:
+        yield pb.ScoreGroupsResponse(score=score)
+        for name, tensor in scored.payload.tensors.items():
+            for offset in range(0, len(tensor.data), self._chunk_bytes):
+                chunk = pb.TensorChunk(
+                    group_id=score.group_id,
+                    name=name,
+                    offset_bytes=offset,
+                    data=tensor.data[offset : offset + self._chunk_bytes],
+                )
+                yield pb.ScoreGroupsResponse(payload=chunk)
+
+    async def _on_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+async def _outcome(group_id: str, prepared: asyncio.Task[PreparedGroup]) -> tuple[str, PreparedGroup | VaopdError]:
+    try:
+        return group_id, await prepared
+    except VaopdError as error:
+        return group_id, error
+
+
+def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
+    code = status_of(error).value[0]
+    return pb.ScoreGroupsResponse(error=pb.GroupError(group_id=group_id, code=code, message=str(error)))

@@ -1,0 +1,142 @@
+"""Real teacher servers for tests, in this process or as a process of its own, and requests for them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from services.teacher.server import TeacherServer
+from tests.support.models import model_folder
+from tests.support.waiting import wait_until
+from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TeacherDescription, TextPart
+from vaopd.vlm import Vlm
+
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class TeacherInProcess:
+    target: str
+    description: TeacherDescription
+    failed: Callable[[], bool]
+
+
+@contextmanager
+def teacher_in_process(vlm: Vlm, *, batch_tokens: int = 4096, **options: Any) -> Iterator[TeacherInProcess]:
+    """A server on a free port of the loopback, on an event loop of its own; `options` are TeacherServer's."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> tuple[TeacherServer, str]:
+        server = TeacherServer(vlm, model="tiny-teacher", batch_tokens=batch_tokens, **options)
+        return server, await server.start("127.0.0.1:0")
+
+    try:
+        server, target = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        try:
+            yield TeacherInProcess(target, server.description, server.failed.is_set)
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(5.0), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@dataclass(frozen=True)
+class TeacherProcess:
+    target: str
+    process: subprocess.Popen[str]
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+def write_config(folder: Path, *, model: Path | None = None, **teacher: Any) -> Path:
+    """A run's TOML whose teacher is `model` (default: the tiny one) with the given fields."""
+    fields = {"model": str(model or model_folder("teacher")), "dtype": "float32", "device_map": "cpu", **teacher}
+    lines = [f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in fields.items()]
+    path = folder / "run.toml"
+    path.write_text(
+        '[run]\nname = "test"\n[data]\nsource = "unused"\n[student]\nmodel = "unused"\n[trainer]\nsteps = 1\n[teacher]\n'
+        + "\n".join(lines)
+    )
+    return path
+
+
+@contextmanager
+def teacher_process(folder: Path, *, address: str = "127.0.0.1:0", **teacher: Any) -> Iterator[TeacherProcess]:
+    """`python -m services.teacher` with files in `folder`; killed at the end when it still runs."""
+    announce = folder / "address"
+    announce.unlink(missing_ok=True)
+    config = write_config(folder, address=address, **teacher)
+    command = [sys.executable, "-m", "services.teacher", "--config", str(config), "--announce", str(announce)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = folder / "teacher.log"
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+    try:
+        wait_until("the teacher serves", lambda: announce.exists() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield TeacherProcess(announce.read_text(), process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def drawing(seed: int, size: tuple[int, int] = (96, 96)) -> PIL.Image.Image:
+    """A picture with coarse and fine detail, different for each seed."""
+    rng = np.random.default_rng(seed)
+    coarse = PIL.Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(size)
+    fine = rng.integers(-40, 40, (size[1], size[0], 3))
+    return PIL.Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
+
+
+def encoded(image: PIL.Image.Image, format: str = "PNG") -> EncodedImage:
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return EncodedImage(data=buffer.getvalue())
+
+
+def question(text: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:
+    parts = tuple(ImagePart(sha256=image.sha256) for image in images)
+    return (Message(role="user", content=(*parts, TextPart(text=text))),)
+
+
+def token_request(
+    vlm: Vlm,
+    group_id: str,
+    *,
+    pictures: Sequence[PIL.Image.Image] = (),
+    text: str = "What is the perimeter?",
+    responses: Sequence[str] = ("The sides are 3, 4 and 5.", "It is 12."),
+) -> ScoreRequest:
+    """A group as the trainer sends it: token ids throughout, each response with its EOS."""
+    images = [encoded(picture) for picture in pictures]
+    prepared = {
+        image.sha256: vlm.prepare_image(picture.convert("RGB")) for image, picture in zip(images, pictures, strict=True)
+    }
+    prompt = vlm.render(question(text, images), prepared)
+    ids = [vlm.tokenizer(response, add_special_tokens=False)["input_ids"] for response in responses]
+    return ScoreRequest(
+        group_id=group_id,
+        responses=tuple(np.array([*tokens, vlm.tokenizer.eos_token_id], dtype=np.int32) for tokens in ids),
+        images=tuple(images),
+        prompt_token_ids=prompt.token_ids.astype(np.int32),
+    )

@@ -1,0 +1,70 @@
+"""Payload tensors survive the way into bytes and back bit for bit, bfloat16 included."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vaopd.errors import InvalidInput
+from vaopd.payloads import decode, encode, from_torch, to_torch
+from vaopd.types import Payload, Tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8])
+def test_a_tensor_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    tensor = (torch.arange(12).reshape(3, 4) * 1.25).to(dtype)
+    sent = from_torch(tensor)
+    assert sent.shape == (3, 4)
+    assert torch.equal(to_torch(sent), tensor)
+
+
+def test_bfloat16_travels_as_its_two_bytes() -> None:
+    # 1.0 is 0x3F80 and -2.0 is 0xC000 in bfloat16, little-endian on the wire.
+    assert from_torch(torch.tensor([1.0, -2.0], dtype=torch.bfloat16)).data == b"\x80\x3f\x00\xc0"
+
+
+def test_a_transposed_tensor_travels_in_row_major_order() -> None:
+    assert from_torch(torch.tensor([[1, 2], [3, 4]]).T).numpy().tolist() == [[1, 3], [2, 4]]
+
+
+def test_an_empty_tensor_keeps_its_shape() -> None:
+    assert to_torch(from_torch(torch.empty(0, 7))).shape == (0, 7)
+
+
+def test_reading_a_tensor_copies_nothing() -> None:
+    sent = Tensor.from_numpy(np.arange(4, dtype=np.float32))
+    address = np.frombuffer(sent.data, np.uint8).ctypes.data
+    assert to_torch(sent).data_ptr() == address
+
+
+def test_bytes_that_do_not_fit_the_shape_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="needs 16 bytes, got 3"):
+        to_torch(Tensor(dtype="float32", shape=(4,), data=b"abc"))
+
+
+def test_a_dtype_that_does_not_travel_is_named() -> None:
+    with pytest.raises(InvalidInput, match="complex64"):
+        from_torch(torch.zeros(1, dtype=torch.complex64))
+
+
+def test_the_top_k_payload_holds_the_largest_and_the_rest() -> None:
+    # Logits log(1, 2, 4, 8): probabilities 1/15, 2/15, 4/15, 8/15; the two largest are ids 3 and 2, 3/15 remain.
+    hidden = torch.tensor([[1.0]])
+    head = torch.log(torch.tensor([[1.0], [2.0], [4.0], [8.0]]))
+    tensors = decode(encode("top_k", hidden, head, top_k=2))
+    assert tensors["token_ids"].tolist() == [[3, 2]]
+    assert tensors["logprobs"][0].tolist() == pytest.approx([math.log(8 / 15), math.log(4 / 15)], abs=1e-6)
+    assert tensors["tail_logprobs"].item() == pytest.approx(math.log(3 / 15), abs=1e-6)
+
+
+def test_the_hidden_payload_is_the_hidden_states() -> None:
+    hidden = torch.randn(3, 5, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(decode(encode("hidden", hidden, torch.zeros(7, 5), top_k=1))["hidden"], hidden)
+
+
+def test_a_payload_that_lacks_a_tensor_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="hidden"):
+        decode(Payload(kind="hidden"))

@@ -1,0 +1,74 @@
+"""The teacher's payload as torch tensors: made on the server, read by the trainer. Everything else of a score is numpy.
+
+What travels is `vaopd.types.Tensor`: dtype, shape and little-endian bytes, so bfloat16 arrives bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from vaopd.divergence import top_k_logprobs
+from vaopd.errors import InvalidInput
+from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
+
+PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "top_k", "sampled")
+"""What a teacher of this version can send."""
+
+_NAMES = {"none": (), "sampled": (), "hidden": ("hidden",), "top_k": ("token_ids", "logprobs", "tail_logprobs")}
+
+
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """The same values as a CPU tensor that shares the bytes: read it, or copy it elsewhere, but don't write into it."""
+    expected = math.prod(tensor.shape) * ITEMSIZE_BYTES[tensor.dtype]
+    if len(tensor.data) != expected:
+        raise InvalidInput(
+            f"tensor of dtype {tensor.dtype} and shape {tensor.shape} needs {expected} bytes, got {len(tensor.data)}"
+        )
+    dtype = getattr(torch, tensor.dtype)
+    if not tensor.data:
+        return torch.empty(tensor.shape, dtype=dtype)
+    with warnings.catch_warnings():
+        # torch warns that the bytes are read-only; copying gigabytes only to silence it would be the wrong cure.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
+
+
+def from_torch(tensor: torch.Tensor) -> Tensor:
+    """The bytes of a tensor from any device. Raises InvalidInput for a dtype that doesn't travel."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE_BYTES:
+        raise InvalidInput(f"tensor dtype {dtype} doesn't travel; use one of {', '.join(ITEMSIZE_BYTES)}")
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes()
+    return Tensor(dtype=dtype, shape=tuple(tensor.shape), data=data)  # type: ignore[arg-type]
+
+
+def encode(
+    kind: PayloadKind, hidden: torch.Tensor, head: torch.Tensor, *, top_k: int, chunk_tokens: int = 1024
+) -> Payload:
+    """The payload of M response tokens from hidden states (M, D) and the LM head (V, D). `top_k` matters to "top_k"."""
+    if kind == "hidden":
+        return Payload(kind=kind, tensors={"hidden": from_torch(hidden)})
+    if kind == "top_k":
+        tensors = top_k_logprobs(hidden, head, top_k, chunk_tokens=chunk_tokens)
+        return Payload(
+            kind=kind, tensors={name: from_torch(t) for name, t in zip(_NAMES["top_k"], tensors, strict=True)}
+        )
+    return Payload(kind=kind)
+
+
+def decode(payload: Payload) -> dict[str, torch.Tensor]:
+    """A payload's tensors by name (see `vaopd.types.Payload`). Raises InvalidInput when one is missing or misshapen."""
+    expected = _NAMES[payload.kind]
+    if set(payload.tensors) != set(expected):
+        raise InvalidInput(
+            f"a {payload.kind} payload holds tensors {sorted(expected)}, this one {sorted(payload.tensors)}"
+        )
+    tensors = {name: to_torch(payload.tensors[name]) for name in expected}
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        raise InvalidInput(f"the payload's tensors have different numbers of tokens: {shapes}")
+    return tensors
