@@ -70,13 +70,20 @@ def publish_snapshot(
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
     path = snapshot_path(folder, version)
-    tensors = _without_tied_head(state, tied=_ties_head(model_files_from))
+    tensors = without_tied_head(state, tied=ties_head(model_files_from))
     with atomic_folder(path) as aside:
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         digest = _sha256(aside / WEIGHTS_FILE)
         for source in model_files(model_files_from):
             _link_or_copy(source, aside / source.name)
     return PolicyVersion(version=version, path=str(path), sha256=digest)
+
+
+def link_snapshot(policy: PolicyVersion, target: Path) -> None:
+    """Keeps a snapshot under another name, as a model folder that pruning doesn't touch; replaces `target`."""
+    with atomic_folder(target) as aside:
+        for source in Path(policy.path).iterdir():
+            _link_or_copy(source, aside / source.name)
 
 
 def snapshot_path(folder: Path, version: int) -> Path:
@@ -128,14 +135,14 @@ def verify_snapshot(policy: PolicyVersion) -> None:
         )
 
 
-def _ties_head(model_folder: Path) -> bool:
+def ties_head(model_folder: Path) -> bool:
     config = json.loads((model_folder / "config.json").read_text()) if (model_folder / "config.json").is_file() else {}
     text = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
-def _without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` would write: the tied LM head left out, everything contiguous.
+def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write: the tied LM head left out, all contiguous. `load_state` is its inverse.
 
     The configuration decides, not the storage: a state gathered from shards holds the tied tensor twice.
     """
@@ -151,6 +158,16 @@ def _without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict
                 "clone one, or correct config.json"
             )
     return tensors
+
+
+def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Loads what `without_tied_head` left. Raises Mismatch when others are missing or strange."""
+    missing, strange = model.load_state_dict(dict(tensors), strict=False)
+    if strange or set(missing) - {HEAD}:
+        raise Mismatch(
+            f"the weights lack {sorted(set(missing) - {HEAD})[:3]} and bring {strange[:3]}, unknown to the model; "
+            "they belong to another model"
+        )
 
 
 def _sha256(path: Path) -> str:

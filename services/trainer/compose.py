@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from vaopd.client import SyncTeacherClient
 
 from services.trainer import checkpoint
 from services.trainer.collector import Collector
@@ -20,13 +19,15 @@ from services.trainer.ranks import Ranks
 from services.trainer.records import ProgressLine
 from services.trainer.scoring import Scorer
 from services.trainer.student import StudentLoss
+from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
-from vaopd.data import load_prompts
+from vaopd.data.loaders import load_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.payloads import to_torch
 from vaopd.queue import TrainerQueue
 from vaopd.types import Degradation
 from vaopd.vlm import Vlm, check_same_tokenizer
+from vaopd.weights import load_state
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
         max_pixels=config.data.max_pixels,
     )
     if start is not None:
-        student.model.load_state_dict(checkpoint.load_student(start))
+        load_state(student.model, checkpoint.load_student(start))
     if not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     prompts = load_prompts(
@@ -97,7 +98,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
         )
         if start is not None:
             trainer.resume(start)
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers(config.run.name)
         scorer = Scorer(
             teacher=teacher,
             student=student,

@@ -35,7 +35,7 @@ from vaopd.errors import NumericalError, VaopdError
 from vaopd.queue import LeaseKeeper
 from vaopd.types import PolicyVersion, Prompt, RolloutRequest, SamplingSettings
 from vaopd.vlm import Vlm
-from vaopd.weights import link_snapshot, prune_snapshots, publish_snapshot
+from vaopd.weights import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Trainer:
         self.prompts = prompts
         self.coordinator = coordinator
         self.stop = stop
-        self.folder = config.run_folder
+        self.folder = config.run_folder.resolve()  # workers read snapshots from there, whatever folder they run in
         self.progress = checkpoint.Progress()
         self._first_step = 0
         self._best_accuracy = -1.0
@@ -160,7 +160,7 @@ class Trainer:
         )
         self.coordinator.collector.publish(self._snapshot)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
-        prune_snapshots(self.folder, keep=self.config.trainer.max_policy_lag + 2)
+        prune_snapshots(self.folder, keep=self.config.trainer.max_policy_lag + 2, current=version)
 
     def group_id(self, step: int, index: int) -> str:
         return f"train-{step:06d}-{index:04d}"
@@ -280,7 +280,8 @@ class Trainer:
         """Accumulates the gradient over forwards of whole groups -> this rank's share of the loss, each group's KL."""
         size = self.config.trainer.groups_per_forward
         batches = [weighted[start : start + size] for start in range(0, len(weighted), size)]
-        total, kl = 0.0, []
+        total = 0.0
+        kl: list[np.ndarray] = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with self.accelerator.autocast(), self._sync(last):
@@ -364,7 +365,10 @@ class Trainer:
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,
-            student={name.removeprefix("model."): tensor for name, tensor in state.items()},
+            student=without_tied_head(
+                {name.removeprefix("model."): tensor for name, tensor in state.items()},
+                tied=ties_head(self.student.path),
+            ),
             optimizer=self.optimizer.optimizer,
             keep=self.config.trainer.keep_checkpoints,
         )

@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from vaopd.client import GroupFailure, SyncTeacherClient
 
 from services.trainer.student import ScoredGroup
 from vaopd import images
+from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import InvalidInput, Mismatch
 from vaopd.types import Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm import PreparedPrompt, Vlm
