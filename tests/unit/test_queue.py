@@ -1,4 +1,5 @@
 """The queue against a real Valkey: what a trainer and its workers can rely on while nothing breaks."""
+# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from tests.support.groups import a_request, an_answer
-from tests.support.redis import job, redis_server  # noqa: F401
+from tests.support.redis import job, redis_server
 from vaopd.embedded_redis import EmbeddedRedis
 from vaopd.errors import ConfigError, InvalidInput, LeaseLost, Mismatch
 from vaopd.queue import TrainerQueue, WorkerQueue
@@ -18,14 +19,14 @@ MakeWorker = Callable[[str], WorkerQueue]
 
 
 @pytest.fixture
-def trainer(redis_server: EmbeddedRedis, job: str) -> Iterator[TrainerQueue]:  # noqa: F811
+def trainer(redis_server: EmbeddedRedis, job: str) -> Iterator[TrainerQueue]:
     with closing(TrainerQueue(url=redis_server.url, job=job)) as queue:
         queue.acquire()
         yield queue
 
 
 @pytest.fixture
-def make_worker(redis_server: EmbeddedRedis, job: str) -> Iterator[MakeWorker]:  # noqa: F811
+def make_worker(redis_server: EmbeddedRedis, job: str) -> Iterator[MakeWorker]:
     with ExitStack() as stack:
         yield lambda name: stack.enter_context(closing(WorkerQueue(url=redis_server.url, job=job, worker=name)))
 
@@ -85,7 +86,7 @@ def test_the_answer_must_be_to_the_request(trainer: TrainerQueue, make_worker: M
     assert worker.complete(lease, an_answer(lease.request))
 
 
-def test_a_job_has_one_trainer(redis_server: EmbeddedRedis, job: str, trainer: TrainerQueue) -> None:  # noqa: F811
+def test_a_job_has_one_trainer(redis_server: EmbeddedRedis, job: str, trainer: TrainerQueue) -> None:
     with closing(TrainerQueue(url=redis_server.url, job=job, owner="the-second")) as second:
         with pytest.raises(LeaseLost, match=rf"held by trainer '{trainer.owner}' .* another job name"):
             second.acquire()
@@ -95,7 +96,7 @@ def test_a_job_has_one_trainer(redis_server: EmbeddedRedis, job: str, trainer: T
             trainer.enqueue(a_request())
 
 
-def test_jobs_do_not_meet(redis_server: EmbeddedRedis, trainer: TrainerQueue) -> None:  # noqa: F811
+def test_jobs_do_not_meet(redis_server: EmbeddedRedis, trainer: TrainerQueue) -> None:
     trainer.enqueue(a_request("g1"))
     with closing(TrainerQueue(url=redis_server.url, job="test-other")) as other:
         other.acquire()

@@ -1,0 +1,64 @@
+"""A job on a Redis, for tests of the queue: its trainers and workers are closed at the end, whatever their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+import redis
+
+from tests.support.groups import an_answer
+from tests.support.redis import job, redis_server  # noqa: F401
+from vaopd.embedded_redis import EmbeddedRedis
+from vaopd.queue import DeadLetters, Delivered, Lease, TrainerQueue, WorkerQueue
+from vaopd.types import RolloutRequest
+
+
+class Job:
+    def __init__(self, url: str, name: str, stack: ExitStack) -> None:
+        self.url, self.name, self._stack = url, name, stack
+
+    def trainer(self, *, lease_s: float = 30.0, url: str | None = None) -> TrainerQueue:
+        queue = self._stack.enter_context(closing(TrainerQueue(url=url or self.url, job=self.name, lease_s=lease_s)))
+        queue.acquire()
+        return queue
+
+    def worker(self, name: str, *, lease_s: float = 30.0, url: str | None = None) -> WorkerQueue:
+        queue = WorkerQueue(url=url or self.url, job=self.name, worker=name, lease_s=lease_s)
+        return self._stack.enter_context(closing(queue))
+
+    def dead_letters(self) -> DeadLetters:
+        return self._stack.enter_context(closing(DeadLetters(url=self.url, job=self.name)))
+
+    def trainer_dies(self) -> None:
+        """Without a word, and its lease has run out."""
+        with redis.Redis.from_url(self.url) as client:
+            client.pexpire(f"vaopd:{{{self.name}}}:trainer", 0)
+
+    def put_raw(self, stream: str, key: str, body: bytes) -> None:
+        """What no trainer or worker would write."""
+        with redis.Redis.from_url(self.url) as client:
+            client.xadd(f"vaopd:{{{self.name}}}:{stream}", {"key": key, "body": body})
+
+
+@pytest.fixture
+def a_job(redis_server: EmbeddedRedis, job: str) -> Iterator[Job]:  # noqa: F811
+    with ExitStack() as stack:
+        yield Job(redis_server.url, job, stack)
+
+
+def take_one(worker: WorkerQueue) -> Lease:
+    [lease] = worker.take(block_s=10)
+    return lease
+
+
+def collect_one(trainer: TrainerQueue) -> Delivered:
+    [delivered] = trainer.collect(block_s=10, max_groups=1)
+    return delivered
+
+
+def answer(worker: WorkerQueue) -> RolloutRequest:
+    lease = take_one(worker)
+    worker.complete(lease, an_answer(lease.request, worker=worker.worker))
+    return lease.request
