@@ -186,7 +186,7 @@ class _Launch:
     ) -> Child:
         return Child(
             name=name,
-            argv=service_argv(role, self._config, self._options.config_path, self._overrides, *arguments),
+            argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
             environment=environment(self._config, devices=devices),
             is_ready=is_ready,
         )
@@ -197,15 +197,10 @@ class _Launch:
         return path
 
 
-def service_argv(
-    role: str, config: Config, config_path: Path, overrides: Sequence[str], *arguments: str
-) -> tuple[str, ...]:
-    """The command line of one of `services/`; several trainer ranks start through torchrun."""
+def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
+    """The command line of one of `services/`."""
     settings = [part for override in overrides for part in ("--set", override)]
-    ranks: tuple[str, ...] = ()
-    if role == "trainer" and config.trainer.processes > 1:
-        ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.trainer.processes}")
-    return (sys.executable, *ranks, "-m", f"services.{role}", "--config", str(config_path), *settings, *arguments)
+    return (sys.executable, "-m", f"services.{role}", "--config", str(config_path), *settings, *arguments)
 
 
 def environment(config: Config, *, devices: str | None) -> dict[str, str]:

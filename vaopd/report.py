@@ -19,6 +19,7 @@ from vaopd.errors import InvalidInput, NotFound
 
 GROUPS_SHOWN = 6
 MAX_IMAGE_CHARACTERS = 400_000  # base64; larger ones would make the page heavy
+IMAGE_KINDS = {"iVBOR": "png", "/9j/": "jpeg", "UklGR": "webp"}  # how the base64 of each begins
 FULL_COLOUR_NATS = 4.0  # the VA from which a token has the full colour
 
 
@@ -152,10 +153,12 @@ def _samples_section(path: Path) -> Iterator[str]:
 
 def _group_html(step: int, rollouts: Sequence[dict[str, Any]]) -> str:
     first = rollouts[0]
-    image = first.get("image_png_base64") or ""
+    # Only one rollout of a group carries the image.
+    image = next((rollout["image_base64"] for rollout in rollouts if rollout.get("image_base64")), "")
     picture = ""
     if image and len(image) <= MAX_IMAGE_CHARACTERS:
-        picture = f'<img alt="the prompt\'s image" src="data:image/png;base64,{html.escape(image)}">'
+        kind = next((kind for start, kind in IMAGE_KINDS.items() if image.startswith(start)), "png")
+        picture = f'<img alt="the prompt\'s image" src="data:image/{kind};base64,{html.escape(image)}">'
     rows = "".join(_rollout_html(rollout) for rollout in rollouts)
     question = f"<b>{html.escape(first['question'])}</b> answer {html.escape(str(first['answer']))}"
     return f'<section class="group">{picture}<div><p>step {step}: {question}</p>{rows}</div></section>'
@@ -171,7 +174,9 @@ def _rollout_html(rollout: dict[str, Any]) -> str:
             f'<span style="background:rgb(255 140 0/{share:.2f})" title="VA {va:.3f}, teacher {logprob:.3f} nats">'
             f"{html.escape(text)}</span>"
         )
-    mark = '<span class="right">✓</span>' if rollout["correct"] else '<span class="wrong">✗</span>'
+    mark = ""
+    if "correct" in rollout:
+        mark = '<span class="right">✓</span>' if rollout["correct"] else '<span class="wrong">✗</span>'
     weight = f'<span class="weight" title="rollout weight">w {rollout["rollout_weight"]:.2f}</span>'
     text = "".join(tokens)
     return f'<p class="rollout">{mark} {weight} <code>{text}</code></p>'

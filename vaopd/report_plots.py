@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ COLOURS = {
     "token_groups": "#1f9e89",
     "masked": "#d04a86",
 }
-RC = {
+RC: Any = {  # matplotlib types the keys one by one
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.spines.top": False,
@@ -59,9 +60,8 @@ def run_svgs(run: Run) -> Iterator[str]:
     for title, keys, unit in plots:
         present = [key for key in keys if any(_is_number(line.get(key)) for line in run.train)]
         if present:
-            yield _svg(
-                lambda axes, k=present, t=title, u=unit: _draw_lines(axes, run, k, t, u), salt=f"{run.name}-{title}"
-            )  # type: ignore[misc]
+            draw = partial(_draw_lines, run=run, keys=present, title=title, unit=unit)
+            yield _svg(draw, salt=f"{run.name}-{title}")
     if any(_is_number(line.get(key)) for line in run.train for key in TIMES):
         yield _svg(lambda axes: _draw_times(axes, run), salt=f"{run.name}-times")
 
@@ -132,7 +132,7 @@ def seed_band(runs: Sequence[Run], *, band: str) -> tuple[list[int], list[float]
     return steps, means, lows, highs
 
 
-def _draw_lines(axes: Axes, run: Run, keys: Sequence[str], title: str, unit: str) -> None:
+def _draw_lines(axes: Axes, *, run: Run, keys: Sequence[str], title: str, unit: str) -> None:
     for key in keys:
         points = [(line["step"], line[key]) for line in run.train if _is_number(line.get(key))]
         axes.plot([step for step, _ in points], [value for _, value in points], label=key, linewidth=1)
@@ -151,11 +151,10 @@ def _draw_times(axes: Axes, run: Run) -> None:
 
 
 def _svg(draw: Callable[[Axes], None], *, salt: str, size: tuple[float, float] = (4.6, 3.0)) -> str:
-    foreground = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), FOREGROUND
-    )
+    coloured = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    foreground: Any = dict.fromkeys(coloured, FOREGROUND)
     # A salt of its own keeps the ids of several figures in one page apart.
-    with matplotlib.rc_context({**RC, **foreground, "grid.color": FOREGROUND, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({**RC, **foreground, "svg.hashsalt": salt}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()

@@ -11,7 +11,10 @@ from vaopd.types import EncodedImage, ImagePart, Message, TextPart
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:
     """One user message: the images in order, then the question, as the data sets have it."""
-    parts = (*(ImagePart(sha256=image.sha256) for image in images), TextPart(text=question))
+    parts: tuple[ImagePart | TextPart, ...] = (
+        *(ImagePart(sha256=image.sha256) for image in images),
+        TextPart(text=question),
+    )
     return (Message(role="user", content=parts),)
 
 

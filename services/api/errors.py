@@ -9,6 +9,7 @@ numbers, nor texts of libraries.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -19,6 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from vaopd import errors
+from vaopd.transport import Busy
 
 logger = logging.getLogger("vaopd.api")
 
@@ -30,7 +32,6 @@ STATUS_OF: tuple[tuple[type[errors.VaopdError], int, str], ...] = (
     (errors.LimitExceeded, 413, "too_large"),
     (errors.Mismatch, 409, "mismatch"),
     (errors.NotFound, 404, "not_found"),
-    (errors.Unavailable, 503, "unavailable"),
     (errors.NumericalError, 500, "numerical_error"),
 )
 CODE_OF_STATUS = {
@@ -68,6 +69,13 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
             return error_response(error.status, str(error), field=error.field)
+        case Busy():
+            seconds = max(1, math.ceil(error.retry_after_s))
+            return error_response(429, str(error), headers={"Retry-After": str(seconds)})
+        case errors.Unavailable():
+            # The message would tell everybody where the teacher runs.
+            logger.warning("%s", error)
+            return error_response(503, "the teacher can't be reached, is starting or is draining; try again")
         case errors.VaopdError():
             return _vaopd(error)
         case RequestValidationError():
@@ -98,7 +106,8 @@ def _vaopd(error: errors.VaopdError) -> JSONResponse:
     for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
             return error_response(status, str(error), code=code)
-    return error_response(502, str(error))
+    logger.error("the teacher failed: %s", error)
+    return error_response(502, "the teacher failed; its log tells why")
 
 
 def _validation(error: RequestValidationError) -> JSONResponse:
@@ -114,6 +123,6 @@ def _validation(error: RequestValidationError) -> JSONResponse:
 
 
 def field_name(location: tuple[Any, ...]) -> str | None:
-    """("body", "responses", 0, "list[constrained-int]", 3) -> "responses.0.3": pydantic's names of a union's arms go."""
+    """("body", "responses", 0, "list[constrained-int]", 3) -> "responses.0.3": names of a union's arms are left out."""
     parts = [str(part) for part in location if part not in ("body", "str") and "[" not in str(part)]
     return ".".join(parts) or None

@@ -29,7 +29,9 @@ def image_from_text(text: str, *, field: str) -> EncodedImage:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(422, f"{field} is not base64 ({len(text)} characters); send a file's bytes", field=field) from None
+        raise ApiError(
+            422, f"{field} is not base64 ({len(text)} characters); send a file's bytes", field=field
+        ) from None
     if OTHER_FORMATS.match(data):
         raise ApiError(415, f"{field} is of another format than PNG, JPEG and WEBP; re-encode it", field=field)
     if not (data.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):

@@ -148,17 +148,6 @@ def test_an_unknown_tiny_model_is_answered_with_the_known_ones(capsys: pytest.Ca
     assert "choose one of" in capsys.readouterr().err
 
 
-def test_several_trainer_ranks_start_through_torchrun(config: Path) -> None:
-    from vaopd.config import load_config
-    from vaopd.launch import service_argv
-
-    two = load_config(config, ["trainer.processes=2"])
-    argv = service_argv("trainer", two, config, ["trainer.processes=2"], "--resume")
-    assert argv[1:5] == ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert argv[-3:] == ("--set", "trainer.processes=2", "--resume")
-    assert "torch.distributed.run" not in service_argv("teacher", two, config, [])
-
-
 def test_doctor_tells_what_is_missing_and_makes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from vaopd.cli.toml_text import config_as_toml
-from vaopd.config import Config, Section, load_config
+from vaopd.config import Config, Section, load_config, to_toml
 from vaopd.errors import ConfigError
 
 MINIMAL = """
@@ -108,6 +107,6 @@ def test_a_resolved_configuration_can_be_read_again(minimal: Path, tmp_path: Pat
     config = load_config(
         minimal, ['data.instruction=Say "so" — and\\no more.', 'rollout.engine_options={"a b" = [1, 2], c = true}']
     )
-    (tmp_path / "resolved.toml").write_text(config_as_toml(config))
+    (tmp_path / "resolved.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "resolved.toml") == config
-    assert "min_pixels" not in tomllib.loads(config_as_toml(config))["data"]
+    assert "min_pixels" not in tomllib.loads(to_toml(config))["data"]

@@ -35,9 +35,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def dry_run(config: Config, needs: Iterable[Needs]) -> int:
     """Prints the configuration as TOML, then what stands in its way on standard error; 1 if anything does."""
-    from vaopd.cli.toml_text import config_as_toml
+    from vaopd.config import to_toml
 
-    print(config_as_toml(config), end="")
+    print(to_toml(config), end="")
     problems = list(find_problems(config, needs))
     for problem in problems:
         print(f"vaopd: {problem}", file=sys.stderr)

@@ -40,7 +40,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     rollout.add_argument("--worker", metavar="NAME", help="the worker's name, unique within the run")
 
 
-def _run(arguments: argparse.Namespace) -> int:  # noqa: RET503: execv does not return
+def _run(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch import service_argv
 
@@ -51,6 +51,6 @@ def _run(arguments: argparse.Namespace) -> int:  # noqa: RET503: execv does not 
     for name in ("announce", "worker"):
         if value := getattr(arguments, name, None):
             extra += [f"--{name}", value]
-    argv = service_argv(arguments.service, config, arguments.config, arguments.overrides, *extra)
+    argv = service_argv(arguments.service, arguments.config, arguments.overrides, *extra)
     sys.stdout.flush()
-    os.execv(argv[0], argv)
+    return os.execv(argv[0], argv)
