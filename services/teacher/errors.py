@@ -6,9 +6,10 @@ a fault of ours: it is logged with its traceback here and the client reads "inte
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,33 @@ class _Malformed:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, its request's parsing included: gRPC itself would answer malformed bytes with INTERNAL."""
+    """Wraps every handler, its request's parsing included: gRPC itself would answer malformed bytes with INTERNAL.
+
+    It also counts the calls of `service` in progress, so that a server that drains knows when they are done; a health
+    Watch, which never ends by itself, is no reason to wait.
+    """
+
+    def __init__(self, service: str) -> None:
+        self._counted = f"/{service}/"
+        self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    @contextmanager
+    def _count(self, method: str) -> Iterator[None]:
+        one = method.startswith(self._counted)
+        self._in_progress += one
+        if one:
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_progress -= one
+            if self._in_progress == 0:
+                self._idle.set()
 
     async def intercept_service(
         self,
@@ -79,12 +106,41 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         serialise = handler.response_serializer
         if handler.stream_stream:
-            return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream, method), parse, serialise)
+            stream = self._guard_stream(handler.stream_stream, method)
+            return grpc.stream_stream_rpc_method_handler(stream, parse, serialise)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_guard_stream(handler.unary_stream, method), parse, serialise)
+            stream = self._guard_stream(handler.unary_stream, method)
+            return grpc.unary_stream_rpc_method_handler(stream, parse, serialise)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(_guard_unary(handler.stream_unary, method), parse, serialise)
-        return grpc.unary_unary_rpc_method_handler(_guard_unary(handler.unary_unary, method), parse, serialise)
+            unary = self._guard_unary(handler.stream_unary, method)
+            return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
+        return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, method), parse, serialise)
+
+    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with self._count(method):
+                try:
+                    return await behaviour(_incoming(request), context)
+                except Exception as error:
+                    return await _abort(context, method, error)
+
+        return call
+
+    def _guard_stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            with self._count(method):
+                try:
+                    answer = behaviour(_incoming(request), context)
+                    if hasattr(answer, "__aiter__"):
+                        async with aclosing(answer) as items:
+                            async for item in items:
+                                yield item
+                    else:  # a handler that writes to the context itself, as the health service's Watch does
+                        await answer
+                except Exception as error:
+                    await _abort(context, method, error)
+
+        return call
 
 
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -111,32 +167,6 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 def _incoming(request: Any) -> Any:
     return _checked_stream(request) if hasattr(request, "__aiter__") else _checked(request)
-
-
-def _guard_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            return await behaviour(_incoming(request), context)
-        except Exception as error:
-            return await _abort(context, method, error)
-
-    return call
-
-
-def _guard_stream(behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        try:
-            answer = behaviour(_incoming(request), context)
-            if hasattr(answer, "__aiter__"):
-                async with aclosing(answer) as items:
-                    async for item in items:
-                        yield item
-            else:  # a handler that writes to the context itself, as the health service's Watch does
-                await answer
-        except Exception as error:
-            await _abort(context, method, error)
-
-    return call
 
 
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import grpc
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.teacher.engine import Engine, GroupEngine
@@ -38,13 +37,15 @@ log = logging.getLogger(__name__)
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 GRACE_S = 60.0
+_LAST_BYTES_S = 1.0
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 
 def describe(vlm: Vlm, *, model: str, limits: TeacherLimits) -> TeacherDescription:
     """What Describe answers. An image travels in one message, so it can't be larger than a message."""
     return TeacherDescription(
-        model=model,
+        # A folder's place on this host is nobody's business.
+        model=Path(model).name if Path(model).is_dir() else model,
         revision=revision_of(vlm.model),
         tokenizer_fingerprint=vlm.fingerprint,
         vocab_size=vlm.vocab_size,
@@ -98,8 +99,9 @@ class TeacherServer:
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
         )
-        self._health = HealthServicer()
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_options(limits))
+        self._health = health.aio.HealthServicer()
+        self._calls = ErrorInterceptor(SERVICE)
+        self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
         servicer = TeacherServicer(
             description=self.description,
             head=vlm.head,
@@ -130,7 +132,13 @@ class TeacherServer:
     async def stop(self, grace_s: float) -> None:
         """Drains: health first, so that balancers turn away, then no new calls, then the accepted ones' ends."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.stop(grace_s)
+        draining = asyncio.create_task(self._server.stop(grace_s))
+        idle = asyncio.create_task(self._calls.wait_idle())
+        await asyncio.wait((draining, idle), return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
+        await self._server.stop(min(grace_s, _LAST_BYTES_S))
+        await draining
         await asyncio.get_running_loop().run_in_executor(None, self._scheduler.stop)
         self._threads.shutdown(wait=False, cancel_futures=True)
 

@@ -9,14 +9,15 @@ import PIL.Image
 import pytest
 import torch
 
-from services.teacher.engine import GroupEngine
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, question, teacher_in_process, token_request
+from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
 from vaopd.client import SyncTeacherClient
 from vaopd.degradation import pixelate
 from vaopd.payloads import decode, to_torch
 from vaopd.types import Degradation, GroupScore, ScoreRequest
 from vaopd.vlm import chat
+
+QUESTION = "What is the perimeter?"
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,11 @@ def score(target: str, *requests: ScoreRequest, with_token_texts: bool = False, 
     return scores  # type: ignore[return-value]
 
 
-def plain_logits(pictures: list[PIL.Image.Image], text: str, response_ids: np.ndarray) -> torch.Tensor:
+def plain_logits(pictures: list[PIL.Image.Image], response_ids: np.ndarray) -> torch.Tensor:
     """(T, V) float64: the processor's own output, the model's own forward with full logits, one row."""
     vlm = tiny_vlm()
-    rendered = vlm.processor.apply_chat_template(
-        chat(question(text, [image_of(p) for p in pictures])), tokenize=False, add_generation_prompt=True
-    )
+    messages = chat(question(QUESTION, [encoded(picture) for picture in pictures]))
+    rendered = vlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = vlm.processor(text=[rendered], images=pictures or None, return_tensors="pt")
     prompt_tokens = inputs["input_ids"].shape[1]
     response = torch.from_numpy(response_ids.astype(np.int64))[None]
@@ -53,26 +53,131 @@ def plain_logits(pictures: list[PIL.Image.Image], text: str, response_ids: np.nd
     return logits.double()
 
 
-def image_of(picture: PIL.Image.Image):  # noqa: ANN201
-    from tests.support.teacher import encoded
-
-    return encoded(picture)
-
-
-def plain_logprobs(pictures: list[PIL.Image.Image], text: str, response_ids: np.ndarray) -> np.ndarray:
-    logprobs = plain_logits(pictures, text, response_ids).log_softmax(-1)
+def plain_logprobs(pictures: list[PIL.Image.Image], response_ids: np.ndarray) -> np.ndarray:
+    logprobs = plain_logits(pictures, response_ids).log_softmax(-1)
     return logprobs.gather(-1, torch.from_numpy(response_ids.astype(np.int64))[:, None]).squeeze(-1).numpy()
 
 
-def test_both_views_equal_plain_forwards(teacher: TeacherInProcess) -> None:
-    picture, text = drawing(1), "What is the perimeter?"
-    request = token_request(tiny_vlm(), "g", pictures=[picture], text=text)
+@pytest.mark.parametrize("sizes", [[(96, 96)], [(128, 64), (96, 96)], []], ids=["one image", "two images", "no image"])
+def test_both_views_equal_plain_forwards(teacher: TeacherInProcess, sizes: list[tuple[int, int]]) -> None:
+    pictures = [drawing(seed, size) for seed, size in enumerate(sizes)]
+    request = token_request(tiny_vlm(), "g", pictures=pictures, text=QUESTION)
     (scored,) = score(teacher.target, request)
     for k, ids in enumerate(request.responses):
-        original = plain_logprobs([picture], text, ids)
-        degraded = plain_logprobs([pixelate(picture, 0.1)], text, ids)
+        assert isinstance(ids, np.ndarray)
+        original = plain_logprobs(pictures, ids)
+        degraded = plain_logprobs([pixelate(picture, 0.1) for picture in pictures], ids)
         np.testing.assert_allclose(scored.teacher_logprobs[k], original, atol=1e-4)
         np.testing.assert_allclose(scored.degraded_logprobs[k], degraded, atol=1e-4)
         np.testing.assert_allclose(scored.visual_advantage[k], np.maximum(original - degraded, 0), atol=2e-4)
+    assert request.prompt_token_ids is not None
     assert scored.prompt_tokens == len(request.prompt_token_ids)
-    assert max(va.max() for va in scored.visual_advantage) > 0
+
+
+def test_what_the_image_shows_has_an_advantage_over_the_blurred_view(teacher: TeacherInProcess) -> None:
+    (scored,) = score(teacher.target, token_request(tiny_vlm(), "g", pictures=[drawing(1)]))
+    assert max(advantage.max() for advantage in scored.visual_advantage) > 0.001
+
+
+def test_pixelation_with_ratio_1_has_no_advantage_at_all(teacher: TeacherInProcess) -> None:
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)])
+    (scored,) = score(teacher.target, request, degradation=Degradation(strength=1.0))
+    for k in range(2):
+        assert np.array_equal(scored.teacher_logprobs[k], scored.degraded_logprobs[k])
+        assert (scored.visual_advantage[k] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["blur", "mean_colour", "black", "noise"])
+def test_every_other_degradation_is_served_and_repeats_itself(teacher: TeacherInProcess, kind: str) -> None:
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)])
+    degradation = Degradation(kind=kind, strength=0.2)  # type: ignore[arg-type]
+    first, second = (score(teacher.target, request, degradation=degradation)[0] for _ in range(2))
+    assert not np.array_equal(first.teacher_logprobs[0], first.degraded_logprobs[0])
+    assert np.array_equal(first.degraded_logprobs[0], second.degraded_logprobs[0])
+
+
+def test_a_score_does_not_depend_on_what_else_is_in_the_batch(teacher: TeacherInProcess) -> None:
+    vlm = tiny_vlm()
+    alone = token_request(vlm, "a", pictures=[drawing(1)])
+    others = [
+        token_request(vlm, "b", pictures=[drawing(2, (160, 128)), drawing(3)], responses=["It is 7."] * 5),
+        token_request(vlm, "c", text="Say it all again, from the first word on, and say it slowly, please."),
+        token_request(vlm, "d", pictures=[drawing(1)], responses=["12"]),
+    ]
+    (by_itself,) = score(teacher.target, alone)
+    among_others = score(teacher.target, *others[:2], alone, others[2])[2]
+    for k in range(2):
+        np.testing.assert_allclose(among_others.teacher_logprobs[k], by_itself.teacher_logprobs[k], atol=1e-5)
+        np.testing.assert_allclose(among_others.degraded_logprobs[k], by_itself.degraded_logprobs[k], atol=1e-5)
+
+
+def test_a_group_that_is_larger_than_a_forward_is_scored_in_several() -> None:
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)], responses=["It is 12.", "12", "It is 13."])
+    with teacher_in_process(tiny_vlm(), batch_tokens=50) as one_row_at_a_time:
+        (small,) = score(one_row_at_a_time.target, request)
+    with teacher_in_process(tiny_vlm()) as all_rows_at_once:
+        (large,) = score(all_rows_at_once.target, request)
+    for k in range(3):
+        np.testing.assert_allclose(small.degraded_logprobs[k], large.degraded_logprobs[k], atol=1e-5)
+    np.testing.assert_allclose(decode(small.payload)["hidden"], decode(large.payload)["hidden"], atol=1e-4)
+
+
+def test_the_head_is_the_weights_over_the_logical_vocabulary_bit_for_bit(teacher: TeacherInProcess) -> None:
+    vlm = tiny_vlm()
+    with SyncTeacherClient(teacher.target) as client:
+        head = client.head()
+    weights = vlm.model.get_output_embeddings().weight
+    assert head.shape == (vlm.vocab_size, vlm.hidden_size)
+    assert len(weights) > vlm.vocab_size  # the padding rows stay at home
+    assert torch.equal(to_torch(head), weights[: vlm.vocab_size])
+
+
+def test_hidden_states_times_head_are_the_full_logits(teacher: TeacherInProcess) -> None:
+    picture = drawing(4)
+    request = token_request(tiny_vlm(), "g", pictures=[picture])
+    (scored,) = score(teacher.target, request)
+    with SyncTeacherClient(teacher.target) as client:
+        logits = decode(scored.payload)["hidden"] @ to_torch(client.head()).T
+    expected = torch.cat([plain_logits([picture], ids) for ids in request.responses])  # type: ignore[arg-type]
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_top_k_and_the_tail_are_a_distribution(teacher: TeacherInProcess) -> None:
+    picture = drawing(4)
+    request = token_request(tiny_vlm(), "g", pictures=[picture])
+    (scored,) = score(teacher.target, request, payload="top_k", top_k=8)
+    payload = decode(scored.payload)
+    assert payload["token_ids"].dtype == torch.int32
+    total = payload["logprobs"].double().exp().sum(-1) + payload["tail_logprobs"].double().exp()
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
+    expected = torch.cat([plain_logits([picture], ids) for ids in request.responses]).log_softmax(-1)  # type: ignore[arg-type]
+    torch.testing.assert_close(payload["logprobs"].double(), expected.topk(8).values, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "sampled"])
+def test_the_light_payloads_carry_log_probs_only(teacher: TeacherInProcess, kind: str) -> None:
+    (scored,) = score(teacher.target, token_request(tiny_vlm(), "g"), payload=kind)
+    assert scored.payload.kind == kind
+    assert scored.payload.tensors == {}
+    assert len(scored.teacher_logprobs) == 2
+
+
+def test_messages_and_texts_are_the_same_as_their_tokens(teacher: TeacherInProcess) -> None:
+    vlm, picture = tiny_vlm(), drawing(5)
+    texts = ("The sides are 3, 4 and 5.", "It is 12.")
+    tokens = token_request(vlm, "tokens", pictures=[picture], text=QUESTION, responses=texts)
+    image = encoded(picture)
+    ad_hoc = ScoreRequest(group_id="texts", responses=texts, images=(image,), messages=question(QUESTION, [image]))
+    from_tokens, from_texts = score(teacher.target, tokens, ad_hoc, with_token_texts=True)
+    for k, text in enumerate(texts):
+        assert from_texts.response_ids is not None
+        assert np.array_equal(from_texts.response_ids[k], tokens.responses[k])
+        np.testing.assert_allclose(from_texts.teacher_logprobs[k], from_tokens.teacher_logprobs[k], atol=1e-5)
+        assert from_texts.token_texts is not None
+        assert "".join(from_texts.token_texts[k]) == text + vlm.tokenizer.eos_token
+
+
+def test_a_part_of_a_character_shows_as_the_replacement_character(teacher: TeacherInProcess) -> None:
+    # The tiny tokenizer has no Chinese: 三 falls into its three bytes.
+    (scored,) = score(teacher.target, token_request(tiny_vlm(), "g", responses=["三"]), with_token_texts=True)
+    assert scored.token_texts == (("\ufffd", "\ufffd", "\ufffd", "<|im_end|>"),)

@@ -71,10 +71,8 @@ def write_config(folder: Path, *, model: Path | None = None, **teacher: Any) -> 
     fields = {"model": str(model or model_folder("teacher")), "dtype": "float32", "device_map": "cpu", **teacher}
     lines = [f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in fields.items()]
     path = folder / "run.toml"
-    path.write_text(
-        '[run]\nname = "test"\n[data]\nsource = "unused"\n[student]\nmodel = "unused"\n[trainer]\nsteps = 1\n[teacher]\n'
-        + "\n".join(lines)
-    )
+    others = '[run]\nname = "test"\n[data]\nsource = "unused"\n[student]\nmodel = "unused"\n[trainer]\nsteps = 1\n'
+    path.write_text(others + "[teacher]\n" + "\n".join(lines))
     return path
 
 
