@@ -85,16 +85,19 @@ class VllmEngine:
             raise Mismatch("no policy is loaded; call load_policy first")
         start = time.monotonic()
         outcomes: dict[int, Outcome] = {}
-        running: dict[str, int] = {}
+        accepted: list[int] = []
         for index, request in enumerate(requests):
             try:
-                running[self._enqueue(request, policy)] = index
+                self._enqueue(request, policy)
+                accepted.append(index)
             except RefusedRequest as error:
                 outcomes[index] = error
+        # In the order of their arrival; the ids that enqueue returns are internal ones, which outputs don't bear.
         finished = self._llm.wait_for_completion(use_tqdm=False)
         generation_s = time.monotonic() - start
-        for output in finished:
-            index = running.pop(output.request_id)
+        if len(finished) != len(accepted):
+            raise VaopdError(f"vLLM answered {len(finished)} of {len(accepted)} requests; its log says why")
+        for index, output in zip(accepted, finished, strict=True):
             request = requests[index]
             outcomes[index] = make_group(
                 request,
@@ -104,14 +107,12 @@ class VllmEngine:
                 worker=self._worker,
                 generation_s=generation_s,
             )
-        if running:
-            raise VaopdError(f"vLLM left {len(running)} of {len(requests)} requests without output; its log says why")
         return [outcomes[index] for index in range(len(requests))]
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> str:
+    def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
         check_version(request, policy)
         token_ids, images = self._prompting.read(request)
         if len(images) > self._max_images:
@@ -124,7 +125,7 @@ class VllmEngine:
             prompt["multi_modal_data"] = {"image": images}
         try:
             # One at a time, so that a refused request does not take the others with it.
-            return self._llm.enqueue(prompt, self._sampling(request), use_tqdm=False)[0]
+            self._llm.enqueue(prompt, self._sampling(request), use_tqdm=False)
         except ValueError as error:
             raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
 

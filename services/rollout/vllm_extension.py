@@ -15,8 +15,8 @@ ensure_torchvision()
 class LogicalVocabulary:
     """Narrows a model's output to the tokenizer's ids.
 
-    LM heads are padded (Qwen3-VL: 151 936 rows for 151 669 ids). With the padding at minus infinity it is never sampled,
-    and the raw log-probs are normalised over the logical vocabulary, as the trainer's are. Doing it here costs one
+    LM heads are padded (Qwen3-VL: 151 936 rows for 151 669 ids). With the padding at minus infinity it is never
+    sampled, and the raw log-probs are normalised over the logical vocabulary, as the trainer's are. Doing it here costs one
     assignment per step; `allowed_token_ids` would cost a list of the whole vocabulary with every request, and
     `logit_bias` would leave the padding's mass in the log-probs.
     """
