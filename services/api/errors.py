@@ -50,12 +50,11 @@ CODE_OF_STATUS = {
 }
 
 
-class ApiError(Exception):
-    """An answer other than 2xx that is known where it is raised."""
+class ApiError(HTTPException):
+    """An answer other than 2xx that is known where it is raised. FastAPI lets HTTPExceptions out of its body parsing."""
 
     def __init__(self, status: int, message: str, *, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)
         self.field = field
 
 
@@ -68,7 +67,7 @@ def install(app: FastAPI) -> None:
 async def _handle(request: Request, error: Exception) -> JSONResponse:
     match error:
         case ApiError():
-            return error_response(error.status, str(error), field=error.field)
+            return error_response(error.status_code, error.detail, field=error.field)
         case Busy():
             seconds = max(1, math.ceil(error.retry_after_s))
             return error_response(429, str(error), headers={"Retry-After": str(seconds)})
@@ -124,5 +123,5 @@ def _validation(error: RequestValidationError) -> JSONResponse:
 
 def field_name(location: tuple[Any, ...]) -> str | None:
     """("body", "responses", 0, "list[constrained-int]", 3) -> "responses.0.3": names of a union's arms are left out."""
-    parts = [str(part) for part in location if part not in ("body", "str") and "[" not in str(part)]
+    parts = [str(part) for part in location if part not in ("body", "str", "constrained-str") and "[" not in str(part)]
     return ".".join(parts) or None

@@ -1,0 +1,61 @@
+"""The scoring API as a process of its own, and a request that it answers."""
+
+from __future__ import annotations
+
+import base64
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.teacher import drawing, encoded, write_config
+from tests.support.waiting import wait_until
+
+IMAGE = encoded(drawing(1))
+PNG = base64.b64encode(IMAGE.data).decode()
+QUESTION = "What is the perimeter?"
+BODY: dict[str, Any] = {"image": PNG, "question": QUESTION, "response": "It is 12."}
+
+
+@dataclass(frozen=True)
+class Api:
+    http: httpx.Client
+    process: subprocess.Popen[str]
+
+    def score(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/score", json=body)
+
+    def known_answer(self) -> bytes:
+        answer = self.score(**BODY)
+        assert answer.status_code == 200, answer.text
+        return answer.content
+
+
+def start_api(folder: Path, teacher: str) -> Iterator[Api]:
+    """`python -m services.api` as a process of its own, on a free port."""
+    announce = folder / "api.address"
+    config = write_config(folder, model=folder, address=teacher)
+    command = [sys.executable, "-m", "services.api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
+    with (folder / "api.log").open("w") as log:
+        process = subprocess.Popen([*command, "--announce", str(announce)], stdout=log, stderr=log, text=True)
+    try:
+        wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
+        with httpx.Client(base_url=f"http://{announce.read_text()}", timeout=60) as http:
+            yield Api(http, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The one error shape: exactly these keys, and a message."""
+    assert answer.headers["content-type"] == "application/json"
+    (error,) = answer.json().values()
+    assert set(answer.json()) == {"error"}
+    assert set(error) == {"code", "message", "field"}
+    assert error["message"]
+    return error
