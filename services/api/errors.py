@@ -51,7 +51,7 @@ CODE_OF_STATUS = {
 
 
 class ApiError(HTTPException):
-    """An answer other than 2xx that is known where it is raised. FastAPI lets HTTPExceptions out of its body parsing."""
+    """An answer other than 2xx that is known where it is raised. FastAPI lets HTTPExceptions pass."""
 
     def __init__(self, status: int, message: str, *, field: str | None = None) -> None:
         super().__init__(status, message)
