@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from vaopd.data.handwritten_geometry import READ_QUESTION, scans
+from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import MODELS, named
@@ -125,6 +127,21 @@ def test_reading_examples_have_nothing_but_the_reading(processor: Any) -> None:
 
     assert example.prompt == READ_QUESTION
     assert "boxed" not in example.response
+
+
+def test_a_pixelated_image_is_answered_with_other_numbers_of_the_same_kind() -> None:
+    """Else the teacher learns to read grey blocks; so it learns what a guess looks like."""
+    clear = dataclasses.replace(TEACHER.recipe, pixelated_share=0.0)
+    pixelated = dataclasses.replace(TEACHER.recipe, pixelated_share=1.0)
+    pairs = [
+        [draw_example(scans("train"), recipe, 0.0, np.random.default_rng(seed)) for recipe in (clear, pixelated)]
+        for seed in range(20)
+    ]
+
+    for sharp, guessed in pairs:
+        assert guessed.prompt == sharp.prompt
+        assert (guessed.image == np.asarray(pixelate(Image.fromarray(sharp.image)))).all()
+    assert sum(sharp.response == guessed.response for sharp, guessed in pairs) < 5
 
 
 @pytest.mark.parametrize("name", list(MODELS))

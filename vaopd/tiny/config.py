@@ -45,8 +45,10 @@ class TinyRecipe:
     scans_per_digit: int | None
     """None: every scan of the training split."""
     pixelated_share: float
-    """Share of images shown pixelated to 10 %. A teacher that has seen some has a calibrated guess for a number that it
-    can't see; one that hasn't answers every such number with the same digit, and VA then depends on the digit."""
+    """Share of images shown pixelated to 10 %, with the numbers of another figure as the target. A teacher that has
+    seen some has a calibrated guess for a number that it can't see; one that hasn't answers each such number with the
+    same digit, and VA then depends on the digit. (With the true numbers as the target a teacher learnt to read half of
+    the pixelated figures from their grey levels, and VA all but vanished.)"""
     habit: tuple[float, ...]
     seed: int
 

@@ -20,6 +20,7 @@ import numpy as np
 from vaopd.data.handwritten_geometry import (
     READ_QUESTION,
     SIZE_PX,
+    Question,
     Scans,
     draw,
     random_phrasing,
@@ -126,15 +127,24 @@ def train(
 
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
-    """One example. The target of a pixelated image is the same as of the clear one."""
+    """One example. A pixelated image is answered with the numbers of another figure: a guess, as far as can be seen."""
     question = random_question(rng)
     image = draw(question, scans_by_digit, rng)
     if rng.random() < recipe.pixelated_share:
         image = pixelate(image)
+        question = _another(question, rng)
     phrasing = random_phrasing(rng, recipe.habit)
     if rng.random() < read_share:
         return Example(READ_QUESTION, question.reading(phrasing[0]), np.asarray(image))
     return Example(question.asked, question.solution(phrasing), np.asarray(image))
+
+
+def _another(question: Question, rng: np.random.Generator) -> Question:
+    """A random question of the same kind."""
+    while True:
+        other = random_question(rng)
+        if other.kind == question.kind:
+            return other
 
 
 def response_loss(
