@@ -7,6 +7,7 @@ its images and renders its prompt; it runs on a small thread pool.
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from vaopd.types import (
     TeacherLimits,
 )
 from vaopd.vlm import PreparedPrompt, Vlm, check_same_tokenizer
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +182,10 @@ class Preparer:
         """Each image in both views, by SHA-256."""
         original, degraded = {}, {}
         for sha256 in dict.fromkeys(names):
+            if not _SHA256.fullmatch(sha256):
+                raise InvalidInput(
+                    f"image {sha256[:80]!r} is no SHA-256 in hex digits; upload the image with PutImages and name it so"
+                )
             image = image_files.decode(
                 self._store.get(sha256),
                 max_bytes=self._limits.max_image_bytes,
