@@ -71,7 +71,7 @@ class VllmEngine:
     def load_policy(self, policy: PolicyVersion) -> None:
         verify_snapshot(policy)
         self._policy = None
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": policy.path})
+        self._llm.collective_rpc("load_snapshot", args=(policy.path,))
         # Keys, values and image features of the old weights must not be met again. The encoder cache has two halves:
         # the runner's is emptied by reload_weights, the scheduler's is not, and would promise features that are gone.
         self._llm.llm_engine.reset_encoder_cache()
@@ -120,13 +120,15 @@ class VllmEngine:
                 f"group {request.group_id!r} has {len(images)} images, the limit is {self._max_images}; "
                 "raise rollout.engine_options.limit_mm_per_prompt"
             )
+        from vllm.exceptions import VLLMClientError
+
         prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
         if images:
             prompt["multi_modal_data"] = {"image": images}
         try:
             # One at a time, so that a refused request does not take the others with it.
             self._llm.enqueue(prompt, self._sampling(request), use_tqdm=False)
-        except ValueError as error:
+        except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
 
     def _sampling(self, request: RolloutRequest) -> Any:
@@ -195,7 +197,7 @@ def _start(model: str, dtype: Any, options: Mapping[str, Any], pixel_bounds: Map
         dtype=dtype,
         generation_config="vllm",  # the model's own top_k and the like must not be mixed in
         logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: the student's own at temperature 1
-        worker_extension_cls="services.rollout.vllm_extension.LogicalVocabulary",
+        worker_extension_cls="services.rollout.vllm_extension.RolloutExtension",
         mm_processor_kwargs=dict(pixel_bounds) or None,
         **options,
     )
