@@ -20,7 +20,7 @@ from vaopd.errors import InvalidInput, NotFound
 GROUPS_SHOWN = 6
 MAX_IMAGE_CHARACTERS = 400_000  # base64; larger ones would make the page heavy
 IMAGE_KINDS = {"iVBOR": "png", "/9j/": "jpeg", "UklGR": "webp"}  # how the base64 of each begins
-FULL_COLOUR_NATS = 4.0  # the VA from which a token has the full colour
+FULL_COLOUR_NATS = 1.0  # the VA from which a token has the full colour
 
 
 @dataclass(frozen=True, kw_only=True)

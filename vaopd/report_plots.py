@@ -137,7 +137,7 @@ def _draw_lines(axes: Axes, *, run: Run, keys: Sequence[str], title: str, unit: 
         points = [(line["step"], line[key]) for line in run.train if _is_number(line.get(key))]
         axes.plot([step for step, _ in points], [value for _, value in points], label=key, linewidth=1)
     axes.set(xlabel="optimizer step", ylabel=unit, title=title)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.05 if unit == "share" else None)
     if len(keys) > 1:
         axes.legend()
 

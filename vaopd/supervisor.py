@@ -206,6 +206,8 @@ class Supervisor:
             return
         fresh = self._launch(running.child, running.child.restart_argv or running.child.argv)
         fresh.restarts = running.restarts + 1
+        # It was ready once; what says so (an address file, a heartbeat) may still be the dead one's.
+        fresh.ready = True
         self._running[name] = fresh
 
     def _stop_all(self) -> None:

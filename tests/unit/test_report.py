@@ -37,7 +37,7 @@ def make_run(
             "question": "Is 3 < 4?",
             "answer": "yes",
             "tokens": ["3", " <", "\n"],
-            "visual_advantage": [2.0, 0.0, 9.0],
+            "visual_advantage": [0.5, 0.0, 9.0],
             "teacher_logprobs": [-0.1, -0.2, -0.3],
             "rollout_weight": weight,
         }
@@ -60,7 +60,7 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
 
 
 def test_tokens_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
-    """4 nats and more have the full colour; what a model or a data set wrote is text, never markup."""
+    """1 nat and more has the full colour; what a model or a data set wrote is text, never markup."""
     page = write_report([make_run(tmp_path / "first")]).read_text()
     assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 2
     assert "&lt;</span>" in page
