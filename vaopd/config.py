@@ -40,6 +40,8 @@ class DataConfig(Section):
     """A local folder of Parquet files, or a hub id such as hiyouga/geometry3k."""
     train_split: str = "train"
     """The split to train on."""
+    validation_source: str = ""
+    """Where held-out problems come from; empty: `source`."""
     validation_split: str = "validation"
     """The split that evaluation reads."""
     instruction: str = ""
@@ -68,8 +70,6 @@ class TeacherConfig(Section):
     """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
     address: Address = "127.0.0.1:50051"
     """host:port where the server listens and where clients connect."""
-    metrics_port: int = 0
-    """Prometheus metrics of the server; 0 = off."""
     payload: PayloadKind = "hidden"
     """How the teacher's distribution travels: hidden (exact KL), top_k (with tail), sampled."""
     top_k: int = Field(64, ge=1)

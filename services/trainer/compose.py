@@ -142,7 +142,7 @@ def _coordinator(config: Config, stack: contextlib.ExitStack) -> Coordinator:
     stack.callback(queue.release)
     keeper = stack.enter_context(queue.keeper())
     validation = load_prompts(
-        config.data.source,
+        config.data.validation_source or config.data.source,
         split=config.data.validation_split,
         limit=config.evaluation.prompts,
         shuffle_seed=42,  # method.md: the held-out problems are chosen with seed 42, whatever the run's seed
