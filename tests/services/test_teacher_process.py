@@ -79,3 +79,25 @@ def test_a_client_outlives_the_death_of_its_teacher_in_mid_stream(tmp_path: Path
     assert all(isinstance(result, GroupScore) for result in results)
     assert sorted(r.group_id for r in results) == sorted(g.group_id for g in wanted)  # type: ignore[attr-defined]
     assert "image" in (tmp_path / "teacher.log").read_text().rpartition("teacher ready")[2]  # uploaded again
+
+
+BROKEN = """
+import sys
+from services.teacher import engine
+from services.teacher.__main__ import main
+
+def broken(self, batch):
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+engine.GroupEngine._forward = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_device_error_ends_the_process_with_a_status_that_gets_it_restarted(tmp_path: Path) -> None:
+    with teacher_process(tmp_path, launch=("-c", BROKEN)) as teacher:
+        with SyncTeacherClient(teacher.target, timeout_s=1.0) as client, pytest.raises(Unavailable):
+            list(client.score(groups(1)))
+        assert teacher.process.wait(20) == 1
+    assert "device-side assert" in (tmp_path / "teacher.log").read_text()

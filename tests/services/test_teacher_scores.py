@@ -9,13 +9,13 @@ import PIL.Image
 import pytest
 import torch
 
-from tests.support.models import tiny_vlm
+from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
 from vaopd.client import SyncTeacherClient
 from vaopd.degradation import pixelate
 from vaopd.payloads import decode, to_torch
 from vaopd.types import Degradation, GroupScore, ScoreRequest
-from vaopd.vlm import chat
+from vaopd.vlm import Vlm, chat
 
 QUESTION = "What is the perimeter?"
 
@@ -149,7 +149,8 @@ def test_top_k_and_the_tail_are_a_distribution(teacher: TeacherInProcess) -> Non
     payload = decode(scored.payload)
     assert payload["token_ids"].dtype == torch.int32
     total = payload["logprobs"].double().exp().sum(-1) + payload["tail_logprobs"].double().exp()
-    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
+    # float32 log-probs from logits of about 20 are exact to about 20 · 2^-24 = 1e-6 each.
+    torch.testing.assert_close(total, torch.ones_like(total), atol=1e-5, rtol=0)
     expected = torch.cat([plain_logits([picture], ids) for ids in request.responses]).log_softmax(-1)  # type: ignore[arg-type]
     torch.testing.assert_close(payload["logprobs"].double(), expected.topk(8).values, atol=1e-4, rtol=0)
 
@@ -181,3 +182,19 @@ def test_a_part_of_a_character_shows_as_the_replacement_character(teacher: Teach
     # The tiny tokenizer has no Chinese: 三 falls into its three bytes.
     (scored,) = score(teacher.target, token_request(tiny_vlm(), "g", responses=["三"]), with_token_texts=True)
     assert scored.token_texts == (("\ufffd", "\ufffd", "\ufffd", "<|im_end|>"),)
+
+
+def test_a_bfloat16_teacher_sends_bfloat16_hidden_states_and_float32_log_probs() -> None:
+    vlm = Vlm.load(model_folder("teacher"), dtype="bfloat16", device_map="cpu")
+    with teacher_in_process(vlm) as teacher, SyncTeacherClient(teacher.target) as client:
+        (scored,) = client.score([token_request(vlm, "g", pictures=[drawing(1)])])
+        head = to_torch(client.head())
+    assert isinstance(scored, GroupScore)
+    assert teacher.description.dtype == "bfloat16"
+    assert torch.equal(head, vlm.head)
+    hidden = decode(scored.payload)["hidden"]
+    assert hidden.dtype == torch.bfloat16
+    assert scored.teacher_logprobs[0].dtype == np.float32
+    ids = torch.from_numpy(np.concatenate(token_request(vlm, "g").responses)).long()  # type: ignore[arg-type]
+    rebuilt = (hidden @ head.T).float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1).numpy()
+    np.testing.assert_allclose(np.concatenate(scored.teacher_logprobs), rebuilt, atol=1e-4)

@@ -77,12 +77,14 @@ def write_config(folder: Path, *, model: Path | None = None, **teacher: Any) -> 
 
 
 @contextmanager
-def teacher_process(folder: Path, *, address: str = "127.0.0.1:0", **teacher: Any) -> Iterator[TeacherProcess]:
+def teacher_process(
+    folder: Path, *, address: str = "127.0.0.1:0", launch: Sequence[str] = ("-m", "services.teacher"), **teacher: Any
+) -> Iterator[TeacherProcess]:
     """`python -m services.teacher` with files in `folder`; killed at the end when it still runs."""
     announce = folder / "address"
     announce.unlink(missing_ok=True)
     config = write_config(folder, address=address, **teacher)
-    command = [sys.executable, "-m", "services.teacher", "--config", str(config), "--announce", str(announce)]
+    command = [sys.executable, *launch, "--config", str(config), "--announce", str(announce)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = folder / "teacher.log"
     with log.open("a") as output:
