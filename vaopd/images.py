@@ -17,7 +17,7 @@ MAX_ASPECT_RATIO = 200  # the image processors of the Qwen family refuse more
 def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int = 32_000_000) -> PIL.Image.Image:
     """The RGB image. Transparency is laid over white, so that all processes see the same.
 
-    Raises LimitExceeded above `max_bytes`, ImageRefused for anything that is not a sound PNG, JPEG or WEBP within bounds.
+    Raises LimitExceeded above `max_bytes`, ImageRefused for all that is not a sound PNG, JPEG or WEBP within bounds.
     Library texts are left out on purpose: they hold heap addresses.
     """
     name = f"image {image.sha256[:12]}…"

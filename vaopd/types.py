@@ -231,7 +231,7 @@ class TeacherLimits:
     max_groups_per_request: int = 256
     max_rollouts_per_group: int = 64
     max_tokens_per_rollout: int = 16_384
-    max_image_bytes: int = 32 * 2**20
+    max_image_bytes: int = 15 * 2**20
     max_image_pixels: int = 32_000_000
     max_message_bytes: int = 16 * 2**20
 

@@ -162,7 +162,7 @@ class Vlm:
     def response_hidden(self, prompts: Sequence[PreparedPrompt], responses: Sequence[np.ndarray]) -> torch.Tensor:
         """(M, D) hidden states that predict the response tokens, row after row, in one forward.
 
-        Row i is prompts[i] followed by responses[i] (T_i,). Rows that share a PreparedPrompt share its images' encoding.
+        Row i is prompts[i] followed by responses[i] (T_i,). Rows of one PreparedPrompt share its images' features.
         """
         sequences = [
             np.concatenate((prompt.token_ids, np.asarray(ids[:-1], dtype=np.int64)))

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vaopd.errors import NotFound
 from vaopd.weights import atomic_folder
 
 
@@ -54,12 +53,9 @@ def save(
     return target
 
 
-def latest(folder: Path) -> Path:
-    """The newest checkpoint. Raises NotFound when there is none."""
-    found = _checkpoints(folder)
-    if not found:
-        raise NotFound(f"there is no checkpoint in {folder}; start the run without --resume")
-    return found[-1]
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint; None for a run that was ended before its first: it resumes at step 0."""
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def load_progress(checkpoint: Path) -> Progress:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import shutil
 import threading
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -42,14 +41,14 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
         # A step of text-only prompts leaves the vision tower without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=list(config.trainer.trackers),
-        project_dir=str(config.run_folder),
+        project_dir=str(config.run_folder / "trackers"),
     )
     ranks = Ranks()
     set_seed(config.run.seed)
-    start = _prepare_folder(config, resume=resume) if ranks.is_coordinator else None
+    if ranks.is_coordinator:
+        _prepare_folder(config, resume=resume)
     ranks.barrier()
-    if resume and not ranks.is_coordinator:
-        start = checkpoint.latest(config.run_folder / "checkpoints")
+    start = checkpoint.latest(config.run_folder / "checkpoints") if resume else None
 
     # float32 weights whatever the compute precision: steps of 1e-6 would vanish in bfloat16.
     student = Vlm.load(
@@ -98,6 +97,8 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
         )
         if start is not None:
             trainer.resume(start)
+        elif coordinator is not None:
+            trainer.forget_records()
         accelerator.init_trackers(config.run.name)
         scorer = Scorer(
             teacher=teacher,
@@ -116,17 +117,16 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
     return 0
 
 
-def _prepare_folder(config: Config, *, resume: bool) -> Path | None:
-    """Makes RUN with its configuration, or finds the checkpoint to resume from."""
+def _prepare_folder(config: Config, *, resume: bool) -> None:
+    """Makes RUN with its configuration; one that holds a run already is left alone unless that run goes on."""
     folder = config.run_folder
     if resume:
-        return checkpoint.latest(folder / "checkpoints")
+        return
     if (folder / "metrics.jsonl").exists():
         raise ConfigError(f"run folder {folder} is in use; pass --resume to go on, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config))
     shutil.rmtree(folder / "policy", ignore_errors=True)
-    return None
 
 
 def _coordinator(config: Config, stack: contextlib.ExitStack) -> Coordinator:

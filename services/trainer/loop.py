@@ -111,6 +111,11 @@ class Trainer:
             self._best_accuracy = max(evaluated, default=-1.0)
         log.info("resumed at step %d with %d trained groups", self.progress.step, len(self.progress.ledger))
 
+    def forget_records(self) -> None:
+        """For a run that begins (again) at step 0: one that was killed before its first checkpoint left records."""
+        self.metrics_file.drop_from(0)
+        self.samples_file.drop_from(0)
+
     def run(self, scorer: Scorer) -> None:
         """Trains to the last step, evaluates and leaves the final model in RUN/model. Raises Interrupted on request."""
         steps = self.config.trainer.steps
@@ -361,7 +366,7 @@ class Trainer:
         state = self.accelerator.get_state_dict(self.loss)
         if self.coordinator is None:
             return
-        self.progress.schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+        self.progress.schedule = self.schedule.state_dict()
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,

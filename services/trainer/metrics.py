@@ -12,6 +12,7 @@ from torch import nn
 
 from services.trainer.student import WeightedGroup
 from vaopd import objective
+from vaopd.evaluation import is_correct
 from vaopd.types import Prompt, TextPart
 
 _IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
@@ -81,6 +82,7 @@ def samples_of(group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer
             "rollout_logprobs": _rounded(rollout.rollout_logprobs),
             "kl": _rounded(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
+            "correct": is_correct(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer),
         }
         if k == 0 and prompt.images and group.scored.index < _IMAGES_SHOWN:
             record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
