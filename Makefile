@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types proto proto-check setup clean
+.PHONY: compare demo test lint types proto proto-check setup clean
 
 setup: $(STAMP)
 
@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/vaopd demo
+
+compare: $(STAMP)
+	$(BIN)/python benchmarks/opd_vs_vaopd.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
