@@ -1,8 +1,8 @@
 """Where the visual advantage lies: `python benchmarks/va_concentration.py RUN`.
 
-Reads the rollouts that a run of the tiny pair kept (RUN/samples.jsonl), takes the top 10 % of all their response tokens by
-VA and prints what share of all VA they carry, and what kind of token they are. "Read" digits stand in the first sentence,
-where the numbers are read from the image; the others are copied from there, or results.
+Reads the rollouts that a run of the tiny pair kept (RUN/samples.jsonl), takes the top 10 % of all their response tokens
+by VA and prints what share of all VA they carry, and what kind of token they are. "Read" digits stand in the first
+sentence, where the numbers are read from the image; the others are copied from there, or results.
 """
 
 from __future__ import annotations
