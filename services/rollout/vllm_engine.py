@@ -111,6 +111,11 @@ class VllmEngine:
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+            # The engine's process group is this process's own.
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
 
     def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
         check_version(request, policy)

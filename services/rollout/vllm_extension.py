@@ -43,7 +43,7 @@ class RolloutExtension:
     def load_snapshot(self, folder: str) -> None:
         """New weights in place, the tied LM head included."""
         self.reload_weights(weights_path=folder)
-        # On a CPU, vLLM computes with a packed copy of each matrix. A tied head is not in the snapshot, so that reloading
+        # On a CPU, vLLM computes with a packed copy of each matrix. A tied head is not in the snapshot, so reloading
         # leaves its copy as it was: the new layers would be read through the old head.
         for module in self.model_runner.get_model().modules():
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):

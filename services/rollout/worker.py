@@ -63,6 +63,7 @@ class Stop:
         if self.requested:
             self._on_deadline(number, frame)
         elif not self._disarmed:
+            log.info("asked to stop: the batch in progress has %g s, a second signal ends it at once", self._drain_s)
             self.request()
             signal.setitimer(signal.ITIMER_REAL, self._drain_s)
 

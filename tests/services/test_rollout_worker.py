@@ -1,0 +1,202 @@
+"""The rollout worker as a process of its own, on a real Valkey, with the transformers engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from services.rollout.engine import Outcome
+from services.rollout.worker import RolloutWorker, Stop
+from tests.support.groups import an_answer
+from tests.support.redis import job, redis_server  # noqa: F401
+from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
+from tests.support.waiting import wait_until
+from vaopd.queue import TrainerQueue, WorkerQueue
+from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
+
+CONFIG = """
+[run]
+name = "{job}"
+[data]
+source = "unused"
+[student]
+model = "{model}"
+dtype = "float32"
+[teacher]
+model = "unused"
+[rollout]
+engine = "transformers"
+[trainer]
+steps = 1
+[queue]
+url = "{url}"
+lease_s = 20
+"""
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PolicyVersion]:
+    folder = tmp_path_factory.mktemp("policy")
+    return [random_student(folder, version=version) for version in range(2)]
+
+
+@pytest.fixture
+def trainer(redis_server, job) -> Iterator[TrainerQueue]:  # noqa: F811
+    with closing(TrainerQueue(url=redis_server.url, job=job)) as queue:
+        queue.acquire()
+        yield queue
+
+
+@pytest.fixture
+def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:  # noqa: F811
+    """Starts the process and returns once it is ready; whatever a test leaves is killed."""
+    config = tmp_path / "run.toml"
+    config.write_text(CONFIG.format(job=job, model=policies[0].path, url=redis_server.url))
+    command = [sys.executable, "-m", "services.rollout", "--config", str(config), "--worker", "w1"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with (tmp_path / "log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        started.append(process)
+        wait_until("the worker is ready", lambda: "w1" in trainer.workers_alive())
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def log_of(process: subprocess.Popen[bytes]) -> bytes:
+    return Path(f"/proc/{process.pid}/fd/1").resolve().read_bytes()
+
+
+def collect(trainer: TrainerQueue, count: int) -> dict[str, RolloutGroup]:
+    groups: dict[str, RolloutGroup] = {}
+
+    def have_all() -> bool:
+        groups.update({found.group.group_id: found.group for found in trainer.collect(block_s=0.2)})
+        return len(groups) == count
+
+    wait_until(f"{count} groups have arrived", have_all)
+    return groups
+
+
+def assert_sampled_by(policy: PolicyVersion, request: RolloutRequest, group: RolloutGroup) -> None:
+    assert (group.policy_version, group.policy_sha256) == (policy.version, policy.sha256)
+    for rollout in group.rollouts:
+        expected = PlainStudent(policy).sampled_logprobs(request, rollout.response_ids)
+        assert abs(rollout.rollout_logprobs - expected).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_requests_become_groups_of_the_policy_that_they_name(start_worker, trainer, policies):
+    old, new = (ask(f"v{version}", images=(), version=version) for version in (0, 1))
+    bad = ask("bad", images=(EncodedImage(data=noise_image(0).data[:100]),))
+    trainer.publish_policy(policies[0])
+    # Version 1 is not announced yet: its request must wait, and must not hold up the others.
+    for request in (new, bad, old):
+        trainer.enqueue(request)
+
+    worker = start_worker()
+
+    groups = collect(trainer, 1)
+    assert_sampled_by(policies[0], old, groups["v0"])
+    [letter] = trainer.dead_letters()
+    assert letter.group_id == "bad"
+    assert "damaged" in letter.reason
+
+    trainer.publish_policy(policies[1])
+
+    assert_sampled_by(policies[1], new, collect(trainer, 1)["v1"])
+    assert trainer.requests_in_flight() == 0
+
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(timeout=30) == 0
+    assert trainer.workers_alive() == []
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, policies, redis_server, job):  # noqa: F811
+    trainer.publish_policy(policies[0])
+    for index in range(8):
+        # Minutes of work in all.
+        trainer.enqueue(ask(f"g{index}", rollouts=64, max_new_tokens=900))
+    worker = start_worker()
+    with closing(WorkerQueue(url=redis_server.url, job=job, worker="w2")) as other:
+        wait_until("the worker holds every request, and samples", lambda: b"is loaded" in log_of(worker))
+
+        worker.send_signal(signal.SIGTERM)
+        wait_until("the first signal was taken", lambda: b"asked to stop" in log_of(worker))
+        worker.send_signal(signal.SIGTERM)
+
+        assert worker.wait(timeout=30) == 0
+        leases = other.take(block_s=1, max_requests=8)
+        assert sorted(lease.request.group_id for lease in leases) == [f"g{index}" for index in range(8)]
+        assert {lease.deliveries for lease in leases} == {1}  # handing back is not a death
+
+
+class DyingEngine:
+    """Loads anything; dies of a request whose group is called "poison"."""
+
+    policy: PolicyVersion | None = None
+
+    def load_policy(self, policy: PolicyVersion) -> None:
+        self.policy = policy
+
+    def generate(self, requests: list[RolloutRequest]) -> list[Outcome]:
+        if any(request.group_id == "poison" for request in requests):
+            raise MemoryError("out of memory")
+        return [an_answer(request) for request in requests]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_request_that_kills_engines_counts_its_deliveries_and_the_others_are_handed_back(
+    redis_server,  # noqa: F811
+    job,  # noqa: F811
+    trainer,
+    policies,
+):
+    for policy in policies:
+        trainer.publish_policy(policy)
+    trainer.enqueue(ask("poison", version=0))
+    trainer.enqueue(ask("innocent", version=1))
+    queue = WorkerQueue(url=redis_server.url, job=job, worker="w1", lease_s=0.5)
+    stop = Stop(drain_s=1)
+
+    with pytest.raises(MemoryError):
+        RolloutWorker(engine=DyingEngine(), queue=queue, requests_per_batch=8, stop=stop).run()
+
+    with closing(WorkerQueue(url=redis_server.url, job=job, worker="w2", lease_s=0.5)) as other:
+        delivered = {lease.request.group_id: lease.deliveries for lease in other.take(block_s=0.1, max_requests=8)}
+        assert delivered == {"innocent": 1}
+        taken: list[int] = []
+        wait_until(
+            "the lease of the poisonous request has run out",
+            lambda: (
+                taken.extend(
+                    lease.deliveries for lease in other.take(block_s=0.1) if lease.request.group_id == "poison"
+                )
+                or taken
+            ),
+        )
+        assert taken == [2]
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys, services.rollout.__main__; "
+        "sys.exit([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules] or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
