@@ -337,6 +337,7 @@ class Trainer:
             }
         )
         self.accelerator.log({"eval/accuracy": result.accuracy}, step=step)
+        self.coordinator.progress_line.accuracy = result.accuracy
         self.coordinator.progress_line.say(
             f"held-out accuracy at step {step}: {result.accuracy:.1%} ± {result.standard_error:.1%} "
             f"(avg@{result.samples}, {result.prompts} problems)"

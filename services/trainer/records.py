@@ -41,6 +41,8 @@ class ProgressLine:
         self._clock = clock
         self._every = every
         self._terminal = self._stream.isatty()
+        self.accuracy: float | None = None
+        """The last held-out accuracy, once there is one."""
         self._started: float | None = None
         self._first = 0
 
@@ -54,6 +56,8 @@ class ProgressLine:
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
             f"mean VA {metrics['mean_va']:.3f}  {metrics['rollouts_per_s']:.1f} rollouts/s"
         )
+        if self.accuracy is not None:
+            line += f"  accuracy {self.accuracy:.1%}"
         if left is not None:
             line += f"  {_duration(left)} left"
         if self._terminal:
