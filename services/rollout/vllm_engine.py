@@ -206,7 +206,8 @@ def _start(model: str, dtype: Any, options: Mapping[str, Any], pixel_bounds: Map
         mm_processor_kwargs=dict(pixel_bounds) or None,
         **options,
     )
-    # On a CPU it warns at every image that threads were not set, which is how it is meant to be.
+    # On a CPU it warns at every image that threads were not set, which is how it is meant to be. (Set before, the level
+    # would be lost: starting the engine configures vLLM's loggers anew.)
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     return llm
 

@@ -24,6 +24,8 @@ from vaopd.types import PolicyVersion, RolloutGroup
 log = logging.getLogger(__name__)
 
 TAKE_BLOCK_S = 1.0
+# A trainer enqueues a step's requests one by one: a batch of the first alone would keep the others waiting.
+LINGER_S = 0.05
 RETRY_S = 1.0
 POLICY_POLL_S = 0.1
 
@@ -98,7 +100,13 @@ class RolloutWorker:
 
     def _take(self) -> list[Lease]:
         try:
-            return self._queue.take(block_s=TAKE_BLOCK_S, max_requests=self._requests_per_batch)
+            leases = self._queue.take(block_s=TAKE_BLOCK_S, max_requests=self._requests_per_batch)
+            while leases and (room := self._requests_per_batch - len(leases)):
+                more = self._queue.take(block_s=LINGER_S, max_requests=room)
+                if not more:
+                    break
+                leases += more
+            return leases
         except Unavailable as error:
             log.warning("%s", error)
             self._stop.wait(RETRY_S)
