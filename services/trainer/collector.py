@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vaopd.errors import Mismatch, Unavailable
 from vaopd.queue import TrainerQueue
@@ -33,10 +33,15 @@ class Collector:
         self._oldest_version: dict[str, int] = {}
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
+        self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
+        # What a trainer that was killed had asked for and this one has not yet, groups and letters. Asking again adds
+        # nothing to the queue, so neither may be lost.
+        self._early: list[Delivered] = []
+        self._letters: dict[tuple[str, int], str] = {}  # (group_id, policy_version) -> reason
         self._dead: set[str] = set()
         self._last_letter = ""
         self.counts: Counter[str] = Counter()
-        """Groups that were not used: stale, duplicate, unknown; and dead, which will never come."""
+        """Groups that were not used: stale, duplicate; and dead, which will never come."""
 
     def publish(self, policy: PolicyVersion) -> None:
         self._policy = policy
@@ -48,6 +53,12 @@ class Collector:
             self._wanted[request.group_id] = request
             self._oldest_version[request.group_id] = oldest_version
             self._with_recovery(lambda request=request: self._enqueue(request))  # type: ignore[misc]
+        early, self._early = self._early, []
+        self._with_recovery(lambda: self._sort(early))
+
+    def skip(self, group_ids: Iterable[str]) -> None:
+        """These were trained before a resume; should they be delivered again, they are dropped."""
+        self._finished.update(group_ids)
 
     def groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
         """The groups of these ids as they arrive, several at a time; ends when each has come or is dead.
@@ -80,11 +91,16 @@ class Collector:
         """Gives up a group that was handed out and can't be trained on."""
         log.error("group %s is given up: %s", group_id, reason)
         self.counts["dead"] += 1
-        entry_id = self._unacknowledged.pop(group_id)
-        self._with_recovery(lambda: self._queue.dead_letter(entry_id, reason))
+        entry_id = self._unacknowledged.pop(group_id, None)
+        if entry_id is not None:  # else it went with a Redis that came back empty
+            self._with_recovery(lambda: self._queue.dead_letter(entry_id, reason))
 
     def forget(self, before_version: int) -> None:
+        """No group of a version before this one will be asked for."""
         self._with_recovery(lambda: self._queue.forget(before_version))
+        old = [early.entry_id for early in self._early if early.group.policy_version < before_version]
+        self._early = [early for early in self._early if early.group.policy_version >= before_version]
+        self._with_recovery(lambda: self._queue.acknowledge(old))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -99,13 +115,16 @@ class Collector:
                 time.sleep(_POLL_S)
 
     def _collect(self) -> None:
-        for delivered in self._queue.collect(block_s=_POLL_S):
+        self._sort(self._queue.collect(block_s=_POLL_S))
+
+    def _sort(self, deliveries: Iterable[Delivered]) -> None:
+        for delivered in deliveries:
             group = delivered.group
             request = self._wanted.get(group.group_id)
-            if request is None:
-                self._drop(delivered, "duplicate" if group.group_id in self._unacknowledged else "unknown")
-            elif group.group_id in self._arrived:
+            if group.group_id in self._finished or group.group_id in self._arrived:
                 self._drop(delivered, "duplicate")
+            elif request is None:
+                self._early.append(delivered)
             elif not self._oldest_version[group.group_id] <= group.policy_version <= request.policy_version:
                 self._drop(delivered, "stale")
                 # No-op when the wanted version is in flight already, as after a resume.
@@ -123,17 +142,21 @@ class Collector:
         delivered = self._arrived.pop(group_id)
         del self._wanted[group_id], self._oldest_version[group_id]
         self._unacknowledged[group_id] = delivered.entry_id
+        self._finished.add(group_id)
         return delivered.group
 
     def _read_dead_letters(self) -> None:
         for letter in self._queue.dead_letters(after=self._last_letter):
             self._last_letter = letter.entry_id
-            request = self._wanted.get(letter.group_id)
-            if request is not None and letter.policy_version == request.policy_version:
-                log.error("group %s will not come: %s", letter.group_id, letter.reason)
+            self._letters[letter.group_id, letter.policy_version] = letter.reason
+        for group_id, request in list(self._wanted.items()):
+            reason = self._letters.get((group_id, request.policy_version))
+            if reason is not None:
+                log.error("group %s will not come: %s", group_id, reason)
                 self.counts["dead"] += 1
-                self._dead.add(letter.group_id)
-                del self._wanted[letter.group_id], self._oldest_version[letter.group_id]
+                self._dead.add(group_id)
+                self._finished.add(group_id)
+                del self._wanted[group_id], self._oldest_version[group_id]
 
     def _with_recovery(self, operation: Callable[[], object]) -> None:
         try:
@@ -143,6 +166,7 @@ class Collector:
             self._queue.acquire(wait_s=self._queue.lease_s)
             self._unacknowledged.clear()  # the entries are gone with that Redis; their groups are in our hands
             self._last_letter = ""
+            self._letters.clear()
             if self._policy is not None:
                 self._queue.publish_policy(self._policy)
             for group_id, request in self._wanted.items():

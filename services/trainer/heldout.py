@@ -16,12 +16,13 @@ from vaopd.types import Prompt, RolloutRequest, SamplingSettings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """accuracy: mean correctness over prompts and samples; standard_error: over prompts."""
+    """accuracy: mean correctness over prompts and samples; standard_error: over prompts; group_ids: what it read."""
 
     accuracy: float
     standard_error: float
     prompts: int
     samples: int
+    group_ids: tuple[str, ...]
 
 
 def requests_for(prompts: Sequence[Prompt], *, version: int, config: Config) -> list[RolloutRequest]:
@@ -53,7 +54,10 @@ def evaluate(
     decode: Callable[[np.ndarray], str],
     check: Callable[[], None],
 ) -> HeldOutResult:
-    """Blocks until every prompt has been answered with this policy version, or given up (which counts as wrong)."""
+    """Blocks until every prompt has been answered with this policy version, or given up (which counts as wrong).
+
+    The groups stay unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.
+    """
     requests = requests_for(prompts, version=version, config=config)
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
     collector.enqueue(requests, oldest_version=version)
@@ -63,11 +67,11 @@ def evaluate(
             correct[group.group_id] = [
                 is_correct(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
             ]
-        collector.acknowledge([group.group_id for group in groups])
     means = np.array([np.mean(row) for row in correct.values()])
     return HeldOutResult(
         accuracy=avg_at_n(list(correct.values())),
         standard_error=float(means.std() / math.sqrt(len(means))),
         prompts=len(prompts),
         samples=config.evaluation.samples,
+        group_ids=tuple(answers),
     )

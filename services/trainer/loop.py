@@ -83,6 +83,7 @@ class Trainer:
         self.progress = checkpoint.Progress()
         self._first_step = 0
         self._best_accuracy = -1.0
+        self._evaluated: dict[int, tuple[str, ...]] = {}  # version -> groups, until a checkpoint is beyond it
         self.order = PromptOrder(prompts=len(prompts), seed=config.run.seed)
         self.metrics_file = JsonLines(self.folder / "metrics.jsonl")
         self.samples_file = JsonLines(self.folder / "samples.jsonl")
@@ -104,7 +105,11 @@ class Trainer:
         self._first_step = self.progress.step
         checkpoint.load_optimizer(folder, self.optimizer)
         self.schedule.load_state_dict(self.progress.schedule)
+        # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         if self.coordinator is not None:
+            self.coordinator.collector.skip(line.group_id for line in self.progress.ledger)
             self.metrics_file.drop_from(self.progress.step)
             self.samples_file.drop_from(self.progress.step)
             evaluated = [line["accuracy"] for line in self.metrics_file.read() if line["kind"] == "eval"]
@@ -131,6 +136,7 @@ class Trainer:
             raise
         if self.coordinator is not None:
             link_snapshot(self._snapshot, self.folder / "model")
+            self.coordinator.collector.acknowledge(self._evaluated.pop(steps, ()))
 
     def _step(self, step: int, scorer: Scorer) -> None:
         started = time.monotonic()
@@ -323,6 +329,7 @@ class Trainer:
             check=self._check,
             decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
         )
+        self._evaluated[step] = result.group_ids
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
             link_snapshot(self._snapshot, self.folder / "best")
@@ -378,5 +385,10 @@ class Trainer:
             optimizer=self.optimizer.optimizer,
             keep=self.config.trainer.keep_checkpoints,
         )
-        self.coordinator.collector.acknowledge([line.group_id for line in self.progress.ledger])
-        self.coordinator.collector.forget(max(0, self.progress.step - self.config.trainer.max_policy_lag - 1))
+        # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.
+        evaluated = [self._evaluated.pop(version) for version in list(self._evaluated) if version < self.progress.step]
+        trained = (line.group_id for line in self.progress.ledger)
+        self.coordinator.collector.acknowledge([*trained, *(group_id for ids in evaluated for group_id in ids)])
+        # The next step's groups are at most that old; older records go, so that a resume from the checkpoint before
+        # this one samples its groups anew.
+        self.coordinator.collector.forget(max(0, self.progress.step - self.config.trainer.max_policy_lag))
