@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vaopd.errors import InvalidInput
 from vaopd.weights import atomic_folder
 
 
@@ -59,21 +63,36 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_progress(checkpoint: Path) -> Progress:
-    state = json.loads((checkpoint / "state.json").read_text())
-    lines = (checkpoint / "ledger.jsonl").read_text().splitlines()
-    return Progress(**state, ledger=[LedgerLine(**json.loads(line)) for line in lines])
+    with _reading(checkpoint):
+        state = json.loads((checkpoint / "state.json").read_text())
+        lines = (checkpoint / "ledger.jsonl").read_text().splitlines()
+        return Progress(**state, ledger=[LedgerLine(**json.loads(line)) for line in lines])
 
 
 def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoint / "student.safetensors")
+    with _reading(checkpoint):
+        return load_file(checkpoint / "student.safetensors")
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restores AdamW's moments and the process's random state in place."""
+    with _reading(checkpoint):
+        moments = load_file(checkpoint / "optimizer.safetensors")
+        rng = load_file(checkpoint / "rng.safetensors")
     state = optimizer.state_dict()
-    state["state"] = _unflatten(load_file(checkpoint / "optimizer.safetensors"))
+    state["state"] = _unflatten(moments)
     optimizer.load_state_dict(state)
-    torch.set_rng_state(load_file(checkpoint / "rng.safetensors")["cpu"])
+    torch.set_rng_state(rng["cpu"])
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InvalidInput(
+            f"checkpoint {checkpoint} can't be read ({error}); remove that folder to resume from the one before it"
+        ) from None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
