@@ -23,7 +23,7 @@ from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.payloads import to_torch
-from vaopd.queue import TrainerQueue
+from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.types import Degradation
 from vaopd.vlm import Vlm, check_same_tokenizer
 from vaopd.weights import load_state
@@ -84,7 +84,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
                 f"not {config.teacher.payload}; change teacher.payload"
             )
         head = to_torch(teacher.head()).to(accelerator.device) if config.teacher.payload == "hidden" else None
-        coordinator = _coordinator(config, stack) if ranks.is_coordinator else None
+        coordinator = _coordinator(config, stack, resume=resume) if ranks.is_coordinator else None
         trainer = Trainer(
             config=config,
             accelerator=accelerator,
@@ -129,7 +129,7 @@ def _prepare_folder(config: Config, *, resume: bool) -> None:
     shutil.rmtree(folder / "policy", ignore_errors=True)
 
 
-def _coordinator(config: Config, stack: contextlib.ExitStack) -> Coordinator:
+def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> Coordinator:
     queue = TrainerQueue(
         url=config.queue.url,
         job=config.run.name,
@@ -139,8 +139,18 @@ def _coordinator(config: Config, stack: contextlib.ExitStack) -> Coordinator:
     stack.callback(queue.close)
     # A trainer that was killed holds the job until its lease runs out.
     queue.acquire(wait_s=config.queue.lease_s + 5)
+    if not resume:
+        # What an earlier run of this name left would keep this one's requests from being published.
+        queue.purge()
+        queue.acquire()
     stack.callback(queue.release)
-    keeper = stack.enter_context(queue.keeper())
+
+    def renew() -> None:
+        # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+        with contextlib.suppress(Mismatch):
+            queue.renew()
+
+    keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
     validation = load_prompts(
         config.data.validation_source or config.data.source,
         split=config.data.validation_split,
