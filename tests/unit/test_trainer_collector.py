@@ -133,6 +133,7 @@ def test_groups_that_a_resumed_run_asks_for_later_wait_until_then(a_job: Job) ->
     collect(collector, "step0")
     collector.enqueue([a_request("step1", policy_version=1)], oldest_version=1)
     answer(worker)
+    collect(collector, "step1")
     a_job.trainer_dies()
 
     successor = Collector(queue=a_job.trainer())
