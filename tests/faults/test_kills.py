@@ -1,0 +1,99 @@
+"""kill -9 of each process in mid-run: the run finishes, and every group is trained exactly once.
+
+Sampling is seeded by run and group, scoring is pure and the CPU deterministic. So a disturbed run must not only finish:
+it must end with the very weights of an undisturbed one, bit for bit. Nothing lost, nothing twice, nothing in another
+order could do that.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+
+import pytest
+
+from tests.support.system import Job, System
+
+STEPS, PROMPTS = 8, 4
+SETTINGS = {"trainer__steps": STEPS, "trainer__prompts_per_step": PROMPTS, "evaluation__every": 2}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(system: System) -> Job:
+    job = system.job("undisturbed", **SETTINGS)
+    job.run()
+    return job
+
+
+def assert_each_group_once(job: Job) -> None:
+    wanted = {(f"train-{step:06d}-{index:04d}", step) for step in range(STEPS) for index in range(PROMPTS)}
+    trained = Counter((line["group_id"], line["step"]) for line in job.ledger())
+    assert trained == Counter(wanted)
+    assert job.pending() == {"requests": 0, "groups": 0}
+    assert [record["step"] for record in job.records()] == list(range(STEPS))
+    assert [record["step"] for record in job.records("eval")] == [0, 2, 4, 6, 8]
+
+
+def test_an_undisturbed_run_trains_every_group_once(undisturbed: Job) -> None:
+    assert_each_group_once(undisturbed)
+
+
+def test_a_killed_worker_teacher_and_redis_leave_no_trace_in_the_result(system: System, undisturbed: Job) -> None:
+    job = system.job("killed-servers", **SETTINGS)
+    trainer, worker = job.start_trainer(), job.start_worker()
+
+    job.until("the second step is done", lambda: len(job.records()) >= 2, trainer, worker)
+    job.kill_in_mid_batch(worker)
+    worker = job.start_worker("w1")
+
+    job.until("the third step is done", lambda: len(job.records()) >= 3, trainer, worker)
+    system.teacher.kill()
+    system.start_teacher()
+
+    job.until("the fifth step is done", lambda: len(job.records()) >= 5, trainer, worker)
+    system.redis.kill()
+    system.redis.start()  # without an append-only file: it comes back empty
+
+    job.finished(trainer)
+    worker.kill()
+    assert "republishing from this trainer's own record" in trainer.text()
+    assert_each_group_once(job)
+    assert job.losses() == undisturbed.losses()
+    assert job.weights() == undisturbed.weights()
+
+
+def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System, undisturbed: Job) -> None:
+    """Killed beyond its last checkpoint, with groups of a later step finished and one evaluation done twice."""
+    job = system.job("killed-trainer", **SETTINGS)
+    trainer, worker = job.start_trainer(), job.start_worker()
+    job.until("the fifth step is done", lambda: len(job.records()) >= 5, trainer, worker)
+    trainer.kill()
+    assert len(job.ledger()) < len(job.records()) * PROMPTS  # work that no checkpoint holds is lost
+
+    again = job.start_trainer()
+    assert again.exit_code() == 2
+    assert "is in use; pass --resume to go on" in again.text()
+
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    assert_each_group_once(job)
+    assert job.losses() == undisturbed.losses()
+    assert job.weights() == undisturbed.weights()
+
+
+def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System, undisturbed: Job) -> None:
+    job = system.job("interrupted", **SETTINGS)
+    trainer = job.start_trainer()
+    job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
+    trainer.send(signal.SIGTERM)
+    assert trainer.exit_code() == 130
+    assert "stopped at step 0; go on with --resume" in trainer.text()
+    assert [folder.name for folder in (job.folder / "checkpoints").iterdir()] == ["step_000000"]
+
+    worker = job.start_worker()
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    assert_each_group_once(job)
+    assert job.weights() == undisturbed.weights()
