@@ -133,9 +133,13 @@ class Job:
     def losses(self) -> list[float]:
         return [record["loss"] for record in self.records()]
 
+    def samples(self) -> list[dict[str, Any]]:
+        """The rollouts of the steps at which evaluation was due."""
+        return read_lines(self.folder / "samples.jsonl")
+
     def rollouts(self) -> dict[str, list[str]]:
-        """rollout_id → its tokens, of the steps whose samples were written."""
-        return {record["rollout_id"]: record["tokens"] for record in read_lines(self.folder / "samples.jsonl")}
+        """rollout_id → its tokens, of the same steps."""
+        return {record["rollout_id"]: record["tokens"] for record in self.samples()}
 
     def ledger(self) -> list[dict[str, Any]]:
         """Of the newest checkpoint."""
@@ -241,6 +245,8 @@ class System:
             f"student.model={model_folder('student')}",
             f"teacher.model={model_folder(self._teacher_model)}",
             f"teacher.address={self.address}",
+            # Each row in a forward of its own: which groups arrive together then shows in no bit of the scores.
+            "teacher.batch_tokens=1",
             f"queue.url={self.redis.url}",
         ]
 

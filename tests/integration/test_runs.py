@@ -1,0 +1,135 @@
+"""Whole runs: every process real, transformers engine, tiny models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.numpy
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import model_folder
+from tests.support.system import Job, System
+from tests.support.teacher import drawing, encoded
+
+pytestmark = pytest.mark.slow
+
+
+def weights_of(job: Job) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load(job.weights())
+
+
+# Samples are written where evaluation is due: with every step's, the rollouts of both runs can be compared.
+SAMPLED = {"trainer__steps": 3, "evaluation__every": 1}
+
+
+def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System) -> None:
+    one = system.job("one-rank", **SAMPLED)
+    one.run()
+    two = system.job("two-ranks", trainer__processes=2, **SAMPLED)
+    two.run()
+
+    # Rank 0 writes the rollouts of its own groups: 0 and 2 of each step.
+    shared = two.rollouts()
+    assert len(shared) == 3 * 2 * 2
+    assert shared.items() <= one.rollouts().items()
+    assert len(two.ledger()) == len(one.ledger()) == 3 * 4
+    assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
+    expected, found = weights_of(one), weights_of(two)
+    start = load_file(Path(model_folder("student")) / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor, expected[name], atol=1e-6, err_msg=name)
+        assert not np.array_equal(tensor, start[name].numpy()), f"{name} has not learned"
+
+
+def perturbed_student(folder: Path) -> Path:
+    """A student that has forgotten something: noise on every weight."""
+    shutil.copytree(model_folder("student"), folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    torch.manual_seed(1)
+    noisy = {name: tensor + 0.1 * tensor.std() * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    save_file(noisy, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_two_jobs_with_different_students_share_a_teacher_and_both_learn(system: System, tmp_path: Path) -> None:
+    """Their seeds differ, hence their prompts: a group in the wrong job would be refused for its prompt."""
+    settings = {
+        "trainer__steps": 16,
+        "trainer__prompts_per_step": 8,
+        "trainer__learning_rate": 1e-3,
+        "trainer__warmup_fraction": 0.1,
+        "rollout__max_new_tokens": 24,
+    }
+    jobs = [
+        system.job("learns", run__seed=1, **settings),
+        system.job("learns-again", run__seed=2, student=perturbed_student(tmp_path / "perturbed"), **settings),
+    ]
+    workers = [job.start_worker() for job in jobs]
+    trainers = [job.start_trainer() for job in jobs]
+    jobs[0].until("both are in their runs", lambda: all(0 < len(job.records()) < 16 for job in jobs), *trainers)
+    for job, trainer, worker in zip(jobs, trainers, workers, strict=True):
+        job.finished(trainer)
+        worker.kill()
+
+    for job in jobs:
+        kl = [record["kl_mean"] for record in job.records()]
+        assert np.mean(kl[-4:]) < 0.8 * np.mean(kl[:2]), kl
+        assert len({line["group_id"] for line in job.ledger()}) == len(job.ledger()) == 16 * 8
+        assert not {key for record in job.records() for key in record if key.startswith("groups_")}, "groups dropped"
+        assert job.pending() == {"requests": 0, "groups": 0}
+
+
+def test_with_a_lag_of_one_generation_runs_ahead_and_no_group_is_older(system: System) -> None:
+    job = system.job("lag", trainer__steps=5, trainer__max_policy_lag=1)
+    job.run()
+    lags = [line["step"] - line["policy_version"] for line in job.ledger()]
+    assert len(lags) == 5 * 4
+    assert set(lags) == {0, 1}  # the first step's groups can only be of version 0
+    assert job.pending() == {"requests": 0, "groups": 0}
+
+
+def test_prompts_without_an_image_and_with_several_pass_through_a_step(system: System, tmp_path: Path) -> None:
+    pictures = [{"bytes": encoded(drawing(seed)).data, "path": None} for seed in range(4)]
+    rows = [
+        {"problem": "Find the complement of the angle.", "answer": "30", "images": []},
+        {"problem": "<image>Find the perimeter of the triangle.", "answer": "12", "images": pictures[:1]},
+        {"problem": "<image><image>Find the area of the rectangle.", "answer": "6", "images": pictures[1:3]},
+        {"problem": "Compare <image> and <image>.", "answer": "1", "images": pictures[2:]},
+    ]
+    schema = pa.schema(
+        {
+            "problem": pa.string(),
+            "answer": pa.string(),
+            "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+        }
+    )
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"{split}.parquet")
+
+    # One prompt a step: the step without an image leaves the vision tower without a gradient.
+    job = system.job(
+        "shapes",
+        data__source=tmp_path,
+        trainer__steps=4,
+        trainer__prompts_per_step=1,
+        evaluation__every=1,
+        evaluation__prompts=4,
+    )
+    job.run()
+    assert len(job.ledger()) == 4
+    assert {" ".join(record["question"].split()) for record in job.samples()} == {
+        "Find the complement of the angle.",
+        "Find the perimeter of the triangle.",
+        "Find the area of the rectangle.",
+        "Compare and .",
+    }
+    assert all(record["prompts"] == 4 for record in job.records("eval"))
+    assert all(np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0 for record in job.records())

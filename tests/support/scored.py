@@ -1,0 +1,154 @@
+"""Prompt groups as the trainer sees them, without a trainer: sampled by the student, scored by a teacher over gRPC."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.rollout.transformers_engine import TransformersEngine
+from services.trainer.scoring import Refused, Scorer
+from services.trainer.student import ScoredGroup
+from tests.support.models import model_folder
+from tests.support.rollouts import MAX_PIXELS, PlainStudent
+from tests.support.teacher import drawing, encoded, question, teacher_in_process
+from vaopd.client import SyncTeacherClient
+from vaopd.payloads import to_torch
+from vaopd.types import (
+    Degradation,
+    EncodedImage,
+    PayloadKind,
+    PolicyVersion,
+    Prompt,
+    RolloutGroup,
+    RolloutRequest,
+    SamplingSettings,
+)
+from vaopd.vlm import Vlm
+from vaopd.weights import WEIGHTS_FILE
+
+
+def prompts() -> list[Prompt]:
+    """One image, two images, and none."""
+    pictures = [encoded(drawing(seed)) for seed in range(3)]
+    return [
+        _prompt("one", "Find the perimeter of the triangle.", pictures[:1]),
+        _prompt("two", "Find the area of the rectangle.", pictures[1:]),
+        _prompt("none", "Find the complement of the angle.", []),
+    ]
+
+
+def _prompt(prompt_id: str, text: str, images: Sequence[EncodedImage]) -> Prompt:
+    return Prompt(prompt_id=prompt_id, messages=question(text, images), images=tuple(images), answer="")
+
+
+@functools.cache
+def vlm(name: str) -> Vlm:
+    """Read with the pixel bound of `PlainStudent`; leave its weights alone."""
+    return Vlm.load(model_folder(name), dtype="float32", max_pixels=MAX_PIXELS)
+
+
+def plain(name: str) -> PlainStudent:
+    """The model under transformers' own processor and full logits: what the whole stack is compared with."""
+    return PlainStudent(_policy(name))
+
+
+def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
+    return [
+        RolloutRequest(
+            group_id=f"train-000000-{index:04d}",
+            messages=prompt.messages,
+            images=prompt.images,
+            num_rollouts=rollouts,
+            sampling=SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=20, seed=5),
+            policy_version=0,
+        )
+        for index, prompt in enumerate(prompts())
+    ]
+
+
+@functools.cache
+def sampled_groups() -> list[RolloutGroup]:
+    engine = TransformersEngine(model_folder("student"), worker="w", max_pixels=MAX_PIXELS)
+    engine.load_policy(_policy("student"))
+    groups = engine.generate(requests())
+    assert all(isinstance(group, RolloutGroup) for group in groups)
+    return groups  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """In the order of the prompts; teacher_head (V, D), refused: what neither student nor teacher would take."""
+
+    groups: list[ScoredGroup]
+    refused: list[Refused]
+    teacher_head: torch.Tensor
+
+
+@contextmanager
+def scorer_for(teacher: Vlm, *, max_tokens: int = 512, **client: Any) -> Iterator[tuple[Scorer, SyncTeacherClient]]:
+    student = vlm("student")
+    listed = prompts()
+
+    def prompt_of(group_id: str) -> tuple[int, Prompt]:
+        index = int(group_id.rpartition("-")[2])
+        return index, listed[index]
+
+    with (
+        teacher_in_process(teacher) as server,
+        SyncTeacherClient(server.target, tokenizer_fingerprint=student.fingerprint, **client) as connection,
+    ):
+        scorer = Scorer(teacher=connection, student=student, prompt_of=prompt_of, max_tokens=max_tokens)
+        try:
+            yield scorer, connection
+        finally:
+            scorer.close()
+
+
+def score(
+    teacher: str = "teacher",
+    *,
+    groups: Sequence[RolloutGroup] | None = None,
+    payload: PayloadKind = "hidden",
+    degradation: Degradation = Degradation(),
+    **options: Any,
+) -> Scored:
+    """Each group is submitted by itself, as it would arrive."""
+    with scorer_for(vlm(teacher), payload=payload, degradation=degradation, **options) as (scorer, client):
+        for group in sampled_groups() if groups is None else groups:
+            scorer.submit([group])
+        results = list(scorer.results())
+        head = to_torch(client.head())
+    done = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
+    return Scored(groups=done, refused=[r for r in results if isinstance(r, Refused)], teacher_head=head)
+
+
+@functools.cache
+def reference_logprobs(name: str) -> list[np.ndarray]:
+    """Float64 log-softmax of a plain forward, (T, V) for each rollout of `sampled_groups`, in order."""
+    model = plain(name)
+    return [
+        model.logprobs(request, rollout.response_ids)
+        for request, group in zip(requests(), sampled_groups(), strict=True)
+        for rollout in group.rollouts
+    ]
+
+
+def reference_kl() -> list[np.ndarray]:
+    """KL(student ‖ teacher) in float64 over the logical vocabulary, (T,) for each rollout."""
+    pairs = zip(reference_logprobs("student"), reference_logprobs("teacher"), strict=True)
+    return [(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]
+
+
+def _policy(name: str) -> PolicyVersion:
+    folder = Path(model_folder(name))
+    return PolicyVersion(
+        version=0, path=str(folder), sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    )
