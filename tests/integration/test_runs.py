@@ -24,37 +24,41 @@ def weights_of(job: Job) -> dict[str, np.ndarray]:
     return safetensors.numpy.load(job.weights())
 
 
-# Samples are written where evaluation is due: with every step's, the rollouts of both runs can be compared.
-SAMPLED = {"trainer__steps": 3, "evaluation__every": 1}
-
-
 def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System) -> None:
-    one = system.job("one-rank", **SAMPLED)
+    """AdamW's step is about the learning rate, 1e-4, for every weight, however small its gradient and however much of
+    that is rounding: so weights are compared within 2 % of a step.
+    """
+    # Samples are written where evaluation is due: with every step's, the rollouts of both runs can be compared.
+    settings = {"trainer__steps": 2, "trainer__learning_rate": 1e-4, "evaluation__every": 1}
+    one = system.job("one-rank", **settings)
+    two = system.job("two-ranks", trainer__processes=2, **settings)
     one.run()
-    two = system.job("two-ranks", trainer__processes=2, **SAMPLED)
     two.run()
 
     # Rank 0 writes the rollouts of its own groups: 0 and 2 of each step.
     shared = two.rollouts()
-    assert len(shared) == 3 * 2 * 2
+    assert len(shared) == 2 * 2 * 2
     assert shared.items() <= one.rollouts().items()
-    assert len(two.ledger()) == len(one.ledger()) == 3 * 4
+    assert len(two.ledger()) == len(one.ledger()) == 2 * 4
     assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
     expected, found = weights_of(one), weights_of(two)
     start = load_file(Path(model_folder("student")) / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        np.testing.assert_allclose(tensor, expected[name], atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(tensor, expected[name], atol=2e-6, err_msg=name)
         assert not np.array_equal(tensor, start[name].numpy()), f"{name} has not learned"
 
 
-def perturbed_student(folder: Path) -> Path:
-    """A student that has forgotten something: noise on every weight."""
+def forgetful_student(folder: Path, *, seed: int) -> Path:
+    """Half a standard deviation of noise on each weight: 7 nats per token from the teacher, and soon nearer."""
     shutil.copytree(model_folder("student"), folder)
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    torch.manual_seed(1)
-    noisy = {name: tensor + 0.1 * tensor.std() * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    generator = torch.Generator().manual_seed(seed)
+    noisy = {
+        name: tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in tensors.items()
+    }
     save_file(noisy, file, metadata={"format": "pt"})
     return folder
 
@@ -62,27 +66,29 @@ def perturbed_student(folder: Path) -> Path:
 def test_two_jobs_with_different_students_share_a_teacher_and_both_learn(system: System, tmp_path: Path) -> None:
     """Their seeds differ, hence their prompts: a group in the wrong job would be refused for its prompt."""
     settings = {
-        "trainer__steps": 16,
+        "trainer__steps": 10,
         "trainer__prompts_per_step": 8,
-        "trainer__learning_rate": 1e-3,
         "trainer__warmup_fraction": 0.1,
-        "rollout__max_new_tokens": 24,
+        "rollout__max_new_tokens": 16,
+        "rollout__requests_per_batch": 8,
     }
     jobs = [
-        system.job("learns", run__seed=1, **settings),
-        system.job("learns-again", run__seed=2, student=perturbed_student(tmp_path / "perturbed"), **settings),
+        system.job(
+            f"job-{seed}", run__seed=seed, student=forgetful_student(tmp_path / f"{seed}", seed=seed), **settings
+        )
+        for seed in (1, 2)
     ]
     workers = [job.start_worker() for job in jobs]
     trainers = [job.start_trainer() for job in jobs]
-    jobs[0].until("both are in their runs", lambda: all(0 < len(job.records()) < 16 for job in jobs), *trainers)
+    jobs[0].until("both are in their runs", lambda: all(0 < len(job.records()) < 10 for job in jobs), *trainers)
     for job, trainer, worker in zip(jobs, trainers, workers, strict=True):
         job.finished(trainer)
         worker.kill()
 
     for job in jobs:
-        kl = [record["kl_mean"] for record in job.records()]
-        assert np.mean(kl[-4:]) < 0.8 * np.mean(kl[:2]), kl
-        assert len({line["group_id"] for line in job.ledger()}) == len(job.ledger()) == 16 * 8
+        for measured in (job.losses(), [record["kl_mean"] for record in job.records()]):
+            assert np.mean(measured[-2:]) < 0.7 * np.mean(measured[:2]), measured
+        assert len({line["group_id"] for line in job.ledger()}) == len(job.ledger()) == 10 * 8
         assert not {key for record in job.records() for key in record if key.startswith("groups_")}, "groups dropped"
         assert job.pending() == {"requests": 0, "groups": 0}
 

@@ -1,0 +1,93 @@
+"""The numbers of a step, worked out by hand on two groups; and that two ranks' halves make the same whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from services.trainer import metrics
+from services.trainer.student import ScoredGroup, WeightedGroup
+from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
+from vaopd.vlm import PreparedPrompt
+
+
+def a_group(index: int, va: list[list[float]], *, weights: list[float], finish: str = "stop") -> WeightedGroup:
+    advantages = tuple(np.array(values, np.float32) for values in va)
+    rollouts = tuple(
+        Rollout(
+            rollout_id=f"g{index}/{k}",
+            response_ids=np.arange(len(values), dtype=np.int32),
+            rollout_logprobs=np.zeros(len(values), np.float32),
+            finish_reason=finish,  # type: ignore[arg-type]
+        )
+        for k, values in enumerate(va)
+    )
+    prompt_ids = np.array([1], np.int32)
+    group = RolloutGroup(
+        group_id=f"g{index}",
+        policy_version=0,
+        policy_sha256="",
+        prompt_token_ids=prompt_ids,
+        rollouts=rollouts,
+        worker="w",
+        generation_s=0.5 + index,
+    )
+    score = GroupScore(
+        group_id=f"g{index}",
+        teacher_logprobs=advantages,
+        degraded_logprobs=advantages,
+        visual_advantage=advantages,
+        payload=Payload(kind="sampled"),
+        prompt_tokens=1,
+    )
+    prompt = PreparedPrompt(token_ids=prompt_ids.astype(np.int64), images=())
+    return WeightedGroup(
+        scored=ScoredGroup(index=index, group=group, prompt=prompt, score=score),
+        rollout_weights=torch.tensor(weights),
+        token_weights=torch.ones(sum(len(values) for values in va)),
+    )
+
+
+# Rollouts of 5, 2 and 1 tokens: one high token each (⌈T/5⌉), marked by its advantage.
+FIRST = a_group(0, [[0, 4, 0, 0, 0], [0, 1]], weights=[0.5, 0.5])
+FIRST_KL = np.array([1, 9, 1, 1, 1, 2, 3], np.float32)
+SECOND = a_group(1, [[2]], weights=[1.0], finish="length")
+SECOND_KL = np.array([6], np.float32)
+
+
+def expected() -> dict[str, Any]:
+    return {
+        "loss": 0.75,
+        "rollouts": 3,
+        "mean_va": (4 + 1 + 2) / 8,
+        "kl_mean": (9 + 4 + 2 + 3 + 6) / 8,
+        "kl_high": (9 + 3 + 6) / 3,
+        "kl_low": (4 + 2) / 5,
+        "weights_entropy": (math.log(2) + 0) / 2,  # uniform over two siblings; certain of one
+        "response_tokens_mean": 8 / 3,
+        "truncated_fraction": 1 / 3,
+        "generation_s": 1.5,
+    }
+
+
+def test_one_rank() -> None:
+    found = metrics.of_step([metrics.of_rank([FIRST, SECOND], [FIRST_KL, SECOND_KL], loss=0.75)])
+    assert found.pop("va_top10_share") == pytest.approx(4 / 7)  # the top ⌈0.8⌉ = 1 of 8 tokens
+    assert found == pytest.approx(expected())
+
+
+def test_two_ranks_make_the_same_means_of_their_sums() -> None:
+    """But for the share of the top tokens, which is the mean over ranks of each rank's own."""
+    parts = [metrics.of_rank([FIRST], [FIRST_KL], loss=0.5), metrics.of_rank([SECOND], [SECOND_KL], loss=0.25)]
+    found = metrics.of_step(parts)
+    assert found.pop("va_top10_share") == pytest.approx((4 / 5 + 1) / 2)
+    assert found == pytest.approx(expected())
+
+
+def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
+    found = metrics.of_step([metrics.of_rank([SECOND], [SECOND_KL], loss=1.0)])
+    assert math.isnan(found["kl_low"])
