@@ -7,6 +7,7 @@ order could do that.
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections import Counter
 
@@ -65,7 +66,9 @@ def test_a_killed_worker_teacher_and_redis_leave_no_trace_in_the_result(system: 
 
 
 def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System, undisturbed: Job) -> None:
-    """Killed beyond its last checkpoint, with groups of a later step finished and one evaluation done twice."""
+    """Its newest checkpoint is damaged as well, so that it goes on from the one before. Groups that were acknowledged
+    since are sampled anew, those that were not come again, and the evaluations are repeated.
+    """
     job = system.job("killed-trainer", **SETTINGS)
     trainer, worker = job.start_trainer(), job.start_worker()
     job.until("the fifth step is done", lambda: len(job.records()) >= 5, trainer, worker)
@@ -76,11 +79,38 @@ def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System,
     assert again.exit_code() == 2
     assert "is in use; pass --resume to go on" in again.text()
 
-    job.finished(job.start_trainer(resume=True))
+    older, newest = sorted((job.folder / "checkpoints").iterdir())
+    weights = newest / "student.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused = job.start_trainer(resume=True)
+    assert refused.exit_code() == 2
+    assert f"checkpoint {newest} can't be read" in refused.text()
+    shutil.rmtree(newest)  # as the message says
+
+    resumed = job.start_trainer(resume=True)
+    job.finished(resumed)
     worker.kill()
+    step = int(older.name.removeprefix("step_"))
+    assert f"resumed at step {step} with {step * PROMPTS} trained groups" in resumed.text()
     assert_each_group_once(job)
     assert job.losses() == undisturbed.losses()
     assert job.weights() == undisturbed.weights()
+
+
+def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: System) -> None:
+    """Killed before a checkpoint, and its folder removed: Redis still holds its groups, of prompts in another order."""
+    settings = {"trainer__steps": 2, "trainer__checkpoint_every": 2}
+    old, new = (system.job("old-name", run__seed=seed, **settings) for seed in (1, 2))
+    trainer, worker = old.start_trainer(), old.start_worker()
+    old.until("the first step is done", lambda: len(old.records()) >= 1, trainer, worker)
+    trainer.kill()
+    shutil.rmtree(old.folder)
+
+    new.finished(new.start_trainer())
+    worker.kill()
+    assert len(new.ledger()) == 2 * PROMPTS
+    assert not {key for record in new.records() for key in record if key.startswith("groups_")}  # none was dropped
+    assert new.pending() == {"requests": 0, "groups": 0}
 
 
 def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System, undisturbed: Job) -> None:
