@@ -20,12 +20,18 @@ RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
  && pip uninstall --quiet --yes vaopd torchaudio torchcodec \
  && rm -rf build ./*.egg-info
 
-COPY vaopd vaopd
-COPY services services
-RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services
+# vLLM's CPU kernels are linked with it; without it vLLM is imported all the same, and then fails.
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends libnuma1 \
+ && rm -rf /var/lib/apt/lists/*
+
 COPY deploy/health.py deploy/entrypoint.sh ./
 COPY configs configs
 COPY models models
+COPY vaopd vaopd
+COPY services services
+# Files are readable by all, whatever the umask of the checkout.
+RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
 
 USER 10001:10001
 ENTRYPOINT ["sh", "/app/entrypoint.sh"]

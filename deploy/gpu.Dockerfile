@@ -25,11 +25,12 @@ RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
  && pip uninstall --quiet --yes vaopd \
  && rm -rf build ./*.egg-info
 
-COPY vaopd vaopd
-COPY services services
-RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services
 COPY deploy/health.py deploy/entrypoint.sh ./
 COPY configs configs
+COPY vaopd vaopd
+COPY services services
+# Files are readable by all, whatever the umask of the checkout.
+RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
 
 USER 10001:10001
 ENTRYPOINT ["sh", "/app/entrypoint.sh"]
