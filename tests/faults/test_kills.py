@@ -113,8 +113,8 @@ def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: Sy
     assert new.pending() == {"requests": 0, "groups": 0}
 
 
-def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System, undisturbed: Job) -> None:
-    job = system.job("interrupted", **SETTINGS)
+def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System) -> None:
+    job = system.job("interrupted", trainer__steps=2)
     trainer = job.start_trainer()
     job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
     trainer.send(signal.SIGTERM)
@@ -125,5 +125,5 @@ def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system
     worker = job.start_worker()
     job.finished(job.start_trainer(resume=True))
     worker.kill()
-    assert_each_group_once(job)
-    assert job.weights() == undisturbed.weights()
+    assert Counter(line["step"] for line in job.ledger()) == {0: PROMPTS, 1: PROMPTS}
+    assert job.pending() == {"requests": 0, "groups": 0}

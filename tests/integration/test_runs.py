@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
+from services.trainer.order import PromptOrder
 from tests.support.models import model_folder
 from tests.support.system import Job, System
 from tests.support.teacher import drawing, encoded
@@ -102,23 +104,27 @@ def test_with_a_lag_of_one_generation_runs_ahead_and_no_group_is_older(system: S
     assert job.pending() == {"requests": 0, "groups": 0}
 
 
+def write_data(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Geometry3K's schema; validation holds the same rows."""
+    images = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    schema = pa.schema({"problem": pa.string(), "answer": pa.string(), "images": images})
+    for split in ("train", "validation"):
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{split}.parquet")
+
+
+def picture(seed: int) -> dict[str, Any]:
+    return {"bytes": encoded(drawing(seed)).data, "path": None}
+
+
 def test_prompts_without_an_image_and_with_several_pass_through_a_step(system: System, tmp_path: Path) -> None:
-    pictures = [{"bytes": encoded(drawing(seed)).data, "path": None} for seed in range(4)]
+    pictures = [picture(seed) for seed in range(4)]
     rows = [
         {"problem": "Find the complement of the angle.", "answer": "30", "images": []},
         {"problem": "<image>Find the perimeter of the triangle.", "answer": "12", "images": pictures[:1]},
         {"problem": "<image><image>Find the area of the rectangle.", "answer": "6", "images": pictures[1:3]},
         {"problem": "Compare <image> and <image>.", "answer": "1", "images": pictures[2:]},
     ]
-    schema = pa.schema(
-        {
-            "problem": pa.string(),
-            "answer": pa.string(),
-            "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
-        }
-    )
-    for split in ("train", "validation"):
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / f"{split}.parquet")
+    write_data(tmp_path, rows)
 
     # One prompt a step: the step without an image leaves the vision tower without a gradient.
     job = system.job(
@@ -139,3 +145,20 @@ def test_prompts_without_an_image_and_with_several_pass_through_a_step(system: S
     }
     assert all(record["prompts"] == 4 for record in job.records("eval"))
     assert all(np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0 for record in job.records())
+
+
+def test_a_prompt_that_nobody_can_read_is_a_dead_letter_and_its_step_goes_on(system: System, tmp_path: Path) -> None:
+    """Its image is cut short. It would have been rank 1's, which is told that it will not come."""
+    rows = [{"problem": "<image>How long?", "answer": "1", "images": [picture(seed)]} for seed in range(8)]
+    bad = PromptOrder(prompts=8, seed=0).index(1)
+    rows[bad]["images"] = [{"bytes": encoded(drawing(bad)).data[:-100], "path": None}]
+    write_data(tmp_path, rows)
+
+    job = system.job("dead-letter", data__source=tmp_path, trainer__steps=2, trainer__processes=2)
+    job.run()
+    trained = {line["group_id"] for line in job.ledger()}
+    wanted = {f"train-{step:06d}-{index:04d}" for step in range(2) for index in range(4)}
+    assert wanted - trained == {"train-000000-0001"}
+    assert job.stream_length("dead") == 1
+    assert job.records()[-1]["groups_dead"] == 1
+    assert job.pending() == {"requests": 0, "groups": 0}

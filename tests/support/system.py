@@ -27,7 +27,7 @@ from vaopd.embedded_redis import EmbeddedRedis
 from vaopd.launch import service_argv
 
 _ROOT = Path(__file__).parents[2]
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
 _DEFAULTS: dict[str, Any] = {
