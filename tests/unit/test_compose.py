@@ -126,21 +126,20 @@ def vaopd_that_echoes(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "started"),
+    ("begun", "started"),
     [
-        (None, "train tiny.toml --set trainer.steps=6"),
-        ("checkpoints/step_000020", "train tiny.toml --resume --set trainer.steps=6"),
+        (False, "train tiny.toml --set trainer.steps=6"),
+        (True, "train tiny.toml --resume --set trainer.steps=6"),
     ],
 )
-def test_a_restarted_trainer_goes_on_from_its_checkpoint(
-    tmp_path: Path, vaopd_that_echoes: Path, checkpoint: str | None, started: str
+def test_a_restarted_trainer_goes_on_with_its_run(
+    tmp_path: Path, vaopd_that_echoes: Path, begun: bool, started: str
 ) -> None:
-    if checkpoint is not None:
-        (tmp_path / checkpoint).mkdir(parents=True)
-        (tmp_path / checkpoint / "state.json").touch()
+    if begun:
+        (tmp_path / "metrics.jsonl").touch()
     environment = {
         "PATH": f"{vaopd_that_echoes}:/usr/bin:/bin",
-        "VAOPD_CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "VAOPD_RUN_FOLDER": str(tmp_path),
         "VAOPD_OPTIONS": "--set trainer.steps=6",
     }
     done = subprocess.run(
