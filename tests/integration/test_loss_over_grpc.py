@@ -68,7 +68,7 @@ def test_what_the_teacher_says_over_grpc_is_what_the_student_would_say_of_itself
 def test_the_hidden_payload_gives_the_exact_divergence(scored: Scored) -> None:
     expected = np.concatenate(reference_kl())
     assert expected.max() > 0.1  # or the comparison would say nothing
-    np.testing.assert_allclose(kl_of(scored), expected, atol=1e-5)
+    np.testing.assert_allclose(kl_of(scored), expected, atol=1e-5, rtol=1e-6)  # of up to 28 nats, in float32
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
@@ -85,7 +85,7 @@ def test_top_k_and_tail_never_exceed_the_exact_divergence(top_k: int) -> None:
         top_p, top_q = np.take_along_axis(p, ids, -1), np.take_along_axis(q, ids, -1)
         tail_p, tail_q = (np.where(rest, np.exp(x), 0).sum(-1) for x in (p, q))
         expected.append((np.exp(top_p) * (top_p - top_q)).sum(-1) + tail_p * np.log(tail_p / tail_q))
-    np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5)
+    np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -212,15 +212,15 @@ def test_neither_groups_per_forward_nor_the_order_of_groups_changes_the_step(
 
 
 def test_groups_that_arrive_in_any_order_are_scored_the_same(scored: Scored) -> None:
-    """Together or one after the other, first or last, up to what float32 rounds."""
+    """In whatever forwards they then share: up to what float32 rounds of a log-prob, the bound that these have."""
     for order in itertools.islice(itertools.permutations(sampled_groups()), 0, 6, 2):
-        again = score(groups=order)
+        again = score(groups=order, batch_tokens=4096)
         assert [group.index for group in again.groups] == [0, 1, 2]
         for group, first in zip(again.groups, scored.groups, strict=True):
             for found, expected in zip(group.score.visual_advantage, first.score.visual_advantage, strict=True):
-                np.testing.assert_allclose(found, expected, atol=1e-5)
+                np.testing.assert_allclose(found, expected, atol=1e-4)
             tensors = (g.score.payload.tensors["hidden"].numpy() for g in (group, first))
-            np.testing.assert_allclose(*tensors, atol=1e-5)
+            np.testing.assert_allclose(*tensors, atol=1e-4)
 
 
 def test_every_parameter_that_the_prompts_use_learns(scored: Scored, trained_student: Vlm) -> None:

@@ -93,7 +93,10 @@ class Scored:
 
 
 @contextmanager
-def scorer_for(teacher: Vlm, *, max_tokens: int = 512, **client: Any) -> Iterator[tuple[Scorer, SyncTeacherClient]]:
+def scorer_for(
+    teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, **client: Any
+) -> Iterator[tuple[Scorer, SyncTeacherClient]]:
+    """batch_tokens = 1: the teacher takes each row by itself, so that the same groups always give the same bits."""
     student = vlm("student")
     listed = prompts()
 
@@ -102,7 +105,7 @@ def scorer_for(teacher: Vlm, *, max_tokens: int = 512, **client: Any) -> Iterato
         return index, listed[index]
 
     with (
-        teacher_in_process(teacher) as server,
+        teacher_in_process(teacher, batch_tokens=batch_tokens) as server,
         SyncTeacherClient(server.target, tokenizer_fingerprint=student.fingerprint, **client) as connection,
     ):
         scorer = Scorer(teacher=connection, student=student, prompt_of=prompt_of, max_tokens=max_tokens)
