@@ -68,8 +68,15 @@ def test_only_the_api_is_published_and_only_to_this_host() -> None:
 def test_profiles_hold_the_whole_system() -> None:
     assert in_profile("cpu") == {"redis", "data", "teacher", "rollout", "trainer", "api"}
     assert in_profile("gpu") == {"redis", "gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-api"}
-    assert in_profile("second-job") == {"second-rollout", "second-trainer"}
-    assert in_profile("gpu-second-job") == {"gpu-second-rollout", "gpu-second-trainer"}
+    # A further job shares Redis and the teacher; Compose starts what is not there yet.
+    assert in_profile("second-job") == {"redis", "data", "teacher", "second-rollout", "second-trainer"}
+    assert in_profile("gpu-second-job") == {"redis", "gpu-teacher", "gpu-second-rollout", "gpu-second-trainer"}
+
+
+def test_whatever_a_service_depends_on_is_in_its_profiles() -> None:
+    for service in SERVICES.values():
+        for needed in service.get("depends_on", ()):
+            assert set(service["profiles"]) <= set(SERVICES[needed]["profiles"])
 
 
 def test_each_gpu_role_reserves_devices_of_its_own() -> None:
