@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -24,6 +24,9 @@ Address = Annotated[str, Field(pattern=r"^[^:\s]+:\d+$|^\[[0-9a-fA-F:]+\]:\d+$")
 
 class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class RunConfig(Section):
@@ -215,25 +218,29 @@ class Config(Section):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
+    values = read_toml(path)
+    for override in overrides:
+        _apply(values, override)
+    return validate(Config, values, origin=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror}); see configs/") from None
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(values, override)
-    return validate(values, origin=str(path))
 
 
-def validate(values: dict[str, Any], *, origin: str) -> Config:
-    """Raises ConfigError that lists every wrong key."""
+def validate(model: type[S], values: dict[str, Any], *, origin: str) -> S:
+    """`values` as a `model`. Raises ConfigError that lists every wrong key."""
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
+        lines = [_describe(model, item) for item in error.errors()]
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -268,19 +275,18 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[parts[-1]] = value
 
 
-def _describe(error: Any) -> str:
+def _describe(model: type[pydantic.BaseModel], error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "configuration"
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key; known here: {', '.join(_known_keys(location[:-1]))}"
+        return f"{key}: no such key; known here: {', '.join(_known_keys(model, location[:-1]))}"
     if error["type"] == "missing":
         return f"{key}: is required"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" + ("" if error["type"] == "value_error" else f", got {error['input']!r}")
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(model: Any, location: list[str]) -> list[str]:
     for part in location:
         model = model.model_fields[part].annotation
     return list(model.model_fields)

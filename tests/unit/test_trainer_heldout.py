@@ -39,7 +39,7 @@ def config() -> Config:
         "trainer": {"steps": 1},
         "evaluation": {"samples": 2, "temperature": 1.0},
     }
-    return validate(values, origin="test")
+    return validate(Config, values, origin="test")
 
 
 def served_by(worker: WorkerQueue, first_tokens: tuple[int, int]) -> Callable[[], None]:
