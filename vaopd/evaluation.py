@@ -11,11 +11,20 @@ True
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vaopd.errors import InvalidInput
+from vaopd.types import Prompt, RolloutRequest, SamplingSettings
+
+if TYPE_CHECKING:
+    from vaopd.config import Config
 
 MAX_ANSWER_CHARS = 300
 """A longer "answer" is a runaway response; it is compared as text only."""
@@ -26,6 +35,65 @@ _ANSWER_IS = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+?)(?:\.(?!\d)|[\n;]|$)",
 # What can keep a computer algebra system busy for ever: towers and large exponents, and factorials. math-verify's own
 # timeout is a signal, which only the main thread may set, so these are compared as text instead.
 _COSTLY = re.compile(r"(\^|\*\*).*(\^|\*\*)|(\^|\*\*)\s*\{?\s*-?\d{4,}|!|\\(sum|prod|int|lim)\b", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutResult:
+    """accuracy: mean correctness over prompts and samples (avg@n); standard_error: over prompts."""
+
+    accuracy: float
+    standard_error: float
+    prompts: int
+    samples: int
+
+    def __str__(self) -> str:
+        of = f"avg@{self.samples}, {self.prompts} problems"
+        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({of})"
+
+
+def held_out_prompts(config: Config) -> Sequence[Prompt]:
+    """The first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
+    from vaopd.data.loaders import load_prompts
+
+    return load_prompts(
+        config.data.validation_source or config.data.source,
+        split=config.data.validation_split,
+        limit=config.evaluation.prompts,
+        shuffle_seed=42,  # method.md
+        instruction=config.data.instruction or None,
+    )
+
+
+def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config) -> Iterator[RolloutRequest]:
+    """One request per held-out prompt, answered by policy version `version`."""
+    settings = SamplingSettings(
+        temperature=config.evaluation.temperature,
+        top_p=1.0,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.run.seed,
+    )
+    for index, prompt in enumerate(prompts):
+        yield RolloutRequest(
+            group_id=f"eval-{version:06d}-{index:05d}",
+            messages=prompt.messages,
+            images=prompt.images,
+            num_rollouts=config.evaluation.samples,
+            sampling=settings,
+            policy_version=version,
+        )
+
+
+def held_out_result(correct: Mapping[str, Sequence[bool]]) -> HeldOutResult:
+    """Of each prompt's samples, by group id: equally many for all."""
+    rows = list(correct.values())
+    accuracy = avg_at_n(rows)
+    means = np.array([np.mean(row) for row in rows])
+    return HeldOutResult(
+        accuracy=accuracy,
+        standard_error=float(means.std() / math.sqrt(len(means))),
+        prompts=len(rows),
+        samples=len(rows[0]),
+    )
 
 
 def committed_answer(text: str) -> str | None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.types import PolicyVersion
@@ -77,6 +77,17 @@ def publish_snapshot(
         for source in model_files(model_files_from):
             _link_or_copy(source, aside / source.name)
     return PolicyVersion(version=version, path=str(path), sha256=digest)
+
+
+def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
+    """A model folder as policy version 0; one whose weights are in several files is written to `scratch` in one."""
+    if (model / WEIGHTS_FILE).is_file():
+        return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
+    parts = sorted(model.glob("*.safetensors"))
+    if not parts:
+        raise NotFound(f"{model} holds no safetensors files; save the model with `save_pretrained`")
+    state = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    return publish_snapshot(scratch, 0, state, model_files_from=model)
 
 
 def link_snapshot(policy: PolicyVersion, target: Path) -> None:

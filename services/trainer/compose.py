@@ -22,6 +22,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_prompts
 from vaopd.errors import ConfigError, Mismatch
+from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.types import Degradation
@@ -151,16 +152,9 @@ def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -
             queue.renew()
 
     keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
-    validation = load_prompts(
-        config.data.validation_source or config.data.source,
-        split=config.data.validation_split,
-        limit=config.evaluation.prompts,
-        shuffle_seed=42,  # method.md: the held-out problems are chosen with seed 42, whatever the run's seed
-        instruction=config.data.instruction or None,
-    )
     return Coordinator(
         collector=Collector(queue=queue),
         keeper=keeper,
-        validation=validation,
+        validation=held_out_prompts(config),
         progress_line=ProgressLine(steps=config.trainer.steps),
     )

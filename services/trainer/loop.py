@@ -321,7 +321,7 @@ class Trainer:
     def _evaluate_if_due(self, step: int) -> None:
         if self.coordinator is None or not self._is_due(step):
             return
-        result = evaluate(
+        result, group_ids = evaluate(
             self.coordinator.collector,
             self.coordinator.validation,
             version=step,
@@ -329,7 +329,7 @@ class Trainer:
             check=self._check,
             decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
         )
-        self._evaluated[step] = result.group_ids
+        self._evaluated[step] = group_ids
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
             link_snapshot(self._snapshot, self.folder / "best")
@@ -345,10 +345,7 @@ class Trainer:
         )
         self.accelerator.log({"eval/accuracy": result.accuracy}, step=step)
         self.coordinator.progress_line.accuracy = result.accuracy
-        self.coordinator.progress_line.say(
-            f"held-out accuracy at step {step}: {result.accuracy:.1%} ± {result.standard_error:.1%} "
-            f"(avg@{result.samples}, {result.prompts} problems)"
-        )
+        self.coordinator.progress_line.say(f"held-out accuracy at step {step}: {result}")
 
     def _record(
         self, step: int, parts: list[dict], norm: float, learning_rate: float, timings: dict[str, float]

@@ -12,7 +12,7 @@ import pytest
 
 from vaopd.cli import main
 
-COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "data", "models", "report", "doctor"]
+COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "eval", "data", "models", "report", "doctor"]
 CONFIG = """
 [run]
 name = "first"

@@ -58,7 +58,10 @@ def served_by(worker: WorkerQueue, first_tokens: tuple[int, int]) -> Callable[[]
 
 
 def run(collector: Collector, config: Config, check: Callable[[], None]) -> HeldOutResult:
-    return evaluate(collector, PROMPTS, version=0, config=config, decode=lambda ids: ANSWERS[int(ids[0])], check=check)
+    result, _ = evaluate(
+        collector, PROMPTS, version=0, config=config, decode=lambda ids: ANSWERS[int(ids[0])], check=check
+    )
+    return result
 
 
 def test_accuracy_is_the_mean_over_samples_and_problems(a_job: Job, config: Config) -> None:  # noqa: F811
