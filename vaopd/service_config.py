@@ -22,8 +22,18 @@ class SharingConfig(Section):
     """The same, of one job."""
 
 
+class ImagesConfig(Section):
+    encoded_bytes: int = Field(2**30, ge=1)
+    """Room for images as they were uploaded; the least recently used go first, and clients upload them again."""
+    prepared_bytes: int = Field(2**31, ge=1)
+    """Room for decoded images of both views; a 512 × 512 image takes about 6 MB in each."""
+
+
 class ServiceConfig(Section):
     sharing: SharingConfig = SharingConfig()
+    images: ImagesConfig = ImagesConfig()
+    stuck_after_s: PositiveFloat = 300.0
+    """A forward that takes longer than this is taken for a hanging device: the process ends, to be restarted."""
 
 
 def load_service_config(path: str | Path | None) -> ServiceConfig:

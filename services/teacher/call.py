@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.teacher.engine import PreparedGroup
-from services.teacher.scheduler import Delivery, Unit
+from services.teacher.scheduler import Delivery, Scheduler, Unit
 from vaopd.errors import VaopdError
 
 UNITS_AHEAD = 2
@@ -23,22 +23,31 @@ class Refusal:
 
 
 class Call:
-    """Lives on the event loop."""
+    """Lives on the event loop. After `expires` (of time.monotonic) its work is dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: Scheduler, *, job: str, expires: float | None) -> None:
         self.feeder: asyncio.Task[None] | None = None
+        self._scheduler = scheduler
+        self._job = job
+        self._expires = expires
         self._results: asyncio.Queue[Delivery | Refusal | Exception] = asyncio.Queue()
         self._unread: dict[Unit, int] = {}
         self._unit_read = asyncio.Event()
 
-    async def unit(self, groups: Sequence[PreparedGroup]) -> Unit:
-        """A unit of these groups, once fewer than UNITS_AHEAD others are on their way."""
+    async def submit(self, groups: Sequence[PreparedGroup]) -> None:
+        """Puts a unit of these groups in the line, once fewer than UNITS_AHEAD others are on their way."""
         while len(self._unread) >= UNITS_AHEAD:
             self._unit_read.clear()
             await self._unit_read.wait()
-        unit = Unit(tuple(groups), self._results.put_nowait, asyncio.get_running_loop())
+        unit = Unit(
+            job=self._job,
+            groups=tuple(groups),
+            on_delivery=self._results.put_nowait,
+            loop=asyncio.get_running_loop(),
+            expires=self._expires,
+        )
         self._unread[unit] = len(unit.groups)
-        return unit
+        self._scheduler.submit(unit)
 
     def refuse(self, group_id: str, error: VaopdError) -> None:
         self._results.put_nowait(Refusal(group_id, error))
@@ -62,5 +71,6 @@ class Call:
         """Nobody reads any more: what hasn't reached the device never will."""
         if self.feeder is not None:
             self.feeder.cancel()
-        for unit in self._unread:
-            unit.cancelled = True
+        if self._unread:
+            self._scheduler.withdraw(tuple(self._unread))
+            self._unread.clear()

@@ -1,7 +1,7 @@
 """From a request to groups that are ready for the device; every refusal that doesn't need the device happens here.
 
-`read_envelope` checks what concerns the whole call. `Preparer.prepare` checks one group, fetches, decodes and degrades
-its images and renders its prompt; it runs on a small thread pool.
+`read_envelope` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes both of
+its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
+import PIL.Image
 
 from services.teacher.engine import PreparedGroup
-from services.teacher.images import ImageStore
+from services.teacher.images import ImageStore, PreparedImages
 from vaopd import images as image_files
 from vaopd import wire
 from vaopd.degradation import degrade
@@ -63,6 +65,19 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
     )
 
 
+def view_name(degradation: Degradation) -> str:
+    """Names a degraded view; equal names mean equal pixels of the same image.
+
+    >>> view_name(Degradation())
+    'pixelate:0.1'
+    """
+    return f"{degradation.kind}:{degradation.strength!r}" if has_strength(degradation) else degradation.kind
+
+
+def has_strength(degradation: Degradation) -> bool:
+    return degradation.kind in ("pixelate", "blur")
+
+
 def check_revision(revision: str, teacher: TeacherDescription) -> None:
     """Raises Mismatch for a revision other than the teacher's; empty is not checked."""
     if revision and revision != teacher.revision:
@@ -89,8 +104,7 @@ def _degradation(message: teacher_pb2.Degradation) -> Degradation:
     except KeyError:
         known = ", ".join(f"{name} ({number})" for name, number in wire.DEGRADATION_KINDS.items())
         raise InvalidInput(f"degradation {message.kind} is unknown to this teacher; it has {known}") from None
-    needs_strength = degradation.kind in ("pixelate", "blur")
-    if needs_strength and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
+    if has_strength(degradation) and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
         raise InvalidInput(f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}")
     return degradation
 
@@ -104,22 +118,26 @@ def _refuse_duplicates(field: str, ids: Sequence[str], place: str) -> None:
 class Preparer:
     """Reads groups with one model's tokenizer and image processor."""
 
-    def __init__(self, vlm: Vlm, *, store: ImageStore, limits: TeacherLimits) -> None:
+    def __init__(self, vlm: Vlm, *, store: ImageStore, views: PreparedImages, limits: TeacherLimits) -> None:
         self._vlm = vlm
         self._store = store
+        self._prepared = views
         self._limits = limits
+        self._usual = Degradation()  # an upload doesn't say which view will be asked for: most likely the last one was
         self._max_tokens = min(vlm.max_tokens, limits.max_tokens_per_rollout)
         # Fast tokenizers fail with "Already borrowed" when two threads use one.
         self._tokenizer = threading.Lock()
 
     def admit_image(self, image: EncodedImage) -> None:
-        """Decodes it once, so that a bad image is refused where it is sent, and stores its bytes."""
-        image_files.decode(image, max_bytes=self._limits.max_image_bytes, max_pixels=self._limits.max_image_pixels)
+        """Decodes it, so that a bad image is refused where it is sent, keeps its bytes and makes its views."""
+        decoded = self._decode(image)
         self._store.put(image)
+        self._both_views(image.sha256, self._usual, lambda: decoded)
 
     def prepare(self, group: teacher_pb2.PromptGroup, envelope: Envelope) -> PreparedGroup:
         """Raises the group's error."""
         self._check_rollouts(group)
+        self._usual = envelope.degradation
         original, degraded = self._prompts(group, envelope.degradation)
         responses = []
         for rollout in group.rollouts:
@@ -186,20 +204,36 @@ class Preparer:
                 raise InvalidInput(
                     f"image {sha256[:80]!r} is no SHA-256 in hex digits; upload the image with PutImages and name it so"
                 )
-            image = image_files.decode(
-                self._store.get(sha256),
-                max_bytes=self._limits.max_image_bytes,
-                max_pixels=self._limits.max_image_pixels,
+            original[sha256], degraded[sha256] = self._both_views(
+                sha256, degradation, partial(self._decode_stored, sha256)
             )
-            original[sha256] = self._vlm.prepare_image(image)
-            # Noise is seeded by the content, so that a group that is scored again gets the same answer.
-            degraded[sha256] = self._vlm.prepare_image(degrade(image, degradation, seed=int(sha256[:16], 16)))
-            if original[sha256].grid != degraded[sha256].grid:
-                raise Mismatch(
-                    f"image {sha256[:12]}… has grid {original[sha256].grid} in the original and "
-                    f"{degraded[sha256].grid} in the degraded view; the views must differ in pixels only"
-                )
         return original, degraded
+
+    def _both_views(
+        self, sha256: str, degradation: Degradation, decode: Callable[[], PIL.Image.Image]
+    ) -> tuple[PreparedImage, PreparedImage]:
+        """From the cache; what isn't there is made from one decoding."""
+        decoded = cache(decode)
+        # Noise is seeded by the content, so that a group that is scored again gets the same answer.
+        seed = int(sha256[:16], 16)
+        original = self._view(f"{sha256}:original", decoded)
+        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(decoded(), degradation, seed=seed))
+        if original.grid != degraded.grid:
+            raise Mismatch(
+                f"image {sha256[:12]}… has grid {original.grid} in the original and {degraded.grid} in the degraded "
+                "view; the views must differ in pixels only"
+            )
+        return original, degraded
+
+    def _view(self, key: str, pixels: Callable[[], PIL.Image.Image]) -> PreparedImage:
+        return self._prepared.get(key, lambda: replace(self._vlm.prepare_image(pixels()), key=key))
+
+    def _decode_stored(self, sha256: str) -> PIL.Image.Image:
+        return self._decode(self._store.get(sha256))
+
+    def _decode(self, image: EncodedImage) -> PIL.Image.Image:
+        limits = self._limits
+        return image_files.decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
     def _response_ids(self, rollout: teacher_pb2.RolloutTokens) -> np.ndarray:
         if rollout.response_text and rollout.response_ids:

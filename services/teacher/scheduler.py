@@ -1,9 +1,10 @@
-"""The one thread that drives the device, and the first-in-first-out line before it.
+"""The one thread that drives the device, and the line before it in which the requests of all jobs meet.
 
-What arrives: units of prepared groups, from many calls at once. What leaves: each group's result, on the event loop of
-its call. The thread takes units from the front while they fit into one forward together. The work of a call that was
-cancelled is dropped before it reaches the device. An exception of the engine itself ends the thread: every waiting
-group gets Unavailable, and `on_failure` lets the process end, so that its supervisor restarts it with a sound device.
+What arrives: units of prepared groups, from many calls of many jobs. What leaves: each group's result, on the event
+loop of its call. The thread takes units in the fair queue's order while they fit into one forward together, so a
+forward mixes jobs. The work of a call that was cancelled, or whose deadline is over, leaves the line before it reaches
+the device. An exception of the engine itself ends the thread: every waiting group gets Unavailable, and `on_failure`
+lets the process end, so that its supervisor restarts it with a sound device. A watchdog reads `busy_s`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.teacher.engine import Engine, PreparedGroup, ScoredGroup, padded_tokens
+from services.teacher.engine import Engine, PreparedGroup, ScoredGroup
+from services.teacher.fairness import FairQueue
 from vaopd.errors import Unavailable, VaopdError
 
 log = logging.getLogger(__name__)
 
 Result = ScoredGroup | VaopdError
+
+JOBS_REMEMBERED = 1024
+"""Jobs whose counts are kept; names come from outside and must not pile up."""
+_SMOOTHING = 0.1
+
+
+def group_tokens(group: PreparedGroup) -> int:
+    """What a group costs: the tokens of both views, the prompt once in each."""
+    prompts = len(group.original.token_ids) + len(group.degraded.token_ids)
+    return prompts + 2 * sum(len(ids) for ids in group.responses)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,14 +49,25 @@ class Delivery:
 class Unit:
     """Groups of one call that go to the device together.
 
-    `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more.
+    `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more;
+    after `expires` (of time.monotonic) nobody does either.
     """
 
+    job: str
     groups: tuple[PreparedGroup, ...]
     on_delivery: Callable[[Delivery], None]
     loop: asyncio.AbstractEventLoop
+    expires: float | None = None
     cancelled: bool = False
+    tokens: int = field(init=False)
     delivered: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(group_tokens(group) for group in self.groups)
+
+    @property
+    def unwanted(self) -> bool:
+        return self.cancelled or (self.expires is not None and time.monotonic() >= self.expires)
 
     def deliver(self, result: Result) -> None:
         """Hands on the next group's result; called from the scheduler's thread."""
@@ -55,23 +79,74 @@ class Unit:
             self.cancelled = True
 
 
+@dataclass(slots=True)
+class Served:
+    """What a job has had of the device since the server started."""
+
+    groups: int = 0
+    tokens: int = 0
+
+
 class Scheduler:
-    def __init__(self, engine: Engine, *, batch_tokens: int, on_failure: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        batch_tokens: int,
+        on_failure: Callable[[], object],
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.seconds_per_token: float | None = None
+        """Of the last forwards, smoothed; None before the first."""
+        self.busy_seconds = 0.0
+        """Time inside the engine since the start; against the clock, how busy the device is."""
+        self.forwards = 0
         self._engine = engine
         self._batch_tokens = batch_tokens
         self._on_failure = on_failure
-        self._line: deque[Unit] = deque()
+        self._line: FairQueue[Unit] = FairQueue(weights or {})
+        self._served: OrderedDict[str, Served] = OrderedDict()
         self._changed = threading.Condition()
         self._stopping = False
+        self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._main, name="teacher-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the thread has been inside the engine without a result; 0 while it waits for work."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def waiting_units(self) -> int:
+        with self._changed:
+            return len(self._line)
+
+    def weight(self, job: str) -> float:
+        return self._line.weight(job)
+
+    def served(self, job: str) -> Served:
+        with self._changed:
+            return self._served.get(job, Served())
+
+    def served_by_job(self) -> dict[str, Served]:
+        with self._changed:
+            return dict(self._served)
 
     def submit(self, unit: Unit) -> None:
         with self._changed:
             if self._stopping:
                 raise _stopped()
-            self._line.append(unit)
+            self._line.push(unit.job, unit, cost=unit.tokens)
             self._changed.notify()
+
+    def withdraw(self, units: Sequence[Unit]) -> None:
+        """Nobody wants these any more; what isn't on the device yet leaves the line now."""
+        for unit in units:
+            unit.cancelled = True
+        with self._changed:
+            self._line.remove(lambda unit: unit.cancelled)
 
     def stop(self) -> None:
         """Ends the thread after the forward in progress; what still waits gets Unavailable."""
@@ -90,43 +165,61 @@ class Scheduler:
             self._on_failure()
         with self._changed:
             self._stopping = True
-            waiting = [*units, *self._line]
-            self._line.clear()
+            waiting = list(units)
+            while self._line:
+                waiting.append(self._line.pop())
         for unit in waiting:
             for _ in range(len(unit.groups) - unit.delivered):
                 unit.deliver(_stopped())
 
     def _take(self) -> list[Unit]:
-        """The units of the next forwards; empty when the thread is to end."""
+        """The units of the next forward; empty when the thread is to end."""
         with self._changed:
             while not self._stopping:
-                self._drop_cancelled()
+                self._line.remove(lambda unit: unit.unwanted)
                 if self._line:
                     break
+                self._line.rest()
                 self._changed.wait()
             else:
                 return []
-            units = [self._line.popleft()]
-            self._drop_cancelled()
-            while self._line and self._fits([*units, self._line[0]]):
-                units.append(self._line.popleft())
-                self._drop_cancelled()
+            units = [self._line.pop()]
+            tokens = units[0].tokens
+            # Strictly in order: a smaller unit that would still fit doesn't overtake the one whose turn it is.
+            while self._line and tokens + self._line.head().tokens <= self._batch_tokens:
+                units.append(self._line.pop())
+                tokens += units[-1].tokens
             return units
-
-    def _drop_cancelled(self) -> None:
-        while self._line and self._line[0].cancelled:
-            self._line.popleft()
-
-    def _fits(self, units: Sequence[Unit]) -> bool:
-        return padded_tokens([group for unit in units for group in unit.groups]) <= self._batch_tokens
 
     def _score(self, units: Sequence[Unit]) -> None:
         owners = [unit for unit in units for _ in unit.groups]
-        results = self._engine.score([group for unit in units for group in unit.groups])
-        for owner, result in zip(owners, results, strict=True):
-            owner.deliver(result)
-            if all(unit.cancelled for unit in units):
-                return  # the next forward is somebody else's
+        groups = [group for unit in units for group in unit.groups]
+        started = self._busy_since = time.monotonic()
+        try:
+            for owner, group, result in zip(owners, groups, self._engine.score(groups), strict=True):
+                self._busy_since = time.monotonic()
+                self._count(owner.job, group_tokens(group))
+                owner.deliver(result)
+                if all(unit.cancelled for unit in units):
+                    return  # the next forward is somebody else's
+            self._pace(time.monotonic() - started, sum(unit.tokens for unit in units))
+        finally:
+            self._busy_since = None
+            self.busy_seconds += time.monotonic() - started
+            self.forwards += 1
+
+    def _count(self, job: str, tokens: int) -> None:
+        with self._changed:
+            served = self._served.setdefault(job, Served())
+            served.groups += 1
+            served.tokens += tokens
+            self._served.move_to_end(job)
+            while len(self._served) > JOBS_REMEMBERED:
+                self._served.popitem(last=False)
+
+    def _pace(self, elapsed_s: float, tokens: int) -> None:
+        now, before = elapsed_s / max(1, tokens), self.seconds_per_token
+        self.seconds_per_token = now if before is None else before + _SMOOTHING * (now - before)
 
 
 def _stopped() -> Unavailable:

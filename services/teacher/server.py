@@ -1,7 +1,7 @@
 """The teacher's process from the loaded model to the drained server.
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
-within the grace, exit 0. The engine failed: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +20,20 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.teacher.admission import Admission
 from services.teacher.engine import Engine, GroupEngine
 from services.teacher.errors import ErrorInterceptor
-from services.teacher.images import DEFAULT_CAPACITY_BYTES, ImageStore
+from services.teacher.images import ImageStore, PreparedImages
 from services.teacher.prepare import Preparer
 from services.teacher.revision import revision_of
 from services.teacher.scheduler import Scheduler
-from services.teacher.servicer import CHUNK_BYTES, MAX_WAITING_GROUPS, TeacherServicer
+from services.teacher.servicer import CHUNK_BYTES, TeacherServicer
+from services.teacher.watchdog import Watchdog
 from vaopd import payloads, wire
 from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.pb import teacher_pb2, teacher_pb2_grpc
+from vaopd.service_config import ServiceConfig
 from vaopd.types import TeacherDescription, TeacherLimits
 from vaopd.vlm import Vlm
 
@@ -85,19 +89,33 @@ class TeacherServer:
         limits: TeacherLimits = TeacherLimits(),
         engine: Engine | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        max_waiting_groups: int = MAX_WAITING_GROUPS,
-        image_capacity_bytes: int = DEFAULT_CAPACITY_BYTES,
+        service: ServiceConfig = ServiceConfig(),
+        ends_process: bool = False,
     ) -> None:
+        """`ends_process`: whether the watchdog may end the process when its event loop stands still."""
         self.failed = asyncio.Event()
+        """Set when the engine broke or hangs; the process has to end."""
+        sharing = service.sharing
+        ever_fits = min(sharing.max_waiting_groups, sharing.max_waiting_groups_per_job)
+        limits = replace(limits, max_groups_per_request=min(limits.max_groups_per_request, ever_fits))
         self.description = describe(vlm, model=model, limits=limits)
         limits = self.description.limits
         loop = asyncio.get_running_loop()
-        store = ImageStore(image_capacity_bytes)
+        self.images = ImageStore(service.images.encoded_bytes)
+        self.prepared_images = PreparedImages(service.images.prepared_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
-        self._scheduler = Scheduler(
+        self.scheduler = Scheduler(
             engine or GroupEngine(vlm, batch_tokens=batch_tokens),
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
+            weights=sharing.weights,
+        )
+        self.admission = Admission(sharing, self.scheduler)
+        self._watchdog = Watchdog(
+            lambda: self.scheduler.busy_s,
+            stuck_after_s=service.stuck_after_s,
+            on_stuck=self._give_up,
+            ends_process=ends_process,
         )
         self._health = health.aio.HealthServicer()
         self._calls = ErrorInterceptor(SERVICE)
@@ -105,13 +123,13 @@ class TeacherServer:
         servicer = TeacherServicer(
             description=self.description,
             head=vlm.head,
-            preparer=Preparer(vlm, store=store, limits=limits),
-            store=store,
-            scheduler=self._scheduler,
+            preparer=Preparer(vlm, store=self.images, views=self.prepared_images, limits=limits),
+            store=self.images,
+            scheduler=self.scheduler,
+            admission=self.admission,
             threads=self._threads,
             batch_tokens=batch_tokens,
             chunk_bytes=chunk_bytes,
-            max_waiting_groups=max_waiting_groups,
         )
         teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -127,6 +145,7 @@ class TeacherServer:
             raise ConfigError(f"teacher.address = {address!r} can't be listened on; is the port taken?") from None
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watchdog.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
@@ -139,8 +158,14 @@ class TeacherServer:
         # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
         await self._server.stop(min(grace_s, _LAST_BYTES_S))
         await draining
-        await asyncio.get_running_loop().run_in_executor(None, self._scheduler.stop)
+        if not self.failed.is_set():  # a thread that hangs would never be joined
+            await asyncio.get_running_loop().run_in_executor(None, self.scheduler.stop)
+        self._watchdog.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _give_up(self) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.failed.set()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", SERVICE):
@@ -161,10 +186,22 @@ def load(config: Config) -> Vlm:
     )
 
 
-async def serve(config: Config, *, announce: Path | None = None, grace_s: float = GRACE_S) -> int:
+async def serve(
+    config: Config,
+    *,
+    service: ServiceConfig = ServiceConfig(),
+    announce: Path | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
     """Serves until a signal or a failed engine; returns the exit status."""
     vlm = load(config)
-    server = TeacherServer(vlm, model=config.teacher.model, batch_tokens=config.teacher.batch_tokens)
+    server = TeacherServer(
+        vlm,
+        model=config.teacher.model,
+        batch_tokens=config.teacher.batch_tokens,
+        service=service,
+        ends_process=True,
+    )
     address = await server.start(config.teacher.address)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -176,10 +213,16 @@ async def serve(config: Config, *, announce: Path | None = None, grace_s: float 
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
         end.cancel()
-    log.info("teacher stops: %s", "its engine failed" if server.failed.is_set() else "it was told to")
+    log.info("teacher stops: %s", "its engine failed or hangs" if server.failed.is_set() else "it was told to")
     # After a failure nothing accepted can be answered; the waiting calls have their UNAVAILABLE already.
     await server.stop(1.0 if server.failed.is_set() else grace_s)
-    return 1 if server.failed.is_set() else 0
+    if not server.failed.is_set():
+        return 0
+    # Not by way of the interpreter's end, where the libraries would wait for a device that may never answer.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _announce(address: str, path: Path) -> None:

@@ -19,12 +19,13 @@ import grpc
 import numpy as np
 import torch
 
+from services.teacher.admission import Admission
 from services.teacher.call import Call, Refusal
-from services.teacher.engine import PreparedGroup, ScoredGroup, padded_tokens
-from services.teacher.errors import QueueFull, status_of
+from services.teacher.engine import PreparedGroup, ScoredGroup
+from services.teacher.errors import status_of
 from services.teacher.images import ImageStore
 from services.teacher.prepare import Envelope, Preparer, check_revision, read_envelope
-from services.teacher.scheduler import Delivery, Scheduler
+from services.teacher.scheduler import Delivery, Scheduler, group_tokens
 from vaopd import payloads, wire
 from vaopd.errors import LimitExceeded, VaopdError
 from vaopd.pb import teacher_pb2 as pb
@@ -34,10 +35,7 @@ from vaopd.types import TeacherDescription
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
-MAX_WAITING_GROUPS = 4096
-"""Groups of all calls that are accepted and not yet answered."""
 _PREPARED_AHEAD = 4
-_RETRY_AFTER_S = 1.0
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 T = TypeVar("T")
@@ -52,21 +50,20 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         preparer: Preparer,
         store: ImageStore,
         scheduler: Scheduler,
+        admission: Admission,
         threads: ThreadPoolExecutor,
         batch_tokens: int,
         chunk_bytes: int = CHUNK_BYTES,
-        max_waiting_groups: int = MAX_WAITING_GROUPS,
     ) -> None:
         self._description = description
         self._head = head
         self._preparer = preparer
         self._store = store
         self._scheduler = scheduler
+        self._admission = admission
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._chunk_bytes = chunk_bytes
-        self._max_waiting_groups = max_waiting_groups
-        self._waiting_groups = 0
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
         return wire.description_to_pb(self._description)
@@ -105,21 +102,16 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ScoreGroupsResponse]:
         envelope = read_envelope(request, self._description)
-        groups = len(request.groups)
-        if self._waiting_groups + groups > self._max_waiting_groups:
-            raise QueueFull(
-                f"{self._waiting_groups} groups wait already, with these {groups} they are over the limit of "
-                f"{self._max_waiting_groups}; try again in {_RETRY_AFTER_S:g} s",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        self._waiting_groups += groups
-        call = Call()
+        job, unanswered = request.job, len(request.groups)
+        self._admission.admit(job, unanswered)
+        remaining_s = context.time_remaining()
+        call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
         # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
         context.add_done_callback(lambda _: call.cancel())
         call.feeder = asyncio.create_task(self._feed(request, envelope, call))
         started, failed = time.monotonic(), 0
         try:
-            for _ in range(groups):
+            while unanswered:
                 match await call.next():
                     case Delivery(group=group, result=ScoredGroup() as scored):
                         for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
@@ -130,11 +122,15 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                     case Refusal(group_id=group_id, error=error):
                         failed += 1
                         yield _group_error(group_id, error)
+                unanswered -= 1
+                self._admission.release(job)
         finally:
             call.cancel()
-            self._waiting_groups -= groups
-            elapsed_s = time.monotonic() - started
-            log.info("job %r: %d groups, %d refused, %.3f s", request.job[:64], groups, failed, elapsed_s)
+            self._admission.release(job, unanswered)
+            elapsed_s, groups = time.monotonic() - started, len(request.groups)
+            log.info(
+                "job %r: %d groups, %d refused, %d given up, %.3f s", job[:64], groups, failed, unanswered, elapsed_s
+            )
 
     async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
         """Prepares the groups in order and submits them, in units that fill a forward, as far ahead as is allowed.
@@ -143,17 +139,20 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         """
         try:
             ready: list[PreparedGroup] = []
+            tokens = 0
             async with aclosing(self._prepared(request.groups, envelope)) as prepared:
                 async for group_id, item in prepared:
                     if isinstance(item, VaopdError):
                         call.refuse(group_id, item)
                         continue
-                    if ready and padded_tokens([*ready, item]) > self._batch_tokens:
-                        self._scheduler.submit(await call.unit(ready))
-                        ready = []
+                    added = group_tokens(item)
+                    if ready and tokens + added > self._batch_tokens:
+                        await call.submit(ready)
+                        ready, tokens = [], 0
                     ready.append(item)
+                    tokens += added
             if ready:
-                self._scheduler.submit(await call.unit(ready))
+                await call.submit(ready)
         except Exception as error:  # whoever waits for results has to hear of it
             call.fail(error)
 

@@ -19,6 +19,7 @@ from tests.support.teacher import TeacherInProcess, drawing, question, teacher_i
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from vaopd.payloads import to_torch
+from vaopd.service_config import ImagesConfig, ServiceConfig
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
 
 
@@ -81,7 +82,8 @@ async def test_an_image_is_uploaded_once_and_by_one_client_for_all(
 async def test_an_image_that_the_teacher_dropped_is_uploaded_again() -> None:
     first, second = request("first", seed=1), request("second", seed=2)
     room_for_one = max(len(first.images[0].data), len(second.images[0].data)) + 100
-    with teacher_in_process(tiny_vlm(), image_capacity_bytes=room_for_one) as teacher:
+    rooms = ServiceConfig(images=ImagesConfig(encoded_bytes=room_for_one, prepared_bytes=1))
+    with teacher_in_process(tiny_vlm(), service=rooms) as teacher:
         async with TeacherClient(teacher.target, timeout_s=30) as client:
             for group in (first, second, first):
                 assert isinstance((await scored(client, group))[group.group_id], GroupScore)

@@ -17,6 +17,7 @@ from tests.support.teacher import drawing, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
+from vaopd.service_config import ServiceConfig, SharingConfig
 from vaopd.types import GroupScore, Payload, ScoreRequest
 from vaopd.vlm import PreparedPrompt, Vlm
 
@@ -67,6 +68,10 @@ def group(name: str, rollouts: int = 2, text: str = "How long?") -> ScoreRequest
     return token_request(tiny_vlm(), name, pictures=[drawing(1)], text=text, responses=["It is 12."] * rollouts)
 
 
+def at_most(groups: int) -> ServiceConfig:
+    return ServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
+
+
 def test_out_of_memory_halves_the_batch_once() -> None:
     with teacher_in_process(tiny_vlm()) as roomy, teacher_in_process(on_small_device()) as tight:
         expected, halved = (results(t.target, group("g", rollouts=4))["g"] for t in (roomy, tight))
@@ -110,7 +115,7 @@ def test_an_engine_that_breaks_ends_the_service_and_says_nothing_of_its_insides(
 
 async def test_the_work_of_a_call_that_was_cancelled_never_reaches_the_device() -> None:
     engine, room = HeldEngine(), 8
-    with teacher_in_process(tiny_vlm(), batch_tokens=50, engine=engine, max_waiting_groups=room) as teacher:
+    with teacher_in_process(tiny_vlm(), batch_tokens=50, engine=engine, service=at_most(room)) as teacher:
 
         def waiting() -> int:
             # A request for all of the room is always refused while anything waits, and told how much does.
@@ -138,7 +143,7 @@ async def test_the_work_of_a_call_that_was_cancelled_never_reaches_the_device() 
 
 def test_a_full_queue_refuses_and_the_client_comes_back() -> None:
     engine = HeldEngine()
-    with teacher_in_process(tiny_vlm(), engine=engine, max_waiting_groups=1) as teacher:
+    with teacher_in_process(tiny_vlm(), engine=engine, service=at_most(1)) as teacher:
         answers: list[object] = []
         thread = threading.Thread(target=lambda: answers.append(results(teacher.target, group("first"))))
         thread.start()
