@@ -23,7 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.set)
         if config.trainer.processes > 1 and "RANK" not in os.environ:
-            _become_launcher(config.trainer.processes)
+            from services.trainer.launcher import die_as, launch
+
+            ranks = (sys.executable, "-m", "services.trainer", *(sys.argv[1:] if arguments is None else arguments))
+            return die_as(launch(ranks, processes=config.trainer.processes))
         from services.trainer.compose import run
 
         stop = threading.Event()
@@ -34,12 +37,6 @@ def main(arguments: list[str] | None = None) -> int:
     except VaopdError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 2
-
-
-def _become_launcher(processes: int) -> None:
-    """Replaces this process by torch's launcher, which starts the ranks and passes signals on."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    os.execv(sys.executable, [*launcher, "-m", "services.trainer", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -113,8 +113,10 @@ def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: Sy
     assert new.pending() == {"requests": 0, "groups": 0}
 
 
-def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System) -> None:
-    job = system.job("interrupted", trainer__steps=2)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System, ranks: int) -> None:
+    """With several ranks the signal reaches torch's launcher, which passes it on."""
+    job = system.job(f"interrupted-{ranks}", trainer__steps=2, trainer__processes=ranks)
     trainer = job.start_trainer()
     job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
     trainer.send(signal.SIGTERM)

@@ -1,0 +1,63 @@
+"""Starts the ranks of one host and ends as they end; `torchrun` would turn every end but success into exit code 1.
+
+Ranks on several hosts are torchrun's business: it sets RANK, and then this module isn't used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+GRACE_S = 15.0  # less than what `vaopd up` grants between SIGTERM and SIGKILL
+_POLL_S = 0.05
+
+
+def launch(argv: Sequence[str], *, processes: int) -> int:
+    """Runs `argv` once per rank, passes SIGTERM and SIGINT on, and returns 0 or the first other exit code.
+
+    A rank that fails ends the others, which would wait for it for ever. −n stands for a death by signal n.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    ranks: list[subprocess.Popen[bytes]] = []
+    # SIGINT from a terminal reaches the ranks by itself, since they are in its process group; twice does no harm.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: [rank.send_signal(number) for rank in ranks])
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks.append(subprocess.Popen(argv, env={**os.environ, **shared, **place}))
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if failed := next((code for code in codes if code), 0):
+            _end(ranks)
+            return failed
+        if None not in codes:
+            return 0
+        time.sleep(_POLL_S)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Each rank may still finish its checkpoint; then it is killed."""
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+def die_as(code: int) -> int:
+    """The exit code; −n is made true by dying of signal n, so that who started this process sees how it ended."""
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
