@@ -20,6 +20,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+DEBTORS = 1024
+"""Jobs without work whose debt is remembered until the device's next pause; names come from outside."""
+
 
 @dataclass(slots=True)
 class _Line(Generic[T]):
@@ -68,8 +71,7 @@ class FairQueue(Generic[T]):
         item, cost = line.items.popleft()
         self._clock = line.start
         line.start += cost / line.weight
-        # A job without work and without debt is as good as unknown; names must not pile up.
-        self._lines = {job: line for job, line in self._lines.items() if line.items or line.start > self._clock}
+        self._forget()
         return item
 
     def remove(self, unwanted: Callable[[T], bool]) -> None:
@@ -82,6 +84,13 @@ class FairQueue(Generic[T]):
         if not self:
             self._lines.clear()
             self._clock = 0.0
+
+    def _forget(self) -> None:
+        """A job without work and without debt is as good as unknown; of the others' names, only so many are kept."""
+        self._lines = {job: line for job, line in self._lines.items() if line.items or line.start > self._clock}
+        idle = [job for job, line in self._lines.items() if not line.items]
+        for job in idle[: max(0, len(idle) - DEBTORS)]:
+            del self._lines[job]
 
     def _next(self) -> _Line[T]:
         # Of equal starts, the job that was pushed first since it last had neither work nor debt.
