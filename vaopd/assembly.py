@@ -110,6 +110,7 @@ class GroupAssembly:
             prompt_tokens=score.prompt_tokens,
             response_ids=response_ids,
             token_texts=token_texts,
+            payload_texts=dict(score.payload_texts),
         )
 
     def _check_lengths(self, lengths: list[int]) -> None:

@@ -7,7 +7,7 @@ response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -206,7 +206,8 @@ class GroupScore:
     """What the teacher says of one prompt group. Each tuple has K arrays (T_k,) float32, in the order of the request.
 
     teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), in nats.
-    response_ids and token_texts, one tuple of T_k strings per rollout, are there when the texts were asked for.
+    response_ids and token_texts, one tuple of T_k strings per rollout, are there when the texts were asked for;
+    with the top_k payload, payload_texts then has the text of each id in it.
     """
 
     group_id: str
@@ -217,6 +218,7 @@ class GroupScore:
     prompt_tokens: int
     response_ids: tuple[np.ndarray, ...] | None = None
     token_texts: tuple[tuple[str, ...], ...] | None = None
+    payload_texts: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def mean_visual_advantage(self) -> np.ndarray:

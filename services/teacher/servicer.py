@@ -194,6 +194,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
             score.token_texts.extend(await self._on_thread(self._preparer.token_texts, ids))
+            if group.payload == "top_k":
+                alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
+                texts = await self._on_thread(self._preparer.token_texts, alternatives)
+                score.payload_texts.update(zip(alternatives.tolist(), texts, strict=True))
         size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
         if size > limit:
             error = LimitExceeded(

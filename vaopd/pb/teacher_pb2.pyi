@@ -171,7 +171,14 @@ class ScoreGroupsResponse(_message.Message):
     def __init__(self, score: _Optional[_Union[GroupScore, _Mapping]] = ..., payload: _Optional[_Union[TensorChunk, _Mapping]] = ..., error: _Optional[_Union[GroupError, _Mapping]] = ...) -> None: ...
 
 class GroupScore(_message.Message):
-    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload", "response_ids", "token_texts")
+    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload", "response_ids", "token_texts", "payload_texts")
+    class PayloadTextsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +188,7 @@ class GroupScore(_message.Message):
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_TEXTS_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     lengths: _containers.RepeatedScalarFieldContainer[int]
     teacher_logprobs: _common_pb2.Tensor
@@ -190,7 +198,8 @@ class GroupScore(_message.Message):
     payload: _containers.RepeatedCompositeFieldContainer[PayloadTensor]
     response_ids: _containers.RepeatedScalarFieldContainer[int]
     token_texts: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ..., response_ids: _Optional[_Iterable[int]] = ..., token_texts: _Optional[_Iterable[str]] = ...) -> None: ...
+    payload_texts: _containers.ScalarMap[int, str]
+    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ..., response_ids: _Optional[_Iterable[int]] = ..., token_texts: _Optional[_Iterable[str]] = ..., payload_texts: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class PayloadTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")
