@@ -32,6 +32,8 @@ class TeacherInProcess:
     target: str
     description: TeacherDescription
     failed: Callable[[], bool]
+    server: TeacherServer
+    """For reading its counters; it lives on a thread of its own."""
 
 
 @contextmanager
@@ -48,7 +50,7 @@ def teacher_in_process(vlm: Vlm, *, batch_tokens: int = 4096, **options: Any) ->
     try:
         server, target = asyncio.run_coroutine_threadsafe(start(), loop).result()
         try:
-            yield TeacherInProcess(target, server.description, server.failed.is_set)
+            yield TeacherInProcess(target, server.description, server.failed.is_set, server)
         finally:
             asyncio.run_coroutine_threadsafe(server.stop(5.0), loop).result()
     finally:
