@@ -1,0 +1,121 @@
+"""What the measurements of the teacher service share: a model, groups, a server process, and a table."""
+
+from __future__ import annotations
+
+import io
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from vaopd.tiny.build import build_model
+from vaopd.tiny.config import TinySize
+from vaopd.tiny.tokenizer import build_processor
+from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TextPart
+from vaopd.vlm import Vlm
+
+ROOT = Path(__file__).parents[1]
+TINY_TEACHER = ROOT / "models" / "tiny-teacher"
+
+
+def save_random_model(folder: Path, *, hidden: int, layers: int, vocabulary: int = 32_000) -> Path:
+    """A Qwen3-VL with random weights in float32; the tiny tokenizer's ids are the logical vocabulary."""
+    size = TinySize(
+        hidden=hidden,
+        layers=layers,
+        kv_heads=max(1, hidden // 64),
+        vision_hidden=256,
+        vision_depth=6,
+        deepstack=(1, 3),
+        padded_vocab=vocabulary,
+        tied=False,
+    )
+    processor = build_processor()
+    torch.manual_seed(0)
+    build_model(size, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def group(vlm: Vlm, name: str, *, seed: int, side_px: int, rollouts: int, response_tokens: int) -> ScoreRequest:
+    """A prompt group as a trainer sends it, about a picture of noise of its own."""
+    rng = np.random.default_rng(seed)
+    picture = PIL.Image.fromarray(rng.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    image = EncodedImage(data=buffer.getvalue())
+    parts = (ImagePart(sha256=image.sha256), TextPart(text="What is the perimeter of the triangle?"))
+    prompt = vlm.render([Message(role="user", content=parts)], {image.sha256: vlm.prepare_image(picture)})
+    words = [i for i in range(vlm.vocab_size) if i not in vlm.vision_token_ids]
+    return ScoreRequest(
+        group_id=name,
+        responses=tuple(rng.choice(words, response_tokens).astype(np.int32) for _ in range(rollouts)),
+        images=(image,),
+        prompt_token_ids=prompt.token_ids.astype(np.int32),
+    )
+
+
+def tokens_of(request: ScoreRequest) -> int:
+    """What the scheduler charges for it: both views, the prompt once in each."""
+    assert request.prompt_token_ids is not None
+    return 2 * (len(request.prompt_token_ids) + sum(len(ids) for ids in request.responses))
+
+
+@contextmanager
+def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout_s: float = 300.0) -> Iterator[str]:
+    """A real server process on a free port of the loopback -> host:port. `service`: its service file's text."""
+    with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
+        folder = Path(name)
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        (folder / "service.toml").write_text(service)
+        (folder / "run.toml").write_text(
+            '[run]\nname = "benchmark"\n[data]\nsource = "unused"\n[student]\nmodel = "unused"\n[trainer]\nsteps = 1\n'
+            f'[teacher]\nmodel = "{model}"\ndtype = "{dtype}"\ndevice_map = "{device}"\n'
+            f'address = "127.0.0.1:0"\nbatch_tokens = {batch_tokens}\n'
+        )
+        announce = folder / "address"
+        command = [sys.executable, "-m", "services.teacher", "--config", str(folder / "run.toml")]
+        command += ["--service", str(folder / "service.toml"), "--announce", str(announce)]
+        with (folder / "log").open("w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + timeout_s
+            while not announce.exists():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"the teacher did not start:\n{(folder / 'log').read_text()[-2000:]}")
+                time.sleep(0.05)
+            yield announce.read_text()
+        finally:
+            server.terminate()
+            try:
+                server.wait(90)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    return float(np.percentile(np.array(values), percent))
+
+
+def print_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Rows of (what, measured, to reach), in Markdown."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "grpcio"))
+    print(f"\n{title}\n\n{date.today()}, {device}, Python {platform.python_version()}, {versions}\n")
+    print("| | measured | to reach |\n| --- | --- | --- |")
+    for what, measured, wanted in rows:
+        print(f"| {what} | {measured} | {wanted} |")
