@@ -4,6 +4,9 @@
     ├── InvalidInput            the request itself is wrong; sending it again is pointless
     │   └── ImageRefused        the image can't be read, is of another format, or is over a cap
     ├── LimitExceeded           too large, too many, or no room now
+    │   └── Busy                no room now, or a quota is used up: says when to ask again
+    ├── Unauthenticated         no key, or one that isn't valid here
+    ├── PermissionDenied        a valid key, but not for this job; whether there is such a job is not told
     ├── Mismatch                two sides disagree: tokenizer, model revision, policy version, image grid, weights
     ├── NotFound                an image, run or snapshot that the other side doesn't have
     ├── LeaseLost               somebody else owns this queue entry or this job now; nothing was committed
@@ -22,6 +25,11 @@ class VaopdError(Exception):
 class InvalidInput(VaopdError):
     """The request is wrong in itself."""
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        """`field`: the path of what is wrong in the request, where it is one thing, e.g. "groups[1].group_id"."""
+        super().__init__(message)
+        self.field = field
+
 
 class ImageRefused(InvalidInput):
     """An image that is not decoded: unreadable, of another format than PNG, JPEG or WEBP, or over a cap."""
@@ -29,6 +37,22 @@ class ImageRefused(InvalidInput):
 
 class LimitExceeded(VaopdError):
     """Over a stated limit."""
+
+
+class Busy(LimitExceeded):
+    """No room now, or a quota is used up; the same request may be sent again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(VaopdError):
+    """No key, or one that isn't valid here: malformed, unknown, expired or revoked."""
+
+
+class PermissionDenied(VaopdError):
+    """A valid key that is not for this job."""
 
 
 class Mismatch(VaopdError):

@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 import grpc
 
 from vaopd.errors import (
+    Busy,
     InvalidInput,
     LimitExceeded,
     Mismatch,
     NotFound,
     NumericalError,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
     VaopdError,
 )
@@ -33,6 +36,8 @@ _ERRORS: dict[grpc.StatusCode, type[VaopdError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: Mismatch,
     grpc.StatusCode.UNIMPLEMENTED: Mismatch,
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
     # The server never chooses these two; gRPC reports so a server that ended in the middle of a call.
@@ -43,14 +48,6 @@ GROUP_ERRORS = {code.value[0]: error for code, error in _ERRORS.items()} | {
     grpc.StatusCode.INTERNAL.value[0]: NumericalError
 }
 """By the status number in a GroupError; INTERNAL is the only fault of one group that is the teacher's own."""
-
-
-class Busy(LimitExceeded):
-    """The teacher has no room now and says when to ask again."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class Patience:

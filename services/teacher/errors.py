@@ -24,6 +24,8 @@ from vaopd.errors import (
     Mismatch,
     NotFound,
     NumericalError,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
     VaopdError,
 )
@@ -39,6 +41,8 @@ _STATUS: tuple[tuple[type[VaopdError], grpc.StatusCode], ...] = (
     (Mismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
     (NotFound, grpc.StatusCode.NOT_FOUND),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (LeaseLost, grpc.StatusCode.ABORTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
     (NumericalError, grpc.StatusCode.INTERNAL),

@@ -1,0 +1,256 @@
+"""API keys, one per job and holder: a JSON file that holds their digests, never the keys. Loads nothing heavy.
+
+    key = add_key(Path("keys.json"), "geometry", expires_days=90)          # told once, kept nowhere
+    KeyStore.load("keys.json").job_of(key)                                 # "geometry"
+
+A key is `vaopd_ID_SECRET`. ID names its entry, in logs too; SECRET is 256 random bits. Plain SHA-256 is enough for
+such secrets: salts and slow hashes protect what people choose and an attacker can guess, and nobody tries 2^256 values.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import secrets
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
+
+log = logging.getLogger(__name__)
+
+DEFAULT_DAYS = 90
+JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A job's name: the name of its run."""
+_KEY = re.compile(r"vaopd_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_VERSION = 1
+_NOBODY = hashlib.sha256(b"").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyEntry:
+    """One key as the file holds it; times are ISO 8601 in UTC.
+
+    >>> KeyEntry(id="0a1b2c3d4e5f", job="geometry", sha256="9f…", created="2026-11-24T10:00:00+00:00").state()
+    'valid'
+    """
+
+    id: str
+    job: str
+    sha256: str
+    """Of the secret's ASCII characters, in hex."""
+    created: str
+    expires: str | None = None
+    revoked: str | None = None
+
+    def state(self, now: datetime | None = None) -> str:
+        """ "valid", "expired" or "revoked"."""
+        if self.revoked is not None:
+            return "revoked"
+        if self.expires is not None and datetime.fromisoformat(self.expires) <= (now or datetime.now(UTC)):
+            return "expired"
+        return "valid"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who holds a key that was found valid."""
+
+    key_id: str
+    job: str
+
+
+def bearer(header: str | None) -> str:
+    """The key of an `Authorization` header or metadata entry. Raises Unauthenticated when there is none."""
+    scheme, _, key = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise Unauthenticated("an API key is needed here: send `authorization: Bearer KEY`")
+    return key.strip()
+
+
+class KeyStore:
+    """The keys of a file, read again whenever the file changes. Safe to use from several threads."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> KeyStore:
+        """Raises ConfigError for a file that is missing, malformed, or that others may write."""
+        return cls(Path(path))
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._seen = _signature(path)
+        self._entries: dict[str, KeyEntry] | None = _by_id(read_keys(path))
+
+    def job_of(self, key: str) -> str:
+        """The job that a key belongs to. Raises Unauthenticated for any key that isn't valid now."""
+        return self.identify(key).job
+
+    def identify(self, key: str) -> Identity:
+        """Raises Unauthenticated for any key that isn't valid now, Unavailable while the file can't be read."""
+        entries = self._current()
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise Unauthenticated("the API key is malformed: it has the form vaopd_ID_SECRET; copy all of it")
+        key_id, secret = match.groups()
+        entry = entries.get(key_id)
+        digest = hashlib.sha256(secret.encode()).hexdigest()
+        # Compared even when there is nothing to compare with, so that an unknown id takes as long as a wrong secret.
+        same = hmac.compare_digest(digest, entry.sha256 if entry else _NOBODY)
+        if entry is None or not same:
+            raise Unauthenticated("the API key is not known here; ask whoever runs the service for one")
+        if (state := entry.state()) != "valid":
+            raise Unauthenticated(f"API key {entry.id} is {state}; ask whoever runs the service for a new one")
+        return Identity(key_id=entry.id, job=entry.job)
+
+    def _current(self) -> dict[str, KeyEntry]:
+        with self._lock:
+            signature = _signature(self._path)
+            if signature != self._seen:
+                self._seen = signature
+                try:
+                    self._entries = _by_id(read_keys(self._path))
+                except ConfigError as error:
+                    # Not the old keys: one of them may just have been revoked.
+                    self._entries = None
+                    log.error("no key is accepted until the key file is mended: %s", error)
+            if self._entries is None:
+                raise Unavailable("the service can't read its API keys now; whoever runs it has to mend the key file")
+            return self._entries
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    """Changes when the file is replaced or written."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
+    return {entry.id: entry for entry in entries}
+
+
+# ------------------------------------------------------------------------------------------- the file
+
+
+def read_keys(path: Path) -> list[KeyEntry]:
+    """Raises ConfigError for a file that is missing, malformed, or that others may write."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ConfigError(f"key file {str(path)!r} may be written by others; chmod go-w it")
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(
+            f"key file {str(path)!r} can't be read ({error.strerror}); `vaopd keys add JOB --file FILE` makes one"
+        ) from None
+    try:
+        content = json.loads(text)
+        if content["version"] != _VERSION:
+            raise ConfigError(f"key file {str(path)!r} has version {content['version']!r}, this vaopd reads {_VERSION}")
+        entries = [KeyEntry(**item) for item in content["keys"]]
+        for entry in entries:
+            _check(entry)
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"key file {str(path)!r} is malformed; restore it, or make one by `vaopd keys add`") from None
+    return entries
+
+
+def _check(entry: KeyEntry) -> None:
+    """Raises ValueError or TypeError for what `add_key` would not have written."""
+    if not re.fullmatch("[0-9a-f]{12}", entry.id) or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+        raise ValueError("id or sha256")
+    check_job(entry.job)
+    for moment in (entry.created, entry.expires, entry.revoked):
+        if moment is not None and datetime.fromisoformat(moment).tzinfo is None:
+            raise ValueError("a time without a zone")
+
+
+def check_job(job: str) -> str:
+    """Raises ConfigError for what can't be a job's name."""
+    if not JOB.fullmatch(job):
+        raise ConfigError(f"job {job[:80]!r} is no name: use up to 64 letters, digits, '.', '_' and '-'")
+    return job
+
+
+def add_key(path: Path, job: str, *, expires_days: float | None = DEFAULT_DAYS) -> str:
+    """Makes a key for `job`, notes its digest in the file, which is made when there is none, and returns it."""
+    check_job(job)
+    if expires_days is not None and not 0 < expires_days <= 36_500:
+        raise ConfigError(f"a key can't expire in {expires_days} days; use a number above 0 and up to 36500")
+    key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+    now = datetime.now(UTC).replace(microsecond=0)
+    entry = KeyEntry(
+        id=key_id,
+        job=job,
+        sha256=hashlib.sha256(secret.encode()).hexdigest(),
+        created=now.isoformat(),
+        expires=None if expires_days is None else (now + timedelta(days=expires_days)).isoformat(),
+    )
+    with _locked(path):
+        _write(path, [*(read_keys(path) if path.exists() else []), entry])
+    return f"vaopd_{key_id}_{secret}"
+
+
+def revoke_key(path: Path, key_id: str) -> KeyEntry:
+    """Notes that a key is no longer valid. Raises NotFound for an id that isn't in the file."""
+    with _locked(path):
+        entries = read_keys(path)
+        entry = next((entry for entry in entries if entry.id == key_id), None)
+        if entry is None:
+            raise NotFound(f"there is no key {key_id[:80]!r} in {path}; `vaopd keys list` names those there are")
+        if entry.revoked is None:
+            revoked = replace(entry, revoked=datetime.now(UTC).replace(microsecond=0).isoformat())
+            _write(path, [revoked if other is entry else other for other in entries])
+            entry = revoked
+    return entry
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One writer at a time; the folder is locked, since the file itself is replaced."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"folder {str(path.parent)!r} can't be used ({error.strerror}); name another file") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, entries: Sequence[KeyEntry]) -> None:
+    """Readers see the old file or the new one, with mode 0600; its owner stays, where we may say so."""
+    content = {"version": _VERSION, "keys": [asdict(entry) for entry in entries]}
+    try:
+        # mkstemp's files are 0600 from the start.
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(descriptor, "w") as file:
+                if os.geteuid() == 0 and path.exists():
+                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+                json.dump(content, file, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        raise ConfigError(f"key file {str(path)!r} can't be written ({error.strerror})") from None
