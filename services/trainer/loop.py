@@ -231,7 +231,8 @@ class Trainer:
                 f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
                 f"(job {self.config.run.name!r})"
             )
-        return scored, {"wait_s": generated - started, "score_s": time.monotonic() - generated}
+        timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
+        return scored, timings | {"scoring_s": scorer.busy.take()}
 
     def _distribute(self, group_ids: list[str], coordinator: Coordinator, scorer: Scorer) -> None:
         """Hands every group to its rank on arrival; a rank is sent an empty message for a group that will not come."""
@@ -353,7 +354,7 @@ class Trainer:
         assert self.coordinator is not None
         values = metrics.of_step(parts)
         values |= {"grad_norm": norm, "learning_rate": learning_rate, **timings}
-        values["rollouts_per_s"] = values.pop("rollouts") / sum(timings.values())
+        values |= metrics.of_times(timings, rollouts=values.pop("rollouts"))
         values |= {f"groups_{reason}": float(n) for reason, n in self.coordinator.collector.counts.items()}
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self.metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})

@@ -15,6 +15,10 @@ from vaopd import objective
 from vaopd.evaluation import is_correct
 from vaopd.types import Prompt, TextPart
 
+STEP_TIMES = ("publish_s", "wait_s", "score_s", "forward_backward_s")
+"""A step's parts, one after the other: publishing the policy, waiting for its groups, waiting for scores after the last
+group has come, loss and step. Beside the waiting run `generation_s`, the slowest answer of a worker, and `scoring_s`,
+the time in which groups were prepared or at the teacher."""
 _IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
 
 
@@ -59,6 +63,16 @@ def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         "response_tokens_mean": total["tokens"] / total["rollouts"],
         "truncated_fraction": total["truncated"] / total["rollouts"],
         "generation_s": max(part["generation_s"] for part in parts),
+    }
+
+
+def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
+    """What follows from a step's times; score_overlap is the part of the scoring that nobody had to wait for."""
+    step_s = sum(timings[part] for part in STEP_TIMES)
+    return {
+        "step_s": step_s,
+        "rollouts_per_s": rollouts / step_s,
+        "score_overlap": max(0.0, 1 - timings["score_s"] / timings["scoring_s"]) if timings["scoring_s"] else 0.0,
     }
 
 

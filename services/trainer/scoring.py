@@ -5,8 +5,11 @@ In: rollout groups and their prompts. Out: ScoredGroups, or why one can't be tra
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,36 @@ class Refused:
     reason: str
 
 
+class BusyTime:
+    """Seconds in which at least one of several threads was at it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = 0
+        self._since = 0.0
+        self._seconds = 0.0
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        with self._lock:
+            if self._active == 0:
+                self._since = time.monotonic()
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active -= 1
+                if self._active == 0:
+                    self._seconds += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """The seconds since the last `take`; nobody may be at it now."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Scorer:
     """One per rank. `submit` returns at once; `results` waits for everything submitted since the last call."""
 
@@ -37,8 +70,10 @@ class Scorer:
         student: Vlm,
         prompt_of: Callable[[str], tuple[int, Prompt]],
         max_tokens: int,
-        threads: int = 2,
+        threads: int = 4,
     ) -> None:
+        self.busy = BusyTime()
+        """When groups were being prepared or at the teacher, beside the generation of the others and after it."""
         self._teacher = teacher
         self._student = student
         self._prompt_of = prompt_of
@@ -60,6 +95,10 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
+        with self.busy.measured():
+            return self._scored(groups)
+
+    def _scored(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
         results: list[ScoredGroup | Refused] = []
         prepared: dict[str, tuple[int, PreparedPrompt, RolloutGroup]] = {}
         requests = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from services.trainer import metrics
+from services.trainer.scoring import BusyTime
 from services.trainer.student import ScoredGroup, WeightedGroup
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
 from vaopd.vlm import PreparedPrompt
@@ -91,3 +92,21 @@ def test_two_ranks_make_the_same_means_of_their_sums() -> None:
 def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
     found = metrics.of_step([metrics.of_rank([SECOND], [SECOND_KL], loss=1.0)])
     assert math.isnan(found["kl_low"])
+
+
+def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
+    timings = {"publish_s": 0.5, "wait_s": 2.0, "score_s": 0.5, "forward_backward_s": 1.0, "scoring_s": 2.0}
+    values = metrics.of_times(timings, rollouts=8)
+    assert values == {"step_s": 4.0, "rollouts_per_s": 2.0, "score_overlap": 0.75}
+
+
+def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 13.0, 20.0, 20.5])
+    monkeypatch.setattr("services.trainer.scoring.time.monotonic", lambda: next(clock))
+    busy = BusyTime()
+    with busy.measured(), busy.measured():
+        pass
+    with busy.measured():
+        pass
+    assert busy.take() == 3.5
+    assert busy.take() == 0.0
