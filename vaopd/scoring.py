@@ -1,12 +1,16 @@
-"""What the API and `vaopd score` share: an ad-hoc prompt, and a group's rollout weights in numpy. Torch-free."""
+"""What the API and `vaopd score` share: an ad-hoc prompt, and `vaopd.objective` in numpy for one group. Torch-free."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
 from vaopd.types import EncodedImage, ImagePart, Message, TextPart
+
+HIGH_FRACTION = 0.2  # method.md, "Token groups"
 
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:
@@ -32,3 +36,30 @@ def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float
     z = (mean_va - mean_va.mean()) / (mean_va.std() + eps)
     exponentials = np.exp(z / temperature - (z / temperature).max())
     return exponentials / exponentials.sum()
+
+
+def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.ndarray:
+    """(T,) -> (T,) bool, method.md "Token groups": the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first.
+
+    >>> high_group(np.array([0.0, 2.0, 0.0, 2.0, 1.0, 0.0])).tolist()
+    [False, True, False, True, False, False]
+    """
+    high = np.zeros(len(va), bool)
+    high[np.argsort(-va, kind="stable")[: _top(len(va), high_fraction)]] = True
+    return high
+
+
+def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
+    """(M,) -> the share of all VA that the top `fraction` of these tokens carry; None when there is no VA at all.
+
+    >>> va_share_of_top(np.array([3.0, 0.0, 1.0, 0.0, 0.0]), fraction=0.2)
+    0.75
+    """
+    values = np.sort(va.astype(np.float64))[::-1]
+    total = values.sum()
+    return float(values[: _top(len(values), fraction)].sum() / total) if total > 0 else None
+
+
+def _top(tokens: int, fraction: float) -> int:
+    """⌈fraction·tokens⌉, exactly: 0.1 of 30 tokens are 3."""
+    return math.ceil(Fraction(str(fraction)) * tokens)

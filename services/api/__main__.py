@@ -1,16 +1,23 @@
-"""`python -m services.api --config CONFIG.toml`: serves the scoring API until SIGTERM, then drains."""
+"""`python -m services.api --config CONFIG.toml`: serves the scoring API and the viewer until SIGTERM, then drains."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, VaopdError
 
+if TYPE_CHECKING:
+    from services.api.app import Sampler
+
 DRAIN_S = 10
+JOB = "api"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,28 +25,61 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a field")
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once listening")
+    parser.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher")
+    parser.add_argument("--student", metavar="MODEL", help="folder or hub id of a student that answers questions here")
+    parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys (`vaopd keys`); without, everybody may ask")
+    parser.add_argument("--requests-per-minute", type=int, metavar="N", help="quota of each client; default: none")
     arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        serve(load_config(arguments.config, arguments.set), announce=arguments.announce)
+        serve(
+            load_config(arguments.config, arguments.set),
+            further_teachers=arguments.teacher,
+            student=arguments.student,
+            keys=arguments.keys,
+            requests_per_minute=arguments.requests_per_minute,
+            announce=arguments.announce,
+        )
     except VaopdError as error:
         print(f"api: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def serve(config: Config, *, announce: Path | None) -> None:
+def serve(
+    config: Config,
+    *,
+    further_teachers: Sequence[str] = (),
+    student: str | None = None,
+    keys: Path | None = None,
+    requests_per_minute: int | None = None,
+    announce: Path | None,
+) -> None:
     """Listens first, so that the address is known, then serves until a signal."""
     import uvicorn
 
-    from services.api.app import Teacher, create_app
+    from services.api.access import Access, Quota
+    from services.api.app import create_app
+    from services.api.teachers import Teachers
+    from vaopd.keys import KeyStore
 
+    if requests_per_minute is not None and requests_per_minute < 1:
+        raise ConfigError(f"--requests-per-minute is {requests_per_minute}; it must be at least 1")
     host, _, port = config.api.address.rpartition(":")
     settings = uvicorn.Config(
-        create_app(teacher=Teacher(config.teacher.address)),
+        create_app(
+            teachers=Teachers([config.teacher.address, *further_teachers], options={"job": JOB}),
+            student=None if student is None else _load_student(student, config),
+            access=Access(
+                job_of_key=None if keys is None else KeyStore.load(keys).job_of,
+                quota=None if requests_per_minute is None else Quota(requests_per_minute),
+            ),
+        ),
         host=host.strip("[]"),
         port=int(port),
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
+        access_log=False,  # services.api.middleware writes a line of its own
     )
     try:
         listener = settings.bind_socket()
@@ -53,6 +93,14 @@ def serve(config: Config, *, announce: Path | None) -> None:
         partial.replace(announce)
     print(f"api ready on {address}", flush=True)
     uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _load_student(model: str, config: Config) -> Sampler:
+    # Imported here: it brings torch.
+    from services.api.student import Student
+
+    print(f"api: loading the student {model}", flush=True)
+    return Student(model, dtype=config.student.dtype)
 
 
 if __name__ == "__main__":

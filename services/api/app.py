@@ -1,211 +1,200 @@
-"""The scoring API. What arrives: JSON with images, a question and responses. What leaves: each token's log-probs in
-both views and its VA. It waits for: the teacher, over gRPC. It keeps no state and needs no torch.
+"""The scoring API. What arrives: images, a question and responses. What leaves: each token's log-probs in both views
+and its VA; and the viewer page, which asks the same API. It waits for: the teachers, over gRPC, and the student where
+there is one. It keeps no state, and without a student it needs no torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import io
 import logging
-import uuid
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from fastapi import Depends, FastAPI, Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from services.api import errors
+from services.api import batch, errors, schema
+from services.api.access import Access
 from services.api.errors import ApiError
 from services.api.images import image_from_text
-from services.api.models import (
-    DegradationModel,
-    ErrorReply,
+from services.api.metrics import Metrics
+from services.api.middleware import BodyLimit, Envelope, Gate
+from services.api.reading import json_only, read_batch, read_score
+from services.api.scoring import Scorer, decode_images, degradation_of, teacher_model
+from services.api.teachers import Teachers
+from vaopd.degradation import degrade
+from vaopd.errors import NotFound
+from vaopd.http_types import (
+    BatchReply,
+    DegradeBody,
     Health,
-    RolloutScore,
-    ScoreBody,
+    SampleBody,
+    SampleReply,
     ScoreReply,
-    TeacherModel,
+    StudentModel,
+    StudentsReply,
     TeachersReply,
-    Token,
 )
-from vaopd.client import GroupFailure, TeacherClient
-from vaopd.errors import NotFound, NumericalError
-from vaopd.scoring import rollout_weights, unique_images, user_turn
-from vaopd.types import Degradation, EncodedImage, GroupScore, ScoreRequest, TeacherDescription
+from vaopd.images import decode
+from vaopd.types import Degradation, EncodedImage, SamplingSettings
 
 logger = logging.getLogger("vaopd.api")
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 MiB as base64
-CONNECT_TIMEOUT_S = 3.0
-SCORE_TIMEOUT_S = 120.0
-JOB = "api"
-
-ERROR_REPLIES: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorReply, "description": "the body is not JSON"},
-    404: {"model": ErrorReply, "description": "no such teacher"},
-    409: {"model": ErrorReply, "description": "the teacher is another one than before"},
-    413: {"model": ErrorReply, "description": "over a size limit"},
-    415: {"model": ErrorReply, "description": "not application/json, or an image that is not PNG, JPEG or WEBP"},
-    422: {"model": ErrorReply, "description": "a value that can't be scored; `field` names it"},
-    429: {"model": ErrorReply, "description": "the teacher has no room now; see Retry-After"},
-    500: {"model": ErrorReply, "description": "a number that is not finite, or a fault of the API"},
-    502: {"model": ErrorReply, "description": "the teacher failed"},
-    503: {"model": ErrorReply, "description": "the teacher is down, starting or draining; see Retry-After"},
-}
+DEGRADED_AT_ONCE = 2  # decoding takes memory
+PAGE = Path(__file__).parent / "page"
+JSON_ONLY = [Depends(json_only)]
 
 
-class Teacher:
-    """The API's way to its one teacher. A client per request: none outlives a teacher that is replaced by another."""
+class Sampler(Protocol):
+    """A student that answers; `services.api.student` is the real one."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    model: str
+    tokenizer_fingerprint: str
 
-    async def describe(self) -> TeacherDescription:
-        """Answers or refuses soon, so that a teacher that is down is told at once."""
-        async with TeacherClient(self._address, job=JOB, timeout_s=CONNECT_TIMEOUT_S) as client:
-            return await client.describe()
-
-    async def score(self, request: ScoreRequest, degradation: Degradation) -> GroupScore:
-        async with TeacherClient(
-            self._address, job=JOB, timeout_s=SCORE_TIMEOUT_S, payload="none", degradation=degradation
-        ) as client:
-            async for result in client.score([request], with_token_texts=True):
-                if isinstance(result, GroupFailure):
-                    raise result.error
-                return result
-        raise ApiError(502, "the teacher ended the call without an answer")
+    async def sample(
+        self, question: str, images: list[EncodedImage], sampling: SamplingSettings, *, num_responses: int
+    ) -> SampleReply: ...
 
 
-class BodyLimit:
-    """Refuses a body above the limit before anything parses it: by its declared length, or while it arrives."""
-
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(declared) > self._max_bytes:  # the HTTP server refuses what isn't a number
-            response = errors.error_response(413, self._message(int(declared)), headers={"Connection": "close"})
-            return await response(scope, receive, send)
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                raise ApiError(413, self._message(received))
-            return message
-
-        return await self._app(scope, counted, send)
-
-    def _message(self, size: int) -> str:
-        return f"the body has {size} bytes or more, the limit is {self._max_bytes}; send fewer or smaller images"
-
-
-async def json_only(request: Request) -> None:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"content type {kind or 'none'!r} is not application/json")
-
-
-def create_app(*, teacher: Teacher, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
-    """The application; `services/api/__main__.py` serves it."""
-    app = FastAPI(
-        title="vaopd scoring API",
-        version=vaopd.__version__,
-        description="Visual advantage of every token of a response: how much seeing the image helps to predict it.",
-    )
+def create_app(
+    *,
+    teachers: Teachers,
+    student: Sampler | None = None,
+    access: Access | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application; `services/api/__main__.py` serves it. Without `access` everybody may ask anything."""
+    metrics = Metrics()
+    access = access or Access()
+    app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(Gate, access=access)
+    app.add_middleware(Envelope, metrics=metrics)  # the last one added is the outermost
+    schema.install(app)
+    _add_health(app, teachers, metrics)
+    _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
+    _add_sampling(app, student)
+    _add_pages(app)
+    return app
 
+
+def _add_health(app: FastAPI, teachers: Teachers, metrics: Metrics) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Health:
         """The process is alive."""
         return Health(status="ok")
 
-    @app.get("/readyz", tags=["health"], responses={503: ERROR_REPLIES[503]})
+    @app.get("/readyz", tags=["health"], responses=schema.problems(503))
     async def readyz() -> Health:
-        """The teacher answers too."""
-        await teacher.describe()
+        """A teacher answers too."""
+        await teachers.describe()
         return Health(status="ready")
 
-    @app.get("/v1/teachers", tags=["scoring"], responses={503: ERROR_REPLIES[503]})
-    async def teachers() -> TeachersReply:
+    @app.get("/metrics", tags=["health"], response_class=Response)
+    async def prometheus() -> Response:
+        """What was counted since the start, for Prometheus."""
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Access) -> None:
+    decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
+
+    @app.get("/v1/teachers", tags=["scoring"], responses=schema.problems(503))
+    async def list_teachers() -> TeachersReply:
         """The teachers that score here, with their limits."""
-        return TeachersReply(teachers=[teacher_model(await teacher.describe())])
+        return TeachersReply(teachers=[teacher_model(found) for found in (await teachers.describe()).values()])
 
-    @app.post("/v1/score", tags=["scoring"], responses=ERROR_REPLIES, dependencies=[Depends(json_only)])
-    async def score(body: ScoreBody, request: Request) -> ScoreReply:
+    @app.post("/v1/score", tags=["scoring"], responses=schema.PROBLEMS, openapi_extra=schema.SCORE_BODY)
+    async def score(request: Request) -> ScoreReply:
         """Scores one response, or a group of them, to a question about no, one or several images."""
-        images = decode_images(body)
-        description = await teacher.describe()
-        if body.teacher is not None and body.teacher != description.model:
-            raise NotFound(f"there is no teacher {body.teacher!r} here; GET /v1/teachers names those there are")
-        degradation = Degradation(kind=body.degradation.kind, strength=body.degradation.strength)
-        answer = await unless_disconnected(request, teacher.score(score_request(body, images), degradation))
-        return reply(answer, description, body.degradation)
+        body, images = await read_score(request)
+        return await unless_disconnected(request, scorer.score(body, images))
 
-    return app
+    @app.post("/v1/score/batch", tags=["scoring"], responses=schema.BATCH_REPLIES, openapi_extra=schema.BATCH_BODY)
+    async def score_batch(request: Request) -> Any:
+        """Scores each request by itself; those that are refused have a problem in place of a score.
 
+        With `Accept: text/event-stream` each result is sent as soon as it is there, as an event `result`; then `done`.
+        """
+        items = await read_batch(request)
+        access.charge(request.scope, len(items) - 1)
+        if batch.EVENT_STREAM in request.headers.get("accept", ""):
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(batch.events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
 
-def decode_images(body: ScoreBody) -> list[EncodedImage]:
-    if body.image is not None:
-        return [image_from_text(body.image, field="image")]
-    return [image_from_text(text, field=f"images.{index}") for index, text in enumerate(body.images)]
+        async def collected() -> BatchReply:
+            results = sorted([result async for result in batch.results(scorer, items)], key=lambda found: found.index)
+            return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
+        return await unless_disconnected(request, collected())
 
-def score_request(body: ScoreBody, images: list[EncodedImage]) -> ScoreRequest:
-    given: list[str | list[int]] = list(body.responses or [])
-    if body.response is not None:
-        given = [body.response]
-    if body.response_token_ids is not None:
-        given = [body.response_token_ids]
-    return ScoreRequest(
-        group_id=uuid.uuid4().hex,
-        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in given),
-        images=unique_images(images),
-        messages=user_turn(body.question, images),
+    @app.post(
+        "/v1/degrade",
+        tags=["scoring"],
+        dependencies=JSON_ONLY,
+        response_class=Response,
+        responses=schema.PROBLEMS | {200: {"content": {"image/png": {}}, "description": "the degraded view, a PNG"}},
     )
+    async def degraded_view(body: DegradeBody) -> Response:
+        """The image as the teacher sees it in the degraded view, before its own scaling."""
+        image = image_from_text(body.image, field="image")
+        async with decoding:
+            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation))
+        return Response(png, media_type="image/png")
 
 
-def reply(score: GroupScore, description: TeacherDescription, degradation: DegradationModel) -> ScoreReply:
-    """Raises NumericalError rather than to send a number that is none."""
-    weights_K = rollout_weights(score.mean_visual_advantage)
-    if score.response_ids is None or score.token_texts is None:
-        raise ApiError(502, "the teacher sent no token texts; is it of another version?")
-    rollouts = []
-    for k, ids in enumerate(score.response_ids):
-        views = (score.teacher_logprobs[k], score.degraded_logprobs[k], score.visual_advantage[k])
-        if not all(np.isfinite(values).all() for values in views):
-            raise NumericalError(f"the teacher's scores of response {k} are not all finite numbers")
-        rollouts.append(
-            RolloutScore(
-                tokens=[Token(id=int(token), text=text) for token, text in zip(ids, score.token_texts[k], strict=True)],
-                teacher_logprobs=views[0].tolist(),
-                degraded_logprobs=views[1].tolist(),
-                visual_advantage=views[2].tolist(),
-                mean_visual_advantage=float(score.mean_visual_advantage[k]),
-                rollout_weight=float(weights_K[k]),
-            )
+def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
+    @app.get("/v1/students", tags=["sampling"])
+    async def list_students() -> StudentsReply:
+        """The student that answers here, if the API was started with one."""
+        found = [] if student is None else [student]
+        return StudentsReply(
+            students=[
+                StudentModel(model=each.model, tokenizer_fingerprint=each.tokenizer_fingerprint) for each in found
+            ]
         )
-    return ScoreReply(
-        model=description.model,
-        revision=description.revision,
-        prompt_tokens=score.prompt_tokens,
-        degradation=degradation,
-        rollouts=rollouts,
-    )
+
+    @app.post("/v1/sample", tags=["sampling"], responses=schema.PROBLEMS, dependencies=JSON_ONLY)
+    async def sample(body: SampleBody) -> SampleReply:
+        """Lets the student answer a question; what it says can be scored as token ids."""
+        if student is None:
+            raise NotFound("this API has no student; start it with vaopd api CONFIG --student MODEL")
+        sampling = SamplingSettings(
+            temperature=body.temperature, top_p=body.top_p, max_new_tokens=body.max_new_tokens, seed=body.seed
+        )
+        images = decode_images(body.image, body.images)
+        return await student.sample(body.question, images, sampling, num_responses=body.num_responses)
 
 
-def teacher_model(description: TeacherDescription) -> TeacherModel:
-    return TeacherModel(**dataclasses.asdict(description))
+def _add_pages(app: FastAPI) -> None:
+    headers = {"Cache-Control": "no-cache"}  # asked again each time, answered 304 while it is the same
+
+    @app.get("/", include_in_schema=False)
+    async def viewer() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def reference() -> FileResponse:
+        return FileResponse(PAGE / "docs.html", headers=headers)
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+
+def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
+    """Exactly what the teacher makes: decoded under the same caps, noise seeded by the content."""
+    decoded = decode(image)
+    if degradation.kind in ("pixelate", "blur") and degradation.strength == 0:
+        raise ApiError(422, f"{degradation.kind} needs a strength above 0", field="degradation.strength")
+    written = io.BytesIO()
+    degrade(decoded, degradation, seed=int(image.sha256[:16], 16)).save(written, "PNG")
+    return written.getvalue()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:

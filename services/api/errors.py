@@ -1,8 +1,9 @@
-"""Every error of the API in one JSON shape, made in one place.
+"""Every error of the API in one JSON shape, problem details (RFC 9457), made in one place.
 
-    {"error": {"code": "invalid_input", "message": "…", "field": "images.0"}}
+    {"type": "urn:vaopd:problem:invalid_input", "title": "Unprocessable Content", "status": 422,
+     "detail": "…", "code": "invalid_input", "field": "images.0", "request_id": "…"}
 
-`field` is null where the fault belongs to no single field. Messages never hold what a client sent beyond names and
+`field` is null where the fault belongs to no single field. Details never hold what a client sent beyond names and
 numbers, nor texts of libraries.
 """
 
@@ -11,20 +12,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
+import pydantic
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from vaopd import errors
+from vaopd.http_types import Problem
 from vaopd.transport import Busy
 
 logger = logging.getLogger("vaopd.api")
 
 RETRY_AFTER_S = 1
+PROBLEM_JSON = "application/problem+json"
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that is being answered; `services.api.middleware` sets it."""
 
 # The first class that matches decides, so subclasses stand before their parents.
 STATUS_OF: tuple[tuple[type[errors.VaopdError], int, str], ...] = (
@@ -33,6 +40,8 @@ STATUS_OF: tuple[tuple[type[errors.VaopdError], int, str], ...] = (
     (errors.Mismatch, 409, "mismatch"),
     (errors.NotFound, 404, "not_found"),
     (errors.NumericalError, 500, "numerical_error"),
+    (errors.Unauthenticated, 401, "unauthenticated"),
+    (errors.PermissionDenied, 403, "permission_denied"),
 )
 CODE_OF_STATUS = {
     400: "invalid_request",
@@ -45,80 +54,104 @@ CODE_OF_STATUS = {
     422: "invalid_input",
     429: "busy",
     499: "cancelled",
+    500: "internal",
     502: "bad_gateway",
     503: "unavailable",
 }
+TITLES = {413: "Content Too Large", 422: "Unprocessable Content", 499: "Client Closed Request"}
 
 
 class ApiError(HTTPException):
     """An answer other than 2xx that is known where it is raised. FastAPI lets HTTPExceptions pass."""
 
-    def __init__(self, status: int, message: str, *, field: str | None = None) -> None:
-        super().__init__(status, message)
+    def __init__(
+        self, status: int, message: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(status, message, headers)
         self.field = field
 
 
 def install(app: FastAPI) -> None:
-    """Registers the one handler for whatever may be raised while a request is answered."""
-    for kind in (ApiError, errors.VaopdError, RequestValidationError, HTTPException, Exception):
+    """Registers the one handler for what is raised on purpose; `services.api.middleware` answers for all else."""
+    for kind in (ApiError, errors.VaopdError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+def parsed(model: type[pydantic.BaseModel], value: Any) -> Any:
+    """`value` as a `model`; a ValidationError is raised as FastAPI raises its own."""
+    try:
+        return model.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+def error_response(error: Exception) -> JSONResponse:
+    answer, headers = describe(error)
+    if answer.status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    return JSONResponse(answer.model_dump(), answer.status, headers, media_type=PROBLEM_JSON)
+
+
+def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
+    """The problem and the headers that go with it."""
     match error:
-        case ApiError():
-            return error_response(error.status_code, error.detail, field=error.field)
+        case HTTPException():
+            problem = make_problem(error.status_code, str(error.detail), field=getattr(error, "field", None))
+            return problem, dict(error.headers or {})
         case Busy():
             seconds = max(1, math.ceil(error.retry_after_s))
-            return error_response(429, str(error), headers={"Retry-After": str(seconds)})
+            return make_problem(429, str(error)), {"Retry-After": str(seconds)}
         case errors.Unavailable():
             # The message would tell everybody where the teacher runs.
             logger.warning("%s", error)
-            return error_response(503, "the teacher can't be reached, is starting or is draining; try again")
+            return make_problem(503, "the teacher can't be reached, is starting or is draining; try again"), {}
+        case errors.Unauthenticated():
+            return _vaopd(error), {"WWW-Authenticate": 'Bearer realm="vaopd"'}
         case errors.VaopdError():
-            return _vaopd(error)
+            return _vaopd(error), {}
         case RequestValidationError():
-            return _validation(error)
-        case HTTPException():
-            return error_response(error.status_code, str(error.detail), headers=error.headers)
+            return _validation(error), {}
         case _:
-            logger.error("unexpected error at %s", request.url.path, exc_info=error)
-            return error_response(500, "the API failed unexpectedly; its log tells why", code="internal")
+            logger.error("unexpected error", exc_info=error)
+            return make_problem(500, "the API failed unexpectedly; its log tells why"), {}
 
 
-def error_response(
-    status: int,
-    message: str,
-    *,
-    field: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    code = code or CODE_OF_STATUS.get(status) or HTTPStatus(status).phrase.lower().replace(" ", "_")
-    sent = dict(headers or {})
-    if status in (429, 503):
-        sent.setdefault("Retry-After", str(RETRY_AFTER_S))
-    return JSONResponse({"error": {"code": code, "message": message, "field": field}}, status, sent)
+def make_problem(status: int, detail: str, *, field: str | None = None, code: str | None = None) -> Problem:
+    phrase = TITLES.get(status) or HTTPStatus(status).phrase
+    code = code or CODE_OF_STATUS.get(status) or phrase.lower().replace(" ", "_")
+    return Problem(
+        type=f"urn:vaopd:problem:{code}",
+        title=phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        field=field,
+        request_id=request_id.get(),
+    )
 
 
-def _vaopd(error: errors.VaopdError) -> JSONResponse:
+def _vaopd(error: errors.VaopdError) -> Problem:
     for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
-            return error_response(status, str(error), code=code)
+            return make_problem(status, str(error), code=code)
     logger.error("the teacher failed: %s", error)
-    return error_response(502, "the teacher failed; its log tells why")
+    return make_problem(502, "the teacher failed; its log tells why")
 
 
-def _validation(error: RequestValidationError) -> JSONResponse:
+def _validation(error: RequestValidationError) -> Problem:
     """The first fault found; clients mend one thing at a time, and one shape stays one shape."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return error_response(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'unreadable')}")
+        return make_problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'unreadable')}")
     field = field_name(first["loc"])
     if first["type"] == "extra_forbidden":
-        return error_response(422, f"{field}: no such key; /docs lists the keys that are known", field=field)
+        return make_problem(422, f"{field}: no such key; /docs lists the keys that are known", field=field)
     message = first["msg"].removeprefix("Value error, ")
-    return error_response(422, f"{field}: {message}" if field else message, field=field)
+    return make_problem(422, f"{field}: {message}" if field else message, field=field)
 
 
 def field_name(location: tuple[Any, ...]) -> str | None:

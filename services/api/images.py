@@ -1,4 +1,4 @@
-"""Images out of JSON: base64 or data URL to bytes. Nothing is fetched, opened or decoded here; the teacher decodes."""
+"""Images out of requests: base64, data URL or bytes. Nothing is fetched, opened or decoded here."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def image_from_text(text: str, *, field: str) -> EncodedImage:
         raise ApiError(
             422, f"{field} is not base64 ({len(text)} characters); send a file's bytes", field=field
         ) from None
+    return image_from_bytes(data, field=field)
+
+
+def image_from_bytes(data: bytes, *, field: str) -> EncodedImage:
+    """Raises ApiError, as `image_from_text` does."""
     if OTHER_FORMATS.match(data[:BEGINNING_BYTES]):
         raise ApiError(415, f"{field} is of another format than PNG, JPEG and WEBP; re-encode it", field=field)
     if not (data.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):

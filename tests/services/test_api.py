@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import pytest
 
-from services.api.app import decode_images, score_request
-from services.api.models import ScoreBody
+from services.api.scoring import decode_images, score_request
 from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process
 from vaopd.client import SyncTeacherClient
+from vaopd.http_types import ScoreBody
 from vaopd.scoring import rollout_weights
 from vaopd.types import GroupScore
 
@@ -50,7 +50,9 @@ def direct_score(target: str, body: dict[str, Any]) -> GroupScore:
     """What the teacher answers without the API between."""
     parsed = ScoreBody.model_validate(body)
     with SyncTeacherClient(target, payload="none") as client:
-        (score,) = client.score([score_request(parsed, decode_images(parsed))], with_token_texts=True)
+        (score,) = client.score(
+            [score_request(parsed, decode_images(parsed.image, parsed.images))], with_token_texts=True
+        )
     assert isinstance(score, GroupScore)
     return score
 
@@ -143,7 +145,7 @@ def test_without_a_teacher_it_is_alive_but_not_ready(orphan: Api) -> None:
         assert int(answer.headers["Retry-After"]) >= 1
         error = error_of(answer)
         assert error["code"] == "unavailable"
-        assert "127.0.0.1" not in error["message"]  # where the teacher runs is nobody's business
+        assert "127.0.0.1" not in error["detail"]  # where the teacher runs is nobody's business
 
 
 def test_the_schema_has_examples_that_work(api: Api) -> None:

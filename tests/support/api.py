@@ -35,13 +35,16 @@ class Api:
         return answer.content
 
 
-def start_api(folder: Path, teacher: str) -> Iterator[Api]:
+def start_api(folder: Path, teacher: str, *arguments: str) -> Iterator[Api]:
     """`python -m services.api` as a process of its own, on a free port."""
     announce = folder / "api.address"
     config = write_config(folder, model=folder, address=teacher)
     command = [sys.executable, "-m", "services.api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
+    command += [*arguments, "--announce", str(announce)]
     with (folder / "api.log").open("w") as log:
-        process = subprocess.Popen([*command, "--announce", str(announce)], stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(
+            [*command, *arguments, "--announce", str(announce)], stdout=log, stderr=log, text=True
+        )
     try:
         wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
         with httpx.Client(base_url=f"http://{announce.read_text()}", timeout=60) as http:
@@ -52,10 +55,13 @@ def start_api(folder: Path, teacher: str) -> Iterator[Api]:
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The one error shape: exactly these keys, and a message."""
-    assert answer.headers["content-type"] == "application/json"
-    (error,) = answer.json().values()
-    assert set(answer.json()) == {"error"}
-    assert set(error) == {"code", "message", "field"}
-    assert error["message"]
-    return error
+    """The one error shape, problem details: exactly these keys, and words."""
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = answer.json()
+    assert set(problem) == {"type", "title", "status", "detail", "code", "field", "request_id"}
+    assert problem["status"] == answer.status_code
+    assert problem["type"] == f"urn:vaopd:problem:{problem['code']}"
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    assert problem["title"]
+    assert problem["detail"]
+    return problem

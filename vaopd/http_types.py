@@ -1,4 +1,6 @@
-"""What the API takes and gives, as JSON. T response tokens of one rollout, K rollouts of the group."""
+"""What the scoring API takes and gives, as JSON: the server validates with these models, `vaopd.http_client` returns
+them. T response tokens of one rollout, K rollouts of the group; log-probs and VA in nats. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,18 @@ Text = Annotated[str, Field(min_length=1)]
 ImageText = Annotated[str, Field(min_length=1)]
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+MAX_ALTERNATIVES = 20
+MAX_BATCH_ITEMS = 256
 
 
 class Model(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Reply(pydantic.BaseModel):
+    """A client of today reads a newer server's answers: keys that it doesn't know are left out."""
+
+    model_config = pydantic.ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class DegradationModel(Model):
@@ -43,6 +53,7 @@ class ScoreBody(Model):
                     "question": "Which colour is this?",
                     "responses": ["It is white.", "It is black.", [72, 105, 256]],
                     "degradation": {"kind": "pixelate", "strength": 0.1},
+                    "top_k": 5,
                 },
             ]
         }
@@ -63,7 +74,9 @@ class ScoreBody(Model):
     degradation: DegradationModel = DegradationModel()
     """The degraded view."""
     teacher: str | None = None
-    """The model to score with, as GET /v1/teachers names it; empty: the one there is."""
+    """The model to score with, as GET /v1/teachers names it; empty: the first one there is."""
+    top_k: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
+    """How many tokens to name that the teacher finds most likely at each place; also gives each token's rank."""
 
     @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> ScoreBody:
@@ -77,13 +90,21 @@ class ScoreBody(Model):
         return self
 
 
-class Token(Model):
+class Token(Reply):
     id: int
     text: str
 
 
-class RolloutScore(Model):
-    """One response. Each list has T numbers, in nats, in the order of `tokens`."""
+class Alternative(Reply):
+    """A token that the teacher finds likely in the original view."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+class RolloutScore(Reply):
+    """One response. Each list has T entries, in the order of `tokens`."""
 
     tokens: list[Token]
     teacher_logprobs: list[float]
@@ -92,21 +113,112 @@ class RolloutScore(Model):
     """The teacher's, with the degraded image."""
     visual_advantage: list[float]
     """max(teacher_logprobs − degraded_logprobs, 0): what seeing the image is worth for this token."""
+    high_group: list[bool]
+    """Whether the token is among the `high_fraction` of the response's tokens with the largest VA."""
     mean_visual_advantage: float
     rollout_weight: float
     """The response's share of the group's loss; the K of them add up to 1."""
+    ranks: list[int | None] | None = None
+    """With top_k: 1 for the token that the teacher finds most likely; null beyond 20."""
+    alternatives: list[list[Alternative]] | None = None
+    """With top_k: the most likely tokens of each place, best first."""
 
 
-class ScoreReply(Model):
+class ScoreReply(Reply):
     model: str
     revision: str
     prompt_tokens: int
     """Tokens of the prompt, image placeholders included."""
     degradation: DegradationModel
+    high_fraction: float
+    share_of_top_10: float | None
+    """The share of all VA that the top 10 % of the group's tokens carry, 0 to 1; null when there is no VA at all."""
+    share_of_top_20: float | None
+    """Likewise of the top 20 %."""
     rollouts: list[RolloutScore]
 
 
-class TeacherModel(Model):
+class Problem(Reply):
+    """An error, as RFC 9457 has it (application/problem+json), and which key of the request is at fault, if one is."""
+
+    type: str
+    """urn:vaopd:problem:CODE"""
+    title: str
+    status: int
+    detail: str
+    """What is wrong, with the value, the bound and the remedy."""
+    code: str
+    field: str | None = None
+    request_id: str | None = None
+
+
+class BatchBody(Model):
+    requests: Annotated[list[ScoreBody], Field(min_length=1, max_length=MAX_BATCH_ITEMS)]
+    """Each is scored by itself: one that is refused doesn't concern the others."""
+
+
+class BatchResult(Reply):
+    """What became of one request of a batch: a score or a problem."""
+
+    index: int
+    """Its place in `requests`, from 0."""
+    score: ScoreReply | None = None
+    problem: Problem | None = None
+
+
+class BatchReply(Reply):
+    results: list[BatchResult]
+    failed: int
+
+
+class DegradeBody(Model):
+    model_config = pydantic.ConfigDict(json_schema_extra={"examples": [{"image": PIXEL}]})
+
+    image: ImageText
+    """As in a request to score."""
+    degradation: DegradationModel = DegradationModel()
+
+
+class SampleBody(Model):
+    """A question for the student."""
+
+    model_config = pydantic.ConfigDict(
+        json_schema_extra={"examples": [{"image": PIXEL, "question": "Which colour is this?", "max_new_tokens": 16}]}
+    )
+
+    question: Text
+    images: list[ImageText] = []
+    image: ImageText | None = None
+    num_responses: int = Field(4, ge=1, le=16)
+    temperature: float = Field(0.7, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(0.95, gt=0, le=1, allow_inf_nan=False)
+    max_new_tokens: int = Field(512, ge=1, le=4096)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class SampledResponse(Reply):
+    text: str
+    token_ids: list[int]
+    """Score these rather than the text: tokens that were sampled need not be those that their text is made of."""
+    finish_reason: Literal["stop", "length"]
+
+
+class SampleReply(Reply):
+    model: str
+    responses: list[SampledResponse]
+
+
+class StudentModel(Reply):
+    model: str
+    tokenizer_fingerprint: str
+
+
+class StudentsReply(Reply):
+    students: list[StudentModel]
+    """At most one; none where the API was started without."""
+
+
+class TeacherModel(Reply):
     model: str
     revision: str
     """Hex SHA-256 over the weights and the configuration."""
@@ -119,19 +231,9 @@ class TeacherModel(Model):
     degradations: list[str]
 
 
-class TeachersReply(Model):
+class TeachersReply(Reply):
     teachers: list[TeacherModel]
 
 
-class Health(Model):
+class Health(Reply):
     status: Literal["ok", "ready"]
-
-
-class ErrorDetail(Model):
-    code: str
-    message: str
-    field: str | None = None
-
-
-class ErrorReply(Model):
-    error: ErrorDetail

@@ -1,0 +1,62 @@
+"""The API's way to its teachers. A client per request: none outlives a teacher that is replaced by another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from services.api.errors import ApiError
+from vaopd.client import ClientOptions, GroupFailure, TeacherClient
+from vaopd.errors import NotFound, Unavailable
+from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherDescription
+
+CONNECT_TIMEOUT_S = 3.0
+SCORE_TIMEOUT_S = 120.0
+
+
+class Teachers:
+    """`options`: what every client is made with (job, key, TLS)."""
+
+    def __init__(self, addresses: Sequence[str], *, options: ClientOptions) -> None:
+        self._addresses = addresses
+        self._options = options
+
+    async def describe(self) -> dict[str, TeacherDescription]:
+        """Those that answer, by address. Raises Unavailable when none does, and soon."""
+        answers = await asyncio.gather(*map(self._describe, self._addresses), return_exceptions=True)
+        described = {}
+        for address, answer in zip(self._addresses, answers, strict=True):
+            if isinstance(answer, TeacherDescription):
+                described[address] = answer
+            elif len(answers) == 1 or not isinstance(answer, Unavailable):
+                raise answer
+        if not described:
+            raise Unavailable("none of the teachers can be reached")
+        return described
+
+    async def find(self, model: str | None) -> tuple[str, TeacherDescription]:
+        """Address and description of a teacher by name, of the first one when there is no name."""
+        for address, description in (await self.describe()).items():
+            if model is None or description.model == model:
+                return address, description
+        raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers names those there are")
+
+    async def score(self, address: str, request: ScoreRequest, degradation: Degradation, *, top_k: int) -> GroupScore:
+        options: ClientOptions = {
+            **self._options,
+            "timeout_s": SCORE_TIMEOUT_S,
+            "degradation": degradation,
+            "payload": "top_k" if top_k else "none",
+            "top_k": max(top_k, 1),
+        }
+        async with TeacherClient(address, **options) as client:
+            async for result in client.score([request], with_token_texts=True):
+                if isinstance(result, GroupFailure):
+                    raise result.error
+                return result
+        raise ApiError(502, "the teacher ended the call without an answer")
+
+    async def _describe(self, address: str) -> TeacherDescription:
+        options: ClientOptions = {**self._options, "timeout_s": CONNECT_TIMEOUT_S}
+        async with TeacherClient(address, **options) as client:
+            return await client.describe()
