@@ -15,10 +15,9 @@ import numpy as np
 import PIL.Image
 
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, NumericalError
-from vaopd.families import Family, family_for
 from vaopd.images import decode
+from vaopd.prompts import PromptReader
 from vaopd.types import ImagePart, PolicyVersion, Rollout, RolloutGroup, RolloutRequest
-from vaopd.vlm import chat, load_processor
 
 # What is the request's own fault, and leaves the engine as it was.
 RefusedRequest = (InvalidInput, LimitExceeded, Mismatch)
@@ -52,38 +51,24 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """Turns requests into what engines read, exactly as `vaopd.vlm.Vlm` does for the trainer."""
+    """Turns requests into what engines read, through the reader that the trainer uses too."""
 
-    processor: Any
-    model_config: Any
-    family: Family
+    reader: PromptReader
     eos_ids: tuple[int, ...]
 
     @classmethod
     def load(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Prompting:
-        processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(path)
-        return cls(
-            processor=processor,
-            model_config=config,
-            family=family_for(config.model_type),
-            eos_ids=_eos_ids(path, processor.tokenizer),
-        )
+        reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        return cls(reader=reader, eos_ids=_eos_ids(path, reader.tokenizer))
 
     @property
     def vocab_size(self) -> int:
         """V, logical: the tokenizer's ids."""
-        return len(self.processor.tokenizer)
+        return self.reader.vocab_size
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
-        """Never sampled: inside a response they would be taken for places of image features."""
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.get_vocab().get("<|vision_pad|>")
-        ids = self.family.vision_token_ids(self.model_config) | (set() if pad is None else {pad})
-        return tuple(sorted(ids))
+        return tuple(sorted(self.reader.vision_token_ids))
 
     def read(self, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
         """The prompt's token ids, one placeholder per image, and the RGB images in that order.
@@ -96,15 +81,7 @@ class Prompting:
         if missing := [sha for sha in named if sha not in by_sha]:
             raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
         decoded = {sha: decode(by_sha[sha]) for sha in set(named)}
-        text = self.processor.apply_chat_template(chat(request.messages), tokenize=False, add_generation_prompt=True)
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        placeholder = self.family.image_token_id(self.model_config)
-        if (found := sum(i == placeholder for i in ids)) != len(named):
-            raise InvalidInput(
-                f"the rendered prompt holds {found} image placeholders for {len(named)} images; "
-                "a text must not contain the placeholder itself"
-            )
-        return ids, [decoded[sha] for sha in named]
+        return self.reader.rendered_ids(request.messages), [decoded[sha] for sha in named]
 
 
 def check_settings(request: RolloutRequest) -> None:

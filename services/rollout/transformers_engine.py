@@ -104,15 +104,13 @@ class TransformersEngine:
     def _prompt(self, vlm: Vlm, request: RolloutRequest) -> PreparedPrompt:
         ids, images = self._prompting.read(request)
         prepared = [vlm.prepare_image(image) for image in images]
-        placeholder = vlm.family.image_token_id(vlm.model.config)
-        counts = iter(image.num_tokens for image in prepared)
-        expanded = [i for i in ids for _ in range(next(counts) if i == placeholder else 1)]
+        expanded = vlm.expand(ids, prepared)
         if len(expanded) >= vlm.max_tokens:
             raise InvalidInput(
                 f"the prompt of group {request.group_id!r} has {len(expanded)} tokens, the model's limit is "
                 f"{vlm.max_tokens} with the response; shorten it or scale its images down"
             )
-        return vlm.from_token_ids(np.array(expanded), prepared)
+        return vlm.from_token_ids(expanded, prepared)
 
     @torch.inference_mode()
     def _sample(self, vlm: Vlm, request: RolloutRequest, prompt: PreparedPrompt) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +135,7 @@ class TransformersEngine:
                     **settings,
                 ),
                 logits_processor=LogitsProcessorList([recorder]),
-                **_image_inputs(vlm, prompt, input_ids),
+                **vlm.family.generation_inputs(vlm.model, input_ids, prompt.images),
             )
         response_KT = sequences[:, input_ids.shape[1] :]
         return response_KT.cpu().numpy(), recorder.logprobs(response_KT).cpu().numpy()
@@ -180,14 +178,3 @@ class _BanAndRecord(LogitsProcessor):
     def _record(self, sampled_K: torch.Tensor) -> None:
         assert self._pending is not None
         self._recorded.append(self._pending.gather(1, sampled_K[:, None])[:, 0])
-
-
-def _image_inputs(vlm: Vlm, prompt: PreparedPrompt, input_ids: torch.Tensor) -> dict[str, Any]:
-    if not prompt.images:
-        return {}
-    device = input_ids.device
-    return {
-        "pixel_values": torch.cat([image.pixel_values for image in prompt.images]).to(device),
-        "image_grid_thw": torch.tensor([image.grid for image in prompt.images], device=device),
-        "mm_token_type_ids": (input_ids == vlm.family.image_token_id(vlm.model.config)).int(),
-    }

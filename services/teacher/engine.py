@@ -1,9 +1,11 @@
 """Scores prepared prompt groups on the device: log-probs of both views and the payload. Synchronous, one thread.
 
-What arrives: groups whose prompts and images are ready. What leaves: one result per group, as soon as its last row is
-done. Rows (one view of one rollout) are packed into forwards of at most `batch_tokens`, padding included, in the order
-of the groups; siblings share a PreparedPrompt, so the vision tower runs once per image and view in a forward. The LM
-head is applied to response rows only, in chunks.
+What arrives: groups whose prompts and images are ready. What leaves: one result per group, in order, as soon as its
+last part is done. A view of a group is computed at once: its prompt, then its K responses against the prompt's keys
+and values. A forward takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split
+into its views, and a larger view into parts of its siblings, the prompt repeated. The vision tower runs once per image
+and view, or not at all when its output is still known (`vision_cache`). The LM head is applied to response rows only,
+in chunks.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from services.teacher.vision_cache import VisionCache
 from vaopd import payloads
 from vaopd.divergence import token_logprobs
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
 from vaopd.types import Payload, PayloadKind
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import PreparedPrompt, Segment, Vlm
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +41,6 @@ class PreparedGroup:
     responses: tuple[np.ndarray, ...]
     payload: PayloadKind
     top_k: int
-
-    @property
-    def num_rows(self) -> int:
-        return 2 * len(self.responses)
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens, prompt included."""
-        return len(self.original.token_ids) + max(len(ids) for ids in self.responses)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,86 +64,104 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Row:
+class _Part:
+    """One view of a group, or some siblings of it."""
+
     group: int
     view: View
-    prompt: PreparedPrompt
-    response: np.ndarray
+    segment: Segment
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt.token_ids) + len(self.response)
+        return self.segment.tokens
+
+    def halves(self) -> list[_Part]:
+        """Each with half of the siblings; of a single rollout, itself."""
+        responses = self.segment.responses
+        middle = (len(responses) + 1) // 2
+        return [self.of(half) for half in (responses[:middle], responses[middle:]) if half]
+
+    def of(self, responses: Sequence[np.ndarray]) -> _Part:
+        return _Part(self.group, self.view, Segment(prompt=self.segment.prompt, responses=tuple(responses)))
 
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """What is known of a group so far; rows arrive in order, original view first."""
+    """What is known of a group so far; parts arrive in order, original view first."""
 
-    rows_left: int
     logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {"original": [], "degraded": []})
     hidden: list[torch.Tensor] = field(default_factory=list)
     error: VaopdError | None = None
 
 
 class GroupEngine:
-    """The engine over one loaded model."""
+    """The engine over one loaded model; `vision_cache` remembers the vision tower's output between forwards."""
 
-    def __init__(self, vlm: Vlm, *, batch_tokens: int) -> None:
+    def __init__(self, vlm: Vlm, *, batch_tokens: int, vision_cache: VisionCache | None = None) -> None:
         self._vlm = vlm
         self._batch_tokens = batch_tokens
+        self._vision_cache = vision_cache or VisionCache(vlm, capacity_bytes=0)
 
     def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
-        progress = [_Progress(rows_left=group.num_rows) for group in groups]
+        progress = [_Progress() for _ in groups]
         done = 0
-        for batch in pack(_rows(groups), self._batch_tokens):
+        for batch, finished in _batches(groups, self._batch_tokens):
             self._run(batch, groups, progress)
-            while done < len(groups) and progress[done].rows_left == 0:
-                yield self._finish(groups[done], progress[done])
-                progress[done] = _Progress(rows_left=0)  # lets the hidden states go
-                done += 1
+            for index in range(done, finished):
+                yield self._finish(groups[index], progress[index])
+                progress[index] = _Progress()  # lets the hidden states go
+            done = finished
 
     @torch.inference_mode()
     def _run(
-        self, batch: Sequence[_Row], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool = True
+        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool = True
     ) -> None:
-        """One forward; out of memory, two forwards of half the rows; still so, an error for the groups concerned."""
+        """One forward; out of memory, two of half the size; still so, each group by itself; at last, its error."""
         try:
             hidden, logprobs = self._forward(batch)
         except torch.OutOfMemoryError:
-            log.warning("out of memory with %d rows of at most %d tokens", len(batch), max(r.tokens for r in batch))
+            log.warning("out of memory with %d tokens in a forward", sum(part.tokens for part in batch))
             hidden = None
         if hidden is None:  # outside the handler, whose traceback would keep the tensors of the failed forward alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if halve and len(batch) > 1:
-                middle = len(batch) // 2
-                self._run(batch[:middle], groups, progress, halve=False)
-                self._run(batch[middle:], groups, progress, halve=False)
-                return
-            for row in batch:
-                group = groups[row.group]
-                progress[row.group].rows_left -= 1
-                progress[row.group].error = LimitExceeded(
-                    f"group {group.group_id!r} ({group.num_rows} rows of up to {group.longest_row} tokens) does not "
-                    "fit into the teacher's memory; send less, or lower teacher.batch_tokens"
-                )
+            self._run_smaller(batch, groups, progress, halve)
             return
         start = 0
-        for row in batch:
-            state, end = progress[row.group], start + len(row.response)
-            state.rows_left -= 1
-            state.logprobs[row.view].append(logprobs[start:end])
-            if row.view == "original" and groups[row.group].payload in ("hidden", "top_k"):
+        for part in batch:
+            state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
+            state.logprobs[part.view].append(logprobs[start:end])
+            if part.view == "original" and groups[part.group].payload in ("hidden", "top_k"):
                 state.hidden.append(hidden[start:end])
             start = end
 
-    def _forward(self, batch: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (M', D) and log-probs (M',) of the batch's response tokens, row after row."""
-        hidden = self._vlm.response_hidden([row.prompt for row in batch], [row.response for row in batch])
+    def _run_smaller(
+        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool
+    ) -> None:
+        if halve:
+            for half in _halves(batch):
+                self._run(half, groups, progress, halve=False)
+            return
+        indices = list(dict.fromkeys(part.group for part in batch))
+        if len(indices) > 1:
+            for index in indices:
+                self._run([part for part in batch if part.group == index], groups, progress, halve=False)
+            return
+        group = groups[indices[0]]
+        longest = max(len(ids) for ids in group.responses)
+        progress[indices[0]].error = LimitExceeded(
+            f"group {group.group_id!r} ({len(group.responses)} rollouts of up to {longest} tokens after a prompt of "
+            f"{len(group.original.token_ids)}) does not fit into the teacher's memory; send less, or lower "
+            "teacher.batch_tokens"
+        )
+
+    def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
+        hidden = self._vlm.response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
         head = self._vlm.head
         hidden = hidden.to(head.device)
-        ids = torch.from_numpy(np.concatenate([row.response for row in batch])).to(head.device)
-        return hidden, token_logprobs(hidden, head, ids, chunk_tokens=HEAD_CHUNK_TOKENS)
+        ids = torch.from_numpy(np.concatenate([ids for part in batch for ids in part.segment.responses]))
+        return hidden, token_logprobs(hidden, head, ids.to(head.device), chunk_tokens=HEAD_CHUNK_TOKENS)
 
     @torch.inference_mode()
     def _finish(self, group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
@@ -172,28 +184,44 @@ class GroupEngine:
         return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
 
 
-def _rows(groups: Sequence[PreparedGroup]) -> Iterator[_Row]:
+def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
+    """The forwards, each with the number of groups that are complete after it."""
+    batch: list[_Part] = []
+    tokens = 0
     for index, group in enumerate(groups):
-        for response in group.responses:
-            yield _Row(index, "original", group.original, response)
-        for response in group.responses:
-            yield _Row(index, "degraded", group.degraded, response)
-
-
-def pack(rows: Iterator[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Consecutive rows whose number times their longest is at most `batch_tokens`; a longer row goes alone."""
-    batch: list[_Row] = []
-    longest = 0
-    for row in rows:
-        if batch and (len(batch) + 1) * max(longest, row.tokens) > batch_tokens:
-            yield batch
-            batch, longest = [], 0
-        batch.append(row)
-        longest = max(longest, row.tokens)
+        parts = [
+            _Part(index, "original", Segment(prompt=group.original, responses=group.responses)),
+            _Part(index, "degraded", Segment(prompt=group.degraded, responses=group.responses)),
+        ]
+        cost = sum(part.tokens for part in parts)
+        if batch and tokens + cost > batch_tokens:
+            yield batch, index
+            batch, tokens = [], 0
+        if cost > batch_tokens:
+            *first, last = [[piece] for part in parts for piece in _split(part, batch_tokens)]
+            yield from ((piece, index) for piece in first)
+            yield last, index + 1
+        else:
+            batch += parts
+            tokens += cost
     if batch:
-        yield batch
+        yield batch, len(groups)
 
 
-def padded_tokens(groups: Sequence[PreparedGroup]) -> int:
-    """Tokens of the groups' rows in one forward, padding included."""
-    return sum(group.num_rows for group in groups) * max(group.longest_row for group in groups)
+def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
+    """Siblings in their order, as many at a time as fit behind their prompt; at least one."""
+    siblings: list[np.ndarray] = []
+    for response in part.segment.responses:
+        if siblings and part.of([*siblings, response]).tokens > batch_tokens:
+            yield part.of(siblings)
+            siblings = []
+        siblings.append(response)
+    yield part.of(siblings)
+
+
+def _halves(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
+    """Half of the parts each; of a single part, half of its siblings each."""
+    if len(batch) == 1:
+        return [[half] for half in batch[0].halves()]
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]]

@@ -16,7 +16,7 @@ from vaopd import divergence, objective
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.payloads import to_torch
 from vaopd.types import GroupScore, RolloutGroup
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import PreparedPrompt, Segment, Vlm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -85,9 +85,9 @@ class StudentLoss(nn.Module):
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
         """-> loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
-        prompts = [group.scored.prompt for group in groups for _ in group.scored.responses]
-        responses = [response for group in groups for response in group.scored.responses]
-        hidden = self._student.response_hidden(prompts, responses)
+        segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
+        responses = [response for segment in segments for response in segment.responses]
+        hidden = self._student.response_hidden(segments)
         kl = self._divergence(hidden, groups, responses)
         weights = torch.cat([group.token_weights for group in groups]).to(kl.device)
         return (weights * kl).sum(), kl.detach()

@@ -19,23 +19,23 @@ from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.service_config import ServiceConfig, SharingConfig
 from vaopd.types import GroupScore, Payload, ScoreRequest
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import Encode, Segment, Vlm
 
 
 class SmallDevice(Vlm):
-    """The tiny teacher on a device with room for so many rows."""
+    """The tiny teacher on a device with room for so many responses, both views counted."""
 
-    max_rows = 4
+    room = 4
 
-    def response_hidden(self, prompts: Sequence[PreparedPrompt], responses: Sequence[np.ndarray]) -> torch.Tensor:
-        if len(prompts) > self.max_rows:
-            raise torch.OutOfMemoryError(f"no room for {len(prompts)} rows")
-        return super().response_hidden(prompts, responses)
+    def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+        if (wanted := sum(len(segment.responses) for segment in segments)) > self.room:
+            raise torch.OutOfMemoryError(f"no room for {wanted} responses")
+        return super().response_hidden(segments, encode=encode)
 
 
 def on_small_device() -> SmallDevice:
     vlm = tiny_vlm()
-    return SmallDevice(path=vlm.path, model=vlm.model, processor=vlm.processor, family=vlm.family)
+    return SmallDevice(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
 
 
 class HeldEngine:
@@ -80,14 +80,23 @@ def test_out_of_memory_halves_the_batch_once() -> None:
     np.testing.assert_allclose(halved.teacher_logprobs, expected.teacher_logprobs, atol=1e-5)
 
 
+def test_out_of_memory_is_never_the_fault_of_the_groups_beside() -> None:
+    with teacher_in_process(on_small_device()) as tight:
+        # One forward of 2 views × (6 + 2 + 1) rollouts. Its halves don't fit, nor does the large group by itself.
+        answers = results(tight.target, group("large", rollouts=6), group("small"), group("smaller", rollouts=1))
+    assert isinstance(answers["large"], GroupFailure)
+    assert isinstance(answers["small"], GroupScore)
+    assert isinstance(answers["smaller"], GroupScore)
+
+
 def test_out_of_memory_after_halving_is_that_groups_limit() -> None:
     with teacher_in_process(on_small_device()) as tight:
-        # 2 views of 6 rollouts are 12 rows; halves of 6 don't fit into 4 either.
+        # 2 views of 6 rollouts; a half, one view, doesn't fit into 4 either.
         too_large = results(tight.target, group("large", rollouts=6))["large"]
         fits = results(tight.target, group("small"))["small"]
     assert isinstance(too_large, GroupFailure)
     assert isinstance(too_large.error, LimitExceeded)
-    assert "12 rows" in str(too_large.error)
+    assert "6 rollouts" in str(too_large.error)
     assert isinstance(fits, GroupScore)
 
 

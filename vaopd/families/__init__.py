@@ -1,6 +1,6 @@
 """Everything that is specific to a model family sits in one adapter per family; `vaopd.vlm` is the same for all.
 
-To add a family: write a module beside `qwen3_vl.py` that satisfies `Family` and name it in `_FAMILIES`.
+To add a family: write a module beside `internvl.py` that satisfies `Family` and name it in `_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,33 @@ import PIL.Image
 import torch
 
 from vaopd.errors import ConfigError
-from vaopd.families.base import PreparedImage
-from vaopd.families.qwen3_vl import Qwen3VL
+from vaopd.families.base import ImageFeatures, PreparedImage
+from vaopd.families.internvl import InternVL
+from vaopd.families.qwen_vl import Qwen3VL, Qwen25VL
+from vaopd.shared_attention import Layout
 
-__all__ = ["Family", "PreparedImage", "family_for"]
+__all__ = ["Family", "ImageFeatures", "PreparedImage", "family_for"]
 
 
 class Family(Protocol):
-    """What `vaopd.vlm` needs to know about a family of vision-language models."""
+    """What `vaopd.vlm` needs to know about a family of vision-language models.
+
+    `processor` and `config` are transformers' own; so is `model`, a …ForConditionalGeneration.
+    """
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
         """Pixel values and the number of placeholder tokens of one RGB image."""
         ...
 
     def image_token_id(self, config: Any) -> int:
-        """The placeholder that a prompt repeats once per image token."""
+        """The placeholder: once per image in a rendered prompt, once per image token where the model reads it."""
         ...
 
-    def vision_token_ids(self, config: Any) -> frozenset[int]:
+    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        """What stands for an image in the tokens that the model reads: its placeholders and any marks around them."""
+        ...
+
+    def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
         """Every id that announces vision input; none of them may stand inside a response."""
         ...
 
@@ -37,18 +46,31 @@ class Family(Protocol):
         """The part that `student.train_vision_tower = false` freezes."""
         ...
 
-    def final_hidden(
+    def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        """The vision tower's output for each of the images, which are distinct and at least one."""
+        ...
+
+    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
+        """What `model.generate` takes beside the prompt's input_ids (1, P)."""
+        ...
+
+    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        """(A, P) position ids of a prompt (P,), A axes; a response goes on at the largest plus 1, on every axis."""
+        ...
+
+    def hidden(
         self,
         model: Any,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        row_images: Sequence[Sequence[PreparedImage]],
+        positions: torch.Tensor,
+        features: Sequence[ImageFeatures],
+        layout: Layout,
     ) -> torch.Tensor:
-        """(rows, length, D): what the LM head reads; an image object shared by rows is encoded once."""
+        """(length, D): what the LM head reads, for a packed row (length,) with positions (A, length)."""
         ...
 
 
-_FAMILIES: dict[str, Family] = {"qwen3_vl": Qwen3VL()}
+_FAMILIES: dict[str, Family] = {"qwen3_vl": Qwen3VL(), "qwen2_5_vl": Qwen25VL(), "internvl": InternVL()}
 
 
 def family_for(model_type: str) -> Family:

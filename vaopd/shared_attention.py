@@ -1,0 +1,226 @@
+"""Attention over packed prompt groups: siblings read their prompt's keys and values instead of computing them again.
+
+A packed row holds, for one prompt after the other, its tokens and then its responses': [prompt₁, resp₁₁ … resp₁ₖ,
+prompt₂, …], without padding, so that every linear layer does each token's work once. Only attention needs to know who
+may see whom: a prompt sees itself, a response sees its prompt and itself, all causally. `Layout` says where what lies;
+it travels as an argument through the model's call, so that a layer recomputed in a backward pass gets the same one.
+
+`ATTENTION` is the name to load a text model with. Without a layout it is transformers' own "sdpa".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from vaopd.errors import ConfigError
+
+ATTENTION = "vaopd_shared_prompt"
+BUCKET_FILL = 0.75
+"""Siblings at least this much as long as the longest of their bucket share its attention call, padded to its length."""
+_UNSUPPORTED = ("position_bias", "softcap", "s_aux")
+"""What some families ask of attention beyond causality and a window; none that has an adapter does."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bucket:
+    """Siblings of like length. rows (count, longest): places in the packed row; a short one repeats its last place."""
+
+    count: int
+    longest: int
+    start: int | None
+    """Where they lie one after the other when all are equally long: then nothing needs to be gathered."""
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentLayout:
+    """One prompt and its siblings: where its tokens start, how many they are, and the buckets."""
+
+    start: int
+    prompt: int
+    buckets: tuple[Bucket, ...]
+
+
+class Layout:
+    """Who lies where in a packed row. `segments`: prompt length and the responses' lengths, of one after the other.
+
+    >>> Layout([(5, (3, 3)), (4, (2,))]).length
+    17
+    """
+
+    def __init__(self, segments: Sequence[tuple[int, Sequence[int]]]) -> None:
+        self.device = torch.device("cpu")
+        self.segments: list[SegmentLayout] = []
+        written: list[Tensor] = []  # places in the packed row, in the order in which attention computes them
+        ragged = False
+        at = 0
+        for prompt, responses in segments:
+            start, at = at, at + prompt
+            written.append(torch.arange(start, at))
+            starts = []
+            for length in responses:
+                starts.append(at)
+                at += length
+            buckets = []
+            for members in _like_lengths(responses):
+                bucket = _bucket([(starts[k], responses[k]) for k in members])
+                buckets.append(bucket)
+                written.append(bucket.rows.flatten())
+                ragged = ragged or bucket.start is None or len(buckets) > 1
+            self.segments.append(SegmentLayout(start, prompt, tuple(buckets)))
+        self.length = at
+        # Where each place's result stands among what attention computed; None: it is in order already.
+        self._order = _inverse(torch.cat(written), at) if ragged else None
+        self._copies: dict[torch.device, Layout] = {}
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+
+    def in_order(self, computed: Tensor) -> Tensor:
+        """(…, computed, heads, d) → (…, length, heads, d): padding dropped, each result at its token's place."""
+        return computed if self._order is None else computed.index_select(1, self._order)
+
+    def mask(self, queries: int, keys: int, window: int) -> Tensor:
+        """(queries, keys) bool, True where the query may look. Kept, since all layers use the same few."""
+        wanted = queries, keys, window
+        if wanted not in self._masks:
+            ahead = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+            self._masks[wanted] = ((ahead <= 0) & (ahead > -window)).to(self.device)
+        return self._masks[wanted]
+
+    def on(self, device: torch.device) -> Layout:
+        """The same with its indices on `device`; copied once per device."""
+        if device == self.device:
+            return self
+        if device not in self._copies:
+            copy = object.__new__(Layout)
+            copy.device = device
+            copy.length, copy._copies, copy._masks = self.length, {}, {}
+            copy._order = None if self._order is None else self._order.to(device, non_blocking=True)
+            copy.segments = [
+                SegmentLayout(
+                    segment.start,
+                    segment.prompt,
+                    tuple(Bucket(b.count, b.longest, b.start, b.rows.to(device)) for b in segment.buckets),
+                )
+                for segment in self.segments
+            ]
+            self._copies[device] = copy
+        return self._copies[device]
+
+
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the non-empty ones, in buckets of like length, each in its given order."""
+    buckets: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] == 0:
+            break
+        if not buckets or lengths[index] < BUCKET_FILL * lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(index)
+    return [sorted(bucket) for bucket in buckets]
+
+
+def _bucket(members: Sequence[tuple[int, int]]) -> Bucket:
+    longest = max(length for _, length in members)
+    offsets = torch.arange(longest)
+    rows = torch.stack([start + offsets.clamp(max=length - 1) for start, length in members])
+    first = members[0][0]
+    contiguous = all(start == first + k * longest and length == longest for k, (start, length) in enumerate(members))
+    return Bucket(len(members), longest, first if contiguous else None, rows)
+
+
+def _inverse(written: Tensor, length: int) -> Tensor:
+    """For each place the first position in `written` that holds it; padding repeats a place later on."""
+    order = torch.empty(length, dtype=torch.long)
+    order[written.flip(0)] = torch.arange(len(written)).flip(0)
+    return order
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, heads, length, d), keys and values with a divisor of the heads."""
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        raise ConfigError(f"{type(module).__name__} asks for {asked[0]}, which shared-prompt attention doesn't have")
+    layout = layout.on(query.device)
+    assert query.shape[2] == layout.length, (tuple(query.shape), layout.length)
+    options = {"dropout_p": dropout, "scale": scaling}
+    parts = []
+    for segment in layout.segments:
+        q, k, v = (tensor.narrow(2, segment.start, segment.prompt) for tensor in (query, key, value))
+        parts.append(_causal(q, k, v, sliding_window, layout, options).transpose(1, 2))
+        for bucket in segment.buckets:
+            own_q, own_k, own_v = (_take(tensor, bucket) for tensor in (query, key, value))
+            out = _causal(own_q, _after(k, own_k), _after(v, own_v), sliding_window, layout, options)
+            parts.append(out.transpose(1, 2).flatten(0, 1).unsqueeze(0))
+    return layout.in_order(torch.cat(parts, dim=1)), None
+
+
+def _take(tensor: Tensor, bucket: Bucket) -> Tensor:
+    """(1, heads, length, d) → (count, heads, longest, d)"""
+    if bucket.start is not None:
+        taken = tensor.narrow(2, bucket.start, bucket.count * bucket.longest)
+    else:
+        taken = tensor.index_select(2, bucket.rows.flatten())
+    return taken.unflatten(2, (bucket.count, bucket.longest)).squeeze(0).transpose(0, 1)
+
+
+def _after(prompt: Tensor, own: Tensor) -> Tensor:
+    """The prompt's keys (1, heads, P, d) before each sibling's own (count, heads, R, d)."""
+    return torch.cat((prompt.expand(len(own), -1, -1, -1), own), dim=2)
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, layout: Layout, options: dict[str, Any]
+) -> Tensor:
+    """The last query sees all keys, the one before all but the last, and so on; never further back than `window`."""
+    queries, keys = query.shape[2], key.shape[2]
+    if window is not None and window < keys:
+        mask: Tensor | None = layout.mask(queries, keys, window)
+    elif queries == keys:
+        mask = None
+    elif query.device.type == "cpu":
+        mask = layout.mask(queries, keys, keys)
+    else:
+        mask = causal_lower_right(queries, keys)  # a flag for the kernels that know it, never a matrix there
+    if (groups := query.shape[1] // key.shape[1]) > 1 and mask is not None:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1 and mask is None, **options
+    )
+
+
+def register() -> None:
+    """Makes `ATTENTION` known to transformers; more than once does nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """What to give as `attention_mask` with a layout: four axes mean to transformers that the mask is ready made."""
+    return torch.empty((1, 1, 0, 0), device=device)
