@@ -1,0 +1,111 @@
+"""Every family's adapter against transformers' own processor and forward, one rollout at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from tests.support.families import FAMILIES, ask, family_vlm, plain_inputs, plain_logprobs, plain_model
+from tests.support.teacher import drawing, encoded, question
+from vaopd.divergence import token_logprobs
+from vaopd.errors import ConfigError, InvalidInput
+from vaopd.families import family_for
+from vaopd.vlm import Segment, Vlm
+
+PICTURES = {
+    "no image": [],
+    "one image": [drawing(0)],
+    "two images": [drawing(1, (128, 64)), drawing(2, (96, 96))],
+}
+
+
+def responses(vlm: Vlm, *lengths: int) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(len(lengths))
+    return tuple(rng.integers(0, 200, length) for length in lengths)  # plain text tokens in every tiny vocabulary
+
+
+def shared_logprobs(vlm: Vlm, *segments: Segment) -> list[torch.Tensor]:
+    """One (T_k,) per response, from one forward over all segments."""
+    ids = [ids for segment in segments for ids in segment.responses]
+    flat = token_logprobs(vlm.response_hidden(segments), vlm.head, torch.from_numpy(np.concatenate(ids)))
+    return list(flat.split([len(response) for response in ids]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+def test_a_prompt_is_read_as_the_processor_reads_it(family: str, pictures: list[PIL.Image.Image]) -> None:
+    vlm = family_vlm(family)
+    messages = question("How long is it?", [encoded(picture) for picture in pictures])
+    expected = plain_inputs(vlm, messages, pictures)["input_ids"][0].tolist()
+    prompt = ask(vlm, pictures)
+    assert prompt.token_ids.tolist() == expected
+    assert vlm.from_token_ids(prompt.token_ids, prompt.images).images == prompt.images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+@torch.no_grad()
+def test_siblings_that_share_a_prompt_score_as_each_would_alone(family: str, pictures: list[PIL.Image.Image]) -> None:
+    vlm, plain = family_vlm(family), plain_model(family)
+    segment = Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 9, 1, 17, 9, 16))
+    for ids, shared in zip(segment.responses, shared_logprobs(vlm, segment), strict=True):
+        torch.testing.assert_close(shared, plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_segments_in_one_forward_dont_see_each_other(family: str) -> None:
+    vlm, plain = family_vlm(family), plain_model(family)
+    shown = [PICTURES["two images"], [], PICTURES["one image"]]
+    segments = [Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 5, 12)) for pictures in shown]
+    scored = iter(shared_logprobs(vlm, *segments))
+    for pictures, segment in zip(shown, segments, strict=True):
+        for ids in segment.responses:
+            torch.testing.assert_close(next(scored), plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("window", [4, 24])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
+@torch.no_grad()
+def test_a_sliding_window_reaches_back_into_the_prompt_as_far_as_it_would_alone(family: str, window: int) -> None:
+    vlm, plain = family_vlm(family, sliding_window=window), plain_model(family, sliding_window=window)
+    pictures = PICTURES["one image"]
+    segment = Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 9, 30, 8))
+    for ids, shared in zip(segment.responses, shared_logprobs(vlm, segment), strict=True):
+        torch.testing.assert_close(shared, plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_vision_token_may_stand_in_a_response(family: str) -> None:
+    vlm = family_vlm(family)
+    prompt = ask(vlm, PICTURES["one image"])
+    placeholder = vlm.family.image_token_id(vlm.config)
+    assert placeholder in vlm.vision_token_ids
+    with pytest.raises(InvalidInput, match="vision placeholder"):
+        vlm.check_response(np.array([5, placeholder]), prompt, max_tokens=512)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vision_tower_stays_on_plain_attention(family: str) -> None:
+    vlm = family_vlm(family)
+    assert vlm.config.vision_config._attn_implementation == "sdpa"
+    assert vlm.family.vision_tower(vlm.model).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_without_a_layout_the_model_is_transformers_own_padding_included(family: str) -> None:
+    """Generation calls the same model without a layout, with padded prompts too."""
+    vlm, plain = family_vlm(family), plain_model(family)
+    ids = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    logits = [model(input_ids=ids, attention_mask=mask).logits for model in (vlm.model, plain)]
+    assert torch.equal(logits[0][1], logits[1][1])
+    assert torch.equal(logits[0][0, 2:], logits[1][0, 2:])
+
+
+def test_a_family_without_an_adapter_is_named_with_those_that_have_one() -> None:
+    with pytest.raises(ConfigError, match=r"'llava' has no adapter; known: internvl, qwen2_5_vl, qwen3_vl"):
+        family_for("llava")
