@@ -1,0 +1,82 @@
+"""Attention over a packed row against dense attention with an explicit mask, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from vaopd.errors import ConfigError
+from vaopd.shared_attention import BUCKET_FILL, Layout, attention
+
+SEGMENTS = [(5, (3, 3, 3)), (7, (9, 2, 0, 8)), (4, ()), (3, (1,))]
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+def may_see(segments: list[tuple[int, tuple[int, ...]]], window: int | None = None) -> Tensor:
+    """(length, length) bool, written from the rule: own segment, prompt or same sibling, not ahead, within reach."""
+    tokens = []  # (segment, sibling or None, place in the sibling's own sequence)
+    for s, (prompt, responses) in enumerate(segments):
+        tokens += [(s, None, i) for i in range(prompt)]
+        tokens += [(s, k, prompt + i) for k, length in enumerate(responses) for i in range(length)]
+    return torch.tensor(
+        [
+            [s == s2 and k2 in (None, k) and i2 <= i and (window is None or i - i2 < window) for s2, k2, i2 in tokens]
+            for s, k, i in tokens
+        ]
+    )
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q·k / √d)·v, (1, length, heads, d)"""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = (query @ key.mT / math.sqrt(DIM)).masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def states(length: int, *, kv_heads: int = KV_HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn((1, heads, length, DIM), generator=generator, dtype=torch.float64).requires_grad_()
+
+    return draw(HEADS), draw(kv_heads), draw(kv_heads)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_forward_and_gradients_equal_dense_attention(window: int | None, kv_heads: int) -> None:
+    layout = Layout(SEGMENTS)
+    inputs = states(layout.length, kv_heads=kv_heads)
+    shared, _ = attention(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5, sliding_window=window)
+    expected = dense(*inputs, may_see(SEGMENTS, window))
+    torch.testing.assert_close(shared, expected, atol=1e-12, rtol=0)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad(shared, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
+
+
+def test_equal_siblings_need_one_call_and_no_gathering() -> None:
+    (segment,) = Layout([(5, (3, 3, 3))]).segments
+    (bucket,) = segment.buckets
+    assert (bucket.count, bucket.longest, bucket.start) == (3, 3, 5)
+
+
+def test_ragged_siblings_are_padded_within_buckets_of_like_length_only() -> None:
+    lengths = (100, 10, 80, 74, 9, 75)
+    (segment,) = Layout([(5, lengths)]).segments
+    # 75 = 0.75 · 100 still shares the longest one's call; 74 begins the next, and 10 one more.
+    assert [(bucket.count, bucket.longest) for bucket in segment.buckets] == [(3, 100), (1, 74), (2, 10)]
+    computed = sum(bucket.count * bucket.longest for bucket in segment.buckets)
+    assert computed <= sum(lengths) / BUCKET_FILL
+
+
+def test_what_it_cannot_do_is_refused_by_name() -> None:
+    layout = Layout([(3, (2,))])
+    with pytest.raises(ConfigError, match="softcap"):
+        attention(torch.nn.Module(), *states(layout.length), None, layout=layout, softcap=50.0)

@@ -1,0 +1,136 @@
+"""The vision tower's output by image and view: when the tower runs, what is kept, and what it changes (nothing)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
+from services.teacher.vision_cache import VisionCache
+from tests.support.families import FAMILIES, ask, family_vlm
+from tests.support.teacher import drawing
+from vaopd.degradation import pixelate
+from vaopd.families import PreparedImage
+from vaopd.vlm import Vlm
+
+PLENTY = 2**30
+
+
+def prepared(vlm: Vlm, seed: int, *, view: str = "original", key: bool = True) -> PreparedImage:
+    picture = drawing(seed) if view == "original" else pixelate(drawing(seed), 0.1)
+    return replace(vlm.prepare_image(picture), key=f"{seed}:{view}" if key else None)
+
+
+@contextmanager
+def counted_tower(vlm: Vlm) -> Iterator[list[int]]:
+    """The number of patches or tiles of each run of the vision tower meanwhile."""
+    runs: list[int] = []
+    tower = vlm.family.vision_tower(vlm.model)
+    hook = tower.register_forward_pre_hook(
+        lambda _, args, kwargs: runs.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    try:
+        yield runs
+    finally:
+        hook.remove()
+
+
+def bytes_of_one(vlm: Vlm) -> int:
+    cache = VisionCache(vlm, capacity_bytes=PLENTY)
+    cache.features([prepared(vlm, 0)])
+    return cache.size_bytes
+
+
+@pytest.fixture(autouse=True)
+def _as_the_engine_does() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def group(vlm: Vlm, seed: int) -> PreparedGroup:
+    """A group over image `seed`, as the teacher's preparation makes it: new objects for every request."""
+    prompt = ask(vlm, [drawing(seed)])
+    return PreparedGroup(
+        group_id=str(seed),
+        original=replace(prompt, images=(prepared(vlm, seed),)),
+        degraded=replace(prompt, images=(prepared(vlm, seed, view="pixelate:0.1"),)),
+        responses=(np.array([5, 6, 7]), np.array([8, 9])),
+        payload="none",
+        top_k=0,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_five_epochs_run_the_tower_once_per_image_and_view(family: str) -> None:
+    vlm = family_vlm(family)
+    cache = VisionCache(vlm, capacity_bytes=PLENTY)
+    engine = GroupEngine(vlm, batch_tokens=512, vision_cache=cache)
+    epochs = []
+    with counted_tower(vlm) as runs:
+        for _ in range(5):
+            epochs.append(list(engine.score([group(vlm, seed) for seed in range(3)])))
+    assert len(runs) == 3 * 2
+    assert (cache.misses, cache.hits) == (6, 4 * 6)
+    for results in zip(*epochs, strict=True):
+        first = results[0]
+        assert isinstance(first, ScoredGroup)
+        for later in results[1:]:
+            assert isinstance(later, ScoredGroup)
+            assert np.array_equal(first.teacher_logprobs, later.teacher_logprobs)
+            assert np.array_equal(first.degraded_logprobs, later.degraded_logprobs)
+
+
+def test_the_views_of_an_image_are_kept_apart() -> None:
+    vlm = family_vlm("qwen3_vl")
+    cache = VisionCache(vlm, capacity_bytes=PLENTY)
+    original, degraded = prepared(vlm, 1), prepared(vlm, 1, view="pixelate:0.1")
+    first = cache.features([original, degraded])
+    again = cache.features([degraded, original])
+    assert not torch.equal(first[0][0], first[1][0])
+    for kept, fresh in ((again[1], first[0]), (again[0], first[1])):
+        assert len(kept) == 2  # embeddings and one deepstack layer
+        assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
+
+
+def test_an_image_without_a_key_is_never_kept_but_encoded_once_per_forward() -> None:
+    vlm = family_vlm("qwen3_vl")
+    cache = VisionCache(vlm, capacity_bytes=PLENTY)
+    nameless = prepared(vlm, 1, key=False)
+    with counted_tower(vlm) as runs:
+        cache.features([nameless, nameless])
+        cache.features([nameless])
+    assert len(runs) == 2
+    assert cache.size_bytes == 0
+
+
+def test_the_least_recently_used_image_makes_room() -> None:
+    vlm = family_vlm("qwen3_vl")
+    cache = VisionCache(vlm, capacity_bytes=2 * bytes_of_one(vlm))
+    for seed in (1, 2, 1, 3):  # 2 is the one not used for longest when 3 comes
+        cache.features([prepared(vlm, seed)])
+    with counted_tower(vlm) as runs:
+        cache.features([prepared(vlm, 1), prepared(vlm, 3)])
+        assert not runs
+        cache.features([prepared(vlm, 2)])
+        assert len(runs) == 1
+    assert cache.dropped == 2
+    assert cache.size_bytes == 2 * bytes_of_one(vlm)
+
+
+def test_an_entry_takes_the_bytes_of_embeddings_and_deepstack_features() -> None:
+    vlm = family_vlm("qwen3_vl")
+    image = prepared(vlm, 1)
+    layers = 1 + len(vlm.config.vision_config.deepstack_visual_indexes)
+    assert bytes_of_one(vlm) == image.num_tokens * vlm.hidden_size * layers * 4
+
+
+def test_what_never_fits_is_not_kept() -> None:
+    vlm = family_vlm("qwen3_vl")
+    cache = VisionCache(vlm, capacity_bytes=bytes_of_one(vlm) - 1)
+    cache.features([prepared(vlm, 1)])
+    assert (cache.size_bytes, cache.dropped) == (0, 0)
