@@ -12,9 +12,9 @@ from pathlib import Path
 from services.rollout.transformers_engine import TransformersEngine
 from vaopd.errors import NotFound
 from vaopd.http_types import SampledResponse, SampleReply
+from vaopd.prompts import load_processor, tokenizer_fingerprint
 from vaopd.scoring import unique_images, user_turn
 from vaopd.types import EncodedImage, RolloutRequest, SamplingSettings
-from vaopd.vlm import load_processor, tokenizer_fingerprint
 from vaopd.weights import snapshot_of
 
 

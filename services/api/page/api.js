@@ -1,0 +1,59 @@
+// The scoring API, asked from the page's own origin. Every failure becomes a Problem with words for people.
+
+let key = sessionStorage.getItem("vaopd.key") ?? "";
+
+export function setKey(value) {
+  key = value.trim();
+  sessionStorage.setItem("vaopd.key", key);
+}
+export const getKey = () => key;
+
+/** `status` 0: nobody answered. `field` names the part of the request that is at fault, if one is. */
+export class Problem extends Error {
+  constructor(status, detail, field = null, requestId = null) {
+    super(detail);
+    Object.assign(this, { status, field, requestId });
+  }
+}
+
+async function ask(path, { body, signal } = {}) {
+  const headers = { Accept: "application/json, image/png" };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, "The API can't be reached. Is it still running, and are you online?");
+  }
+  if (answer.ok) return answer;
+  let told = {};
+  try {
+    told = await answer.json();
+  } catch {
+    // Something between page and API answered in its own way; the status has to do.
+  }
+  throw new Problem(answer.status, told.detail ?? `The API answered ${answer.status}.`, told.field ?? null, told.request_id ?? null);
+}
+
+const json = async (path, options) => (await ask(path, options)).json();
+
+export const teachers = async () => (await json("v1/teachers")).teachers;
+export const students = async () => (await json("v1/students")).students;
+export const score = (body, signal) => json("v1/score", { body, signal });
+export const sample = (body, signal) => json("v1/sample", { body, signal });
+export const degraded = async (body, signal) => (await ask("v1/degrade", { body, signal })).blob();
+export const examples = () => json("page/examples/examples.json");
+
+export function inWords(problem) {
+  const advice = {
+    401: "Type a valid API key into the field at the top of the form.",
+    403: "This key may not do that; ask whoever runs the service.",
+    413: "Choose a smaller image or fewer responses.",
+    429: "Wait a moment, then score again.",
+    503: "If it was just started, it is still loading its model; try again in a moment.",
+  }[problem.status];
+  const sentence = problem.message.charAt(0).toUpperCase() + problem.message.slice(1);
+  return [/[.!?]$/.test(sentence) ? sentence : `${sentence}.`, advice].filter(Boolean).join(" ");
+}

@@ -1,0 +1,35 @@
+// Small helpers: elements without innerHTML, and numbers as people read them.
+
+export const $ = (selector, root = document) => root.querySelector(selector);
+
+/** h("button", { type: "button", onclick }, "text", child): `on…` are listeners, `style` CSS variables, `null` children left out. */
+export function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, part] of Object.entries(value)) element.style.setProperty(key, part);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+export const nats = (value, digits = 3) => (Object.is(Math.round(value * 1e6), -0) ? 0 : value).toFixed(digits).replace("-", "−");
+
+export function percent(share) {
+  if (share === null) return "–";
+  const value = 100 * share;
+  if (value > 0 && value < 0.1) return "< 0.1 %";
+  if (value > 99.9 && value < 100) return "> 99.9 %";
+  return `${value.toFixed(value > 99 || value < 10 ? 1 : 0)} %`.replace(".0 ", " ");
+}
+
+/** A token's text with its spaces and line breaks made visible. */
+export const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(empty)";
+
+export function save(blob, name) {
+  const link = h("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}

@@ -1,0 +1,25 @@
+// The view as the fragment of its address, which browsers keep to themselves.
+
+const TINY_CHARACTERS = 8_000; // an image up to that many characters of base64 travels along
+
+export function write(view) {
+  const parts = new URLSearchParams({ q: view.question, d: view.degradation, s: String(view.strength), t: view.teacher });
+  for (const response of view.responses) parts.append("r", response);
+  let complete = true;
+  if (view.image?.example) parts.set("x", view.image.example);
+  else if (view.image && view.image.dataUrl.length <= TINY_CHARACTERS) parts.set("i", view.image.dataUrl);
+  else complete = !view.image;
+  history.replaceState(null, "", `#${parts}`);
+  return complete;
+}
+
+/** What the fragment asks for, or null when there is none. */
+export function read() {
+  const parts = new URLSearchParams(location.hash.slice(1));
+  if (!parts.has("q")) return null;
+  const image = parts.get("i");
+  return {
+    question: parts.get("q"), responses: parts.getAll("r"), degradation: parts.get("d"), strength: Number(parts.get("s")),
+    teacher: parts.get("t"), example: parts.get("x"), dataUrl: image?.startsWith("data:image/") ? image : null,
+  };
+}
