@@ -57,7 +57,7 @@ _ENVELOPE_BYTES = 4096
 class ClientOptions(TypedDict, total=False):
     """The keyword arguments of both clients; `TeacherClient` documents them."""
 
-    job: str
+    job: str | None
     api_key: str | None
     tls: grpc.ChannelCredentials | None
     timeout_s: float
@@ -74,7 +74,7 @@ class TeacherClient:
         self,
         target: str,
         *,
-        job: str = "default",
+        job: str | None = None,
         api_key: str | None = None,
         tls: grpc.ChannelCredentials | None = None,
         timeout_s: float = 300.0,
@@ -85,10 +85,12 @@ class TeacherClient:
     ) -> None:
         """`target`: host:port or any gRPC name. `timeout_s`: the longest time without any result before it gives up.
 
+        `job`: whose work it is; None: the API key's own job, or "default" without a key. `api_key` and `tls`: see
+        `vaopd.credentials.from_environment`; without `tls` all of it, the key too, travels in plain text.
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
         """
         self._target = target
-        self._job = job
+        self._job = job if job is not None else "" if api_key is not None else "default"
         self._tls = tls
         self._timeout_s = timeout_s
         self._degradation = degradation

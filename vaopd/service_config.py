@@ -7,8 +7,9 @@ optional: `vaopd teacher CONFIG --service SERVICE.toml`. Importing this module l
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vaopd.config import Section, read_toml, validate
 
@@ -25,17 +26,78 @@ class SharingConfig(Section):
 class ImagesConfig(Section):
     encoded_bytes: int = Field(2**30, ge=1)
     """Room for images as they were uploaded; the least recently used go first, and clients upload them again."""
-    prepared_bytes: int = Field(2**31, ge=1)
+    prepared_bytes: int = Field(2**30, ge=1)
     """Room for decoded images of both views; a 512 × 512 image takes about 6 MB in each."""
+    vision_bytes: int = Field(2**31, ge=0)
+    """Room in the host's memory for what the vision tower made of an image's view; 0 keeps nothing.
+
+    In bfloat16 an image token takes 2 × hidden size × (1 + deepstack layers) bytes: 32 KiB in an 8B teacher, 8 MiB for
+    a 512 × 512 image. Room for a whole data set saves the tower from the second epoch on.
+    """
+
+
+class TlsConfig(Section):
+    """Files in PEM; `vaopd certs FOLDER` makes a set for development. Renewed files are taken up without a restart."""
+
+    cert: Path | None = None
+    """The server's certificate, followed by those between it and the root."""
+    key: Path | None = None
+    """The certificate's private key."""
+    client_ca: Path | None = None
+    """Asks every client for a certificate that this authority signed (mTLS)."""
+    plaintext: bool = False
+    """Serves without TLS on other addresses than the loopback too: only for a network that nobody else is on."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("cert and key go together; give both, or neither")
+        if self.client_ca is not None and self.cert is None:
+            raise ValueError("client_ca is of no use without TLS; give cert and key too")
+        if self.plaintext and self.cert is not None:
+            raise ValueError("plaintext = true contradicts cert; leave one of them out")
+        return self
+
+
+class KeysConfig(Section):
+    file: Path | None = None
+    """The API keys, one per job (`vaopd keys add JOB`); without it, whoever reaches the port may use the teacher."""
+
+
+class QuotasConfig(Section):
+    groups_per_minute: PositiveInt | None = None
+    """Prompt groups of one job that are accepted in a minute; that many at once, refilled evenly. None: no quota."""
+    jobs: dict[str, PositiveInt] = Field(default_factory=dict)
+    """The same for single jobs, by name."""
 
 
 class ServiceConfig(Section):
     sharing: SharingConfig = SharingConfig()
     images: ImagesConfig = ImagesConfig()
+    tls: TlsConfig = TlsConfig()
+    keys: KeysConfig = KeysConfig()
+    quotas: QuotasConfig = QuotasConfig()
     stuck_after_s: PositiveFloat = 300.0
     """A forward that takes longer than this is taken for a hanging device: the process ends, to be restarted."""
 
+    @model_validator(mode="after")
+    def _quotas_need_keys(self) -> Self:
+        if self.keys.file is None and (self.quotas.groups_per_minute or self.quotas.jobs):
+            raise ValueError("quotas need keys.file; without keys a job's name is whatever the client says")
+        return self
+
 
 def load_service_config(path: str | Path | None) -> ServiceConfig:
-    """Reads a TOML file; the defaults when there is none. Raises ConfigError with key and remedy."""
-    return ServiceConfig() if path is None else validate(ServiceConfig, read_toml(path), origin=str(path))
+    """Reads a TOML file; the defaults when there is none. Raises ConfigError with key and remedy.
+
+    Files named in it are looked for beside it, unless their paths are absolute.
+    """
+    if path is None:
+        return ServiceConfig()
+    config = validate(ServiceConfig, read_toml(path), origin=str(path))
+    folder = Path(path).parent
+    tls = {name: folder / file for name in ("cert", "key", "client_ca") if (file := getattr(config.tls, name))}
+    keys = {"file": folder / config.keys.file} if config.keys.file else {}
+    return config.model_copy(
+        update={"tls": config.tls.model_copy(update=tls), "keys": config.keys.model_copy(update=keys)}
+    )

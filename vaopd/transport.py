@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from vaopd import status
 from vaopd.errors import (
     Busy,
     InvalidInput,
@@ -28,7 +29,6 @@ from vaopd.types import TeacherLimits
 T = TypeVar("T")
 
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 2.0
-_RETRY_AFTER_KEY = "retry-after-ms"
 
 _ERRORS: dict[grpc.StatusCode, type[VaopdError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInput,
@@ -102,9 +102,8 @@ async def typed(answer: Awaitable[T], target: str) -> T:
 def error_of(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
     details = error.details() or error.code().name
     kind = _ERRORS.get(error.code(), VaopdError)
-    for key, value in error.trailing_metadata() or ():
-        if key == _RETRY_AFTER_KEY:
-            return Busy(details, int(value) / 1000)
     if kind is Unavailable:
         return Unavailable(f"the teacher at {target} can't be reached ({details}); is it running?")
-    return kind(details) if kind is not VaopdError else VaopdError(f"{error.code().name}: {details}")
+    if kind is VaopdError:
+        details = f"{error.code().name}: {details}"
+    return status.unpack(error.trailing_metadata() or (), message=details, default=kind)

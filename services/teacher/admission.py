@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from services.teacher.access import Quotas
 from services.teacher.errors import QueueFull
 from services.teacher.scheduler import Scheduler
 from vaopd.service_config import SharingConfig
@@ -19,9 +20,10 @@ _SHORTEST_S, _LONGEST_S = 0.05, 60.0
 class Admission:
     """`admit` a call's groups, then `release` each as it is answered or given up."""
 
-    def __init__(self, sharing: SharingConfig, scheduler: Scheduler) -> None:
+    def __init__(self, sharing: SharingConfig, scheduler: Scheduler, quotas: Quotas | None = None) -> None:
         self._sharing = sharing
         self._scheduler = scheduler
+        self._quotas = quotas
         self._waiting: Counter[str] = Counter()
         self.refused = 0
         """Calls that found no room."""
@@ -37,6 +39,8 @@ class Admission:
         """Raises QueueFull, with a hint, when there is no room now. More than ever fits is refused before."""
         self._check(self.waiting, groups, self._sharing.max_waiting_groups, job, of_job=False)
         self._check(self._waiting[job], groups, self._sharing.max_waiting_groups_per_job, job, of_job=True)
+        if self._quotas is not None:
+            self._quotas.take(job, groups)  # last, since what it counts has to be accepted
         self._waiting[job] += groups
 
     def release(self, job: str, groups: int = 1) -> None:

@@ -1,7 +1,9 @@
 """The error tree ↔ gRPC statuses, in the one place that maps it: an interceptor that every call passes.
 
-A handler raises; the interceptor aborts the call with the status and the error's own message. What isn't of the tree is
-a fault of ours: it is logged with its traceback here and the client reads "internal error", nothing more.
+A handler raises; the interceptor aborts the call with the status, the error's own message and its details. What isn't
+of the tree is a fault of ours: it is logged with its traceback and the client reads "internal error", nothing more.
+Callers are told apart here too, before anything of their request is parsed. Each refused call is a line of the audit
+log.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from services.teacher.access import Access
+from vaopd import status as rpc_status
 from vaopd.errors import (
+    Busy,
     ConfigError,
     InvalidInput,
     LeaseLost,
@@ -31,9 +36,11 @@ from vaopd.errors import (
 )
 
 log = logging.getLogger(__name__)
+audit = logging.getLogger("vaopd.audit")
+"""One line per refused call: the job, what it called, the status, from where. Never a key, nor what was sent."""
 
-RETRY_AFTER_KEY = "retry-after-ms"
-"""Trailing metadata of a call that was refused only because there is no room now."""
+_OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+"""What probes and balancers ask without a key."""
 
 _STATUS: tuple[tuple[type[VaopdError], grpc.StatusCode], ...] = (
     (InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
@@ -49,12 +56,8 @@ _STATUS: tuple[tuple[type[VaopdError], grpc.StatusCode], ...] = (
 )
 
 
-class QueueFull(LimitExceeded):
+class QueueFull(Busy):
     """No room now; the same request may be sent again a little later."""
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 def status_of(error: VaopdError) -> grpc.StatusCode:
@@ -76,7 +79,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     Watch, which never ends by itself, is no reason to wait.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, access: Access) -> None:
+        self._access = access
         self._counted = f"/{service}/"
         self._in_progress = 0
         self._idle = asyncio.Event()
@@ -106,45 +110,85 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
             return handler
-        parse = _tolerant(handler.request_deserializer)
         method = handler_call_details.method
+        caller: str | None = None
+        if method not in _OPEN:
+            try:
+                caller = self._access.caller(handler_call_details.invocation_metadata)
+            except VaopdError as error:
+                return _refusing(method, error)
+        call = _Call(method, caller, self._access)
+        parse = _tolerant(handler.request_deserializer)
         serialise = handler.response_serializer
         if handler.stream_stream:
-            stream = self._guard_stream(handler.stream_stream, method)
+            stream = self._guard_stream(handler.stream_stream, call)
             return grpc.stream_stream_rpc_method_handler(stream, parse, serialise)
         if handler.unary_stream:
-            stream = self._guard_stream(handler.unary_stream, method)
+            stream = self._guard_stream(handler.unary_stream, call)
             return grpc.unary_stream_rpc_method_handler(stream, parse, serialise)
         if handler.stream_unary:
-            unary = self._guard_unary(handler.stream_unary, method)
+            unary = self._guard_unary(handler.stream_unary, call)
             return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
-        return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, method), parse, serialise)
+        return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
-    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            with self._count(method):
+    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Awaitable[Any]]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with self._count(call.method):
                 try:
-                    return await behaviour(_incoming(request), context)
+                    return await behaviour(call.incoming(request), context)
                 except Exception as error:
-                    return await _abort(context, method, error)
+                    return await _abort(context, call.method, error, job=call.job)
 
-        return call
+        return answer
 
-    def _guard_stream(self, behaviour: Callable[..., Any], method: str) -> Callable[..., AsyncIterator[Any]]:
-        async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            with self._count(method):
+    def _guard_stream(self, behaviour: Callable[..., Any], call: _Call) -> Callable[..., AsyncIterator[Any]]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            with self._count(call.method):
                 try:
-                    answer = behaviour(_incoming(request), context)
-                    if hasattr(answer, "__aiter__"):
-                        async with aclosing(answer) as items:
+                    answers = behaviour(call.incoming(request), context)
+                    if hasattr(answers, "__aiter__"):
+                        async with aclosing(answers) as items:
                             async for item in items:
                                 yield item
                     else:  # a handler that writes to the context itself, as the health service's Watch does
-                        await answer
+                        await answers
                 except Exception as error:
-                    await _abort(context, method, error)
+                    await _abort(context, call.method, error, job=call.job)
 
-        return call
+        return answer
+
+
+class _Call:
+    """What is known of one call before its handler sees it."""
+
+    def __init__(self, method: str, caller: str | None, access: Access) -> None:
+        self.method = method
+        self.job = caller
+        self._access = access
+
+    def incoming(self, request: Any) -> Any:
+        """The handler's request, or stream of them, that raises what is wrong with it."""
+        return self._each(request) if hasattr(request, "__aiter__") else self._checked(request)
+
+    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            yield self._checked(request)
+
+    def _checked(self, request: Any) -> Any:
+        if isinstance(request, _Malformed):
+            raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
+        self._access.check_job(self.job, request)
+        self.job = getattr(request, "job", None) or self.job
+        return request
+
+
+def _refusing(method: str, error: VaopdError) -> grpc.RpcMethodHandler:
+    """Answers a call of any kind with a status, without reading a message of it."""
+
+    async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
+        await _abort(context, method, error, job=None)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -158,31 +202,16 @@ def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return parse
 
 
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
-    return request
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-def _incoming(request: Any) -> Any:
-    return _checked_stream(request) if hasattr(request, "__aiter__") else _checked(request)
-
-
-async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
+async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception, *, job: str | None) -> None:
     if isinstance(error, grpc.aio.AbortError):  # a handler that has answered with a status itself
         raise error
-    if not isinstance(error, VaopdError):
+    metadata: tuple[tuple[str, bytes], ...] = ()
+    if isinstance(error, VaopdError):
+        code, message = status_of(error), str(error)
+        metadata = ((rpc_status.KEY, rpc_status.pack(code.value[0], error)),)
+    else:
         log.error("%s failed", method, exc_info=error)
-        return await context.abort(grpc.StatusCode.INTERNAL, "internal error")
-    status = status_of(error)
+        code, message = grpc.StatusCode.INTERNAL, "internal error"
     # The message stays out of the log: it may quote what the client sent.
-    log.info("%s refused: %s (%s)", method, status.name, type(error).__name__)
-    metadata: tuple[tuple[str, str], ...] = ()
-    if isinstance(error, QueueFull):
-        metadata = ((RETRY_AFTER_KEY, str(int(error.retry_after_s * 1000))),)
-    return await context.abort(status, str(error), metadata)
+    audit.info("refused: job %s, %s, %s, %s", repr(job[:64]) if job else "-", method, code.name, context.peer())
+    return await context.abort(code, message, metadata)

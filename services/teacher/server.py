@@ -20,6 +20,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.teacher.access import Access, Quotas
 from services.teacher.admission import Admission
 from services.teacher.engine import Engine, GroupEngine
 from services.teacher.errors import ErrorInterceptor
@@ -28,10 +29,13 @@ from services.teacher.prepare import Preparer
 from services.teacher.revision import revision_of
 from services.teacher.scheduler import Scheduler
 from services.teacher.servicer import CHUNK_BYTES, TeacherServicer
+from services.teacher.tls import server_credentials
+from services.teacher.vision_cache import VisionCache
 from services.teacher.watchdog import Watchdog
 from vaopd import payloads, wire
 from vaopd.config import Config
 from vaopd.errors import ConfigError
+from vaopd.keys import KeyStore
 from vaopd.pb import teacher_pb2, teacher_pb2_grpc
 from vaopd.service_config import ServiceConfig
 from vaopd.types import TeacherDescription, TeacherLimits
@@ -72,6 +76,11 @@ def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
         # Clients ping every 10 s to notice a frozen server; without these two the server would call that abuse.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # A client that vanished without a word is noticed within 15 s too, and its waiting work is dropped.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
         # A second server on the same port must fail to start, not share the port silently.
         ("grpc.so_reuseport", 0),
     ]
@@ -103,14 +112,15 @@ class TeacherServer:
         loop = asyncio.get_running_loop()
         self.images = ImageStore(service.images.encoded_bytes)
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
+        self.vision_cache = VisionCache(vlm, capacity_bytes=service.images.vision_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
         self.scheduler = Scheduler(
-            engine or GroupEngine(vlm, batch_tokens=batch_tokens),
+            engine or GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=self.vision_cache),
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
             weights=sharing.weights,
         )
-        self.admission = Admission(sharing, self.scheduler)
+        self.admission = Admission(sharing, self.scheduler, Quotas(service.quotas))
         self._watchdog = Watchdog(
             lambda: self.scheduler.busy_s,
             stuck_after_s=service.stuck_after_s,
@@ -118,7 +128,9 @@ class TeacherServer:
             ends_process=ends_process,
         )
         self._health = health.aio.HealthServicer()
-        self._calls = ErrorInterceptor(SERVICE)
+        self._tls = service.tls
+        keys = KeyStore.load(service.keys.file) if service.keys.file else None
+        self._calls = ErrorInterceptor(SERVICE, Access(keys))
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
         servicer = TeacherServicer(
             description=self.description,
@@ -139,8 +151,12 @@ class TeacherServer:
     async def start(self, address: str) -> str:
         """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        credentials = server_credentials(self._tls, address)
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError:
             raise ConfigError(f"teacher.address = {address!r} can't be listened on; is the port taken?") from None
         await self._server.start()

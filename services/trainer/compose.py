@@ -18,6 +18,7 @@ from services.trainer.ranks import Ranks
 from services.trainer.records import ProgressLine
 from services.trainer.scoring import Scorer
 from services.trainer.student import StudentLoss
+from vaopd import credentials
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_prompts
@@ -75,6 +76,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
                 top_k=config.teacher.top_k,
                 degradation=Degradation(kind=config.degradation.kind, strength=config.degradation.strength),
                 tokenizer_fingerprint=student.fingerprint,
+                **credentials.from_environment(),
             )
         )
         description = teacher.describe()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from services.teacher.scheduler import group_tokens
@@ -181,7 +182,7 @@ def test_a_job_at_its_limit_is_told_when_to_come_back_and_the_others_get_in() ->
     assert "one-more" not in held.engine.order
 
 
-def test_a_full_calls_hint_comes_in_the_trailing_metadata() -> None:
+def test_a_full_calls_hint_comes_in_the_details_of_its_status() -> None:
     with (
         held_teacher(sharing=SharingConfig(max_waiting_groups=1)) as held,
         grpc.insecure_channel(held.teacher.target) as channel,
@@ -189,7 +190,9 @@ def test_a_full_calls_hint_comes_in_the_trailing_metadata() -> None:
     ):
         list(teacher_pb2_grpc.TeacherStub(channel).ScoreGroups(score_request(group("g"))))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
-    assert dict(caught.value.trailing_metadata())["retry-after-ms"] == "1000"  # type: ignore[attr-defined]
+    details = status_pb2.Status.FromString(dict(caught.value.trailing_metadata())["grpc-status-details-bin"])  # type: ignore[attr-defined]
+    (hint,) = [detail for detail in details.details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+    assert error_details_pb2.RetryInfo.FromString(hint.value).retry_delay.ToMilliseconds() == 1000
 
 
 def test_a_request_of_several_forwards_repeats_itself_bit_for_bit_on_an_idle_teacher() -> None:

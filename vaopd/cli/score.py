@@ -58,7 +58,8 @@ def ask(
     teacher: str, *, images: Sequence[Path], question: str, responses: Sequence[str], degradation: Degradation
 ) -> GroupScore:
     """One group's score. Raises what the teacher refuses, and InvalidInput for a file that can't be read."""
-    from vaopd.client import GroupFailure, SyncTeacherClient
+    from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient
+    from vaopd.credentials import from_environment
     from vaopd.scoring import unique_images, user_turn
     from vaopd.types import EncodedImage, ScoreRequest
 
@@ -69,9 +70,13 @@ def ask(
         images=unique_images(encoded),
         messages=user_turn(question, encoded),
     )
-    with SyncTeacherClient(
-        teacher, job="score", timeout_s=TIMEOUT_S, payload="none", degradation=degradation
-    ) as client:
+    options: ClientOptions = {
+        "timeout_s": TIMEOUT_S,
+        "payload": "none",
+        "degradation": degradation,
+        **from_environment(),
+    }
+    with SyncTeacherClient(teacher, **options) as client:
         (result,) = client.score([request], with_token_texts=True)
     if isinstance(result, GroupFailure):
         raise result.error
