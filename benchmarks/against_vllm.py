@@ -1,0 +1,161 @@
+"""The group engine against vLLM's `prompt_logprobs`: the same tokens and images in, the same log-probs out, both warm.
+
+One command, one table: `python benchmarks/against_vllm.py`. vLLM runs in this process with its defaults (chunked
+prefill, prefix caching; a request that asks for prompt log-probs never reads that cache) and gets all rollouts of both
+views at once, to batch as it likes; of the log-probs it is asked for the given tokens' own only. Two cases: an image
+that neither has met, which both cut into patches and encode, and one that both have met.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import PIL.Image
+import torch
+from common import Shape
+
+from services.teacher.engine import GroupEngine
+from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.vlm import Vlm
+
+HEADLINE = Shape(prompt=650, response=128, rollouts=4)
+SHAPES = [
+    Shape(prompt=150, response=128, rollouts=4),
+    HEADLINE,
+    Shape(prompt=1500, response=128, rollouts=4),
+    Shape(prompt=650, response=512, rollouts=4),
+    Shape(prompt=650, response=128, rollouts=1),
+    Shape(prompt=650, response=128, rollouts=8),
+]
+QUICK = Shape(prompt=150, response=16, rollouts=2)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Of log-probs, in nats; other kernels, and in bfloat16 other roundings."""
+
+
+def start_vllm(folder: Path, threads: int) -> Any:
+    """vLLM in this process, so that both sides have the same cores and the same clock."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    options: dict[str, Any] = {}
+    if not common.ON_GPU:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        options = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
+    ensure_torchvision()
+    import vllm
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    for name in AutoConfig.from_pretrained(folder).architectures or ():
+        if name in ModelRegistry.models:  # looked at here, not in a subprocess of its own
+            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    return vllm.LLM(
+        model=str(folder),
+        dtype=common.DTYPE,
+        max_model_len=4096,
+        limit_mm_per_prompt={"image": 1, "video": 0},
+        logprobs_mode="raw_logprobs",
+        seed=0,
+        **options,
+    )
+
+
+def unexpanded(vlm: Vlm, token_ids: np.ndarray) -> list[int]:
+    """The prompt with one placeholder for its image, which is what vLLM reads."""
+    is_image = token_ids == vlm.family.image_token_id(vlm.model.config)
+    first = int(np.flatnonzero(is_image)[0])
+    keep = ~is_image
+    keep[first] = True
+    return token_ids[keep].tolist()
+
+
+def by_vllm(
+    llm: Any, prompt: Sequence[int], images: Sequence[PIL.Image.Image], responses: Sequence[np.ndarray]
+) -> np.ndarray:
+    """(2·M,) log-probs of the response tokens, original view first."""
+    from vllm import SamplingParams
+
+    requests = [
+        {"prompt_token_ids": [*prompt, *response.tolist()], "multi_modal_data": {"image": image}}
+        for image in images
+        for response in responses
+    ]
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate(requests, sampling, use_tqdm=False)
+    parts = []
+    for output, response in zip(outputs, [*responses, *responses], strict=True):
+        told = output.prompt_logprobs[-len(response) :]
+        parts.append([step[int(token)].logprob for step, token in zip(told, response, strict=True)])
+    return np.concatenate(parts)
+
+
+def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> dict[str, Any]:
+    group = common.group(vlm, shape)
+    prompt = unexpanded(vlm, group.original.token_ids)
+    seconds, difference = {}, 0.0
+    for case in ("new", "known"):
+        turns = repeats + 1 if case == "new" else 1
+        pictures = [common.both_views(shape, seed=10 + turn) for turn in range(turns)]
+        vllm_turns, engine_turns = cycle(pictures), cycle(enumerate(pictures))
+        kept = common.prepare(vlm, pictures[0], key=f"{shape}:kept")
+
+        def by_engine(case: str = case, turns: Any = engine_turns, kept: Any = kept) -> np.ndarray:
+            turn, images = next(turns)
+            # A known image's patches are kept, as the server keeps them; a new one is cut into patches here.
+            ready = kept if case == "known" else common.prepare(vlm, images, key=f"{shape}:{turn}")
+            return common.logprobs(common.score(engine, [common.with_images(group, ready)]))
+
+        sides = {
+            "vllm": lambda turns=vllm_turns: by_vllm(llm, prompt, next(turns), group.responses),
+            "engine": by_engine,
+        }
+        seconds[case], results = common.interleaved(sides, repeats=repeats)
+        difference = max(difference, float(np.abs(results["vllm"] - results["engine"]).max()))
+    if difference > TOLERANCE[common.DTYPE]:
+        raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
+    return {"shape": str(shape), "seconds": seconds, "difference": difference}
+
+
+def main() -> None:
+    options = common.parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    with common.model_folder(32_000) as folder:
+        llm = start_vllm(folder, options.threads)
+        torch.set_num_threads(options.threads)
+        vlm = common.load(folder)
+        shapes = [QUICK] if options.quick else SHAPES
+        found = [measure(llm, vlm, common.engine_for(vlm), shape, options.repeats) for shape in shapes]
+        llm.llm_engine.engine_core.shutdown()
+    rows = []
+    for entry in found:
+        new, known = entry["seconds"]["new"], entry["seconds"]["known"]
+        target = " (≥ 2)" if entry["shape"] == str(HEADLINE) else ""
+        rows.append(
+            [
+                entry["shape"],
+                f"{1000 * new['engine']:.0f} ms",
+                f"{new['vllm'] / new['engine']:.2f} ×{target}",
+                f"{1000 * known['engine']:.0f} ms",
+                f"{known['vllm'] / known['engine']:.2f} ×{target}",
+                f"{entry['difference']:.1e}",
+            ]
+        )
+    common.table(
+        "Against vLLM's prompt_logprobs: one group, both views, both warm",
+        ("shape", "engine, new image", "vLLM", "engine, known image", "vLLM", "largest difference, nats"),
+        rows,
+        "vLLM's columns are its time over the engine's.",
+    )
+    common.save(options.json, "against_vllm", {"speed": found})
+
+
+if __name__ == "__main__":
+    main()

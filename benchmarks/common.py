@@ -1,0 +1,395 @@
+"""What the measurements of the compute path share: random models, prompt groups of a shape, timing, memory, tables.
+
+The models are Qwen3-VL of the real classes with random weights: text 384 wide and 8 layers, vision 256 wide and 6
+layers, about 36 M parameters with a vocabulary of 32 000 and 82 M with 151 936. They are made from their configuration;
+nothing is downloaded. On a GPU everything runs there in bfloat16, else on the CPU in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
+from services.teacher.vision_cache import VisionCache
+from vaopd.degradation import degrade
+from vaopd.families import PreparedImage
+from vaopd.tiny.tokenizer import SPECIAL_TOKENS, build_processor
+from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.types import Degradation, ImagePart, Message, TextPart
+from vaopd.vlm import PreparedPrompt, Vlm
+
+ROOT = Path(__file__).parents[1]
+PATCH_PX, MERGE = 16, 2
+MAX_POSITIONS = 8192
+BATCH_TOKENS = 16_384
+"""The configuration's default."""
+VISION_CACHE_BYTES = 2**28
+IMAGE_SIDES = {150: (11, 11), 650: (25, 24), 1500: (38, 38)}
+"""Image tokens by height and width that leave room for a question in a prompt of so many tokens."""
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One prompt group: P prompt tokens (150, 650 or 1500), R response tokens, K rollouts.
+
+    ragged: response k has R·(k + 1)/K tokens instead of R, as sampled responses do.
+    """
+
+    prompt: int
+    response: int
+    rollouts: int
+    ragged: bool = False
+
+    def __str__(self) -> str:
+        return f"P {self.prompt}, R {self.response}{' ragged' if self.ragged else ''}, K {self.rollouts}"
+
+    @property
+    def lengths(self) -> list[int]:
+        if not self.ragged:
+            return [self.response] * self.rollouts
+        return [max(1, self.response * (k + 1) // self.rollouts) for k in range(self.rollouts)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the models
+
+
+def save_model(folder: Path, *, vocabulary: int, layers: int = 8, seed: int = 0) -> Path:
+    """A random Qwen3-VL with tokenizer and processor, as a folder that transformers and vLLM load."""
+    ensure_torchvision()
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    quiet()
+    processor = build_processor()
+    processor.tokenizer = _widened(processor.tokenizer, vocabulary)
+    processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 2048 * 2048}
+    ids = processor.tokenizer.get_vocab()
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": 384,
+            "intermediate_size": 1152,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": MAX_POSITIONS,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5_000_000.0,
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "bos_token_id": None,
+        },
+        vision_config={
+            "depth": 6,
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_heads": 4,
+            "out_hidden_size": 384,
+            "patch_size": PATCH_PX,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 48**2,
+            "deepstack_visual_indexes": [1, 3],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _widened(tokenizer: Any, vocabulary: int) -> Any:
+    """The tiny tokenizer with entries that no merge makes, so that its logical vocabulary is as wide as the LM head."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    words = dict(learned["vocab"])
+    first_special = vocabulary - len(SPECIAL_TOKENS)
+    for index in range(len(words), first_special):
+        words[f"unused{index}"] = index
+    return Qwen2Tokenizer(
+        vocab=words,
+        merges=[tuple(merge) for merge in learned["merges"]],
+        added_tokens_decoder={
+            first_special + i: AddedToken(token, normalized=False, special=True)
+            for i, token in enumerate(SPECIAL_TOKENS)
+        },
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+        },
+        model_max_length=MAX_POSITIONS,
+    )
+
+
+@contextmanager
+def model_folder(vocabulary: int) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
+        yield save_model(Path(name), vocabulary=vocabulary)
+
+
+def load(folder: Path) -> Vlm:
+    quiet()
+    return Vlm.load(folder, dtype=DTYPE, device=DEVICE)
+
+
+def load_plain(folder: Path) -> Any:
+    """The same weights with transformers' own attention, as one would load them without this project."""
+    from transformers import AutoModelForImageTextToText
+
+    quiet()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, DTYPE), attn_implementation="sdpa")
+    return model.to(DEVICE).eval()
+
+
+def quiet() -> None:
+    """The table is what a command prints; transformers' progress bars are not part of it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------------- the groups
+
+
+def picture(shape: Shape, seed: int) -> PIL.Image.Image:
+    """Noise, of the size whose image tokens leave room for the question."""
+    height, width = (side * PATCH_PX * MERGE for side in IMAGE_SIDES[shape.prompt])
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def both_views(shape: Shape, seed: int) -> list[PIL.Image.Image]:
+    original = picture(shape, seed)
+    return [original, degrade(original, Degradation(), seed=0)]
+
+
+def prepare(vlm: Vlm, images: Sequence[PIL.Image.Image], *, key: str | None = None) -> list[PreparedImage]:
+    """As the vision tower reads them. `key` names them for caches; without, no cache keeps them."""
+    return [
+        replace(vlm.prepare_image(image), key=None if key is None else f"{key}:{index}")
+        for index, image in enumerate(images)
+    ]
+
+
+def prompt_ids(vlm: Vlm, shape: Shape, image: PreparedImage) -> np.ndarray:
+    """(P,) the chat template's tokens around the image, the question as long as it takes to reach P."""
+    message = Message(role="user", content=(ImagePart(sha256="image"), TextPart(text="What is the perimeter?")))
+    ids = vlm.render([message], {"image": image}).token_ids
+    end = int(np.flatnonzero(ids == vlm.family.image_token_id(vlm.model.config))[-1]) + 2
+    if (missing := shape.prompt - len(ids)) < 0:
+        raise SystemExit(f"the prompt has {len(ids)} tokens, {shape.prompt} are wanted; use a smaller image")
+    return np.concatenate((ids[:end], np.resize(ids[end:], missing), ids[end:]))
+
+
+def response_ids(vlm: Vlm, shape: Shape, seed: int) -> tuple[np.ndarray, ...]:
+    """K arrays (T_k,) of words drawn at random, none of them special."""
+    rng = np.random.default_rng(seed + 1)
+    words = vlm.vocab_size - len(SPECIAL_TOKENS)
+    return tuple(rng.integers(0, words, length) for length in shape.lengths)
+
+
+def group(vlm: Vlm, shape: Shape, *, seed: int = 0, images: Sequence[PreparedImage] | None = None) -> PreparedGroup:
+    """A prompt group that only the device is missing for, with the hidden payload."""
+    original, degraded = images or prepare(vlm, both_views(shape, seed))
+    ids = prompt_ids(vlm, shape, original)
+    return PreparedGroup(
+        group_id=f"group-{seed}",
+        original=PreparedPrompt(token_ids=ids, images=(original,)),
+        degraded=PreparedPrompt(token_ids=ids, images=(degraded,)),
+        responses=response_ids(vlm, shape, seed),
+        payload="hidden",
+        top_k=0,
+    )
+
+
+def with_images(prepared: PreparedGroup, images: Sequence[PreparedImage]) -> PreparedGroup:
+    """The same group about other pixels of the same size."""
+    original, degraded = images
+    return replace(
+        prepared,
+        original=replace(prepared.original, images=(original,)),
+        degraded=replace(prepared.degraded, images=(degraded,)),
+    )
+
+
+def engine_for(vlm: Vlm) -> GroupEngine:
+    """As the server makes it, with room for some images' features."""
+    cache = VisionCache(vlm, capacity_bytes=VISION_CACHE_BYTES)
+    return GroupEngine(vlm, batch_tokens=BATCH_TOKENS, vision_cache=cache)
+
+
+def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[ScoredGroup]:
+    results = list(engine.score(groups))
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results  # type: ignore[return-value]
+
+
+def logprobs(results: Sequence[ScoredGroup]) -> np.ndarray:
+    """(2·M,) both views of every group, one after the other."""
+    return np.concatenate([part for r in results for part in (r.teacher_logprobs, r.degraded_logprobs)])
+
+
+# ---------------------------------------------------------------------------------------------------- time and memory
+
+
+def interleaved(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds and the last result of every side; the sides take turns, so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    results = {name: run() for name, run in sides.items()}  # warm-up
+    for _ in range(repeats):
+        for name, run in sides.items():
+            synchronise()
+            start = time.perf_counter()
+            results[name] = run()
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def synchronise() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def peak_extra_bytes(run: Callable[[], Any]) -> int:
+    """How far memory rises above where it stands, while `run` runs: device memory on a GPU, else resident pages.
+
+    Call it in a process of its own (`in_subprocess`): pages that the allocator kept from earlier work would hide some.
+    """
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    reset_peak = Path("/proc/self/clear_refs")
+    if reset_peak.exists():
+        reset_peak.write_text("5")  # Linux: the high-water mark starts again from here
+        before = _proc_status_bytes("VmRSS")
+        run()
+        return _proc_status_bytes("VmHWM") - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def _proc_status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+def in_subprocess(script: str, arguments: Sequence[str]) -> Any:
+    """Runs one of these scripts with `--child ARGUMENTS` -> what it printed as JSON on its last line."""
+    command = [sys.executable, script, "--child", *arguments]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all commands have."""
+    result = argparse.ArgumentParser(description=description.split("\n")[0])
+    result.add_argument("--repeats", type=int, default=5, help="timed turns of each side, after one that warms up")
+    result.add_argument("--threads", type=int, default=1, help="CPU threads; one core leaves the other to the system")
+    result.add_argument("--quick", action="store_true", help="the smallest shape only: does it run at all?")
+    result.add_argument("--json", type=Path, help="also write the numbers here, for benchmarks/plots.py")
+    result.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
+    return result
+
+
+def machine() -> dict[str, str]:
+    if ON_GPU:
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} used ({cpu_name()})"
+    packages = ("torch", "transformers", "numpy")
+    return {
+        "date": str(date.today()),
+        "device": device,
+        "dtype": DTYPE,
+        "versions": ", ".join(
+            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+        ),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
+    """Prints it in Markdown."""
+    facts = machine()
+    print(f"\n### {title}\n")
+    print(", ".join(f"{value}" if key != "load" else f"load average {value}" for key, value in facts.items()) + "\n")
+    print("| " + " | ".join(header) + " |")
+    print("| " + " | ".join(["---"] * len(header)) + " |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    for note in notes:
+        print(f"\n{note}")
+    sys.stdout.flush()
+
+
+def save(path: Path | None, name: str, numbers: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"name": name, "machine": machine(), **numbers}, indent=1) + "\n")
+        print(f"\nnumbers: {path}")
+
+
+def verdict(reached: bool) -> str:
+    return "reached" if reached else "not reached"

@@ -1,0 +1,216 @@
+"""Paired scoring: the group engine against what one would write instead, in time and in memory.
+
+One command, its tables: `python benchmarks/paired_scoring.py`. Every side scores the same prompt group in both views
+and must come to the same log-probs. *engine* is `services.teacher.engine.GroupEngine` on an image that it meets for the
+first time, *known image* the same on one whose features it remembers; the others are those of `competitors.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import competitors
+import numpy as np
+import torch
+from common import Shape
+
+from services.teacher.engine import GroupEngine, PreparedGroup
+from vaopd.families import PreparedImage
+from vaopd.vlm import Vlm
+
+HEADLINE = Shape(prompt=650, response=128, rollouts=4)
+SHAPES = [
+    Shape(prompt=150, response=128, rollouts=4),
+    HEADLINE,
+    Shape(prompt=1500, response=128, rollouts=4),
+    Shape(prompt=150, response=512, rollouts=4),
+    Shape(prompt=650, response=512, rollouts=4),
+    Shape(prompt=650, response=512, rollouts=4, ragged=True),
+    Shape(prompt=650, response=128, rollouts=8),
+]
+QUICK = Shape(prompt=150, response=16, rollouts=2)
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.25}
+"""Of log-probs, in nats: random models, and in bfloat16 other kernels per batch shape."""
+
+
+def sides(vlm: Vlm, plain: Any, engine: GroupEngine, shape: Shape) -> dict[str, Callable[[], np.ndarray]]:
+    """Every side of one shape, by name; a group whose images have no key is new to the engine each time."""
+    group = common.group(vlm, shape)
+    known = common.with_images(group, [replace(i, key=f"{shape}:{n}") for n, i in enumerate(images_of(group))])
+    return {
+        "usual": lambda: competitors.usual(plain, group),
+        "careful": lambda: competitors.careful(plain, group, share_image=False),
+        "shared image": lambda: competitors.careful(plain, group, share_image=True),
+        "engine": lambda: common.logprobs(common.score(engine, [group])),
+        "known image": lambda: common.logprobs(common.score(engine, [known])),
+    }
+
+
+def images_of(group: PreparedGroup) -> list[PreparedImage]:
+    return [*group.original.images, *group.degraded.images]
+
+
+def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
+    engine = common.engine_for(vlm)
+    found = []
+    for shape in shapes:
+        seconds, results = common.interleaved(sides(vlm, plain, engine, shape), repeats=repeats)
+        difference = max(float(np.abs(result - results["engine"]).max()) for result in results.values())
+        if difference > TOLERANCE[common.DTYPE]:
+            raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
+        per_sequence = sum(shape.prompt + length for length in shape.lengths)
+        found.append(
+            {
+                "shape": str(shape),
+                "seconds": seconds,
+                "difference": difference,
+                "tokens_alone": per_sequence / (shape.prompt + sum(shape.lengths)),
+            }
+        )
+    rows = []
+    for entry in found:
+        seconds, marked = entry["seconds"], entry["shape"] == str(HEADLINE)
+        factors = {name: f"{seconds[name] / seconds['engine']:.2f} ×" for name in ("usual", "careful", "shared image")}
+        rows.append(
+            [
+                entry["shape"],
+                f"{1000 * seconds['engine']:.0f} ms",
+                factors["usual"] + (" (≥ 4)" if marked else ""),
+                factors["careful"] + (" (≥ 2.5)" if marked else ""),
+                factors["shared image"],
+                f"{entry['tokens_alone']:.2f} ×",
+                f"{1000 * seconds['known image']:.0f} ms",
+                f"{entry['difference']:.1e}",
+            ]
+        )
+    common.table(
+        "Paired scoring: one group, both views",
+        ("shape", "engine", "usual", "careful", "careful, image shared", "tokens alone allow", "engine, known image",
+         "largest difference, nats"),
+        rows,
+        "Factors are the other side's time over the engine's, on an image that is new to both.",
+    )  # fmt: skip
+    return found
+
+
+def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[dict[str, Any]]:
+    """One group with K = 1 … 8 on an image that the engine has met, so that what grows is text."""
+    images = common.prepare(vlm, common.both_views(shape, seed=3), key="scaling")
+    groups = {k: common.group(vlm, replace(shape, rollouts=k), seed=3, images=images) for k in (1, 2, 4, 8)}
+    seconds, _ = common.interleaved(
+        {str(k): lambda group=group: common.score(engine, [group]) for k, group in groups.items()}, repeats=repeats
+    )
+    found = []
+    for k in groups:
+        growth = seconds[str(k)] / seconds["1"]
+        expected = (shape.prompt + k * shape.response) / (shape.prompt + shape.response)
+        found.append({"k": k, "seconds": seconds[str(k)], "growth": growth, "expected": expected})
+    common.table(
+        f"Cost per group as K grows, P {shape.prompt}, R {shape.response}, image known",
+        ("K", "time", "growth", "(P + K·R) / (P + R)", "ratio (0.85 … 1.15)"),
+        [
+            [str(f["k"]), f"{1000 * f['seconds']:.0f} ms", f"{f['growth']:.2f}", f"{f['expected']:.2f}",
+             f"{f['growth'] / f['expected']:.2f}"]
+            for f in found
+        ],
+    )  # fmt: skip
+    return found
+
+
+def vision_runs(vlm: Vlm, engine: GroupEngine, shape: Shape) -> dict[str, float]:
+    """How often the vision tower runs for a new image, and when another group asks about the same one."""
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    images = common.prepare(vlm, common.both_views(shape, seed=5), key="repeated")
+    hook = vlm.family.vision_tower(vlm.model).register_forward_hook(count)
+    counts: dict[str, float] = {}
+    for name, seed in (("first", 5), ("again", 6)):
+        group = common.group(vlm, shape, seed=seed, images=images)
+        runs, start = 0, time.perf_counter()
+        common.score(engine, [group])
+        counts[name], counts[f"{name}_s"] = runs, time.perf_counter() - start
+    hook.remove()
+    common.table(
+        f"Runs of the vision tower, {shape}",
+        ("the image is", "runs", "time", "to reach"),
+        [
+            ["new", f"{counts['first']:.0f}", f"{1000 * counts['first_s']:.0f} ms", ""],
+            ["asked about again", f"{counts['again']:.0f}", f"{1000 * counts['again_s']:.0f} ms", "0 runs"],
+        ],
+    )
+    return counts
+
+
+def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
+    """Peak extra memory of one group, each measurement in a process of its own."""
+    cases = [(folder, QUICK)] if quick else [
+        (folder, HEADLINE),
+        (folder, replace(HEADLINE, response=512)),
+        (folder, replace(HEADLINE, response=1024)),
+        (wide, HEADLINE),
+        (wide, replace(HEADLINE, response=512)),
+    ]  # fmt: skip
+    found = []
+    for model, shape in cases:
+        peaks = {}
+        for name in ("usual", "careful", "engine"):
+            child = [str(model), str(shape.prompt), str(shape.response), str(shape.rollouts), name]
+            peaks[name] = common.in_subprocess(__file__, child)["bytes"]
+        vocabulary = 151_936 if model == wide else 32_000
+        found.append({"shape": str(shape), "vocabulary": vocabulary, "response": shape.response, "bytes": peaks})
+    names = ("engine", "usual", "careful")
+    rows = []
+    for entry in found:
+        matrix = 4 * 2 * HEADLINE.rollouts * entry["response"] * entry["vocabulary"]
+        sizes = [*(entry["bytes"][name] for name in names), matrix]
+        rows.append([str(entry["vocabulary"]), entry["shape"], *(f"{size / 2**20:.0f} MiB" for size in sizes)])
+    common.table(
+        "Peak extra memory of scoring one group, both views",
+        ("vocabulary", "shape", *names, "T × V in float32, T = 2·K·R"),
+        rows,
+        "Usual is one rollout at a time, the least memory that it can do with.",
+    )
+    return found
+
+
+def measure_memory(arguments: Sequence[str]) -> None:
+    """In the child: prints the bytes as JSON."""
+    folder, prompt, response, rollouts, name = arguments
+    vlm = common.load(Path(folder))
+    plain = None if name == "engine" else common.load_plain(Path(folder))
+    engine = common.engine_for(vlm)
+    sides(vlm, plain, engine, QUICK)[name]()  # libraries, thread pools and kernels are there
+    run = sides(vlm, plain, engine, Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts)))[name]
+    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+
+
+def main() -> None:
+    options = common.parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        measure_memory(options.child)
+        return
+    headline, shapes = (QUICK, [QUICK]) if options.quick else (HEADLINE, SHAPES)
+    with common.model_folder(32_000) as folder, common.model_folder(151_936) as wide:
+        vlm = common.load(folder)
+        numbers = {
+            "speed": compare(vlm, common.load_plain(folder), shapes, options.repeats),
+            "scaling": scaling(vlm, common.engine_for(vlm), headline, options.repeats),
+            "vision": vision_runs(vlm, common.engine_for(vlm), headline),
+            "memory": memory(folder, wide, options.quick),
+        }
+    common.save(options.json, "paired_scoring", numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Forward and backward of the student's loss with prompts shared among siblings, against one row per rollout.
+
+One command, its tables: `python benchmarks/train_step.py`. *shared* is `services.trainer.student.StudentLoss` as the
+trainer calls it. *per sequence* is what one would write: the siblings in one right-padded batch, each row with its
+image, the same fused divergence over the response rows. *image shared* runs the vision tower once for the siblings.
+All start from the same weights and must come to the same gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import competitors
+import numpy as np
+import torch
+from common import Shape
+
+from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.divergence import fused_reverse_kl
+from vaopd.payloads import from_torch, to_torch
+from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
+from vaopd.vlm import Vlm
+
+HEADLINE = Shape(prompt=650, response=128, rollouts=4)
+SHAPES = [
+    Shape(prompt=150, response=128, rollouts=4),
+    HEADLINE,
+    Shape(prompt=650, response=512, rollouts=4),
+    Shape(prompt=650, response=512, rollouts=4, ragged=True),
+    Shape(prompt=650, response=128, rollouts=8),
+]
+QUICK = Shape(prompt=150, response=16, rollouts=2)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+"""Of the whole gradient: norm of the difference over the norm."""
+SIDES = ("shared", "per sequence", "image shared")
+
+
+def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
+    """A scored group of this shape: random advantages, and hidden states as of a teacher of the same width."""
+    prepared = common.group(vlm, shape)
+    rng = np.random.default_rng(7)
+    hidden = torch.from_numpy(rng.standard_normal((sum(shape.lengths), vlm.hidden_size), dtype=np.float32))
+    teacher = tuple(-rng.random(length, dtype=np.float32) for length in shape.lengths)
+    advantage = tuple(rng.random(length, dtype=np.float32) for length in shape.lengths)
+    score = GroupScore(
+        group_id=prepared.group_id,
+        teacher_logprobs=teacher,
+        degraded_logprobs=tuple(t - a for t, a in zip(teacher, advantage, strict=True)),
+        visual_advantage=advantage,
+        payload=Payload(kind="hidden", tensors={"hidden": from_torch(hidden.to(vlm.head.dtype))}),
+        prompt_tokens=shape.prompt,
+    )
+    rollouts = tuple(
+        Rollout(rollout_id=str(k), response_ids=ids.astype(np.int32), rollout_logprobs=told, finish_reason="length")
+        for k, (ids, told) in enumerate(zip(prepared.responses, teacher, strict=True))
+    )
+    group = RolloutGroup(
+        group_id=prepared.group_id,
+        policy_version=0,
+        policy_sha256="",
+        prompt_token_ids=prepared.original.token_ids.astype(np.int32),
+        rollouts=rollouts,
+        worker="benchmark",
+        generation_s=0.0,
+    )
+    scored = ScoredGroup(index=0, group=group, prompt=prepared.original, score=score)
+    return weigh(scored, ObjectiveConfig(), seed=0)
+
+
+def teacher_head(vlm: Vlm) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    head = 0.05 * torch.randn((vlm.vocab_size, vlm.hidden_size), generator=generator)
+    return head.to(common.DEVICE, vlm.head.dtype)
+
+
+def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], float]]:
+    """Each runs forward and backward, leaves the gradients in its model and returns the loss."""
+    head = teacher_head(vlm)
+    trainer = TrainerConfig(steps=1)
+    loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer, objective=ObjectiveConfig())
+    scored = group.scored
+    prompts = [scored.prompt] * len(scored.responses)
+
+    def shared() -> float:
+        vlm.model.zero_grad(set_to_none=False)
+        loss, _ = loss_module([group])
+        loss.backward()
+        return loss.item()
+
+    def per_sequence(share_image: bool) -> float:
+        plain.zero_grad(set_to_none=False)
+        hidden = competitors.response_hidden(plain, prompts, scored.responses, share_image=share_image)
+        teacher = to_torch(scored.score.payload.tensors["hidden"]).to(hidden.device)
+        own_head = plain.get_output_embeddings().weight
+        kl = fused_reverse_kl(hidden, own_head, teacher, head, chunk_tokens=trainer.chunk_tokens)
+        loss = (group.token_weights.to(kl.device) * kl).sum()
+        loss.backward()
+        return loss.item()
+
+    return {
+        "shared": shared,
+        "per sequence": lambda: per_sequence(False),
+        "image shared": lambda: per_sequence(True),
+    }
+
+
+def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
+    found = []
+    for shape in shapes:
+        runs = sides(vlm, plain, weighted_group(vlm, shape))
+        seconds, losses = common.interleaved(runs, repeats=repeats)
+        runs["per sequence"]()
+        whole, worst = gradient_difference(vlm.model, plain)
+        if whole > TOLERANCE[common.DTYPE]:
+            raise SystemExit(
+                f"{shape}: gradients differ by {whole:.2g} of their norm; the sides don't do the same work"
+            )
+        found.append(
+            {
+                "shape": str(shape),
+                "seconds": seconds,
+                "loss": losses,
+                "gradient": whole,
+                "worst": worst,
+                "tokens_alone": sum(shape.prompt + n for n in shape.lengths) / (shape.prompt + sum(shape.lengths)),
+            }
+        )
+    common.table(
+        "Forward and backward of one group",
+        ("shape", "shared", "per sequence", "image shared", "tokens alone allow", "gradient difference",
+         "worst parameter"),
+        [
+            [
+                f["shape"],
+                f"{1000 * f['seconds']['shared']:.0f} ms",
+                f"{f['seconds']['per sequence'] / f['seconds']['shared']:.2f} ×"
+                + (" (≥ 2)" if f["shape"] == str(HEADLINE) else ""),
+                f"{f['seconds']['image shared'] / f['seconds']['shared']:.2f} ×",
+                f"{f['tokens_alone']:.2f} ×",
+                f"{f['gradient']:.1e} (≤ 1e-5 in float32)",
+                f"{f['worst']:.1e}",
+            ]
+            for f in found
+        ],
+        "Factors are the other side's time over the shared one's. Gradient difference: norm of the difference over the "
+        "norm, of all parameters together and of the parameter where it is largest.",
+    )  # fmt: skip
+    return found
+
+
+def gradient_difference(ours: Any, other: Any) -> tuple[float, float]:
+    """Relative to the norm: of the whole gradient, and the largest of any one parameter that has a gradient at all."""
+    theirs = dict(other.named_parameters())
+    square, whole, worst = 0.0, 0.0, 0.0
+    norms = {}
+    for name, parameter in ours.named_parameters():
+        expected = theirs[name].grad.double()
+        distance = float((parameter.grad.double() - expected).norm())
+        norms[name] = (distance, float(expected.norm()))
+        square += norms[name][1] ** 2
+        whole += distance**2
+    for distance, norm in norms.values():
+        # A bias whose gradient cancels exactly (a key's, inside a softmax) is rounding noise and nothing else.
+        if norm > 1e-6 * square**0.5:
+            worst = max(worst, distance / norm)
+    return (whole / square) ** 0.5, worst
+
+
+def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    found = []
+    for shape in shapes:
+        peaks = {}
+        for name in SIDES:
+            child = [str(folder), str(shape.prompt), str(shape.response), str(shape.rollouts), name]
+            peaks[name] = common.in_subprocess(__file__, child)["bytes"]
+        found.append({"shape": str(shape), "bytes": peaks})
+    common.table(
+        "Peak extra memory of forward and backward, weights and gradients aside",
+        ("shape", *SIDES),
+        [[f["shape"], *(f"{f['bytes'][name] / 2**20:.0f} MiB" for name in SIDES)] for f in found],
+    )
+    return found
+
+
+def measure_memory(arguments: Sequence[str]) -> None:
+    """In the child: prints the bytes as JSON."""
+    folder, prompt, response, rollouts, name = arguments
+    vlm = common.load(Path(folder))
+    plain = common.load_plain(Path(folder))
+    sides(vlm, plain, weighted_group(vlm, QUICK))[name]()  # gradients are allocated, kernels are there
+    shape = Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts))
+    run = sides(vlm, plain, weighted_group(vlm, shape))[name]
+    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+
+
+def main() -> None:
+    options = common.parser(__doc__).parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        measure_memory(options.child)
+        return
+    shapes = [QUICK] if options.quick else SHAPES
+    with common.model_folder(32_000) as folder:
+        numbers = {"speed": compare(common.load(folder), common.load_plain(folder), shapes, options.repeats)}
+        numbers["memory"] = memory(folder, shapes[:1] if options.quick else [HEADLINE, replace(HEADLINE, response=512)])
+    common.save(options.json, "train_step", numbers)
+
+
+if __name__ == "__main__":
+    main()
