@@ -42,6 +42,8 @@ class UpOptions:
     """Start a trainer that was killed by a signal again, from its last checkpoint."""
     teacher: str | None = None
     """host:port of a running teacher, which this run then shares; None starts one."""
+    service: str | None = None
+    """The configuration of the teacher service (`vaopd.service_config`), where this launch starts one."""
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
@@ -133,7 +135,9 @@ class _Launch:
     def _start_teacher(self) -> str:
         announce = self._announce_file("teacher")
         devices = self._options.gpus.get("teacher", (None,))[0]
-        arguments = ("--announce", str(announce))
+        arguments: tuple[str, ...] = ("--announce", str(announce))
+        if self._options.service is not None:
+            arguments += ("--service", self._options.service)
         self._supervisor.start(
             self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
         )

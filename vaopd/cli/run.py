@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, dry_run, find_problems
+from vaopd.cli.services import add_service_argument
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
@@ -30,6 +31,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
     )
     up.add_argument("--teacher", metavar="HOST:PORT", help="share this running teacher; start none")
+    add_service_argument(up)
     up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
     up.add_argument(
         "--gpus",
@@ -45,7 +47,9 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch import UpOptions, parse_gpus, up
+    from vaopd.service_config import load_service_config
 
+    load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
     gpus = parse_gpus(arguments.gpus)
     if arguments.dry_run:
         needs: list[Needs] = ["student", "data"]
@@ -58,6 +62,7 @@ def _up(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
+        service=arguments.service_file,
         api=arguments.api,
         gpus=gpus,
     )

@@ -37,20 +37,32 @@ def add_parsers(subparsers: Subparsers) -> None:
         parser.set_defaults(command=_run, service=service)
     for parser in (teacher, api):
         parser.add_argument("--announce", metavar="FILE", help="write host:port there once it serves")
+    add_service_argument(teacher)
     rollout.add_argument("--worker", metavar="NAME", help="the worker's name, unique within the run")
+
+
+def add_service_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--service",
+        metavar="FILE",
+        dest="service_file",
+        help="who may use the teacher and how it is shared: TLS, keys, quotas, a TOML file",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch import service_argv
+    from vaopd.service_config import load_service_config
 
     config = load_config(arguments.config, arguments.overrides)
+    load_service_config(getattr(arguments, "service_file", None))  # what is wrong with it is told before anything else
     if arguments.dry_run:
         return dry_run(config, NEEDS[arguments.service])
     extra = ["--resume"] if getattr(arguments, "resume", False) else []
-    for name in ("announce", "worker"):
+    for name in ("announce", "worker", "service_file"):
         if value := getattr(arguments, name, None):
-            extra += [f"--{name}", value]
+            extra += [f"--{name.removesuffix('_file')}", value]
     argv = service_argv(arguments.service, arguments.config, arguments.overrides, *extra)
     sys.stdout.flush()
     return os.execv(argv[0], argv)

@@ -1,0 +1,67 @@
+"""`vaopd keys add | list | revoke`: the API keys of a shared service, kept in a file as digests."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    keys = subparsers.add_parser("keys", help="the API keys of a shared service")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="make a key for a job and print it, this once")
+    add.add_argument("job", metavar="JOB", help="the job's name, which is its run's name")
+    add.add_argument(
+        "--expires", metavar="DAYS", type=_days, default=90.0, help='days until it expires, or "never" (default 90)'
+    )
+    add.set_defaults(command=_add)
+    actions.add_parser("list", help="every key's id, job and state").set_defaults(command=_list)
+    revoke = actions.add_parser("revoke", help="make a key invalid; running services notice at once")
+    revoke.add_argument("id", metavar="ID", help="as `vaopd keys list` shows it")
+    revoke.set_defaults(command=_revoke)
+    for parser in actions.choices.values():
+        parser.add_argument(
+            "--file",
+            metavar="FILE",
+            type=Path,
+            default=Path("keys.json"),
+            help="the service's key file, [keys] file of its configuration (default keys.json)",
+        )
+
+
+def _days(text: str) -> float | None:
+    return None if text == "never" else float(text)
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    from vaopd.keys import add_key
+
+    print(add_key(arguments.file, arguments.job, expires_days=arguments.expires))
+    print(
+        "vaopd: this is shown once and kept nowhere; store it in a file that only its job reads, "
+        "which VAOPD_API_KEY_FILE names there",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from vaopd.keys import read_keys
+
+    print(f"{'id':<12}  {'job':<24}  {'state':<8}  {'created':<25}  expires")
+    for entry in read_keys(arguments.file):
+        print(f"{entry.id:<12}  {entry.job:<24}  {entry.state():<8}  {entry.created:<25}  {entry.expires or 'never'}")
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    from vaopd.keys import revoke_key
+
+    entry = revoke_key(arguments.file, arguments.id)
+    print(f"key {entry.id} of job {entry.job} is revoked")
+    return 0
