@@ -1,4 +1,4 @@
-"""What the measurements of the teacher service share: a model, groups, a server process, and a table."""
+"""What the measurements of the teacher service share: requests, a server process, percentiles and a table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +20,6 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vaopd.tiny.build import build_model
-from vaopd.tiny.config import TinySize
-from vaopd.tiny.tokenizer import build_processor
 from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TextPart
 from vaopd.vlm import Vlm
 
@@ -29,32 +27,11 @@ ROOT = Path(__file__).parents[1]
 TINY_TEACHER = ROOT / "models" / "tiny-teacher"
 
 
-def save_random_model(folder: Path, *, hidden: int, layers: int, vocabulary: int = 32_000) -> Path:
-    """A Qwen3-VL with random weights in float32; the tiny tokenizer's ids are the logical vocabulary."""
-    size = TinySize(
-        hidden=hidden,
-        layers=layers,
-        kv_heads=max(1, hidden // 64),
-        vision_hidden=256,
-        vision_depth=6,
-        deepstack=(1, 3),
-        padded_vocab=vocabulary,
-        tied=False,
-    )
-    processor = build_processor()
-    torch.manual_seed(0)
-    build_model(size, processor.tokenizer).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
 def group(vlm: Vlm, name: str, *, seed: int, side_px: int, rollouts: int, response_tokens: int) -> ScoreRequest:
     """A prompt group as a trainer sends it, about a picture of noise of its own."""
     rng = np.random.default_rng(seed)
     picture = PIL.Image.fromarray(rng.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG")
-    image = EncodedImage(data=buffer.getvalue())
+    image = encoded(picture)
     parts = (ImagePart(sha256=image.sha256), TextPart(text="What is the perimeter of the triangle?"))
     prompt = vlm.render([Message(role="user", content=parts)], {image.sha256: vlm.prepare_image(picture)})
     words = [i for i in range(vlm.vocab_size) if i not in vlm.vision_token_ids]
@@ -66,15 +43,32 @@ def group(vlm: Vlm, name: str, *, seed: int, side_px: int, rollouts: int, respon
     )
 
 
+def encoded(picture: PIL.Image.Image) -> EncodedImage:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return EncodedImage(data=buffer.getvalue())
+
+
 def tokens_of(request: ScoreRequest) -> int:
     """What the scheduler charges for it: both views, the prompt once in each."""
     assert request.prompt_token_ids is not None
-    return 2 * (len(request.prompt_token_ids) + sum(len(ids) for ids in request.responses))
+    return 2 * (len(request.prompt_token_ids) + sum(len(ids) - 1 for ids in request.responses))
+
+
+@dataclass(frozen=True)
+class Server:
+    target: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """Processor time that the process has used; Linux only."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(int(field) for field in fields[11:13]) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout_s: float = 300.0) -> Iterator[str]:
-    """A real server process on a free port of the loopback -> host:port. `service`: its service file's text."""
+def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout_s: float = 300.0) -> Iterator[Server]:
+    """A real server process on a free port of the loopback. `service`: its service file's text."""
     with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
         folder = Path(name)
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -97,7 +91,7 @@ def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit(f"the teacher did not start:\n{(folder / 'log').read_text()[-2000:]}")
                 time.sleep(0.05)
-            yield announce.read_text()
+            yield Server(announce.read_text(), server.pid)
         finally:
             server.terminate()
             try:

@@ -189,8 +189,8 @@ def main() -> None:
     large, small = (
         group(vlm, f"{k}", seed=k, side_px=256, rollouts=k, response_tokens=options.response_tokens) for k in (4, 2)
     )
-    with teacher_server(options.model, batch_tokens=tokens_of(large), service=SERVICE) as target:
-        asyncio.run(measure(target, large, small, options))
+    with teacher_server(options.model, batch_tokens=tokens_of(large), service=SERVICE) as server:
+        asyncio.run(measure(server.target, large, small, options))
 
 
 if __name__ == "__main__":

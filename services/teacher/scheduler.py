@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from services.teacher.engine import Engine, PreparedGroup, ScoredGroup
 from services.teacher.fairness import FairQueue
 from vaopd.errors import Unavailable, VaopdError
+from vaopd.vlm import Segment
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,9 @@ _SMOOTHING = 0.1
 
 
 def group_tokens(group: PreparedGroup) -> int:
-    """What a group costs: the tokens of both views, the prompt once in each."""
-    prompts = len(group.original.token_ids) + len(group.degraded.token_ids)
-    return prompts + 2 * sum(len(ids) for ids in group.responses)
+    """What a group costs: the tokens that a forward computes for it, the prompt once in each view."""
+    views = (group.original, group.degraded)
+    return sum(Segment(prompt=prompt, responses=group.responses).tokens for prompt in views)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

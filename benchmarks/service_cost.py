@@ -1,0 +1,152 @@
+"""What the service costs: the engine alone against the same groups through gRPC, scheduler and four clients.
+
+One command, one table: `python benchmarks/service_cost.py`. Both sides score the same prepared prompts in forwards of
+the same size on one thread, in turns; images are at the teacher beforehand. Answers must be equal within 1e-4 nats.
+Processor time is less sensitive to a machine that others use too: what the server's process takes beyond the engine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+from serving import encoded, print_table, teacher_server, tokens_of
+
+from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
+from services.teacher.images import ImageStore, PreparedImages
+from services.teacher.prepare import Envelope, Preparer
+from services.teacher.scheduler import group_tokens
+from services.teacher.vision_cache import VisionCache
+from vaopd import wire
+from vaopd.client import TeacherClient
+from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
+from vaopd.vlm import Vlm
+
+CLIENTS = 4
+
+
+def request(vlm: Vlm, shape: common.Shape, seed: int) -> ScoreRequest:
+    """As a trainer sends it; every eighth group is about the same image."""
+    image = encoded(common.picture(shape, seed % 8))
+    prepared_image = vlm.prepare_image(common.picture(shape, seed % 8))
+    return ScoreRequest(
+        group_id=f"g{seed}",
+        responses=tuple(ids.astype(np.int32) for ids in common.response_ids(vlm, shape, seed)),
+        images=(image,),
+        prompt_token_ids=common.prompt_ids(vlm, shape, prepared_image).astype(np.int32),
+    )
+
+
+def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
+    """As the server prepares them."""
+    store, views = ImageStore(2**30), PreparedImages(2**30)
+    preparer = Preparer(vlm, store=store, views=views, limits=TeacherLimits())
+    for request in requests:
+        for image in request.images:
+            preparer.admit_image(image)
+    message = wire.score_request_to_pb(
+        requests, job="", payload="hidden", top_k=0, degradation=Degradation(), tokenizer_fingerprint="", revision="",
+        with_token_texts=False,
+    )  # fmt: skip
+    envelope = Envelope(payload="hidden", top_k=0, degradation=Degradation())
+    return [preparer.prepare(group, envelope) for group in message.groups]
+
+
+def forwards(groups: Sequence[PreparedGroup], batch_tokens: int) -> list[list[PreparedGroup]]:
+    """Cut as the service cuts a call."""
+    batches: list[list[PreparedGroup]] = [[]]
+    for item in groups:
+        if batches[-1] and sum(map(group_tokens, [*batches[-1], item])) > batch_tokens:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def alone(engine: GroupEngine, batches: Sequence[Sequence[PreparedGroup]]) -> tuple[float, dict[str, np.ndarray]]:
+    started, logprobs = time.monotonic(), {}
+    for batch in batches:
+        for item, result in zip(batch, engine.score(batch), strict=True):
+            assert isinstance(result, ScoredGroup), result
+            logprobs[item.group_id] = result.teacher_logprobs
+    return time.monotonic() - started, logprobs
+
+
+async def through_grpc(
+    clients: Sequence[TeacherClient], requests: Sequence[ScoreRequest]
+) -> tuple[float, dict[str, np.ndarray]]:
+    logprobs: dict[str, np.ndarray] = {}
+
+    async def score(client: TeacherClient, part: Sequence[ScoreRequest]) -> None:
+        async for result in client.score(part):
+            assert isinstance(result, GroupScore), result
+            logprobs[result.group_id] = np.concatenate(result.teacher_logprobs)
+
+    started = time.monotonic()
+    await asyncio.gather(*(score(client, requests[n :: len(clients)]) for n, client in enumerate(clients)))
+    return time.monotonic() - started, logprobs
+
+
+async def measure(options: argparse.Namespace, model: Path) -> None:
+    vlm = common.load(model)
+    shape = common.Shape(prompt=options.prompt, response=options.response, rollouts=options.rollouts)
+    requests = [request(vlm, shape, seed) for seed in range(options.groups)]
+    batch_tokens = options.groups_per_forward * tokens_of(requests[0])
+    engine = GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=VisionCache(vlm, capacity_bytes=2**30))
+    batches = forwards(prepared(vlm, requests), batch_tokens)
+    seconds: dict[str, list[float]] = {"alone": [], "through gRPC": []}
+    cpu_s: dict[str, list[float]] = {"alone": [], "through gRPC": []}
+    with teacher_server(model, batch_tokens=batch_tokens) as server:
+        clients = [TeacherClient(server.target, job=f"job{n}") for n in range(CLIENTS)]
+        alone(engine, batches)
+        await through_grpc(clients, requests)
+        for _ in range(options.repeats):
+            before_s = time.process_time()
+            elapsed, expected = alone(engine, batches)
+            seconds["alone"].append(elapsed)
+            cpu_s["alone"].append(time.process_time() - before_s)
+            before_s = server.cpu_s()
+            elapsed, received = await through_grpc(clients, requests)
+            seconds["through gRPC"].append(elapsed)
+            cpu_s["through gRPC"].append(server.cpu_s() - before_s)
+            largest = max(float(np.abs(expected[name] - received[name]).max()) for name in expected)
+            assert largest < (0.1 if common.ON_GPU else 1e-4), f"the answers differ by {largest}"
+        for client in clients:
+            await client.close()
+    rates = {side: options.groups / statistics.median(values) for side, values in seconds.items()}
+    cpu = {side: 1000 * statistics.median(values) / options.groups for side, values in cpu_s.items()}
+    ratios = [a / b for a, b in zip(seconds["alone"], seconds["through gRPC"], strict=True)]
+    rows = [
+        ("engine alone, groups per second", f"{rates['alone']:.3f}", ""),
+        (f"through gRPC, {CLIENTS} clients", f"{rates['through gRPC']:.3f}", ""),
+        (f"ratio, median of {options.repeats} ({min(ratios):.3f} to {max(ratios):.3f})",
+         f"{statistics.median(ratios):.3f}", "≥ 0.95"),
+        ("processor time per group, engine alone / server process", f"{cpu['alone']:.0f} / {cpu['through gRPC']:.0f} ms",
+         ""),
+    ]  # fmt: skip
+    title = f"The service's own cost: {options.groups} groups of {shape}, {options.groups_per_forward} in a forward"
+    print_table(title, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--prompt", type=int, default=650, choices=sorted(common.IMAGE_SIDES))
+    parser.add_argument("--response", type=int, default=128)
+    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--groups-per-forward", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with common.model_folder(32_000) as model:
+        asyncio.run(measure(options, model))
+
+
+if __name__ == "__main__":
+    main()
