@@ -127,8 +127,7 @@ async def measure(options: argparse.Namespace, model: Path) -> None:
         (f"through gRPC, {CLIENTS} clients", f"{rates['through gRPC']:.3f}", ""),
         (f"ratio, median of {options.repeats} ({min(ratios):.3f} to {max(ratios):.3f})",
          f"{statistics.median(ratios):.3f}", "≥ 0.95"),
-        ("processor time per group, engine alone / server process", f"{cpu['alone']:.0f} / {cpu['through gRPC']:.0f} ms",
-         ""),
+        ("processor time per group, engine / server", f"{cpu['alone']:.0f} / {cpu['through gRPC']:.0f} ms", ""),
     ]  # fmt: skip
     title = f"The service's own cost: {options.groups} groups of {shape}, {options.groups_per_forward} in a forward"
     print_table(title, rows)
