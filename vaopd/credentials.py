@@ -31,7 +31,7 @@ class Credentials(TypedDict, total=False):
 def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials:
     """`TeacherClient(target, **from_environment())`. Raises ConfigError with the variable for what can't be read."""
     found: Credentials = {}
-    if key := _read(environment, API_KEY_FILE):
+    if (key := _read(environment, API_KEY_FILE)) is not None:
         found["api_key"] = api_key_from(key, origin=f"the file of {API_KEY_FILE}")
     ca, cert, cert_key = (_read(environment, name) for name in (CA, CERT, KEY))
     if (cert is None) != (cert_key is None):

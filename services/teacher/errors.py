@@ -137,7 +137,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     return await behaviour(call.incoming(request), context)
                 except Exception as error:
-                    return await _abort(context, call.method, error, job=call.job)
+                    return await _abort(context, call.method, call.located(error), job=call.job)
 
         return answer
 
@@ -153,7 +153,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     else:  # a handler that writes to the context itself, as the health service's Watch does
                         await answers
                 except Exception as error:
-                    await _abort(context, call.method, error, job=call.job)
+                    await _abort(context, call.method, call.located(error), job=call.job)
 
         return answer
 
@@ -164,6 +164,7 @@ class _Call:
     def __init__(self, method: str, caller: str | None, access: Access) -> None:
         self.method = method
         self.job = caller
+        self._read = 0
         self._access = access
 
     def incoming(self, request: Any) -> Any:
@@ -172,7 +173,14 @@ class _Call:
 
     async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
+            self._read += 1
             yield self._checked(request)
+
+    def located(self, error: Exception) -> Exception:
+        """Says which message of a stream is wrong, where nobody has said it better; streams are handled in order."""
+        if isinstance(error, InvalidInput) and error.field is None and self._read:
+            error.field = f"[{self._read - 1}]"
+        return error
 
     def _checked(self, request: Any) -> Any:
         if isinstance(request, _Malformed):

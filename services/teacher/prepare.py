@@ -53,13 +53,16 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
     check_revision(request.revision, teacher)
     groups, limit = len(request.groups), teacher.limits.max_groups_per_request
     if groups == 0:
-        raise InvalidInput("the request holds no groups; it needs at least one")
+        raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
     if groups > limit:
         raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]
     if "" in ids:
-        raise InvalidInput(f"group {ids.index('')} of the request has an empty group_id; name it")
-    _refuse_duplicates("group_id", ids, "the request")
+        unnamed = ids.index("")
+        raise InvalidInput(
+            f"group {unnamed} of the request has an empty group_id; name it", field=f"groups[{unnamed}].group_id"
+        )
+    _refuse_duplicates("group_id", ids, "the request", path="groups")
     return Envelope(
         payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
     )
@@ -94,7 +97,9 @@ def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescriptio
         known = ", ".join(f"{name} ({wire.PAYLOAD_KINDS[name]})" for name in teacher.payloads)
         raise Mismatch(f"payload {request.payload} is unknown to this teacher; it has {known}") from None
     if payload == "top_k" and not 1 <= request.top_k <= teacher.vocab_size:
-        raise InvalidInput(f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary")
+        raise InvalidInput(
+            f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary", field="top_k"
+        )
     return payload
 
 
@@ -103,16 +108,27 @@ def _degradation(message: teacher_pb2.Degradation) -> Degradation:
         degradation = wire.degradation_from_pb(message)
     except KeyError:
         known = ", ".join(f"{name} ({number})" for name, number in wire.DEGRADATION_KINDS.items())
-        raise InvalidInput(f"degradation {message.kind} is unknown to this teacher; it has {known}") from None
+        raise InvalidInput(
+            f"degradation {message.kind} is unknown to this teacher; it has {known}", field="degradation.kind"
+        ) from None
     if has_strength(degradation) and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
-        raise InvalidInput(f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}")
+        raise InvalidInput(
+            f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}", field="degradation.strength"
+        )
     return degradation
 
 
-def _refuse_duplicates(field: str, ids: Sequence[str], place: str) -> None:
-    if len(set(ids)) < len(ids):
-        twice = next(name for index, name in enumerate(ids) if name in ids[:index])
-        raise InvalidInput(f"{field} {twice!r} stands twice in {place}; ids must be unique there")
+def _refuse_duplicates(field: str, ids: Sequence[str], place: str, *, path: str) -> None:
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    for index, name in enumerate(ids):
+        if name in seen:
+            raise InvalidInput(
+                f"{field} {name[:80]!r} stands twice in {place}; ids must be unique there",
+                field=f"{path}[{index}].{field}",
+            )
+        seen.add(name)
 
 
 class Preparer:
@@ -168,7 +184,7 @@ class Preparer:
         if rollouts > limit:
             raise LimitExceeded(f"group {group.group_id!r} holds {rollouts} rollouts, the limit is {limit}; split it")
         ids = [rollout.rollout_id for rollout in group.rollouts]
-        _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}")
+        _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}", path="rollouts")
 
     def _prompts(
         self, group: teacher_pb2.PromptGroup, degradation: Degradation

@@ -37,7 +37,9 @@ class TeacherInProcess:
 
 
 @contextmanager
-def teacher_in_process(vlm: Vlm, *, batch_tokens: int = 4096, **options: Any) -> Iterator[TeacherInProcess]:
+def teacher_in_process(
+    vlm: Vlm, *, batch_tokens: int = 4096, address: str = "127.0.0.1:0", **options: Any
+) -> Iterator[TeacherInProcess]:
     """A server on a free port of the loopback, on an event loop of its own; `options` are TeacherServer's."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -45,7 +47,7 @@ def teacher_in_process(vlm: Vlm, *, batch_tokens: int = 4096, **options: Any) ->
 
     async def start() -> tuple[TeacherServer, str]:
         server = TeacherServer(vlm, model="tiny-teacher", batch_tokens=batch_tokens, **options)
-        return server, await server.start("127.0.0.1:0")
+        return server, await server.start(address)
 
     try:
         server, target = asyncio.run_coroutine_threadsafe(start(), loop).result()

@@ -1,0 +1,127 @@
+"""What clients prove themselves with: files, named by environment variables; and the certificates for development."""
+
+from __future__ import annotations
+
+import ipaddress
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from vaopd.certificates import FILES, make_certificates
+from vaopd.credentials import from_environment
+from vaopd.errors import ConfigError
+from vaopd.service_config import load_service_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certificates")
+    make_certificates(folder, hosts=["teacher", "192.0.2.7"], days=3)
+    return folder
+
+
+def certificate(folder: Path, name: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / name).read_bytes())
+
+
+def test_without_variables_there_are_no_credentials() -> None:
+    assert from_environment({}) == {}
+
+
+def test_the_key_is_what_its_file_holds(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("vaopd_0_1\n")
+    assert from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")}) == {"api_key": "vaopd_0_1"}
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"\xff\xfe", "schlüssel".encode(), b"a\x00b"])
+def test_a_file_that_holds_no_key_is_named_by_its_variable_and_not_quoted(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(ConfigError, match="VAOPD_API_KEY_FILE must hold one API key and nothing else") as caught:
+        from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")})
+    assert "words" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["VAOPD_API_KEY_FILE", "VAOPD_TLS_CA"])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = '/nowhere/x' can't be read"):
+        from_environment({name: "/nowhere/x"})
+
+
+def test_a_client_certificate_needs_its_key(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="VAOPD_TLS_CERT and VAOPD_TLS_KEY go together"):
+        from_environment({"VAOPD_TLS_CERT": str(folder / "client.pem")})
+
+
+def test_an_authority_turns_tls_on(folder: Path) -> None:
+    assert set(from_environment({"VAOPD_TLS_CA": str(folder / "ca.pem")})) == {"tls"}
+
+
+def test_the_server_goes_by_the_names_asked_for_and_by_this_hosts_own(folder: Path) -> None:
+    names = certificate(folder, "server.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "teacher"]
+    assert names.get_values_for_type(x509.IPAddress) == [
+        ipaddress.ip_address(text) for text in ("127.0.0.1", "::1", "192.0.2.7")
+    ]
+
+
+def test_certificates_are_short_lived_and_signed_by_the_authority(folder: Path) -> None:
+    authority = certificate(folder, "ca.pem")
+    for name in ("server.pem", "client.pem"):
+        certificate(folder, name).verify_directly_issued_by(authority)
+        assert certificate(folder, name).not_valid_after_utc <= datetime.now(UTC) + timedelta(days=3)
+
+
+def test_only_the_authority_may_sign_and_its_key_is_not_kept(folder: Path) -> None:
+    signs = {
+        name: certificate(folder, name).extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        for name in ("ca.pem", "server.pem", "client.pem")
+    }
+    assert signs == {"ca.pem": True, "server.pem": False, "client.pem": False}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+def test_private_keys_are_for_their_owner_only(folder: Path) -> None:
+    for name in ("server.key", "client.key"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+
+
+def test_certificates_are_not_overwritten_by_accident(folder: Path) -> None:
+    before = (folder / "server.pem").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds ca\.pem, .* already; --replace"):
+        make_certificates(folder)
+    assert (folder / "server.pem").read_bytes() == before
+
+
+@pytest.mark.parametrize("host", ["", "host:50051", "https://host", "müller.example"])
+def test_a_host_that_is_no_name_is_refused(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="is no name or address"):
+        make_certificates(tmp_path / "new", hosts=[host])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('[tls]\ncert = "a"', "cert and key go together"),
+        ('[tls]\nclient_ca = "a"', "client_ca is of no use without TLS"),
+        ('[tls]\ncert = "a"\nkey = "b"\nplaintext = true', "contradicts cert"),
+        ("[quotas]\ngroups_per_minute = 5", "quotas need keys.file"),
+        ('[keys]\nfile = "k"\n[quotas]\ngroups_per_minute = 0', "groups_per_minute"),
+        ('[keys]\nfolder = "k"', "known here: file"),
+    ],
+)
+def test_a_service_configuration_that_cant_be_meant_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "service.toml").write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load_service_config(tmp_path / "service.toml")
+
+
+def test_files_are_looked_for_beside_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "service.toml").write_text('[keys]\nfile = "keys.json"\n[tls]\ncert = "/etc/s.pem"\nkey = "s.key"')
+    service = load_service_config(tmp_path / "service.toml")
+    assert service.keys.file == tmp_path / "keys.json"
+    assert (service.tls.cert, service.tls.key) == (Path("/etc/s.pem"), tmp_path / "s.key")
+    assert service.tls.client_ca is None
