@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: compare demo test lint types proto proto-check setup clean
+.PHONY: bench compare demo test lint types proto proto-check setup clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,11 @@ demo: $(STAMP)
 
 compare: $(STAMP)
 	$(BIN)/python benchmarks/opd_vs_vaopd.py
+
+# Each is a command of its own and prints its tables; --json FILE keeps the numbers for benchmarks/plots.py.
+BENCHMARKS := floor paired_scoring against_vllm train_step fused_kl codecs service_cost sharing
+bench: $(STAMP)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

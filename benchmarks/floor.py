@@ -1,0 +1,256 @@
+"""What scoring a prompt group costs at least, by arithmetic: operations, bytes, and a device's time for them.
+
+One command, its tables: `python benchmarks/floor.py`: the paper's setting, Qwen3-VL-8B as the teacher on one H100. The
+other commands use `scoring_cost` too, for what their own model and shapes allow. Counted are matrix products (two
+operations per weight and token), attention (causal where it is) and the bytes that must move; not counted are norms,
+rotations, activation functions, launches and whatever a device does below its peak. A floor, therefore; the ratio of
+two of them is what less work is worth when both sides are equally well made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# The published config.json of Qwen/Qwen3-VL-8B-Instruct, as far as it matters here.
+QWEN3_VL_8B = {
+    "tie_word_embeddings": False,
+    "text_config": {
+        "vocab_size": 151_936,
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "vision_config": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "in_channels": 3,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+}
+PUBLISHED_PARAMETERS = 8.77e9
+# H100 SXM, NVIDIA's data sheet: bf16 on the tensor cores without sparsity, HBM3.
+H100_FLOPS, H100_BYTES_PER_S = 989e12, 3.35e12
+ITEM_BYTES = 2  # bf16
+SETTINGS = ((400, 500), (650, 1000), (1000, 2000), (1500, 4000))
+"""(P, R) between the paper's ends."""
+TEXT_TOKENS = 50
+"""Of a prompt; the others are its image's."""
+
+Side = Literal["engine", "known image", "careful", "shared image", "usual"]
+SIDES: tuple[Side, ...] = ("engine", "known image", "shared image", "careful", "usual")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """flops, bytes moved, and the largest thing beside weights and activations: the logits, in bytes."""
+
+    flops: float
+    bytes: float
+    logits_bytes: float
+
+    @property
+    def h100_s(self) -> float:
+        """Compute and memory traffic overlap at best."""
+        return max(self.flops / H100_FLOPS, self.bytes / H100_BYTES_PER_S)
+
+
+class Model:
+    """Sizes of a Qwen3-VL, from its configuration as a dictionary."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        text, vision = config["text_config"], config["vision_config"]
+        self.vocabulary, self.width, self.layers = text["vocab_size"], text["hidden_size"], text["num_hidden_layers"]
+        self.heads_width = text["num_attention_heads"] * text["head_dim"]
+        self.kv_width = text["num_key_value_heads"] * text["head_dim"]
+        inner = text["intermediate_size"]
+        # (in, out) of every matrix of a layer.
+        self.text_matrices = [
+            (self.width, self.heads_width),
+            (self.width, 2 * self.kv_width),
+            (self.heads_width, self.width),
+            (self.width, 2 * inner),
+            (inner, self.width),
+        ]
+        self.vision_width, self.depth = vision["hidden_size"], vision["depth"]
+        v_inner = vision["intermediate_size"]
+        self.vision_matrices = [
+            (self.vision_width, 3 * self.vision_width),
+            (self.vision_width, self.vision_width),
+            (self.vision_width, v_inner),
+            (v_inner, self.vision_width),
+        ]
+        self.merged = vision["spatial_merge_size"] ** 2
+        joined = self.merged * self.vision_width
+        self.merger_matrices = [(joined, joined), (joined, vision["out_hidden_size"])]
+        self.mergers = 1 + len(vision["deepstack_visual_indexes"])
+        pixels = vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        self.patch_matrix = (pixels, self.vision_width)
+        self.positions = vision["num_position_embeddings"]
+        self.tied = config["tie_word_embeddings"]
+
+    @property
+    def text_weights(self) -> int:
+        return self.layers * _weights(self.text_matrices)
+
+    @property
+    def vision_weights(self) -> int:
+        return (
+            self.depth * _weights(self.vision_matrices)
+            + self.mergers * _weights(self.merger_matrices)
+            + _weights([self.patch_matrix])
+        )
+
+    @property
+    def head_weights(self) -> int:
+        return self.vocabulary * self.width
+
+    @property
+    def parameters(self) -> int:
+        """Without norms and biases."""
+        embeddings = self.head_weights * (1 if self.tied else 2)
+        return self.text_weights + self.vision_weights + embeddings + self.positions * self.vision_width
+
+    def vision_cost(self, image_tokens: int) -> tuple[float, float]:
+        """Operations and bytes of activations for one image; every patch attends to every patch."""
+        patches = self.merged * image_tokens
+        layer = 2 * patches * _weights(self.vision_matrices) + 4 * patches**2 * self.vision_width
+        merger = 2 * image_tokens * _weights(self.merger_matrices)
+        flops = self.depth * layer + self.mergers * merger + 2 * patches * _weights([self.patch_matrix])
+        moved = patches * self.depth * _widths(self.vision_matrices) + patches * _widths([self.patch_matrix])
+        moved += self.mergers * image_tokens * _widths(self.merger_matrices)
+        return flops, ITEM_BYTES * moved
+
+    def text_cost(self, tokens: int, pairs: int, keys: int) -> tuple[float, float]:
+        """pairs: of a query and a key that it looks at; keys: keys that have to be read for them."""
+        flops = 2 * tokens * self.text_weights + 4 * self.heads_width * pairs * self.layers
+        moved = self.layers * (tokens * _widths(self.text_matrices) + 2 * keys * self.kv_width)
+        return flops, ITEM_BYTES * moved
+
+
+def _weights(matrices: Sequence[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in matrices)
+
+
+def _widths(matrices: Sequence[tuple[int, int]]) -> int:
+    """Numbers read and written per token when every matrix's input and output pass through memory once."""
+    return sum(rows + columns for rows, columns in matrices)
+
+
+def scoring_cost(model: Model, side: Side, *, prompt: int, image_tokens: int, lengths: Sequence[int]) -> Cost:
+    """Both views of one group whose responses have these lengths; `side` as in benchmarks/competitors.py."""
+    rollouts, longest = len(lengths), max(lengths)
+    own_pairs = [_causal(length) + length * prompt for length in lengths]
+    if side in ("engine", "known image"):
+        tokens, heads, forwards = prompt + sum(lengths), sum(lengths), 1
+        pairs, keys = _causal(prompt) + sum(own_pairs), prompt + sum(prompt + length for length in lengths)
+    else:
+        rows = lengths if side == "usual" else [longest] * rollouts  # one by one, or padded
+        tokens = sum(prompt + length for length in rows)
+        pairs, keys = sum(_causal(prompt + length) for length in rows), tokens
+        heads = tokens if side == "usual" else sum(lengths)
+        forwards = 2 * rollouts if side == "usual" else 1
+    images = {"engine": 1, "shared image": 1, "known image": 0}.get(side, rollouts)
+    vision_flops, vision_bytes = model.vision_cost(image_tokens)
+    text_flops, text_bytes = model.text_cost(tokens, pairs, keys)
+    # A logit: written, read and widened to float32, read for the log-sum-exp; or written again by a log-softmax.
+    per_logit = 2 * ITEM_BYTES + 4 + 4 + (4 if side == "usual" else 0)
+    flops = 2 * (images * vision_flops + text_flops + 2 * heads * model.head_weights)
+    weights = model.text_weights + model.head_weights + (model.vision_weights if images else 0)
+    moved = ITEM_BYTES * weights * forwards
+    moved += 2 * (images * vision_bytes + text_bytes + per_logit * heads * model.vocabulary)
+    if side == "usual":
+        logit_rows = prompt + longest  # of one rollout at a time
+    elif side in ("engine", "known image"):
+        logit_rows = min(1024, 2 * heads)  # one chunk
+    else:
+        logit_rows = 2 * heads
+    kept = ITEM_BYTES + 4 + (4 if side == "usual" else 0)
+    return Cost(flops=flops, bytes=moved, logits_bytes=kept * logit_rows * model.vocabulary)
+
+
+def training_flops(
+    model: Model,
+    side: Literal["shared", "per sequence", "image shared"],
+    *,
+    prompt: int,
+    image_tokens: int,
+    lengths: Sequence[int],
+) -> float:
+    """Forward and backward (twice the forward) of one view; at the heads, both forwards and the student's backward."""
+    matching: dict[str, Side] = {"shared": "engine", "per sequence": "careful", "image shared": "shared image"}
+    cost = scoring_cost(model, matching[side], prompt=prompt, image_tokens=image_tokens, lengths=lengths)
+    head = 2 * sum(lengths) * model.head_weights
+    return 3 * (cost.flops / 2 - head) + 4 * head
+
+
+def _causal(length: int) -> int:
+    return length * (length + 1) // 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rollouts", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=16, help="prompt groups of an optimizer step")
+    options = parser.parse_args()
+    model = Model(QWEN3_VL_8B)
+    print(
+        f"Qwen3-VL-8B: {model.parameters / 1e9:.2f} B parameters counted, {PUBLISHED_PARAMETERS / 1e9} B published; "
+        f"text {model.text_weights / 1e9:.2f} B, vision {model.vision_weights / 1e9:.2f} B, head and embeddings "
+        f"{model.head_weights / 1e9:.2f} B each.\n"
+        f"One H100 SXM: {H100_FLOPS / 1e12:.0f} TFLOP/s in bf16 without sparsity, {H100_BYTES_PER_S / 1e12:.2f} TB/s.\n"
+        f"K = {options.rollouts}; a step is {options.groups} groups; {TEXT_TOKENS} tokens of a prompt are text.\n"
+    )
+    print_floors(model, options.rollouts, options.groups)
+    print_growth(model)
+
+
+def cost_at(model: Model, side: Side, setting: tuple[int, int], rollouts: int) -> Cost:
+    prompt, response = setting
+    lengths = [response] * rollouts
+    return scoring_cost(model, side, prompt=prompt, image_tokens=prompt - TEXT_TOKENS, lengths=lengths)
+
+
+def print_floors(model: Model, rollouts: int, groups: int) -> None:
+    header = (
+        "P", "R", "side", "TFLOP per group", "GB moved", "compute, ms", "memory, ms", "floor per step, s",
+        "of the engine's", "logits at once, GB",
+    )  # fmt: skip
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
+    for prompt, response in SETTINGS:
+        engine_s = cost_at(model, "engine", (prompt, response), rollouts).h100_s
+        for side in SIDES:
+            cost = cost_at(model, side, (prompt, response), rollouts)
+            cells = (
+                prompt, response, side, f"{cost.flops / 1e12:.0f}", f"{cost.bytes / 1e9:.0f}",
+                f"{1000 * cost.flops / H100_FLOPS:.0f}", f"{1000 * cost.bytes / H100_BYTES_PER_S:.0f}",
+                f"{groups * cost.h100_s:.1f}", f"{cost.h100_s / engine_s:.2f} ×", f"{cost.logits_bytes / 1e9:.1f}",
+            )  # fmt: skip
+            print("| " + " | ".join(str(cell) for cell in cells) + " |")
+
+
+def print_growth(model: Model) -> None:
+    """What the hidden payload weighs, and how the gain depends on K."""
+    print("\n| P | R | usual over engine: K 1 | K 4 | K 8 | K 16 | hidden payload per rollout, MB |\n|" + " --- |" * 7)
+    for prompt, response in SETTINGS:
+        factors = []
+        for rollouts in (1, 4, 8, 16):
+            usual, engine = (cost_at(model, side, (prompt, response), rollouts) for side in ("usual", "engine"))
+            factors.append(usual.h100_s / engine.h100_s)
+        payload = response * (2 * model.width + 12) / 1e6
+        print(f"| {prompt} | {response} | " + " | ".join(f"{f:.2f} ×" for f in factors) + f" | {payload:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
