@@ -7,10 +7,10 @@ export function drawFigures(reply, seconds) {
   const tokens = reply.rollouts.reduce((sum, rollout) => sum + rollout.tokens.length, 0);
   const all = reply.rollouts.flatMap((rollout) => rollout.visual_advantage);
   const facts = [
-    [percent(reply.share_of_top_10), "of VA in the top 10 % of tokens"],
-    [percent(reply.share_of_top_20), "in the top 20 %"],
+    [percent(reply.share_of_top_10), "of VA in the top 10\u00a0% of tokens"],
+    [percent(reply.share_of_top_20), "in the top 20\u00a0%"],
     [nats(all.reduce((sum, va) => sum + va, 0) / all.length), "mean VA, nats per token"],
-    [String(tokens), `tokens scored in ${seconds.toFixed(1)} s`],
+    [String(tokens), `tokens scored in ${seconds.toFixed(1)}\u00a0s`],
   ];
   $(".figures").replaceChildren(...facts.map(([value, meaning]) => h("div", {}, h("b", {}, value), h("span", {}, meaning))));
 }

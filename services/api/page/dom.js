@@ -20,9 +20,9 @@ export const nats = (value, digits = 3) => (Object.is(Math.round(value * 1e6), -
 export function percent(share) {
   if (share === null) return "–";
   const value = 100 * share;
-  if (value > 0 && value < 0.1) return "< 0.1 %";
-  if (value > 99.9 && value < 100) return "> 99.9 %";
-  return `${value.toFixed(value > 99 || value < 10 ? 1 : 0)} %`.replace(".0 ", " ");
+  if (value > 0 && value < 0.1) return "<\u202f0.1\u00a0%";
+  if (value > 99.9 && value < 100) return ">\u202f99.9\u00a0%";
+  return `${value.toFixed(value > 99 || value < 10 ? 1 : 0)}\u00a0%`.replace(".0\u00a0", "\u00a0");
 }
 
 /** A token's text with its spaces and line breaks made visible. */

@@ -13,6 +13,7 @@ const amount = (va, scale) => `${(100 * (va / scale) ** DEGREES).toFixed(1)}%`;
 export function draw(reply, labels) {
   const scale = scaleOf(reply);
   $("#ramp-end").textContent = `${scale.toFixed(1)} nats`;
+  $("#details").hidden = false;
   hideDetails();
   rows = [];
   $("#rollouts").replaceChildren(...reply.rollouts.map((rollout, k) => card(reply, rollout, k, scale, labels[k])));
@@ -82,7 +83,9 @@ function inNextLine(from, direction) {
 
 function hideDetails() {
   pinned = null;
-  $("#details").hidden = true;
+  // It keeps its place, so that nothing moves under the pointer.
+  $("#details").classList.add("idle");
+  $("#details").replaceChildren(h("h2", {}, "The token at hand"), h("p", { class: "hint" }, "Hover or tap a token, or move with the arrow keys, to see what the teacher thought of it."));
   rows.flat().forEach((button) => button.classList.remove("at"));
 }
 
@@ -92,12 +95,12 @@ function showDetails(reply, k, t, scale) {
   rows[k][t].classList.add("at");
   const [teacher, degraded, va] = [rollout.teacher_logprobs[t], rollout.degraded_logprobs[t], rollout.visual_advantage[t]];
   const facts = [
-    ["log-prob, original", `${nats(teacher)}  (${percent(Math.exp(teacher))})`],
-    ["log-prob, degraded", `${nats(degraded)}  (${percent(Math.exp(degraded))})`],
+    ["log p, original", `${nats(teacher)}  (${percent(Math.exp(teacher))})`],
+    ["log p, degraded", `${nats(degraded)}  (${percent(Math.exp(degraded))})`],
     ["difference", `${nats(teacher - degraded)} nats`],
     ["visual advantage", `${nats(va)} nats`, "va"],
     ["rank", rollout.ranks ? String(rollout.ranks[t] ?? "beyond 20") : "–"],
-    ["group", rollout.high_group[t] ? `high (top ${Math.round(100 * reply.high_fraction)} %)` : "low"],
+    ["group", rollout.high_group[t] ? `high, top ${Math.round(100 * reply.high_fraction)}\u00a0%` : "low"],
   ];
   $("#details").replaceChildren(
     h("button", { type: "button", class: "close quiet", "aria-label": "Close the details", onclick: hideDetails }, "✕"),
@@ -106,7 +109,7 @@ function showDetails(reply, k, t, scale) {
     h("dl", {}, ...facts.map(([name, value, kind]) => h("div", { class: kind ?? "", style: { display: "contents" } }, h("dt", {}, name), h("dd", {}, value)))),
     expected(rollout, t),
   );
-  $("#details").hidden = false;
+  $("#details").classList.remove("idle");
 }
 
 function expected(rollout, t) {

@@ -305,7 +305,7 @@ function setTheme(theme) {
 
 setTheme(localStorage.getItem("vaopd.theme"));
 setAnswers([]);
-showAs("slider");
+showAs(matchMedia("(max-width: 760px)").matches ? "slider" : "pair");
 listen();
 settleStrength();
 const [examples] = await Promise.all([loadExamples().catch(() => []), loadTeachers()]);

@@ -100,4 +100,5 @@ function paintToken(pen, colour, { button, x, width }, top) {
   pen.font = `16px ${MONO}`;
   pen.fillStyle = button.classList.contains("against") ? colour("--against") : colour("--ink");
   pen.fillText(button.textContent, x + 5, top + LINE / 2 + 1);
+  if (button.classList.contains("against")) pen.fillRect(x + 5, top + LINE - 9, width - 10, 1.5);
 }

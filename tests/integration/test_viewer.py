@@ -1,0 +1,294 @@
+"""The viewer page in a real headless Chromium, served by the API in front of a real teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser
+
+from services.api.app import PAGE
+from tests.support.api import Api, start_api
+from tests.support.models import model_folder, tiny_vlm
+from tests.support.teacher import TeacherInProcess, teacher_in_process
+from tests.support.viewer import Viewer, chromium, viewer
+from vaopd.keys import add_key
+
+EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
+PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[TeacherInProcess]:
+    with teacher_in_process(tiny_vlm()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def api(teacher: TeacherInProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
+
+
+@pytest.fixture
+def seen(browser: Browser, api: Api) -> Iterator[Viewer]:
+    """The page, just opened. Whatever a test does: nothing is asked of another host, and nothing fails unseen."""
+    with viewer(browser, str(api.http.base_url)) as opened:
+        opened.open()
+        yield opened
+        hosts = {urlsplit(response.url).netloc for response in opened.responses if response.url.startswith("http")}
+        assert hosts == {urlsplit(str(api.http.base_url)).netloc}
+        assert [text for text in opened.complaints if "Failed to load resource" not in text] == []
+
+
+def test_a_newcomer_sees_a_scored_example_after_one_click(seen: Viewer) -> None:
+    seen.score_example()
+    assert "".join(seen.tokens()).replace("␣", " ") == EXAMPLES[0]["responses"][0] + "<|im_end|>"
+    assert seen.page.locator(".rollout").count() == len(EXAMPLES[0]["responses"])
+    # Said aloud by a screen reader, without anybody's looking for it.
+    assert "The top 10 % carry" in seen.page.locator("[role=status]").inner_text()
+    weights = [float(text.split()[-1]) for text in seen.page.locator(".weight:has(.meter)").all_inner_texts()]
+    assert sum(weights) == pytest.approx(1, abs=0.02)
+
+
+def test_the_page_is_light(seen: Viewer) -> None:
+    """With a scored example, in bytes as sent: under a tenth of what the page may weigh."""
+    seen.score_example()
+    files = [response for response in seen.responses if "/v1/" not in response.url and response.url.startswith("http")]
+    assert 0 < sum(len(response.body()) for response in files) < 100_000
+
+
+def test_hovering_a_token_tells_what_the_api_said_of_it(seen: Viewer) -> None:
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.score_example()
+    rollout = answer.value.json()["rollouts"][0]
+    at = max(range(len(rollout["tokens"])), key=lambda t: rollout["visual_advantage"][t])
+    seen.page.locator(".tokens").first.locator(".token").nth(at).hover()
+    details = seen.details()
+    assert details["visual advantage"] == f"{rollout['visual_advantage'][at]:.3f} nats"
+    assert details["log p, original"].startswith(f"{rollout['teacher_logprobs'][at]:.3f}".replace("-", "−"))
+    assert details["log p, degraded"].startswith(f"{rollout['degraded_logprobs'][at]:.3f}".replace("-", "−"))
+    assert details["rank"] == str(rollout["ranks"][at])
+    assert details["group"].startswith("high")
+    expected = [alternative["text"].replace(" ", "␣") for alternative in rollout["alternatives"][at]]
+    assert seen.page.locator("#details tbody th").all_inner_texts() == expected
+    assert seen.page.locator(".tokens").first.locator(".token.high").count() == sum(rollout["high_group"])
+
+
+def test_everything_can_be_reached_by_keyboard(seen: Viewer) -> None:
+    page = seen.page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("!!document.activeElement.closest('#examples')"):
+            break
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#rollouts .token")
+    seen.wait_until_idle()
+    for _ in range(40):  # through the form and the views, into the one token that Tab reaches
+        if page.evaluate("document.activeElement.classList.contains('token')"):
+            break
+        page.keyboard.press("Tab")
+    tokens = seen.tokens()
+    assert page.locator("#details .big").inner_text() == tokens[0]
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#details .big").inner_text() == tokens[1]
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")  # over the edge: the next response
+    assert page.locator("#details .big").inner_text() == seen.tokens(1)[0]
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.closest('.rollout').ariaLabel") == "Response 1"
+    page.keyboard.press("Escape")
+    assert page.locator("#details.idle").count() == 1
+
+
+def test_original_and_degraded_view_side_by_side_and_under_a_slider(seen: Viewer) -> None:
+    seen.score_example()
+    original, degraded = (seen.page.locator(name).bounding_box() for name in ("#original", "#degraded"))
+    assert original
+    assert degraded
+    assert degraded["x"] >= original["x"] + original["width"]
+    seen.page.click("#as-slider")
+    over, under = (seen.page.locator(name).bounding_box() for name in ("#original", "#degraded"))
+    assert over == under
+    seen.page.locator("#split").fill("75")
+    assert seen.page.locator("#original").evaluate("e => getComputedStyle(e).clipPath") == "inset(0px 0px 0px 25%)"
+
+
+def test_another_degradation_is_scored_at_once(seen: Viewer) -> None:
+    seen.score_example()
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.page.select_option("#degradation", "black")
+    assert answer.value.json()["degradation"]["kind"] == "black"
+    assert seen.page.locator("#strength").is_disabled()
+    seen.wait_for("the black view is shown", "document.querySelector('#degraded').alt.endsWith('black')")
+
+
+def test_the_table_says_what_the_colours_say(seen: Viewer) -> None:
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.score_example()
+    rollout = answer.value.json()["rollouts"][0]
+    seen.page.locator("#tables summary").click()
+    rows = seen.page.locator("#tables table").first.locator("tbody tr")
+    assert rows.count() == len(rollout["tokens"])
+    cells = rows.nth(4).locator("th, td").all_inner_texts()
+    assert cells[1] == rollout["tokens"][4]["text"]
+    assert cells[4] == f"{rollout['visual_advantage'][4]:.3f}"
+
+
+def test_a_link_brings_the_view_back(seen: Viewer) -> None:
+    seen.score_example(1)
+    seen.page.select_option("#degradation", "blur")
+    seen.wait_for("the address follows", "location.hash.includes('blur')")
+    seen.wait_until_idle()
+    address, tokens = seen.page.url, seen.tokens()
+    seen.open(fragment=f"#{urlsplit(address).fragment}")
+    seen.page.wait_for_selector("#rollouts .token")
+    assert seen.tokens() == tokens
+    assert seen.page.input_value("#degradation") == "blur"
+    assert seen.page.input_value("#question") == EXAMPLES[1]["question"]
+
+
+def test_what_is_shown_can_be_kept_as_png_and_json(seen: Viewer, tmp_path: Path) -> None:
+    seen.score_example()
+    with seen.page.expect_download() as download:
+        seen.page.click("#save-json")
+    download.value.save_as(tmp_path / "kept.json")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["question"] == EXAMPLES[0]["question"]
+    assert len(kept["rollouts"]) == len(EXAMPLES[0]["responses"])
+    with seen.page.expect_download() as download:
+        seen.page.click("#save-png")
+    download.value.save_as(tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_are_told_in_words_where_they_belong(seen: Viewer, tmp_path: Path) -> None:
+    page = seen.page
+    page.click("#score")
+    assert seen.error == "Type a question."
+    assert page.locator("#question").get_attribute("aria-invalid") == "true"
+    page.fill("#question", "What is the perimeter?")
+    page.fill("#responses textarea", "It is 12. <|image_pad|>")
+    page.click("#score")
+    seen.wait_for_error("vision")
+    (tmp_path / "notes.txt").write_text("no image")
+    page.set_input_files("#file", tmp_path / "notes.txt")
+    assert "choose a PNG, JPEG or WEBP image" in seen.error
+    page.fill("#responses textarea", "It is 12.")
+    page.route("**/v1/score", lambda route: route.abort())
+    page.click("#score")
+    seen.wait_for_error("reached")
+    assert "The API can't be reached. Is it still running" in seen.error
+    page.unroute("**/v1/score")
+    page.click("#score")
+    page.wait_for_selector("#rollouts .token")
+    assert page.locator("#error").is_hidden()
+
+
+def test_a_damaged_image_is_refused_in_words(seen: Viewer, tmp_path: Path) -> None:
+    whole = (PAGE / "examples" / "triangle.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:-900])
+    seen.page.set_input_files("#file", tmp_path / "cut.png")
+    seen.page.fill("#question", "What is the perimeter?")
+    seen.page.fill("#responses textarea", "It is 12.")
+    seen.page.click("#score")
+    seen.page.wait_for_selector("#error:not([hidden])")
+    assert "is damaged; re-encode it" in seen.error
+
+
+def test_light_and_dark(browser: Browser, api: Api) -> None:
+    """The system's choice holds until the user makes another, which is remembered."""
+    ground = "getComputedStyle(document.body).backgroundColor"
+    with viewer(browser, str(api.http.base_url), color_scheme="dark") as seen:
+        seen.open()
+        dark = seen.page.evaluate(ground)
+        seen.page.click("#theme")
+        light = seen.page.evaluate(ground)
+        assert dark != light
+        seen.open()
+        assert seen.page.evaluate(ground) == light
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
+def test_no_serious_finding_of_axe(browser: Browser, api: Api, options: dict[str, object]) -> None:
+    with viewer(browser, str(api.http.base_url), **options) as seen:
+        seen.open()
+        found = _serious(seen)
+        seen.score_example()
+        seen.page.locator("#tables summary").click()
+        seen.page.locator("#rollouts .token").nth(4).click()
+        found += _serious(seen)
+        seen.open(path="/docs")
+        found += _serious(seen)
+        assert found == []
+
+
+def _serious(seen: Viewer) -> list[str]:
+    violations = Axe().run(seen.page).response["violations"]
+    return [
+        f"{each['id']}: {node['html']}"
+        for each in violations
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+def test_it_fits_a_phone(browser: Browser, api: Api) -> None:
+    with viewer(browser, str(api.http.base_url), **PHONE) as seen:
+        seen.open()
+        seen.score_example()
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 360
+        seen.page.locator("#rollouts .token").nth(4).tap()
+        box = seen.page.locator("#details").bounding_box()
+        assert box
+        assert box["y"] + box["height"] <= 740
+        seen.page.locator("#details .close").tap()
+        assert seen.page.locator("#details").is_hidden()
+
+
+def test_an_api_with_keys_asks_for_one(browser: Browser, teacher: TeacherInProcess, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.json", "geometry")
+    for api in start_api(tmp_path, teacher.target, "--keys", str(tmp_path / "keys.json")):
+        with viewer(browser, str(api.http.base_url)) as seen:
+            seen.open()
+            assert "an API key is needed" in seen.error.replace("An API", "an API")
+            seen.page.fill("#key", "vaopd_wrong")
+            seen.page.locator("#key").blur()
+            seen.wait_for_error("malformed")
+            seen.page.fill("#key", key)
+            seen.page.locator("#key").blur()
+            seen.page.wait_for_selector("#error", state="hidden")
+            seen.score_example()
+            assert key not in seen.page.url
+            seen.open(path="/docs")  # the tab remembers the key
+
+
+@pytest.mark.slow
+def test_the_student_answers_and_is_scored(browser: Browser, teacher: TeacherInProcess, tmp_path: Path) -> None:
+    for api in start_api(tmp_path, teacher.target, "--student", str(model_folder("student"))):
+        with viewer(browser, str(api.http.base_url)) as seen:
+            seen.open()
+            seen.score_example()
+            seen.page.select_option("#count", "2")
+            with seen.page.expect_request("**/v1/score") as asked:
+                seen.page.click("#sample")
+            sent = json.loads(asked.value.post_data or "")["responses"]
+            assert [type(response) for response in sent] == [list, list]  # the very tokens that were sampled
+            seen.wait_for("both answers are shown", "document.querySelectorAll('.rollout').length === 2")
+            # Edited, it is a text again.
+            seen.page.locator("#responses textarea").first.fill("It is 12.")
+            with seen.page.expect_request("**/v1/score") as asked:
+                seen.page.click("#score")
+            assert json.loads(asked.value.post_data or "")["responses"][0] == "It is 12."

@@ -1,0 +1,101 @@
+"""A real headless Chromium on the viewer page. Where there is none, tests that want it are skipped, and say so.
+
+`VAOPD_REQUIRE_BROWSER=1` makes that a failure; `VAOPD_CHROMIUM` names another executable.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Response, sync_playwright
+
+from tests.support.waiting import wait_until
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# A browser that is started asks its maker for updates and lists; only the page's own requests shall be seen.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    executable = os.environ.get("VAOPD_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
+        message = "no Chromium on this machine (apt-get install chromium, or VAOPD_CHROMIUM=PATH)"
+        if os.environ.get("VAOPD_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass
+class Viewer:
+    """One open page, and what it asked for and complained about."""
+
+    page: Page
+    base_url: str
+    responses: list[Response] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def open(self, fragment: str = "", path: str = "/") -> None:
+        # Only the fragment would change: then the page is not loaded again.
+        self.page.goto("about:blank")
+        self.page.goto(f"{self.base_url}{path}{fragment}")
+        self.page.wait_for_selector("html[data-ready]" if path == "/" else "section.card")
+
+    def score_example(self, number: int = 0) -> None:
+        self.page.locator("#examples button").nth(number).click()
+        self.page.wait_for_selector("#rollouts .token")
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        self.wait_for("nothing is asked any more", "!document.querySelector('#score').disabled")
+
+    def wait_for(self, description: str, script: str) -> None:
+        """Playwright's own wait_for_function evaluates strings in the page, which its security policy forbids."""
+        wait_until(description, lambda: self.page.evaluate(script), timeout_s=30)
+
+    def wait_for_error(self, words: str) -> None:
+        wait_until(f"the page says {words!r}", lambda: words in self.error, timeout_s=30)
+
+    def tokens(self, response: int = 0) -> list[str]:
+        labels = self.page.locator(".tokens").nth(response).locator(".token")
+        return [label.split(", token ")[0] for label in labels.evaluate_all("all => all.map(b => b.ariaLabel)")]
+
+    def details(self) -> dict[str, str]:
+        terms = self.page.locator("#details dt").all_inner_texts()
+        return dict(zip(terms, self.page.locator("#details dd").all_inner_texts(), strict=True))
+
+    @property
+    def error(self) -> str:
+        return self.page.locator("#error").inner_text()
+
+
+@contextmanager
+def viewer(browser: Browser, base_url: str, **options: Any) -> Iterator[Viewer]:
+    """`options` are those of Playwright's `new_context`: viewport, color_scheme and so on."""
+    context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
+    try:
+        opened = Viewer(context.new_page(), base_url.rstrip("/"))
+        opened.page.on("response", lambda response: opened.responses.append(response))
+        opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
+        opened.page.on("console", lambda said: opened.complaints.append(said.text) if said.type == "error" else None)
+        yield opened
+    finally:
+        context.close()
