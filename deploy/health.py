@@ -1,4 +1,7 @@
-"""Health checks from inside a container: `health.py grpc HOST:PORT` or `health.py http URL`; exits with 0 or 1."""
+"""Health checks from inside a container: `health.py grpc HOST:PORT` or `health.py http URL`; exits with 0 or 1.
+
+A teacher with TLS is asked with what VAOPD_TLS_CA, VAOPD_TLS_CERT and VAOPD_TLS_KEY name, as any client does.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ def grpc_serving(address: str) -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    from vaopd.credentials import from_environment
+
+    tls = from_environment().get("tls")
+    with grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -11,10 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from vaopd import credentials
 from vaopd.config import load_config
+from vaopd.service_config import load_service_config
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SECURED: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "secured.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 GPU_ROLES = ("gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-second-rollout", "gpu-second-trainer")
 
@@ -65,6 +70,59 @@ def test_only_the_api_is_published_and_only_to_this_host() -> None:
         assert [port.split(":")[0] for port in ports] == ["127.0.0.1"]
 
 
+def test_images_and_code_cant_be_written_and_secrets_are_nowhere_in_the_environment() -> None:
+    for service in SERVICES.values():
+        for place in sources(service).values():
+            assert place in ("/queue", "/runs", "/datasets", "/cache", "/app/configs", "/app/service.toml")
+        assert all(mount.endswith(":ro") for mount in service.get("volumes", ()) if mount.startswith("./"))
+        assert not [name for name in service.get("environment", ()) if re.search("KEY|SECRET|PASS|TOKEN", name)]
+
+
+def service_file(words: list[str]) -> str:
+    return words[words.index("--service") + 1]
+
+
+@pytest.mark.parametrize("name", ["teacher", "gpu-teacher"])
+def test_a_teacher_without_tls_is_one_whose_port_is_not_published(name: str) -> None:
+    assert service_file(shlex.split(SERVICES[name]["command"])) == "service.toml"
+    assert sources(SERVICES[name])["./deploy/service.toml"] == "/app/service.toml"
+    assert load_service_config(ROOT / "deploy" / "service.toml").tls.plaintext
+    assert "ports" not in SERVICES[name]
+
+
+@pytest.mark.parametrize("name", ["teacher", "gpu-teacher"])
+def test_the_secured_teacher_differs_in_its_service_file_only(name: str) -> None:
+    plain, secured = (shlex.split(services[name]["command"]) for services in (SERVICES, SECURED["services"]))
+    assert [word.replace("service.secured.toml", "service.toml") for word in secured] == plain
+    assert sources(SECURED["services"][name]) == {
+        "./deploy/service.secured.toml": "/app/service.secured.toml",
+        "./secrets/teacher": "/secrets",
+    }
+    service = load_service_config(ROOT / "deploy" / "service.secured.toml")
+    files = (service.tls.cert, service.tls.key, service.tls.client_ca, service.keys.file)
+    assert all(file is not None and file.parent == Path("/secrets") for file in files)
+
+
+def test_every_client_of_the_secured_teacher_has_its_secrets_as_files() -> None:
+    clients = {name for name in SERVICES if name.endswith(("trainer", "api"))}
+    assert clients == {name for name in SECURED["services"] if not name.endswith("teacher")}
+    names = {credentials.API_KEY_FILE, credentials.CA, credentials.CERT, credentials.KEY}
+    for name in clients:
+        client = SECURED["services"][name]
+        given = {secret if isinstance(secret, str) else secret["target"] for secret in client["secrets"]}
+        assert {variable: Path(file).parent for variable, file in client["environment"].items()} == dict.fromkeys(
+            names, Path("/run/secrets")
+        )
+        assert {Path(file).name for file in client["environment"].values()} == given
+        used = {secret if isinstance(secret, str) else secret["source"] for secret in client["secrets"]}
+        assert used <= set(SECURED["secrets"])
+
+
+def test_securing_takes_nothing_of_the_hardening_away() -> None:
+    for service in SECURED["services"].values():
+        assert set(service) <= {"command", "volumes", "environment", "secrets"}
+
+
 def test_profiles_hold_the_whole_system() -> None:
     assert in_profile("cpu") == {"redis", "data", "teacher", "rollout", "trainer", "api"}
     assert in_profile("gpu") == {"redis", "gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-api"}
@@ -110,7 +168,7 @@ def test_every_command_gives_settings_that_the_configuration_knows() -> None:
     for name, words in commands():
         config = "geometry3k-4b.toml" if name.startswith("gpu-") else "tiny.toml"
         assert words[1] == f"${{VAOPD_CONFIG:-configs/{config}}}"
-        overrides = [word for word in words[2:] if word != "--set"]
+        overrides = [word for before, word in itertools.pairwise(words) if before == "--set"]
         # A variable's default stands for its value: ${VAOPD_RUN:-tiny} -> tiny
         plain = [word.split("${")[0] + word.split(":-")[1].rstrip("}") if "${" in word else word for word in overrides]
         load_config(ROOT / "configs" / config, plain)
