@@ -205,10 +205,12 @@ def _causal(
         mask = layout.mask(queries, keys, keys)
     else:
         mask = causal_lower_right(queries, keys)  # a flag for the kernels that know it, never a matrix there
-    if (groups := query.shape[1] // key.shape[1]) > 1 and mask is not None:
+    # With a mask, CUDA's fast kernels want as many key heads as query heads; the CPU's takes fewer.
+    groups = query.shape[1] // key.shape[1]
+    if repeat := groups > 1 and mask is not None and query.device.type != "cpu":
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1 and mask is None, **options
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1 and not repeat, **options
     )
 
 
