@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DRAIN_S = 10
 JOB = "api"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--student", metavar="MODEL", help="folder or hub id of a student that answers questions here")
     parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys (`vaopd keys`); without, everybody may ask")
     parser.add_argument("--requests-per-minute", type=int, metavar="N", help="quota of each client; default: none")
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate, PEM")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key, PEM")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
@@ -38,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             student=arguments.student,
             keys=arguments.keys,
             requests_per_minute=arguments.requests_per_minute,
+            tls=_tls_files(arguments.tls_cert, arguments.tls_key),
             announce=arguments.announce,
         )
     except VaopdError as error:
@@ -53,6 +57,7 @@ def serve(
     student: str | None = None,
     keys: Path | None = None,
     requests_per_minute: int | None = None,
+    tls: tuple[Path, Path] | None = None,
     announce: Path | None,
 ) -> None:
     """Listens first, so that the address is known, then serves until a signal."""
@@ -61,14 +66,21 @@ def serve(
     from services.api.access import Access, Quota
     from services.api.app import create_app
     from services.api.teachers import Teachers
+    from vaopd.client import ClientOptions
+    from vaopd.credentials import from_environment
     from vaopd.keys import KeyStore
 
     if requests_per_minute is not None and requests_per_minute < 1:
         raise ConfigError(f"--requests-per-minute is {requests_per_minute}; it must be at least 1")
     host, _, port = config.api.address.rpartition(":")
+    if keys is not None and tls is None and host not in LOOPBACK:
+        logging.warning("API keys travel in plain text on %s: use --tls-cert, or a proxy that adds TLS", host)
+    credentials = from_environment()
+    # With a key the API is the job that the key belongs to.
+    options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": JOB}
     settings = uvicorn.Config(
         create_app(
-            teachers=Teachers([config.teacher.address, *further_teachers], options={"job": JOB}),
+            teachers=Teachers([config.teacher.address, *further_teachers], options=options),
             student=None if student is None else _load_student(student, config),
             access=Access(
                 job_of_key=None if keys is None else KeyStore.load(keys).job_of,
@@ -79,6 +91,8 @@ def serve(
         port=int(port),
         timeout_graceful_shutdown=DRAIN_S,
         server_header=False,
+        ssl_certfile=None if tls is None else tls[0],
+        ssl_keyfile=None if tls is None else tls[1],
         access_log=False,  # services.api.middleware writes a line of its own
     )
     try:
@@ -93,6 +107,17 @@ def serve(
         partial.replace(announce)
     print(f"api ready on {address}", flush=True)
     uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("--tls-cert and --tls-key go together; give both, or neither")
+    for path in (cert, key):
+        if not path.is_file():
+            raise ConfigError(f"{str(path)!r} is no file; --tls-cert and --tls-key name PEM files")
+    return cert, key
 
 
 def _load_student(model: str, config: Config) -> Sampler:

@@ -35,10 +35,26 @@ class Teachers:
         return described
 
     async def find(self, model: str | None) -> tuple[str, TeacherDescription]:
-        """Address and description of a teacher by name, of the first one when there is no name."""
-        for address, description in (await self.describe()).items():
-            if model is None or description.model == model:
-                return address, description
+        """Address and description of a teacher by name, of the first one when there is no name.
+
+        It waits for no other teacher than those before it, so that one that is down costs the others little.
+        """
+        asked = [asyncio.create_task(self._describe(address)) for address in self._addresses]
+        unavailable: Unavailable | None = None
+        try:
+            for address, task in zip(self._addresses, asked, strict=True):
+                try:
+                    description = await task
+                except Unavailable as error:
+                    unavailable = error
+                    continue
+                if model is None or description.model == model:
+                    return address, description
+        finally:
+            for task in asked:
+                task.cancel()
+        if unavailable is not None and (model is None or len(asked) == 1):
+            raise unavailable
         raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers names those there are")
 
     async def score(self, address: str, request: ScoreRequest, degradation: Degradation, *, top_k: int) -> GroupScore:

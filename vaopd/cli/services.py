@@ -38,6 +38,12 @@ def add_parsers(subparsers: Subparsers) -> None:
     for parser in (teacher, api):
         parser.add_argument("--announce", metavar="FILE", help="write host:port there once it serves")
     add_service_argument(teacher)
+    api.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher to choose")
+    api.add_argument("--student", metavar="MODEL", help="a student that answers questions here (loads torch)")
+    api.add_argument("--keys", metavar="FILE", help="API keys, see `vaopd keys`; without, everybody may ask")
+    api.add_argument("--requests-per-minute", metavar="N", help="quota of each client; default: none")
+    api.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate, PEM")
+    api.add_argument("--tls-key", metavar="FILE", help="the certificate's private key, PEM")
     rollout.add_argument("--worker", metavar="NAME", help="the worker's name, unique within the run")
 
 
@@ -63,6 +69,10 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in ("announce", "worker", "service_file"):
         if value := getattr(arguments, name, None):
             extra += [f"--{name.removesuffix('_file')}", value]
+    for name in ("student", "keys", "requests_per_minute", "tls_cert", "tls_key"):
+        if value := getattr(arguments, name, None):
+            extra += [f"--{name.replace('_', '-')}", value]
+    extra += [part for address in getattr(arguments, "teacher", []) for part in ("--teacher", address)]
     argv = service_argv(arguments.service, arguments.config, arguments.overrides, *extra)
     sys.stdout.flush()
     return os.execv(argv[0], argv)
