@@ -3,26 +3,22 @@
     run/policy/v000042/model.safetensors     (written aside, fsynced, renamed: a reader sees all of it or nothing)
     run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
 
-`atomic_folder` does the writing aside, for snapshots and for the trainer's checkpoints.
+`vaopd.durable` does the writing aside.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from vaopd.durable import atomic_folder
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.types import PolicyVersion
 
@@ -31,32 +27,6 @@ HEAD = "lm_head.weight"
 # Everything that a model folder holds beside its weights; an index belongs to weights in several files.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 VERSION_FOLDER = re.compile(r"v(\d{6,})")
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields a new folder beside `path`; once the block ends well it is on disk and takes the place of `path`.
-
-    If the block raises, or the process dies, `path` stays as it was. One writer per path: what an earlier one left
-    behind is removed first. On Linux file systems without RENAME_EXCHANGE (NFS), a `path` that exists is missing for a
-    moment while it is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        shutil.rmtree(leftover)
-    aside = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
-    aside.mkdir()
-    try:
-        yield aside
-        for folder, _, files in os.walk(aside):
-            for name in files:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
-        _take_place(aside, path)
-        _fsync(path.parent)
-    finally:
-        # Whatever is aside now: the unfinished folder, or the one that was replaced.
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish_snapshot(
@@ -194,36 +164,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _take_place(aside: Path, path: Path) -> None:
-    """Renames `aside` to `path`; a `path` that exists ends up as `aside`."""
-    if not path.exists():
-        aside.rename(path)
-    elif not _exchange(aside, path):
-        retired = aside.with_name(aside.name + "-old")
-        path.rename(retired)
-        aside.rename(path)
-        shutil.rmtree(retired)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step (Linux's renameat2, which Python lacks); False where that can't be done."""
-    at_fdcwd, rename_exchange = -100, 2
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(one))

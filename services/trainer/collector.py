@@ -1,18 +1,19 @@
 """The coordinator's dealings with the queue: enqueue what a step needs, collect what comes back, keep the books.
 
-In: requests. Out: groups, in order of completion, each wanted group once. Waits for: rollout workers. Unblocked by: a
-group, or a dead letter that says that a group will not come. Groups stay unacknowledged until `acknowledge`, which the
-trainer calls once the checkpoint that contains them is durable.
+In: requests. Out: groups, in order of completion, each wanted group once. Waits for: rollout workers, and for a Redis
+that is full or away. Unblocked by: a group, or a dead letter that says that a group will not come. Groups stay
+unacknowledged until `acknowledge`, which the trainer calls once the checkpoint that contains them is durable.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vaopd.errors import Mismatch, Unavailable
+from vaopd.ledger import Ledger
 from vaopd.queue import TrainerQueue
 from vaopd.queue.trainer import Delivered
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -20,51 +21,69 @@ from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
+_CHECK_EVERY_S = 0.1
 _REMIND_EVERY_S = 30.0
+
+Check = Callable[[], None]
+"""Called while something is waited for; may raise to end the wait."""
 
 
 class Collector:
     """One per job. Not thread-safe: the coordinator's main thread owns it."""
 
-    def __init__(self, *, queue: TrainerQueue) -> None:
+    def __init__(self, *, queue: TrainerQueue, ledger: Ledger) -> None:
         self._queue = queue
-        self._policy: PolicyVersion | None = None
+        self._ledger = ledger
+        self._check: Check = lambda: None
+        self._policies: dict[int, PolicyVersion] = {}
         self._wanted: dict[str, RolloutRequest] = {}
         self._oldest_version: dict[str, int] = {}
+        self._inbox: deque[Delivered] = deque()  # read, and not yet sorted: a Redis that is away then must lose none
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
+        self._durable: list[str] = []  # entries in a checkpoint that Redis has not been told of
         self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
         # What a trainer that was killed had asked for and this one has not yet, groups and letters. Asking again adds
         # nothing to the queue, so neither may be lost.
         self._early: list[Delivered] = []
-        self._letters: dict[tuple[str, int], str] = {}  # (group_id, policy_version) -> reason
+        self._letters: dict[tuple[str, int | None], str] = {}  # (group_id, policy_version) -> reason
         self._dead: set[str] = set()
         self._last_letter = ""
         self.counts: Counter[str] = Counter()
-        """Groups that were not used: stale, duplicate; and dead, which will never come."""
+        """Groups that were not used: stale, duplicate, other_weights; and dead, which will never come."""
 
-    def publish(self, policy: PolicyVersion) -> None:
-        self._policy = policy
-        self._with_recovery(lambda: self._queue.publish_policy(policy))
+    def publish(self, policy: PolicyVersion, *, check: Check) -> None:
+        """Announces a snapshot; waits while Redis is full."""
+        self._check = check
+        self._policies = {v: known for v, known in self._policies.items() if v < policy.version}
+        self._policies[policy.version] = policy
+        self._surely(lambda: self._queue.publish_policy(policy))
 
-    def enqueue(self, requests: Sequence[RolloutRequest], *, oldest_version: int) -> None:
-        """`oldest_version`: a group sampled by an older policy is stale, and its prompt is enqueued again."""
+    def enqueue(
+        self, requests: Sequence[RolloutRequest], *, oldest_version: int, step: int | None, check: Check
+    ) -> None:
+        """Asks for groups; waits while Redis is full. `step`: the one that trains on them; None: evaluation's.
+
+        `oldest_version`: a group sampled by an older policy is stale, and its prompt is enqueued again.
+        """
+        self._check = check
         for request in requests:
             self._wanted[request.group_id] = request
             self._oldest_version[request.group_id] = oldest_version
-            self._with_recovery(lambda request=request: self._enqueue(request))  # type: ignore[misc]
-        early, self._early = self._early, []
-        self._with_recovery(lambda: self._sort(early))
+            self._ledger.write("published", group=request.group_id, step=step, policy=request.policy_version)
+            self._surely(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
+        self._inbox.extend(self._early)
+        self._early = []
+        self._surely(self._sort)
 
-    def skip(self, group_ids: Iterable[str]) -> None:
-        """These were trained before a resume; should they be delivered again, they are dropped."""
+    def resume(self, step: int, group_ids: Iterable[str]) -> None:
+        """A checkpoint of `step` holds these groups; should they be delivered again, they are dropped."""
+        self._ledger.write("resumed", step=step)
         self._finished.update(group_ids)
 
-    def groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
-        """The groups of these ids as they arrive, several at a time; ends when each has come or is dead.
-
-        `check` is called while it waits and may raise to end the wait.
-        """
+    def groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
+        """The groups of these ids as they arrive, several at a time; ends when each has come or is dead."""
+        self._check = check
         open_ids = set(group_ids) - self._dead
         last_news = time.monotonic()
         while open_ids:
@@ -75,68 +94,88 @@ class Collector:
                 open_ids.difference_update(ready)
                 yield [self._hand_out(group_id) for group_id in ready]
                 continue
-            self._with_recovery(self._collect)
-            self._with_recovery(self._read_dead_letters)
+            self._surely(self._collect)
+            self._surely(self._read_dead_letters)
             open_ids -= self._dead
             if time.monotonic() - last_news > _REMIND_EVERY_S:
                 last_news = time.monotonic()
-                self._remind(len(open_ids))
+                self._surely(lambda missing=len(open_ids): self._remind(missing))  # type: ignore[misc]
 
-    def acknowledge(self, group_ids: Sequence[str]) -> None:
-        """These groups' effect is durable: they leave Redis for good."""
-        entries = [self._unacknowledged.pop(group_id) for group_id in group_ids if group_id in self._unacknowledged]
-        self._with_recovery(lambda: self._queue.acknowledge(entries))
+    def acknowledge(self, group_ids: Iterable[str]) -> None:
+        """These groups' effect is durable: they leave Redis for good, when it is there; else the next time."""
+        entries = (self._unacknowledged.pop(group_id, None) for group_id in group_ids)
+        self._durable += [entry for entry in entries if entry is not None]
+        if self._tidy(lambda: self._queue.acknowledge(self._durable)):
+            self._durable = []
 
     def dead_letter(self, group_id: str, reason: str) -> None:
         """Gives up a group that was handed out and can't be trained on."""
-        log.error("group %s is given up: %s", group_id, reason)
-        self.counts["dead"] += 1
-        entry_id = self._unacknowledged.pop(group_id, None)
-        if entry_id is not None:  # else it went with a Redis that came back empty
-            self._with_recovery(lambda: self._queue.dead_letter(entry_id, reason))
+        self._give_up(group_id, reason, self._unacknowledged.pop(group_id, None))
 
     def forget(self, before_version: int) -> None:
         """No group of a version before this one will be asked for."""
-        self._with_recovery(lambda: self._queue.forget(before_version))
-        old = [early.entry_id for early in self._early if early.group.policy_version < before_version]
+        self._policies = {v: policy for v, policy in self._policies.items() if v >= before_version}
+        self._durable += [early.entry_id for early in self._early if early.group.policy_version < before_version]
         self._early = [early for early in self._early if early.group.policy_version >= before_version]
-        self._with_recovery(lambda: self._queue.acknowledge(old))
+        self._tidy(lambda: self._queue.forget(before_version))
+        self.acknowledge(())
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, request: RolloutRequest) -> None:
-        while True:
-            try:
-                self._queue.enqueue(request)
-                return
-            except Unavailable as error:
-                # Redis is full or away: nothing is lost by waiting, and acknowledging still works when it is full.
-                log.warning("enqueueing pauses: %s", error)
-                time.sleep(_POLL_S)
-
     def _collect(self) -> None:
-        self._sort(self._queue.collect(block_s=_POLL_S))
+        if not self._inbox:
+            self._inbox.extend(self._queue.collect(block_s=_POLL_S))
+        self._sort()
 
-    def _sort(self, deliveries: Iterable[Delivered]) -> None:
-        for delivered in deliveries:
-            group = delivered.group
-            request = self._wanted.get(group.group_id)
-            if group.group_id in self._finished or group.group_id in self._arrived:
-                self._drop(delivered, "duplicate")
-            elif request is None:
-                self._early.append(delivered)
-            elif not self._oldest_version[group.group_id] <= group.policy_version <= request.policy_version:
-                self._drop(delivered, "stale")
-                # No-op when the wanted version is in flight already, as after a resume.
-                self._enqueue(request)
-            else:
-                self._arrived[group.group_id] = delivered
+    def _sort(self) -> None:
+        """Empties the inbox. An entry leaves it last, so what an absent Redis interrupts is done again."""
+        while self._inbox:
+            self._sort_one(self._inbox[0])
+            self._inbox.popleft()
+
+    def _sort_one(self, delivered: Delivered) -> None:
+        group = delivered.group
+        request = self._wanted.get(group.group_id)
+        if group.group_id in self._finished or group.group_id in self._arrived:
+            self._drop(delivered, "duplicate")
+        elif request is None:
+            self._early.append(delivered)
+        elif not self._oldest_version[group.group_id] <= group.policy_version <= request.policy_version:
+            # No-op when the wanted version is in flight already, as after a resume.
+            self._queue.enqueue(request)
+            self._drop(delivered, "stale")
+        elif group.policy_sha256 != self._sha256_of(group.policy_version):
+            # The number of a policy that a trainer before this one made, and not its weights.
+            self._queue.ask_again(delivered.entry_id, group, request)
+            self._drop(delivered, "other_weights")
+        elif len(group.rollouts) != request.num_rollouts:
+            reason = f"it holds {len(group.rollouts)} rollouts, {request.num_rollouts} were asked for"
+            self._give_up(group.group_id, reason, delivered.entry_id)
+            self._is_dead(group.group_id)
+        else:
+            self._arrived[group.group_id] = delivered
+            self._ledger.write(
+                "delivered",
+                group=group.group_id,
+                policy=group.policy_version,
+                worker=group.worker,
+                deliveries=delivered.deliveries,
+            )
+
+    def _sha256_of(self, version: int) -> str | None:
+        policy = self._policies.get(version) or self._queue.policy(version)
+        if policy is None:
+            return None
+        self._policies[version] = policy
+        return policy.sha256
 
     def _drop(self, delivered: Delivered, reason: str) -> None:
-        if self._unacknowledged.get(delivered.group.group_id) == delivered.entry_id:
+        group = delivered.group
+        if self._unacknowledged.get(group.group_id) == delivered.entry_id:
             return  # the very entry that was handed out, seen again after a lost reply
-        self.counts[reason] += 1
         self._queue.acknowledge([delivered.entry_id])
+        self.counts[reason] += 1
+        self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
 
     def _hand_out(self, group_id: str) -> RolloutGroup:
         delivered = self._arrived.pop(group_id)
@@ -145,33 +184,67 @@ class Collector:
         self._finished.add(group_id)
         return delivered.group
 
+    def _give_up(self, group_id: str, reason: str, entry_id: str | None) -> None:
+        if entry_id is not None:  # else it went with a Redis that came back empty
+            self._surely(lambda: self._queue.dead_letter(entry_id, reason))
+        log.error("group %s is given up: %s", group_id, reason)
+        self.counts["dead"] += 1
+        self._ledger.write("dead", group=group_id, reason=reason)
+
+    def _is_dead(self, group_id: str) -> None:
+        self._dead.add(group_id)
+        self._finished.add(group_id)
+        del self._wanted[group_id], self._oldest_version[group_id]
+
     def _read_dead_letters(self) -> None:
         for letter in self._queue.dead_letters(after=self._last_letter):
             self._last_letter = letter.entry_id
             self._letters[letter.group_id, letter.policy_version] = letter.reason
         for group_id, request in list(self._wanted.items()):
             reason = self._letters.get((group_id, request.policy_version))
-            if reason is not None:
-                log.error("group %s will not come: %s", group_id, reason)
-                self.counts["dead"] += 1
-                self._dead.add(group_id)
-                self._finished.add(group_id)
-                del self._wanted[group_id], self._oldest_version[group_id]
+            if reason is not None and group_id not in self._arrived:
+                self._give_up(group_id, reason, None)
+                self._is_dead(group_id)
 
-    def _with_recovery(self, operation: Callable[[], object]) -> None:
+    def _surely(self, operation: Callable[[], object]) -> None:
+        """Waits while Redis is full or away, since nothing is lost by waiting; fills a Redis that came back empty."""
+        while True:
+            try:
+                operation()
+                return
+            except Mismatch as error:
+                log.warning("republishing from this trainer's own record: %s", error)
+                operation = self._republish
+            except Unavailable as error:
+                log.warning("waiting for Redis: %s", error)
+                until = time.monotonic() + _POLL_S
+                while time.monotonic() < until:
+                    self._check()
+                    time.sleep(_CHECK_EVERY_S)
+
+    def _tidy(self, operation: Callable[[], object]) -> bool:
+        """What can wait for the next checkpoint; says whether it was done."""
         try:
             operation()
-        except Mismatch as error:
-            log.warning("republishing from this trainer's own record: %s", error)
-            self._queue.acquire(wait_s=self._queue.lease_s)
-            self._unacknowledged.clear()  # the entries are gone with that Redis; their groups are in our hands
-            self._last_letter = ""
-            self._letters.clear()
-            if self._policy is not None:
-                self._queue.publish_policy(self._policy)
-            for group_id, request in self._wanted.items():
-                if group_id not in self._arrived:
-                    self._enqueue(request)
+            return True
+        except Mismatch:
+            self._surely(self._republish)
+        except Unavailable as error:
+            log.warning("%s; the next checkpoint makes up for it", error)
+        return False
+
+    def _republish(self) -> None:
+        self._queue.acquire(wait_s=self._queue.lease_s)
+        # The entries are gone with that Redis; their groups are in our hands.
+        self._unacknowledged.clear()
+        self._durable = []
+        self._last_letter = ""
+        self._letters.clear()
+        for version in sorted(self._policies):
+            self._queue.publish_policy(self._policies[version])
+        for group_id, request in self._wanted.items():
+            if group_id not in self._arrived:
+                self._queue.enqueue(request)
 
     def _remind(self, missing: int) -> None:
         workers = self._queue.workers_alive()

@@ -24,6 +24,7 @@ from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.evaluation import held_out_prompts
+from vaopd.ledger import FILE, Ledger
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.types import Degradation
@@ -154,8 +155,11 @@ def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -
             queue.renew()
 
     keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
+    ledger = Ledger(config.run_folder / FILE, fresh=not resume)
+    stack.callback(ledger.close)
     return Coordinator(
-        collector=Collector(queue=queue),
+        collector=Collector(queue=queue, ledger=ledger),
+        ledger=ledger,
         keeper=keeper,
         validation=held_out_prompts(config),
         progress_line=ProgressLine(steps=config.trainer.steps),

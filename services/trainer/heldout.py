@@ -28,7 +28,7 @@ def evaluate(
     """
     requests = list(held_out_requests(prompts, version=version, config=config))
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
-    collector.enqueue(requests, oldest_version=version)
+    collector.enqueue(requests, oldest_version=version, step=None, check=check)
     correct = {group_id: [False] * config.evaluation.samples for group_id in answers}
     for groups in collector.groups(list(answers), check=check):
         for group in groups:

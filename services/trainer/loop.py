@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
-from services.trainer import checkpoint, metrics
+from services.trainer import checkpoint, kill_points, metrics
 from services.trainer.collector import Collector
 from services.trainer.heldout import evaluate
 from services.trainer.order import PromptOrder
@@ -32,6 +32,7 @@ from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, we
 from vaopd import wire
 from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
+from vaopd.ledger import Ledger
 from vaopd.queue import LeaseKeeper
 from vaopd.types import PolicyVersion, Prompt, RolloutRequest, SamplingSettings
 from vaopd.vlm import Vlm
@@ -52,6 +53,7 @@ class Coordinator:
     """What only rank 0 has."""
 
     collector: Collector
+    ledger: Ledger
     keeper: LeaseKeeper
     validation: Sequence[Prompt]
     progress_line: ProgressLine
@@ -82,6 +84,7 @@ class Trainer:
         self.folder = config.run_folder.resolve()  # workers read snapshots from there, whatever folder they run in
         self.progress = checkpoint.Progress()
         self._first_step = 0
+        self._acknowledged = 0  # lines of the ledger whose groups the queue need not be told of again
         self._best_accuracy = -1.0
         self._evaluated: dict[int, tuple[str, ...]] = {}  # version -> groups, until a checkpoint is beyond it
         self.order = PromptOrder(prompts=len(prompts), seed=config.run.seed)
@@ -103,13 +106,14 @@ class Trainer:
         """Goes on from a checkpoint. The student's weights were loaded from it before the model was wrapped."""
         self.progress = checkpoint.load_progress(folder)
         self._first_step = self.progress.step
+        self._acknowledged = len(self.progress.ledger)
         checkpoint.load_optimizer(folder, self.optimizer)
         self.schedule.load_state_dict(self.progress.schedule)
         # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.coordinator is not None:
-            self.coordinator.collector.skip(line.group_id for line in self.progress.ledger)
+            self.coordinator.collector.resume(self._first_step, (line.group_id for line in self.progress.ledger))
             self.metrics_file.drop_from(self.progress.step)
             self.samples_file.drop_from(self.progress.step)
             evaluated = [line["accuracy"] for line in self.metrics_file.read() if line["kind"] == "eval"]
@@ -169,7 +173,7 @@ class Trainer:
             {name.removeprefix("model."): tensor.to(dtype) for name, tensor in state.items()},
             model_files_from=self.student.path,
         )
-        self.coordinator.collector.publish(self._snapshot)
+        self.coordinator.collector.publish(self._snapshot, check=self._check)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
         prune_snapshots(self.folder, keep=self.config.trainer.max_policy_lag + 2, current=version)
 
@@ -206,7 +210,9 @@ class Trainer:
                 )
                 for group_id in ids
             ]
-            self.coordinator.collector.enqueue(requests, oldest_version=max(0, target - settings.max_policy_lag))
+            self.coordinator.collector.enqueue(
+                requests, oldest_version=max(0, target - settings.max_policy_lag), step=target, check=self._check
+            )
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -223,7 +229,9 @@ class Trainer:
                     raise Interrupted
                 scorer.submit([wire.rollout_group_from_bytes(data)] if data else [])
         generated = time.monotonic()
+        kill_points.reached("collected", step)
         results = list(scorer.results())
+        kill_points.reached("scored", step)
         self._give_up([result for result in results if isinstance(result, Refused)])
         scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
         if not scored:
@@ -267,6 +275,7 @@ class Trainer:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
         loss, kl = self._backward(weighted)
+        kill_points.reached("backward", step)
         norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
@@ -275,6 +284,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         self.progress.step = step + 1
+        kill_points.reached("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
         parts = self.ranks.gather(json.dumps(metrics.of_rank(weighted, kl, loss)).encode())
         lines = self.ranks.gather(json.dumps([[g.group.group_id, g.group.policy_version] for g in scored]).encode())
@@ -373,6 +383,7 @@ class Trainer:
         if self.coordinator is None:
             return
         self.progress.schedule = self.schedule.state_dict()
+        self.coordinator.ledger.sync()
         checkpoint.save(
             self.folder / "checkpoints",
             self.progress,
@@ -383,9 +394,12 @@ class Trainer:
             optimizer=self.optimizer.optimizer,
             keep=self.config.trainer.keep_checkpoints,
         )
+        self.coordinator.ledger.write("checkpoint", step=self.progress.step)
+        kill_points.reached("unacknowledged", self.progress.step)
         # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.
         evaluated = [self._evaluated.pop(version) for version in list(self._evaluated) if version < self.progress.step]
-        trained = (line.group_id for line in self.progress.ledger)
+        trained = (line.group_id for line in self.progress.ledger[self._acknowledged :])
+        self._acknowledged = len(self.progress.ledger)
         self.coordinator.collector.acknowledge([*trained, *(group_id for ids in evaluated for group_id in ids)])
         # The next step's groups are at most that old; older records go, so that a resume from the checkpoint before
         # this one samples its groups anew.

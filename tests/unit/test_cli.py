@@ -13,7 +13,7 @@ import pytest
 from vaopd.cli import main
 
 COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "eval", "data", "models", "report"]
-COMMANDS += ["keys", "certs", "doctor"]
+COMMANDS += ["ledger", "queue", "keys", "certs", "doctor"]
 CONFIG = """
 [run]
 name = "first"
@@ -58,7 +58,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in COMMANDS if not re.search(rf"^    {name} ", shown, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "data handwritten-geometry", "models make", "keys add"])
+NESTED = ["data handwritten-geometry", "models make", "keys add", "queue retry"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, *NESTED])
 def test_help_loads_nothing_heavy(command: str) -> None:
     """So it answers at once, and works where torch is not installed."""
     code = (

@@ -1,4 +1,5 @@
 """Held-out evaluation through a real queue: avg@n by hand, and what a resumed run makes of it."""
+# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ import pytest
 
 from services.trainer.collector import Collector
 from services.trainer.heldout import HeldOutResult, evaluate
+from tests.support.collectors import MakeCollector, make_collector
 from tests.support.groups import an_answer
-from tests.support.queue_jobs import Job, a_job  # noqa: F401
-from tests.support.redis import job, redis_server  # noqa: F401
+from tests.support.queue_jobs import Job, a_job
+from tests.support.redis import job, redis_server
 from vaopd.config import Config, validate
 from vaopd.queue import WorkerQueue
 from vaopd.types import Message, Prompt, TextPart
@@ -64,15 +66,17 @@ def run(collector: Collector, config: Config, check: Callable[[], None]) -> Held
     return result
 
 
-def test_accuracy_is_the_mean_over_samples_and_problems(a_job: Job, config: Config) -> None:  # noqa: F811
+def test_accuracy_is_the_mean_over_samples_and_problems(
+    make_collector: MakeCollector, a_job: Job, config: Config
+) -> None:
     """Every problem is answered with 12 and 13: half right, half right, never right."""
-    result = run(Collector(queue=a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
+    result = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
     assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert result.standard_error == pytest.approx(np.std([0.5, 0.5, 0]) / np.sqrt(3))
     assert (result.prompts, result.samples) == (3, 2)
 
 
-def test_a_problem_that_was_given_up_counts_as_wrong(a_job: Job, config: Config) -> None:  # noqa: F811
+def test_a_problem_that_was_given_up_counts_as_wrong(make_collector: MakeCollector, a_job: Job, config: Config) -> None:
     worker = a_job.worker("w1")
     serve = served_by(worker, (5, 5))
     refused: list[str] = []
@@ -84,13 +88,15 @@ def test_a_problem_that_was_given_up_counts_as_wrong(a_job: Job, config: Config)
             worker.fail(lease, "no such image")
         serve()
 
-    result = run(Collector(queue=a_job.trainer()), config, refuse_the_first)
+    result = run(make_collector(a_job.trainer()), config, refuse_the_first)
     assert refused == ["eval-000000-00000"]  # of the problem whose answer is 12
     assert result.accuracy == 0.0
 
 
-def test_a_resumed_run_evaluates_again_out_of_the_same_groups(a_job: Job, config: Config) -> None:  # noqa: F811
+def test_a_resumed_run_evaluates_again_out_of_the_same_groups(
+    make_collector: MakeCollector, a_job: Job, config: Config
+) -> None:
     """The trainer died after its evaluation, before a checkpoint beyond it: no worker is asked a second time."""
-    first = run(Collector(queue=a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
+    first = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
     a_job.trainer_dies()
-    assert run(Collector(queue=a_job.trainer()), config, lambda: None) == first
+    assert run(make_collector(a_job.trainer()), config, lambda: None) == first

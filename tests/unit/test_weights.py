@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vaopd import weights
+from vaopd import durable
+from vaopd.durable import atomic_folder
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.torchvision_compat import ensure_torchvision
-from vaopd.weights import atomic_folder, prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.weights import prune_snapshots, publish_snapshot, verify_snapshot
 
 
 def a_model(*, tied: bool) -> torch.nn.Module:
@@ -180,7 +181,7 @@ def test_an_atomic_folder_replaces_the_whole_folder(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:  # as on NFS
-        monkeypatch.setattr(weights, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     target = tmp_path / "checkpoint"
     for step in ("1", "2"):
         with atomic_folder(target) as folder:

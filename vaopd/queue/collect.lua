@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- include keys.lua
 -- include fence_trainer.lua
+-- include fields.lua
 -- ARGV: 3 id of the last group that this trainer has got, 4 count. Delivered-but-never-seen groups come first: those of the
 -- trainer that died before this one, and those whose reply was lost; both are pending beyond ARGV[3]. XREADGROUP with an
 -- id raises the delivery count as '>' does.
@@ -15,7 +16,7 @@ for _, entry in ipairs(entries) do
   local id, fields = entry[1], entry[2]
   if fields then
     local pending = redis.call('XPENDING', K.groups, 'trainer', id, id, 1)[1]
-    delivered[#delivered + 1] = {id, pending[4], fields[2], fields[4]}
+    delivered[#delivered + 1] = {id, pending[4], key_and_body(fields)}
   else
     -- Pending but deleted by hand: there is nothing left to deliver.
     redis.call('XACK', K.groups, 'trainer', id)

@@ -20,7 +20,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from vaopd import wire
 from vaopd.errors import ConfigError, InvalidInput, Unavailable, VaopdError
+from vaopd.types import PolicyVersion
 
 # The order in which keys.lua names them.
 KEY_NAMES = (
@@ -65,6 +67,12 @@ def checked_name(kind: str, name: str) -> str:
 
 def dedupe_key(group_id: str, policy_version: int) -> str:
     return f"{group_id}@{policy_version}"
+
+
+def check_key(key: bytes, group_id: str, policy_version: int) -> None:
+    """The key beside a body names it in every record; a body that belongs to another one would be booked twice."""
+    if key != (named := dedupe_key(group_id, policy_version)).encode():
+        raise InvalidInput(f"it is filed under {key.decode(errors='replace')!r} and holds {named!r}")
 
 
 def script_text(name: str) -> str:
@@ -156,6 +164,10 @@ class Connection:
         """(dedupe key, body) of an entry of "requests" or "groups"; None when it is gone."""
         found = self.call(lambda: self.redis.xrange(self.key[stream], entry_id, entry_id))
         return (found[0][1][b"key"], found[0][1][b"body"]) if found else None
+
+    def policy(self, version: int) -> PolicyVersion | None:
+        found = self.call(lambda: self.redis.hget(self.key["policies"], str(version)))
+        return wire.policy_version_from_bytes(found) if found else None
 
     def close(self) -> None:
         self.redis.close()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from vaopd.errors import NotFound
 from vaopd.pb import queue_pb2
 from vaopd.queue.connection import Connection
 
+ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeadLetter:
-    """`key` is "GROUP_ID@POLICY_VERSION", known even when the body is corrupt; `stream` is "requests" or "groups"."""
+    """`key` is "GROUP_ID@POLICY_VERSION", known even when the body is corrupt; `stream` is "requests" or "groups".
+
+    An entry that somebody else put there may have any key; its policy_version is None then.
+    """
 
     entry_id: str
     key: str
@@ -22,11 +28,12 @@ class DeadLetter:
 
     @property
     def group_id(self) -> str:
-        return self.key.rpartition("@")[0]
+        return self.key.rpartition("@")[0] if self.policy_version is not None else self.key
 
     @property
-    def policy_version(self) -> int:
-        return int(self.key.rpartition("@")[2])
+    def policy_version(self) -> int | None:
+        version = self.key.rpartition("@")[2]
+        return int(version) if version.isdecimal() else None
 
 
 def letter_bytes(*, stream: str, reason: str, deliveries: int, body: bytes) -> bytes:
@@ -35,14 +42,18 @@ def letter_bytes(*, stream: str, reason: str, deliveries: int, body: bytes) -> b
 
 def read_letters(connection: Connection, *, after: str, limit: int) -> list[DeadLetter]:
     start = f"({after}" if after else "-"
-    found = connection.call(lambda: connection.redis.xrange(connection.key["dead"], start, "+", count=limit))
+    return _letters(connection, start, "+", limit)
+
+
+def _letters(connection: Connection, start: str, end: str, limit: int) -> list[DeadLetter]:
+    found = connection.call(lambda: connection.redis.xrange(connection.key["dead"], start, end, count=limit))
     letters = []
     for entry_id, fields in found:
         letter = queue_pb2.DeadLetter.FromString(fields[b"letter"])
         letters.append(
             DeadLetter(
                 entry_id=entry_id.decode(),
-                key=fields[b"key"].decode(),
+                key=fields[b"key"].decode(errors="replace"),
                 stream=letter.stream,
                 reason=letter.reason,
                 deliveries=letter.deliveries,
@@ -74,10 +85,12 @@ class DeadLetters:
         self._connection.call(lambda: self._connection.redis.xdel(self._connection.key["dead"], entry_id))
 
     def _find(self, entry_id: str) -> DeadLetter:
-        for letter in read_letters(self._connection, after="", limit=1_000_000):
-            if letter.entry_id == entry_id:
-                return letter
-        raise NotFound(f"job {self._connection.job!r} has no dead letter {entry_id!r}; list() shows those that it has")
+        found = _letters(self._connection, entry_id, entry_id, 1) if ENTRY_ID.fullmatch(entry_id) else []
+        if not found:
+            raise NotFound(
+                f"job {self._connection.job!r} has no dead letter {entry_id!r}; `vaopd queue dead` shows those it has"
+            )
+        return found[0]
 
     def close(self) -> None:
         self._connection.close()

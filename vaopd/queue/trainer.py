@@ -17,7 +17,7 @@ from typing import Any
 
 from vaopd import wire
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, checked_name, dedupe_key
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
 from vaopd.queue.dead_letters import DeadLetter, letter_bytes, read_letters
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -143,6 +143,14 @@ class TrainerQueue:
         if found is not None:
             self._bury(entry_id, reason, deliveries=1, key=found[0], body=found[1])
 
+    def ask_again(self, entry_id: str, group: RolloutGroup, request: RolloutRequest) -> None:
+        """Trades a collected group that can't be used for its request, which is published a second time.
+
+        Raises Unavailable when Redis is full; the group is still there then.
+        """
+        keys = [dedupe_key(item.group_id, item.policy_version) for item in (group, request)]
+        self._run("ask_again", entry_id, *keys, wire.rollout_request_to_bytes(request))
+
     def dead_letters(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Requests and groups that were given up since the letter `after`: nothing will come of them."""
         return read_letters(self._connection, after=after, limit=limit)
@@ -150,6 +158,10 @@ class TrainerQueue:
     def publish_policy(self, policy: PolicyVersion) -> None:
         """Announces a snapshot as the latest; higher versions, left by a run resumed earlier, are withdrawn."""
         self._run("publish_policy", policy.version, wire.policy_version_to_bytes(policy))
+
+    def policy(self, version: int) -> PolicyVersion | None:
+        """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
+        return self._connection.policy(version)
 
     def forget(self, before_version: int) -> int:
         """Drops dedupe records and policies of versions before this one; returns how many records.
@@ -196,8 +208,9 @@ class TrainerQueue:
 
     def _delivered(self, entries: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Delivered]:
         delivered = []
+        last_id = self._last_id
         for raw_id, deliveries, key, body in entries:
-            entry_id = raw_id.decode()
+            entry_id = last_id = raw_id.decode()
             if deliveries > self.max_deliveries:
                 # This reading counted as a delivery, though nobody trains on it now.
                 reason = f"{deliveries - 1} deliveries without acknowledgement: the trainer dies before its checkpoint"
@@ -205,11 +218,13 @@ class TrainerQueue:
             else:
                 try:
                     group = wire.rollout_group_from_bytes(body)
+                    check_key(key, group.group_id, group.policy_version)
                 except InvalidInput as error:
                     self._bury(entry_id, str(error), deliveries=deliveries, key=key, body=body)
                 else:
                     delivered.append(Delivered(entry_id=entry_id, deliveries=deliveries, group=group))
-            self._last_id = entry_id
+        # Only now: had burying failed half way, all would have to be read again.
+        self._last_id = last_id
         return delivered
 
     def _bury(self, entry_id: str, reason: str, *, deliveries: int, key: bytes, body: bytes) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vaopd import wire
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, checked_name, dedupe_key
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
 from vaopd.queue.dead_letters import letter_bytes
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -133,9 +133,7 @@ class WorkerQueue:
 
     def policy(self, version: int) -> PolicyVersion | None:
         """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
-        connection = self._connection
-        found = connection.call(lambda: connection.redis.hget(connection.key["policies"], str(version)))
-        return wire.policy_version_from_bytes(found) if found else None
+        return self._connection.policy(version)
 
     def latest_policy(self) -> PolicyVersion | None:
         connection = self._connection
@@ -168,13 +166,24 @@ class WorkerQueue:
             lambda: connection.redis.xreadgroup("rollout", self.worker, streams, count=count, block=wait_ms)
         )
         entries = reply[0][1] if reply else []
-        return [(entry_id, 1, fields[b"key"], fields[b"body"]) for entry_id, fields in entries]
+        return [(entry_id, 1, fields.get(b"key", b""), fields.get(b"body", b"")) for entry_id, fields in entries]
 
     def _leases(self, entries: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Lease]:
-        leases = []
+        leases: list[Lease] = []
+        try:
+            self._sort(entries, leases)
+        except Exception:
+            # Whoever asked never hears of these: were they renewed, nobody would ever get them.
+            for lease in leases:
+                self._drop(lease)
+            raise
+        return leases
+
+    def _sort(self, entries: Iterable[tuple[bytes, int, bytes, bytes]], leases: list[Lease]) -> None:
         for entry_id, deliveries, key, body in entries:
             try:
                 request = wire.rollout_request_from_bytes(body)
+                check_key(key, request.group_id, request.policy_version)
             except InvalidInput as error:
                 self._bury_raw(entry_id.decode(), deliveries, str(error), key=key, body=body)
                 continue
@@ -187,7 +196,6 @@ class WorkerQueue:
             with self._lock:
                 self._held[lease.entry_id] = lease
             leases.append(lease)
-        return leases
 
     def _bury(self, lease: Lease, reason: str, *, key: bytes, body: bytes) -> None:
         reply = self._bury_raw(lease.entry_id, lease.deliveries, reason, key=key, body=body)

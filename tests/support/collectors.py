@@ -1,0 +1,43 @@
+"""Collectors over a real queue, with policies 0 to 3 announced. Import the fixture where it is used:
+
+from tests.support.collectors import make_collector  # noqa: F401
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from services.trainer.collector import Collector
+from vaopd.ledger import Ledger
+from vaopd.queue import TrainerQueue
+from vaopd.types import PolicyVersion
+
+MakeCollector = Callable[[TrainerQueue], Collector]
+
+
+def a_policy(version: int, *, sha256: str = "ab" * 32) -> PolicyVersion:
+    """By default with the weights that `an_answer` says it was sampled from."""
+    return PolicyVersion(version=version, path=f"/run/policy/v{version:06d}", sha256=sha256)
+
+
+def never() -> None:
+    """A check that ends no waiting."""
+
+
+@pytest.fixture
+def make_collector(tmp_path: Path) -> Iterator[MakeCollector]:
+    """One ledger for all, tmp_path/ledger.jsonl, as for a trainer and its successors."""
+    with ExitStack() as stack:
+
+        def make(queue: TrainerQueue) -> Collector:
+            ledger = stack.enter_context(closing(Ledger(tmp_path / "ledger.jsonl", fresh=False)))
+            collector = Collector(queue=queue, ledger=ledger)
+            for version in range(4):
+                collector.publish(a_policy(version), check=never)
+            return collector
+
+        yield make

@@ -1,0 +1,202 @@
+"""The books of a run: what an audit reads out of ledger.jsonl and the newest checkpoint, and its complaints."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.trainer.progress import Progress, write_progress
+from vaopd.cli import main
+from vaopd.errors import InvalidInput, LimitExceeded, NotFound
+from vaopd.ledger import Audit, Ledger, LedgerLine, audit
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(tmp_path / "ledger.jsonl", fresh=True)
+    yield ledger
+    ledger.close()
+
+
+def published(ledger: Ledger, group: str, *, step: int | None, policy: int = 0) -> None:
+    ledger.write("published", group=group, step=step, policy=policy)
+
+
+def delivered(ledger: Ledger, group: str, *, policy: int = 0) -> None:
+    ledger.write("delivered", group=group, policy=policy, worker="w0", deliveries=1)
+
+
+def checkpoint(run: Path, step: int, *trained: tuple[str, int]) -> None:
+    """As the trainer leaves it; `trained`: groups, each with its step. Policy versions are 0."""
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder.mkdir(parents=True)
+    lines = [LedgerLine(group_id=group, step=of, policy_version=0) for group, of in trained]
+    write_progress(folder, Progress(step=step, ledger=lines))
+
+
+def outcomes(books: Audit) -> dict[str, str]:
+    return {fate.group_id: fate.outcome(books.step) for fate in books.fates}
+
+
+def test_books_that_balance(ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four groups for two steps: one never came, one was sampled twice; and one problem of evaluation."""
+    for group, step in [("a", 0), ("b", 0), ("c", 1), ("d", 1), ("future", 2)]:
+        published(ledger, group, step=step)
+    published(ledger, "eval", step=None)
+    for group in ("a", "c", "d", "eval"):
+        delivered(ledger, group)
+    ledger.write("dropped", group="c", policy=0, reason="duplicate")
+    ledger.write("dead", group="b", reason="no such image")
+    checkpoint(tmp_path, 1, ("a", 0))
+    ledger.write("checkpoint", step=1)
+    checkpoint(tmp_path, 2, ("a", 0), ("c", 1), ("d", 1))
+    ledger.write("checkpoint", step=2)
+
+    books = audit(tmp_path)
+    assert books.problems == []
+    assert outcomes(books) == {
+        "a": "trained",
+        "b": "dead-lettered",
+        "c": "trained",
+        "d": "trained",
+        "eval": "evaluated",
+        "future": "in flight",
+    }
+    assert {fate.group_id: fate.checkpoint for fate in books.fates if fate.trained} == {"a": 1, "c": 2, "d": 2}
+
+    assert main(["ledger", str(tmp_path), "--groups"]) == 0
+    shown = capsys.readouterr().out
+    assert "trained = published − in flight − dead-lettered: 3 = 4 − 1, each once" in shown
+    assert "dropped, duplicate" in shown
+    assert "dead-lettered: no such image" in shown
+
+
+@pytest.mark.parametrize(
+    ("trained", "complaint"),
+    [
+        ([], "a was published for step 0 and neither trained nor dead-lettered: it is lost"),
+        ([("a", 0), ("a", 0)], r"a was trained 2 times, in steps \[0, 0\]"),
+        ([("a", 0), ("b", 0)], "b was trained in step 0 and never published"),
+        ([("a", 1)], "a was published for step 0 and trained in step 1"),
+    ],
+)
+def test_a_gap_or_a_duplicate_is_named_and_fails_the_command(
+    ledger: Ledger,
+    tmp_path: Path,
+    trained: list[tuple[str, int]],
+    complaint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    published(ledger, "a", step=0)
+    delivered(ledger, "a")
+    checkpoint(tmp_path, 2, *trained)
+    assert main(["ledger", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "1 problems" in told.out
+    assert re.search(complaint, told.err)
+
+
+def test_what_was_trained_must_have_been_delivered_with_that_policy(ledger: Ledger, tmp_path: Path) -> None:
+    for group in ("a", "b"):
+        published(ledger, group, step=0)
+    delivered(ledger, "b", policy=1)
+    checkpoint(tmp_path, 1, ("a", 0), ("b", 0))
+    assert audit(tmp_path).problems == [
+        "a was trained in step 0 and never delivered",
+        "b was delivered with policy version 1 and trained as 0",
+    ]
+
+
+def test_a_dead_letter_that_was_sent_again_may_be_trained_and_one_that_was_not_may_not(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    for group in ("retried", "haunting"):
+        published(ledger, group, step=0)
+        delivered(ledger, group)
+        ledger.write("dead", group=group, reason="five deaths")
+    delivered(ledger, "retried")
+    checkpoint(tmp_path, 1, ("retried", 0), ("haunting", 0))
+    assert audit(tmp_path).problems == ["haunting was trained in step 0, though it was dead-lettered: five deaths"]
+
+
+def test_an_evaluation_that_lost_a_problem_is_told(ledger: Ledger, tmp_path: Path) -> None:
+    published(ledger, "eval", step=None, policy=0)
+    assert audit(tmp_path).problems == []  # it may still come
+    checkpoint(tmp_path, 1)
+    assert len(audit(tmp_path).problems) == 1
+
+
+def test_a_resumed_run_takes_the_checkpoints_beyond_it_back(ledger: Ledger, tmp_path: Path) -> None:
+    """Trained once before the damage and once after: the newest checkpoint says which of the two counts."""
+    published(ledger, "a", step=2)
+    delivered(ledger, "a")
+    for step in (2, 4):
+        ledger.write("checkpoint", step=step)
+    ledger.write("resumed", step=2)
+    published(ledger, "a", step=2)
+    delivered(ledger, "a")
+    ledger.write("checkpoint", step=3)
+    checkpoint(tmp_path, 3, ("a", 2))
+    books = audit(tmp_path)
+    assert books.problems == []
+    assert [fate.checkpoint for fate in books.fates] == [3]
+
+
+def test_a_line_that_a_crash_cut_short_is_neither_read_nor_written_on(ledger: Ledger, tmp_path: Path) -> None:
+    published(ledger, "a", step=0)
+    path = tmp_path / "ledger.jsonl"
+    with path.open("a") as file:
+        file.write('{"event":"deli')
+    assert list(outcomes(audit(tmp_path))) == ["a"]
+
+    again = Ledger(path, fresh=False)
+    delivered(again, "a")
+    again.close()
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["published", "delivered"]
+
+
+def test_a_damaged_line_is_named(ledger: Ledger, tmp_path: Path) -> None:
+    published(ledger, "a", step=0)
+    (tmp_path / "ledger.jsonl").write_text((tmp_path / "ledger.jsonl").read_text() + '{"event":"deli\n')
+    with pytest.raises(InvalidInput, match=r"line 2, is no ledger event"):
+        audit(tmp_path)
+
+
+def test_a_folder_without_books_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="it is no run folder, or the run was made before there were ledgers"):
+        audit(tmp_path)
+
+
+def test_a_new_run_of_an_old_name_begins_new_books(ledger: Ledger, tmp_path: Path) -> None:
+    published(ledger, "a", step=0)
+    Ledger(tmp_path / "ledger.jsonl", fresh=True).close()
+    assert audit(tmp_path).fates == []
+
+
+def test_a_full_disk_holds_up_no_event_and_loses_none(
+    ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The limit on a file's size stands for the full disk; half a line fits, so the rest must follow it later."""
+    published(ledger, "a", step=0)
+    size = (tmp_path / "ledger.jsonl").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        published(ledger, "b", step=0)
+        published(ledger, "c", step=0)
+        with pytest.raises(LimitExceeded, match="nothing was acknowledged: make room, and resume"):
+            ledger.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert list(outcomes(audit(tmp_path))) == ["a"]
+    assert len(caplog.records) == 1  # told once
+    ledger.sync()
+    assert list(outcomes(audit(tmp_path))) == ["a", "b", "c"]

@@ -1,0 +1,72 @@
+"""`vaopd ledger RUN`: was every published group trained once, or given up with a reason?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+    from vaopd.ledger import Audit, Fate
+
+SHOWN_PROBLEMS = 20
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    ledger = subparsers.add_parser("ledger", help="proves that a run lost no group and trained none twice")
+    ledger.add_argument("run", metavar="RUN", type=Path, help="a run's folder, of one that still runs too")
+    ledger.add_argument("--groups", action="store_true", help="a line for every group as well")
+    ledger.set_defaults(command=_ledger)
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from vaopd.ledger import audit
+
+    books = audit(arguments.run)
+    if arguments.groups:
+        _print_groups(books)
+    _print_summary(books)
+    for problem in books.problems[:SHOWN_PROBLEMS]:
+        print(f"vaopd: {problem}", file=sys.stderr)
+    if (more := len(books.problems) - SHOWN_PROBLEMS) > 0:
+        print(f"vaopd: … and {more} more", file=sys.stderr)
+    return 1 if books.problems else 0
+
+
+def _print_summary(books: Audit) -> None:
+    training, evaluation = (books.counts(training=kind) for kind in (True, False))
+    print(f"{books.run}, {books.step} steps in its newest checkpoint")
+    print(f"{'':<24}{'training':>10}{'evaluation':>12}")
+    for name in dict.fromkeys([*training, *evaluation]):
+        row = [str(counts.get(name, "–")) for counts in (training, evaluation)]
+        print(f"{name:<24}{row[0]:>10}{row[1]:>12}")
+    settled = training["published"] - training["in flight"]
+    verdict = "each once" if not books.problems else f"{len(books.problems)} problems"
+    print(
+        f"trained = published − in flight − dead-lettered: {training['trained']} = {settled} − "
+        f"{training['dead-lettered']}, {verdict}"
+    )
+
+
+def _print_groups(books: Audit) -> None:
+    print(f"{'group':<22}{'step':>6}{'policy':>8}  {'worker':<16}{'checkpoint':>10}  outcome")
+    for fate in books.fates:
+        print(
+            f"{fate.group_id:<22}{_or_dash(fate.step):>6}{_or_dash(fate.delivered_policy):>8}  "
+            f"{fate.worker or '–':<16}{_or_dash(fate.checkpoint):>10}  {_outcome(fate, books.step)}"
+        )
+
+
+def _outcome(fate: Fate, done: int) -> str:
+    dropped = ", ".join(f"{number} × {reason}" for reason, number in fate.dropped.items())
+    return (
+        fate.outcome(done)
+        + (f": {fate.dead}" if fate.dead is not None else "")
+        + (f" (dropped: {dropped})" if dropped else "")
+    )
+
+
+def _or_dash(number: int | None) -> str:
+    return "–" if number is None else str(number)
