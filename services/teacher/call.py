@@ -26,22 +26,26 @@ class Call:
     """Lives on the event loop. After `expires` (of time.monotonic) its work is dropped."""
 
     def __init__(self, scheduler: Scheduler, *, job: str, expires: float | None) -> None:
+        self.job = job
         self.feeder: asyncio.Task[None] | None = None
         self._scheduler = scheduler
-        self._job = job
         self._expires = expires
         self._results: asyncio.Queue[Delivery | Refusal | Exception] = asyncio.Queue()
         self._unread: dict[Unit, int] = {}
         self._unit_read = asyncio.Event()
 
-    async def submit(self, groups: Sequence[PreparedGroup]) -> None:
-        """Puts a unit of these groups in the line, once fewer than UNITS_AHEAD others are on their way."""
+    async def room_for_a_unit(self) -> None:
+        """Waits until fewer than UNITS_AHEAD are on their way."""
         while len(self._unread) >= UNITS_AHEAD:
             self._unit_read.clear()
             await self._unit_read.wait()
+
+    def submit(self, groups: Sequence[PreparedGroup], *, room: int) -> None:
+        """Puts a unit of these groups in the line."""
         unit = Unit(
-            job=self._job,
+            job=self.job,
             groups=tuple(groups),
+            room=room,
             on_delivery=self._results.put_nowait,
             loop=asyncio.get_running_loop(),
             expires=self._expires,

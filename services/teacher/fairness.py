@@ -20,8 +20,8 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-DEBTORS = 1024
-"""Jobs without work whose debt is remembered until the device's next pause; names come from outside."""
+JOBS_KNOWN = 1024
+"""Names come from outside: beyond so many, jobs without work are forgotten, with what they owe if need be."""
 
 
 @dataclass(slots=True)
@@ -52,6 +52,10 @@ class FairQueue(Generic[T]):
 
     def __len__(self) -> int:
         return sum(len(line.items) for line in self._lines.values())
+
+    def cost(self, job: str) -> float:
+        """Of all that waits of a job."""
+        return sum(cost for _, cost in self._lines[job].items) if job in self._lines else 0.0
 
     def weight(self, job: str) -> float:
         return self._weights.get(job, 1.0)
@@ -86,14 +90,16 @@ class FairQueue(Generic[T]):
             self._clock = 0.0
 
     def _forget(self) -> None:
-        """A job without work and without debt is as good as unknown; of the others' names, only so many are kept."""
-        self._lines = {job: line for job, line in self._lines.items() if line.items or line.start > self._clock}
+        """A job without work and without debt is as good as unknown; of the others, the oldest are let off."""
+        if len(self._lines) <= JOBS_KNOWN:
+            return
         idle = [job for job, line in self._lines.items() if not line.items]
-        for job in idle[: max(0, len(idle) - DEBTORS)]:
+        indebted = [job for job in idle if self._lines[job].start > self._clock]
+        for job in {*idle} - {*indebted[len(indebted) // 2 :]}:
             del self._lines[job]
 
     def _next(self) -> _Line[T]:
-        # Of equal starts, the job that was pushed first since it last had neither work nor debt.
+        # Of equal starts, the job that is known longest.
         line = min(self._lines.values(), key=lambda line: line.start if line.items else math.inf, default=None)
         if line is None or not line.items:
             raise LookupError("nothing waits")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -35,6 +35,8 @@ from vaopd.types import (
 from vaopd.vlm import PreparedPrompt, Vlm, check_same_tokenizer
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+_IMAGE_TOKENS, _TOKEN_LETTERS = 512, 3
+"""Guesses for prompts that come as messages, before they are rendered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,34 @@ def check_revision(revision: str, teacher: TeacherDescription) -> None:
             f"the client expects teacher revision {revision[:12]!r}…, this teacher has {teacher.revision[:12]}…; "
             "describe the teacher again and fetch its head again"
         )
+
+
+def cut(
+    groups: Sequence[teacher_pb2.PromptGroup], batch_tokens: int
+) -> Iterator[tuple[list[teacher_pb2.PromptGroup], int]]:
+    """Consecutive groups that fill a forward, and the tokens that they take of it; a larger group goes alone."""
+    unit: list[teacher_pb2.PromptGroup] = []
+    room = 0
+    for group in groups:
+        tokens = _tokens(group)
+        if unit and room + tokens > batch_tokens:
+            yield unit, room
+            unit, room = [], 0
+        unit.append(group)
+        room += tokens
+    if unit:
+        yield unit, room
+
+
+def _tokens(group: teacher_pb2.PromptGroup) -> int:
+    """What a forward computes for both views of a group: exact for token ids, about so for messages and texts."""
+    if group.WhichOneof("prompt") == "messages":
+        parts = [part for message in group.messages.messages for part in message.content]
+        prompt = sum(_IMAGE_TOKENS if part.image_sha256 else len(part.text) // _TOKEN_LETTERS for part in parts)
+    else:
+        prompt = len(group.tokens.token_ids)
+    texts = sum(len(rollout.response_text) // _TOKEN_LETTERS for rollout in group.rollouts)
+    return 2 * (prompt + texts + sum(max(0, len(rollout.response_ids) - 1) for rollout in group.rollouts))
 
 
 def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> PayloadKind:

@@ -50,12 +50,14 @@ class Delivery:
 class Unit:
     """Groups of one call that go to the device together.
 
+    `room` is what it takes of a forward, as it was cut from the request; `tokens` is what it costs its job.
     `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more;
     after `expires` (of time.monotonic) nobody does either.
     """
 
     job: str
     groups: tuple[PreparedGroup, ...]
+    room: int
     on_delivery: Callable[[Delivery], None]
     loop: asyncio.AbstractEventLoop
     expires: float | None = None
@@ -95,8 +97,10 @@ class Scheduler:
         *,
         batch_tokens: int,
         on_failure: Callable[[], object],
+        on_taken: Callable[[], object] = lambda: None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
+        """`on_failure` and, after each batch that leaves the line, `on_taken` are called on the device's thread."""
         self.seconds_per_token: float | None = None
         """Of the last forwards, smoothed; None before the first."""
         self.busy_seconds = 0.0
@@ -105,6 +109,7 @@ class Scheduler:
         self._engine = engine
         self._batch_tokens = batch_tokens
         self._on_failure = on_failure
+        self._on_taken = on_taken
         self._line: FairQueue[Unit] = FairQueue(weights or {})
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._changed = threading.Condition()
@@ -123,6 +128,10 @@ class Scheduler:
     def waiting_units(self) -> int:
         with self._changed:
             return len(self._line)
+
+    def waiting_tokens(self, job: str) -> float:
+        with self._changed:
+            return self._line.cost(job)
 
     def weight(self, job: str) -> float:
         return self._line.weight(job)
@@ -149,17 +158,22 @@ class Scheduler:
         with self._changed:
             self._line.remove(lambda unit: unit.cancelled)
 
-    def stop(self) -> None:
-        """Ends the thread after the forward in progress; what still waits gets Unavailable."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Ends the thread after the forward in progress; what still waits gets Unavailable.
+
+        `wait=False` doesn't wait for that forward, which may never end.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _main(self) -> None:
         units: list[Unit] = []
         try:
             while units := self._take():
+                self._on_taken()
                 self._score(units)
         except Exception:
             log.exception("the engine failed; the process can't go on")
@@ -185,11 +199,11 @@ class Scheduler:
             else:
                 return []
             units = [self._line.pop()]
-            tokens = units[0].tokens
+            room = self._batch_tokens - units[0].room
             # Strictly in order: a smaller unit that would still fit doesn't overtake the one whose turn it is.
-            while self._line and tokens + self._line.head().tokens <= self._batch_tokens:
+            while self._line and self._line.head().room <= room:
                 units.append(self._line.pop())
-                tokens += units[-1].tokens
+                room -= units[-1].room
             return units
 
     def _score(self, units: Sequence[Unit]) -> None:

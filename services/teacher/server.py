@@ -13,6 +13,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.teacher.access import Access, Quotas
 from services.teacher.admission import Admission
+from services.teacher.ahead import Ahead
 from services.teacher.engine import Engine, GroupEngine
 from services.teacher.errors import ErrorInterceptor
 from services.teacher.images import ImageStore, PreparedImages
@@ -114,10 +116,12 @@ class TeacherServer:
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
         self.vision_cache = VisionCache(vlm, capacity_bytes=service.images.vision_bytes)
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
+        ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
         self.scheduler = Scheduler(
             engine or GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=self.vision_cache),
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
+            on_taken=lambda: loop.call_soon_threadsafe(ahead.look),
             weights=sharing.weights,
         )
         self.admission = Admission(sharing, self.scheduler, Quotas(service.quotas))
@@ -139,6 +143,7 @@ class TeacherServer:
             store=self.images,
             scheduler=self.scheduler,
             admission=self.admission,
+            ahead=ahead,
             threads=self._threads,
             batch_tokens=batch_tokens,
             chunk_bytes=chunk_bytes,
@@ -174,8 +179,8 @@ class TeacherServer:
         # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
         await self._server.stop(min(grace_s, _LAST_BYTES_S))
         await draining
-        if not self.failed.is_set():  # a thread that hangs would never be joined
-            await asyncio.get_running_loop().run_in_executor(None, self.scheduler.stop)
+        stop = partial(self.scheduler.stop, wait=not self.failed.is_set())
+        await asyncio.get_running_loop().run_in_executor(None, stop)
         self._watchdog.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 

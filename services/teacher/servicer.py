@@ -1,7 +1,8 @@
 """The Teacher service's RPCs: a call is checked, prepared on threads, queued for the device and streamed back.
 
 Images come in by content; a ScoreGroups call is cut into units of about one forward each, at most two of which are
-prepared ahead of the device or of a slow reader. Errors are raised as they are; the interceptor maps them to statuses.
+prepared ahead of the device or of a slow reader, and of all calls of a job little more than one (`Ahead`). Errors are
+raised as they are; the interceptor maps them to statuses.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import TypeVar
 
 import grpc
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 
 from services.teacher.admission import Admission
+from services.teacher.ahead import Ahead
 from services.teacher.call import Call, Refusal
 from services.teacher.engine import PreparedGroup, ScoredGroup
 from services.teacher.errors import status_of
 from services.teacher.images import ImageStore
-from services.teacher.prepare import Envelope, Preparer, check_revision, read_envelope
-from services.teacher.scheduler import Delivery, Scheduler, group_tokens
+from services.teacher.prepare import Envelope, Preparer, check_revision, cut, read_envelope
+from services.teacher.scheduler import Delivery, Scheduler
 from vaopd import payloads, wire
 from vaopd.errors import LimitExceeded, VaopdError
 from vaopd.pb import teacher_pb2 as pb
@@ -35,7 +35,6 @@ from vaopd.types import TeacherDescription
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
-_PREPARED_AHEAD = 4
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 T = TypeVar("T")
@@ -51,6 +50,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         store: ImageStore,
         scheduler: Scheduler,
         admission: Admission,
+        ahead: Ahead,
         threads: ThreadPoolExecutor,
         batch_tokens: int,
         chunk_bytes: int = CHUNK_BYTES,
@@ -61,6 +61,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._store = store
         self._scheduler = scheduler
         self._admission = admission
+        self._ahead = ahead
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._chunk_bytes = chunk_bytes
@@ -107,7 +108,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         remaining_s = context.time_remaining()
         call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
         # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
-        context.add_done_callback(lambda _: call.cancel())
+        context.add_done_callback(lambda _: self._give_up(call))
         call.feeder = asyncio.create_task(self._feed(request, envelope, call))
         started, failed = time.monotonic(), 0
         try:
@@ -125,53 +126,40 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 unanswered -= 1
                 self._admission.release(job)
         finally:
-            call.cancel()
+            self._give_up(call)
             self._admission.release(job, unanswered)
             elapsed_s, groups = time.monotonic() - started, len(request.groups)
             log.info(
                 "job %r: %d groups, %d refused, %d given up, %.3f s", job[:64], groups, failed, unanswered, elapsed_s
             )
 
+    def _give_up(self, call: Call) -> None:
+        call.cancel()
+        self._ahead.look()
+
     async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
-        """Prepares the groups in order and submits them, in units that fill a forward, as far ahead as is allowed.
+        """Prepares the groups and submits them in units of about one forward, as far ahead as is allowed.
 
         The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
         """
         try:
-            ready: list[PreparedGroup] = []
-            tokens = 0
-            async with aclosing(self._prepared(request.groups, envelope)) as prepared:
-                async for group_id, item in prepared:
-                    if isinstance(item, VaopdError):
-                        call.refuse(group_id, item)
-                        continue
-                    added = group_tokens(item)
-                    if ready and tokens + added > self._batch_tokens:
-                        await call.submit(ready)
-                        ready, tokens = [], 0
-                    ready.append(item)
-                    tokens += added
-            if ready:
-                await call.submit(ready)
+            for unit, room in cut(request.groups, self._batch_tokens):
+                await call.room_for_a_unit()
+                async with self._ahead.turn(call.job):
+                    outcomes = await asyncio.gather(*(self._prepared(group, envelope) for group in unit))
+                    for group, outcome in zip(unit, outcomes, strict=True):
+                        if isinstance(outcome, VaopdError):
+                            call.refuse(group.group_id, outcome)
+                    if ready := [outcome for outcome in outcomes if isinstance(outcome, PreparedGroup)]:
+                        call.submit(ready, room=room)
         except Exception as error:  # whoever waits for results has to hear of it
             call.fail(error)
 
-    async def _prepared(
-        self, groups: Sequence[pb.PromptGroup], envelope: Envelope
-    ) -> AsyncGenerator[tuple[str, PreparedGroup | VaopdError], None]:
-        """The groups in order, some of them prepared ahead on the threads."""
-        ahead: deque[tuple[str, asyncio.Task[PreparedGroup]]] = deque()
+    async def _prepared(self, group: pb.PromptGroup, envelope: Envelope) -> PreparedGroup | VaopdError:
         try:
-            for group in groups:
-                preparing = asyncio.create_task(self._on_thread(self._preparer.prepare, group, envelope))
-                ahead.append((group.group_id, preparing))
-                if len(ahead) > _PREPARED_AHEAD:
-                    yield await _outcome(*ahead.popleft())
-            while ahead:
-                yield await _outcome(*ahead.popleft())
-        finally:
-            for _, preparing in ahead:
-                preparing.cancel()
+            return await self._on_thread(self._preparer.prepare, group, envelope)
+        except VaopdError as error:
+            return error
 
     async def _answer(
         self, group: PreparedGroup, scored: ScoredGroup, *, with_token_texts: bool
@@ -221,13 +209,6 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     async def _on_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-
-
-async def _outcome(group_id: str, prepared: asyncio.Task[PreparedGroup]) -> tuple[str, PreparedGroup | VaopdError]:
-    try:
-        return group_id, await prepared
-    except VaopdError as error:
-        return group_id, error
 
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from services.teacher.ahead import AT_ONCE, FEW_TOKENS
 from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from services.teacher.scheduler import group_tokens
 from tests.support.models import tiny_vlm
@@ -145,6 +146,32 @@ def test_a_forward_mixes_jobs() -> None:
         held.serve()
         batches = [[group.group_id for group in batch] for batch in held.engine.batches]
     assert batches == [["first"], ["a0", "b0", "a1", "b1"]]
+
+
+def test_the_next_forward_is_ready_while_the_device_is_busy() -> None:
+    with held_teacher() as held:
+        held.pool.submit(results, held.teacher.target, *(group(f"g{n}") for n in range(6)), job="job")
+        # The first group of another job is on the device; of this call two units are prepared, no more.
+        wait_until("two units wait", lambda: held.waiting == 2)
+        held.engine.go.set()
+        wait_until("all are served", lambda: len(held.engine.order) == 7)
+    assert held.engine.order[1:] == [f"g{n}" for n in range(6)]
+
+
+def test_of_a_long_queue_little_is_prepared() -> None:
+    with held_teacher() as held:
+        requests = [group(f"g{n}", rollouts=64) for n in range(30)]
+        for request in requests:
+            held.pool.submit(results, held.teacher.target, request, job="flood")
+        scheduler = held.teacher.server.scheduler
+        wait_until("all are accepted", lambda: held.teacher.server.admission.waiting == 31)
+        wait_until("enough is prepared", lambda: scheduler.waiting_tokens("flood") >= FEW_TOKENS)
+        prepared = scheduler.waiting_tokens("flood")
+        held.engine.go.set()
+        wait_until("all are served", lambda: len(held.engine.order) == 31)
+        tokens_of_all = held.engine.tokens_of("g", first=31)
+    assert prepared <= FEW_TOKENS + AT_ONCE * tokens_of_all / 30
+    assert tokens_of_all > 2 * prepared
 
 
 def test_the_tokens_served_are_counted_by_job() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.teacher.fairness import DEBTORS, FairQueue
+from services.teacher.fairness import JOBS_KNOWN, FairQueue
 
 
 def queue_of(weights: Mapping[str, float] | None = None, **jobs: tuple[int, float]) -> FairQueue[tuple[str, float]]:
@@ -90,10 +90,10 @@ def test_an_empty_queue_has_no_head() -> None:
 
 def test_names_of_jobs_do_not_pile_up() -> None:
     queue: FairQueue[str] = FairQueue({})
-    for number in range(3 * DEBTORS):
+    for number in range(3 * JOBS_KNOWN):
         queue.push(f"job-{number}", "x", cost=1.0)
         queue.pop()
-    assert len(queue._lines) <= DEBTORS
+    assert len(queue._lines) <= JOBS_KNOWN + 1
 
 
 @pytest.mark.parametrize("seed", range(20))
