@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
-from vaopd.report import read_run, write_report
-from vaopd.report_plots import seed_band
+from vaopd.report import write_report
+from vaopd.report_plots import band_over, complete, seed_band
+from vaopd.report_rollouts import high_tokens
+from vaopd.run_records import read_run
+
+
+def jpeg() -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "white").save(file, "JPEG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def make_run(
-    folder: Path, *, variant: str = "va_opd", seed: int = 0, accuracies: tuple[float, ...] = (0.3, 0.5)
+    folder: Path,
+    *,
+    variant: str = "va_opd",
+    seed: int = 0,
+    accuracies: tuple[float, ...] = (0.3, 0.5, 0.6),
+    steps: int = 20,
 ) -> Path:
-    """A folder as the trainer leaves it, with an evaluation every 10 steps."""
+    """A folder as the trainer leaves it: 20 steps planned, `steps` of them done, an evaluation every 10."""
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(f'[run]\nname = "x"\nseed = {seed}\n[objective]\nvariant = "{variant}"\n')
+    (folder / "config.toml").write_text(
+        f'[run]\nname = "x"\nseed = {seed}\n[objective]\nvariant = "{variant}"\n'
+        "[trainer]\nsteps = 20\n[evaluation]\nevery = 10\n"
+    )
     lines: list[dict[str, Any]] = []
     for index, accuracy in enumerate(accuracies):
         evaluation = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
         lines.append({"kind": "eval", "step": 10 * index, **evaluation})
-    for step in range(20):
+    for step in range(steps):
         numbers = {"loss": 0.5, "kl_mean": 0.4, "kl_high": 0.6, "kl_low": 0.3, "mean_va": 0.2, "va_top10_share": 0.95}
+        numbers |= {"weights_entropy": 1.0, "grad_norm": 2.0, "rollouts_per_s": 30.0, "time_s": 1000.0 + 2 * step}
         times = {"wait_s": 1.0, "score_s": 0.3, "forward_backward_s": 0.4, "publish_s": 0.1}
         lines.append({"kind": "train", "step": step, **numbers, **times})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples = [
         {
-            "step": 0,
-            "group_id": "g0",
+            "step": step,
+            "group_id": f"g{step}",
             "question": "Is 3 < 4?",
             "answer": "yes",
             "tokens": ["3", " <", "\n"],
@@ -41,9 +62,10 @@ def make_run(
             "teacher_logprobs": [-0.1, -0.2, -0.3],
             "rollout_weight": weight,
         }
+        for step in (0, 5, 10)
         for weight in (0.75, 0.25)
     ]
-    samples[0]["image_base64"] = "/9j/AAAA"
+    samples[0]["image_base64"] = jpeg()
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     return folder
 
@@ -52,20 +74,56 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
     path = write_report([make_run(tmp_path / "first")])
     assert path == tmp_path / "first" / "report.html"
     page = path.read_text()
-    assert page.count("<svg") == 5  # accuracy, loss and KL, mean VA, top-10 % share, times
-    assert "<b>30.0 % ± 3.0</b> at step 0, <b>50.0 % ± 3.0</b> at step 10" in page
-    assert "variant = &quot;va_opd&quot;" in page
+    figures = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
+    assert figures == [
+        "Held-out accuracy, curves",
+        "Reverse KL by token group, curves",
+        "Loss, curves",
+        "Mean visual advantage, curves",
+        "Share of all VA in the top 10 % of tokens, curves",
+        "Entropy of the rollout weights, curves",
+        "Where a step's time goes, curves",
+    ]
+    assert "30.0 % ± 3.0" in page
+    assert "60.0 % ± 3.0<small>+30.0 points" in page
+    assert "<td>objective.variant</td><td>va_opd</td>" in page
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []  # nothing is loaded from elsewhere
     assert "currentColor" in page  # the curves follow the page's light or dark
 
 
-def test_tokens_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
+def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "old")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("weights_entropy", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "samples.jsonl").unlink()
+    page = write_report([run]).read_text()
+    assert "Entropy" not in page
+    assert "Rollouts" not in page
+
+
+def test_rollouts_before_and_after_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
     """1 nat and more has the full colour; what a model or a data set wrote is text, never markup."""
     page = write_report([make_run(tmp_path / "first")]).read_text()
-    assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 2
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the student as it came", "After 10 steps"]
+    assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 4
+    assert (
+        page.count('<span class="high" style="background:rgb(255 140 0/1.00)" title="VA 9.000, teacher -0.300">') == 4
+    )
     assert "&lt;</span>" in page
     assert "Is 3 &lt; 4?" in page
-    assert page.count("data:image/jpeg;base64,/9j/AAAA") == 1
+
+
+def test_the_image_stands_beside_its_degraded_view(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "first")]).read_text()
+    assert re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page) == ["the image", "degraded: pixelate"]
+
+
+def test_the_high_group_by_hand() -> None:
+    """⌈0.2 · 6⌉ = 2 of six tokens; of the three equal ones the earliest."""
+    assert high_tokens([0.5, 0.1, 2.0, 0.5, 0.5, 0.0], 0.2) == {2, 0}
+    assert high_tokens([0.0], 0.2) == {0}
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
@@ -78,6 +136,8 @@ def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
     assert "VA-OPD, 2 seeds" in page
     assert "Standard OPD, 2 seeds" in page
     assert "line: mean; band: lowest to highest seed" in page
+    differences = page[page.index("configurations differ") : page.index("<details>")]
+    assert re.findall(r"<td>(\w+\.\w+)</td>", differences) == ["run.seed", "objective.variant"]
 
 
 def test_bands_over_seeds_by_hand(tmp_path: Path) -> None:
@@ -92,12 +152,28 @@ def test_bands_over_seeds_by_hand(tmp_path: Path) -> None:
     assert (lows[1], highs[1]) == (pytest.approx(50 - 5.7735, abs=1e-4), pytest.approx(50 + 5.7735, abs=1e-4))
 
 
-def test_a_band_covers_only_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
-    runs = [
-        read_run(make_run(tmp_path / "long", accuracies=(0.3, 0.4, 0.5))),
-        read_run(make_run(tmp_path / "short", accuracies=(0.3, 0.4))),
-    ]
-    assert seed_band(runs, band="range")[0] == [0, 10]
+def test_a_band_covers_only_the_steps_that_all_seeds_have() -> None:
+    assert band_over([{0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 4.0}], band="range") == (
+        [0, 1],
+        [1.0, 3.0],
+        [1.0, 2.0],
+        [1.0, 4.0],
+    )
+
+
+def test_an_unfinished_run_does_not_cut_the_finished_ones_short(tmp_path: Path) -> None:
+    done = read_run(make_run(tmp_path / "done"))
+    begun = read_run(make_run(tmp_path / "begun", steps=3, accuracies=(0.3,)))
+    other = read_run(make_run(tmp_path / "other", variant="standard", steps=3, accuracies=(0.3,)))
+    assert (done.finished, begun.finished) == (True, False)
+    assert [run.name for run in complete([done, begun, other])] == ["done", "other"]
+
+
+def test_the_time_left_by_hand(tmp_path: Path) -> None:
+    """5 of 20 steps done, 2 s apart: 30 s."""
+    run = read_run(make_run(tmp_path / "begun", steps=5))
+    assert run.time_left == timedelta(seconds=30)
+    assert read_run(make_run(tmp_path / "one", steps=1)).time_left is None
 
 
 def test_the_plot_alone_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,15 +189,15 @@ def test_a_line_that_is_just_being_written_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "eval", "step": 20, "acc')
-    assert len(read_run(run).evaluations) == 2
+    assert len(read_run(run).evaluations) == 3
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "eval", "step": 20}', r"metrics\.jsonl:23: accuracy is None; it must be a finite number"),
-        ('{"kind": "eval", "step": 20, "accuracy": NaN}', r"metrics\.jsonl:23: accuracy is nan"),
-        ("{", r"metrics\.jsonl:23 is not a JSON object"),
+        ('{"kind": "eval", "step": 20}', r"metrics\.jsonl:24: accuracy is None; it must be a finite number"),
+        ('{"kind": "eval", "step": 20, "accuracy": NaN}', r"metrics\.jsonl:24: accuracy is nan"),
+        ("{", r"metrics\.jsonl:24 is not a JSON object"),
     ],
 )
 def test_a_missing_or_broken_number_is_an_error(tmp_path: Path, line: str, message: str) -> None:

@@ -1,0 +1,157 @@
+"""A run's folder as people read it: its configuration, metric lines, evaluations and sampled rollouts. Torch-free.
+
+What the trainer writes into RUN: config.toml, metrics.jsonl, samples.jsonl. `vaopd report` and `vaopd watch` read them,
+also while the run goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from vaopd.errors import InvalidInput, NotFound
+
+RECENT_STEPS = 20  # of which a step's duration is the median: an evaluation between two of them doesn't count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1]."""
+
+    step: int
+    accuracy: float
+    standard_error: float
+    prompts: int
+    samples: int
+
+    @property
+    def label(self) -> str:
+        return f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run's folder says. `train` holds the metric lines as they are, in order."""
+
+    folder: Path
+    config_text: str
+    config: dict[str, Any]
+    train: tuple[dict[str, Any], ...]
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def variant(self) -> str:
+        return str(self.config.get("objective", {}).get("variant", "va_opd"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("run", {}).get("seed", 0))
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that have been finished; the lines count from 0."""
+        return int(self.train[-1]["step"]) + 1 if self.train else 0
+
+    @property
+    def steps_planned(self) -> int | None:
+        """Optimizer steps in all; None where the configuration doesn't tell."""
+        steps = self.config.get("trainer", {}).get("steps")
+        return int(steps) if steps is not None else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken, and evaluated where evaluations are on."""
+        if self.steps_planned is None or self.steps_done < self.steps_planned:
+            return False
+        evaluates = self.config.get("evaluation", {}).get("every", 50) > 0
+        return not evaluates or bool(self.evaluations and self.evaluations[-1].step >= self.steps_planned)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """The steps that recorded a finite `key`, and its values there."""
+        points = [(line["step"], line[key]) for line in self.train if is_number(line.get(key))]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def mean(self, key: str) -> float | None:
+        """Over all steps that recorded it; None if none did."""
+        _, values = self.series(key)
+        return sum(values) / len(values) if values else None
+
+    @property
+    def time_left(self) -> timedelta | None:
+        """The steps to come by the median duration of recent steps; evaluations and checkpoints come on top."""
+        times = [line["time_s"] for line in self.train[-RECENT_STEPS - 1 :] if is_number(line.get("time_s"))]
+        if len(times) < 2 or self.steps_planned is None:
+            return None
+        step_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+        return timedelta(seconds=step_s * max(0, self.steps_planned - self.steps_done))
+
+
+def read_run(folder: Path) -> Run:
+    """Raises NotFound or InvalidInput that names the file and line."""
+    config_text = read_text(folder / "config.toml")
+    try:
+        config = tomllib.loads(config_text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
+    train, evaluations = [], []
+    for where, line in json_lines(folder / "metrics.jsonl"):
+        if line.get("kind") == "eval":
+            evaluations.append(_evaluation(line, where))
+        elif line.get("kind") == "train":
+            _number(line, "step", where)
+            train.append(line)
+    return Run(
+        folder=folder, config_text=config_text, config=config, train=tuple(train), evaluations=tuple(evaluations)
+    )
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise NotFound(f"{path} can't be read ({error.strerror}); RUN is a run's folder, e.g. runs/demo-…") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """ "FILE:LINE" and the object there, for every complete line."""
+    lines = read_text(path).split("\n")
+    # What stands behind the last newline is empty, or a line that is just being written.
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            raise InvalidInput(f"{path}:{number} is not a JSON object") from None
+        yield f"{path}:{number}", value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
+    return Evaluation(
+        step=int(_number(line, "step", where)),
+        accuracy=_number(line, "accuracy", where),
+        standard_error=_number(line, "standard_error", where),
+        prompts=int(_number(line, "prompts", where)),
+        samples=int(_number(line, "samples", where)),
+    )
+
+
+def _number(line: dict[str, Any], key: str, where: str) -> float:
+    value = line.get(key)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidInput(f"{where}: {key} is {value!r}; it must be a finite number")
+    return value
