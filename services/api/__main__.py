@@ -99,6 +99,7 @@ def serve(
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None
+    listener.listen()  # uvicorn only binds here: without it, who reads the address at once would be turned away
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
         # Whoever reads the file sees all of it or nothing.
