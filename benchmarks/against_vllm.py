@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,9 @@ def start_vllm(folder: Path, threads: int) -> Any:
     for name in AutoConfig.from_pretrained(folder).architectures or ():
         if name in ModelRegistry.models:  # looked at here, not in a subprocess of its own
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-    llm = vllm.LLM(
+    llm: Any = vllm.LLM(
         model=str(folder),
-        dtype=common.DTYPE,
+        dtype=common.DTYPE,  # type: ignore[arg-type]
         max_model_len=4096,
         limit_mm_per_prompt={"image": 1, "video": 0},
         logprobs_mode="raw_logprobs",
@@ -117,8 +117,11 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
             ready = kept if case == "known" else common.prepare(vlm, images, key=f"{shape}:{turn}")
             return common.logprobs(common.score(engine, [common.with_images(group, ready)]))
 
-        sides = {
-            "vllm": lambda turns=vllm_turns: by_vllm(llm, prompt, next(turns), group.responses),
+        def by_other(turns: Any = vllm_turns) -> np.ndarray:
+            return by_vllm(llm, prompt, next(turns), group.responses)
+
+        sides: dict[str, Callable[[], np.ndarray]] = {
+            "vllm": by_other,
             "engine": by_engine,
         }
         seconds[case], results = common.interleaved(sides, repeats=repeats)

@@ -141,12 +141,12 @@ def _widened(tokenizer: Any, vocabulary: int) -> Any:
         words[f"unused{index}"] = index
     return Qwen2Tokenizer(
         vocab=words,
-        merges=[tuple(merge) for merge in learned["merges"]],
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
         added_tokens_decoder={
             first_special + i: AddedToken(token, normalized=False, special=True)
             for i, token in enumerate(SPECIAL_TOKENS)
         },
-        unk_token=None,
+        unk_token=None,  # type: ignore[arg-type]  # every byte is in the alphabet
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens={
@@ -175,7 +175,9 @@ def load_plain(folder: Path) -> Any:
     from transformers import AutoModelForImageTextToText
 
     quiet()
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, DTYPE), attn_implementation="sdpa")
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=getattr(torch, DTYPE), attn_implementation="sdpa"
+    )
     return model.to(DEVICE).eval()
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,17 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
     engine = common.engine_for(vlm)
     model = floor.Model(vlm.config.to_dict())
     matmul = common.matmul_flops_per_s()
-    found = []
+    found: list[dict[str, Any]] = []
     for shape in shapes:
         seconds, results = common.interleaved(sides(vlm, plain, engine, shape), repeats=repeats)
         difference = max(float(np.abs(result - results["engine"]).max()) for result in results.values())
         if difference > TOLERANCE[common.DTYPE]:
             raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
-        counted: dict[str, float] = {
+        counted = {
             name: floor.scoring_cost(
                 model, name, prompt=shape.prompt, image_tokens=common.image_tokens(shape), lengths=shape.lengths
             ).flops
-            for name in seconds
+            for name in floor.SIDES
         }
         found.append(
             {
@@ -118,9 +119,9 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
     images = common.prepare(vlm, common.both_views(shape, seed=3), key="scaling")
     groups = {k: common.group(vlm, replace(shape, rollouts=k), seed=3, images=images) for k in (1, 2, 4, 8)}
     seconds, _ = common.interleaved(
-        {str(k): lambda group=group: common.score(engine, [group]) for k, group in groups.items()}, repeats=repeats
+        {str(k): partial(common.score, engine, [group]) for k, group in groups.items()}, repeats=repeats
     )
-    found = []
+    found: list[dict[str, Any]] = []
     for k in groups:
         growth = seconds[str(k)] / seconds["1"]
         expected = (shape.prompt + k * shape.response) / (shape.prompt + shape.response)
@@ -174,7 +175,7 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         (wide, HEADLINE),
         (wide, replace(HEADLINE, response=512)),
     ]  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for model, shape in cases:
         peaks = {}
         for name in ("usual", "careful", "engine"):

@@ -112,7 +112,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
 
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     model = floor.Model(vlm.config.to_dict())
     for shape in shapes:
         runs = sides(vlm, plain, weighted_group(vlm, shape))
@@ -184,7 +184,7 @@ def gradient_difference(ours: Any, other: Any) -> tuple[float, float]:
 
 
 def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    found = []
+    found: list[dict[str, Any]] = []
     for shape in shapes:
         peaks = {}
         for name in SIDES:
