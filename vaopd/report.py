@@ -106,8 +106,8 @@ def _comparison_section(runs: Sequence[Run], *, band: str) -> Iterator[str]:
     words = "from the lowest to the highest seed" if band == "range" else "± one standard error over seeds"
     yield (
         f'</div><p class="note">One colour per objective; lines are means over its seeds (of running means over '
-        f"{report_plots.SMOOTHING_STEPS} steps, accuracy aside), bands go {words}. Unfinished runs of an objective that "
-        "has finished ones are left out of the curves.</p>"
+        f"{report_plots.SMOOTHING_STEPS} steps, accuracy aside), bands go {words}. Unfinished runs of an objective "
+        "that has finished ones are left out of the curves.</p>"
     )
     yield f'<div class="wide">{_comparison_table(runs)}</div>'
     yield f'<h3>Where their configurations differ</h3><div class="wide">{_difference_table(runs)}</div>'

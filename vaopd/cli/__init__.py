@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import vaopd
-from vaopd.cli import certs, doctor, evaluate, keys, ledger, make, queue, report, run, score, services
+from vaopd.cli import certs, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
 from vaopd.errors import VaopdError
 
 FAILED = 2
@@ -42,6 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=vaopd.__version__)
     parser.add_argument("--verbose", action="store_true", help="show where an error comes from (also VAOPD_DEBUG=1)")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (run, services, score, evaluate, make, report, ledger, queue, keys, certs, doctor):
+    for module in (run, services, score, evaluate, make, watch, report, ledger, queue, keys, certs, doctor):
         module.add_parsers(subparsers)
     return parser

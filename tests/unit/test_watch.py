@@ -1,0 +1,92 @@
+"""`vaopd watch`: what it says of a run before, during and after, in a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from vaopd.cli import main
+from vaopd.watch import sparkline, watch
+
+
+def make_run(folder: Path, *, steps: int, evaluated: tuple[int, ...] = (0,)) -> Path:
+    """A run of 4 steps, 10 s each from 1000 s on, of which `steps` are done; accuracy rises by 10 points each time."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text("[run]\nseed = 3\n[trainer]\nsteps = 4\n[evaluation]\nevery = 2\n")
+    lines = [
+        {"kind": "train", "step": step, "time_s": 1000 + 10 * step, "loss": 4 - step, "mean_va": 0.125}
+        | {"rollouts_per_s": 8.0, "kl_high": 1.0, "kl_low": 0.5}
+        for step in range(steps)
+    ]
+    accuracies = ((step, 0.3 + 0.1 * index) for index, step in enumerate(evaluated))
+    lines += [
+        {"kind": "eval", "step": step, "accuracy": accuracy, "standard_error": 0.03, "prompts": 9, "samples": 1}
+        for step, accuracy in accuracies
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "first", steps=3, evaluated=(0, 2))
+    assert main(["watch", str(run), "--once"]) == 0
+    head, progress, loss, *_, accuracy, quiet = capsys.readouterr().out.splitlines()
+    assert head == "first   va_opd, seed 3"
+    assert progress == f"step 3/4  {'█' * 30}{'░' * 10} 75%  0:10 left"
+    assert loss == "loss                    2  █▅▁"
+    assert accuracy == "accuracy            40.0%  ▁█  ± 3.0%, step 2"
+    assert quiet.startswith("no step for ")  # its last step was in 1970
+
+
+def test_a_terminal_is_drawn_over_until_the_run_has_ended(tmp_path: Path) -> None:
+    run, stream = make_run(tmp_path / "first", steps=3), Terminal()
+    watch(run, stream=stream, clock=lambda: 1020.0, sleep=lambda _: make_run(run, steps=4, evaluated=(0, 4)) and None)
+    first, second = stream.getvalue().split("\x1b[8F")  # up by the eight lines of the first block
+    assert first.count("\n") == 8
+    assert "step 3/4" in first
+    assert "step 4/4" in second
+    assert "finished" in second
+
+
+def test_elsewhere_there_is_a_line_for_every_change(tmp_path: Path) -> None:
+    run, stream = make_run(tmp_path / "first", steps=3), io.StringIO()
+    looks = iter([3, 4])
+
+    def goes_on(_: float) -> None:
+        steps = next(looks)
+        make_run(run, steps=steps, evaluated=(0, 4) if steps == 4 else (0,))
+
+    watch(run, stream=stream, sleep=goes_on)
+    assert stream.getvalue().splitlines() == [
+        "step 3/4  loss 2.0000  mean VA 0.125  8.0 rollouts/s  accuracy 30.0% at step 0  0:10 left",
+        "step 4/4  loss 1.0000  mean VA 0.125  8.0 rollouts/s  accuracy 40.0% at step 4  finished",
+    ]
+
+
+def test_before_the_first_step_it_shows_what_the_processes_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "teacher.log").write_text("loading\nserving on 127.0.0.1:50051\n")
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "no step yet" in first
+    assert second == "  teacher    serving on 127.0.0.1:50051"
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(tmp_path / "none")]) == 2
+    assert "none is no folder; RUN is a run's folder" in capsys.readouterr().err
+
+
+def test_a_curve_of_one_value_is_flat() -> None:
+    assert sparkline([3.0]) == "▁"
+    assert sparkline([3.0, 3.0]) == "▁▁"

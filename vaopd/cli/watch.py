@@ -1,0 +1,26 @@
+"""`vaopd watch`: how a run stands, kept up to date while it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    watch = subparsers.add_parser("watch", help="how a run stands, kept up to date until it is finished")
+    watch.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/demo-…")
+    watch.add_argument("--once", action="store_true", help="tell it once and exit")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    watch.set_defaults(command=_watch)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from vaopd.watch import watch
+
+    watch(arguments.run, stream=sys.stdout, every_s=arguments.every, once=arguments.once)
+    return 0
