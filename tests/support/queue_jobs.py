@@ -37,9 +37,13 @@ class Job:
             client.pexpire(f"vaopd:{{{self.name}}}:trainer", 0)
 
     def put_raw(self, stream: str, key: str, body: bytes) -> None:
-        """What no trainer or worker would write."""
+        """A body that no trainer or worker would write."""
+        self.put_fields(stream, {"key": key, "body": body})
+
+    def put_fields(self, stream: str, fields: dict[str, str | bytes]) -> None:
+        """An entry that no trainer or worker would write."""
         with redis.Redis.from_url(self.url) as client:
-            client.xadd(f"vaopd:{{{self.name}}}:{stream}", {"key": key, "body": body})
+            client.xadd(f"vaopd:{{{self.name}}}:{stream}", fields)
 
 
 @pytest.fixture

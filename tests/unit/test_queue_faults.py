@@ -8,12 +8,14 @@ from contextlib import closing
 import pytest
 
 from tests.support.groups import a_request, an_answer
+from tests.support.lost_replies import LossyRelay
 from tests.support.queue_jobs import Job, a_job, answer, collect_one, take_one
 from tests.support.redis import job, redis_server
 from tests.support.waiting import wait_until
 from vaopd import wire
-from vaopd.errors import LeaseLost, NotFound
-from vaopd.queue import TrainerQueue
+from vaopd.embedded_redis import EmbeddedRedis
+from vaopd.errors import LeaseLost, NotFound, Unavailable
+from vaopd.queue import TrainerQueue, WorkerQueue
 
 SHORT_S = 0.15
 
@@ -118,6 +120,70 @@ def test_corrupt_entries_are_dead_letters_and_hold_nothing_up(a_job: Job) -> Non
     assert letters["broken"].reason == "2 bytes are not a RolloutRequest message"
     assert letters["torn"].reason == "2 bytes are not a RolloutGroup message"
     assert letters["torn"].body == b"\xff\xff"
+
+
+FOREIGN = {
+    "no key, no body": ({"colour": "blue"}, "a rollout request needs a group_id"),
+    "key of no form": ({"key": b"\xff@@", "body": wire.rollout_request_to_bytes(a_request("g9"))}, "filed under"),
+    "another's body": ({"key": "g8@0", "body": wire.rollout_request_to_bytes(a_request("g9"))}, "holds 'g9@0'"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_somebody_else_put_into_a_stream_is_a_dead_letter_and_holds_nothing_up(a_job: Job, case: str) -> None:
+    fields, complaint = FOREIGN[case]
+    trainer, worker = a_job.trainer(), a_job.worker("w1", lease_s=SHORT_S)
+    a_job.put_fields("requests", fields)
+    trainer.enqueue(a_request("g1"))
+    assert answer(worker).group_id == "g1"
+    [letter] = trainer.dead_letters()
+    assert complaint in letter.reason
+    assert trainer.requests_in_flight() == 0
+
+
+def test_a_group_filed_under_another_ones_key_is_a_dead_letter(a_job: Job) -> None:
+    trainer = a_job.trainer()
+    body = wire.rollout_group_to_bytes(an_answer(a_request("g2")))
+    a_job.put_fields("groups", {"key": "g1@0", "body": body})
+    a_job.put_fields("groups", {"colour": "blue"})
+    a_job.put_fields("groups", {"key": "g2@0", "body": body})
+    assert collect_one(trainer).group.group_id == "g2"
+    first, second = trainer.dead_letters()
+    assert (first.key, first.reason) == ("g1@0", "it is filed under 'g1@0' and holds 'g2@0'")
+    assert (second.group_id, second.policy_version) == ("", None)
+
+
+def test_a_trainer_that_could_not_bury_gets_the_groups_before_the_bad_one_again(
+    a_job: Job, redis_server: EmbeddedRedis
+) -> None:
+    with LossyRelay(redis_server.port) as relay:
+        url = relay.url
+        with closing(TrainerQueue(url=url, job=a_job.name, patience_s=0)) as trainer:
+            trainer.acquire()
+            trainer.enqueue(a_request("g1"))
+            answer(a_job.worker("w1"))
+            a_job.put_raw("groups", "torn@0", b"\xff")
+            relay.lose_reply_to(b"torn@0")
+            with pytest.raises(Unavailable):
+                trainer.collect(block_s=1)
+            assert relay.lost
+            assert [d.group.group_id for d in trainer.collect(block_s=1)] == ["g1"]
+
+
+def test_a_worker_that_could_not_bury_does_not_hold_on_to_what_nobody_works_on(
+    a_job: Job, redis_server: EmbeddedRedis
+) -> None:
+    with LossyRelay(redis_server.port) as relay:
+        queue = WorkerQueue(url=relay.url, job=a_job.name, worker="w1", patience_s=0, lease_s=SHORT_S)
+        with closing(queue) as worker:
+            a_job.trainer().enqueue(a_request("g1"))
+            a_job.put_raw("requests", "torn@0", b"\xff")
+            relay.lose_reply_to(b"torn@0")
+            with pytest.raises(Unavailable):
+                worker.take(block_s=1, max_requests=2)
+            assert relay.lost
+            assert worker.held() == []  # so nothing is renewed, and the lease runs out
+            assert take_one(worker).deliveries == 2
 
 
 def test_dead_letters_can_be_sent_again_or_dropped(a_job: Job) -> None:

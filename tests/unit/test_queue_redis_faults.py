@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -17,7 +19,7 @@ from tests.support.redis import job, redis_server
 from tests.support.waiting import wait_until
 from vaopd.embedded_redis import EmbeddedRedis
 from vaopd.errors import LeaseLost, Mismatch, Unavailable
-from vaopd.queue import WorkerQueue
+from vaopd.queue import TrainerQueue, WorkerQueue, connection
 
 SHORT_S = 0.15
 
@@ -133,6 +135,22 @@ def test_a_redis_that_came_back_empty_is_noticed_and_filled_again(make_job: Call
         assert trainer.enqueue(a_request("g1"))
         assert answer(worker).group_id == "g1"
         assert collect_one(trainer).group.group_id == "g1"
+
+
+def test_a_frozen_redis_is_noticed_and_what_it_answers_later_does_no_harm(
+    make_job: Callable[[EmbeddedRedis], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket still takes requests: on waking it serves those that nobody waits for any more, too."""
+    monkeypatch.setattr(connection, "SOCKET_TIMEOUT_S", 0.2)
+    with EmbeddedRedis() as server, closing(TrainerQueue(url=server.url, job="test", patience_s=0.3)) as trainer:
+        trainer.acquire()
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        with pytest.raises(Unavailable, match=r"did not answer for 0\.3 s \(TimeoutError\)"):
+            trainer.enqueue(a_request("g1"))
+        os.kill(server.pid, signal.SIGCONT)
+        trainer.enqueue(a_request("g1"))
+        assert trainer.requests_in_flight() == 1
 
 
 def test_an_unreachable_redis_is_unavailable_not_a_hang(make_job: Callable[[EmbeddedRedis], Job]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from services.trainer import checkpoint
 from services.trainer.checkpoint import LedgerLine, Progress
-from vaopd.errors import InvalidInput
+from vaopd.errors import InvalidInput, LimitExceeded
 
 
 class Run:
@@ -121,3 +123,20 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path, file: str) -> N
     (saved / file).write_bytes((saved / file).read_bytes()[:-7])
     with pytest.raises(InvalidInput, match=r"step_000002 can't be read .*; remove that folder to resume from the one"):
         Run().restore(saved)
+
+
+def test_a_full_disk_is_told_and_the_old_checkpoint_is_intact(tmp_path: Path) -> None:
+    """The limit on a file's size stands for the full disk; all else that pytest writes is smaller."""
+    run = Run()
+    saved = run.save(tmp_path, 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        with pytest.raises(LimitExceeded, match=r"step_000004 can't be written .* make room, and resume"):
+            run.save(tmp_path, 4, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+    assert run.restore(saved).step == 2

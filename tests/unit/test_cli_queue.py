@@ -1,0 +1,71 @@
+"""`vaopd queue`: dead letters as an operator meets them."""
+# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.groups import a_request
+from tests.support.queue_jobs import Job, a_job, answer, take_one
+from tests.support.redis import job, redis_server
+from vaopd.cli import main
+
+
+@pytest.fixture
+def two_letters(a_job: Job) -> Job:
+    trainer, worker = a_job.trainer(), a_job.worker("w1")
+    for name in ("g1", "g2"):
+        trainer.enqueue(a_request(name, policy_version=7))
+        worker.fail(take_one(worker), f"no image for {name}")
+    return a_job
+
+
+def run(job: Job, *arguments: str) -> int:
+    return main(["queue", *arguments, "--job", job.name, "--url", job.url])
+
+
+def test_each_letter_is_shown_with_its_reason(two_letters: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(two_letters, "dead") == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["id", "group", "policy", "stream", "deliveries", "reason"]
+    assert [line.split()[1:] for line in lines] == [
+        ["g1", "7", "requests", "1", "no", "image", "for", "g1"],
+        ["g2", "7", "requests", "1", "no", "image", "for", "g2"],
+    ]
+
+
+def test_one_is_dropped_and_one_sent_again(two_letters: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (letter.entry_id for letter in two_letters.dead_letters().list())
+    assert run(two_letters, "drop", first) == 0
+    assert run(two_letters, "retry", second) == 0
+    assert run(two_letters, "retry", second) == 2
+    assert f"has no dead letter '{second}'" in capsys.readouterr().err
+    assert two_letters.dead_letters().list() == []
+    assert answer(two_letters.worker("w2")).group_id == "g2"
+
+
+def test_all_are_sent_again(two_letters: Job) -> None:
+    assert run(two_letters, "retry", "--all") == 0
+    worker = two_letters.worker("w2")
+    assert [answer(worker).group_id, answer(worker).group_id] == ["g1", "g2"]
+
+
+def test_a_runs_folder_names_job_and_redis(
+    two_letters: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {
+        "run": f'name = "{two_letters.name}"',
+        "queue": f'url = "{two_letters.url}"',
+        "data": 'source = "x"',
+        "student": 'model = "x"',
+        "teacher": 'model = "x"',
+        "trainer": "steps = 1",
+    }
+    text = "\n".join(f"[{name}]\n{values}" for name, values in sections.items())
+    (tmp_path / "config.toml").write_text(text)
+    assert main(["queue", "drop", "--all", "--run", str(tmp_path)]) == 0
+    assert two_letters.dead_letters().list() == []
+    assert main(["queue", "dead"]) == 2
+    assert "give --job JOB, or --run RUN" in capsys.readouterr().err
