@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -28,14 +29,16 @@ from services.teacher.prepare import Envelope, Preparer, check_revision, cut, re
 from services.teacher.scheduler import Delivery, Scheduler
 from vaopd import payloads, wire
 from vaopd.errors import LimitExceeded, VaopdError
+from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import TeacherDescription
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
 _MESSAGE_OVERHEAD_BYTES = 1024
+_ADMITTED_AHEAD = 4
+"""Images of one upload that are decoded at the same time."""
 
 T = TypeVar("T")
 
@@ -72,13 +75,25 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def PutImages(
         self, request_iterator: AsyncIterator, context: grpc.aio.ServicerContext
     ) -> pb.PutImagesResponse:
-        received = []
-        async for message in request_iterator:
-            image = await self._on_thread(wire.image_from_pb, message)
-            await self._on_thread(self._preparer.admit_image, image)
-            received.append(image.sha256)
-            log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
+        received: list[str] = []
+        admitting: deque[asyncio.Task[str]] = deque()
+        try:
+            async for message in request_iterator:
+                admitting.append(asyncio.create_task(self._admit_image(message)))
+                if len(admitting) > _ADMITTED_AHEAD:
+                    received.append(await admitting.popleft())
+            while admitting:
+                received.append(await admitting.popleft())
+        finally:
+            for task in admitting:
+                task.cancel()
         return pb.PutImagesResponse(sha256=received)
+
+    async def _admit_image(self, message: common_pb2.EncodedImage) -> str:
+        image = await self._on_thread(wire.image_from_pb, message)
+        await self._on_thread(self._preparer.admit_image, image)
+        log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
+        return image.sha256
 
     async def MissingImages(
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
