@@ -224,7 +224,10 @@ class Preparer:
         if kind == "tokens":
             token_ids = np.fromiter(group.tokens.token_ids, dtype=np.int64, count=len(group.tokens.token_ids))
             if token_ids.size > self._max_tokens:  # before any image is decoded
-                raise InvalidInput(f"the prompt has {token_ids.size} tokens, the limit is {self._max_tokens}")
+                raise InvalidInput(
+                    f"the prompt has {token_ids.size} tokens, the limit is {self._max_tokens}; shorten it or scale the "
+                    "images down"
+                )
             names = list(group.tokens.image_sha256)
             views = self._views(names, degradation)
             return tuple(  # type: ignore[return-value]
