@@ -19,22 +19,20 @@ import common
 import numpy as np
 import PIL.Image
 import torch
-from common import Shape
+from common import HEADLINE, QUICK, Shape
 
 from services.teacher.engine import GroupEngine
 from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.vlm import Vlm
 
-HEADLINE = Shape(prompt=650, response=128, rollouts=4)
 SHAPES = [
-    Shape(prompt=150, response=128, rollouts=4),
     HEADLINE,
+    Shape(prompt=150, response=128, rollouts=4),
     Shape(prompt=1500, response=128, rollouts=4),
     Shape(prompt=650, response=512, rollouts=4),
     Shape(prompt=650, response=128, rollouts=1),
     Shape(prompt=650, response=128, rollouts=8),
 ]
-QUICK = Shape(prompt=150, response=16, rollouts=2)
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Of log-probs, in nats; other kernels, and in bfloat16 other roundings."""
 
@@ -106,7 +104,7 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
     prompt = unexpanded(vlm, group.original.token_ids)
     seconds, difference = {}, 0.0
     for case in ("new", "known"):
-        turns = repeats + 1 if case == "new" else 1
+        turns = repeats if case == "new" else 1
         pictures = [common.both_views(shape, seed=10 + turn) for turn in range(turns)]
         vllm_turns, engine_turns = cycle(pictures), cycle(enumerate(pictures))
         kept = common.prepare(vlm, pictures[0], key=f"{shape}:kept")
@@ -133,12 +131,13 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
 
 def main() -> None:
     options = common.parser(__doc__).parse_args()
-    torch.set_num_threads(options.threads)
+    common.apply(options)
     with common.model_folder(32_000) as folder:
         llm = start_vllm(folder, options.threads)
         torch.set_num_threads(options.threads)
         vlm = common.load(folder)
-        shapes = [QUICK] if options.quick else SHAPES
+        measure(llm, vlm, common.engine_for(vlm), QUICK, repeats=2)  # both are warm now
+        shapes = common.chosen(options, SHAPES, usual=2)
         found = [measure(llm, vlm, common.engine_for(vlm), shape, options.repeats) for shape in shapes]
         llm.llm_engine.engine_core.shutdown()
     rows = []

@@ -47,6 +47,7 @@ VISION_CACHE_BYTES = 2**28
 IMAGE_SIDES = {150: (11, 11), 650: (25, 24), 1500: (38, 38)}
 """Image tokens by height and width that leave room for a question in a prompt of so many tokens."""
 ON_GPU = torch.cuda.is_available()
+_clock = time.perf_counter
 DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")
 
 
@@ -70,6 +71,10 @@ class Shape:
         if not self.ragged:
             return [self.response] * self.rollouts
         return [max(1, self.response * (k + 1) // self.rollouts) for k in range(self.rollouts)]
+
+
+HEADLINE = Shape(prompt=650, response=128, rollouts=4)
+QUICK = Shape(prompt=150, response=16, rollouts=2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the models
@@ -277,14 +282,14 @@ def logprobs(results: Sequence[ScoredGroup]) -> np.ndarray:
 def interleaved(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Median seconds and the last result of every side; the sides take turns, so that all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    results = {name: run() for name, run in sides.items()}  # warm-up
+    results: dict[str, Any] = {}
     for _ in range(repeats):
         for name, run in sides.items():
             synchronise()
-            start = time.perf_counter()
+            start = _clock()
             results[name] = run()
             synchronise()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 
@@ -320,7 +325,7 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
 def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
     """What a large matrix product reaches here, in the precision that everything runs in: the ceiling for the rest."""
     left, right = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, DTYPE))
-    seconds, _ = interleaved({"matmul": lambda: left @ right}, repeats=repeats)
+    seconds, _ = interleaved({"matmul": lambda: left @ right}, repeats=2 * repeats)
     return 2 * size**3 / seconds["matmul"]
 
 
@@ -338,9 +343,8 @@ def _proc_status_bytes(field: str) -> int:
 
 def in_subprocess(script: str, arguments: Sequence[str]) -> Any:
     """Runs one of these scripts with `--child ARGUMENTS` -> what it printed as JSON on its last line."""
-    command = [sys.executable, script, "--child", *arguments]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [sys.executable, script, "--threads", str(torch.get_num_threads()), "--child", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -352,12 +356,36 @@ def in_subprocess(script: str, arguments: Sequence[str]) -> Any:
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that all commands have."""
     result = argparse.ArgumentParser(description=description.split("\n")[0])
-    result.add_argument("--repeats", type=int, default=5, help="timed turns of each side, after one that warms up")
+    result.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
+    result.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: count this process's CPU time, for one thread on a machine that others use too",
+    )
     result.add_argument("--threads", type=int, default=1, help="CPU threads; one core leaves the other to the system")
+    result.add_argument("--full", action="store_true", help="all shapes, not only those with a target: half an hour")
     result.add_argument("--quick", action="store_true", help="the smallest shape only: does it run at all?")
     result.add_argument("--json", type=Path, help="also write the numbers here, for benchmarks/plots.py")
     result.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     return result
+
+
+def chosen(options: argparse.Namespace, shapes: Sequence[Shape], usual: int) -> list[Shape]:
+    """All shapes, the `usual` first ones, or the one that shows whether it runs at all."""
+    if options.quick:
+        return [QUICK]
+    return list(shapes if options.full else shapes[:usual])
+
+
+def apply(options: argparse.Namespace) -> None:
+    """Sets threads and clock for this process."""
+    global _clock
+    torch.set_num_threads(options.threads)
+    if options.clock == "cpu":
+        if ON_GPU or options.threads != 1:
+            raise SystemExit("--clock cpu means something for one CPU thread only; leave it out")
+        _clock = time.process_time
 
 
 def machine() -> dict[str, str]:
@@ -370,6 +398,7 @@ def machine() -> dict[str, str]:
         "date": str(date.today()),
         "device": device,
         "dtype": DTYPE,
+        "clock": "CPU time" if _clock is time.process_time else "wall clock",
         "versions": ", ".join(
             [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
         ),
