@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ class TeacherInProcess:
     failed: Callable[[], bool]
     server: TeacherServer
     """For reading its counters; it lives on a thread of its own."""
+    begin_stop: Callable[[], Future[None]]
+    """Lets it drain, for up to 30 s, as SIGTERM does; the result is there when it is down."""
 
 
 @contextmanager
@@ -51,10 +55,15 @@ def teacher_in_process(
 
     try:
         server, target = asyncio.run_coroutine_threadsafe(start(), loop).result()
+
+        @functools.cache
+        def stop(grace_s: float = 30.0) -> Future[None]:
+            return asyncio.run_coroutine_threadsafe(server.stop(grace_s), loop)
+
         try:
-            yield TeacherInProcess(target, server.description, server.failed.is_set, server)
+            yield TeacherInProcess(target, server.description, server.failed.is_set, server, stop)
         finally:
-            asyncio.run_coroutine_threadsafe(server.stop(5.0), loop).result()
+            (stop() if stop.cache_info().currsize else stop(5.0)).result()
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
