@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
-    from vaopd.types import Degradation, GroupScore
+    from vaopd.http_types import ScoreReply
+    from vaopd.types import Degradation, EncodedImage
 
 TIMEOUT_S = 60.0
-BAR_NATS_PER_CELL = 0.25
-BAR_CELLS = 24
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -23,102 +23,130 @@ def add_parsers(subparsers: Subparsers) -> None:
         "--image", action="append", default=[], type=Path, metavar="FILE", help="PNG, JPEG or WEBP (repeatable)"
     )
     score.add_argument("--question", required=True)
-    score.add_argument("--response", action="append", required=True, help="repeat it to compare several")
+    what = score.add_mutually_exclusive_group(required=True)
+    what.add_argument("--response", action="append", help="repeat it to compare several")
+    what.add_argument(
+        "--generate", nargs="?", type=int, const=4, metavar="K", help="let --student answer K times (default 4)"
+    )
+    score.add_argument("--student", metavar="MODEL", help="folder or hub id of the student of --generate")
+    score.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
     score.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default %(default)s)")
     score.add_argument(
         "--degradation",
         default="pixelate",
-        choices=("pixelate", "blur", "mean_colour", "black", "noise"),
-        help="how the second view is made (default pixelate)",
+        help="how the second view is made: pixelate, blur, mean_colour, black, noise (default pixelate)",
     )
     score.add_argument("--strength", type=float, default=0.1, help="of the degradation (default 0.1)")
-    score.add_argument("--json", action="store_true", help="print JSON, with the log-probs of both views")
+    score.add_argument("--table", action="store_true", help="a line per token in a terminal too, as elsewhere")
+    score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
+    score.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
+    score.add_argument("--html", type=Path, metavar="FILE", help="write it into one self-contained file, too")
     score.set_defaults(command=_score)
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from vaopd.types import Degradation
+    from typing import get_args
 
-    score = ask(
-        arguments.teacher,
-        images=arguments.image,
-        question=arguments.question,
-        responses=arguments.response,
-        degradation=Degradation(kind=arguments.degradation, strength=arguments.strength),
+    from vaopd import score_views
+    from vaopd.errors import ConfigError
+    from vaopd.types import Degradation, DegradationKind, EncodedImage
+
+    if arguments.degradation not in get_args(DegradationKind):
+        raise ConfigError(
+            f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(get_args(DegradationKind))}"
+        )
+    degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
+    images = [EncodedImage(data=_read(path)) for path in arguments.image]
+    responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
+    reply = ask(
+        arguments.teacher, images=images, question=arguments.question, responses=responses, degradation=degradation
     )
-    rollouts = as_dicts(score)
+    _write_files(arguments, reply, images, degradation)
     if arguments.json:
-        print(json.dumps({"prompt_tokens": score.prompt_tokens, "rollouts": rollouts}, indent=2, allow_nan=False))
+        print(reply.model_dump_json(indent=2, exclude_none=True))
     else:
-        print("\n".join(table_lines(rollouts)))
+        colour = wants_colour(sys.stdout.isatty())
+        print("\n".join(score_views.terminal_lines(reply, colour=colour, table=arguments.table)))
     return 0
 
 
 def ask(
-    teacher: str, *, images: Sequence[Path], question: str, responses: Sequence[str], degradation: Degradation
-) -> GroupScore:
-    """One group's score. Raises what the teacher refuses, and InvalidInput for a file that can't be read."""
+    teacher: str,
+    *,
+    images: Sequence[EncodedImage],
+    question: str,
+    responses: Sequence[str | list[int]],
+    degradation: Degradation,
+) -> ScoreReply:
+    """One group's score. Raises what the teacher refuses."""
+    import numpy as np
+
     from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient
     from vaopd.credentials import from_environment
+    from vaopd.http_types import DegradationModel
+    from vaopd.replies import make_reply
     from vaopd.scoring import unique_images, user_turn
-    from vaopd.types import EncodedImage, ScoreRequest
+    from vaopd.types import ScoreRequest
 
-    encoded = [EncodedImage(data=_read(path)) for path in images]
     request = ScoreRequest(
         group_id="score",
-        responses=tuple(responses),
-        images=unique_images(encoded),
-        messages=user_turn(question, encoded),
+        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in responses),
+        images=unique_images(images),
+        messages=user_turn(question, images),
     )
-    options: ClientOptions = {
-        "timeout_s": TIMEOUT_S,
-        "payload": "none",
-        "degradation": degradation,
-        **from_environment(),
-    }
+    credentials = from_environment()
+    # With a key it is the job that the key belongs to.
+    options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": "score"}
+    options |= {"timeout_s": TIMEOUT_S, "payload": "none", "degradation": degradation}
     with SyncTeacherClient(teacher, **options) as client:
+        description = client.describe()
         (result,) = client.score([request], with_token_texts=True)
     if isinstance(result, GroupFailure):
         raise result.error
-    return result
+    view = DegradationModel(kind=degradation.kind, strength=degradation.strength)
+    return make_reply(result, description, degradation=view, top_k=0)
 
 
-def as_dicts(score: GroupScore) -> list[dict[str, Any]]:
-    """Per rollout the keys of the API's reply."""
-    from vaopd.scoring import rollout_weights
+def wants_colour(terminal: bool) -> bool:
+    """Only in a terminal that can, and for people who don't mind (no-color.org)."""
+    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-    assert score.response_ids is not None
-    assert score.token_texts is not None
-    means_K = score.mean_visual_advantage
-    weights_K = rollout_weights(means_K)
-    return [
-        {
-            "tokens": [
-                {"id": int(token), "text": text}
-                for token, text in zip(score.response_ids[k], score.token_texts[k], strict=True)
-            ],
-            "teacher_logprobs": score.teacher_logprobs[k].tolist(),
-            "degraded_logprobs": score.degraded_logprobs[k].tolist(),
-            "visual_advantage": score.visual_advantage[k].tolist(),
-            "mean_visual_advantage": float(means_K[k]),
-            "rollout_weight": float(weights_K[k]),
-        }
-        for k in range(len(means_K))
+
+def _generated(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
+    from vaopd.errors import ConfigError
+
+    if arguments.student is None:
+        raise ConfigError("--generate needs --student MODEL, the folder or hub id of who is to answer")
+    from services.api.student import Student
+    from vaopd.types import SamplingSettings
+
+    print(f"loading {arguments.student}", file=sys.stderr)
+    settings = SamplingSettings(max_new_tokens=512, seed=arguments.seed)
+    answer = Student(arguments.student).answer(arguments.question, images, settings, arguments.generate)
+    return [response.token_ids for response in answer.responses]
+
+
+def _write_files(
+    arguments: argparse.Namespace, reply: ScoreReply, images: Sequence[EncodedImage], degradation: Degradation
+) -> None:
+    if arguments.png is None and arguments.html is None:
+        return
+    from vaopd import score_views
+    from vaopd.degradation import degrade
+    from vaopd.errors import ConfigError
+    from vaopd.images import decode
+
+    decoded = [(decode(image), int(image.sha256[:16], 16)) for image in images]
+    views = [
+        score_views.Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded
     ]
-
-
-def table_lines(rollouts: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A token per line: its text, both log-probs, its VA in nats, and a bar for the VA."""
-    for number, rollout in enumerate(rollouts, 1):
-        if len(rollouts) > 1:
-            yield f"response {number}"
-        yield f"{'token':<18} {'teacher':>9} {'degraded':>9} {'VA':>7}"
-        columns = (rollout[name] for name in ("tokens", "teacher_logprobs", "degraded_logprobs", "visual_advantage"))
-        for token, teacher, degraded, va in zip(*columns, strict=True):
-            bar = "█" * min(round(va / BAR_NATS_PER_CELL), BAR_CELLS)
-            yield f"{token['text']!r:<18} {teacher:9.3f} {degraded:9.3f} {va:7.3f} {bar}".rstrip()
-        weight = f", rollout weight {rollout['rollout_weight']:.3f}" if len(rollouts) > 1 else ""
-        yield f"mean VA {rollout['mean_visual_advantage']:.4f} nats per token{weight}"
+    try:
+        if arguments.png is not None:
+            score_views.picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
+        if arguments.html is not None:
+            arguments.html.write_text(score_views.html_page(reply, question=arguments.question, views=views))
+    except OSError as error:
+        raise ConfigError(f"{error.filename} can't be written ({error.strerror})") from None
 
 
 def _read(path: Path) -> bytes:
