@@ -241,15 +241,22 @@ def print_floors(model: Model, rollouts: int, groups: int) -> None:
 
 
 def print_growth(model: Model) -> None:
-    """What the hidden payload weighs, and how the gain depends on K."""
-    print("\n| P | R | usual over engine: K 1 | K 4 | K 8 | K 16 | hidden payload per rollout, MB |\n|" + " --- |" * 7)
+    """How the gain depends on K, and what the pieces weigh."""
+    header = (
+        "P", "R", "usual over engine: K 1", "K 4", "K 8", "K 16", "tokens of a K 4 group, both views",
+        "hidden payload per rollout, MB", "vision features per view, MB",
+    )  # fmt: skip
+    print("\n| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
     for prompt, response in SETTINGS:
         factors = []
         for rollouts in (1, 4, 8, 16):
             usual, engine = (cost_at(model, side, (prompt, response), rollouts) for side in ("usual", "engine"))
             factors.append(usual.h100_s / engine.h100_s)
         payload = response * (2 * model.width + 12) / 1e6
-        print(f"| {prompt} | {response} | " + " | ".join(f"{f:.2f} ×" for f in factors) + f" | {payload:.1f} |")
+        features = (prompt - TEXT_TOKENS) * model.mergers * model.width * ITEM_BYTES / 1e6
+        tokens = 2 * (prompt + 4 * response)
+        cells = (prompt, response, *(f"{f:.2f} ×" for f in factors), tokens, f"{payload:.1f}", f"{features:.1f}")
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
 
 
 if __name__ == "__main__":
