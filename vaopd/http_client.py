@@ -1,0 +1,362 @@
+"""Clients of the scoring API, typed and torch-free: `ScoringClient`, and `AsyncScoringClient` for event loops.
+
+    with ScoringClient("http://127.0.0.1:8080") as api:                    # pip install 'vaopd[http]'
+        score = api.score("What is the perimeter?", ["It is 12.", "It is 7."], images=[Path("triangle.png")])
+        score.rollouts[0].visual_advantage                                 # nats, one per token
+        for result in api.score_batch([ask("2+2?", ["4"]), ask("3+3?", ["6"])]):
+            print(result.index, result.score or result.problem)
+
+Answers are the models of `vaopd.http_types`. Refusals are raised as the errors of `vaopd.errors`. Scoring is pure, so
+an API that is down or has no room is asked again until `patience_s` are over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import pydantic
+
+from vaopd import errors
+from vaopd.http_types import (
+    MAX_BATCH_ITEMS,
+    BatchResult,
+    DegradationModel,
+    DegradeBody,
+    Problem,
+    SampleBody,
+    SampleReply,
+    ScoreBody,
+    ScoreReply,
+    StudentModel,
+    StudentsReply,
+    TeacherModel,
+    TeachersReply,
+)
+from vaopd.transport import Busy
+
+try:
+    import httpx
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("vaopd.http_client needs httpx; install it with: pip install 'vaopd[http]'") from None
+
+__all__ = ["AsyncScoringClient", "ImageSource", "ScoringClient", "ask"]
+
+ImageSource = bytes | Path
+"""A PNG, JPEG or WEBP file: its bytes, or where it lies."""
+M = TypeVar("M", bound=pydantic.BaseModel)
+
+_LONGEST_DELAY_S = 2.0
+_KINDS: dict[int, type[errors.VaopdError]] = {
+    400: errors.InvalidInput,
+    401: errors.Unauthenticated,
+    403: errors.PermissionDenied,
+    404: errors.NotFound,
+    409: errors.Mismatch,
+    413: errors.LimitExceeded,
+    415: errors.InvalidInput,
+    422: errors.InvalidInput,
+    500: errors.VaopdError,
+    502: errors.Unavailable,
+    503: errors.Unavailable,
+}
+
+
+def ask(
+    question: str,
+    responses: Sequence[str | Sequence[int]],
+    *,
+    images: Sequence[ImageSource] = (),
+    degradation: DegradationModel = DegradationModel(),
+    teacher: str | None = None,
+    top_k: int = 0,
+) -> ScoreBody:
+    """One request to score; a response is a text, or token ids. `top_k`: alternatives to name at each place."""
+    return ScoreBody(
+        question=question,
+        images=[_encoded(image) for image in images],
+        responses=[response if isinstance(response, str) else list(response) for response in responses],
+        degradation=degradation,
+        teacher=teacher,
+        top_k=top_k,
+    )
+
+
+class ScoringClient:
+    """`transport` is httpx's, for proxies and tests; `patience_s`: how long it asks an API that is down or busy."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8080",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        patience_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_s, transport=transport)
+        self._patience_s = patience_s
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def teachers(self) -> list[TeacherModel]:
+        return _read(TeachersReply, self._ask("GET", "/v1/teachers")).teachers
+
+    def students(self) -> list[StudentModel]:
+        return _read(StudentsReply, self._ask("GET", "/v1/students")).students
+
+    def score(
+        self,
+        question: str,
+        responses: Sequence[str | Sequence[int]],
+        *,
+        images: Sequence[ImageSource] = (),
+        degradation: DegradationModel = DegradationModel(),
+        teacher: str | None = None,
+        top_k: int = 0,
+    ) -> ScoreReply:
+        """Scores the responses as one group. See `ask` for the arguments."""
+        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        return _read(ScoreReply, self._ask("POST", "/v1/score", body))
+
+    def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
+        """A result for each request as soon as it is there, in any order; `index` says which. Long lists are split."""
+        for start in range(0, len(requests), MAX_BATCH_ITEMS):
+            reader = _Events(start)
+            request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
+            with closing(self._sent(request)) as answer:
+                try:
+                    for line in answer.iter_lines():
+                        yield from reader.read(line)
+                except httpx.TransportError as error:
+                    raise _lost(error) from None
+            reader.end()
+
+    def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
+        """The degraded view that the teacher sees, a PNG."""
+        return self._ask("POST", "/v1/degrade", DegradeBody(image=_encoded(image), degradation=degradation)).content
+
+    def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
+        """Lets the API's student answer; `settings` are those of `vaopd.http_types.SampleBody`."""
+        body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
+        return _read(SampleReply, self._ask("POST", "/v1/sample", body))
+
+    def _ask(self, method: str, path: str, body: pydantic.BaseModel | None = None) -> httpx.Response:
+        with closing(self._sent(self._http.build_request(method, path, **_json(body)))) as answer:
+            answer.read()
+        return answer
+
+    def _sent(self, request: httpx.Request) -> httpx.Response:
+        patience = _Patience(self._patience_s)
+        while True:
+            try:
+                answer = self._http.send(request, stream=True)
+                if answer.is_success:
+                    return answer
+                with closing(answer):
+                    answer.read()
+                raise _refusal(answer)
+            except httpx.TransportError as error:
+                time.sleep(patience.delay(_lost(error)))
+            except (Busy, errors.Unavailable) as refused:
+                time.sleep(patience.delay(refused))
+
+
+class AsyncScoringClient:
+    """`ScoringClient` for event loops: the same methods, awaited; `score_batch` is iterated with `async for`."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8080",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        patience_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=base_url, headers=_headers(api_key), timeout=timeout_s, transport=transport
+        )
+        self._patience_s = patience_s
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def teachers(self) -> list[TeacherModel]:
+        return _read(TeachersReply, await self._ask("GET", "/v1/teachers")).teachers
+
+    async def students(self) -> list[StudentModel]:
+        return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
+
+    async def score(
+        self,
+        question: str,
+        responses: Sequence[str | Sequence[int]],
+        *,
+        images: Sequence[ImageSource] = (),
+        degradation: DegradationModel = DegradationModel(),
+        teacher: str | None = None,
+        top_k: int = 0,
+    ) -> ScoreReply:
+        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
+
+    async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
+        for start in range(0, len(requests), MAX_BATCH_ITEMS):
+            reader = _Events(start)
+            request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
+            answer = await self._sent(request)
+            try:
+                async for line in answer.aiter_lines():
+                    for result in reader.read(line):
+                        yield result
+            except httpx.TransportError as error:
+                raise _lost(error) from None
+            finally:
+                await answer.aclose()
+            reader.end()
+
+    async def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
+        body = DegradeBody(image=_encoded(image), degradation=degradation)
+        return (await self._ask("POST", "/v1/degrade", body)).content
+
+    async def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
+        body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
+        return _read(SampleReply, await self._ask("POST", "/v1/sample", body))
+
+    async def _ask(self, method: str, path: str, body: pydantic.BaseModel | None = None) -> httpx.Response:
+        answer = await self._sent(self._http.build_request(method, path, **_json(body)))
+        try:
+            await answer.aread()
+        finally:
+            await answer.aclose()
+        return answer
+
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        patience = _Patience(self._patience_s)
+        while True:
+            try:
+                answer = await self._http.send(request, stream=True)
+                if answer.is_success:
+                    return answer
+                await answer.aread()
+                await answer.aclose()
+                raise _refusal(answer)
+            except httpx.TransportError as error:
+                await asyncio.sleep(patience.delay(_lost(error)))
+            except (Busy, errors.Unavailable) as refused:
+                await asyncio.sleep(patience.delay(refused))
+
+
+# ------------------------------------------------------------------------------------------- what both share
+
+
+class _Patience:
+    def __init__(self, patience_s: float) -> None:
+        self._deadline = time.monotonic() + patience_s
+        self._next_s = 0.1
+
+    def delay(self, error: errors.VaopdError) -> float:
+        """How long to wait before the next attempt. Raises `error` when the time is over."""
+        delay_s = error.retry_after_s if isinstance(error, Busy) else self._next_s
+        if time.monotonic() + delay_s > self._deadline:
+            raise error
+        self._next_s = min(2 * self._next_s, _LONGEST_DELAY_S)
+        return delay_s
+
+
+class _Events:
+    """Results out of the lines of server-sent events."""
+
+    def __init__(self, start: int) -> None:
+        self._start = start
+        self._event = ""
+        self._done = False
+
+    def read(self, line: str) -> Iterator[BatchResult]:
+        name, _, value = line.partition(": ")
+        if name == "event":
+            self._event = value
+            self._done = value == "done"
+        elif name == "data" and self._event == "result":
+            result = BatchResult.model_validate(json.loads(value))
+            yield result.model_copy(update={"index": self._start + result.index})
+
+    def end(self) -> None:
+        if not self._done:
+            raise errors.Unavailable("the API ended a batch in the middle; ask again for what is missing")
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def _json(body: pydantic.BaseModel | None) -> dict[str, Any]:
+    return {} if body is None else {"json": body.model_dump(mode="json", exclude_defaults=True)}
+
+
+def _batch(requests: Sequence[ScoreBody]) -> dict[str, Any]:
+    items = [request.model_dump(mode="json", exclude_defaults=True) for request in requests]
+    return {"json": {"requests": items}, "headers": {"Accept": "text/event-stream"}}
+
+
+def _encoded(image: ImageSource) -> str:
+    if isinstance(image, bytes):
+        return base64.b64encode(image).decode()
+    try:
+        return base64.b64encode(image.read_bytes()).decode()
+    except OSError as error:
+        raise errors.InvalidInput(f"image {str(image)!r} can't be read ({error.strerror})") from None
+
+
+def _read(model: type[M], answer: httpx.Response) -> M:
+    try:
+        return model.model_validate_json(answer.content)
+    except pydantic.ValidationError:
+        raise errors.Mismatch(
+            f"the answer from {answer.request.url.copy_with(query=None)} is no {model.__name__}; is that a scoring "
+            "API, and of this version?"
+        ) from None
+
+
+def _refusal(answer: httpx.Response) -> errors.VaopdError:
+    """What the API's problem is here. The request's id goes along: the API's log has it."""
+    try:
+        problem = Problem.model_validate_json(answer.content)
+        told = f"{problem.detail} (request {problem.request_id})"
+    except pydantic.ValidationError:
+        told = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
+    if answer.status_code == 429:
+        return Busy(told, float(answer.headers.get("Retry-After", "1")))
+    if "numerical_error" in answer.text:
+        return errors.NumericalError(told)
+    return _KINDS.get(answer.status_code, errors.VaopdError)(told)
+
+
+def _lost(error: httpx.TransportError) -> errors.Unavailable:
+    place = error.request.url.copy_with(path="/", query=None)
+    return errors.Unavailable(f"the scoring API at {place} can't be reached ({type(error).__name__}); is it running?")
