@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vaopd import shared_attention
-from vaopd.families import ImageFeatures, PreparedImage, family_for
+from vaopd.families import ImageFeatures, PreparedImage
 from vaopd.prompts import PreparedPrompt, PromptReader, chat, check_same_tokenizer, load_processor
 from vaopd.shared_attention import Layout
 
@@ -55,22 +55,37 @@ class Vlm(PromptReader):
         device_map: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        tensor_parallel: bool = False,
     ) -> Vlm:
-        """Loads a folder or hub id; `device_map` (accelerate) spreads the weights over several devices."""
-        processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        """Loads a folder or hub id; `device_map` (accelerate) spreads the weights over several devices.
+
+        `tensor_parallel` spreads each text layer over all ranks of the process group, which then have to make the same
+        calls.
+        """
+        reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
 
         shared_attention.register()
+        options: dict[str, Any] = {"device_map": device_map}
+        if tensor_parallel:
+            from transformers.distributed import DistributedConfig
+
+            options = {"distributed_config": DistributedConfig(tp_plan=reader.family.tp_plan)}
         model: Any = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
-            device_map=device_map,
             attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
+            **options,
         )
         if device is not None and device_map is None:
             model = model.to(device)
-        family = family_for(model.config.model_type)
-        return cls(path=Path(path), model=model.eval(), processor=processor, config=model.config, family=family)
+        return cls(
+            path=Path(path),
+            model=model.eval(),
+            processor=reader.processor,
+            config=model.config,
+            family=reader.family,
+        )
 
     @property
     def head(self) -> torch.Tensor:

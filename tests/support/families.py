@@ -194,6 +194,8 @@ def _text_config(sliding_window: int | None) -> dict[str, Any]:
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
         "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": 0,
     } | (window if sliding_window else {})
 
 

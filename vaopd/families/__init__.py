@@ -12,12 +12,12 @@ import PIL.Image
 import torch
 
 from vaopd.errors import ConfigError
-from vaopd.families.base import ImageFeatures, PreparedImage
+from vaopd.families.base import ImageFeatures, PreparedImage, TpPlan
 from vaopd.families.internvl import InternVL
 from vaopd.families.qwen_vl import Qwen3VL, Qwen25VL
 from vaopd.shared_attention import Layout
 
-__all__ = ["Family", "ImageFeatures", "PreparedImage", "family_for"]
+__all__ = ["Family", "ImageFeatures", "PreparedImage", "TpPlan", "family_for"]
 
 
 class Family(Protocol):
@@ -25,6 +25,8 @@ class Family(Protocol):
 
     `processor` and `config` are transformers' own; so is `model`, a …ForConditionalGeneration.
     """
+
+    tp_plan: TpPlan
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
         """Pixel values and the number of placeholder tokens of one RGB image."""

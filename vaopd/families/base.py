@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from vaopd.shared_attention import Layout, no_mask
+
+TpPlan = dict[str, str] | Literal["auto"]
+"""How tensor parallelism splits the text layers, in transformers' terms; "auto": transformers has a plan itself."""
 
 ImageFeatures = tuple[torch.Tensor, ...]
 """Of one image: its embeddings (num_tokens, D), then what a family adds in deeper layers, of the same shape each."""

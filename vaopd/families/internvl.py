@@ -8,11 +8,13 @@ from typing import Any
 import PIL.Image
 import torch
 
-from vaopd.families.base import ImageFeatures, PreparedImage, packed_hidden
+from vaopd.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
 from vaopd.shared_attention import Layout
 
 
 class InternVL:
+    tp_plan: TpPlan = "auto"
+
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
         features = processor.image_processor(images=[image], crop_to_patches=True, return_tensors="pt")
         tiles = int(features["num_patches"][0])

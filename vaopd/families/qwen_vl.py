@@ -8,11 +8,16 @@ from typing import Any
 import PIL.Image
 import torch
 
-from vaopd.families.base import ImageFeatures, PreparedImage, packed_hidden
+from vaopd.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
 from vaopd.shared_attention import Layout
+
+_SPLIT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+_SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
 
 
 class Qwen25VL:
+    tp_plan: TpPlan = "auto"
+
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
         features = processor.image_processor(images=[image], return_tensors="pt")
         grid = tuple(int(n) for n in features["image_grid_thw"][0])
@@ -89,6 +94,11 @@ class Qwen25VL:
 
 
 class Qwen3VL(Qwen25VL):
+    # transformers 5.19 has none for it; this is Qwen2.5-VL's. The norms of queries and keys go over one head each.
+    tp_plan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
+        f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
+    }
+
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         features = self._encode(model, images)
         return list(zip(features.pooler_output, *features.deepstack_features, strict=True))

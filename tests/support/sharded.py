@@ -1,0 +1,90 @@
+"""One of two processes that share a model, for test_shared_prompt_on_two_ranks.py.
+
+python -m tests.support.sharded HOW FOLDER STORE, with RANK in the environment: HOW is "tensor_parallel", "fsdp" or
+"fsdp_checkpointing". Compares with the whole model in this process, and ends with 0 when they agree.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tests.support.families import ask
+from tests.support.teacher import drawing
+from vaopd.divergence import token_logprobs
+from vaopd.vlm import Segment, Vlm
+
+
+class Scores(nn.Module):
+    """Model and head together, as the trainer's loss has them."""
+
+    def __init__(self, vlm: Vlm) -> None:
+        super().__init__()
+        self.model = vlm.model
+        self.vlm = vlm
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        ids = np.concatenate([ids for segment in segments for ids in segment.responses])
+        return token_logprobs(self.vlm.response_hidden(segments), self.vlm.head, torch.from_numpy(ids))
+
+
+def segments_for(vlm: Vlm) -> list[Segment]:
+    rng = np.random.default_rng(0)
+    shown = [[drawing(0)], [drawing(1, (128, 64))]]
+    lengths = [(9, 1, 17, 9, 16), (6,)]
+    return [
+        Segment(prompt=ask(vlm, pictures), responses=tuple(rng.integers(0, 200, n) for n in ns))
+        for pictures, ns in zip(shown, lengths, strict=True)
+    ]
+
+
+def main(how: str, folder: str, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
+    whole = Vlm.load(folder)
+    segments = segments_for(whole)
+    expected = Scores(whole)(segments)
+    if how == "tensor_parallel":
+        shared = Vlm.load(folder, tensor_parallel=True)
+        projection = shared.model.model.language_model.layers[0].self_attn.q_proj.weight
+        assert projection.to_local().shape[0] * 2 == projection.shape[0], "the layers aren't split"
+        with torch.inference_mode():
+            torch.testing.assert_close(Scores(shared)(segments), expected.detach(), atol=2e-5, rtol=0)
+    else:
+        _fsdp(Vlm.load(folder), whole, segments, expected, checkpointing=how == "fsdp_checkpointing")
+    dist.destroy_process_group()
+
+
+def _fsdp(student: Vlm, whole: Vlm, segments: Sequence[Segment], expected: Tensor, *, checkpointing: bool) -> None:
+    """Both ranks take the same groups, so that the gradients' mean over ranks is the whole model's gradient."""
+    if checkpointing:
+        student.model.train()
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Scores(student)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in student.model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    scores = module(segments)
+    torch.testing.assert_close(scores.detach(), expected.detach(), atol=1e-5, rtol=0)
+    scores.sum().backward()
+    expected.sum().backward()
+    theirs = {name: p.grad for name, p in whole.model.named_parameters()}
+    for name, parameter in student.model.named_parameters():
+        gradient = theirs[name]
+        assert (parameter.grad is None) == (gradient is None), name
+        if gradient is not None:
+            difference = parameter.grad.full_tensor() - gradient
+            assert difference.norm() <= 1e-5 * gradient.norm() + 1e-4, name
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
