@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vaopd import divergence, objective
 from vaopd.config import ObjectiveConfig, TrainerConfig
-from vaopd.payloads import to_torch
+from vaopd.errors import ConfigError
+from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
 from vaopd.vlm import PreparedPrompt, Segment, Vlm
 
@@ -74,9 +75,23 @@ class StudentLoss(nn.Module):
     """Σ weight·KL over the tokens of some groups. One module, so that DDP and FSDP wrap model and head together."""
 
     def __init__(
-        self, student: Vlm, *, teacher_head: Tensor | None, trainer: TrainerConfig, objective: ObjectiveConfig
+        self,
+        student: Vlm,
+        *,
+        teacher_head: Tensor | None,
+        trainer: TrainerConfig,
+        objective: ObjectiveConfig,
+        checkpoint_activations: bool | None = None,
     ) -> None:
+        """`checkpoint_activations`: layers keep their input only and are computed again in the backward pass, a third
+        more work for a fraction of the memory; None means on a GPU, where memory is what bounds the batch.
+        """
         super().__init__()
+        if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
+            if not student.model.supports_gradient_checkpointing:
+                raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+            student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
         self.model = student.model
         self._student = student
         self._teacher_head = teacher_head
@@ -88,40 +103,40 @@ class StudentLoss(nn.Module):
         segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.response_hidden(segments)
-        kl = self._divergence(hidden, groups, responses)
-        weights = torch.cat([group.token_weights for group in groups]).to(kl.device)
-        return (weights * kl).sum(), kl.detach()
+        weights = torch.cat([group.token_weights for group in groups])
+        return divergence.fused_loss(
+            hidden,
+            self._student.head,
+            self._target(groups, responses, hidden.device),
+            weights,
+            chunk_tokens=self._chunk_tokens,
+        )
 
-    def _divergence(self, hidden: Tensor, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray]) -> Tensor:
-        head = self._student.head
+    def _target(
+        self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
+    ) -> divergence.Target:
+        """What the teacher said of these tokens, as the job's payload has it."""
         payloads = [group.scored.score.payload for group in groups]
 
         def column(name: str) -> Tensor:
-            return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(hidden.device)
+            return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
 
         match payloads[0].kind:
-            case "hidden":
-                assert self._teacher_head is not None, "the hidden payload needs the teacher's head"
-                return divergence.fused_reverse_kl(
-                    hidden, head, column("hidden"), self._teacher_head, chunk_tokens=self._chunk_tokens
-                )
+            case "hidden" | "hidden_int8":
+                assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
+                hidden = torch.cat([hidden_states(payload, self._teacher_head.dtype) for payload in payloads])
+                return divergence.FullTarget(hidden=hidden.to(device), head=self._teacher_head)
             case "top_k":
-                return divergence.fused_top_k_reverse_kl(
-                    hidden,
-                    head,
-                    column("token_ids"),
-                    column("logprobs"),
-                    column("tail_logprobs"),
-                    chunk_tokens=self._chunk_tokens,
+                return divergence.TopKTarget(
+                    token_ids=column("token_ids"),
+                    logprobs=column("logprobs"),
+                    tail_logprobs=column("tail_logprobs"),
                 )
             case kind:
-                teacher = np.concatenate([lp for group in groups for lp in group.scored.score.teacher_logprobs])
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"
-                return divergence.fused_sampled_kl(
-                    hidden,
-                    head,
-                    torch.from_numpy(np.concatenate(responses)).to(hidden.device),
-                    torch.from_numpy(teacher).to(hidden.device),
+                teacher = np.concatenate([lp for group in groups for lp in group.scored.score.teacher_logprobs])
+                return divergence.SampledTarget(
+                    token_ids=torch.from_numpy(np.concatenate(responses)).to(device),
+                    logprobs=torch.from_numpy(teacher).to(device),
                     estimator=self._estimator,
-                    chunk_tokens=self._chunk_tokens,
                 )

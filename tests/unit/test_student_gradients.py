@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from services.trainer.student import StudentLoss
 from tests.support.families import ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
+from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.divergence import token_logprobs
 from vaopd.vlm import Segment, Vlm
 
@@ -67,10 +69,19 @@ def test_gradients_equal_those_of_one_rollout_at_a_time(student: Vlm) -> None:
     assert_equal_within(shared_gradients(student), expected, 1e-5)
 
 
-def test_activation_checkpointing_changes_no_gradient(student: Vlm) -> None:
+def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(student: Vlm) -> None:
     kept = shared_gradients(student)
     student.model.zero_grad()
-    student.model.train()
-    student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = {"trainer": TrainerConfig(steps=1), "objective": ObjectiveConfig()}
+    StudentLoss(student, teacher_head=None, checkpoint_activations=True, **settings)  # type: ignore[arg-type]
+    runs: list[str] = []
+    last = student.model.model.language_model.layers[-1]
+    last.mlp.register_forward_pre_hook(lambda *_: runs.append("mlp"))
     recomputed = shared_gradients(student)
+    assert len(runs) == 2
     assert_equal_within(recomputed, kept, 1e-6)
+
+
+def test_on_a_cpu_activations_are_kept_unless_asked(student: Vlm) -> None:
+    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1), objective=ObjectiveConfig())
+    assert not student.model.is_gradient_checkpointing

@@ -95,7 +95,7 @@ class Qwen25VL:
 
 class Qwen3VL(Qwen25VL):
     # transformers 5.19 has none for it; this is Qwen2.5-VL's. The norms of queries and keys go over one head each.
-    tp_plan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
+    tp_plan: TpPlan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
         f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
     }
 

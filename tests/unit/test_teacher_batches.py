@@ -1,0 +1,97 @@
+"""Which parts of which groups go to the device together, and that it makes no difference to the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
+from tests.support.families import ask
+from tests.support.models import tiny_vlm
+from tests.support.teacher import drawing
+from vaopd.degradation import pixelate
+from vaopd.payloads import to_torch
+from vaopd.vlm import Encode, Segment, Vlm
+
+LENGTHS = [(20, 33, 7, 1), (12, 12), (5,), (40, 11, 12)]
+
+
+class Recorded(Vlm):
+    """The tiny teacher, noting the forwards: for each segment the prompt's tokens and the responses'."""
+
+    def response_hidden(self, segments: list[Segment], *, encode: Encode | None = None) -> torch.Tensor:  # type: ignore[override]
+        FORWARDS.append([(len(s.prompt.token_ids), [len(ids) for ids in s.responses]) for s in segments])
+        return super().response_hidden(segments, encode=encode)
+
+
+FORWARDS: list[list[tuple[int, list[int]]]] = []
+
+
+def groups() -> list[PreparedGroup]:
+    vlm, rng = tiny_vlm(), np.random.default_rng(0)
+    made = []
+    for index, lengths in enumerate(LENGTHS):
+        prompt = ask(vlm, [drawing(index)], text="How long is it? " * (index + 1))
+        other = replace(prompt, images=(vlm.prepare_image(pixelate(drawing(index), 0.1)),))
+        responses = tuple(rng.integers(0, 200, length) for length in lengths)
+        made.append(
+            PreparedGroup(
+                group_id=str(index), original=prompt, degraded=other, responses=responses, payload="hidden", top_k=0
+            )
+        )
+    return made
+
+
+def score(batch_tokens: int) -> list[ScoredGroup]:
+    FORWARDS.clear()
+    vlm = tiny_vlm()
+    recorded = Recorded(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
+    results = list(GroupEngine(recorded, batch_tokens=batch_tokens).score(groups()))
+    assert all(isinstance(result, ScoredGroup) for result in results)
+    return results  # type: ignore[return-value]
+
+
+def costs() -> list[int]:
+    """Of each forward: prompts, and of each response all but its last token, which is predicted and never read."""
+    return [sum(prompt + sum(n - 1 for n in lengths) for prompt, lengths in segments) for segments in FORWARDS]
+
+
+def test_groups_that_fit_share_a_forward_with_both_views_each() -> None:
+    score(batch_tokens=10_000)
+    assert [[lengths for _, lengths in segments] for segments in FORWARDS] == [
+        [list(lengths) for lengths in LENGTHS for _ in ("original", "degraded")]
+    ]
+
+
+def test_a_forward_takes_whole_groups_up_to_the_budget() -> None:
+    prompt = len(groups()[0].original.token_ids)
+    first = 2 * (prompt + 19 + 32 + 6)
+    score(batch_tokens=first)
+    assert costs()[0] == first
+    assert all(cost <= first for cost in costs())
+
+
+def test_a_group_above_the_budget_is_split_into_views_then_into_siblings_behind_their_prompt() -> None:
+    prompt = len(groups()[0].original.token_ids)
+    score(batch_tokens=prompt + 19 + 32)
+    of_the_first = [lengths for ((_, lengths),) in FORWARDS[:4]]
+    assert of_the_first == [[20, 33], [7, 1], [20, 33], [7, 1]]
+
+
+def test_a_budget_of_one_token_makes_a_forward_of_each_rollout_and_view() -> None:
+    score(batch_tokens=1)
+    expected = [[n] for lengths in LENGTHS for _ in ("original", "degraded") for n in lengths]
+    assert [lengths for ((_, lengths),) in FORWARDS] == expected
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 150, 300])
+def test_the_budget_makes_no_difference_to_the_scores(batch_tokens: int) -> None:
+    """Stated tolerance: 1e-5 nats in float32. (With one CPU thread they are the same bits, with two they are not.)"""
+    for mine, expected in zip(score(batch_tokens), score(10_000), strict=True):
+        np.testing.assert_allclose(mine.teacher_logprobs, expected.teacher_logprobs, atol=1e-5)
+        np.testing.assert_allclose(mine.degraded_logprobs, expected.degraded_logprobs, atol=1e-5)
+        hidden, whole = (to_torch(result.payload.tensors["hidden"]) for result in (mine, expected))
+        torch.testing.assert_close(hidden, whole, atol=1e-4, rtol=1e-4)
