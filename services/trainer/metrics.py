@@ -19,6 +19,41 @@ STEP_TIMES = ("publish_s", "wait_s", "score_s", "forward_backward_s")
 """A step's parts, one after the other: publishing the policy, waiting for its groups, waiting for scores after the last
 group has come, loss and step. Beside the waiting run `generation_s`, the slowest answer of a worker, and `scoring_s`,
 the time in which groups were prepared or at the teacher."""
+DESCRIPTIONS = {
+    "loss": "loss of the step, nats",
+    "mean_va": "visual advantage, mean over all response tokens, nats",
+    "kl_mean": "reverse KL, mean over all response tokens, nats",
+    "kl_high": "the same over the high group: the tokens of largest VA of each rollout",
+    "kl_low": "the same over the other tokens; left out when there are none",
+    "va_top10_share": "share of all VA that the top 10 % of tokens carry, mean over ranks",
+    "weights_entropy": "entropy of the rollout weights, mean over groups, nats; log K when they are uniform",
+    "response_tokens_mean": "length of the responses, mean, tokens",
+    "truncated_fraction": "share of the responses that were cut at the length limit",
+    "grad_norm": "norm of the gradient before clipping",
+    "learning_rate": "learning rate of the step",
+    "publish_s": "publishing the policy, seconds",
+    "wait_s": "waiting for the step's groups, seconds",
+    "score_s": "waiting for scores after the last group has come, seconds",
+    "forward_backward_s": "loss, backward and optimizer step, seconds",
+    "step_s": "the four parts above together, seconds; an evaluation between two steps is not in it",
+    "generation_s": "the slowest answer of a rollout worker, seconds; runs beside the waiting",
+    "scoring_s": "time in which groups were prepared or at the teacher, seconds; runs beside the waiting",
+    "score_overlap": "share of the scoring that nobody had to wait for",
+    "rollouts_per_s": "rollouts trained on per second of step_s",
+    "groups_duplicate": "groups that came twice and were dropped, since the trainer started; as the next three, only "
+    "once there is one",
+    "groups_stale": "groups of a policy that was too old, dropped and asked for again",
+    "groups_other_weights": "groups sampled with other weights than this policy's, dropped and asked for again",
+    "groups_dead": "groups that were given up and will never come; `vaopd queue` tells why",
+}
+"""The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
+EVALUATION_DESCRIPTIONS = {
+    "accuracy": "avg@n: mean correctness over all answers to the held-out problems",
+    "standard_error": "of the accuracy, over problems",
+    "prompts": "held-out problems",
+    "samples": "answers to each, the n of avg@n",
+}
+"""The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
 _IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
 
 

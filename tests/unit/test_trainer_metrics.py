@@ -110,3 +110,12 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
         pass
     assert busy.take() == 3.5
     assert busy.take() == 0.0
+
+
+def test_every_number_of_a_step_is_described() -> None:
+    """The trainer adds the norm, the rate, the times and what the collector counted; "rollouts" it only divides by."""
+    written = set(metrics.of_step([metrics.of_rank([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
+    timings = dict.fromkeys((*metrics.STEP_TIMES, "scoring_s"), 1.0)
+    written |= set(timings) | set(metrics.of_times(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
+    counted = {name for name in metrics.DESCRIPTIONS if name.startswith("groups_")}
+    assert written == set(metrics.DESCRIPTIONS) - counted
