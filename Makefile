@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: bench compare demo test lint types proto proto-check setup clean
+.PHONY: screenshots bench compare demo test lint types proto proto-check setup clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ compare: $(STAMP)
 BENCHMARKS := floor paired_scoring against_vllm train_step fused_kl codecs service_cost sharing
 bench: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+
+screenshots: $(STAMP)
+	$(BIN)/python benchmarks/viewer.py --screenshots docs/images
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -95,8 +95,8 @@ function showDetails(reply, k, t, scale) {
   rows[k][t].classList.add("at");
   const [teacher, degraded, va] = [rollout.teacher_logprobs[t], rollout.degraded_logprobs[t], rollout.visual_advantage[t]];
   const facts = [
-    ["log p, original", `${nats(teacher)}  (${percent(Math.exp(teacher))})`],
-    ["log p, degraded", `${nats(degraded)}  (${percent(Math.exp(degraded))})`],
+    ["log p, original", `${nats(teacher)} (${percent(Math.exp(teacher))})`],
+    ["log p, degraded", `${nats(degraded)} (${percent(Math.exp(degraded))})`],
     ["difference", `${nats(teacher - degraded)} nats`],
     ["visual advantage", `${nats(va)} nats`, "va"],
     ["rank", rollout.ranks ? String(rollout.ranks[t] ?? "beyond 20") : "–"],
