@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
 _CHECK_EVERY_S = 0.1
-_REMIND_EVERY_S = 30.0
 
 Check = Callable[[], None]
 """Called while something is waited for; may raise to end the wait."""
@@ -31,7 +30,9 @@ Check = Callable[[], None]
 class Collector:
     """One per job. Not thread-safe: the coordinator's main thread owns it."""
 
-    def __init__(self, *, queue: TrainerQueue, ledger: Ledger) -> None:
+    def __init__(self, *, queue: TrainerQueue, ledger: Ledger, remind_every_s: float = 30.0) -> None:
+        """`remind_every_s`: how long without any news until it says so, and looks whether Redis lost something."""
+        self._remind_every_s = remind_every_s
         self._queue = queue
         self._ledger = ledger
         self._check: Check = lambda: None
@@ -97,7 +98,7 @@ class Collector:
             self._surely(self._collect)
             self._surely(self._read_dead_letters)
             open_ids -= self._dead
-            if time.monotonic() - last_news > _REMIND_EVERY_S:
+            if time.monotonic() - last_news > self._remind_every_s:
                 last_news = time.monotonic()
                 self._surely(lambda missing=len(open_ids): self._remind(missing))  # type: ignore[misc]
 
@@ -107,6 +108,10 @@ class Collector:
         self._durable += [entry for entry in entries if entry is not None]
         if self._tidy(lambda: self._queue.acknowledge(self._durable)):
             self._durable = []
+
+    def confirm(self) -> None:
+        """Raises LeaseLost when somebody else has the job: then a checkpoint is theirs to write."""
+        self._tidy(self._queue.renew)
 
     def dead_letter(self, group_id: str, reason: str) -> None:
         """Gives up a group that was handed out and can't be trained on."""
@@ -171,8 +176,9 @@ class Collector:
 
     def _drop(self, delivered: Delivered, reason: str) -> None:
         group = delivered.group
-        if self._unacknowledged.get(group.group_id) == delivered.entry_id:
-            return  # the very entry that was handed out, seen again after a lost reply
+        arrived = self._arrived.get(group.group_id)
+        if delivered.entry_id in (self._unacknowledged.get(group.group_id), arrived.entry_id if arrived else None):
+            return  # the very entry that is in use, seen again: Redis lost its last writes, that it was read among them
         self._queue.acknowledge([delivered.entry_id])
         self.counts[reason] += 1
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
@@ -230,7 +236,7 @@ class Collector:
         except Mismatch:
             self._surely(self._republish)
         except Unavailable as error:
-            log.warning("%s; the next checkpoint makes up for it", error)
+            log.warning("%s; this can wait for the next checkpoint", error)
         return False
 
     def _republish(self) -> None:
@@ -251,3 +257,11 @@ class Collector:
         log.warning(
             "waiting for %d groups; rollout workers alive: %s", missing, ", ".join(workers) or "none (start one)"
         )
+        # A Redis whose host lost power comes back without its last second: what was published then is published again.
+        if any(self._queue.policy(version) is None for version in self._policies):
+            for version in sorted(self._policies):
+                self._queue.publish_policy(self._policies[version])
+        waiting = [request for group_id, request in self._wanted.items() if group_id not in self._arrived]
+        for request in self._queue.unpublished(waiting):
+            log.warning("Redis has lost the request for group %s: published again", request.group_id)
+            self._queue.enqueue(request)

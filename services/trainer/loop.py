@@ -383,6 +383,7 @@ class Trainer:
         if self.coordinator is None:
             return
         self.progress.schedule = self.schedule.state_dict()
+        self.coordinator.collector.confirm()
         self.coordinator.ledger.sync()
         checkpoint.save(
             self.folder / "checkpoints",

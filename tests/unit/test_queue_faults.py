@@ -99,6 +99,29 @@ def test_a_request_whose_fifth_worker_dies_is_a_dead_letter(a_job: Job) -> None:
     assert trainer.dead_letters(after=letter.entry_id) == []
 
 
+def test_a_request_that_kills_its_workers_does_not_draw_its_neighbours_with_it(a_job: Job) -> None:
+    """Each worker takes what it can get, and dies of "killer"; who survives answers the rest."""
+    trainer = a_job.trainer()
+    for name in ("g1", "killer", "g2"):
+        trainer.enqueue(a_request(name))
+    answered: list[str] = []
+
+    def all_settled() -> bool:
+        worker = a_job.worker("w1", lease_s=0.02)  # each a new process
+        leases = worker.take(block_s=0, max_requests=8)
+        leases += worker.take(block_s=0, max_requests=8)  # as a worker that lingers for a fuller batch
+        if "killer" not in [lease.request.group_id for lease in leases]:
+            for lease in leases:
+                answered.append(lease.request.group_id)
+                worker.complete(lease, an_answer(lease.request))
+        return trainer.requests_in_flight() == 0
+
+    wait_until("every request is settled", all_settled)
+    assert sorted(answered) == ["g1", "g2"]
+    [letter] = trainer.dead_letters()
+    assert (letter.group_id, letter.deliveries) == ("killer", 5)
+
+
 def test_a_request_that_nobody_can_answer_is_a_dead_letter_at_once(a_job: Job) -> None:
     trainer, worker = a_job.trainer(), a_job.worker("w1")
     trainer.enqueue(a_request("g1"))

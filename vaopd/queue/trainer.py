@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,15 @@ class TrainerQueue:
         """
         key = dedupe_key(request.group_id, request.policy_version)
         return bool(self._run("enqueue", key, wire.rollout_request_to_bytes(request))[1])
+
+    def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
+        """Those that Redis has no record of, though they were enqueued: it lost its last writes."""
+        if not requests:
+            return []
+        connection = self._connection
+        keys = [dedupe_key(request.group_id, request.policy_version) for request in requests]
+        found = connection.call(lambda: connection.redis.hmget(connection.key["seen:requests"], keys))
+        return [request for request, record in zip(requests, found, strict=True) if record is None]
 
     def requests_in_flight(self) -> int:
         """Requests that no worker has answered yet, waiting or being worked on. The bound on it is the trainer's."""

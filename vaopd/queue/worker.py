@@ -19,6 +19,10 @@ from vaopd.queue.dead_letters import letter_bytes
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
 
+SUSPECT_AFTER = 2
+"""Deliveries without a commit after which a request is suspected to kill whoever works on it."""
+SUSPECT_POLL_S = 0.02
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lease:
@@ -50,22 +54,30 @@ class WorkerQueue:
         self._connection = Connection(url=url, job=job, patience_s=patience_s)
         self._joined = False
         self._held: dict[str, Lease] = {}
+        self._runs_out: dict[str, float] = {}  # entry_id -> when the lease does, unless renewed; time.monotonic
         self._lock = threading.Lock()
 
     def take(self, *, block_s: float, max_requests: int = 1) -> list[Lease]:
         """Up to `max_requests` requests: first those whose lease ran out, then new ones; waits up to `block_s` for one.
 
         An entry delivered `max_deliveries` times without a commit, or one that can't be read, goes to the dead letters.
+        One of whom two workers died already is taken alone, so that it can't draw its neighbours with it.
         """
         deadline = time.monotonic() + block_s
         while True:
+            at_work = self._at_work()
+            remaining_s = deadline - time.monotonic()
             try:
                 self._join_once()
-                leases = self._leases(self._take_over(max_requests))
-                if not leases:
-                    # Redis reads "block 0" as "for ever", hence at least a millisecond.
-                    wait_ms = max(1, int(1000 * min(BLOCK_SLICE_S, self.lease_s, deadline - time.monotonic())))
-                    leases = self._leases(self._read_new(max_requests, wait_ms))
+                if any(lease.deliveries > SUSPECT_AFTER for lease in at_work):
+                    leases = []
+                    time.sleep(max(0.0, min(SUSPECT_POLL_S, remaining_s)))
+                else:
+                    leases = self._leases(self._take_over(max_requests, alone=not at_work))
+                    if not leases:
+                        # Redis reads "block 0" as "for ever", hence at least a millisecond.
+                        wait_ms = max(1, int(1000 * min(BLOCK_SLICE_S, self.lease_s, remaining_s)))
+                        leases = self._leases(self._read_new(max_requests, wait_ms))
             except GroupMissing:
                 self._joined = False
                 leases = []
@@ -80,10 +92,13 @@ class WorkerQueue:
         with self._lock:
             wanted = list(self._held.values()) if leases is None else list(leases)
         pairs = [part for lease in wanted for part in (lease.entry_id, lease.deliveries)]
+        began = time.monotonic()
         lost_ids = {entry_id.decode() for entry_id in self._connection.run("renew_leases", self.worker, *pairs)}
         lost = [lease for lease in wanted if lease.entry_id in lost_ids]
         for lease in lost:
             self._drop(lease)
+        with self._lock:
+            self._runs_out |= {lease.entry_id: began + self.lease_s for lease in wanted if lease.entry_id in self._held}
         return lost
 
     def keeper(self) -> LeaseKeeper:
@@ -131,6 +146,12 @@ class WorkerQueue:
         with self._lock:
             return list(self._held.values())
 
+    def _at_work(self) -> list[Lease]:
+        """What is held and has not run out, as far as this side can tell."""
+        now = time.monotonic()
+        with self._lock:
+            return [lease for lease in self._held.values() if self._runs_out[lease.entry_id] > now]
+
     def policy(self, version: int) -> PolicyVersion | None:
         """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
         return self._connection.policy(version)
@@ -156,8 +177,10 @@ class WorkerQueue:
             self._joined = True
             self.renew(())
 
-    def _take_over(self, count: int) -> list[tuple[bytes, int, bytes, bytes]]:
-        return self._connection.run("take_over", self.worker, int(1000 * self.lease_s), count)
+    def _take_over(self, count: int, *, alone: bool) -> list[tuple[bytes, int, bytes, bytes]]:
+        return self._connection.run(
+            "take_over", self.worker, int(1000 * self.lease_s), count, SUSPECT_AFTER, "1" if alone else "0"
+        )
 
     def _read_new(self, count: int, wait_ms: int) -> list[tuple[bytes, int, bytes, bytes]]:
         connection = self._connection
@@ -195,6 +218,7 @@ class WorkerQueue:
                 continue
             with self._lock:
                 self._held[lease.entry_id] = lease
+                self._runs_out[lease.entry_id] = time.monotonic() + self.lease_s
             leases.append(lease)
 
     def _bury(self, lease: Lease, reason: str, *, key: bytes, body: bytes) -> None:
@@ -222,4 +246,4 @@ class WorkerQueue:
         with self._lock:
             # A newer delivery of the same entry may be held by now: that one stays.
             if self._held.get(lease.entry_id) == lease:
-                del self._held[lease.entry_id]
+                del self._held[lease.entry_id], self._runs_out[lease.entry_id]
