@@ -40,7 +40,6 @@ from vaopd.http_types import (
     TeacherModel,
     TeachersReply,
 )
-from vaopd.transport import Busy
 
 try:
     import httpx
@@ -174,7 +173,7 @@ class ScoringClient:
                 raise _refusal(answer)
             except httpx.TransportError as error:
                 time.sleep(patience.delay(_lost(error)))
-            except (Busy, errors.Unavailable) as refused:
+            except (errors.Busy, errors.Unavailable) as refused:
                 time.sleep(patience.delay(refused))
 
 
@@ -268,7 +267,7 @@ class AsyncScoringClient:
                 raise _refusal(answer)
             except httpx.TransportError as error:
                 await asyncio.sleep(patience.delay(_lost(error)))
-            except (Busy, errors.Unavailable) as refused:
+            except (errors.Busy, errors.Unavailable) as refused:
                 await asyncio.sleep(patience.delay(refused))
 
 
@@ -282,7 +281,7 @@ class _Patience:
 
     def delay(self, error: errors.VaopdError) -> float:
         """How long to wait before the next attempt. Raises `error` when the time is over."""
-        delay_s = error.retry_after_s if isinstance(error, Busy) else self._next_s
+        delay_s = error.retry_after_s if isinstance(error, errors.Busy) else self._next_s
         if time.monotonic() + delay_s > self._deadline:
             raise error
         self._next_s = min(2 * self._next_s, _LONGEST_DELAY_S)
@@ -351,7 +350,7 @@ def _refusal(answer: httpx.Response) -> errors.VaopdError:
     except pydantic.ValidationError:
         told = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
     if answer.status_code == 429:
-        return Busy(told, float(answer.headers.get("Retry-After", "1")))
+        return errors.Busy(told, float(answer.headers.get("Retry-After", "1")))
     if "numerical_error" in answer.text:
         return errors.NumericalError(told)
     return _KINDS.get(answer.status_code, errors.VaopdError)(told)

@@ -24,7 +24,6 @@ from starlette.exceptions import HTTPException
 
 from vaopd import errors
 from vaopd.http_types import Problem
-from vaopd.transport import Busy
 
 logger = logging.getLogger("vaopd.api")
 
@@ -102,7 +101,7 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
         case HTTPException():
             problem = make_problem(error.status_code, str(error.detail), field=getattr(error, "field", None))
             return problem, dict(error.headers or {})
-        case Busy():
+        case errors.Busy():
             seconds = max(1, math.ceil(error.retry_after_s))
             return make_problem(429, str(error)), {"Retry-After": str(seconds)}
         case errors.Unavailable():
@@ -137,7 +136,7 @@ def make_problem(status: int, detail: str, *, field: str | None = None, code: st
 def _vaopd(error: errors.VaopdError) -> Problem:
     for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
-            return make_problem(status, str(error), code=code)
+            return make_problem(status, str(error), code=code, field=getattr(error, "field", None))
     logger.error("the teacher failed: %s", error)
     return make_problem(502, "the teacher failed; its log tells why")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 
 import numpy as np
@@ -10,10 +11,13 @@ from services.api import errors
 from services.api.images import image_from_text
 from services.api.metrics import Metrics
 from services.api.teachers import Teachers
+from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
 from vaopd.replies import make_reply
 from vaopd.scoring import unique_images, user_turn
 from vaopd.types import Degradation, EncodedImage, ScoreRequest, TeacherDescription
+
+ROLLOUT = re.compile(r"rollout '(\d+)' of group '[^']*': ")
 
 
 class Scorer:
@@ -26,14 +30,29 @@ class Scorer:
         address, description = await self._teachers.find(body.teacher)
         # A rank is told further down than alternatives are named.
         top_k = min(MAX_ALTERNATIVES, description.vocab_size) if body.top_k else 0
-        score = await self._teachers.score(
-            address, score_request(body, images, suffix=suffix), degradation_of(body.degradation), top_k=top_k
-        )
+        request = score_request(body, images, suffix=suffix)
+        try:
+            score = await self._teachers.score(address, request, degradation_of(body.degradation), top_k=top_k)
+        except InvalidInput as error:
+            raise in_the_request_s_words(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
             self._metrics.visual_advantage.observe(rollout.mean_visual_advantage)
         return answer
+
+
+def in_the_request_s_words(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
+    """The teacher names images by their digests and responses by its own ids; clients of the API know keys."""
+    told = str(error)
+    for index, image in enumerate(images):
+        if (name := f"image {image.sha256[:12]}…") in told:
+            field = "image" if body.image is not None else f"images.{index}" if body.images else f"image.{index}"
+            return InvalidInput(told.replace(name, field), field=field)
+    if match := ROLLOUT.match(told):
+        field = f"responses.{match[1]}" if body.responses else "response" if body.response else "response_token_ids"
+        return InvalidInput(f"{field}: {told[match.end() :]}", field=field)
+    return error
 
 
 def degradation_of(model: DegradationModel) -> Degradation:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from services.api.errors import ApiError
 from vaopd.client import ClientOptions, GroupFailure, TeacherClient
-from vaopd.errors import NotFound, Unavailable
+from vaopd.errors import NotFound, PermissionDenied, Unauthenticated, Unavailable
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherDescription
+
+logger = logging.getLogger("vaopd.api")
 
 CONNECT_TIMEOUT_S = 3.0
 SCORE_TIMEOUT_S = 120.0
@@ -66,13 +70,27 @@ class Teachers:
             "top_k": max(top_k, 1),
         }
         async with TeacherClient(address, **options) as client:
-            async for result in client.score([request], with_token_texts=True):
-                if isinstance(result, GroupFailure):
-                    raise result.error
-                return result
+            with _own_credentials():
+                async for result in client.score([request], with_token_texts=True):
+                    if isinstance(result, GroupFailure):
+                        raise result.error
+                    return result
         raise ApiError(502, "the teacher ended the call without an answer")
 
     async def _describe(self, address: str) -> TeacherDescription:
         options: ClientOptions = {**self._options, "timeout_s": CONNECT_TIMEOUT_S}
         async with TeacherClient(address, **options) as client:
-            return await client.describe()
+            with _own_credentials():
+                return await client.describe()
+
+
+@contextmanager
+def _own_credentials() -> Iterator[None]:
+    """A key that the teacher refuses is the API's, not that of whoever asks the API."""
+    try:
+        yield
+    except (Unauthenticated, PermissionDenied) as error:
+        logger.error("the teacher refuses this API: %s", error)
+        raise ApiError(
+            502, "the teacher refuses this API; whoever runs it has to give it a key (VAOPD_API_KEY_FILE)"
+        ) from None

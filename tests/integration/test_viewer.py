@@ -207,6 +207,25 @@ def test_a_damaged_image_is_refused_in_words(seen: Viewer, tmp_path: Path) -> No
     assert "is damaged; re-encode it" in seen.error
 
 
+def test_a_page_opened_before_the_teacher_is_there_looks_again(browser: Browser, api: Api) -> None:
+    loading = {
+        "status": 503,
+        "title": "Service Unavailable",
+        "detail": "the teacher is starting",
+        "code": "unavailable",
+    }
+    with viewer(browser, str(api.http.base_url)) as seen:
+        answers = iter([json.dumps(loading)])
+        seen.page.route(
+            "**/v1/teachers",
+            lambda route: route.fulfill(status=503, body=body) if (body := next(answers, None)) else route.continue_(),
+        )
+        seen.open()
+        assert "The teacher is starting" in seen.error
+        seen.page.wait_for_selector("#error", state="hidden")
+        seen.score_example()
+
+
 def test_light_and_dark(browser: Browser, api: Api) -> None:
     """The system's choice holds until the user makes another, which is remembered."""
     ground = "getComputedStyle(document.body).backgroundColor"

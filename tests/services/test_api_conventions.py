@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -23,6 +24,7 @@ from tests.support.teacher import TeacherInProcess, teacher_in_process
 from vaopd import objective
 from vaopd.degradation import pixelate
 from vaopd.keys import add_key, revoke_key
+from vaopd.service_config import KeysConfig, ServiceConfig
 
 BATCH = "/v1/score/batch"
 
@@ -89,6 +91,19 @@ def test_the_degraded_view_is_the_one_that_the_teacher_makes(api: Api) -> None:
         assert (refused.status_code, error_of(refused)["code"]) == (status, "invalid_input")
     zero = api.http.post("/v1/degrade", json={"image": PNG, "degradation": {"strength": 0}})
     assert error_of(zero)["field"] == "degradation.strength"
+
+
+def test_what_the_teacher_refuses_is_named_by_the_request_s_own_keys(api: Api) -> None:
+    cut = base64.b64encode(IMAGE.data[:-200]).decode()
+    for change, field in (
+        ({"image": cut}, "image"),
+        ({"image": None, "images": [PNG, cut]}, "images.1"),
+        ({"response": "It is <|image_pad|>"}, "response"),
+        ({"response": None, "responses": ["It is 12.", "It is <|image_pad|>"]}, "responses.1"),
+    ):
+        error = error_of(api.score(**{**BODY, **change}))
+        assert error["field"] == field
+        assert error["detail"].startswith(field)
 
 
 # ------------------------------------------------------------------------------------------- forms
@@ -306,6 +321,19 @@ def test_a_quota_refills_evenly() -> None:
 
 
 # ------------------------------------------------------------------------------------------- teachers, students
+
+
+def test_a_teacher_that_refuses_the_api_s_own_key_is_no_fault_of_its_clients(tmp_path: Path) -> None:
+    keys = tmp_path / "teacher-keys.json"
+    right = add_key(keys, "api")
+    (tmp_path / "api.key").write_text(right)
+    with teacher_in_process(tiny_vlm(), service=ServiceConfig(keys=KeysConfig(file=keys))) as guarded:
+        for api in start_api(tmp_path, guarded.target):
+            refused = api.score(**BODY)
+            assert (refused.status_code, error_of(refused)["code"]) == (502, "bad_gateway")
+            assert "VAOPD_API_KEY_FILE" in error_of(refused)["detail"]
+        for api in start_api(tmp_path, guarded.target, VAOPD_API_KEY_FILE=str(tmp_path / "api.key")):
+            assert api.score(**BODY).status_code == 200
 
 
 def test_a_teacher_that_is_down_does_not_hide_the_others(teacher: TeacherInProcess, tmp_path: Path) -> None:

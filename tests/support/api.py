@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,16 +36,15 @@ class Api:
         return answer.content
 
 
-def start_api(folder: Path, teacher: str, *arguments: str) -> Iterator[Api]:
-    """`python -m services.api` as a process of its own, on a free port."""
+def start_api(folder: Path, teacher: str, *arguments: str, **environment: str) -> Iterator[Api]:
+    """`python -m services.api` as a process of its own, on a free port, with these arguments and variables."""
     announce = folder / "api.address"
+    announce.unlink(missing_ok=True)
     config = write_config(folder, model=folder, address=teacher)
     command = [sys.executable, "-m", "services.api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
     command += [*arguments, "--announce", str(announce)]
     with (folder / "api.log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, *arguments, "--announce", str(announce)], stdout=log, stderr=log, text=True
-        )
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, text=True)
     try:
         wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
         with httpx.Client(base_url=f"http://{announce.read_text()}", timeout=60) as http:

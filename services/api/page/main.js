@@ -9,6 +9,7 @@ import { savePng } from "./picture.js";
 const NAMES = { pixelate: "pixelated", blur: "blurred", mean_colour: "mean colour", black: "black", noise: "noise" };
 const WITH_STRENGTH = ["pixelate", "blur"];
 const ALTERNATIVES = 6;
+const LOOK_AGAIN_MS = 3000;
 
 let image = null; // { dataUrl, name, example? }
 let last = null; // { view, reply, labels } on show
@@ -183,6 +184,7 @@ async function loadTeachers() {
     known.teachers = await api.teachers();
     known.student = (await api.students())[0] ?? null;
   } catch (error) {
+    if (error.status === 503) setTimeout(loadTeachers, LOOK_AGAIN_MS); // a teacher that is loading will be there soon
     return showError(error);
   }
   clearError();
