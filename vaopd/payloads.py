@@ -11,13 +11,20 @@ import warnings
 import torch
 
 from vaopd.divergence import top_k_logprobs
-from vaopd.errors import InvalidInput
+from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "top_k", "sampled")
 """What a teacher of this version can send."""
 
-_NAMES = {"none": (), "sampled": (), "hidden": ("hidden",), "top_k": ("token_ids", "logprobs", "tail_logprobs")}
+_NAMES: dict[PayloadKind, tuple[str, ...]] = {
+    "none": (),
+    "sampled": (),
+    "hidden": ("hidden",),
+    "hidden_int8": ("hidden_int8", "scales"),
+    "top_k": ("token_ids", "logprobs", "tail_logprobs"),
+}
+_INT8_MAX = 127
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
@@ -52,6 +59,9 @@ def encode(
     """The payload of M response tokens from hidden states (M, D) and the LM head (V, D). `top_k` matters to "top_k"."""
     if kind == "hidden":
         return Payload(kind=kind, tensors={"hidden": from_torch(hidden)})
+    if kind == "hidden_int8":
+        rows, scales = quantised(hidden)
+        return Payload(kind=kind, tensors={"hidden_int8": from_torch(rows), "scales": from_torch(scales)})
     if kind == "top_k":
         tensors = top_k_logprobs(hidden, head, top_k, chunk_tokens=chunk_tokens)
         return Payload(
@@ -72,3 +82,37 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         raise InvalidInput(f"the payload's tensors have different numbers of tokens: {shapes}")
     return tensors
+
+
+def quantised(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, D) -> (M, D) int8 and scales (M,) float32: value ≈ int8·scale, off by at most scale / 2 = max|row| / 254."""
+    wide = hidden.float()
+    if bad := int((~torch.isfinite(wide)).sum()):
+        raise NumericalError(
+            f"{bad} of {wide.numel()} hidden states are not finite; check the teacher's weights and dtype"
+        )
+    scales = wide.abs().amax(-1) / _INT8_MAX if wide.numel() else wide.new_zeros(len(wide))
+    divisors = torch.where(scales > 0, scales, 1.0)  # a row of zeros stays one
+    rows = (wide / divisors[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    return rows.to(torch.int8), scales
+
+
+def hidden_states(payload: Payload, dtype: torch.dtype) -> torch.Tensor:
+    """The (M, D) hidden states of a "hidden" or "hidden_int8" payload, in the precision of the head that follows.
+
+    Raises InvalidInput for another payload, or scales that can't be.
+    """
+    tensors = decode(payload)
+    if payload.kind == "hidden":
+        return tensors["hidden"].to(dtype)
+    if payload.kind != "hidden_int8":
+        raise InvalidInput(f"a {payload.kind} payload holds no hidden states; ask for hidden or hidden_int8")
+    rows, scales = tensors["hidden_int8"], tensors["scales"]
+    if rows.dtype != torch.int8 or rows.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
+        raise InvalidInput(
+            f"a hidden_int8 payload holds int8 rows (M, D) and float32 scales (M,), this one {rows.dtype} of shape "
+            f"{tuple(rows.shape)} and {scales.dtype} of shape {tuple(scales.shape)}"
+        )
+    if not (torch.isfinite(scales) & (scales >= 0)).all():
+        raise NumericalError("the payload's scales are not all finite and at least 0; the teacher sent damaged numbers")
+    return (rows * scales[:, None]).to(dtype)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-PayloadKind = Literal["none", "hidden", "top_k", "sampled"]
+PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
 
 
@@ -152,7 +152,7 @@ class Tensor:
     [1.5, 2.0]
     """
 
-    dtype: Literal["float32", "bfloat16", "float16", "int32", "int64", "uint8"]
+    dtype: Literal["float32", "bfloat16", "float16", "int32", "int64", "uint8", "int8"]
     shape: tuple[int, ...]
     data: bytes
 
@@ -169,7 +169,7 @@ class Tensor:
         return np.frombuffer(self.data, np.dtype(self.dtype).newbyteorder("<")).reshape(self.shape)
 
 
-ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1}
+ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +193,8 @@ class ScoreRequest:
 class Payload:
     """The teacher's distribution over a group's M response tokens (siblings one after the other).
 
-    kind "hidden": tensors["hidden"] (M, D). "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32,
+    kind "hidden": tensors["hidden"] (M, D). "hidden_int8": ["hidden_int8"] (M, D) int8 and ["scales"] (M,) float32, one
+    per token; the hidden state is their product. "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32,
     descending, ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
     """
 

@@ -10,6 +10,7 @@ import torch
 from torch import tensor
 
 from vaopd import divergence
+from vaopd.divergence import SampledTarget, TopKTarget
 from vaopd.errors import InvalidInput
 
 M, V, D_S, D_T = 37, 50, 8, 12
@@ -20,6 +21,11 @@ def hidden_and_heads(*, requires_grad: bool = False) -> tuple[torch.Tensor, ...]
     shapes = ((M, D_S), (V, D_S), (M, D_T), (V, D_T))
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     return tuple(t.requires_grad_(requires_grad) for t in tensors)
+
+
+def top_k_target(hidden: torch.Tensor, head: torch.Tensor, k: int) -> TopKTarget:
+    ids, logprobs, tail = divergence.top_k_logprobs(hidden, head, k)
+    return TopKTarget(token_ids=ids, logprobs=logprobs, tail_logprobs=tail)
 
 
 def kl_float64(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
@@ -118,8 +124,7 @@ def test_token_logprobs_equal_log_softmax_and_gather() -> None:
 def test_top_k_and_tail_never_exceed_the_exact_divergence(k: int) -> None:
     h_s, w_s, h_t, w_t = hidden_and_heads()
     exact = divergence.fused_reverse_kl(h_s, w_s, h_t, w_t)
-    payload = divergence.top_k_logprobs(h_t, w_t, k)
-    coarse = divergence.fused_top_k_reverse_kl(h_s, w_s, *payload, chunk_tokens=9)
+    coarse = divergence.fused_divergence(h_s, w_s, top_k_target(h_t, w_t, k), chunk_tokens=9)
     assert bool((coarse <= exact + 1e-5).all())
     assert bool((coarse >= -1e-6).all())
     if k >= V - 1:  # a tail of at most one id merges nothing
@@ -130,21 +135,23 @@ def test_top_k_and_tail_by_hand() -> None:
     # p_T = (0.5, 0.3, 0.2), p_S = (0.2, 0.2, 0.6), k = 1: buckets {0} and {1, 2}.
     p_t, p_s = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
     identity = torch.eye(3)
-    ids, logprobs, tail = divergence.top_k_logprobs(p_t, identity, 1)
-    assert ids.tolist() == [[0]]
-    assert float(tail) == pytest.approx(math.log(0.5), abs=1e-6)
-    kl = divergence.fused_top_k_reverse_kl(p_s, identity, ids, logprobs, tail)
+    target = top_k_target(p_t, identity, 1)
+    assert target.token_ids.tolist() == [[0]]
+    assert float(target.tail_logprobs) == pytest.approx(math.log(0.5), abs=1e-6)
+    kl = divergence.fused_divergence(p_s, identity, target)
     assert float(kl) == pytest.approx(0.2 * math.log(0.2 / 0.5) + 0.8 * math.log(0.8 / 0.5), abs=1e-6)
 
 
 def test_sampled_estimators_by_hand() -> None:
     # p_S(y) = 0.5 and p_T(y) = 0.25: k1 = log 2, k3 = r − 1 − log r with r = ½.
     p_s = tensor([[0.5, 0.5]]).log()
-    arguments = (p_s, torch.eye(2), tensor([0]), tensor([math.log(0.25)]))
-    assert float(divergence.fused_sampled_kl(*arguments, estimator="k1")) == pytest.approx(math.log(2), abs=1e-6)
-    assert float(divergence.fused_sampled_kl(*arguments, estimator="k3")) == pytest.approx(math.log(2) - 0.5, abs=1e-6)
+    for estimator, expected in (("k1", math.log(2)), ("k3", math.log(2) - 0.5)):
+        teacher = tensor([math.log(0.25)])
+        target = SampledTarget(token_ids=tensor([0]), logprobs=teacher, estimator=estimator)  # type: ignore[arg-type]
+        found = divergence.fused_divergence(p_s, torch.eye(2), target)
+        assert float(found) == pytest.approx(expected, abs=1e-6)
     with pytest.raises(InvalidInput, match="'k2' is unknown; use k1 or k3"):
-        divergence.fused_sampled_kl(*arguments, estimator="k2")
+        SampledTarget(token_ids=tensor([0]), logprobs=tensor([0.0]), estimator="k2")  # type: ignore[arg-type]
 
 
 def test_k1s_gradient_is_the_reverse_kls_on_average() -> None:
@@ -153,8 +160,7 @@ def test_k1s_gradient_is_the_reverse_kls_on_average() -> None:
     logits_t = torch.randn(6, generator=torch.Generator().manual_seed(3))
     (exact,) = torch.autograd.grad(divergence.reverse_kl(logits_s, logits_t), logits_s)
     probabilities = logits_s.softmax(-1).detach()
-    estimates = divergence.fused_sampled_kl(
-        logits_s.expand(6, 6), torch.eye(6), torch.arange(6), logits_t.log_softmax(-1), estimator="k1"
-    )
+    target = SampledTarget(token_ids=torch.arange(6), logprobs=logits_t.log_softmax(-1), estimator="k1")
+    estimates = divergence.fused_divergence(logits_s.expand(6, 6), torch.eye(6), target)
     (average,) = torch.autograd.grad((probabilities * estimates).sum(), logits_s)
     torch.testing.assert_close(average, exact, atol=1e-6, rtol=0)

@@ -1,0 +1,277 @@
+"""The one-pass loss: the same numbers and gradients as full logits, for every target, however it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vaopd.divergence import (
+    FullTarget,
+    SampledTarget,
+    Target,
+    TopKTarget,
+    fused_divergence,
+    fused_loss,
+    reverse_kl,
+    token_logprobs,
+    top_k_logprobs,
+)
+from vaopd.errors import InvalidInput
+
+M, V, D_S, D_T, K = 23, 40, 6, 9, 5
+TARGETS = ("full", "top_k", "k1", "k3")
+
+
+def made(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def student(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    hidden, head = made(0, M, D_S, dtype=dtype), made(1, V, D_S, dtype=dtype)
+    return hidden.requires_grad_(), head.requires_grad_()
+
+
+def weights(dtype: torch.dtype = torch.float64) -> Tensor:
+    return made(9, M, dtype=dtype).abs()
+
+
+def target_of(kind: str, dtype: torch.dtype = torch.float64) -> Target:
+    hidden, head = made(2, M, D_T, dtype=dtype), made(3, V, D_T, dtype=dtype)
+    if kind == "full":
+        return FullTarget(hidden=hidden, head=head)
+    if kind == "top_k":
+        ids, logprobs, tail = top_k_logprobs(hidden, head, K)
+        return TopKTarget(token_ids=ids, logprobs=logprobs, tail_logprobs=tail)
+    ids = torch.arange(M) * 7 % V
+    return SampledTarget(token_ids=ids, logprobs=token_logprobs(hidden, head, ids), estimator=kind)  # type: ignore[arg-type]
+
+
+def plain(kind: str, hidden: Tensor, head: Tensor) -> Tensor:
+    """(M,) from full logits by autograd, in the precision of the inputs."""
+    log_p = torch.log_softmax(hidden @ head.T, -1)
+    log_q = torch.log_softmax(made(2, M, D_T) @ made(3, V, D_T).T, -1).to(log_p.dtype)
+    if kind == "full":
+        return reverse_kl(log_p, log_q)
+    if kind == "top_k":
+        top = torch.zeros(M, V, dtype=torch.bool).scatter(-1, log_q.topk(K).indices, True)
+        p, q = log_p.exp(), log_q.exp()
+        rest_p, rest_q = (x.masked_fill(top, 0).sum(-1) for x in (p, q))
+        return (p * (log_p - log_q)).masked_fill(~top, 0).sum(-1) + rest_p * (rest_p / rest_q).log()
+    ids = torch.arange(M)[:, None] * 7 % V
+    sampled_p, sampled_q = log_p.gather(-1, ids)[:, 0], log_q.gather(-1, ids)[:, 0]
+    log_ratio = sampled_p - sampled_q
+    if kind == "k3":
+        return torch.exp(-log_ratio) - 1 + log_ratio
+    return log_ratio.detach() * (1 + sampled_p - sampled_p.detach())  # the score function
+
+
+def close(found: Any, expected: Any, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=atol)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("chunk_tokens", [1, 7, M, 1000, None])
+def test_values_and_gradients_are_those_of_full_logits(kind: str, chunk_tokens: int | None) -> None:
+    hidden, head = student()
+    loss, found = fused_loss(hidden, head, target_of(kind), weights(), chunk_tokens=chunk_tokens)
+    expected = plain(kind, hidden, head)
+    close(found, expected.detach())
+    close(loss, (weights() * expected).sum())
+    assert not found.requires_grad
+    close(
+        torch.autograd.grad(loss, (hidden, head)),
+        torch.autograd.grad((weights() * expected).sum(), (hidden, head)),
+    )
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_in_float32_they_agree_with_float64_to_1e_6(kind: str) -> None:
+    hidden, head = student(torch.float32)
+    loss, found = fused_loss(hidden, head, target_of(kind, torch.float32), weights(torch.float32), chunk_tokens=7)
+    exact = student()
+    expected = plain(kind, *exact)
+    gradients = torch.autograd.grad(loss, (hidden, head))
+    theirs = torch.autograd.grad((weights() * expected).sum(), exact)
+    # Each token's value and not their sum, in which the signed estimator k1 cancels.
+    for one, other in zip((found, *gradients), (expected, *theirs), strict=True):
+        assert (one.double() - other).norm() <= 2e-6 * other.norm()
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k", "k3"])  # k1's gradient is on purpose not its value's
+@pytest.mark.parametrize("loss", [True, False])
+def test_gradcheck(kind: str, loss: bool) -> None:
+    target = target_of(kind)
+
+    def function(hidden: Tensor, head: Tensor) -> Tensor:
+        if loss:
+            return fused_loss(hidden, head, target, weights(), chunk_tokens=5)[0]
+        return fused_divergence(hidden, head, target, chunk_tokens=5)
+
+    assert torch.autograd.gradcheck(function, student())
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_the_differentiable_divergence_has_the_same_gradients(kind: str) -> None:
+    hidden, head = student()
+    loss, _ = fused_loss(hidden, head, target_of(kind), weights(), chunk_tokens=7)
+    other = (weights() * fused_divergence(hidden, head, target_of(kind), chunk_tokens=7)).sum()
+    close(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(other, (hidden, head)))
+
+
+def test_the_losss_own_gradient_scales_and_the_graph_can_be_walked_twice() -> None:
+    hidden, head = student()
+    loss, _ = fused_loss(hidden, head, target_of("full"), weights())
+    (once,) = torch.autograd.grad(loss, head, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, head)
+    close(thrice, 3 * once)
+
+
+def test_gradients_of_several_forwards_add_up() -> None:
+    hidden, head = student()
+    for _ in range(2):
+        fused_loss(hidden, head, target_of("full"), weights())[0].backward()
+    expected = torch.autograd.grad(2 * (weights() * plain("full", hidden, head)).sum(), (hidden, head))
+    close((hidden.grad, head.grad), expected)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    hidden, head = student()
+    rest = hidden if frozen == "head" else head
+    (head if frozen == "head" else hidden).requires_grad_(False)
+    loss, _ = fused_loss(hidden, head, target_of("full"), weights())
+    close(torch.autograd.grad(loss, rest), torch.autograd.grad((weights() * plain("full", hidden, head)).sum(), rest))
+
+
+def test_a_head_tied_to_the_embeddings_gets_both_gradients() -> None:
+    ids = torch.arange(M) % V
+    table = nn.Parameter(made(1, V, D_S))
+
+    def gradient(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        (found,) = torch.autograd.grad(loss_of(torch.tanh(table[ids]), table[:V]), table)
+        return found
+
+    close(
+        gradient(lambda hidden, head: fused_loss(hidden, head, target_of("full"), weights(), chunk_tokens=7)[0]),
+        gradient(lambda hidden, head: (weights() * plain("full", hidden, head)).sum()),
+    )
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_no_tokens_are_no_loss_and_no_gradient(kind: str) -> None:
+    head = made(1, V, D_S).requires_grad_()
+    hidden = torch.empty(0, D_S, dtype=torch.float64, requires_grad=True)
+    empty: dict[str, Target] = {
+        "full": FullTarget(hidden=torch.empty(0, D_T, dtype=torch.float64), head=made(3, V, D_T)),
+        "top_k": TopKTarget(
+            token_ids=torch.empty(0, K, dtype=torch.int32), logprobs=torch.empty(0, K), tail_logprobs=torch.empty(0)
+        ),
+    }
+    sampled = SampledTarget(token_ids=torch.empty(0, dtype=torch.int32), logprobs=torch.empty(0))
+    loss, found = fused_loss(hidden, head, empty.get(kind, sampled), torch.empty(0))
+    by_hidden, by_head = torch.autograd.grad(loss, (hidden, head))
+    assert (loss.item(), found.shape, by_hidden.shape) == (0.0, (0,), (0, D_S))
+    assert not by_head.any()
+
+
+def test_without_gradients_only_values_are_computed() -> None:
+    hidden, head = student()
+    with torch.no_grad():
+        loss, found = fused_loss(hidden, head, target_of("full"), weights())
+    assert not loss.requires_grad
+    close(found, plain("full", hidden, head).detach())
+    with torch.inference_mode():
+        close(fused_divergence(hidden, head, target_of("full")), found)
+
+
+def test_under_autocast_products_are_bfloat16_and_sums_float32() -> None:
+    hidden, head = student(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, found = fused_loss(hidden, head, target_of("full", torch.float32), weights(torch.float32), chunk_tokens=7)
+    assert (loss.dtype, found.dtype) == (torch.float32, torch.float32)
+    gradients = torch.autograd.grad(loss, (hidden, head))
+    exact = student()
+    expected = torch.autograd.grad((weights() * plain("full", *exact)).sum(), exact)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - other).norm() <= 0.02 * other.norm()  # bfloat16 has 8 bits
+
+
+def test_bfloat16_weights_get_gradients_that_were_summed_in_float32() -> None:
+    """512 equal tokens, one per chunk: in bfloat16 the sum would stop growing at 256 times a summand."""
+    hidden = torch.ones(512, 1, dtype=torch.bfloat16)
+    head = torch.tensor([[0.0], [1.0]], dtype=torch.bfloat16, requires_grad=True)
+    target = FullTarget(hidden=hidden, head=torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16))
+    loss, _ = fused_loss(hidden, head, target, torch.ones(512), chunk_tokens=1)
+    one, _ = fused_loss(hidden[:1], head, FullTarget(hidden=hidden[:1], head=target.head), torch.ones(1))
+    (total,), (single,) = torch.autograd.grad(loss, head), torch.autograd.grad(one, head)
+    torch.testing.assert_close(total, 512 * single)
+
+
+def test_a_tail_too_small_for_float32_adds_nothing() -> None:
+    """The student is sure of the teacher's only id: the mass of the rest is e^-200."""
+    hidden, head = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [0.0]])
+    target = TopKTarget(
+        token_ids=torch.tensor([[0]]), logprobs=torch.tensor([[-0.5]]), tail_logprobs=torch.tensor([-0.9327521])
+    )
+    loss, found = fused_loss(hidden, head, target, torch.ones(1))
+    assert found.item() == pytest.approx(0.5)
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.item() == 0.0
+
+
+def test_what_does_not_fit_together_is_refused_by_name() -> None:
+    hidden, head = student()
+    with pytest.raises(InvalidInput, match=r"shape \(5,\), expected one per token, \(23,\)"):
+        fused_loss(hidden, head, target_of("full"), torch.ones(5))
+    with pytest.raises(InvalidInput, match="student has 22 response tokens, the teacher's payload 23"):
+        fused_loss(hidden[:22], head, target_of("full"), torch.ones(22))
+    with pytest.raises(InvalidInput, match="student's head has 39 rows, teacher's 40"):
+        fused_loss(hidden, head[:39], target_of("full"), weights())
+    with pytest.raises(InvalidInput, match="top k = 5 exceeds the student's vocabulary of 4"):
+        fused_loss(hidden, head[:4], target_of("top_k"), weights())
+
+
+class LogitProducts:
+    """Counts matrix products that have the vocabulary on one side."""
+
+    def __enter__(self) -> LogitProducts:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        counter = self
+        self.count = 0
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                    counter.count += 1
+                return func(*args, **(kwargs or {}))
+
+        self._mode = Mode()
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._mode.__exit__(*exception)
+
+
+@pytest.fixture
+def products() -> Iterator[LogitProducts]:
+    with LogitProducts() as counter:
+        yield counter
+
+
+def test_one_pass_over_the_heads_each_way(products: LogitProducts) -> None:
+    """Per chunk both models' logits and the student's two gradients; the backward pass multiplies no matrices."""
+    hidden, head = student()
+    target, chunks = target_of("full"), 4
+    before = products.count
+    loss, _ = fused_loss(hidden, head, target, weights(), chunk_tokens=-(-M // chunks))
+    assert products.count - before == 4 * chunks
+    loss.backward()
+    assert products.count - before == 4 * chunks
