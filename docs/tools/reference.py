@@ -1,0 +1,289 @@
+"""Writes docs/reference/ out of the code: configuration, metrics, command line, HTTP API, memory. `make reference`.
+
+`tests/unit/test_docs.py` fails when a page is stale: nothing in that folder is edited by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import annotated_types
+import pydantic
+from prometheus_client import CollectorRegistry
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "reference"
+COLUMNS = 100
+NOTE = "<!-- Made by `make reference`; don't edit. -->\n"
+
+
+def pages() -> dict[str, str]:
+    """File name -> text, for the whole folder."""
+    from vaopd.config import Config
+    from vaopd.service_config import ServiceConfig
+
+    return {
+        "configuration.md": configuration(
+            "Configuration of a run",
+            "One TOML file per run; `--set section.key=value` overrides a field, and `vaopd up CONFIG --dry-run` "
+            "prints the result and checks it.",
+            Config,
+        ),
+        "service.md": configuration(
+            "Configuration of a teacher service",
+            "For `vaopd teacher CONFIG --service SERVICE.toml`: what whoever runs a teacher for several jobs decides.",
+            ServiceConfig,
+        ),
+        "metrics.md": metrics(),
+        "cli.md": command_line(),
+        "http.md": http_api(),
+        "memory.md": memory(),
+    }
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def configuration(title: str, text: str, model: type[pydantic.BaseModel]) -> str:
+    own, sections = [], []
+    for name, field in model.model_fields.items():
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, pydantic.BaseModel):
+            rows = [row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
+            sections.append(f"## [{name}]\n\n{table(rows)}")
+        else:
+            own.append(row(name, field))
+    top = [f"## At the top\n\n{table(own)}"] if own else []
+    return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *top, *sections])
+
+
+def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
+    if field.is_required():
+        default = "required"
+    else:
+        value = field.get_default(call_default_factory=True)
+        default = "–" if value is None or value in ("", {}) else code(toml(value))
+    description = " ".join((field.description or "").split())
+    return code(name), kind(field.annotation, field.metadata), default, description.replace("|", "\\|")
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str | Path) else str(value)
+
+
+def kind(annotation: Any, metadata: list[Any]) -> str:
+    """A type in words, with its bounds."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return kind(arguments[0], [*arguments[1:], *metadata])
+    if origin is typing.Literal:
+        return ", ".join(code(str(value)) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(kind(part, metadata) for part in arguments if part is not type(None))
+    if origin is tuple:
+        distinct = list(dict.fromkeys(kind(part, []) for part in arguments if part is not Ellipsis))
+        return "list of " + " and ".join(distinct)
+    if origin is dict:
+        return "table"
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path"}
+    return " ".join([names.get(annotation, getattr(annotation, "__name__", str(annotation))), *bounds(metadata)])
+
+
+def bounds(metadata: list[Any]) -> Iterator[str]:
+    for part in metadata:
+        for item in part.metadata if isinstance(part, FieldInfo) else [part]:
+            match item:
+                case annotated_types.Ge(ge=bound):
+                    yield f"≥ {bound}"
+                case annotated_types.Gt(gt=bound):
+                    yield f"> {bound}"
+                case annotated_types.Le(le=bound):
+                    yield f"≤ {bound}"
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    from services.trainer import metrics as trainer
+
+    def rows(descriptions: dict[str, str]) -> str:
+        lines = ["| key | meaning |", "| --- | --- |"]
+        return "\n".join([*lines, *(f"| `{key}` | {text} |" for key, text in descriptions.items())]) + "\n"
+
+    parts = [
+        f"{NOTE}# Metrics\n",
+        "## RUN/metrics.jsonl\n",
+        "One JSON object per line. What is missing or not finite is left out, never 0. The same numbers go to "
+        "TensorBoard and the other trackers as `train/KEY`.\n",
+        '### `"kind": "train"`, after each step\n',
+        "Beside `step`, which counts from 0, and `time_s`, seconds since 1970:\n",
+        rows(trainer.DESCRIPTIONS),
+        '### `"kind": "eval"`, on the held-out problems\n',
+        "`step` is the policy version: the number of steps that had been taken.\n",
+        rows(trainer.EVALUATION_DESCRIPTIONS),
+        "## Prometheus\n",
+    ]
+    for name, registry in registries().items():
+        parts += [f"### {name}\n", prometheus(registry)]
+    return "\n".join(parts)
+
+
+def registries() -> dict[str, CollectorRegistry]:
+    """One per process that serves /metrics."""
+    from services.api.metrics import Metrics
+
+    return {"API, at `/metrics` of its own port": Metrics().registry}
+
+
+def prometheus(registry: CollectorRegistry) -> str:
+    lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
+    for collector in list(registry._collector_to_names):  # the registry has no public list of what was registered
+        for metric in collector.describe():  # type: ignore[attr-defined]
+            suffix = "_total" if metric.type == "counter" else ""
+            labels = ", ".join(code(label) for label in getattr(collector, "_labelnames", ()))
+            lines.append(f"| `{metric.name}{suffix}` | {metric.type} | {labels or '–'} | {metric.documentation} |")
+    return "\n".join(lines) + "\n"
+
+
+# -- command line ------------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    from vaopd.cli import build_parser
+
+    os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
+    parts = [
+        f"{NOTE}# Command line\n",
+        "Every command as `--help` tells it. Exit codes and habits: [here](../cli.md).\n",
+    ]
+    for parser in parsers(build_parser()):
+        help_text = re.sub(r"[ \t]+$", "", parser.format_help(), flags=re.MULTILINE).rstrip()
+        parts.append(f"## {parser.prog}\n\n```text\n{help_text}\n```\n")
+    return "\n".join(parts)
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and, depth first, those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in dict.fromkeys(action.choices.values()):
+                yield from parsers(child)
+
+
+# -- HTTP --------------------------------------------------------------------------------------------------------------
+
+
+def http_api() -> str:
+    from services.api.app import create_app
+    from services.api.teachers import Teachers
+
+    document = create_app(teachers=Teachers(["127.0.0.1:1"], options={})).openapi()  # asks nobody before it is asked
+    parts = [
+        f"{NOTE}# HTTP API\n",
+        "How to use it: [the API](../api.md). The running API has the same as OpenAPI, at `/openapi.json`, and a page "
+        "at `/docs`.\n",
+    ]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(f"## {method.upper()} {path}\n")
+            parts.append((operation.get("description") or operation.get("summary", "")).strip() + "\n")
+            parts += list(parameters(operation))
+            for media, content in operation.get("requestBody", {}).get("content", {}).items():
+                parts.append(f"Body, `{media}`: {schema_name(content.get('schema', {}))}.\n")
+            answers = (f"{status} {answer['description']}" for status, answer in operation["responses"].items())
+            parts.append("Answers: " + "; ".join(answers) + ".\n")
+    parts.append("## Objects\n")
+    for name, schema in document.get("components", {}).get("schemas", {}).items():
+        parts += list(schema_table(name, schema))
+    return "\n".join(parts)
+
+
+def parameters(operation: dict[str, Any]) -> Iterator[str]:
+    found = operation.get("parameters", [])
+    if found:
+        rows = [
+            f"| `{p['name']}` | {p['in']} | {schema_name(p['schema'])} | {p.get('description', '')} |" for p in found
+        ]
+        yield "\n".join(["| parameter | in | type | |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    yield f"### {name}\n"
+    if text := schema.get("description"):
+        yield " ".join(text.split()) + "\n"
+    if fields := schema.get("properties"):
+        required = schema.get("required", [])
+        lines = ["| field | type | | |", "| --- | --- | --- | --- |"]
+        for key, value in fields.items():
+            text = " ".join(value.get("description", "").split()).replace("|", "\\|")
+            lines.append(f"| `{key}` | {schema_name(value)} | {'required' if key in required else ''} | {text} |")
+        yield "\n".join(lines) + "\n"
+
+
+def schema_name(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    for union in ("anyOf", "oneOf", "allOf"):
+        if union in schema:
+            return " or ".join(dict.fromkeys(schema_name(part) for part in schema[union]))
+    if "enum" in schema:
+        return ", ".join(code(str(value)) for value in schema["enum"])
+    if "const" in schema:
+        return code(str(schema["const"]))
+    if schema.get("type") == "array":
+        return f"list of {schema_name(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory() -> str:
+    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return NOTE + str(module.page())
+
+
+# -- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def table(rows: list[tuple[str, str, str, str]]) -> str:
+    head = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
+
+
+def main() -> int:
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text)
+        print((FOLDER / name).relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
