@@ -165,6 +165,10 @@ def attention(
     if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise ConfigError(f"{type(module).__name__} asks for {asked[0]}, which shared-prompt attention doesn't have")
     layout = layout.on(query.device)
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for the usual call; the kernels that know lower-right causality are called past it.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     assert query.shape[2] == layout.length, (tuple(query.shape), layout.length)
     options = {"dropout_p": dropout, "scale": scaling}
     parts = []

@@ -61,6 +61,16 @@ def test_forward_and_gradients_equal_dense_attention(window: int | None, kv_head
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
 
 
+def test_under_autocast_mixed_precisions_meet_in_the_lower_one() -> None:
+    """A query norm with float32 weights leaves float32 beside values in bfloat16."""
+    layout = Layout(SEGMENTS)
+    query, key, value = (tensor.detach().float() for tensor in states(layout.length))
+    with torch.autocast("cpu", torch.bfloat16):
+        shared, _ = attention(torch.nn.Module(), query, key, value.bfloat16(), None, layout=layout, scaling=DIM**-0.5)
+    assert shared.dtype == torch.bfloat16
+    torch.testing.assert_close(shared.float(), dense(query, key, value, may_see(SEGMENTS)), atol=0.03, rtol=0)
+
+
 def test_equal_siblings_need_one_call_and_no_gathering() -> None:
     (segment,) = Layout([(5, (3, 3, 3))]).segments
     (bucket,) = segment.buckets
