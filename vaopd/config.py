@@ -74,7 +74,7 @@ class TeacherConfig(Section):
     address: Address = "127.0.0.1:50051"
     """host:port where the server listens and where clients connect."""
     payload: PayloadKind = "hidden"
-    """How the teacher's distribution travels: hidden (exact KL), top_k (with tail), sampled."""
+    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
     top_k: int = Field(64, ge=1)
     """k of the top_k payload."""
     batch_tokens: int = Field(16_384, ge=1)

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from vaopd.errors import InvalidInput
-from vaopd.payloads import decode, encode, from_torch, to_torch
+from vaopd.errors import InvalidInput, NumericalError
+from vaopd.payloads import decode, encode, from_torch, hidden_states, to_torch
 from vaopd.types import Payload, Tensor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.int8]
+)
 def test_a_tensor_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
     tensor = (torch.arange(12).reshape(3, 4) * 1.25).to(dtype)
     sent = from_torch(tensor)
@@ -68,3 +70,58 @@ def test_the_hidden_payload_is_the_hidden_states() -> None:
 def test_a_payload_that_lacks_a_tensor_is_refused() -> None:
     with pytest.raises(InvalidInput, match="hidden"):
         decode(Payload(kind="hidden"))
+
+
+def int8(hidden: torch.Tensor) -> Payload:
+    return encode("hidden_int8", hidden, torch.zeros(7, hidden.shape[1]), top_k=1)
+
+
+def test_int8_hidden_states_by_hand() -> None:
+    # Largest 12.7, so a step is 0.1: 12.7 is 127 steps, -0.26 rounds to -3 of them, 0.04 to none.
+    payload = int8(torch.tensor([[12.7, -0.26, 0.04], [0.0, 0.0, 0.0]]))
+    tensors = decode(payload)
+    assert tensors["hidden_int8"].tolist() == [[127, -3, 0], [0, 0, 0]]
+    assert tensors["scales"].tolist() == pytest.approx([0.1, 0.0])
+    found = hidden_states(payload, torch.float32)
+    assert found[0].tolist() == pytest.approx([12.7, -0.3, 0.0])
+    assert found[1].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_off_by_at_most_half_a_scale_of_its_own_row(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = 10.0 ** torch.arange(-20, 20)  # rows of very different size don't cost each other precision
+    hidden = (torch.randn(40, 64, generator=generator) * sizes[:, None]).to(dtype)
+    found = hidden_states(int8(hidden), torch.float32)
+    scales = decode(int8(hidden))["scales"]
+    assert torch.equal(scales, hidden.float().abs().amax(-1) / 127)
+    # 1e-5 of a scale for float32's own rounding of the quotient and the product.
+    assert ((found - hidden.float()).abs() <= (0.5 + 1e-5) * scales[:, None]).all()
+
+
+def test_int8_of_no_tokens_is_no_tokens() -> None:
+    assert hidden_states(int8(torch.empty(0, 5)), torch.float32).shape == (0, 5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_int8_refuses_what_is_not_finite_on_both_sides(bad: float) -> None:
+    with pytest.raises(NumericalError, match="1 of 2 hidden states are not finite"):
+        int8(torch.tensor([[1.0, bad]]))
+    tensors = dict(int8(torch.ones(1, 2)).tensors, scales=from_torch(torch.tensor([bad])))
+    with pytest.raises(NumericalError, match="scales are not all finite"):
+        hidden_states(Payload(kind="hidden_int8", tensors=tensors), torch.float32)
+
+
+def test_hidden_states_come_in_the_precision_of_the_head() -> None:
+    hidden = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    payload = encode("hidden", hidden, torch.zeros(7, 5), top_k=1)
+    assert torch.equal(hidden_states(payload, torch.float32), hidden)
+    assert hidden_states(int8(hidden), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_what_holds_no_hidden_states_is_refused_by_name() -> None:
+    with pytest.raises(InvalidInput, match="a sampled payload holds no hidden states"):
+        hidden_states(Payload(kind="sampled"), torch.float32)
+    swapped = {"hidden_int8": from_torch(torch.zeros(3)), "scales": from_torch(torch.zeros(3))}
+    with pytest.raises(InvalidInput, match=r"this one torch.float32 of shape \(3,\)"):
+        hidden_states(Payload(kind="hidden_int8", tensors=swapped), torch.float32)
