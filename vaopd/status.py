@@ -9,8 +9,10 @@ The server packs, the client unpacks; they travel in the trailing metadata `grpc
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -62,26 +64,34 @@ def unpack(metadata: Iterable[tuple[str, Any]], *, message: str, default: type[V
 
     What a server other than ours sends, or none at all, is `default`.
     """
-    reason, field, retry_after_s = None, None, None
-    for detail in _details(metadata):
+    found = _Details()
+    with contextlib.suppress(DecodeError):
+        found = _read(next((value for key, value in metadata if key == KEY), b""))
+    if found.retry_after_s is not None and issubclass(Busy, default):
+        return Busy(message, found.retry_after_s)
+    named = _BY_REASON.get(found.reason or "", default)
+    kind = named if issubclass(named, default) and named is not Busy else default
+    return kind(message, field=found.field) if issubclass(kind, InvalidInput) else kind(message)
+
+
+@dataclass(slots=True)
+class _Details:
+    reason: str | None = None
+    field: str | None = None
+    retry_after_s: float | None = None
+
+
+def _read(packed: bytes) -> _Details:
+    """Raises DecodeError."""
+    found = _Details()
+    for detail in status_pb2.Status.FromString(packed).details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo.FromString(detail.value)
-            reason = info.reason if info.domain == DOMAIN else None
+            found.reason = info.reason if info.domain == DOMAIN else None
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             violations = error_details_pb2.BadRequest.FromString(detail.value).field_violations
-            field = violations[0].field if violations else None
+            found.field = violations[0].field if violations else None
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry_after_s = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds() / 1000
-    if retry_after_s is not None and issubclass(Busy, default):
-        return Busy(message, retry_after_s)
-    named = _BY_REASON.get(reason or "", default)
-    kind = named if issubclass(named, default) and named is not Busy else default
-    return kind(message, field=field) if issubclass(kind, InvalidInput) else kind(message)
-
-
-def _details(metadata: Iterable[tuple[str, Any]]) -> list[Any]:
-    packed = next((value for key, value in metadata if key == KEY), b"")
-    try:
-        return list(status_pb2.Status.FromString(packed).details)
-    except DecodeError:
-        return []
+            delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
+            found.retry_after_s = delay.ToMilliseconds() / 1000
+    return found

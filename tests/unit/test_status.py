@@ -37,7 +37,15 @@ def test_a_class_that_contradicts_the_status_is_not_believed() -> None:
     assert type(there_and_back(errors.Unavailable("down"), errors.InvalidInput)) is errors.InvalidInput
 
 
-@pytest.mark.parametrize("packed", [b"", b"\xff\xff", status_pb2.Status(code=3).SerializeToString()])
+def with_broken_detail() -> bytes:
+    status = status_pb2.Status(code=3)
+    status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff")
+    return status.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "packed", [b"", b"\xff\xff", status_pb2.Status(code=3).SerializeToString(), with_broken_detail()]
+)
 def test_a_server_without_details_or_with_broken_ones_is_understood(packed: bytes) -> None:
     received = unpack([(KEY, packed)], message="wrong", default=errors.InvalidInput)
     assert type(received) is errors.InvalidInput
