@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: screenshots bench compare demo test lint types proto proto-check setup clean
+.PHONY: screenshots bench compare demo test lint types proto proto-check setup clean fuzz
 
 setup: $(STAMP)
 
@@ -39,6 +39,24 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# The documentation site, in build/site.
+docs: reference
+	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# docs/reference, out of the code.
+reference: $(STAMP)
+	$(BIN)/python docs/tools/reference.py
+
+# A longer search for inputs that aren't refused by name; FUZZ_SECONDS for each of the decoders.
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'
+	for target in image message key; do \
+	  $(BIN)/python tests/fuzz/decoding.py $$target -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=512 -max_len=65536 \
+	    -artifact_prefix=$(VENV)/ || exit 1; done
+	VAOPD_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/faults/test_bad_input_properties.py
 
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. proto/vaopd/pb/*.proto
