@@ -1,0 +1,120 @@
+"""The loss in one pass over the heads against full logits and log-softmax: time and peak memory, forward and backward.
+
+One command, one table: `python benchmarks/fused_kl.py`. Both sides get the same hidden states, heads and weights and
+must return the same divergences and gradients; they take turns. Peak memory is measured in a process per side, from
+where memory stands with the inputs loaded, gradients included. `--full` adds the differentiable (M,) form, which
+computes the logits again in its backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import common
+import torch
+from torch import Tensor
+
+from vaopd.divergence import FullTarget, fused_loss, fused_reverse_kl, reverse_kl
+
+WIDTH = 384
+SIDES = ("full logits", "one pass", "recomputed")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+"""Largest relative difference of norms; bfloat16 logits have 8 bits on both sides."""
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def sides(tokens: int, vocabulary: int) -> dict[str, Callable[[], Result]]:
+    """Each gives the divergences (M,) and the gradients of their weighted sum by hidden states and head."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        values = scale * torch.randn(shape, generator=generator)
+        return values.to(common.DEVICE, getattr(torch, common.DTYPE))
+
+    # Logits of standard deviation 2, student and teacher unlike each other.
+    scale = 2 / WIDTH**0.5
+    hidden, head = random(tokens, WIDTH).requires_grad_(), random(vocabulary, WIDTH, scale=scale).requires_grad_()
+    teacher_hidden, teacher_head = random(tokens, WIDTH), random(vocabulary, WIDTH, scale=scale)
+    weights = torch.rand(tokens, generator=generator).to(common.DEVICE) / tokens
+
+    def gradients(loss: Tensor, kl: Tensor) -> Result:
+        return kl.detach(), *torch.autograd.grad(loss, (hidden, head))  # type: ignore[return-value]
+
+    def full_logits() -> Result:
+        with torch.no_grad():
+            teacher_logits = teacher_hidden @ teacher_head.T
+        kl = reverse_kl(hidden @ head.T, teacher_logits)
+        return gradients((weights * kl).sum(), kl)
+
+    def one_pass() -> Result:
+        return gradients(*fused_loss(hidden, head, FullTarget(hidden=teacher_hidden, head=teacher_head), weights))
+
+    def recomputed() -> Result:
+        kl = fused_reverse_kl(hidden, head, teacher_hidden, teacher_head)
+        return gradients((weights * kl).sum(), kl)
+
+    return dict(zip(SIDES, (full_logits, one_pass, recomputed), strict=True))
+
+
+def difference(found: Result, expected: Result) -> float:
+    """The largest of the relative differences, by norm."""
+    return max(
+        float((one.float() - other.float()).norm() / other.float().norm())
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def main() -> None:
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    options = parser.parse_args()
+    common.apply(options)
+    if options.child:
+        measure_memory(options.child)
+        return
+    tokens, vocabulary = (256, 32_000) if options.quick else (options.tokens, options.vocabulary)
+    names = SIDES if options.full else SIDES[:2]
+
+    peaks = {name: int(common.in_subprocess(__file__, [str(tokens), str(vocabulary), name])["bytes"]) for name in names}
+    for run in sides(32, vocabulary).values():
+        run()  # kernels and thread pools are there
+    runs = {name: run for name, run in sides(tokens, vocabulary).items() if name in names}
+    seconds, results = common.interleaved(runs, repeats=options.repeats)
+    differences = {name: difference(results[name], results[SIDES[0]]) for name in names}
+    if max(differences.values()) > TOLERANCE[common.DTYPE]:
+        raise SystemExit(f"the sides don't agree: {differences}")
+
+    base_s, base_bytes = seconds[SIDES[0]], peaks[SIDES[0]]
+    common.table(
+        f"Reverse KL, forward and backward: {tokens} tokens, vocabulary {vocabulary}, width {WIDTH}",
+        ("side", "seconds", "of full logits", "peak, MB", "of full logits", "difference"),
+        [
+            (
+                name,
+                f"{seconds[name]:.2f}",
+                f"{seconds[name] / base_s:.2f} ×",
+                f"{peaks[name] / 1e6:.0f}",
+                f"1/{base_bytes / peaks[name]:.1f}",
+                f"{differences[name]:.1e}",
+            )
+            for name in names
+        ],
+        f"To reach: time ≤ 1.0 × ({common.verdict(seconds['one pass'] <= base_s)}), "
+        f"peak memory ≤ 1/8 ({common.verdict(8 * peaks['one pass'] <= base_bytes)}).",
+    )
+    common.save(options.json, "fused_kl", {"seconds": seconds, "peak_bytes": peaks, "difference": differences})
+
+
+def measure_memory(child: Sequence[str]) -> None:
+    """In the child: prints the bytes as JSON."""
+    tokens, vocabulary, name = child
+    sides(8, 64)[name]()  # what libraries keep for themselves
+    run = sides(int(tokens), int(vocabulary))[name]
+    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+
+
+if __name__ == "__main__":
+    main()
