@@ -137,7 +137,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         vlm = common.load(folder)
         measure(llm, vlm, common.engine_for(vlm), QUICK, repeats=2)  # both are warm now
-        shapes = common.chosen(options, SHAPES, usual=2)
+        shapes = common.chosen(options, SHAPES, usual=1)
         found = [measure(llm, vlm, common.engine_for(vlm), shape, options.repeats) for shape in shapes]
         llm.llm_engine.engine_core.shutdown()
     rows = []

@@ -432,11 +432,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *not
 
 
 def save(path: Path | None, name: str, numbers: Mapping[str, Any]) -> None:
+    """Into a JSON file, in which parts that were not measured now keep what they hold."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"name": name, "machine": machine(), **numbers}, indent=1) + "\n")
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | {"name": name, "machine": machine(), **numbers}, indent=1) + "\n")
         print(f"\nnumbers: {path}")
-
-
-def verdict(reached: bool) -> str:
-    return "reached" if reached else "not reached"

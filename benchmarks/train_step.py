@@ -23,7 +23,7 @@ from common import HEADLINE, QUICK, Shape
 
 from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
 from vaopd.config import ObjectiveConfig, TrainerConfig
-from vaopd.divergence import fused_reverse_kl
+from vaopd.divergence import FullTarget, fused_loss
 from vaopd.payloads import from_torch, to_torch
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
 from vaopd.vlm import Vlm
@@ -85,6 +85,9 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
     loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer, objective=ObjectiveConfig())
     scored = group.scored
     prompts = [scored.prompt] * len(scored.responses)
+    if common.ON_GPU:  # as the trainer does there
+        plain.gradient_checkpointing_enable({"use_reentrant": False})
+        plain.train()
 
     def shared() -> float:
         vlm.model.zero_grad(set_to_none=False)
@@ -97,8 +100,8 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
         hidden = competitors.response_hidden(plain, prompts, scored.responses, share_image=share_image)
         teacher = to_torch(scored.score.payload.tensors["hidden"]).to(hidden.device)
         own_head = plain.get_output_embeddings().weight
-        kl = fused_reverse_kl(hidden, own_head, teacher, head, chunk_tokens=trainer.chunk_tokens)
-        loss = (group.token_weights.to(kl.device) * kl).sum()
+        target = FullTarget(hidden=teacher, head=head)
+        loss, _ = fused_loss(hidden, own_head, target, group.token_weights, chunk_tokens=trainer.chunk_tokens)
         loss.backward()
         return loss.item()
 
@@ -216,10 +219,11 @@ def main() -> None:
     if options.child:
         measure_memory(options.child)
         return
-    shapes = common.chosen(options, SHAPES, usual=2)
+    shapes = common.chosen(options, SHAPES, usual=1)
     with common.model_folder(32_000) as folder:
         numbers = {"speed": compare(common.load(folder), common.load_plain(folder), shapes, options.repeats)}
-        numbers["memory"] = memory(folder, [shapes[0], *([] if options.quick else [replace(HEADLINE, response=512)])])
+        longer = [replace(HEADLINE, response=512)] if options.full else []
+        numbers["memory"] = memory(folder, [shapes[0], *longer])
     common.save(options.json, "train_step", numbers)
 
 
