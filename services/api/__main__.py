@@ -96,6 +96,10 @@ def serve(
         access_log=False,  # services.api.middleware writes a line of its own
     )
     try:
+        settings.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"the files of --tls-cert and --tls-key can't be used ({error.strerror})") from None
+    try:
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None

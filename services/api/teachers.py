@@ -65,6 +65,7 @@ class Teachers:
         options: ClientOptions = {
             **self._options,
             "timeout_s": SCORE_TIMEOUT_S,
+            "patience_s": CONNECT_TIMEOUT_S,
             "degradation": degradation,
             "payload": "top_k" if top_k else "none",
             "top_k": max(top_k, 1),

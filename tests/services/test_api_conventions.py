@@ -7,6 +7,7 @@ import io
 import json
 import re
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from services.api.errors import ApiError
 from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, start_api
 from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process
+from tests.support.waiting import wait_until
 from vaopd import objective
+from vaopd.certificates import make_certificates
 from vaopd.degradation import pixelate
 from vaopd.keys import add_key, revoke_key
 from vaopd.service_config import KeysConfig, ServiceConfig
@@ -254,6 +257,17 @@ def _metrics(api: Api) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
+def test_work_for_a_client_that_went_away_is_dropped(api: Api) -> None:
+    body = json.dumps({**BODY, "responses": ["The sides are 3, 4 and 5. " * 20] * 8, "response": None}).encode()
+    head = "POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    gone = 'vaopd_api_requests_total{method="POST",route="/v1/score",status="499"}'
+    before = _metrics(api).get(gone, 0)
+    with socket.create_connection((api.http.base_url.host, api.http.base_url.port or 80)) as connection:
+        connection.sendall(head.encode() + body)
+    wait_until("the request is given up", lambda: _metrics(api).get(gone, 0) == before + 1)
+
+
 def test_the_schema_is_whole_and_its_examples_work(api: Api) -> None:
     schema = api.http.get("/openapi.json").json()
     names = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)))
@@ -286,6 +300,18 @@ def test_with_keys_only_health_and_the_page_are_open(teacher: TeacherInProcess, 
         revoke_key(keys, key.split("_")[1])
         assert api.http.post("/v1/score", json=BODY, headers=right).status_code == 401
         assert key not in (tmp_path / "api.log").read_text()
+
+
+def test_https_with_a_certificate_of_one_s_own(teacher: TeacherInProcess, tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    make_certificates(certificates)
+    files = ("--tls-cert", str(certificates / "server.pem"), "--tls-key", str(certificates / "server.key"))
+    for api in start_api(tmp_path, teacher.target, *files):
+        port = api.http.base_url.port
+        trusting = ssl.create_default_context(cafile=certificates / "ca.pem")
+        assert httpx.get(f"https://localhost:{port}/readyz", verify=trusting).json() == {"status": "ready"}
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"https://localhost:{port}/readyz")
 
 
 def test_a_quota_is_told_in_headers_and_then_enforced(teacher: TeacherInProcess, tmp_path: Path) -> None:

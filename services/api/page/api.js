@@ -1,10 +1,12 @@
 // The scoring API, asked from the page's own origin. Every failure becomes a Problem with words for people.
 
-let key = sessionStorage.getItem("vaopd.key") ?? "";
+import { recall, remember } from "./dom.js";
+
+let key = recall("sessionStorage", "vaopd.key") ?? "";
 
 export function setKey(value) {
   key = value.trim();
-  sessionStorage.setItem("vaopd.key", key);
+  remember("sessionStorage", "vaopd.key", key);
 }
 export const getKey = () => key;
 
@@ -34,7 +36,12 @@ async function ask(path, { body, signal } = {}) {
   } catch {
     // Something between page and API answered in its own way; the status has to do.
   }
-  throw new Problem(answer.status, told.detail ?? `The API answered ${answer.status}.`, told.field ?? null, told.request_id ?? null);
+  throw new Problem(
+    answer.status,
+    told.detail ?? `The API answered ${answer.status}.`,
+    told.field ?? null,
+    told.request_id ?? null,
+  );
 }
 
 const json = async (path, options) => (await ask(path, options)).json();

@@ -12,13 +12,16 @@ export function drawFigures(reply, seconds) {
     [nats(all.reduce((sum, va) => sum + va, 0) / all.length), "mean VA, nats per token"],
     [String(tokens), `tokens scored in ${seconds.toFixed(1)}\u00a0s`],
   ];
-  $(".figures").replaceChildren(...facts.map(([value, meaning]) => h("div", {}, h("b", {}, value), h("span", {}, meaning))));
+  $(".figures").replaceChildren(
+    ...facts.map(([value, meaning]) => h("div", {}, h("b", {}, value), h("span", {}, meaning))),
+  );
 }
 
 export function summary(reply) {
   const tokens = reply.rollouts.reduce((sum, rollout) => sum + rollout.tokens.length, 0);
   if (reply.share_of_top_10 === null) return `Scored ${tokens} tokens. Seeing the image helps with none of them.`;
-  return `Scored ${tokens} tokens. The top 10 % carry ${percent(reply.share_of_top_10)} of the visual advantage, the top 20 % carry ${percent(reply.share_of_top_20)}.`;
+  const [tenth, fifth] = [percent(reply.share_of_top_10), percent(reply.share_of_top_20)];
+  return `Scored ${tokens} tokens. The top 10 % carry ${tenth} of the visual advantage, the top 20 % carry ${fifth}.`;
 }
 
 export function drawHistogram(reply) {
@@ -27,25 +30,65 @@ export function drawHistogram(reply) {
   const lines = EDGES.slice(0, -1).map((low, index) => {
     const inside = all.filter((va) => va >= low && va < EDGES[index + 1]);
     const share = total > 0 ? inside.reduce((sum, va) => sum + va, 0) / total : 0;
-    return h("tr", {}, h("th", { scope: "row" }, EDGES[index + 1] === Infinity ? `${low} and more` : `${low} – ${EDGES[index + 1]}`),
-      bar(inside.length / all.length, `${percent(inside.length / all.length)}`, ""), bar(share, percent(share), "va"));
+    return h(
+      "tr",
+      {},
+      h("th", { scope: "row" }, EDGES[index + 1] === Infinity ? `${low} and more` : `${low} – ${EDGES[index + 1]}`),
+      bar(inside.length / all.length, `${percent(inside.length / all.length)}`, ""),
+      bar(share, percent(share), "va"),
+    );
   });
   $("#histogram").replaceChildren(
-    h("p", { class: "hint" }, reply.share_of_top_10 === null ? "No token has any visual advantage here: both views predict the response alike."
-      : `The top 10 % of the tokens carry ${percent(reply.share_of_top_10)} of all visual advantage, the top 20 % carry ${percent(reply.share_of_top_20)}.`),
-    h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "VA, nats"), h("th", { scope: "col" }, "tokens"), h("th", { scope: "col" }, "share of all VA"))),
-      h("tbody", {}, ...lines)));
+    h("p", { class: "hint" }, summary(reply)),
+    h(
+      "table",
+      {},
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          h("th", { scope: "col" }, "VA, nats"),
+          h("th", { scope: "col" }, "tokens"),
+          h("th", { scope: "col" }, "share of all VA"),
+        ),
+      ),
+      h("tbody", {}, ...lines),
+    ),
+  );
 }
 
-const bar = (part, text, kind) => h("td", {}, h("span", { class: `bar ${kind}`, style: { "--part": `${100 * part}%` } }, text));
+const bar = (part, text, kind) =>
+  h("td", {}, h("span", { class: `bar ${kind}`, style: { "--part": `${100 * part}%` } }, text));
+
+const COLUMNS = ["#", "token", "original", "degraded", "VA", "rank", "group"];
+const NUMBERS = ["original", "degraded", "VA", "rank"];
 
 export function drawTables(reply, labels) {
-  const columns = ["#", "token", "original", "degraded", "VA", "rank", "group"];
-  $("#tables > div").replaceChildren(...reply.rollouts.map((rollout, k) =>
-    h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": `Table of ${labels[k]}` },
-      h("table", {}, h("caption", {}, `${labels[k]}: log-probs and VA in nats${reply.rollouts.length > 1 ? `, weight ${rollout.rollout_weight.toFixed(3)}` : ""}`),
-        h("thead", {}, h("tr", {}, ...columns.map((name, c) => h("th", { scope: "col", class: [2, 3, 4, 5].includes(c) && "number" }, name)))),
-        h("tbody", {}, ...rollout.tokens.map((token, t) => h("tr", {}, h("td", {}, String(t + 1)), h("th", { scope: "row" }, visible(token.text)),
-          ...[rollout.teacher_logprobs[t], rollout.degraded_logprobs[t], rollout.visual_advantage[t]].map((value) => h("td", { class: "number" }, nats(value))),
-          h("td", { class: "number" }, rollout.ranks ? String(rollout.ranks[t] ?? "> 20") : "–"), h("td", {}, rollout.high_group[t] ? "high" : "low"))))))));
+  $("#tables > div").replaceChildren(...reply.rollouts.map((rollout, k) => tokenTable(rollout, labels[k])));
+}
+
+function tokenTable(rollout, label) {
+  const caption = `${label}: log-probs and VA in nats, weight ${rollout.rollout_weight.toFixed(3)}`;
+  const heads = COLUMNS.map((name) => h("th", { scope: "col", class: NUMBERS.includes(name) && "number" }, name));
+  const number = (text) => h("td", { class: "number" }, text);
+  const rows = rollout.tokens.map((token, t) =>
+    h(
+      "tr",
+      {},
+      h("td", {}, String(t + 1)),
+      h("th", { scope: "row" }, visible(token.text)),
+      number(nats(rollout.teacher_logprobs[t])),
+      number(nats(rollout.degraded_logprobs[t])),
+      number(nats(rollout.visual_advantage[t])),
+      number(rollout.ranks ? String(rollout.ranks[t] ?? "> 20") : "–"),
+      h("td", {}, rollout.high_group[t] ? "high" : "low"),
+    ),
+  );
+  return h(
+    "div",
+    { class: "scroll", role: "region", tabindex: "0", "aria-label": `Table of ${label}` },
+    h("table", {}, h("caption", {}, caption), h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...rows)),
+  );
 }

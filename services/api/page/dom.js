@@ -2,7 +2,10 @@
 
 export const $ = (selector, root = document) => root.querySelector(selector);
 
-/** h("button", { type: "button", onclick }, "text", child): `on…` are listeners, `style` CSS variables, `null` children left out. */
+/**
+ * h("button", { type: "button", onclick }, "text", child): `on…` are listeners, `style` holds CSS properties; `null`
+ * children are left out.
+ */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -15,7 +18,8 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-export const nats = (value, digits = 3) => (Object.is(Math.round(value * 1e6), -0) ? 0 : value).toFixed(digits).replace("-", "−");
+export const nats = (value, digits = 3) =>
+  (Object.is(Math.round(value * 1e6), -0) ? 0 : value).toFixed(digits).replace("-", "−");
 
 export function percent(share) {
   if (share === null) return "–";
@@ -27,6 +31,23 @@ export function percent(share) {
 
 /** A token's text with its spaces and line breaks made visible. */
 export const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(empty)";
+
+/** What a browser that keeps nothing for anybody forgets. `storage`: "localStorage" or "sessionStorage". */
+export function remember(storage, name, value) {
+  try {
+    window[storage].setItem(name, value);
+  } catch {
+    // Blocked by the user: then it holds until the page is left.
+  }
+}
+
+export function recall(storage, name) {
+  try {
+    return window[storage].getItem(name);
+  } catch {
+    return null;
+  }
+}
 
 export function save(blob, name) {
   const link = h("a", { href: URL.createObjectURL(blob), download: name });

@@ -3,12 +3,20 @@
 const TINY_CHARACTERS = 8_000; // an image up to that many characters of base64 travels along
 
 export function write(view) {
-  const parts = new URLSearchParams({ q: view.question, d: view.degradation, s: String(view.strength), t: view.teacher });
+  const parts = new URLSearchParams({
+    q: view.question,
+    d: view.degradation,
+    s: String(view.strength),
+    t: view.teacher,
+  });
   for (const response of view.responses) parts.append("r", response);
   let complete = true;
   if (view.image?.example) parts.set("x", view.image.example);
   else if (view.image && view.image.dataUrl.length <= TINY_CHARACTERS) parts.set("i", view.image.dataUrl);
-  else complete = !view.image;
+  else if (view.image) {
+    parts.set("n", "1"); // there was one
+    complete = false;
+  }
   history.replaceState(null, "", `#${parts}`);
   return complete;
 }
@@ -19,7 +27,13 @@ export function read() {
   if (!parts.has("q")) return null;
   const image = parts.get("i");
   return {
-    question: parts.get("q"), responses: parts.getAll("r"), degradation: parts.get("d"), strength: Number(parts.get("s")),
-    teacher: parts.get("t"), example: parts.get("x"), dataUrl: image?.startsWith("data:image/") ? image : null,
+    question: parts.get("q"),
+    responses: parts.getAll("r"),
+    degradation: parts.get("d"),
+    strength: Number(parts.get("s")),
+    teacher: parts.get("t"),
+    example: parts.get("x"),
+    imageLeftOut: parts.has("n"),
+    dataUrl: image?.startsWith("data:image/") ? image : null,
   };
 }

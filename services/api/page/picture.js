@@ -1,7 +1,11 @@
 // The heat map as a PNG: what is on the page, drawn again on a canvas.
 import { $, percent, save } from "./dom.js";
 
-const WIDTH = 1200, MARGIN = 32, SCALE = 2, LINE = 36, PICTURE = 220;
+const WIDTH = 1200,
+  MARGIN = 32,
+  SCALE = 2,
+  LINE = 36,
+  PICTURE = 220;
 
 export async function savePng(view, reply, labels) {
   const measure = document.createElement("canvas").getContext("2d");
@@ -30,7 +34,8 @@ function resolved(css) {
   return value;
 }
 
-const UI = "system-ui, sans-serif", MONO = "ui-monospace, 'DejaVu Sans Mono', monospace";
+const UI = "system-ui, sans-serif",
+  MONO = "ui-monospace, 'DejaVu Sans Mono', monospace";
 
 function plan(measure, view, reply, labels) {
   const blocks = [];
@@ -42,27 +47,50 @@ function plan(measure, view, reply, labels) {
   };
   const text = (words, font, name, height) => {
     for (const line of wrapped(measure, words, font)) {
-      add(height, (pen, colour, top) => { pen.font = font; pen.fillStyle = colour(name); pen.fillText(line, MARGIN, top + height / 2); });
+      add(height, (pen, colour, top) => {
+        pen.font = font;
+        pen.fillStyle = colour(name);
+        pen.fillText(line, MARGIN, top + height / 2);
+      });
     }
   };
   text(view.question, `600 22px ${UI}`, "--ink", 34);
   const strength = ["pixelate", "blur"].includes(view.degradation) ? ` ${view.strength}` : "";
-  text(`${reply.model} · degraded view: ${view.degradation}${strength} · top 10 % of tokens carry ${percent(reply.share_of_top_10)} of VA, top 20 % ${percent(reply.share_of_top_20)}`, `14px ${UI}`, "--muted", 28);
+  text(
+    `${reply.model} · degraded view: ${view.degradation}${strength} · the top 10 % of tokens carry ` +
+      `${percent(reply.share_of_top_10)} of VA, the top 20 % ${percent(reply.share_of_top_20)}`,
+    `14px ${UI}`,
+    "--muted",
+    28,
+  );
   if (view.image) {
     add(PICTURE + 20, (pen, _, top) => {
       pen.imageSmoothingEnabled = $("#original").naturalWidth > PICTURE;
       [$("#original"), $("#degraded")].forEach((image, index) => {
         if (!image.naturalWidth) return;
         const ratio = PICTURE / Math.max(image.naturalWidth, image.naturalHeight);
-        pen.drawImage(image, MARGIN + index * (PICTURE + 20), top + 6, image.naturalWidth * ratio, image.naturalHeight * ratio);
+        pen.drawImage(
+          image,
+          MARGIN + index * (PICTURE + 20),
+          top + 6,
+          image.naturalWidth * ratio,
+          image.naturalHeight * ratio,
+        );
       });
     });
   }
   document.querySelectorAll("#rollouts .tokens").forEach((tokens, k) => {
     const weight = reply.rollouts.length > 1 ? ` · weight ${reply.rollouts[k].rollout_weight.toFixed(2)}` : "";
-    text(`${labels[k]}${weight} · mean VA ${reply.rollouts[k].mean_visual_advantage.toFixed(3)} nats`, `600 15px ${UI}`, "--ink", 36);
+    text(
+      `${labels[k]}${weight} · mean VA ${reply.rollouts[k].mean_visual_advantage.toFixed(3)} nats`,
+      `600 15px ${UI}`,
+      "--ink",
+      36,
+    );
     const lines = tokenLines(measure, tokens);
-    add(lines.length * LINE + 8, (pen, colour, top) => lines.forEach((line, row) => line.forEach((item) => paintToken(pen, colour, item, top + row * LINE))));
+    add(lines.length * LINE + 8, (pen, colour, top) =>
+      lines.forEach((line, row) => line.forEach((item) => paintToken(pen, colour, item, top + row * LINE))),
+    );
   });
   return blocks;
 }
@@ -84,7 +112,10 @@ function tokenLines(measure, tokens) {
   let x = MARGIN;
   for (const button of tokens.querySelectorAll(".token")) {
     const width = Math.max(24, measure.measureText(button.textContent).width + 10);
-    if (x + width > WIDTH - MARGIN) { lines.push([]); x = MARGIN; }
+    if (x + width > WIDTH - MARGIN) {
+      lines.push([]);
+      x = MARGIN;
+    }
     lines.at(-1).push({ button, x, width });
     x += width + 3;
   }
@@ -96,7 +127,11 @@ function paintToken(pen, colour, { button, x, width }, top) {
   pen.roundRect(x, top + 3, width, LINE - 6, 5);
   pen.fillStyle = getComputedStyle(button).backgroundColor;
   pen.fill();
-  if (button.classList.contains("high")) { pen.lineWidth = 2; pen.strokeStyle = colour("--high"); pen.stroke(); }
+  if (button.classList.contains("high")) {
+    pen.lineWidth = 2;
+    pen.strokeStyle = colour("--high");
+    pen.stroke();
+  }
   pen.font = `16px ${MONO}`;
   pen.fillStyle = button.classList.contains("against") ? colour("--against") : colour("--ink");
   pen.fillText(button.textContent, x + 5, top + LINE / 2 + 1);

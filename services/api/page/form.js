@@ -1,0 +1,150 @@
+// The form: what is to be scored. Its fields hold the state, and `image` beside them.
+import { $, h } from "./dom.js";
+import { Problem } from "./api.js";
+
+export const VIEW_NAMES = {
+  pixelate: "pixelated",
+  blur: "blurred",
+  mean_colour: "mean colour",
+  black: "black",
+  noise: "noise",
+};
+const WITH_STRENGTH = ["pixelate", "blur"];
+const ALTERNATIVES = 6;
+
+let image = null; // { dataUrl, name, example? }
+const answers = () => [...$("#responses .list").children];
+
+export const usesStrength = (kind) => WITH_STRENGTH.includes(kind);
+
+export function setImage(next) {
+  image = next;
+  $("#chosen").hidden = !next;
+  if (!next) {
+    $("#file").value = "";
+    return;
+  }
+  $("#chosen img").src = next.dataUrl;
+  $("#chosen span").textContent = next.name;
+}
+
+/** Raises a Problem for a file that is no image of a known kind. `example`: the name of one that came with the page. */
+export async function takeFile(file, example) {
+  if (!file) return;
+  if (!/^image\/(png|jpeg|webp)$/.test(file.type)) {
+    const kind = file.type ? `of type ${file.type}` : "of an unknown type";
+    throw new Problem(415, `${file.name || "This"} is ${kind}; choose a PNG, JPEG or WEBP image`, "image");
+  }
+  const dataUrl = await new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Problem(0, `${file.name} can't be read; choose it again`, "image"));
+    reader.readAsDataURL(file);
+  });
+  setImage({ dataUrl, name: file.name || "pasted image", example });
+}
+
+/** `ids`: the tokens that a student sampled; they hold as long as nobody edits what they say. */
+export function addAnswer(text = "", ids = null, student = null) {
+  const area = h("textarea", { rows: "2" });
+  area.value = text;
+  const hint = student && h("p", { class: "hint" }, `sampled by ${student}`);
+  const remove = h("button", { type: "button", class: "quiet" }, "✕");
+  const box = h("div", { class: "answer" }, area, remove, hint);
+  box.ids = ids;
+  area.addEventListener("input", () => {
+    box.ids = null;
+    hint?.remove();
+  });
+  remove.addEventListener("click", () => {
+    box.remove();
+    if (!answers().length) addAnswer();
+    number();
+    $("#add").focus();
+  });
+  $("#responses .list").append(box);
+  number();
+  return area;
+}
+
+function number() {
+  answers().forEach((box, index) => {
+    $("textarea", box).setAttribute("aria-label", `Response ${index + 1}`);
+    $("button", box).setAttribute("aria-label", `Remove response ${index + 1}`);
+  });
+}
+
+/** Each item: the arguments of `addAnswer`. */
+export function setAnswers(list) {
+  $("#responses .list").replaceChildren();
+  for (const item of list.length ? list : [[""]]) addAnswer(...item);
+}
+
+export function readView() {
+  return {
+    image,
+    question: $("#question").value.trim(),
+    responses: answers().map((box) => $("textarea", box).value),
+    degradation: $("#degradation").value,
+    strength: Number($("#strength").value),
+    teacher: $("#teacher").value,
+  };
+}
+
+/** What is missing before anything can be asked, as a Problem; null when nothing is. */
+export function missing(view) {
+  if (!view.question) return new Problem(422, "Type a question", "question");
+  const empty = view.responses.findIndex((text) => !text.trim());
+  return empty < 0 ? null : new Problem(422, "Type a response, or remove the empty one", `responses.${empty}`);
+}
+
+/** The body of a request to score. Token ids are sent only where student and teacher (`known`) have one tokenizer. */
+export function requestBody(view, known) {
+  const teacher = known.teachers.find((each) => each.model === view.teacher);
+  const sameTokens = known.student?.tokenizer_fingerprint === teacher?.tokenizer_fingerprint;
+  const boxes = answers();
+  return {
+    question: view.question,
+    ...(view.image && { image: view.image.dataUrl }),
+    ...(view.teacher && { teacher: view.teacher }),
+    responses: view.responses.map((text, k) => (sameTokens && boxes[k].ids) || text),
+    degradation: { kind: view.degradation, strength: view.strength },
+    top_k: ALTERNATIVES,
+  };
+}
+
+export function fillTeachers(teachers) {
+  const chosen = $("#teacher").value;
+  $("#teacher").replaceChildren(...teachers.map(({ model }) => h("option", { selected: model === chosen }, model)));
+  fillDegradations(teachers);
+}
+
+export function fillDegradations(teachers) {
+  const kinds = teachers.find((each) => each.model === $("#teacher").value)?.degradations ?? Object.keys(VIEW_NAMES);
+  const chosen = $("#degradation").value || "pixelate";
+  const option = (kind) =>
+    h("option", { value: kind, selected: kind === chosen }, VIEW_NAMES[kind] ?? kind.replaceAll("_", " "));
+  $("#degradation").replaceChildren(...kinds.map(option));
+  settleStrength();
+}
+
+export function settleStrength() {
+  $("#strength").disabled = !usesStrength($("#degradation").value);
+  $("#strength-value").textContent = $("#strength").disabled ? "unused" : Number($("#strength").value).toFixed(2);
+}
+
+/** Marks the field that a problem belongs to, by the API's name for it. */
+export function mark(field) {
+  const response = /^response(?:s\.(\d+)|_token_ids)?/.exec(field ?? "");
+  const place = field?.startsWith("image")
+    ? $("#drop")
+    : { question: $("#question"), "degradation.strength": $("#strength"), "degradation.kind": $("#degradation") }[
+        field
+      ];
+  const at = place ?? (response && $("textarea", answers()[Number(response[1] ?? 0)]));
+  at?.setAttribute("aria-invalid", "true");
+}
+
+export function unmark() {
+  document.querySelectorAll("[aria-invalid]").forEach((element) => element.removeAttribute("aria-invalid"));
+}
