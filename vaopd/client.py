@@ -61,6 +61,7 @@ class ClientOptions(TypedDict, total=False):
     api_key: str | None
     tls: grpc.ChannelCredentials | None
     timeout_s: float
+    patience_s: float | None
     degradation: Degradation
     payload: PayloadKind
     top_k: int
@@ -78,6 +79,7 @@ class TeacherClient:
         api_key: str | None = None,
         tls: grpc.ChannelCredentials | None = None,
         timeout_s: float = 300.0,
+        patience_s: float | None = None,
         degradation: Degradation = Degradation(),
         payload: PayloadKind = "hidden",
         top_k: int = 64,
@@ -85,6 +87,7 @@ class TeacherClient:
     ) -> None:
         """`target`: host:port or any gRPC name. `timeout_s`: the longest time without any result before it gives up.
 
+        `patience_s`: how long it asks a teacher again that is busy or away, `timeout_s` unless it is given.
         `job`: whose work it is; None: the API key's own job, or "default" without a key. `api_key` and `tls`: see
         `vaopd.credentials.from_environment`; without `tls` all of it, the key too, travels in plain text.
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
@@ -93,6 +96,7 @@ class TeacherClient:
         self._job = job if job is not None else "" if api_key is not None else "default"
         self._tls = tls
         self._timeout_s = timeout_s
+        self._patience_s = timeout_s if patience_s is None else patience_s
         self._degradation = degradation
         self._payload = payload
         self._top_k = top_k
@@ -152,7 +156,7 @@ class TeacherClient:
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
         uploaded_again: set[str] = set()
-        patience = Patience(self._timeout_s)
+        patience = Patience(self._patience_s)
         while waiting:
             try:
                 async with aclosing(self._attempt(tuple(waiting.values()), with_token_texts)) as results:
@@ -285,7 +289,7 @@ class TeacherClient:
         return self._description or await self.describe()
 
     async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
-        patience = Patience(self._timeout_s)
+        patience = Patience(self._patience_s)
         while True:
             try:
                 return await typed(ask(), self._target)

@@ -6,18 +6,15 @@ who asks and when is in test_bad_input_grpc_service.py.
 
 from __future__ import annotations
 
-import io
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
-import PIL.Image
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support import pictures
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process, token_request
 from vaopd import wire
@@ -223,37 +220,6 @@ def test_a_fault_of_one_group_leaves_the_others_alone(
     assert [answer.score.group_id for answer in answers if answer.HasField("score")] == ["good"]
 
 
-def png(size: tuple[int, int]) -> bytes:
-    return picture("PNG", size=size)
-
-
-def picture(format: str, *, size: tuple[int, int] = (32, 32), frames: int = 1) -> bytes:
-    buffer = io.BytesIO()
-    further = [PIL.Image.new("L", size, 10 * n) for n in range(1, frames)]
-    PIL.Image.new("L", size).save(buffer, format, **({"save_all": True, "append_images": further} if further else {}))
-    return buffer.getvalue()
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    """A header by itself: width and height stand at bytes 16 to 23, their checksum at 29."""
-    data = bytearray(png((8, 8)))
-    data[16:24] = struct.pack(">II", width, height)
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    return bytes(data)
-
-
-def with_changed_byte(data: bytes, place: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]
-
-
-def jpeg_of_many_scans() -> bytes:
-    """A progressive JPEG whose last scan stands there a hundred times; each costs a decoder the whole image."""
-    buffer = io.BytesIO()
-    PIL.Image.new("L", (64, 64)).save(buffer, "JPEG", progressive=True)
-    data = buffer.getvalue()
-    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 100 + data[-2:]
-
-
 UNREADABLE = r"bytes\) is not a PNG, JPEG or WEBP image; re-encode it"
 DAMAGED = "is damaged; re-encode it"
 TOO_LARGE = "32000000.*; scale it down"
@@ -265,27 +231,27 @@ IMAGES = {
     "a path": (b"/etc/passwd", IA, UNREADABLE),
     "random bytes": (np.random.default_rng(0).bytes(500), IA, UNREADABLE),
     "a cut PNG": (PICTURE.data[: len(PICTURE.data) // 2], IA, DAMAGED),
-    "a PNG with a flipped byte": (with_changed_byte(PICTURE.data, 900), IA, DAMAGED),
-    "a PNG with a bad CRC": (with_changed_byte(png((8, 8)), 30), IA, UNREADABLE),
+    "a PNG with a flipped byte": (pictures.with_changed_byte(PICTURE.data, 900), IA, DAMAGED),
+    "a PNG with a bad CRC": (pictures.with_changed_byte(pictures.saved("PNG", size=(8, 8)), 30), IA, UNREADABLE),
     "a cut JPEG": (encoded(drawing(1), "JPEG").data[:900], IA, DAMAGED),
     "a JPEG cut in its header": (encoded(drawing(1), "JPEG").data[:300], IA, UNREADABLE),
-    "a JPEG of too many scans": (jpeg_of_many_scans(), IA, "more than 32 scans, the limit; re-encode it"),
+    "a JPEG of too many scans": (pictures.jpeg_of_many_scans(), IA, "more than 32 scans, the limit; re-encode it"),
     "a cut WEBP": (encoded(drawing(1), "WEBP").data[:900], IA, f"{UNREADABLE}|{DAMAGED}"),
-    "a GIF": (picture("GIF"), IA, UNREADABLE),
-    "an animated GIF": (picture("GIF", frames=3), IA, UNREADABLE),
-    "an animated PNG": (picture("PNG", frames=3), IA, "animation of 3 frames, the limit is 1; send one"),
-    "an animated WEBP": (picture("WEBP", frames=3), IA, "animation of 3 frames, the limit is 1; send one"),
-    "a BMP": (picture("BMP"), IA, UNREADABLE),
-    "a TIFF": (picture("TIFF"), IA, UNREADABLE),
-    "a PDF": (picture("PDF"), IA, UNREADABLE),
+    "a GIF": (pictures.saved("GIF"), IA, UNREADABLE),
+    "an animated GIF": (pictures.saved("GIF", frames=3), IA, UNREADABLE),
+    "an animated PNG": (pictures.saved("PNG", frames=3), IA, "animation of 3 frames, the limit is 1; send one"),
+    "an animated WEBP": (pictures.saved("WEBP", frames=3), IA, "animation of 3 frames, the limit is 1; send one"),
+    "a BMP": (pictures.saved("BMP"), IA, UNREADABLE),
+    "a TIFF": (pictures.saved("TIFF"), IA, UNREADABLE),
+    "a PDF": (pictures.saved("PDF"), IA, UNREADABLE),
     "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', IA, UNREADABLE),
-    "an EPS": (picture("EPS"), IA, UNREADABLE),
-    "a header of 0×0": (png_that_claims(0, 0), IA, UNREADABLE),
-    "a header of 60000²": (png_that_claims(60_000, 60_000), IA, TOO_LARGE),
-    "a header of 2³¹×1": (png_that_claims(2**31, 1), IA, f"{UNREADABLE}|{TOO_LARGE}"),
-    "a header just over the cap": (png_that_claims(6_400, 5_001), IA, TOO_LARGE),
-    "too many pixels": (png((8000, 8000)), IA, f"8000×8000 .*{TOO_LARGE}"),
-    "an extreme aspect ratio": (png((2010, 10)), IA, "2010×10, .* ratio of 200; crop it"),
+    "an EPS": (pictures.saved("EPS"), IA, UNREADABLE),
+    "a header of 0×0": (pictures.png_that_claims(0, 0), IA, UNREADABLE),
+    "a header of 60000²": (pictures.png_that_claims(60_000, 60_000), IA, TOO_LARGE),
+    "a header of 2³¹×1": (pictures.png_that_claims(2**31, 1), IA, f"{UNREADABLE}|{TOO_LARGE}"),
+    "a header just over the cap": (pictures.png_that_claims(6_400, 5_001), IA, TOO_LARGE),
+    "too many pixels": (pictures.saved("PNG", size=(8000, 8000)), IA, f"8000×8000 .*{TOO_LARGE}"),
+    "an extreme aspect ratio": (pictures.saved("PNG", size=(2010, 10)), IA, "2010×10, .* ratio of 200; crop it"),
     "too many bytes": (b"\x89PNG" + bytes(200_001), RE, "200005 bytes, the limit is 200000; send a smaller"),
 }
 
