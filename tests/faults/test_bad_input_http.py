@@ -37,7 +37,6 @@ from vaopd.keys import KeyStore, add_key
 from vaopd.service_config import ServiceConfig, SharingConfig
 from vaopd.types import TeacherLimits
 
-
 ROOT = Path(__file__).parents[2]
 
 
