@@ -106,6 +106,21 @@ def test_without_a_layout_the_model_is_transformers_own_padding_included(family:
     assert torch.equal(logits[0][0, 2:], logits[1][0, 2:])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
+def test_the_model_generates_from_a_prepared_prompt_what_transformers_does(
+    family: str, pictures: list[PIL.Image.Image]
+) -> None:
+    vlm, plain = family_vlm(family), plain_model(family)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    messages = question("How long is it?", [encoded(picture) for picture in pictures])
+    expected = plain.generate(**plain_inputs(vlm, messages, pictures), **settings)
+    prompt = ask(vlm, pictures)
+    ids = torch.from_numpy(prompt.token_ids)[None]
+    inputs = vlm.family.generation_inputs(vlm.model, ids, prompt.images)
+    assert torch.equal(vlm.model.generate(ids, **inputs, **settings), expected)
+
+
 def test_a_family_without_an_adapter_is_named_with_those_that_have_one() -> None:
     with pytest.raises(ConfigError, match=r"'llava' has no adapter; known: internvl, qwen2_5_vl, qwen3_vl"):
         family_for("llava")
