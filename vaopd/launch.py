@@ -49,9 +49,12 @@ class UpOptions:
     """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
 
 
-def up(options: UpOptions, *, say: Callable[[str], None] = print) -> int:
+def up(
+    options: UpOptions, *, say: Callable[[str], None] = print, check: Callable[[Config], None] = lambda config: None
+) -> int:
     """Runs everything until the trainer exits; returns its exit code, or 128 + n after signal n.
 
+    `check` raises what else stands in the way, before anything is started.
     Raises ConfigError for what can't be started, ChildFailed when a process can't be kept alive.
     """
     config = load_config(options.config_path, options.overrides)
@@ -62,6 +65,7 @@ def up(options: UpOptions, *, say: Callable[[str], None] = print) -> int:
             "--set run.name=NAME"
         )
     check_ports(config, options)
+    check(config)
     try:
         with Supervisor(logs=folder / "logs", say=say) as supervisor:
             return _Launch(config, options, supervisor, say).run()

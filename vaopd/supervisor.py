@@ -25,6 +25,7 @@ from vaopd.errors import VaopdError
 POLL_S = 0.1
 STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
 LOG_TAIL_LINES = 15
+TELL_EVERY_S = 10.0  # how often it says who is still starting
 
 
 class ChildFailed(VaopdError):
@@ -88,6 +89,7 @@ class Supervisor:
         self._running: dict[str, _Running] = {}
         self._signals: list[int] = []
         self._previous_handlers: dict[int, Any] = {}
+        self._told = time.monotonic()
 
     def __enter__(self) -> Supervisor:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,21 @@ class Supervisor:
             elif not running.ready and running.child.is_ready is not None and running.child.is_ready():
                 running.ready = True
                 self._say(f"{name} is ready after {time.monotonic() - running.started:.0f} s")
+        self._tell_who_is_starting()
+
+    def _tell_who_is_starting(self) -> None:
+        now = time.monotonic()
+        if now - self._told < TELL_EVERY_S:
+            return
+        self._told = now
+        starting = {
+            name: now - running.started
+            for name, running in self._running.items()
+            if running.child.is_ready is not None and not running.ready
+        }
+        if starting:
+            names = ", ".join(f"{name} ({seconds:.0f} s)" for name, seconds in starting.items())
+            self._say(f"still starting: {names}; logs in {self._logs}")
 
     def log_tail(self, name: str) -> str:
         """The last lines that the child wrote since it was started, with the log's path."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, VaopdError
+from vaopd.preflight import told
 
 if TYPE_CHECKING:
     from services.rollout.engine import RolloutEngine
@@ -35,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
                 "name a running one: --set queue.url=redis://HOST:PORT/0"
             )
-        run(config, worker=arguments.worker)
+        try:
+            run(config, worker=arguments.worker)
+        except (RuntimeError, ImportError) as error:  # torch's and vLLM's: no device, no memory, not installed
+            raise told(error, "rollout") from error
     except VaopdError as error:
         print(f"rollout: {error}", file=sys.stderr)
         return 1

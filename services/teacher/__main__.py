@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vaopd.config import load_config
 from vaopd.errors import VaopdError
+from vaopd.preflight import told
 from vaopd.service_config import load_service_config
 
 
@@ -26,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         service = load_service_config(arguments.service)
         from services.teacher.server import serve
 
-        return asyncio.run(serve(config, service=service, announce=arguments.announce))
+        try:
+            return asyncio.run(serve(config, service=service, announce=arguments.announce))
+        except (RuntimeError, AssertionError) as error:  # torch's: no device, no memory
+            raise told(error, "teacher") from error
     except VaopdError as error:
         print(f"teacher: {error}", file=sys.stderr)
         return 2

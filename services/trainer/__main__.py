@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from vaopd.config import load_config
     from vaopd.errors import VaopdError
+    from vaopd.preflight import told
 
     try:
         config = load_config(options.config, options.set)
@@ -33,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        return run(config, resume=options.resume, stop=stop)
+        try:
+            return run(config, resume=options.resume, stop=stop)
+        except RuntimeError as error:  # torch's: no device, no memory
+            raise told(error, "trainer") from error
     except VaopdError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 2

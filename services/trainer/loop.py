@@ -339,6 +339,7 @@ class Trainer:
             config=self.config,
             check=self._check,
             decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
+            tell=self.coordinator.progress_line.evaluating,
         )
         self._evaluated[step] = group_ids
         if result.accuracy > self._best_accuracy:  # the first best wins

@@ -30,6 +30,9 @@ class JsonLines:
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
+EVALUATION_EVERY_S = 30.0
+
+
 class ProgressLine:
     """Step, loss, mean VA, rollouts/s, accuracy, time left: rewritten in a terminal, a plain line elsewhere."""
 
@@ -45,6 +48,8 @@ class ProgressLine:
         """The last held-out accuracy, once there is one."""
         self._started: float | None = None
         self._first = 0
+        self._evaluation_began: float | None = None
+        self._evaluation_told = 0.0
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` counts from 1 here: it has just been finished."""
@@ -66,8 +71,24 @@ class ProgressLine:
             self._stream.write(line + "\n")
         self._stream.flush()
 
+    def evaluating(self, done: int, total: int) -> None:
+        """So many held-out problems have been answered; elsewhere than in a terminal, told every half minute."""
+        now = self._clock()
+        if self._evaluation_began is None:
+            self._evaluation_began = self._evaluation_told = now
+        seconds = now - self._evaluation_began
+        left = f"  {_duration(seconds / done * (total - done))} left" if seconds and done < total else ""
+        line = f"evaluating: {done}/{total} problems{left}"
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{line}")
+        elif now - self._evaluation_told >= EVALUATION_EVERY_S:
+            self._stream.write(line + "\n")
+            self._evaluation_told = now
+        self._stream.flush()
+
     def say(self, text: str) -> None:
         """A line that stays."""
+        self._evaluation_began = None  # it is over, whether or not all problems were answered
         self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
         self._stream.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def test_a_child_that_dies_before_it_is_ready_is_reported_with_the_end_of_its_lo
         supervisor.start(Child(name="teacher", argv=python(code), is_ready=lambda: False))
         with pytest.raises(ChildFailed, match=r"ended with code 3 before it was ready(.|\n)*no such model"):
             supervisor.wait_ready("teacher", timeout_s=60)
+
+
+def test_who_is_still_starting_is_told_now_and_then(
+    supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaopd.supervisor.TELL_EVERY_S", 0.01)
+    with supervisor:
+        supervisor.start(Child(name="teacher", argv=python(SLEEPER), is_ready=lambda: len(said) >= 2))
+        supervisor.wait_ready("teacher", timeout_s=60)
+    assert re.match(r"still starting: teacher \(\d+ s\); logs in ", said[0])
+    assert said[-1].startswith("teacher is ready after ")
 
 
 def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: Path, said: list[str]) -> None:

@@ -88,3 +88,22 @@ def test_a_resumed_run_counts_its_own_steps_for_the_time_left() -> None:
     clock.now_s += 2.0
     progress.step(90, METRICS)
     assert stream.getvalue() == "step  90/100  loss 1.2500  mean VA 0.500  20.0 rollouts/s  0:20 left\n"
+
+
+def test_an_evaluation_tells_how_far_it_is() -> None:
+    """In a terminal at every group: 30 of 40 problems in 60 s leave 20 s. Elsewhere every half minute."""
+    for stream, expected in (
+        (
+            Terminal(),
+            ["evaluating: 10/40 problems", "evaluating: 30/40 problems  0:20 left", "evaluating: 40/40 problems"],
+        ),
+        (io.StringIO(), ["evaluating: 30/40 problems  0:20 left"]),
+    ):
+        clock = Clock()
+        progress = ProgressLine(steps=25, stream=stream, clock=clock)
+        progress.evaluating(10, 40)
+        clock.now_s += 60.0
+        progress.evaluating(30, 40)
+        clock.now_s += 20.0
+        progress.evaluating(40, 40)
+        assert [line for line in stream.getvalue().replace("\r\x1b[K", "\n").splitlines() if line] == expected

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Needs = Literal["student", "teacher", "data", "teacher port", "api port"]
+Needs = Literal["student", "teacher", "data", "engine", "device", "teacher port", "api port"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -46,6 +46,7 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """What would stop a process that needs these things, each with the key and the remedy."""
+    from vaopd import preflight
     from vaopd.launch import port_problem
 
     for need in needs:
@@ -56,11 +57,23 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
                 yield from _model_problems("teacher.model", config.teacher.model)
             case "data":
                 yield from _data_problems(config)
+            case "engine":
+                yield from filter(None, [preflight.engine_problem(config)])
+            case "device":
+                yield from filter(None, [preflight.gpu_problem(config), preflight.tokenizer_problem(config)])
             case "teacher port" | "api port":
                 key = need.replace(" port", ".address")
                 address = config.teacher.address if need == "teacher port" else config.api.address
                 if problem := port_problem(address):
                     yield f"{key} = {address}: {problem}; stop what listens there, or --set {key}=HOST:PORT"
+
+
+def check(config: Config, needs: Iterable[Needs]) -> None:
+    """Raises ConfigError that lists what would stop a process that needs these things."""
+    from vaopd.errors import ConfigError
+
+    if problems := list(find_problems(config, needs)):
+        raise ConfigError("\n  ".join(["this can't start:", *problems]))
 
 
 def is_hub_id(name: str) -> bool:

