@@ -60,10 +60,13 @@ class Server:
     target: str
     pid: int
 
-    def cpu_s(self) -> float:
-        """Processor time that the process has used; Linux only."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(int(field) for field in fields[11:13]) / os.sysconf("SC_CLK_TCK")
+    def cpu_s(self) -> tuple[float, float]:
+        """Processor time so far of the busiest thread, which is the engine's, and of all threads; Linux only."""
+        threads = []
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            fields = stat.read_text().rpartition(")")[2].split()
+            threads.append(sum(int(field) for field in fields[11:13]) / os.sysconf("SC_CLK_TCK"))
+        return max(threads), sum(threads)
 
 
 @contextmanager
