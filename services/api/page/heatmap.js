@@ -180,7 +180,7 @@ function showDetails(reply, k, t, scale) {
       "dl",
       {},
       ...facts.map(([name, value, kind]) =>
-        h("div", { class: kind ?? "", style: { display: "contents" } }, h("dt", {}, name), h("dd", {}, value)),
+        h("div", { class: kind }, h("dt", {}, name), h("dd", {}, value)),
       ),
     ),
     expected(rollout, t),
@@ -206,7 +206,7 @@ function expected(rollout, t) {
   return h(
     "table",
     {},
-    h("caption", { class: "label" }, "What the teacher expected, seeing"),
+    h("caption", { class: "label" }, "Expected with the image"),
     h("tbody", {}, ...lines),
   );
 }
