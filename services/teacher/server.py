@@ -215,6 +215,10 @@ async def serve(
     grace_s: float = GRACE_S,
 ) -> int:
     """Serves until a signal or a failed engine; returns the exit status."""
+    # What is wrong with certificates and keys is told before the model is read, which may take half an hour.
+    server_credentials(service.tls, config.teacher.address)
+    if service.keys.file is not None:
+        KeyStore.load(service.keys.file)
     vlm = load(config)
     server = TeacherServer(
         vlm,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from services.teacher.__main__ import main as teacher_main
 from tests.support.models import tiny_vlm
-from tests.support.teacher import teacher_process, token_request
+from tests.support.teacher import teacher_process, token_request, write_config
 from vaopd.cli import main
 from vaopd.client import SyncTeacherClient
 from vaopd.credentials import from_environment
@@ -53,3 +54,20 @@ def test_a_secured_teacher_serves_its_jobs_and_the_health_check(
     assert (healthy, without) == (True, False)
     log = (tmp_path / "teacher.log").read_text()
     assert (tmp_path / "api.key").read_text().strip().split("_", 2)[2] not in log
+
+
+def test_what_is_wrong_with_its_security_is_told_before_the_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's folder isn't even there."""
+    (tmp_path / "service.toml").write_text('[keys]\nfile = "keys.json"')
+    arguments = [
+        "--config",
+        str(write_config(tmp_path, model=tmp_path / "nowhere")),
+        "--set",
+        "teacher.address=0.0.0.0:0",
+    ]
+    assert teacher_main(arguments) == 2
+    assert "'0.0.0.0:0' can be reached from other hosts: give [tls] cert and key" in capsys.readouterr().err
+    assert teacher_main(["--config", config, "--service", str(tmp_path / "service.toml")]) == 2
+    assert "keys.json' can't be read" in capsys.readouterr().err
