@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: screenshots bench compare demo test lint types proto proto-check setup clean fuzz
+.PHONY: chaos chaos-training screenshots bench compare demo test lint types proto proto-check setup clean fuzz
 
 setup: $(STAMP)
 
@@ -29,6 +29,14 @@ bench: $(STAMP)
 
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/viewer.py --screenshots docs/images
+
+# Both print their seed; SEED=N repeats one. The first takes three minutes, the second a quarter of an hour.
+SEED_OPTION = $(if $(SEED),--seed $(SEED))
+chaos: $(STAMP)
+	$(BIN)/python -m tests.faults.chaos $(SEED_OPTION)
+
+chaos-training: $(STAMP)
+	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

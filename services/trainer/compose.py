@@ -124,13 +124,13 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
 def _prepare_folder(config: Config, *, resume: bool) -> None:
     """Makes RUN with its configuration; one that holds a run already is left alone unless that run goes on."""
     folder = config.run_folder
-    if resume:
-        return
-    if (folder / "metrics.jsonl").exists():
+    if not resume and (folder / "metrics.jsonl").exists():
         raise ConfigError(f"run folder {folder} is in use; pass --resume to go on, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(to_toml(config))
-    shutil.rmtree(folder / "policy", ignore_errors=True)
+    if not resume or not (folder / "config.toml").exists():  # a trainer may die before it has written anything
+        (folder / "config.toml").write_text(to_toml(config))
+    if not resume:
+        shutil.rmtree(folder / "policy", ignore_errors=True)
 
 
 def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> Coordinator:

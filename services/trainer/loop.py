@@ -160,6 +160,11 @@ class Trainer:
                 self.ranks.send(_STOP, to=rank)
             raise Interrupted
 
+    def _check_alone(self) -> None:
+        """As `_check`, where the other ranks are not listening: several of them end with their step."""
+        if self.coordinator is not None and self.ranks.world == 1:
+            self._check()
+
     # -- policy and prompts -------------------------------------------------------------------------------------------
 
     def _publish(self, version: int) -> None:
@@ -230,7 +235,7 @@ class Trainer:
                 scorer.submit([wire.rollout_group_from_bytes(data)] if data else [])
         generated = time.monotonic()
         kill_points.reached("collected", step)
-        results = list(scorer.results())
+        results = list(scorer.results(check=self._check_alone))
         kill_points.reached("scored", step)
         self._give_up([result for result in results if isinstance(result, Refused)])
         scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)

@@ -5,10 +5,11 @@ In: rollout groups and their prompts. Out: ScoredGroups, or why one can't be tra
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,9 +18,13 @@ import numpy as np
 from services.trainer.student import ScoredGroup
 from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.errors import InvalidInput, Mismatch
-from vaopd.types import Prompt, RolloutGroup, ScoreRequest, images_in_order
+from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
+from vaopd.types import GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm import PreparedPrompt, Vlm
+
+log = logging.getLogger(__name__)
+
+_CHECK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +83,7 @@ class Scorer:
         self._student = student
         self._prompt_of = prompt_of
         self._max_tokens = max_tokens
+        self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._futures: list[Future[list[ScoredGroup | Refused]]] = []
 
@@ -85,13 +91,16 @@ class Scorer:
         if groups:
             self._futures.append(self._pool.submit(self._score, list(groups)))
 
-    def results(self) -> Iterator[ScoredGroup | Refused]:
-        """Raises what ended a scoring call, e.g. Unavailable after the client's own retries."""
+    def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
+        """Raises what ended a scoring call. `check` is called while it waits and may raise to end the wait."""
         futures, self._futures = self._futures, []
         for future in futures:
+            while not wait([future], timeout=_CHECK_EVERY_S).done:
+                check()
             yield from future.result()
 
     def close(self) -> None:
+        self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
@@ -117,7 +126,7 @@ class Scorer:
                     prompt_token_ids=group.prompt_token_ids,
                 )
             )
-        for answer in self._teacher.score(requests) if requests else ():
+        for answer in answers(self._teacher, requests, closed=self._closed):
             if isinstance(answer, GroupFailure):
                 # What the teacher can't answer now is not the group's fault: it ends the step, not the group.
                 if not isinstance(answer.error, InvalidInput | Mismatch):
@@ -140,3 +149,19 @@ class Scorer:
         for rollout in group.rollouts:
             self._student.check_response(rollout.response_ids, rendered, max_tokens=self._max_tokens)
         return rendered
+
+
+def answers(
+    teacher: SyncTeacherClient, requests: Sequence[ScoreRequest], *, closed: threading.Event
+) -> Iterator[GroupScore | GroupFailure]:
+    """One per request, however long the teacher is away: as with rollout workers, waiting for it costs nothing."""
+    waiting = {request.group_id: request for request in requests}
+    while waiting:
+        try:
+            for answer in teacher.score(list(waiting.values())):
+                del waiting[answer.group_id]
+                yield answer
+        except (Unavailable, Busy) as error:
+            if closed.is_set():
+                raise
+            log.warning("%d groups wait for the teacher: %s", len(waiting), error)

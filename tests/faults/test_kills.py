@@ -7,13 +7,16 @@ order could do that.
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections import Counter
 
 import pytest
 
+from services.trainer.kill_points import KILL_POINTS
 from tests.support.system import Job, System
+from vaopd.ledger import audit
 
 STEPS, PROMPTS = 8, 4
 SETTINGS = {"trainer__steps": STEPS, "trainer__prompts_per_step": PROMPTS, "evaluation__every": 2}
@@ -35,6 +38,9 @@ def assert_each_group_once(job: Job) -> None:
     assert job.pending() == {"requests": 0, "groups": 0}
     assert [record["step"] for record in job.records()] == list(range(STEPS))
     assert [record["step"] for record in job.records("eval")] == [0, 2, 4, 6, 8]
+    books = audit(job.folder)
+    assert books.problems == []
+    assert {fate.outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}
 
 
 def test_an_undisturbed_run_trains_every_group_once(undisturbed: Job) -> None:
@@ -92,6 +98,29 @@ def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System,
     worker.kill()
     step = int(older.name.removeprefix("step_"))
     assert f"resumed at step {step} with {step * PROMPTS} trained groups" in resumed.text()
+    assert_each_group_once(job)
+    assert job.losses() == undisturbed.losses()
+    assert job.weights() == undisturbed.weights()
+
+
+DEATHS = ["collected:1", "scored:2", "backward:3", "stepped:4", "written:6", "renamed:6", "unacknowledged:8"]
+RESUMED_AT = [0, 2, 2, 4, 4, 6, 8]  # a checkpoint every second step; the last one holds the whole run
+
+
+def test_a_trainer_that_dies_at_each_of_its_points_in_turn_ends_with_the_same_weights(
+    system: System, undisturbed: Job
+) -> None:
+    job = system.job("killed-everywhere", **SETTINGS)
+    assert [death.partition(":")[0] for death in DEATHS] == list(KILL_POINTS)
+    worker = job.start_worker()
+    for number, death in enumerate(DEATHS):
+        trainer = job.start_trainer(resume=number > 0, kill_at=death)
+        assert trainer.exit_code() == -signal.SIGKILL, f"at {death}: {trainer.text()[-4000:]}"
+    last = job.start_trainer(resume=True)
+    job.finished(last)
+    worker.kill()
+    resumed_at = [int(step) for step in re.findall(r"resumed at step (\d+)", last.text())]
+    assert resumed_at == [step for step in RESUMED_AT if step > 0]
     assert_each_group_once(job)
     assert job.losses() == undisturbed.losses()
     assert job.weights() == undisturbed.weights()

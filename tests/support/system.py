@@ -49,14 +49,14 @@ _DEFAULTS: dict[str, Any] = {
 class Process:
     """A process in a session of its own, so that whatever it starts can be found and ended with it."""
 
-    def __init__(self, argv: tuple[str, ...], log: Path) -> None:
+    def __init__(self, argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
                 argv,
                 cwd=_ROOT,
-                env=environment,
+                env=os.environ | quiet | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -102,8 +102,11 @@ class Job:
         self.folder = system.folder / "runs" / name
         self._overrides = [f"{key}={value}" for key, value in settings.items()]
 
-    def start_trainer(self, *, resume: bool = False) -> Process:
-        return self.system.start("trainer", self.name, self._overrides, *(("--resume",) if resume else ()))
+    def start_trainer(self, *, resume: bool = False, kill_at: str = "") -> Process:
+        """`kill_at`: POINT:STEP at which it dies, see `services.trainer.kill_points`."""
+        arguments = ("--resume",) if resume else ()
+        environment = {"VAOPD_KILL_AT": kill_at}
+        return self.system.start("trainer", self.name, self._overrides, *arguments, environment=environment)
 
     def start_worker(self, name: str = "w0") -> Process:
         return self.system.start("rollout", f"{self.name}-{name}", self._overrides, "--worker", f"{self.name}-{name}")
@@ -231,9 +234,11 @@ class System:
             defaults["student.model"] = str(student)
         return Job(self, name, {**defaults, **_DEFAULTS, **named})
 
-    def start(self, role: str, name: str, overrides: list[str], *arguments: str) -> Process:
+    def start(
+        self, role: str, name: str, overrides: list[str], *arguments: str, environment: dict[str, str] | None = None
+    ) -> Process:
         argv = service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
-        process = Process(argv, self.folder / f"{name}.{role}.log")
+        process = Process(argv, self.folder / f"{name}.{role}.log", environment or {})
         self._processes.append(process)
         return process
 

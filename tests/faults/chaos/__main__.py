@@ -15,14 +15,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.chaos")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--groups", type=int, default=10_000)
+    parser.add_argument("--training", action="store_true", help="the tiny training instead, one kill in each run")
+    parser.add_argument("--runs", type=int, default=20, help="of --training")
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="leave logs and files there")
     arguments = parser.parse_args()
-    print(f"chaos: seed {arguments.seed}, {arguments.groups} groups", flush=True)
+    what = f"{arguments.runs} runs of the tiny training" if arguments.training else f"{arguments.groups} groups"
+    _say(f"seed {arguments.seed}, {what}")
     with tempfile.TemporaryDirectory(prefix="vaopd-chaos-") as scratch:
         folder = arguments.keep or Path(scratch)
+        if arguments.training:
+            from tests.faults.chaos import training
+
+            problems = training.run(folder, seed=arguments.seed, runs=arguments.runs, say=_say)
+            return _end(arguments.seed, problems)
         result = Chaos(folder / "chaos", seed=arguments.seed, groups=arguments.groups, say=_say).run()
     _print(result)
-    return 1 if result.problems else 0
+    return _end(arguments.seed, result.problems)
 
 
 def _say(text: str) -> None:
@@ -41,9 +49,13 @@ def _print(result: Result) -> None:
     _say(", ".join(f"{name} {number}" for name, number in training.items()))
     _say(f"left in Redis: {', '.join(f'{name} {number}' for name, number in result.left.items())}")
     _say(f"final weights {result.weights[:12]}…, expected {result.expected_weights[:12]}…")
-    for problem in result.problems:
+
+
+def _end(seed: int, problems: list[str]) -> int:
+    for problem in problems:
         _say(f"PROBLEM: {problem}")
-    _say("0 lost, 0 trained twice" if not result.problems else f"seed {result.seed} FAILED")
+    _say(f"seed {seed} FAILED" if problems else "0 lost, 0 trained twice")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":
