@@ -27,7 +27,7 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
     ranks: list[subprocess.Popen[bytes]] = []
     # SIGINT from a terminal reaches the ranks by itself, since they are in its process group; twice does no harm.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: [rank.send_signal(number) for rank in ranks])
+        signal.signal(number, lambda number, _: _pass_on(number, ranks))
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
         ranks.append(subprocess.Popen(argv, env={**os.environ, **shared, **place}))
@@ -39,6 +39,11 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
         if None not in codes:
             return 0
         time.sleep(_POLL_S)
+
+
+def _pass_on(number: int, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        rank.send_signal(number)
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
