@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -332,6 +333,15 @@ def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
 def image_tokens(shape: Shape) -> int:
     height, width = IMAGE_SIDES[shape.prompt]
     return height * width
+
+
+def free_bytes() -> float:
+    """Memory that nobody uses now; infinite where the system doesn't say."""
+    if ON_GPU:
+        return torch.cuda.mem_get_info()[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
 def _proc_status_bytes(field: str) -> int:

@@ -204,20 +204,32 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         (wide, replace(HEADLINE, response=512)),
     ]  # fmt: skip
     found: list[dict[str, Any]] = []
+    names = ("engine", "usual", "careful")
     for model, shape in cases:
-        peaks = {}
-        for name in ("usual", "careful", "engine"):
+        vocabulary = 151_936 if model == wide else 32_000
+        matrix = 4 * 2 * sum(shape.lengths) * vocabulary
+        peaks: dict[str, int | None] = {}
+        for name in names:
+            if name == "careful" and 2.5 * matrix > common.free_bytes():
+                peaks[name] = None  # rather no figure than a machine that starts killing
+                continue
             rollouts = 1 if name == "usual" else shape.rollouts  # one after the other: as many as you like, same peak
             child = [str(model), str(shape.prompt), str(shape.response), str(rollouts), name]
             peaks[name] = common.in_subprocess(__file__, child)["bytes"]
-        vocabulary = 151_936 if model == wide else 32_000
-        found.append({"shape": str(shape), "vocabulary": vocabulary, "response": shape.response, "bytes": peaks})
-    names = ("engine", "usual", "careful")
+        found.append(
+            {
+                "shape": str(shape),
+                "vocabulary": vocabulary,
+                "response": shape.response,
+                "bytes": {name: size for name, size in peaks.items() if size is not None},
+                "matrix": matrix,
+            }
+        )
     rows = []
     for entry in found:
-        matrix = 4 * 2 * HEADLINE.rollouts * entry["response"] * entry["vocabulary"]
-        sizes = [*(entry["bytes"][name] for name in names), matrix]
-        rows.append([str(entry["vocabulary"]), entry["shape"], *(f"{size / 2**20:.0f} MiB" for size in sizes)])
+        sizes = [entry["bytes"].get(name) for name in names] + [entry["matrix"]]
+        cells = ["more than is free" if size is None else f"{size / 2**20:.0f} MiB" for size in sizes]
+        rows.append([str(entry["vocabulary"]), entry["shape"], *cells])
     common.table(
         "Peak extra memory of scoring one group, both views",
         ("vocabulary", "shape", *names, "T × V in float32, T = 2·K·R"),

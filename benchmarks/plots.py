@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,13 +102,20 @@ def draw_scaling(numbers: dict[str, Any], images: Path) -> None:
         expected = [f["expected"] for f in found]
         axes.plot(k, expected, color="#888888", linestyle="--", label="(P + K·R) / (P + R)")
         axes.fill_between(k, [0.85 * e for e in expected], [1.15 * e for e in expected], color="#888888", alpha=0.15)
-        axes.plot(k, [f["growth"] for f in found], color=COLOURS["va_opd"], marker="o", markersize=4, label="measured")
+        for key, colour, name in (
+            ("layers_growth", COLOURS["va_opd"], "layers alone, measured"),
+            ("growth", COLOURS["standard"], "with the LM head, measured"),
+        ):
+            axes.plot(k, [f[key] for f in found], color=colour, marker="o", markersize=4, label=name)
+        counted = [f["operations"] for f in found]
+        axes.plot(k, counted, color=COLOURS["standard"], linestyle=":", label="with the LM head, counted")
         axes.set(xlabel="K, rollouts per group", ylabel="time over that of K = 1", ylim=(0, None), xticks=k)
         axes.set_title("Cost per group, P 650, R 128, image known; band: ± 15 %", loc="left", fontsize=8)
         axes.legend()
 
 
 def draw_memory(numbers: dict[str, Any], images: Path) -> None:
+    sides = ["engine", "usual", "careful"]
     vocabularies = sorted({f["vocabulary"] for f in numbers["memory"]})
     with figure(images / "bench-memory.png", columns=len(vocabularies), size=(8.6, 3.2)) as both:
         for axes, vocabulary in zip([both] if len(vocabularies) == 1 else both, vocabularies, strict=True):
@@ -115,12 +123,12 @@ def draw_memory(numbers: dict[str, Any], images: Path) -> None:
             entries = [
                 {
                     "label": f"R {f['response']}",
-                    "values": {name: size / 2**20 for name, size in f["bytes"].items()},
+                    "values": {name: f["bytes"].get(name, math.nan) / 2**20 for name in sides},
                     "marks": {},
                 }
                 for f in found
             ]
-            bars(axes, entries, ["engine", "usual", "careful"], unit="peak extra memory, MiB")
+            bars(axes, entries, sides, unit="peak extra memory, MiB")
             axes.set_title(f"vocabulary {vocabulary}, P 650, K 4, both views", loc="left", fontsize=8)
             axes.legend(fontsize=8)
 
