@@ -24,7 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from services.trainer import checkpoint, kill_points, metrics
 from services.trainer.collector import Collector
 from services.trainer.heldout import evaluate
-from services.trainer.order import PromptOrder
+from services.trainer.order import PromptOrder, training_request
 from services.trainer.ranks import COORDINATOR, Ranks
 from services.trainer.records import JsonLines, ProgressLine
 from services.trainer.scoring import Refused, Scorer
@@ -34,12 +34,11 @@ from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.ledger import Ledger
 from vaopd.queue import LeaseKeeper
-from vaopd.types import PolicyVersion, Prompt, RolloutRequest, SamplingSettings
+from vaopd.types import PolicyVersion, Prompt
 from vaopd.vlm import Vlm
 from vaopd.weights import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
 
 log = logging.getLogger(__name__)
-
 
 _STOP = b"stop"  # no protobuf message of a group: those begin with the tag of group_id
 
@@ -195,24 +194,12 @@ class Trainer:
         """The prompts of this step and, with a lag allowed, of the next ones, which this policy may serve already."""
         if self.coordinator is None:
             return
-        settings, sampling = self.config.trainer, self.config.rollout
+        settings = self.config.trainer
         newest = step + settings.max_policy_lag
         for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
             ids = [self.group_id(target, index) for index in range(settings.prompts_per_step)]
             requests = [
-                RolloutRequest(
-                    group_id=group_id,
-                    messages=(prompt := self.prompt_of(group_id)[1]).messages,
-                    images=prompt.images,
-                    num_rollouts=settings.rollouts_per_prompt,
-                    sampling=SamplingSettings(
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        max_new_tokens=sampling.max_new_tokens,
-                        seed=self.config.run.seed,
-                    ),
-                    policy_version=step,
-                )
+                training_request(self.prompt_of(group_id)[1], group_id=group_id, version=step, config=self.config)
                 for group_id in ids
             ]
             self.coordinator.collector.enqueue(

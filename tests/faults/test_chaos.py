@@ -1,4 +1,4 @@
-"""A small chaos run with every kind of fault; `make chaos` is the large one. A failure names the seed that repeats it."""
+"""A small chaos run with every kind of fault; `make chaos` is the large one. A failure names its seed."""
 
 from __future__ import annotations
 
