@@ -122,9 +122,17 @@ def trainer_fixed_bytes(student: Model, teacher: Model, *, ranks: int) -> int:
     With several ranks, DistributedDataParallel keeps its buckets beside the gradients.
     """
     per_parameter = 4 + 4 + 8 + 2 + (4 if ranks > 1 else 0)
-    # Both models' logits in their dtype and in float32, two log-softmaxes, p, and the gradient.
-    chunk = CHUNK_TOKENS * student.vocabulary * (2 * (2 + 4 + 4) + 4 + 4)
-    return per_parameter * student.parameters + 2 * teacher.head_parameters + chunk
+    return (
+        per_parameter * student.parameters
+        + 2 * teacher.head_parameters
+        + 4 * student.head_parameters  # the head's gradient, summed over the chunks
+        + chunk_bytes(student)
+    )
+
+
+def chunk_bytes(student: Model) -> int:
+    """One chunk of the fused loss: both models' logits as the product leaves them, three matrices in float32."""
+    return CHUNK_TOKENS * student.vocabulary * (2 * 2 + 3 * 4)
 
 
 def image_bytes(student: Model, pixels: int) -> int:
@@ -178,10 +186,9 @@ def trainer_table() -> str:
     for size, name in per_parameter:
         rows.append((name, f"{size} bytes × parameters", gib(size * student.parameters)))
     rows.append(("gradient buckets, with `trainer.processes` > 1", "4 bytes × parameters", gib(4 * student.parameters)))
-    chunk = trainer_fixed_bytes(student, student, ranks=1) - 18 * student.parameters - 2 * student.head_parameters
-    rows.append(
-        (f"one chunk of the divergence (`chunk_tokens = {CHUNK_TOKENS}`)", "28 bytes × tokens × vocabulary", gib(chunk))
-    )
+    rows.append(("gradient of the head, summed over chunks", "4 bytes × head", gib(4 * student.head_parameters)))
+    name = f"one chunk of the divergence (`trainer.chunk_tokens = {CHUNK_TOKENS}`)"
+    rows.append((name, "16 bytes × tokens × vocabulary", gib(chunk_bytes(student))))
     for name in ("4B", "8B", "32B"):
         rows.append(
             (

@@ -1,0 +1,148 @@
+"""The documentation against the code: its reference pages, commands, imports, settings and links are real."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vaopd.cli import build_parser, main
+from vaopd.config import validate
+from vaopd.service_config import ServiceConfig
+
+ROOT = Path(__file__).parents[2]
+# Decisions tell how things were on their day.
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "models" / "README.md")
+    if "decisions" not in path.parts and "reference" not in path.parts
+)
+STARTS = ("up", "train", "teacher", "rollout", "api")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block; `marker` is what `<!-- test: … -->` before it says."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    marker: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(language: str) -> list[Block]:
+    pattern = re.compile(r"(?:<!-- test: (?P<marker>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
+    return [
+        Block(
+            page=page,
+            line=page.read_text()[: match.start("text")].count("\n") + 1,
+            language=match["language"],
+            text=match["text"],
+            marker=match["marker"] or "",
+        )
+        for page in PAGES
+        for match in pattern.finditer(page.read_text())
+        if match["language"] == language
+    ]
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The arguments of each `vaopd` in a block, with the shell's own things and placeholders taken out."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(re.sub(r"\$\w+", "0", line), comments=True)
+        starts = [index for index, word in enumerate(words) if word.rpartition("/")[2] == "vaopd"]
+        for index in starts[:1]:
+            ends = [at for at, word in enumerate(words) if at > index and re.match(r"[>|&;]", word)]
+            arguments = words[index + 1 : ends[0] if ends else None]
+            yield ["configs/tiny.toml" if word in ("CONFIG", "CONFIG.toml") else word for word in arguments]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like a clone's root, with the demo's data and a service's configuration in it."""
+    for name in ("configs", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    data = tmp_path / "data" / "handwritten-geometry"
+    data.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (data / f"{split}.parquet").touch()
+    (tmp_path / "service.toml").write_text("[sharing]\nweights = { main-run = 3.0 }\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.name)
+def test_every_command_is_one(block: Block, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are parsed; what starts processes also looks whether it could, and starts none."""
+    for arguments in commands(block):
+        parsed = build_parser().parse_args(arguments)
+        if arguments[0] in STARTS and Path(parsed.config).exists():
+            free = ["--set", "teacher.address=127.0.0.1:0", "--set", "api.address=127.0.0.1:0", "--dry-run"]
+            assert main([*arguments, *free]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("bash") if b.marker], ids=lambda block: block.name)
+def test_what_a_block_says_of_its_test_is_true(block: Block) -> None:
+    """ "dry-run" and "parse" are the test above; "none" needs a reason; anything else names test files."""
+    if block.marker in ("dry-run", "parse"):
+        assert list(commands(block)), "there is no vaopd command in it"
+    elif not re.match(r"none, .+", block.marker):
+        for name in block.marker.split(", "):
+            assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.name)
+def test_python_in_the_docs_imports_what_there_is(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("vaopd", "services")):
+            module = importlib.import_module(node.module or "")
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{node.module} has no {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("block", blocks("toml"), ids=lambda block: block.name)
+def test_toml_in_the_docs_is_sound(block: Block) -> None:
+    values = tomllib.loads(block.text)
+    if block.text.startswith("# service.toml"):
+        validate(ServiceConfig, values, origin=block.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+
+
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "tools" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make reference` writes it anew."""
+    monkeypatch.setenv("COLUMNS", "100")  # the generator sets it; this takes it back afterwards
+    for name, text in reference().pages().items():
+        assert (ROOT / "docs" / "reference" / name).read_text() == text, (
+            f"docs/reference/{name} is stale: make reference"
+        )
