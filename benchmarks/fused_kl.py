@@ -9,7 +9,9 @@ computes the logits again in its backward pass.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import common
 import torch
@@ -77,7 +79,7 @@ def main() -> None:
         return
     tokens, vocabulary = (256, 32_000) if options.quick else (options.tokens, options.vocabulary)
     names = SIDES if options.full else SIDES[:2]
-
+    check_room(tokens, vocabulary)
     peaks = {name: int(common.in_subprocess(__file__, [str(tokens), str(vocabulary), name])["bytes"]) for name in names}
     for run in sides(32, vocabulary).values():
         run()  # kernels and thread pools are there
@@ -102,10 +104,29 @@ def main() -> None:
             )
             for name in names
         ],
-        f"To reach: time ≤ 1.0 × ({common.verdict(seconds['one pass'] <= base_s)}), "
-        f"peak memory ≤ 1/8 ({common.verdict(8 * peaks['one pass'] <= base_bytes)}).",
+        "To reach, at 2048 tokens and a vocabulary of 151 936: time ≤ 1.0 ×, peak memory ≤ 1/8.",
     )
     common.save(options.json, "fused_kl", {"seconds": seconds, "peak_bytes": peaks, "difference": differences})
+
+
+def check_room(tokens: int, vocabulary: int) -> None:
+    """Full logits take eight matrices in float32 at their peak; a machine without room ends some process or other."""
+    needed = 8 * tokens * vocabulary * 4 * 5 // 4
+    available = torch.cuda.mem_get_info()[0] if common.ON_GPU else available_bytes()
+    if needed > available:
+        raise SystemExit(
+            f"full logits of {tokens} tokens take up to {needed / 1e9:.1f} GB with some room to spare, "
+            f"{available / 1e9:.1f} GB are free; choose fewer --tokens"
+        )
+
+
+def available_bytes() -> int:
+    """What the system would give without ending anything; physical memory where it doesn't tell."""
+    information = Path("/proc/meminfo")
+    for line in information.read_text().splitlines() if information.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_memory(child: Sequence[str]) -> None:
