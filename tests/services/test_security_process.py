@@ -61,13 +61,8 @@ def test_what_is_wrong_with_its_security_is_told_before_the_model_is_read(
 ) -> None:
     """The model's folder isn't even there."""
     (tmp_path / "service.toml").write_text('[keys]\nfile = "keys.json"')
-    arguments = [
-        "--config",
-        str(write_config(tmp_path, model=tmp_path / "nowhere")),
-        "--set",
-        "teacher.address=0.0.0.0:0",
-    ]
-    assert teacher_main(arguments) == 2
+    config = str(write_config(tmp_path, model=tmp_path / "nowhere"))
+    assert teacher_main(["--config", config, "--set", "teacher.address=0.0.0.0:0"]) == 2
     assert "'0.0.0.0:0' can be reached from other hosts: give [tls] cert and key" in capsys.readouterr().err
     assert teacher_main(["--config", config, "--service", str(tmp_path / "service.toml")]) == 2
     assert "keys.json' can't be read" in capsys.readouterr().err
