@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "models" / "README.md")
-    if "decisions" not in path.parts and "reference" not in path.parts
+    if "decisions" not in path.parts and ("reference" not in path.parts or path.name == "memory.md")
 )
 STARTS = ("up", "train", "teacher", "rollout", "api")
 
@@ -127,6 +127,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
     for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
         assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_code_that_a_page_names_are_there(page: Path) -> None:
+    for name in re.findall(
+        r"`((?:vaopd|services|tests|benchmarks|examples|deploy|docs)/[\w/.-]+\.\w+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}, which is not there"
 
 
 def reference() -> ModuleType:
