@@ -125,6 +125,18 @@ class Collector:
         self._tidy(lambda: self._queue.forget(before_version))
         self.acknowledge(())
 
+    def finish(self, group_ids: Iterable[str], *, version: int) -> None:
+        """The run is over with this version: acknowledges these groups, and what a trainer before this one left."""
+
+        def drain() -> None:
+            while found := self._queue.collect(block_s=0):
+                self._inbox.extend(found)
+                self._sort()
+
+        self._tidy(drain)
+        self.acknowledge(group_ids)
+        self.forget(version + 1)
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:

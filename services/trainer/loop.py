@@ -139,7 +139,7 @@ class Trainer:
             raise
         if self.coordinator is not None:
             link_snapshot(self._snapshot, self.folder / "model")
-            self.coordinator.collector.acknowledge(self._evaluated.pop(steps, ()))
+            self.coordinator.collector.finish(self._evaluated.pop(steps, ()), version=steps)
 
     def _step(self, step: int, scorer: Scorer) -> None:
         started = time.monotonic()

@@ -126,6 +126,22 @@ def test_a_trainer_that_dies_at_each_of_its_points_in_turn_ends_with_the_same_we
     assert job.weights() == undisturbed.weights()
 
 
+def test_a_frozen_trainer_that_lost_its_job_is_refused_when_it_wakes(system: System, undisturbed: Job) -> None:
+    """Another one has finished the run meanwhile."""
+    job = system.job("frozen-trainer", **SETTINGS)
+    frozen, worker = job.start_trainer(), job.start_worker()
+    job.until("the third step is done", lambda: len(job.records()) >= 3, frozen, worker)
+    frozen.send(signal.SIGSTOP)
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    frozen.send(signal.SIGCONT)
+    assert frozen.exit_code() == 2
+    assert "lost job 'frozen-trainer'" in frozen.text()
+    assert audit(job.folder).problems == []
+    assert len(job.ledger()) == STEPS * PROMPTS
+    assert job.weights() == undisturbed.weights()
+
+
 def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: System) -> None:
     """Killed before a checkpoint, and its folder removed: Redis still holds its groups, of prompts in another order."""
     settings = {"trainer__steps": 2, "trainer__checkpoint_every": 2}

@@ -172,6 +172,26 @@ def test_what_a_predecessor_asked_for_and_nobody_will_is_forgotten(make_collecto
     assert [d.group.group_id for d in a_job.trainer().collect(block_s=0.5)] == ["g2"]
 
 
+def test_a_run_that_is_over_leaves_nothing_in_the_queue(make_collector: MakeCollector, a_job: Job) -> None:
+    """Its predecessor died after the last checkpoint, before it had acknowledged that one's groups."""
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    collector = make_collector(queue)
+    ask(collector, [a_request("trained"), a_request("evaluated")], oldest_version=0)
+    answer(worker)
+    answer(worker)
+    collect(collector, "trained", "evaluated")
+    a_job.trainer_dies()
+
+    successor = make_collector(a_job.trainer())
+    successor.resume(1, ["trained"])
+    ask(successor, [a_request("last", policy_version=1)], oldest_version=1)
+    answer(worker)
+    collect(successor, "last")
+    successor.finish(["last"], version=1)
+    a_job.trainer_dies()
+    assert a_job.trainer().collect(block_s=0.5) == []
+
+
 def test_a_dead_letter_ends_the_waiting_for_its_group_only(make_collector: MakeCollector, a_job: Job) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
