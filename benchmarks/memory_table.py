@@ -2,7 +2,7 @@
 
 One command, its tables in Markdown: `python benchmarks/memory_table.py`. Everything follows from the published
 configurations; nothing is downloaded and no GPU is needed. The bytes that a trainer keeps for the backward pass were
-measured on the real layers (`--measure` does it again, on the CPU, in half a minute).
+measured on the real layers (`--measure` does it again, on the CPU, in half a minute). Activations are checkpointed.
 
 What is counted: weights, gradients, AdamW's moments, autocast's copies, what the backward pass keeps, one chunk of the
 divergence, the teacher's head. What is not: fragmentation, NCCL and the CUDA context, for which a margin is left.
@@ -92,7 +92,10 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Bytes kept for the backward pass (bfloat16 autocast, no recomputation), by `--measure`."""
+    """Bytes that the backward pass of a layer needs (bfloat16 autocast), by `--measure`.
+
+    On a GPU the trainer checkpoints activations: layers keep their inputs only, and one at a time is computed again.
+    """
 
     text_token_layer: int
     text_token: int
@@ -136,14 +139,16 @@ def chunk_bytes(student: Model) -> int:
 
 
 def image_bytes(student: Model, pixels: int) -> int:
+    """Each block's input in float32, and one block at a time computed again."""
     patches = pixels // PATCH_PX**2
     kept = KEPT[student.name]
-    return patches * (student.vision_depth * kept.patch_block + kept.patch)
+    return patches * (student.vision_depth * 4 * student.vision_hidden + kept.patch_block + kept.patch)
 
 
 def token_bytes(student: Model) -> int:
+    """Each layer's input in float32, and one layer at a time computed again."""
     kept = KEPT[student.name]
-    return student.layers * kept.text_token_layer + kept.text_token
+    return student.layers * 4 * student.hidden + kept.text_token_layer + kept.text_token
 
 
 def group_tokens(student: Model, teacher: Model, *, ranks: int, pixels: int, gpus_gib: float = CARD_GIB) -> int:
@@ -258,8 +263,8 @@ def placement(gpus: int, teacher: Model, student: Model) -> Placement:
     if rest == 1:
         trainer = (cards,)
         beside_teacher = usable() - teacher_bytes(teacher) / GIB / cards
-        # Beside the trainer, a group of 3000 tokens with a middling image has to fit too.
-        group = 3000 * token_bytes(student) + image_bytes(student, PIXELS[1])
+        # Beside the trainer, a group of 20 000 tokens with a middling image has to fit too.
+        group = 20_000 * token_bytes(student) + image_bytes(student, PIXELS[1])
         beside_trainer = usable() - (trainer_fixed_bytes(student, teacher, ranks=1) + group) / GIB
         device, room = max(((0, beside_teacher), (cards, beside_trainer)), key=lambda pair: pair[1])
         utilization = math.floor(min(0.85, room / CARD_GIB) * 20) / 20
@@ -308,7 +313,7 @@ def page() -> str:
 
 Made by `python benchmarks/memory_table.py`, which says how; `make reference` writes it anew. A GiB is 2^30 bytes.
 An 80 GB card has {CARD_GIB} GiB, of which {MARGIN:.0%} are left as a margin. None of it has been measured on a GPU;
-the bytes kept for the backward pass were counted on the real layers, on a CPU.
+what the backward pass of a layer needs was counted on the real layers, on a CPU.
 
 ## The models
 
@@ -323,8 +328,9 @@ A group is one forward and backward: the prompt once, and all K responses. The l
 own, in tokens:
 
 {group_table()}
-The image may cost more than the text: `data.max_pixels` is the first thing to lower, then `trainer.chunk_tokens`, then
-`rollout.max_new_tokens`. Weights are replicated on every rank, not sharded.
+A large image costs as much as thousands of tokens: `data.max_pixels` is the first thing to lower, then
+`rollout.max_new_tokens`, then `trainer.chunk_tokens`. Activations are checkpointed, which is the default on a GPU.
+Weights are replicated on every rank, not sharded.
 
 ## Who goes where: a 2B student on 80 GB cards
 

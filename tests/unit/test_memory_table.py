@@ -69,7 +69,9 @@ def test_figures_by_hand(memory: Any) -> None:
     model = memory.MODELS["8B"]
     assert 2 * model.vocabulary / (2 * model.hidden) == pytest.approx(37.09, abs=0.01)
     assert model.kv_bytes_per_token == 147_456
-    assert memory.image_bytes(memory.MODELS["2B"], 262_144) == 1024 * (24 * 38_992 + 17_978)
+    student = memory.MODELS["2B"]  # 28 layers 2048 wide, 24 blocks 1024 wide; their inputs in float32
+    assert memory.token_bytes(student) == 28 * 8192 + 133_288 + 17_420
+    assert memory.image_bytes(student, 262_144) == 1024 * (24 * 4096 + 38_992 + 17_978)
 
 
 @pytest.mark.parametrize(("gpus", "teacher", "roles"), [
