@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from vaopd.errors import LimitExceeded
+
 
 class JsonLines:
     """Appends one JSON object per line. `drop_from(step)` forgets what a resumed run is about to do again."""
@@ -17,8 +19,12 @@ class JsonLines:
         self.path = path
 
     def write(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a") as file:
+                file.write(line)
+        except OSError as error:
+            raise LimitExceeded(f"{self.path} can't be written ({error}); make room, and resume") from None
 
     def read(self) -> list[dict[str, Any]]:
         """All records; a last line that a crash cut short is left out."""
@@ -27,7 +33,9 @@ class JsonLines:
 
     def drop_from(self, step: int) -> None:
         kept = [record for record in self.read() if record["step"] < step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        aside = self.path.with_name(self.path.name + ".new")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        aside.replace(self.path)  # a crash leaves the one or the other
 
 
 EVALUATION_EVERY_S = 30.0

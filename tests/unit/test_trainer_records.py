@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.trainer.records import JsonLines, ProgressLine
+from vaopd.errors import LimitExceeded
 
 METRICS = {"loss": 1.25, "mean_va": 0.5, "rollouts_per_s": 20.0}
 
@@ -26,6 +27,13 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         lines.write({"step": 0, "loss": float("nan")})
     assert lines.read() == []
+
+
+def test_a_full_disk_is_told_with_the_remedy(tmp_path: Path) -> None:
+    """/dev/full refuses every write, as a full disk does."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LimitExceeded, match=r"metrics.jsonl can't be written .*No space left.*; make room, and resume"):
+        JsonLines(tmp_path / "metrics.jsonl").write({"step": 0})
 
 
 def test_a_resumed_run_drops_what_it_will_do_again_and_a_torn_last_line(tmp_path: Path) -> None:
