@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -135,6 +136,40 @@ def test_a_redis_that_came_back_empty_is_noticed_and_filled_again(make_job: Call
         assert trainer.enqueue(a_request("g1"))
         assert answer(worker).group_id == "g1"
         assert collect_one(trainer).group.group_id == "g1"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_redis_whose_disk_is_full_refuses_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+    with (
+        EmbeddedRedis(folder=small_disk / "redis", append_only="everysec") as server,
+        closing(TrainerQueue(url=server.url, job="test", lease_s=60)) as trainer,
+    ):
+        trainer.acquire()
+
+        def fill() -> None:
+            for count in range(10):
+                trainer.enqueue(a_request(f"g{count}", image_bytes=300_000))
+
+        with pytest.raises(Unavailable, match="can't write to its disk; free some space there"):
+            fill()
+        subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+
+        def goes_on() -> bool:
+            try:
+                return trainer.enqueue(a_request("afterwards"))
+            except Unavailable:
+                return False
+
+        wait_until("there is room, and Redis has noticed", goes_on)
 
 
 def test_a_frozen_redis_is_noticed_and_what_it_answers_later_does_no_harm(
