@@ -98,7 +98,7 @@ def test_a_gap_or_a_duplicate_is_named_and_fails_the_command(
     checkpoint(tmp_path, 2, *trained)
     assert main(["ledger", str(tmp_path)]) == 1
     told = capsys.readouterr()
-    assert "1 problems" in told.out
+    assert "1 problem\n" in told.out
     assert re.search(complaint, told.err)
 
 

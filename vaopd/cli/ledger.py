@@ -43,7 +43,8 @@ def _print_summary(books: Audit) -> None:
         row = [str(counts.get(name, "–")) for counts in (training, evaluation)]
         print(f"{name:<24}{row[0]:>10}{row[1]:>12}")
     settled = training["published"] - training["in flight"]
-    verdict = "each once" if not books.problems else f"{len(books.problems)} problems"
+    found = len(books.problems)
+    verdict = f"{found} problem{'s' * (found != 1)}" if found else "each once"
     print(
         f"trained = published − in flight − dead-lettered: {training['trained']} = {settled} − "
         f"{training['dead-lettered']}, {verdict}"
