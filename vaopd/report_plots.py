@@ -183,17 +183,14 @@ def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
 
 
 def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
-    """Centred; at either end over what there is, always as far to the left as to the right.
+    """Centred; at either end over what there is.
 
     >>> running_mean([1, 2, 6, 3], width=3)
-    [1.0, 3.0, 3.6666666666666665, 3.0]
+    [1.5, 3.0, 3.6666666666666665, 4.5]
     """
-    means = []
-    for index in range(len(values)):
-        reach = min(width // 2, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
-        means.append(sum(window) / len(window))
-    return means
+    half = width // 2
+    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def complete(runs: Sequence[Run]) -> list[Run]:

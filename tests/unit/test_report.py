@@ -16,7 +16,7 @@ from PIL import Image
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.report import write_report
-from vaopd.report_plots import band_over, complete, seed_band
+from vaopd.report_plots import band_over, complete, running_mean, seed_band
 from vaopd.report_rollouts import high_tokens
 from vaopd.run_records import read_run
 
@@ -159,6 +159,10 @@ def test_a_band_covers_only_the_steps_that_all_seeds_have() -> None:
         [1.0, 2.0],
         [1.0, 4.0],
     )
+
+
+def test_the_running_mean_by_hand() -> None:
+    assert running_mean([1.0, 2.0, 6.0, 3.0], width=3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
 
 
 def test_an_unfinished_run_does_not_cut_the_finished_ones_short(tmp_path: Path) -> None:
