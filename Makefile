@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: chaos chaos-training screenshots bench compare demo test lint types proto proto-check setup clean fuzz
+.PHONY: setup demo test compare bench chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
 
 setup: $(STAMP)
 
