@@ -63,7 +63,7 @@ def bars(axes: Axes, entries: list[dict[str, Any]], names: list[str], *, unit: s
         axes.bar(places, values, width * 0.92, color=SIDE_COLOURS[name], label=SIDE_NAMES[name])
         marks = [(x, entry["marks"][name]) for x, entry in zip(places, entries, strict=True) if name in entry["marks"]]
         if marks:
-            label = "what counting operations allows" if number == len(names) - 1 else None
+            label = None if number else "what counting operations allows"
             axes.plot(*zip(*marks, strict=True), "_", color="#444444", markersize=9, label=label)
     axes.set_xticks(range(len(entries)), [entry["label"] for entry in entries])
     axes.set_ylabel(unit)
