@@ -57,9 +57,9 @@ class World:
         return group_id in {f"train-{self.steps * quarter // 4:06d}-0000" for quarter in (1, 3)}
 
     def is_duplicated(self, stream: str, group_id: str) -> bool:
-        """Its request or its group is published a second time, behind the queue's back; 5 in 100 together."""
+        """Its request or its group is published a second time, behind the queue's back; over 5 in 100 together."""
         dice = self.dice("duplicate", group_id)
-        return dice < 25 if stream == "requests" else 25 <= dice < 50
+        return dice < 27 if stream == "requests" else 27 <= dice < 54
 
     def has_a_corrupt_neighbour(self, stream: str, group_id: str) -> bool:
         """1 in 100 for each stream."""
