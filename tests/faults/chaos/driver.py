@@ -93,7 +93,7 @@ class Chaos:
         with contextlib.ExitStack() as stack:
             stack.callback(self._end_processes)
             self._redis.start()
-            stack.callback(self._redis.kill)
+            stack.callback(lambda: self._redis.kill())  # another object, once it was restarted
             network = self._start(proxy.run, self._redis.port, theirs)
             theirs.close()
             if not ours.poll(30):
@@ -221,7 +221,7 @@ class Chaos:
                 assert self._redis.pid is not None
                 pid = self._redis.pid
                 os.kill(pid, signal.SIGSTOP)
-                self._after(0.7, lambda: os.kill(pid, signal.SIGCONT))
+                self._after(0.7, lambda: _wake(pid))
             case "fill redis":
                 self._limit_redis(2**20)
                 self._after(1.0, lambda: self._limit_redis(0))
@@ -238,13 +238,9 @@ class Chaos:
 
     def _stop(self, process: BaseProcess, for_s: float) -> None:
         assert process.pid is not None
-        os.kill(process.pid, signal.SIGSTOP)
-
-        def wake() -> None:
-            if _lives(process) and process.pid is not None:
-                os.kill(process.pid, signal.SIGCONT)
-
-        self._after(for_s, wake)
+        pid = process.pid
+        os.kill(pid, signal.SIGSTOP)
+        self._after(for_s, lambda: _wake(pid))
 
     def _kill_redis(self, kind: Kind) -> None:
         self._redis.kill()
@@ -298,6 +294,11 @@ class Chaos:
         if result.weights != result.expected_weights:
             problems.append(f"weights {result.weights[:12]}…, undisturbed {result.expected_weights[:12]}…")
         return problems
+
+
+def _wake(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have been killed in its sleep
+        os.kill(pid, signal.SIGCONT)
 
 
 def _lives(process: BaseProcess | None) -> bool:
