@@ -14,7 +14,7 @@ from vaopd.divergence import top_k_logprobs
 from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
 
-PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "top_k", "sampled")
+PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "top_k", "sampled")
 """What a teacher of this version can send."""
 
 _NAMES: dict[PayloadKind, tuple[str, ...]] = {

@@ -16,6 +16,7 @@ from vaopd.pb import common_pb2, queue_pb2, teacher_pb2
 PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
     "none": teacher_pb2.PAYLOAD_KIND_NONE,
     "hidden": teacher_pb2.PAYLOAD_KIND_HIDDEN,
+    "hidden_int8": teacher_pb2.PAYLOAD_KIND_HIDDEN_INT8,
     "top_k": teacher_pb2.PAYLOAD_KIND_TOP_K,
     "sampled": teacher_pb2.PAYLOAD_KIND_SAMPLED,
 }

@@ -131,7 +131,7 @@ class GroupEngine:
         for part in batch:
             state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
             state.logprobs[part.view].append(logprobs[start:end])
-            if part.view == "original" and groups[part.group].payload in ("hidden", "top_k"):
+            if part.view == "original" and groups[part.group].payload in ("hidden", "hidden_int8", "top_k"):
                 state.hidden.append(hidden[start:end])
             start = end
 

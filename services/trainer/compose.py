@@ -87,7 +87,8 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
                 f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
                 f"not {config.teacher.payload}; change teacher.payload"
             )
-        head = to_torch(teacher.head()).to(accelerator.device) if config.teacher.payload == "hidden" else None
+        needs_head = config.teacher.payload in ("hidden", "hidden_int8")
+        head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
         coordinator = _coordinator(config, stack, resume=resume) if ranks.is_coordinator else None
         trainer = Trainer(
             config=config,
