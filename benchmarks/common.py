@@ -34,7 +34,7 @@ from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from services.teacher.vision_cache import VisionCache
 from vaopd.degradation import degrade
 from vaopd.families import PreparedImage
-from vaopd.tiny.tokenizer import SPECIAL_TOKENS, build_processor
+from vaopd.tiny.tokenizer import SPECIAL_TOKENS, assemble_tokenizer, build_processor
 from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import Degradation, ImagePart, Message, TextPart
 from vaopd.vlm import PreparedPrompt, Vlm
@@ -137,32 +137,11 @@ def save_model(folder: Path, *, vocabulary: int, layers: int = 8, seed: int = 0)
 
 def _widened(tokenizer: Any, vocabulary: int) -> Any:
     """The tiny tokenizer with entries that no merge makes, so that its logical vocabulary is as wide as the LM head."""
-    from tokenizers import AddedToken
-    from transformers import Qwen2Tokenizer
-
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     words = dict(learned["vocab"])
-    first_special = vocabulary - len(SPECIAL_TOKENS)
-    for index in range(len(words), first_special):
+    for index in range(len(words), vocabulary - len(SPECIAL_TOKENS)):
         words[f"unused{index}"] = index
-    return Qwen2Tokenizer(
-        vocab=words,
-        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
-        added_tokens_decoder={
-            first_special + i: AddedToken(token, normalized=False, special=True)
-            for i, token in enumerate(SPECIAL_TOKENS)
-        },
-        unk_token=None,  # type: ignore[arg-type]  # every byte is in the alphabet
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_start_token": "<|vision_start|>",
-            "vision_end_token": "<|vision_end|>",
-        },
-        model_max_length=MAX_POSITIONS,
-    )
+    return assemble_tokenizer(words, learned["merges"], max_positions=MAX_POSITIONS)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ whatever else is in the forward that needs them first. Only for weights that nev
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
+from services.teacher.lru import ByteLru
 from vaopd.families import ImageFeatures, PreparedImage
 from vaopd.vlm import Vlm
 
@@ -22,12 +22,17 @@ class VisionCache:
         """Features taken from here; an image that occurs twice in one forward counts once."""
         self.misses = 0
         """Runs of the vision tower; images without a key are always one."""
-        self.dropped = 0
-        """Entries that had to make room."""
-        self.size_bytes = 0
         self._vlm = vlm
-        self._capacity_bytes = capacity_bytes
-        self._entries: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._entries = ByteLru[ImageFeatures](capacity_bytes, size_of=lambda features: sum(f.nbytes for f in features))
+
+    @property
+    def dropped(self) -> int:
+        """Entries that had to make room."""
+        return self._entries.dropped
+
+    @property
+    def size_bytes(self) -> int:
+        return self._entries.size_bytes
 
     def features(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """One per image, in order."""
@@ -38,28 +43,15 @@ class VisionCache:
         return [found[_name(image)] for image in images]
 
     def _one(self, image: PreparedImage) -> ImageFeatures:
-        if image.key is not None and image.key in self._entries:
+        if image.key is not None and (kept := self._entries.get(image.key)) is not None:
             self.hits += 1
-            self._entries.move_to_end(image.key)
-            device = self._vlm.device
-            return tuple(part.to(device, non_blocking=True) for part in self._entries[image.key])
+            return tuple(part.to(self._vlm.device, non_blocking=True) for part in kept)
         self.misses += 1
         (features,) = self._vlm.encode_images([image])
-        if image.key is not None:
-            self._keep(image.key, features)
+        if image.key is not None and self._entries.fits(features):
+            # A copy of its own: a view would keep everything alive that the tower returned beside it.
+            self._entries.put(image.key, tuple(part.to("cpu", copy=True) for part in features))
         return features
-
-    def _keep(self, key: str, features: ImageFeatures) -> None:
-        size = sum(part.nbytes for part in features)
-        if size > self._capacity_bytes:
-            return
-        # A copy of its own: a view would keep everything alive that the tower returned beside it.
-        self._entries[key] = tuple(part.to("cpu", copy=True) for part in features)
-        self.size_bytes += size
-        while self.size_bytes > self._capacity_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self.size_bytes -= sum(part.nbytes for part in dropped)
-            self.dropped += 1
 
 
 def _name(image: PreparedImage) -> str | int:

@@ -7,6 +7,7 @@ the special tokens are Qwen's, so that the real processor, chat template and vLL
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +44,7 @@ _EVERYDAY = (
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """Train it; the same bytes every time."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import Qwen2Tokenizer
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     raw = Tokenizer(models.BPE())
@@ -61,10 +61,20 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     raw.train_from_iterator(_corpus(), trainer)
     learned = json.loads(raw.to_str())["model"]
-    first_special = len(learned["vocab"])
+    return assemble_tokenizer(learned["vocab"], learned["merges"])
+
+
+def assemble_tokenizer(
+    vocab: dict[str, int], merges: Sequence[Sequence[str]], *, max_positions: int = MAX_POSITIONS
+) -> Qwen2Tokenizer:
+    """`vocab` (word to id, without gaps), then Qwen's special tokens."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    first_special = len(vocab)
     return Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
+        vocab=vocab,
+        merges=[tuple(merge) for merge in merges],  # type: ignore[misc]
         added_tokens_decoder={
             first_special + i: AddedToken(token, normalized=False, special=True)
             for i, token in enumerate(SPECIAL_TOKENS)
@@ -78,7 +88,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
             "vision_start_token": "<|vision_start|>",
             "vision_end_token": "<|vision_end|>",
         },
-        model_max_length=MAX_POSITIONS,
+        model_max_length=max_positions,
     )
 
 
