@@ -32,8 +32,9 @@ from vaopd.assembly import GroupAssembly
 from vaopd.divergence import FullTarget, SampledTarget, Target, TopKTarget
 from vaopd.payloads import PAYLOADS, decode, hidden_states
 from vaopd.pb import teacher_pb2_grpc
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import Degradation, GroupScore, PayloadKind, ScoreRequest
-from vaopd.vlm import PreparedPrompt, Segment, Vlm
+from vaopd.vlm import Segment, Vlm
 
 ROLLOUTS, RESPONSE, TOP_K = 4, 128, 64
 LOGPROB_BYTES = 12

@@ -34,10 +34,11 @@ from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from services.teacher.vision_cache import VisionCache
 from vaopd.degradation import degrade
 from vaopd.families import PreparedImage
+from vaopd.prompts import PreparedPrompt
 from vaopd.tiny.tokenizer import SPECIAL_TOKENS, assemble_tokenizer, build_processor
 from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import Degradation, ImagePart, Message, TextPart
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import Vlm
 
 ROOT = Path(__file__).parents[1]
 PATCH_PX, MERGE = 16, 2

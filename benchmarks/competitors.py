@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from services.teacher.engine import PreparedGroup
-from vaopd.vlm import PreparedPrompt
+from vaopd.prompts import PreparedPrompt
 
 
 def model_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -17,10 +17,8 @@ import torch
 
 from vaopd import shared_attention
 from vaopd.families import ImageFeatures, PreparedImage
-from vaopd.prompts import PreparedPrompt, PromptReader, chat, check_same_tokenizer, load_processor
+from vaopd.prompts import PreparedPrompt, PromptReader
 from vaopd.shared_attention import Layout
-
-__all__ = ["PreparedPrompt", "Segment", "Vlm", "chat", "check_same_tokenizer", "load_processor"]
 
 Encode = Callable[[Sequence[PreparedImage]], list[ImageFeatures]]
 

@@ -12,8 +12,8 @@ from services.rollout.__main__ import build_engine
 from services.rollout.engine import Outcome
 from vaopd.config import Config
 from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result, is_correct
+from vaopd.prompts import load_processor
 from vaopd.types import Prompt, RolloutGroup
-from vaopd.vlm import load_processor
 from vaopd.weights import snapshot_of
 
 

@@ -22,8 +22,9 @@ from services.rollout.engine import (
     sibling_seed,
 )
 from vaopd.errors import InvalidInput, Mismatch
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import PolicyVersion, Rollout, RolloutGroup, RolloutRequest
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import Vlm
 from vaopd.weights import verify_snapshot
 
 

@@ -22,8 +22,9 @@ from services.teacher.vision_cache import VisionCache
 from vaopd import payloads
 from vaopd.divergence import token_logprobs
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import Payload, PayloadKind
-from vaopd.vlm import PreparedPrompt, Segment, Vlm
+from vaopd.vlm import Segment, Vlm
 
 log = logging.getLogger(__name__)
 

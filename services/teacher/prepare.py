@@ -24,6 +24,7 @@ from vaopd.degradation import degrade
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
 from vaopd.families import PreparedImage
 from vaopd.pb import teacher_pb2
+from vaopd.prompts import PreparedPrompt, check_same_tokenizer
 from vaopd.types import (
     Degradation,
     EncodedImage,
@@ -32,7 +33,7 @@ from vaopd.types import (
     TeacherDescription,
     TeacherLimits,
 )
-from vaopd.vlm import PreparedPrompt, Vlm, check_same_tokenizer
+from vaopd.vlm import Vlm
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _IMAGE_TOKENS, _TOKEN_LETTERS = 512, 3

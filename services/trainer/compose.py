@@ -26,9 +26,10 @@ from vaopd.errors import ConfigError, Mismatch
 from vaopd.evaluation import held_out_prompts
 from vaopd.ledger import FILE, Ledger
 from vaopd.payloads import to_torch
+from vaopd.prompts import check_same_tokenizer
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.types import Degradation
-from vaopd.vlm import Vlm, check_same_tokenizer
+from vaopd.vlm import Vlm
 from vaopd.weights import load_state
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from services.trainer.student import ScoredGroup
 from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
-from vaopd.vlm import PreparedPrompt, Vlm
+from vaopd.vlm import Vlm
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from vaopd import divergence, objective
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.errors import ConfigError
 from vaopd.payloads import hidden_states, to_torch
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import GroupScore, RolloutGroup
-from vaopd.vlm import PreparedPrompt, Segment, Vlm
+from vaopd.vlm import Segment, Vlm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

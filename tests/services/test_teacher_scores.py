@@ -14,8 +14,9 @@ from tests.support.teacher import TeacherInProcess, drawing, encoded, question, 
 from vaopd.client import SyncTeacherClient
 from vaopd.degradation import pixelate
 from vaopd.payloads import decode, to_torch
+from vaopd.prompts import chat
 from vaopd.types import Degradation, GroupScore, ScoreRequest
-from vaopd.vlm import Vlm, chat
+from vaopd.vlm import Vlm
 
 QUESTION = "What is the perimeter?"
 

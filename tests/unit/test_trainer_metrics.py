@@ -12,8 +12,8 @@ import torch
 from services.trainer import metrics
 from services.trainer.scoring import BusyTime
 from services.trainer.student import ScoredGroup, WeightedGroup
+from vaopd.prompts import PreparedPrompt
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
-from vaopd.vlm import PreparedPrompt
 
 
 def a_group(index: int, va: list[list[float]], *, weights: list[float], finish: str = "stop") -> WeightedGroup:
