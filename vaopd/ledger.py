@@ -11,7 +11,8 @@ RUN/ledger.jsonl is appended by the trainer, one JSON object per event:
 
 What is trained stands in the checkpoints themselves (RUN/checkpoints/step_*/ledger.jsonl), so that it is true exactly
 when the weights beside it are. Events reach the disk before the checkpoint that they belong to does; those after it may
-be lost with the machine, together with the work they tell of. Torch-free.
+be lost with the machine, together with the work they tell of. RUN/ledger.owner names the trainer that keeps the books,
+by which one that was taken for dead knows it, even when the Redis that held its lease came back empty. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vaopd.errors import InvalidInput, LimitExceeded, NotFound
+from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +45,29 @@ class LedgerLine:
 class Ledger:
     """The trainer's pen. A disk that is full holds up no event: they wait in memory until `sync`, which raises."""
 
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        """`fresh`: a run that begins; what an earlier one of its name left is removed."""
+    def __init__(self, path: Path, *, owner: str, fresh: bool) -> None:
+        """`owner`: the trainer, which holds the job's lease; `fresh`: the run begins, without an earlier one's books."""
         if fresh:
             path.unlink(missing_ok=True)
         self._path = path
+        self._owner = owner
+        self._owner_file = path.with_suffix(".owner")
+        aside = self._owner_file.with_suffix(f".{owner}")
+        aside.write_text(owner)
+        aside.replace(self._owner_file)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._drop_torn_line()
         self._pending = b""
         self._told = False
+
+    def check_owner(self) -> None:
+        """Raises LeaseLost when another trainer has opened the books since: the run is its to go on with."""
+        owner = self._owner_file.read_text()
+        if owner != self._owner:
+            raise LeaseLost(
+                f"trainer {self._owner!r} was taken for dead, and {owner!r} has gone on with {self._path.parent}; "
+                "nothing was committed. Resume from the last checkpoint"
+            )
 
     def write(self, event: str, **values: Any) -> None:
         self._pending += json.dumps({"event": event, **values}, separators=(",", ":")).encode() + b"\n"

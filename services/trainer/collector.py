@@ -111,6 +111,7 @@ class Collector:
 
     def confirm(self) -> None:
         """Raises LeaseLost when somebody else has the job: then a checkpoint is theirs to write."""
+        self._ledger.check_owner()  # this holds while Redis is away, too
         self._tidy(self._queue.renew)
 
     def dead_letter(self, group_id: str, reason: str) -> None:
@@ -252,6 +253,8 @@ class Collector:
         return False
 
     def _republish(self) -> None:
+        # An empty Redis gives the job to whoever comes first, which may be a trainer that slept while another went on.
+        self._ledger.check_owner()
         self._queue.acquire(wait_s=self._queue.lease_s)
         # The entries are gone with that Redis; their groups are in our hands.
         self._unacknowledged.clear()

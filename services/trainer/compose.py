@@ -157,7 +157,7 @@ def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -
             queue.renew()
 
     keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
-    ledger = Ledger(config.run_folder / FILE, fresh=not resume)
+    ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
     stack.callback(ledger.close)
     return Coordinator(
         collector=Collector(queue=queue, ledger=ledger),

@@ -34,7 +34,7 @@ def make_collector(tmp_path: Path) -> Iterator[MakeCollector]:
     with ExitStack() as stack:
 
         def make(queue: TrainerQueue) -> Collector:
-            ledger = stack.enter_context(closing(Ledger(tmp_path / "ledger.jsonl", fresh=False)))
+            ledger = stack.enter_context(closing(Ledger(tmp_path / "ledger.jsonl", owner=queue.owner, fresh=False)))
             collector = Collector(queue=queue, ledger=ledger)
             for version in range(4):
                 collector.publish(a_policy(version), check=never)

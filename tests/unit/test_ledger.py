@@ -13,13 +13,13 @@ import pytest
 
 from services.trainer.progress import Progress, write_progress
 from vaopd.cli import main
-from vaopd.errors import InvalidInput, LimitExceeded, NotFound
+from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 from vaopd.ledger import Audit, Ledger, LedgerLine, audit
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger(tmp_path / "ledger.jsonl", fresh=True)
+    ledger = Ledger(tmp_path / "ledger.jsonl", owner="t1", fresh=True)
     yield ledger
     ledger.close()
 
@@ -155,7 +155,7 @@ def test_a_line_that_a_crash_cut_short_is_neither_read_nor_written_on(ledger: Le
         file.write('{"event":"deli')
     assert list(outcomes(audit(tmp_path))) == ["a"]
 
-    again = Ledger(path, fresh=False)
+    again = Ledger(path, owner="t2", fresh=False)
     delivered(again, "a")
     again.close()
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["published", "delivered"]
@@ -175,8 +175,17 @@ def test_a_folder_without_books_is_no_run(tmp_path: Path) -> None:
 
 def test_a_new_run_of_an_old_name_begins_new_books(ledger: Ledger, tmp_path: Path) -> None:
     published(ledger, "a", step=0)
-    Ledger(tmp_path / "ledger.jsonl", fresh=True).close()
+    Ledger(tmp_path / "ledger.jsonl", owner="t1", fresh=True).close()
     assert audit(tmp_path).fates == []
+
+
+def test_a_trainer_that_was_taken_for_dead_learns_it_from_the_books(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.check_owner()
+    successor = Ledger(tmp_path / "ledger.jsonl", owner="t2", fresh=False)
+    successor.check_owner()
+    with pytest.raises(LeaseLost, match="trainer 't1' was taken for dead, and 't2' has gone on"):
+        ledger.check_owner()
+    successor.close()
 
 
 def test_a_full_disk_holds_up_no_event_and_loses_none(

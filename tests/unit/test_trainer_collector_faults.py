@@ -18,6 +18,7 @@ from tests.support.groups import a_request, an_answer
 from tests.support.queue_jobs import Job, a_job, answer, take_one
 from tests.support.redis import job, redis_server
 from vaopd.embedded_redis import EmbeddedRedis
+from vaopd.errors import LeaseLost
 from vaopd.ledger import audit
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.types import RolloutGroup, RolloutRequest
@@ -204,3 +205,22 @@ def test_an_empty_redis_gets_every_policy_that_a_request_still_names(make_collec
                     worker.complete(lease, an_answer(lease.request))
 
             assert [group.group_id for group in collect(collector, "g1", check=serve)] == ["g1"]
+
+
+def test_an_empty_redis_gives_no_job_back_to_a_trainer_whose_successor_has_begun(make_collector: MakeCollector) -> None:
+    """The lease that would refuse it is gone with Redis; the books know the successor."""
+    with (
+        EmbeddedRedis() as server,
+        closing(TrainerQueue(url=server.url, job="j", lease_s=0.2)) as sleeper,
+        closing(TrainerQueue(url=server.url, job="j", lease_s=5)) as successor,
+    ):
+        sleeper.acquire()
+        collector = make_collector(sleeper)
+        ask(collector, a_request("g1"))
+        successor.acquire(wait_s=5)
+        make_collector(successor)
+        server.kill()
+        server.start()
+        with pytest.raises(LeaseLost, match=f"'{successor.owner}' has gone on"):
+            collect(collector, "g1")
+        successor.acquire()  # at once: nobody holds it

@@ -141,7 +141,7 @@ def run_trainer(world: World, name: str) -> None:
 def _train(world: World, stack: contextlib.ExitStack) -> None:
     queue = TrainerQueue(url=world.redis_url, job=JOB, lease_s=world.lease_s, patience_s=PATIENCE_S)
     queue.acquire(wait_s=world.lease_s + 5)
-    ledger = Ledger(world.run / FILE, fresh=False)
+    ledger = Ledger(world.run / FILE, owner=queue.owner, fresh=False)
 
     def renew() -> None:
         with contextlib.suppress(Mismatch):  # an empty Redis is the collector's to fill
