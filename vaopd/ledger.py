@@ -46,7 +46,7 @@ class Ledger:
     """The trainer's pen. A disk that is full holds up no event: they wait in memory until `sync`, which raises."""
 
     def __init__(self, path: Path, *, owner: str, fresh: bool) -> None:
-        """`owner`: the trainer, which holds the job's lease; `fresh`: the run begins, without an earlier one's books."""
+        """`owner`: the trainer, which holds the job's lease; `fresh`: the run begins, without what was there."""
         if fresh:
             path.unlink(missing_ok=True)
         self._path = path
