@@ -7,13 +7,16 @@
                 case GroupScore(): ...
                 case GroupFailure(group_id=group_id, error=error): ...
 
-Scoring is pure, so whatever was lost with a server or a connection is asked again until `timeout_s` pass without a
-result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a GroupFailure when one group.
+Scoring is pure, so whatever was lost with a server or a connection is asked again, of another replica if there is one,
+until `timeout_s` pass without a result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a
+GroupFailure when one group.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
@@ -25,6 +28,7 @@ import grpc
 from vaopd import wire
 from vaopd.assembly import GroupAssembly, GroupFailure, TensorAssembly
 from vaopd.errors import (
+    Busy,
     InvalidInput,
     LimitExceeded,
     Mismatch,
@@ -33,11 +37,10 @@ from vaopd.errors import (
     VaopdError,
 )
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.pb import teacher_pb2_grpc
-from vaopd.transport import GROUP_ERRORS, Busy, Patience, channel_options, error_of, typed
+from vaopd.replicas import Failures, Replica, Replicas
+from vaopd.transport import GROUP_ERRORS, Patience, error_of
 from vaopd.types import (
     Degradation,
-    EncodedImage,
     GroupScore,
     PayloadKind,
     ScoreRequest,
@@ -52,6 +55,8 @@ T = TypeVar("T")
 _Encoded = tuple[ScoreRequest, pb.PromptGroup]
 
 _ENVELOPE_BYTES = 4096
+_OTHERS_S = 1.0
+"""How long `describe` waits for the replicas beyond the first."""
 
 
 class ClientOptions(TypedDict, total=False):
@@ -85,16 +90,15 @@ class TeacherClient:
         top_k: int = 64,
         tokenizer_fingerprint: str = "",
     ) -> None:
-        """`target`: host:port or any gRPC name. `timeout_s`: the longest time without any result before it gives up.
+        """`target`: host:port, or several with commas between them: replicas, among which calls are balanced.
 
+        `timeout_s`: the longest time without any result before it gives up.
         `patience_s`: how long it asks a teacher again that is busy or away, `timeout_s` unless it is given.
         `job`: whose work it is; None: the API key's own job, or "default" without a key. `api_key` and `tls`: see
         `vaopd.credentials.from_environment`; without `tls` all of it, the key too, travels in plain text.
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
         """
-        self._target = target
         self._job = job if job is not None else "" if api_key is not None else "default"
-        self._tls = tls
         self._timeout_s = timeout_s
         self._patience_s = timeout_s if patience_s is None else patience_s
         self._degradation = degradation
@@ -102,9 +106,7 @@ class TeacherClient:
         self._top_k = top_k
         self._fingerprint = tokenizer_fingerprint
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        self._channel: grpc.aio.Channel | None = None
-        self._description: TeacherDescription | None = None
-        self._stored: set[str] = set()
+        self._replicas = Replicas(target, tls=tls, metadata=self._metadata, timeout_s=timeout_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,32 +117,30 @@ class TeacherClient:
         await self.close()
 
     async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        await self._replicas.close()
 
     async def describe(self) -> TeacherDescription:
-        """Asks the teacher who it is. From then on another revision is refused, until the next describe."""
+        """Asks the teacher who it is. From then on another revision is refused, until the next describe.
 
-        async def ask() -> TeacherDescription:
-            answer = await self._stub().Describe(pb.DescribeRequest(), metadata=self._metadata, timeout=self._timeout_s)
-            return wire.description_from_pb(answer)
-
-        self._description = await self._until_answered(ask)
-        return self._description
+        Replicas that are up have to be alike; the others are compared when their turn comes.
+        """
+        self._replicas.forget()
+        description = await self._until_answered(self._replicas.introduce)
+        await self._replicas.introduce_others(timeout_s=min(_OTHERS_S, self._timeout_s))
+        return description
 
     async def head(self) -> Tensor:
         """The LM head over the logical vocabulary, (V, D), in the teacher's dtype; what the hidden payload needs."""
-        description = await self._described()
 
-        async def fetch() -> Tensor:
-            call = self._stub().GetHead(pb.GetHeadRequest(revision=description.revision), metadata=self._metadata)
+        async def fetch(replica: Replica) -> Tensor:
+            description = await self._replicas.introduce(replica)
+            request = pb.GetHeadRequest(revision=description.revision)
             head: TensorAssembly | None = None
-            async for chunk in self._messages(call):
+            async for chunk in self._messages(replica.stub.GetHead(request, metadata=self._metadata), replica.target):
                 head = head or TensorAssembly(chunk.tensor)
                 head.add(chunk)
             if head is None or not head.complete:
-                raise Mismatch(f"the teacher at {self._target} ended its head too early; are its versions the same?")
+                raise Mismatch(f"the teacher at {replica.target} ended its head too early; are its versions the same?")
             return head.tensor()
 
         return await self._until_answered(fetch)
@@ -155,67 +155,78 @@ class TeacherClient:
         waiting = {group.group_id: group for group in groups}
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
-        uploaded_again: set[str] = set()
-        patience = Patience(self._patience_s)
+        uploaded_again: set[tuple[Replica, str]] = set()
+        patience, failures = Patience(self._patience_s), Failures()
         while waiting:
+            replica = await self._replicas.pick(failures)
             try:
-                async with aclosing(self._attempt(tuple(waiting.values()), with_token_texts)) as results:
+                async with aclosing(self._attempt(replica, tuple(waiting.values()), with_token_texts)) as results:
                     async for result in results:
                         failure = result.error if isinstance(result, GroupFailure) else None
                         if isinstance(failure, Unavailable):
                             raise failure
-                        if isinstance(failure, NotFound) and result.group_id not in uploaded_again:
-                            # The teacher restarted, or dropped the image to make room: once more, with its images.
-                            uploaded_again.add(result.group_id)
-                            self._stored.difference_update(i.sha256 for i in waiting[result.group_id].images)
+                        again = (replica, result.group_id)
+                        if isinstance(failure, NotFound) and again not in uploaded_again:
+                            # It restarted, or dropped the image to make room: once more, with its images.
+                            uploaded_again.add(again)
+                            replica.stored.difference_update(i.sha256 for i in waiting[result.group_id].images)
                             continue
                         del waiting[result.group_id]
                         yield result
                         patience.renew()
             except (Unavailable, Busy) as error:
-                await patience.wait(error)
+                await self._after(replica, error, failures, patience)
 
     async def _attempt(
-        self, groups: Sequence[ScoreRequest], with_token_texts: bool
+        self, replica: Replica, groups: Sequence[ScoreRequest], with_token_texts: bool
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
         """Sends each group once."""
-        limits = (await self._described()).limits
-        encoded: list[_Encoded] = []
-        for group in groups:
-            try:
-                encoded.append((group, self._request([group], with_token_texts).groups[0]))
-            except InvalidInput as error:
-                yield GroupFailure(group_id=group.group_id, error=error)
-        for part in _split(encoded, limits):
-            refused = await self._upload({i.sha256: i for group, _ in part for i in group.images}, limits)
-            request = self._request([], with_token_texts)
-            for group, message in part:
-                refusal = next((refused[i.sha256] for i in group.images if i.sha256 in refused), None)
-                if refusal is None and (size := message.ByteSize() + _ENVELOPE_BYTES) > limits.max_message_bytes:
-                    refusal = LimitExceeded(
-                        f"group {group.group_id!r} takes {size} bytes, the limit of a message is "
-                        f"{limits.max_message_bytes}; send fewer rollouts in a group"
-                    )
-                if refusal is None:
-                    request.groups.append(message)
-                else:
-                    yield GroupFailure(group_id=group.group_id, error=refusal)
-            if request.groups:
-                async with aclosing(self._call(request, {group.group_id: group for group, _ in part})) as results:
+        replica.groups += len(groups)
+        try:
+            limits = (await self._replicas.introduce(replica)).limits
+            encoded: list[_Encoded] = []
+            for group in groups:
+                try:
+                    encoded.append((group, self._request([group], with_token_texts).groups[0]))
+                except InvalidInput as error:
+                    yield GroupFailure(group_id=group.group_id, error=error)
+            for part in _split(encoded, limits):
+                async with aclosing(self._send(replica, part, limits, with_token_texts)) as results:
                     async for result in results:
                         yield result
+        finally:
+            replica.groups -= len(groups)
+
+    async def _send(
+        self, replica: Replica, part: Sequence[_Encoded], limits: TeacherLimits, with_token_texts: bool
+    ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
+        """Groups that fit into one call, and their images before them."""
+        refused = await replica.upload({i.sha256: i for group, _ in part for i in group.images}, limits)
+        request = self._request([], with_token_texts)
+        for group, message in part:
+            refusal = next((refused[i.sha256] for i in group.images if i.sha256 in refused), None)
+            refusal = refusal or _too_large(message, limits)
+            if refusal is None:
+                request.groups.append(message)
+            else:
+                yield GroupFailure(group_id=group.group_id, error=refusal)
+        if request.groups:
+            called = self._call(replica, request, {group.group_id: group for group, _ in part})
+            async with aclosing(called) as results:
+                async for result in results:
+                    yield result
 
     async def _call(
-        self, request: pb.ScoreGroupsRequest, groups: dict[str, ScoreRequest]
+        self, replica: Replica, request: pb.ScoreGroupsRequest, groups: dict[str, ScoreRequest]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
         """One ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
-        call = self._stub().ScoreGroups(request, metadata=self._metadata)
-        async for message in self._messages(call):
+        call = replica.stub.ScoreGroups(request, metadata=self._metadata)
+        async for message in self._messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
-                raise Mismatch(f"the teacher at {self._target} answered group {part.group_id!r}, which wasn't asked")
+                raise Mismatch(f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked")
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
                 error = GROUP_ERRORS.get(part.code, VaopdError)(part.message)
@@ -231,47 +242,8 @@ class TeacherClient:
                 unanswered.discard(part.group_id)
                 yield open_groups.pop(part.group_id).result()
         if unanswered:
-            raise Mismatch(f"the teacher at {self._target} ended a call without an answer for {sorted(unanswered)[:5]}")
-
-    async def _upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
-        """Makes sure that the teacher has these images. Returns why it refuses those that it refuses, by SHA-256."""
-        refused: dict[str, VaopdError] = {}
-        unknown = [sha256 for sha256 in images if sha256 not in self._stored]
-        if not unknown:
-            return refused
-        asked = pb.MissingImagesRequest(sha256=unknown)
-        answer = await typed(
-            self._stub().MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s), self._target
-        )
-        self._stored.update(set(unknown) - set(answer.sha256))
-        sendable = []
-        for sha256 in answer.sha256:
-            if (size := len(images[sha256].data)) > limits.max_image_bytes:
-                refused[sha256] = LimitExceeded(
-                    f"image {sha256[:12]}… has {size} bytes, the limit is {limits.max_image_bytes}; "
-                    "send a smaller encoding"
-                )
-            else:
-                sendable.append(images[sha256])
-        try:
-            await self._put(sendable)
-        except (InvalidInput, LimitExceeded):
-            for image in sendable:  # one of them is refused: find out which
-                try:
-                    await self._put([image])
-                except (InvalidInput, LimitExceeded) as error:
-                    refused[image.sha256] = error
-        return refused
-
-    async def _put(self, images: Sequence[EncodedImage]) -> None:
-        if images:
-            call = self._stub().PutImages(
-                iter([wire.image_to_pb(image) for image in images]),
-                metadata=self._metadata,
-                timeout=self._timeout_s,
-            )
-            answer = await typed(call, self._target)
-            self._stored.update(answer.sha256)
+            missing = sorted(unanswered)[:5]
+            raise Mismatch(f"the teacher at {replica.target} ended a call without an answer for {missing}")
 
     def _request(self, groups: Sequence[ScoreRequest], with_token_texts: bool) -> pb.ScoreGroupsRequest:
         return wire.score_request_to_pb(
@@ -281,22 +253,27 @@ class TeacherClient:
             top_k=self._top_k,
             degradation=self._degradation,
             tokenizer_fingerprint=self._fingerprint,
-            revision=self._description.revision if self._description else "",
+            revision=known.revision if (known := self._replicas.description) else "",
             with_token_texts=with_token_texts,
         )
 
-    async def _described(self) -> TeacherDescription:
-        return self._description or await self.describe()
-
-    async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
-        patience = Patience(self._patience_s)
+    async def _until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
+        patience, failures = Patience(self._patience_s), Failures()
         while True:
+            replica = await self._replicas.pick(failures)
             try:
-                return await typed(ask(), self._target)
+                return await ask(replica)
             except (Unavailable, Busy) as error:
-                await patience.wait(error)
+                await self._after(replica, error, failures, patience)
 
-    async def _messages(self, call: Any) -> AsyncIterator[Any]:
+    async def _after(self, replica: Replica, error: VaopdError, failures: Failures, patience: Patience) -> None:
+        """What a failed attempt leaves: returns when it makes sense to try the next one."""
+        if isinstance(error, Unavailable):
+            replica.was_lost()
+        failures[replica] = error
+        await self._replicas.after(failures, patience)
+
+    async def _messages(self, call: Any, target: str) -> AsyncIterator[Any]:
         """The messages of a streaming call, whose end the caller may not wait for; errors as the tree's."""
         try:
             while True:
@@ -304,23 +281,14 @@ class TeacherClient:
                     async with asyncio.timeout(self._timeout_s):
                         message = await call.read()
                 except TimeoutError:
-                    raise Unavailable(f"the teacher at {self._target} was silent for {self._timeout_s:g} s") from None
+                    raise Unavailable(f"the teacher at {target} was silent for {self._timeout_s:g} s") from None
                 except grpc.aio.AioRpcError as error:
-                    raise error_of(error, self._target) from None
+                    raise error_of(error, target) from None
                 if message is grpc.aio.EOF:
                     return
                 yield message
         finally:
             call.cancel()
-
-    def _stub(self) -> Any:
-        if self._channel is None:
-            options = channel_options()
-            if self._tls is None:
-                self._channel = grpc.aio.insecure_channel(self._target, options=options)
-            else:
-                self._channel = grpc.aio.secure_channel(self._target, self._tls, options=options)
-        return teacher_pb2_grpc.TeacherStub(self._channel)
 
 
 class SyncTeacherClient:
@@ -331,6 +299,8 @@ class SyncTeacherClient:
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
         self._client = TeacherClient(target, **options)
+        self._lock = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -341,12 +311,22 @@ class SyncTeacherClient:
         self.close()
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
+        """Whoever still waits for an answer, on another thread, gets Unavailable now."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end(self) -> None:
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await self._client.close()
 
     def describe(self) -> TeacherDescription:
         return self._run(self._client.describe())
@@ -366,23 +346,48 @@ class SyncTeacherClient:
             while (result := self._run(following())) is not None:
                 yield result
         finally:
-            self._run(results.aclose())
+            with contextlib.suppress(Unavailable):  # closed meanwhile, and the results with it
+                self._run(results.aclose())
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise Unavailable("this client of the teacher is closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise Unavailable("this client of the teacher was closed while it waited for an answer") from None
 
 
 def _split(groups: Sequence[_Encoded], limits: TeacherLimits) -> Iterator[list[_Encoded]]:
     """Consecutive groups that fit into one call together; a group that doesn't fit goes alone and is refused later."""
     part: list[_Encoded] = []
-    size = _ENVELOPE_BYTES
+    size, tokens = _ENVELOPE_BYTES, 0
     for group in groups:
         # Ten bytes bound what protobuf adds to each nested message.
-        added = group[1].ByteSize() + 10
-        if part and (len(part) == limits.max_groups_per_request or size + added > limits.max_message_bytes):
+        added, more = group[1].ByteSize() + 10, wire.tokens_of(group[1])
+        fits = size + added <= limits.max_message_bytes and tokens + more <= limits.max_tokens_per_request
+        if part and (not fits or len(part) == limits.max_groups_per_request):
             yield part
-            part, size = [], _ENVELOPE_BYTES
+            part, size, tokens = [], _ENVELOPE_BYTES, 0
         part.append(group)
-        size += added
+        size, tokens = size + added, tokens + more
     if part:
         yield part
+
+
+def _too_large(group: pb.PromptGroup, limits: TeacherLimits) -> LimitExceeded | None:
+    """Why a group fits into no call at all, if so."""
+    if (size := group.ByteSize() + _ENVELOPE_BYTES) > limits.max_message_bytes:
+        return LimitExceeded(
+            f"group {group.group_id!r} takes {size} bytes, the limit of a message is {limits.max_message_bytes}; "
+            "send fewer rollouts in a group"
+        )
+    if (tokens := wire.tokens_of(group)) > limits.max_tokens_per_request:
+        return LimitExceeded(
+            f"group {group.group_id!r} holds {tokens} tokens, the limit of a call is {limits.max_tokens_per_request}; "
+            "send fewer rollouts in a group"
+        )
+    return None

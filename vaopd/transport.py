@@ -73,7 +73,7 @@ class Patience:
 
 def channel_options() -> list[tuple[str, Any]]:
     size = TeacherLimits().max_message_bytes
-    policy: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    policy: dict[str, Any] = {"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}
     return [
         ("grpc.max_receive_message_length", size),
         ("grpc.max_send_message_length", size),
@@ -86,7 +86,7 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.use_local_subchannel_pool", 1),
-        # Calls alternate between the replicas that the target's name resolves to.
+        # Where a name resolves to several servers a client stays with one, as its images do; `vaopd.replicas` balances.
         ("grpc.service_config", json.dumps(policy)),
     ]
 

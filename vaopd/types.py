@@ -237,6 +237,7 @@ class TeacherLimits:
     max_image_bytes: int = 15 * 2**20
     max_image_pixels: int = 32_000_000
     max_message_bytes: int = 16 * 2**20
+    max_tokens_per_request: int = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

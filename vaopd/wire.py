@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
     "black": teacher_pb2.DEGRADATION_KIND_BLACK,
     "noise": teacher_pb2.DEGRADATION_KIND_NOISE,
 }
+_IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
+"""Guesses for prompts and responses that come as texts."""
 _PAYLOAD_NAMES = {value: name for name, value in PAYLOAD_KINDS.items()}
 _DEGRADATION_NAMES = {value: name for name, value in DEGRADATION_KINDS.items()}
 
@@ -262,6 +265,20 @@ def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.
     return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_ids=response)
 
 
+def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
+    """P: exact for token ids, a guess for messages, which only the teacher can read."""
+    if group.WhichOneof("prompt") != "messages":
+        return len(group.tokens.token_ids)
+    parts = [part for message in group.messages.messages for part in message.content]
+    return sum(_IMAGE_TOKENS if part.image_sha256 else len(part.text) // TOKEN_LETTERS for part in parts)
+
+
+def tokens_of(group: teacher_pb2.PromptGroup) -> int:
+    """What counts towards `max_tokens_per_request`: the prompt once, and the responses."""
+    responses = (len(r.response_ids) + len(r.response_text) // TOKEN_LETTERS for r in group.rollouts)
+    return prompt_tokens_of(group) + sum(responses)
+
+
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:
     """Raises KeyError for a number that is no payload; unspecified means none."""
     return _PAYLOAD_NAMES[kind or teacher_pb2.PAYLOAD_KIND_NONE]  # type: ignore[index]
@@ -289,6 +306,7 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
             max_image_bytes=d.limits.max_image_bytes,
             max_image_pixels=d.limits.max_image_pixels,
             max_message_bytes=d.limits.max_message_bytes,
+            max_tokens_per_request=d.limits.max_tokens_per_request,
         ),
         payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
         degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
@@ -311,6 +329,8 @@ def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDes
             max_image_bytes=limits.max_image_bytes,
             max_image_pixels=limits.max_image_pixels,
             max_message_bytes=limits.max_message_bytes,
+            # An older teacher has no such limit.
+            max_tokens_per_request=limits.max_tokens_per_request or sys.maxsize,
         ),
         # A newer teacher may know kinds that this client doesn't; they are left out.
         payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),

@@ -36,8 +36,6 @@ from vaopd.types import (
 from vaopd.vlm import Vlm
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-_IMAGE_TOKENS, _TOKEN_LETTERS = 512, 3
-"""Guesses for prompts that come as messages, before they are rendered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +57,9 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
         raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
     if groups > limit:
         raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
+    tokens, limit = sum(map(wire.tokens_of, request.groups)), teacher.limits.max_tokens_per_request
+    if tokens > limit:
+        raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]
     if "" in ids:
         unnamed = ids.index("")
@@ -112,12 +113,8 @@ def cut(
 
 def _tokens(group: teacher_pb2.PromptGroup) -> int:
     """What a forward computes for both views of a group: exact for token ids, about so for messages and texts."""
-    if group.WhichOneof("prompt") == "messages":
-        parts = [part for message in group.messages.messages for part in message.content]
-        prompt = sum(_IMAGE_TOKENS if part.image_sha256 else len(part.text) // _TOKEN_LETTERS for part in parts)
-    else:
-        prompt = len(group.tokens.token_ids)
-    texts = sum(len(rollout.response_text) // _TOKEN_LETTERS for rollout in group.rollouts)
+    prompt = wire.prompt_tokens_of(group)
+    texts = sum(len(rollout.response_text) // wire.TOKEN_LETTERS for rollout in group.rollouts)
     return 2 * (prompt + texts + sum(max(0, len(rollout.response_ids) - 1) for rollout in group.rollouts))
 
 

@@ -19,6 +19,7 @@ from tests.support.teacher import TeacherInProcess, drawing, question, teacher_i
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from vaopd.payloads import to_torch
+from vaopd.replicas import Replica
 from vaopd.service_config import ImagesConfig, ServiceConfig
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
 
@@ -64,13 +65,13 @@ async def test_an_image_is_uploaded_once_and_by_one_client_for_all(
     teacher: TeacherInProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploaded: list[str] = []
-    put = TeacherClient._put
+    put = Replica._put
 
-    async def counted(self: TeacherClient, images: list[EncodedImage]) -> None:
+    async def counted(self: Replica, images: list[EncodedImage]) -> None:
         uploaded.extend(image.sha256 for image in images)
         await put(self, images)
 
-    monkeypatch.setattr(TeacherClient, "_put", counted)
+    monkeypatch.setattr(Replica, "_put", counted)
     for _ in range(2):
         async with TeacherClient(teacher.target) as client:
             for name in ("a", "b"):

@@ -51,20 +51,22 @@ class Degradation(_message.Message):
     def __init__(self, kind: _Optional[_Union[DegradationKind, str]] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_groups_per_request", "max_rollouts_per_group", "max_tokens_per_rollout", "max_image_bytes", "max_image_pixels", "max_message_bytes")
+    __slots__ = ("max_groups_per_request", "max_rollouts_per_group", "max_tokens_per_rollout", "max_image_bytes", "max_image_pixels", "max_message_bytes", "max_tokens_per_request")
     MAX_GROUPS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     MAX_ROLLOUTS_PER_GROUP_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_PER_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
     max_groups_per_request: int
     max_rollouts_per_group: int
     max_tokens_per_rollout: int
     max_image_bytes: int
     max_image_pixels: int
     max_message_bytes: int
-    def __init__(self, max_groups_per_request: _Optional[int] = ..., max_rollouts_per_group: _Optional[int] = ..., max_tokens_per_rollout: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    max_tokens_per_request: int
+    def __init__(self, max_groups_per_request: _Optional[int] = ..., max_rollouts_per_group: _Optional[int] = ..., max_tokens_per_rollout: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens_per_request: _Optional[int] = ...) -> None: ...
 
 class TeacherDescription(_message.Message):
     __slots__ = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype", "limits", "payloads", "degradations")
