@@ -7,7 +7,7 @@ optional: `vaopd teacher CONFIG --service SERVICE.toml`. Importing this module l
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -71,7 +71,25 @@ class QuotasConfig(Section):
     """The same for single jobs, by name."""
 
 
+class EngineConfig(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """Who holds the weights. vllm: for teachers that only vLLM can hold; it sends no hidden states."""
+    processes: int = Field(1, ge=1)
+    """Ranks that share every text layer among them (tensor parallelism), one device each; transformers only."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of vLLM's own (`vllm.LLM`), e.g. tensor_parallel_size, max_model_len, quantization; vllm only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.backend == "vllm" and self.processes > 1:
+            raise ValueError("vllm starts its ranks by itself; use options.tensor_parallel_size instead of processes")
+        if self.backend != "vllm" and self.options:
+            raise ValueError('options are vLLM\'s; leave them out, or set backend = "vllm"')
+        return self
+
+
 class ServiceConfig(Section):
+    engine: EngineConfig = EngineConfig()
     sharing: SharingConfig = SharingConfig()
     images: ImagesConfig = ImagesConfig()
     tls: TlsConfig = TlsConfig()

@@ -24,7 +24,7 @@ from vaopd.degradation import degrade
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
 from vaopd.families import PreparedImage
 from vaopd.pb import teacher_pb2
-from vaopd.prompts import PreparedPrompt, check_same_tokenizer
+from vaopd.prompts import PreparedPrompt, PromptReader, check_same_tokenizer
 from vaopd.types import (
     Degradation,
     EncodedImage,
@@ -33,7 +33,6 @@ from vaopd.types import (
     TeacherDescription,
     TeacherLimits,
 )
-from vaopd.vlm import Vlm
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -124,6 +123,11 @@ def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescriptio
     except KeyError:
         known = ", ".join(f"{name} ({wire.PAYLOAD_KINDS[name]})" for name in teacher.payloads)
         raise Mismatch(f"payload {request.payload} is unknown to this teacher; it has {known}") from None
+    if payload not in teacher.payloads:
+        raise Mismatch(
+            f"this teacher can't send payload {payload}; it has {', '.join(teacher.payloads)}: choose one of them in "
+            "teacher.payload, or ask a teacher with another backend"
+        )
     if payload == "top_k" and not 1 <= request.top_k <= teacher.vocab_size:
         raise InvalidInput(
             f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary", field="top_k"
@@ -162,13 +166,15 @@ def _refuse_duplicates(field: str, ids: Sequence[str], place: str, *, path: str)
 class Preparer:
     """Reads groups with one model's tokenizer and image processor."""
 
-    def __init__(self, vlm: Vlm, *, store: ImageStore, views: PreparedImages, limits: TeacherLimits) -> None:
-        self._vlm = vlm
+    def __init__(
+        self, reader: PromptReader, *, store: ImageStore, views: PreparedImages, limits: TeacherLimits
+    ) -> None:
+        self._reader = reader
         self._store = store
         self._prepared = views
         self._limits = limits
         self._usual = Degradation()  # an upload doesn't say which view will be asked for: most likely the last one was
-        self._max_tokens = min(vlm.max_tokens, limits.max_tokens_per_rollout)
+        self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
         # Fast tokenizers fail with "Already borrowed" when two threads use one.
         self._tokenizer = threading.Lock()
 
@@ -187,7 +193,7 @@ class Preparer:
         for rollout in group.rollouts:
             ids = self._response_ids(rollout)
             try:
-                self._vlm.check_response(ids, original, max_tokens=self._max_tokens)
+                self._reader.check_response(ids, original, max_tokens=self._max_tokens)
             except InvalidInput as error:
                 raise InvalidInput(f"rollout {rollout.rollout_id!r} of group {group.group_id!r}: {error}") from None
             responses.append(ids)
@@ -203,7 +209,7 @@ class Preparer:
     def token_texts(self, token_ids: np.ndarray) -> list[str]:
         """The text of each token by itself; a part of a character shows as U+FFFD."""
         with self._tokenizer:
-            return [self._vlm.tokenizer.decode([int(token_id)]) for token_id in token_ids]
+            return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
 
     def _check_rollouts(self, group: teacher_pb2.PromptGroup) -> None:
         rollouts, limit = len(group.rollouts), self._limits.max_rollouts_per_group
@@ -229,7 +235,7 @@ class Preparer:
             names = list(group.tokens.image_sha256)
             views = self._views(names, degradation)
             return tuple(  # type: ignore[return-value]
-                self._vlm.from_token_ids(token_ids, [view[sha] for sha in names]) for view in views
+                self._reader.from_token_ids(token_ids, [view[sha] for sha in names]) for view in views
             )
         if kind == "messages":
             messages = wire.messages_from_pb(group.messages.messages)
@@ -238,7 +244,7 @@ class Preparer:
             names = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
             views = self._views(names, degradation)
             with self._tokenizer:
-                return tuple(self._vlm.render(messages, view) for view in views)  # type: ignore[return-value]
+                return tuple(self._reader.render(messages, view) for view in views)  # type: ignore[return-value]
         raise InvalidInput(f"group {group.group_id!r} has no prompt; give tokens or messages")
 
     def _views(
@@ -273,7 +279,7 @@ class Preparer:
         return original, degraded
 
     def _view(self, key: str, pixels: Callable[[], PIL.Image.Image]) -> PreparedImage:
-        return self._prepared.get(key, lambda: replace(self._vlm.prepare_image(pixels()), key=key))
+        return self._prepared.get(key, lambda: replace(self._reader.prepare_image(pixels()), key=key))
 
     def _decode_stored(self, sha256: str) -> PIL.Image.Image:
         return self._decode(self._store.get(sha256))
@@ -288,6 +294,6 @@ class Preparer:
         if not rollout.response_text:
             return np.fromiter(rollout.response_ids, dtype=np.int64, count=len(rollout.response_ids))
         with self._tokenizer:
-            tokenizer = self._vlm.tokenizer
+            tokenizer = self._reader.tokenizer
             ids = tokenizer(rollout.response_text, add_special_tokens=False)["input_ids"]
             return np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)

@@ -1,33 +1,73 @@
 """The teacher's revision: a digest that changes when the weights or their shape change.
 
-It covers each weight's name, shape and dtype as loaded, up to 64 values spread evenly over it, and the configuration.
-It does not cover every value (a 32B model would take minutes to read): two checkpoints that differ only between the
-sampled values would look alike, which training or merging never yields.
+It covers each weight's name, shape and dtype, up to 64 values spread evenly over it, and the configuration. It does not
+cover every value (a 32B model would take minutes to read): two checkpoints that differ only between the sampled values
+would look alike, which training or merging never yields. Of a loaded model the weights are read as they were loaded,
+of a folder as they lie there, so the two differ.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from vaopd.errors import ConfigError
 
 _SAMPLES = 64
+_SAMPLE_BYTES = 8
 # They say where the files lay and what wrote them, not what the model is.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def revision_of(model: Any) -> str:
-    """Hex SHA-256; the same on every host and for every placement of the same weights in the same dtype."""
-    digest = hashlib.sha256()
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    """Hex SHA-256; the same on every host and for every placement of the same weights in the same dtype.
+
+    Of a model that several ranks share, all of them have to ask at the same time.
+    """
+    digest = _started(model.config.to_dict())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.is_meta:  # offloaded by accelerate: its values are elsewhere
             continue
-        flat = weight.detach().reshape(-1)
+        flat = (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().reshape(-1)
         places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), _SAMPLES), dtype=torch.float64).long()
         digest.update(flat[places.to(flat.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def revision_of_folder(folder: Path, *, dtype: str) -> str:
+    """Hex SHA-256 of a folder's safetensors files, however they are cut into files, and the dtype to compute in."""
+    digest = _started(json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
+    found = sorted(entry for path in folder.glob("*.safetensors") for entry in _weights_in(path))
+    if not found:
+        raise ConfigError(f"{folder} holds no safetensors files; save the model with `save_pretrained`")
+    for name, kind, path, start, end in found:
+        digest.update(f"{name} {kind}".encode())
+        with path.open("rb") as file:
+            count = min(-(-(end - start) // _SAMPLE_BYTES), _SAMPLES)
+            for index in range(count):
+                file.seek(start + index * max(0, end - start - _SAMPLE_BYTES) // max(1, count - 1))
+                digest.update(file.read(min(_SAMPLE_BYTES, end - start)))
+    return digest.hexdigest()
+
+
+def _started(config: Mapping[str, Any]) -> Any:
+    told = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+
+
+def _weights_in(path: Path) -> Iterable[tuple[str, str, Path, int, int]]:
+    """Name, shape and dtype, and where the bytes are; the format: header length (8 bytes), JSON header, bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, f"{entry['shape']} {entry['dtype']}", path, 8 + length + start, 8 + length + end

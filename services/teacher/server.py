@@ -17,24 +17,23 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.teacher.access import Access, Quotas
 from services.teacher.admission import Admission
 from services.teacher.ahead import Ahead
-from services.teacher.engine import Engine, GroupEngine
+from services.teacher.backend import Backend, load, over
+from services.teacher.engine import Engine
 from services.teacher.errors import ErrorInterceptor
 from services.teacher.images import ImageStore, PreparedImages
+from services.teacher.metrics import Cache, TeacherMetrics
 from services.teacher.prepare import Preparer
-from services.teacher.revision import revision_of
 from services.teacher.scheduler import Scheduler
 from services.teacher.servicer import CHUNK_BYTES, TeacherServicer
 from services.teacher.tls import server_credentials
-from services.teacher.vision_cache import VisionCache
 from services.teacher.watchdog import Watchdog
-from vaopd import payloads, wire
+from vaopd import wire
 from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.keys import KeyStore
@@ -51,22 +50,23 @@ _LAST_BYTES_S = 1.0
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 
-def describe(vlm: Vlm, *, model: str, limits: TeacherLimits) -> TeacherDescription:
+def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherDescription:
     """What Describe answers. An image travels in one message, so it can't be larger than a message."""
+    reader = backend.reader
     return TeacherDescription(
         # A folder's place on this host is nobody's business.
         model=Path(model).name if Path(model).is_dir() else model,
-        revision=revision_of(vlm.model),
-        tokenizer_fingerprint=vlm.fingerprint,
-        vocab_size=vlm.vocab_size,
-        hidden_size=vlm.hidden_size,
-        dtype=str(vlm.head.dtype).removeprefix("torch."),
+        revision=backend.revision,
+        tokenizer_fingerprint=reader.fingerprint,
+        vocab_size=reader.vocab_size,
+        hidden_size=reader.hidden_size,
+        dtype=backend.dtype,
         limits=replace(
             limits,
-            max_tokens_per_rollout=min(limits.max_tokens_per_rollout, vlm.max_tokens),
+            max_tokens_per_rollout=min(limits.max_tokens_per_rollout, reader.max_tokens),
             max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
         ),
-        payloads=payloads.PAYLOADS,
+        payloads=backend.payloads,
         degradations=tuple(wire.DEGRADATION_KINDS),
     )
 
@@ -93,7 +93,7 @@ class TeacherServer:
 
     def __init__(
         self,
-        vlm: Vlm,
+        teacher: Vlm | Backend,
         *,
         model: str,
         batch_tokens: int,
@@ -102,26 +102,39 @@ class TeacherServer:
         chunk_bytes: int = CHUNK_BYTES,
         service: ServiceConfig = ServiceConfig(),
         ends_process: bool = False,
+        metrics: TeacherMetrics | None = None,
     ) -> None:
-        """`ends_process`: whether the watchdog may end the process when its event loop stands still."""
+        """`teacher`: a loaded model means the transformers backend over it, with `engine` if given.
+
+        `ends_process`: whether the watchdog may end the process when its event loop stands still.
+        """
+        if isinstance(teacher, Backend):
+            backend = teacher
+        else:
+            vision_bytes = service.images.vision_bytes
+            backend = over(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+        metrics = metrics or TeacherMetrics()
+        self.serving = False
+        """Whether health checks are told so."""
         self.failed = asyncio.Event()
         """Set when the engine broke or hangs; the process has to end."""
         sharing = service.sharing
         ever_fits = min(sharing.max_waiting_groups, sharing.max_waiting_groups_per_job)
         limits = replace(limits, max_groups_per_request=min(limits.max_groups_per_request, ever_fits))
-        self.description = describe(vlm, model=model, limits=limits)
+        self.description = describe(backend, model=model, limits=limits)
         limits = self.description.limits
         loop = asyncio.get_running_loop()
         self.images = ImageStore(service.images.encoded_bytes)
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
-        self.vision_cache = VisionCache(vlm, capacity_bytes=service.images.vision_bytes)
+        self.vision_cache = backend.vision_cache
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
         ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
         self.scheduler = Scheduler(
-            engine or GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=self.vision_cache),
+            backend.engine,
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
             on_taken=lambda: loop.call_soon_threadsafe(ahead.look),
+            on_batch=metrics.batch,
             weights=sharing.weights,
         )
         self.admission = Admission(sharing, self.scheduler, Quotas(service.quotas))
@@ -134,12 +147,12 @@ class TeacherServer:
         self._health = health.aio.HealthServicer()
         self._tls = service.tls
         keys = KeyStore.load(service.keys.file) if service.keys.file else None
-        self._calls = ErrorInterceptor(SERVICE, Access(keys))
+        self._calls = ErrorInterceptor(SERVICE, Access(keys), on_refused=metrics.refused)
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
         servicer = TeacherServicer(
             description=self.description,
-            head=vlm.head,
-            preparer=Preparer(vlm, store=self.images, views=self.prepared_images, limits=limits),
+            head=backend.head,
+            preparer=Preparer(backend.reader, store=self.images, views=self.prepared_images, limits=limits),
             store=self.images,
             scheduler=self.scheduler,
             admission=self.admission,
@@ -147,11 +160,23 @@ class TeacherServer:
             threads=self._threads,
             batch_tokens=batch_tokens,
             chunk_bytes=chunk_bytes,
+            metrics=metrics,
         )
+        metrics.watch(self)
         teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+
+    @property
+    def caches(self) -> dict[str, Cache]:
+        """By what they hold."""
+        found: dict[str, Cache | None] = {
+            "encoded": self.images,
+            "prepared": self.prepared_images,
+            "vision": self.vision_cache,
+        }
+        return {name: cache for name, cache in found.items() if cache is not None}
 
     async def start(self, address: str) -> str:
         """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one."""
@@ -189,22 +214,9 @@ class TeacherServer:
         self.failed.set()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self.serving = status == health_pb2.HealthCheckResponse.SERVING
         for name in ("", SERVICE):
             await self._health.set(name, status)
-
-
-def load(config: Config) -> Vlm:
-    """The teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them."""
-    if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
-        # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
-        torch.set_num_threads(1)
-    return Vlm.load(
-        config.teacher.model,
-        dtype=config.teacher.dtype,
-        device_map=config.teacher.device_map,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-    )
 
 
 async def serve(
@@ -213,19 +225,25 @@ async def serve(
     service: ServiceConfig = ServiceConfig(),
     announce: Path | None = None,
     grace_s: float = GRACE_S,
+    metrics: TeacherMetrics | None = None,
 ) -> int:
     """Serves until a signal or a failed engine; returns the exit status."""
-    # What is wrong with certificates and keys is told before the model is read, which may take half an hour.
+    # What is wrong with address, certificates and keys is told before the model is read, which may take half an hour.
+    if "," in config.teacher.address:
+        raise ConfigError(
+            f"teacher.address = {config.teacher.address!r} lists several; that is for clients, a teacher listens on one"
+        )
     server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
         KeyStore.load(service.keys.file)
-    vlm = load(config)
+    backend = load(config, service)
     server = TeacherServer(
-        vlm,
+        backend,
         model=config.teacher.model,
         batch_tokens=config.teacher.batch_tokens,
         service=service,
         ends_process=True,
+        metrics=metrics,
     )
     address = await server.start(config.teacher.address)
     told = asyncio.Event()
@@ -242,6 +260,7 @@ async def serve(
     # After a failure nothing accepted can be answered; the waiting calls have their UNAVAILABLE already.
     await server.stop(1.0 if server.failed.is_set() else grace_s)
     if not server.failed.is_set():
+        backend.close()
         return 0
     # Not by way of the interpreter's end, where the libraries would wait for a device that may never answer.
     logging.shutdown()

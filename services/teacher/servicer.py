@@ -25,10 +25,11 @@ from services.teacher.call import Call, Refusal
 from services.teacher.engine import PreparedGroup, ScoredGroup
 from services.teacher.errors import status_of
 from services.teacher.images import ImageStore
+from services.teacher.metrics import TeacherMetrics
 from services.teacher.prepare import Envelope, Preparer, check_revision, cut, read_envelope
 from services.teacher.scheduler import Delivery, Scheduler
-from vaopd import payloads, wire
-from vaopd.errors import LimitExceeded, VaopdError
+from vaopd import logs, payloads, wire
+from vaopd.errors import LimitExceeded, Mismatch, VaopdError
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import TeacherDescription
@@ -48,7 +49,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self,
         *,
         description: TeacherDescription,
-        head: torch.Tensor,
+        head: torch.Tensor | None,
         preparer: Preparer,
         store: ImageStore,
         scheduler: Scheduler,
@@ -57,6 +58,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         threads: ThreadPoolExecutor,
         batch_tokens: int,
         chunk_bytes: int = CHUNK_BYTES,
+        metrics: TeacherMetrics,
     ) -> None:
         self._description = description
         self._head = head
@@ -68,6 +70,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._threads = threads
         self._batch_tokens = batch_tokens
         self._chunk_bytes = chunk_bytes
+        self._metrics = metrics
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
         return wire.description_to_pb(self._description)
@@ -104,13 +107,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.TensorChunk]:
         check_revision(request.revision, self._description)
-        rows, width = self._head.shape
-        dtype = str(self._head.dtype).removeprefix("torch.")
+        head = self._head
+        if head is None:
+            kinds = ", ".join(self._description.payloads)
+            raise Mismatch(f"this teacher doesn't give its head away, since its payloads ({kinds}) need none")
+        rows, width = head.shape
+        dtype = str(head.dtype).removeprefix("torch.")
         described: pb.PayloadTensor | None = pb.PayloadTensor(name="head", dtype=dtype, shape=(rows, width))
-        row_bytes = width * self._head.element_size()
+        row_bytes = width * head.element_size()
         step = max(1, self._chunk_bytes // row_bytes)
         for start in range(0, rows, step):
-            part = await self._on_thread(payloads.from_torch, self._head[start : start + step])
+            part = await self._on_thread(payloads.from_torch, head[start : start + step])
             yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=part.data, tensor=described)
             described = None
 
@@ -130,13 +137,16 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             while unanswered:
                 match await call.next():
                     case Delivery(group=group, result=ScoredGroup() as scored):
+                        self._metrics.scored(job, group, scored, latency_s=time.monotonic() - started)
                         for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
                             yield message
                     case Delivery(group=group, result=VaopdError() as error):
                         failed += 1
+                        self._metrics.failed(job)
                         yield _group_error(group.group_id, error)
                     case Refusal(group_id=group_id, error=error):
                         failed += 1
+                        self._metrics.failed(job)
                         yield _group_error(group_id, error)
                 unanswered -= 1
                 self._admission.release(job)
@@ -145,7 +155,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             self._admission.release(job, unanswered)
             elapsed_s, groups = time.monotonic() - started, len(request.groups)
             log.info(
-                "job %r: %d groups, %d refused, %d given up, %.3f s", job[:64], groups, failed, unanswered, elapsed_s
+                "job %r: %d groups, %d refused, %d given up, %.3f s",
+                job[:64],
+                groups,
+                failed,
+                unanswered,
+                elapsed_s,
+                extra=logs.fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
             )
 
     def _give_up(self, call: Call) -> None:
