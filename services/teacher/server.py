@@ -1,7 +1,8 @@
 """The teacher's process from the loaded model to the drained server.
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
-within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1. Whatever the
+device does, the process is gone GRACE_S + 7 s after the signal.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import grpc
@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 GRACE_S = 60.0
 _LAST_BYTES_S = 1.0
+_LAST_FORWARD_S = 5.0
+"""How long a forward that nobody waits for any more may keep a drained process from its end."""
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 
@@ -204,8 +206,9 @@ class TeacherServer:
         # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
         await self._server.stop(min(grace_s, _LAST_BYTES_S))
         await draining
-        stop = partial(self.scheduler.stop, wait=not self.failed.is_set())
-        await asyncio.get_running_loop().run_in_executor(None, stop)
+        longest_s = 0.0 if self.failed.is_set() else _LAST_FORWARD_S
+        if not await asyncio.get_running_loop().run_in_executor(None, self.scheduler.stop, longest_s):
+            self.failed.set()  # the device hangs, which must not be taken for an end in order
         self._watchdog.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
