@@ -158,16 +158,16 @@ class Scheduler:
         with self._changed:
             self._line.remove(lambda unit: unit.cancelled)
 
-    def stop(self, *, wait: bool = True) -> None:
+    def stop(self, longest_s: float | None = None) -> bool:
         """Ends the thread after the forward in progress; what still waits gets Unavailable.
 
-        `wait=False` doesn't wait for that forward, which may never end.
+        Returns whether the thread has ended: after `longest_s`, if given, it isn't waited for any more.
         """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if wait:
-            self._thread.join()
+        self._thread.join(longest_s)
+        return not self._thread.is_alive()
 
     def _main(self) -> None:
         units: list[Unit] = []
