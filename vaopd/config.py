@@ -19,7 +19,9 @@ from vaopd.errors import ConfigError
 from vaopd.types import DegradationKind, PayloadKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Address = Annotated[str, Field(pattern=r"^[^:\s]+:\d+$|^\[[0-9a-fA-F:]+\]:\d+$")]
+_ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
+Address = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
+Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
 
 
 class Section(pydantic.BaseModel):
@@ -71,8 +73,8 @@ class TeacherConfig(Section):
     """Compute precision of the teacher server; the hidden payload travels in it."""
     device_map: str = "auto"
     """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
-    address: Address = "127.0.0.1:50051"
-    """host:port where the server listens and where clients connect."""
+    address: Addresses = "127.0.0.1:50051"
+    """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
     payload: PayloadKind = "hidden"
     """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
     top_k: int = Field(64, ge=1)

@@ -244,6 +244,8 @@ def check_ports(config: Config, options: UpOptions) -> None:
 
 def port_problem(address: str) -> str | None:
     """Why this process can't listen there, or None. Port 0 is always fine."""
+    if "," in address:
+        return "a teacher listens on one address; clients of running ones may be given several (--teacher)"
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -30,7 +30,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     up.add_argument(
         "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
     )
-    up.add_argument("--teacher", metavar="HOST:PORT", help="share this running teacher; start none")
+    up.add_argument("--teacher", metavar="HOST:PORT[,…]", help="share this running teacher, or replicas; start none")
     add_service_argument(up)
     up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
     up.add_argument(
