@@ -31,6 +31,8 @@ from vaopd.http_types import (
     DegradationModel,
     DegradeBody,
     Problem,
+    RunModel,
+    RunsReply,
     SampleBody,
     SampleReply,
     ScoreBody,
@@ -119,6 +121,10 @@ class ScoringClient:
 
     def students(self) -> list[StudentModel]:
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
+
+    def runs(self) -> list[RunModel]:
+        """The runs whose reports the API serves."""
+        return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
         self,
@@ -210,6 +216,9 @@ class AsyncScoringClient:
 
     async def students(self) -> list[StudentModel]:
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
+
+    async def runs(self) -> list[RunModel]:
+        return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
         self,

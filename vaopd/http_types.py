@@ -4,6 +4,7 @@ them. T response tokens of one rollout, K rollouts of the group; log-probs and V
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Literal
 
 import pydantic
@@ -205,12 +206,15 @@ class SampledResponse(Reply):
 
 class SampleReply(Reply):
     model: str
+    tokenizer_fingerprint: str
+    """The token ids are a teacher's too where its fingerprint is the same."""
     responses: list[SampledResponse]
 
 
 class StudentModel(Reply):
     model: str
-    tokenizer_fingerprint: str
+    loaded: bool
+    """Whether it is in memory already; else the first question waits for it."""
 
 
 class StudentsReply(Reply):
@@ -233,6 +237,28 @@ class TeacherModel(Reply):
 
 class TeachersReply(Reply):
     teachers: list[TeacherModel]
+
+
+class RunModel(Reply):
+    """A run as its folder has it; accuracies are held-out, from 0 to 1, and null before the first evaluation."""
+
+    name: str
+    objective: str
+    seed: int
+    steps_done: int
+    steps_planned: int | None
+    finished: bool
+    accuracy_before: float | None
+    """Of the student as it came."""
+    accuracy: float | None
+    """The last one."""
+    changed: datetime
+    """When the run last wrote something."""
+
+
+class RunsReply(Reply):
+    runs: list[RunModel]
+    """The one that changed last first; none where the API was started without a folder of runs."""
 
 
 class Health(Reply):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vaopd.errors import ConfigError, VaopdError
 
 # NVIDIA's driver, AMD's, and Windows' under WSL.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NO_VLLM = (
     "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without: "
     "--set rollout.engine=transformers"
@@ -24,6 +26,11 @@ LESS_MEMORY = {
     "teacher": "spread it over more devices (--gpus teacher=0,1), or lower teacher.batch_tokens or data.max_pixels",
     "rollout": "lower gpu_memory_utilization or max_model_len in rollout.engine_options, or rollout.requests_per_batch",
 }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here can be a hub id: ORG/NAME, and ORG is no folder here either."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
 def gpu_problem(config: Config) -> str | None:

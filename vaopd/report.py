@@ -1,13 +1,18 @@
 """Runs' folders in, one self-contained HTML file out: configuration, curves, comparison, rollouts coloured by VA.
 
 The page loads nothing from anywhere, follows light and dark, and fits a phone. What it shows comes from
-`vaopd.run_records`; the curves are drawn by `vaopd.report_plots`, the rollouts by `vaopd.report_rollouts`.
+`vaopd.run_records`; the curves are drawn by `vaopd.report_plots`, the rollouts by `vaopd.report_rollouts`. The scoring
+API serves the page of a run that goes on: then it asks for itself again, and shows what is new.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import html
 import os
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -38,8 +43,8 @@ def plot_accuracy(folders: Sequence[Path], output: Path, *, band: str = "range")
     return output
 
 
-def report_html(runs: Sequence[Run], *, band: str = "range") -> str:
-    """The page of these runs."""
+def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None = None) -> str:
+    """The page of these runs; with `again_s` it asks its own address again after so many seconds, for ever."""
     body = list(_comparison_section(runs, band=band)) if len(runs) > 1 else []
     for run in runs:
         section = "\n".join(_run_section(run))
@@ -48,13 +53,26 @@ def report_html(runs: Sequence[Run], *, band: str = "range") -> str:
         else:
             body.append(f"<details><summary><h2>{html.escape(run.name)}</h2></summary>{section}</details>")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    assets = resources.files("vaopd")
     return PAGE.format(
         title=html.escape(title),
-        style=assets.joinpath("report.css").read_text(),
-        script=assets.joinpath("report.js").read_text(),
+        policy=content_security_policy(live=again_s is not None),
+        again="" if again_s is None else f' data-again="{again_s}"',
+        style=_asset("report.css"),
+        script=_asset("report.js"),
         body="\n".join(body),
     )
+
+
+def content_security_policy(*, live: bool) -> str:
+    """Nothing is loaded, and only the page's own script runs; one that is live may ask where it came from."""
+    digest = base64.b64encode(hashlib.sha256(_asset("report.js").encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"{policy}; connect-src 'self'" if live else policy
+
+
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("vaopd").joinpath(name).read_text()
 
 
 def _run_section(run: Run) -> Iterator[str]:
@@ -62,10 +80,14 @@ def _run_section(run: Run) -> Iterator[str]:
     from vaopd.report_rollouts import rollouts_section
 
     yield f'<dl class="tiles">{"".join(_tiles(run))}</dl>'
+    if not run.train and not run.evaluations:
+        yield "<p>No step has been taken yet.</p>"
     yield '<div class="figures">'
     for svg in report_plots.run_svgs(run):
         yield f"<figure>{svg}</figure>"
-    yield f'</div><p class="note">Strong lines are running means over {report_plots.SMOOTHING_STEPS} steps.</p>'
+    yield "</div>"
+    if run.train:
+        yield f'<p class="note">Strong lines are running means over {report_plots.SMOOTHING_STEPS} steps.</p>'
     yield from rollouts_section(run)
     yield f"<details><summary>Configuration</summary>{_config_table(run.config)}</details>"
 
@@ -143,7 +165,8 @@ def _config_table(config: dict[str, Any]) -> str:
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for section, values in config.items():
         for key, value in values.items():
-            yield section, key, value
+            # A report is mailed around, and a Redis address may hold its password.
+            yield section, key, re.sub(r"(?<=://)[^/]*@", "…@", value) if isinstance(value, str) else value
 
 
 def _value(value: Any) -> str:
@@ -161,13 +184,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title} · vaopd</title><style>
 {style}</style></head>
-<body><h1>{title}</h1>
+<body{again}><h1>{title}</h1>
+<p class="note" id="live" hidden></p>
+<main>
 {body}
+</main>
 <output id="details" hidden></output>
-<script>
-{script}</script></body></html>
+<script>{script}</script></body></html>
 """

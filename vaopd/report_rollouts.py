@@ -1,6 +1,7 @@
 """The report's rollouts: tokens coloured by VA, the high group outlined, the image beside its degraded view.
 
-Reads samples.jsonl as the trainer writes it: one line per rollout of every step that was evaluated.
+Reads samples.jsonl as the trainer writes it: one line per rollout of the first step, the last one, and every step that
+was evaluated.
 """
 
 from __future__ import annotations

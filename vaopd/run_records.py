@@ -106,7 +106,9 @@ def read_run(folder: Path) -> Run:
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
     train, evaluations = [], []
-    for where, line in json_lines(folder / "metrics.jsonl"):
+    metrics = folder / "metrics.jsonl"
+    # A run that has just been started has none yet.
+    for where, line in json_lines(metrics) if metrics.exists() else ():
         if line.get("kind") == "eval":
             evaluations.append(_evaluation(line, where))
         elif line.get("kind") == "train":

@@ -8,13 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, VaopdError
-
-if TYPE_CHECKING:
-    from services.api.app import Sampler
 
 DRAIN_S = 10
 JOB = "api"
@@ -28,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once listening")
     parser.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher")
     parser.add_argument("--student", metavar="MODEL", help="folder or hub id of a student that answers questions here")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
     parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys (`vaopd keys`); without, everybody may ask")
     parser.add_argument("--requests-per-minute", type=int, metavar="N", help="quota of each client; default: none")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate, PEM")
@@ -39,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             load_config(arguments.config, arguments.set),
             further_teachers=arguments.teacher,
             student=arguments.student,
+            runs=arguments.runs,
             keys=arguments.keys,
             requests_per_minute=arguments.requests_per_minute,
             tls=_tls_files(arguments.tls_cert, arguments.tls_key),
@@ -55,6 +53,7 @@ def serve(
     *,
     further_teachers: Sequence[str] = (),
     student: str | None = None,
+    runs: Path | None = None,
     keys: Path | None = None,
     requests_per_minute: int | None = None,
     tls: tuple[Path, Path] | None = None,
@@ -65,6 +64,7 @@ def serve(
 
     from services.api.access import Access, Quota
     from services.api.app import create_app
+    from services.api.student import Student
     from services.api.teachers import Teachers
     from vaopd.client import ClientOptions
     from vaopd.credentials import from_environment
@@ -81,7 +81,8 @@ def serve(
     settings = uvicorn.Config(
         create_app(
             teachers=Teachers([config.teacher.address, *further_teachers], options=options),
-            student=None if student is None else _load_student(student, config),
+            student=None if student is None else Student(student, dtype=config.student.dtype),
+            runs=runs,
             access=Access(
                 job_of_key=None if keys is None else KeyStore.load(keys).job_of,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),
@@ -123,14 +124,6 @@ def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
         if not path.is_file():
             raise ConfigError(f"{str(path)!r} is no file; --tls-cert and --tls-key name PEM files")
     return cert, key
-
-
-def _load_student(model: str, config: Config) -> Sampler:
-    # Imported here: it brings torch.
-    from services.api.student import Student
-
-    print(f"api: loading the student {model}", flush=True)
-    return Student(model, dtype=config.student.dtype)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from services.api.errors import ApiError
 from vaopd.keys import bearer
 
 # Load balancers ask for health, and the page has to be there before its user can type a key into it.
-OPEN = ("/", "/docs", "/healthz", "/readyz")
+OPEN = ("/", "/docs", "/runs", "/healthz", "/readyz")
 OPEN_FOLDER = "/page/"
 # Routes that cost the teacher, the student or this process work; a batch costs one request per item.
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")

@@ -1,6 +1,7 @@
 """The scoring API. What arrives: images, a question and responses. What leaves: each token's log-probs in both views
-and its VA; and the viewer page, which asks the same API. It waits for: the teachers, over gRPC, and the student where
-there is one. It keeps no state, and without a student it needs no torch.
+and its VA; the viewer page, which asks the same API; and the reports of the runs in a folder. It waits for: the
+teachers, over gRPC, and the student where there is one. It keeps no state, and until a student is asked it needs no
+torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
@@ -22,8 +23,9 @@ from services.api.access import Access
 from services.api.errors import ApiError
 from services.api.images import image_from_text
 from services.api.metrics import Metrics
-from services.api.middleware import BodyLimit, Envelope, Gate
+from services.api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from services.api.reading import json_only, read_batch, read_score
+from services.api.runs import Runs
 from services.api.scoring import Scorer, decode_images, degradation_of, teacher_model
 from services.api.teachers import Teachers
 from vaopd.degradation import degrade
@@ -32,6 +34,7 @@ from vaopd.http_types import (
     BatchReply,
     DegradeBody,
     Health,
+    RunsReply,
     SampleBody,
     SampleReply,
     ScoreReply,
@@ -40,6 +43,7 @@ from vaopd.http_types import (
     TeachersReply,
 )
 from vaopd.images import decode
+from vaopd.report import content_security_policy
 from vaopd.types import Degradation, EncodedImage, SamplingSettings
 
 logger = logging.getLogger("vaopd.api")
@@ -49,13 +53,16 @@ MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 M
 DEGRADED_AT_ONCE = 2  # decoding takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(json_only)]
+REVALIDATE = {"Cache-Control": "no-cache"}  # asked again each time, answered 304 while it is the same
 
 
 class Sampler(Protocol):
     """A student that answers; `services.api.student` is the real one."""
 
     model: str
-    tokenizer_fingerprint: str
+
+    @property
+    def loaded(self) -> bool: ...
 
     async def sample(
         self, question: str, images: list[EncodedImage], sampling: SamplingSettings, *, num_responses: int
@@ -66,10 +73,14 @@ def create_app(
     *,
     teachers: Teachers,
     student: Sampler | None = None,
+    runs: Path | None = None,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The application; `services/api/__main__.py` serves it. Without `access` everybody may ask anything."""
+    """The application; `services/api/__main__.py` serves it. Without `access` everybody may ask anything.
+
+    runs: the folder of the runs whose reports are shown.
+    """
     metrics = Metrics()
     access = access or Access()
     app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
@@ -81,6 +92,7 @@ def create_app(
     _add_health(app, teachers, metrics)
     _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
     _add_sampling(app, student)
+    _add_runs(app, Runs(runs))
     _add_pages(app)
     return app
 
@@ -155,11 +167,7 @@ def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
     async def list_students() -> StudentsReply:
         """The student that answers here, if the API was started with one."""
         found = [] if student is None else [student]
-        return StudentsReply(
-            students=[
-                StudentModel(model=each.model, tokenizer_fingerprint=each.tokenizer_fingerprint) for each in found
-            ]
-        )
+        return StudentsReply(students=[StudentModel(model=each.model, loaded=each.loaded) for each in found])
 
     @app.post("/v1/sample", tags=["sampling"], responses=schema.PROBLEMS, dependencies=JSON_ONLY)
     async def sample(body: SampleBody) -> SampleReply:
@@ -173,8 +181,31 @@ def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
         return await student.sample(body.question, images, sampling, num_responses=body.num_responses)
 
 
+def _add_runs(app: FastAPI, runs: Runs) -> None:
+    policy = f"{content_security_policy(live=True)}; {NO_FRAMES}"
+
+    @app.get("/v1/runs", tags=["runs"])
+    async def list_runs(request: Request) -> RunsReply:
+        """The runs whose reports are served here; with a key, the run of the key's job."""
+        return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
+
+    @app.get(
+        "/runs/{name}/report",
+        tags=["runs"],
+        response_class=HTMLResponse,
+        responses=schema.problems(401, 403, 404, 500) | {304: {"description": "it is as If-None-Match has it"}},
+    )
+    async def report(name: str, request: Request) -> Response:
+        """A run's report, one self-contained page; while the run goes on, it follows it."""
+        found = await runs.report(name, job=request.scope.get("job"))
+        headers = {**REVALIDATE, "ETag": found.tag, "Content-Security-Policy": policy}
+        if request.headers.get("if-none-match") == found.tag:
+            return Response(status_code=304, headers=headers)
+        return HTMLResponse(found.html, headers=headers)
+
+
 def _add_pages(app: FastAPI) -> None:
-    headers = {"Cache-Control": "no-cache"}  # asked again each time, answered 304 while it is the same
+    headers = REVALIDATE
 
     @app.get("/", include_in_schema=False)
     async def viewer() -> FileResponse:
@@ -183,6 +214,10 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def reference() -> FileResponse:
         return FileResponse(PAGE / "docs.html", headers=headers)
+
+    @app.get("/runs", include_in_schema=False)
+    async def runs_page() -> FileResponse:
+        return FileResponse(PAGE / "runs.html", headers=headers)
 
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 

@@ -287,7 +287,7 @@ class Trainer:
                 for group_id, version in json.loads(part)
             )
             self._record(step, [json.loads(part) for part in parts], float(norm), learning_rate, timings)
-            if self._is_due(step):
+            if self._is_due(step) or step in (0, self.config.trainer.steps - 1):  # before and after
                 self._write_samples(step, weighted, kl)
 
     def _backward(self, weighted: list[WeightedGroup]) -> tuple[float, list[np.ndarray]]:

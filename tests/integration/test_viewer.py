@@ -13,8 +13,8 @@ from playwright.sync_api import Browser
 
 from services.api.app import PAGE
 from tests.support.api import Api, start_api
-from tests.support.models import model_folder, tiny_vlm
-from tests.support.teacher import TeacherInProcess, teacher_in_process
+from tests.support.models import model_folder
+from tests.support.teacher import TeacherInProcess
 from tests.support.viewer import Viewer, chromium, viewer
 from vaopd.keys import add_key
 
@@ -26,17 +26,6 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touc
 def browser() -> Iterator[Browser]:
     with chromium() as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(teacher: TeacherInProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
 
 
 @pytest.fixture

@@ -19,23 +19,11 @@ import pytest
 
 from services.api.scoring import decode_images, score_request
 from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
-from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process
+from tests.support.teacher import TeacherInProcess, drawing, encoded
 from vaopd.client import SyncTeacherClient
 from vaopd.http_types import ScoreBody
 from vaopd.scoring import rollout_weights
 from vaopd.types import GroupScore
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(teacher: TeacherInProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
 
 
 @pytest.fixture

@@ -13,15 +13,9 @@ import httpx
 import PIL.Image
 import pytest
 
-from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
+from tests.support.api import BODY, PNG, QUESTION, Api, error_of
 from tests.support.models import tiny_vlm
-from tests.support.teacher import drawing, encoded, teacher_in_process
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with teacher_in_process(tiny_vlm()) as teacher:
-        yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
+from tests.support.teacher import drawing, encoded
 
 
 @pytest.fixture(scope="module")

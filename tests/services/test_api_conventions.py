@@ -8,7 +8,6 @@ import json
 import re
 import socket
 import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +19,14 @@ import torch
 from services.api.access import Quota
 from services.api.errors import ApiError
 from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, start_api
-from tests.support.models import model_folder, tiny_vlm
-from tests.support.teacher import TeacherInProcess, teacher_in_process
+from tests.support.teacher import TeacherInProcess
 from tests.support.waiting import wait_until
 from vaopd import objective
 from vaopd.certificates import make_certificates
 from vaopd.degradation import pixelate
 from vaopd.keys import add_key, revoke_key
-from vaopd.service_config import KeysConfig, ServiceConfig
 
 BATCH = "/v1/score/batch"
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(teacher: TeacherInProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
 
 
 # ------------------------------------------------------------------------------------------- what an answer says
@@ -289,7 +275,7 @@ def test_with_keys_only_health_and_the_page_are_open(teacher: TeacherInProcess, 
     for api in start_api(tmp_path, teacher.target, "--keys", str(keys)):
         for path in ("/", "/docs", "/page/main.js", "/healthz", "/readyz"):
             assert api.http.get(path).status_code == 200, path
-        for path in ("/v1/teachers", "/v1/students", "/metrics", "/openapi.json", "/v1/nothing"):
+        for path in ("/v1/teachers", "/v1/students", "/v1/runs", "/metrics", "/openapi.json", "/v1/nothing"):
             refused = api.http.get(path)
             assert (refused.status_code, error_of(refused)["code"]) == (401, "unauthenticated"), path
             assert refused.headers["www-authenticate"].startswith("Bearer")
@@ -344,52 +330,3 @@ def test_a_quota_refills_evenly() -> None:
     with pytest.raises(ApiError) as never:
         quota.take("a", 7)
     assert never.value.status_code == 413
-
-
-# ------------------------------------------------------------------------------------------- teachers, students
-
-
-def test_a_teacher_that_refuses_the_api_s_own_key_is_no_fault_of_its_clients(tmp_path: Path) -> None:
-    keys = tmp_path / "teacher-keys.json"
-    right = add_key(keys, "api")
-    (tmp_path / "api.key").write_text(right)
-    with teacher_in_process(tiny_vlm(), service=ServiceConfig(keys=KeysConfig(file=keys))) as guarded:
-        for api in start_api(tmp_path, guarded.target):
-            refused = api.score(**BODY)
-            assert (refused.status_code, error_of(refused)["code"]) == (502, "bad_gateway")
-            assert "VAOPD_API_KEY_FILE" in error_of(refused)["detail"]
-        for api in start_api(tmp_path, guarded.target, VAOPD_API_KEY_FILE=str(tmp_path / "api.key")):
-            assert api.score(**BODY).status_code == 200
-
-
-def test_a_teacher_that_is_down_does_not_hide_the_others(teacher: TeacherInProcess, tmp_path: Path) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        dead = f"127.0.0.1:{nobody.getsockname()[1]}"
-        for api in start_api(tmp_path, dead, "--teacher", teacher.target):
-            (listed,) = api.http.get("/v1/teachers").json()["teachers"]
-            assert listed["model"] == "tiny-teacher"
-            assert api.score(**BODY, teacher="tiny-teacher").status_code == 200
-
-
-def test_an_api_without_a_student_says_so(api: Api) -> None:
-    assert api.http.get("/v1/students").json() == {"students": []}
-    refused = api.http.post("/v1/sample", json={"question": "?"})
-    assert (refused.status_code, error_of(refused)["code"]) == (404, "not_found")
-
-
-@pytest.mark.slow
-def test_a_student_answers_with_tokens_that_can_be_scored(teacher: TeacherInProcess, tmp_path: Path) -> None:
-    for api in start_api(tmp_path, teacher.target, "--student", str(model_folder("student"))):
-        (student,) = api.http.get("/v1/students").json()["students"]
-        assert student["tokenizer_fingerprint"] == teacher.description.tokenizer_fingerprint
-        asked = {"image": PNG, "question": QUESTION, "num_responses": 3, "max_new_tokens": 12, "seed": 5}
-        answer = api.http.post("/v1/sample", json=asked).json()
-        ids = [response["token_ids"] for response in answer["responses"]]
-        assert len(ids) == 3
-        assert all(0 < len(each) <= 12 for each in ids)
-        assert api.http.post("/v1/sample", json={**asked, "temperature": 0}).status_code == 200
-        scored = api.score(image=PNG, question=QUESTION, responses=ids).json()
-        assert [[token["id"] for token in rollout["tokens"]] for rollout in scored["rollouts"]] == ids
-        refused = api.http.post("/v1/sample", json={**asked, "num_responses": 0})
-        assert error_of(refused)["field"] == "num_responses"

@@ -7,29 +7,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.api import BODY, IMAGE, QUESTION, Api, start_api
-from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, teacher_in_process
+from tests.support.http_server import Answer, http_server
+from tests.support.teacher import TeacherInProcess
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, NotFound, Unauthenticated, Unavailable
 from vaopd.http_client import AsyncScoringClient, ScoringClient, ask
 from vaopd.http_types import DegradationModel, ScoreBody
 from vaopd.keys import add_key
 
 RESPONSES = ["It is 12.", [70, 71, 72]]
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def api(teacher: TeacherInProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    yield from start_api(tmp_path_factory.mktemp("api"), teacher.target)
 
 
 @pytest.fixture
@@ -95,15 +83,9 @@ def test_an_api_with_keys(teacher: TeacherInProcess, tmp_path: Path) -> None:
 
 
 def test_what_is_busy_or_starting_is_asked_again() -> None:
-    answers = iter(
-        [
-            httpx.Response(503, json={}),
-            httpx.Response(429, headers={"Retry-After": "0"}, json={}),
-            httpx.Response(200, json={"teachers": []}),
-        ]
-    )
-    transport = httpx.MockTransport(lambda request: next(answers))
-    with ScoringClient(transport=transport) as client:
+    starting = Answer(status=503, body="{}")
+    busy = Answer(status=429, headers={"Retry-After": "0"}, body="{}")
+    with http_server(starting, busy, Answer(body='{"teachers": []}')) as address, ScoringClient(address) as client:
         assert client.teachers() == []
     with ScoringClient("http://127.0.0.1:9", patience_s=0) as nobody, pytest.raises(Unavailable, match="is it running"):
         nobody.teachers()
@@ -111,16 +93,18 @@ def test_what_is_busy_or_starting_is_asked_again() -> None:
 
 def test_something_else_than_a_scoring_api_is_named() -> None:
     with (
-        ScoringClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text="hello"))) as client,
+        http_server(Answer(body="hello")) as address,
+        ScoringClient(address) as client,
         pytest.raises(Mismatch, match="is that a scoring API"),
     ):
         client.teachers()
 
 
 def test_a_batch_that_ends_early_is_an_error() -> None:
-    cut = httpx.Response(200, text="event: result\n", headers={"Content-Type": "text/event-stream"})
+    cut = Answer(headers={"Content-Type": "text/event-stream"}, body="event: result\n")
     with (
-        ScoringClient(transport=httpx.MockTransport(lambda request: cut)) as client,
+        http_server(cut) as address,
+        ScoringClient(address) as client,
         pytest.raises(Unavailable, match="in the middle"),
     ):
         list(client.score_batch([ask("?", ["a"])]))

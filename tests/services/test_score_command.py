@@ -6,26 +6,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
-from tests.support.models import model_folder, tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process
+from tests.support.models import model_folder
+from tests.support.teacher import TeacherInProcess, drawing
 from vaopd import score_views
 from vaopd.cli import main
 from vaopd.cli.score import wants_colour
 from vaopd.http_types import DegradationModel, RolloutScore, ScoreReply, Token
 
 QUESTION = "What is the perimeter?"
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
 
 
 @pytest.fixture

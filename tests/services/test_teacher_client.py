@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import grpc
@@ -22,12 +22,6 @@ from vaopd.payloads import to_torch
 from vaopd.replicas import Replica
 from vaopd.service_config import ImagesConfig, ServiceConfig
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -19,12 +17,6 @@ from vaopd.types import Degradation, GroupScore, ScoreRequest
 from vaopd.vlm import Vlm
 
 QUESTION = "What is the perimeter?"
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
 
 
 def score(target: str, *requests: ScoreRequest, with_token_texts: bool = False, **options: object) -> list[GroupScore]:

@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
 import json
 import re
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
 
+from tests.support.runs import make_run
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
-from vaopd.report import write_report
+from vaopd.report import report_html, write_report
 from vaopd.report_plots import band_over, complete, running_mean, seed_band
 from vaopd.report_rollouts import high_tokens
 from vaopd.run_records import read_run
-
-
-def jpeg() -> str:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 30), "white").save(file, "JPEG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def make_run(
-    folder: Path,
-    *,
-    variant: str = "va_opd",
-    seed: int = 0,
-    accuracies: tuple[float, ...] = (0.3, 0.5, 0.6),
-    steps: int = 20,
-) -> Path:
-    """A folder as the trainer leaves it: 20 steps planned, `steps` of them done, an evaluation every 10."""
-    folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(
-        f'[run]\nname = "x"\nseed = {seed}\n[objective]\nvariant = "{variant}"\n'
-        "[trainer]\nsteps = 20\n[evaluation]\nevery = 10\n"
-    )
-    lines: list[dict[str, Any]] = []
-    for index, accuracy in enumerate(accuracies):
-        evaluation = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
-        lines.append({"kind": "eval", "step": 10 * index, **evaluation})
-    for step in range(steps):
-        numbers = {"loss": 0.5, "kl_mean": 0.4, "kl_high": 0.6, "kl_low": 0.3, "mean_va": 0.2, "va_top10_share": 0.95}
-        numbers |= {"weights_entropy": 1.0, "grad_norm": 2.0, "rollouts_per_s": 30.0, "time_s": 1000.0 + 2 * step}
-        times = {"wait_s": 1.0, "score_s": 0.3, "forward_backward_s": 0.4, "publish_s": 0.1}
-        lines.append({"kind": "train", "step": step, **numbers, **times})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samples = [
-        {
-            "step": step,
-            "group_id": f"g{step}",
-            "question": "Is 3 < 4?",
-            "answer": "yes",
-            "tokens": ["3", " <", "\n"],
-            "visual_advantage": [0.5, 0.0, 9.0],
-            "teacher_logprobs": [-0.1, -0.2, -0.3],
-            "rollout_weight": weight,
-        }
-        for step in (0, 5, 10)
-        for weight in (0.75, 0.25)
-    ]
-    samples[0]["image_base64"] = jpeg()
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
-    return folder
 
 
 def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
@@ -215,3 +165,36 @@ def test_a_missing_or_broken_number_is_an_error(tmp_path: Path, line: str, messa
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"config\.toml can't be read"):
         read_run(tmp_path)
+
+
+def test_a_run_that_has_just_been_started_has_a_page_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    (run / "metrics.jsonl").unlink()
+    (run / "samples.jsonl").unlink()
+    page = write_report([run]).read_text()
+    assert "No step has been taken yet." in page
+    assert "0 of 20<small>not finished" in page
+
+
+def test_a_password_in_an_address_is_not_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    with (run / "config.toml").open("a") as file:
+        file.write('[queue]\nurl = "rediss://trainer:s3cret@redis:6379/0"\n')
+    page = write_report([run]).read_text()
+    assert "rediss://…@redis:6379/0" in page
+    assert "s3cret" not in page
+
+
+def test_only_a_live_page_asks_for_itself_again(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "first"))
+    kept, live = report_html([run]), report_html([run], again_s=15)
+    assert "connect-src" not in re.sub(r"<script>.*", "", kept, flags=re.S)
+    assert '<body data-again="15">' in live
+    assert "connect-src 'self'" in live
+
+
+def test_the_script_that_runs_is_the_page_s_own(tmp_path: Path) -> None:
+    """Its hash stands in the page's policy: markup that slipped in could run nothing."""
+    page = report_html([read_run(make_run(tmp_path / "first"))])
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 Needs = Literal["student", "teacher", "data", "engine", "device", "teacher port", "api port"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +74,9 @@ def check(config: Config, needs: Iterable[Needs]) -> None:
         raise ConfigError("\n  ".join(["this can't start:", *problems]))
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder here can be a hub id: ORG/NAME, and ORG is no folder here either."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
-
-
 def _model_problems(key: str, name: str) -> Iterator[str]:
+    from vaopd.preflight import is_hub_id
+
     folder = Path(name)
     if folder.is_dir():
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).exists()]
@@ -97,6 +92,8 @@ def _model_problems(key: str, name: str) -> Iterator[str]:
 
 
 def _data_problems(config: Config) -> Iterator[str]:
+    from vaopd.preflight import is_hub_id
+
     source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
     folder = Path(source)
     if folder.is_dir():

@@ -39,7 +39,10 @@ def add_parsers(subparsers: Subparsers) -> None:
         parser.add_argument("--announce", metavar="FILE", help="write host:port there once it serves")
     add_service_argument(teacher)
     api.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher to choose")
-    api.add_argument("--student", metavar="MODEL", help="a student that answers questions here (loads torch)")
+    api.add_argument(
+        "--student", metavar="MODEL", help="a student that answers questions here (loaded when first asked)"
+    )
+    api.add_argument("--runs", metavar="FOLDER", help="show the reports of the runs in this folder, e.g. runs")
     api.add_argument("--keys", metavar="FILE", help="API keys, see `vaopd keys`; without, everybody may ask")
     api.add_argument("--requests-per-minute", metavar="N", help="quota of each client; default: none")
     api.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate, PEM")
@@ -71,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in ("announce", "worker", "service_file"):
         if value := getattr(arguments, name, None):
             extra += [f"--{name.removesuffix('_file')}", value]
-    for name in ("student", "keys", "requests_per_minute", "tls_cert", "tls_key"):
+    for name in ("student", "runs", "keys", "requests_per_minute", "tls_cert", "tls_key"):
         if value := getattr(arguments, name, None):
             extra += [f"--{name.replace('_', '-')}", value]
     extra += [part for address in getattr(arguments, "teacher", []) for part in ("--teacher", address)]

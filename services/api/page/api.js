@@ -50,6 +50,8 @@ export const teachers = async () => (await json("v1/teachers")).teachers;
 export const students = async () => (await json("v1/students")).students;
 export const score = (body, signal) => json("v1/score", { body, signal });
 export const sample = (body, signal) => json("v1/sample", { body, signal });
+export const runs = async () => (await json("v1/runs")).runs;
+export const file = async (path) => (await ask(path)).blob();
 export const degraded = async (body, signal) => (await ask("v1/degrade", { body, signal })).blob();
 export const examples = () => json("page/examples/examples.json");
 

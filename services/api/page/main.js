@@ -49,10 +49,11 @@ async function sample() {
   const { question, image } = form.readView();
   if (!question) return showError(new api.Problem(422, "Type a question", "question"));
   clearError();
-  busy("The student answers…");
+  busy(known.student.loaded ? "The student answers…" : "The student is loaded…");
   const settings = { num_responses: Number($("#count").value), seed: Math.floor(Math.random() * 2 ** 31) };
   try {
     const answer = await api.sample({ question, ...(image && { image: image.dataUrl }), ...settings });
+    known.student = { ...known.student, loaded: true, tokenizer_fingerprint: answer.tokenizer_fingerprint };
     form.setAnswers(answer.responses.map((response) => [response.text, response.token_ids, answer.model]));
   } catch (error) {
     busy(null);
@@ -160,7 +161,9 @@ function saveJson() {
 async function loadTeachers() {
   try {
     known.teachers = await api.teachers();
-    known.student = (await api.students())[0] ?? null;
+    const [students, runs] = await Promise.all([api.students(), api.runs()]);
+    known.student = students[0] ?? null;
+    $("#runs").hidden = !runs.length;
   } catch (error) {
     if (error.status === 503) setTimeout(loadTeachers, LOOK_AGAIN_MS); // one that is loading will be there soon
     return showError(error);

@@ -1,0 +1,68 @@
+// The runs of the API's folder, each with its report.
+import * as api from "./api.js";
+import { $, h, percent, save } from "./dom.js";
+
+const COLUMNS = ["run", "objective", "seed", "steps", "accuracy before", "accuracy", "last change"];
+const LOOK_AGAIN_MS = 15_000;
+
+function row(run) {
+  const address = `runs/${run.name}/report`;
+  const link = h("a", { href: address }, run.name);
+  // No browser sends a key along with a link: then the page is fetched with it, and kept as a file.
+  if (api.getKey())
+    link.addEventListener("click", async (event) => {
+      event.preventDefault();
+      try {
+        save(await api.file(address), `${run.name}.html`);
+      } catch (error) {
+        showError(error);
+      }
+    });
+  const steps = run.steps_planned === null ? String(run.steps_done) : `${run.steps_done} of ${run.steps_planned}`;
+  return h(
+    "tr",
+    {},
+    h("th", { scope: "row" }, link),
+    h("td", {}, run.objective),
+    h("td", {}, String(run.seed)),
+    h("td", {}, `${steps}, ${run.finished ? "finished" : "not finished"}`),
+    h("td", {}, percent(run.accuracy_before)),
+    h("td", {}, percent(run.accuracy)),
+    h("td", {}, new Date(run.changed).toLocaleString()),
+  );
+}
+
+function draw(runs) {
+  const heads = COLUMNS.map((name) => h("th", { scope: "col" }, name));
+  const table = h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...runs.map(row)));
+  const none = h("p", {}, "There are none here. vaopd up and vaopd demo show theirs; alone: vaopd api CONFIG --runs FOLDER");
+  const hint = api.getKey() ? "With a key, a report is downloaded as a file." : "A run that goes on is followed.";
+  $("#runs").replaceChildren(
+    runs.length
+      ? h(
+          "section",
+          { class: "card" },
+          h("p", { class: "hint" }, `Curves, rollouts coloured by VA, configuration. ${hint}`),
+          h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of the runs" }, table),
+        )
+      : h("section", { class: "card" }, none),
+  );
+}
+
+function showError(error) {
+  const words = error instanceof api.Problem ? api.inWords(error) : "The page failed unexpectedly; reload it.";
+  $("#runs").replaceChildren(h("p", { class: "error", role: "alert" }, words));
+}
+
+async function look() {
+  try {
+    // What has the focus stays where it is.
+    const runs = await api.runs();
+    if (!$("#runs").contains(document.activeElement)) draw(runs);
+  } catch (error) {
+    showError(error);
+  }
+  setTimeout(look, LOOK_AGAIN_MS);
+}
+await look();
+document.documentElement.dataset.ready = "true";

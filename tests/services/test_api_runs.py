@@ -1,0 +1,138 @@
+"""The runs of a folder over HTTP: the list, and the report that follows a run while it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.api import Api, error_of, start_api
+from tests.support.runs import make_run
+from vaopd.http_client import ScoringClient
+from vaopd.keys import add_key
+
+
+@pytest.fixture(scope="module")
+def nobody() -> Iterator[str]:
+    """Where no teacher is: reports need none."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6))
+    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,))
+    os.utime(folder / "done" / "metrics.jsonl", (1, 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def api(nobody: str, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    yield from start_api(tmp_path_factory.mktemp("api"), nobody, "--runs", str(runs))
+
+
+def test_the_runs_are_listed_the_one_that_changed_last_first(api: Api, runs: Path) -> None:
+    (runs / "begun" / "metrics.jsonl").touch()
+    begun, done = api.http.get("/v1/runs").json()["runs"]
+    changed = begun.pop("changed")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", changed)
+    assert begun == {
+        "name": "begun",
+        "objective": "standard",
+        "seed": 3,
+        "steps_done": 5,
+        "steps_planned": 20,
+        "finished": False,
+        "accuracy_before": 0.3,
+        "accuracy": 0.3,
+    }
+    assert (done["name"], done["finished"], done["accuracy"]) == ("done", True, 0.6)
+    with ScoringClient(str(api.http.base_url)) as client:
+        assert [run.name for run in client.runs()] == ["begun", "done"]
+
+
+def test_a_report_is_the_page_that_the_command_writes(api: Api) -> None:
+    answer = api.http.get("/runs/done/report")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "60.0 % ± 3.0<small>+30.0 points" in answer.text
+    assert "data-again" not in re.sub(r"<script>.*", "", answer.text, flags=re.S)
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert '<body data-again="15">' in api.http.get("/runs/begun/report").text
+
+
+def test_a_report_is_drawn_again_when_the_run_has_gone_on(api: Api, runs: Path) -> None:
+    before = api.http.get("/runs/begun/report")
+    same = api.http.get("/runs/begun/report", headers={"If-None-Match": before.headers["etag"]})
+    assert (same.status_code, same.content) == (304, b"")
+    line = {"kind": "eval", "step": 10, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}
+    with (runs / "begun" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    after = api.http.get("/runs/begun/report", headers={"If-None-Match": before.headers["etag"]})
+    assert after.status_code == 200
+    assert "90.0 % ± 3.0" in after.text
+
+
+def test_a_run_s_name_is_never_a_path(api: Api, runs: Path) -> None:
+    make_run(runs.parent / "outside")
+    (runs / "link").symlink_to(runs.parent / "outside")
+    (runs / "empty").mkdir(exist_ok=True)
+    for name in ("..%2Foutside", "%2e%2e", ".", "link", "empty", "none", "a" * 200, "%00", f"{runs.parent}/outside"):
+        answer = api.http.get(f"/runs/{name}/report")
+        assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found"), name
+        assert str(runs.parent) not in error_of(answer)["detail"]
+    assert {run["name"] for run in api.http.get("/v1/runs").json()["runs"]} == {"begun", "done"}
+
+
+def test_a_damaged_run_is_left_out_of_the_list_and_its_report_is_an_error(api: Api, runs: Path) -> None:
+    broken = make_run(runs / "broken")
+    try:
+        (broken / "metrics.jsonl").write_text("{\n")
+        assert "broken" not in {run["name"] for run in api.http.get("/v1/runs").json()["runs"]}
+        answer = api.http.get("/runs/broken/report")
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "internal")
+        assert str(runs) not in answer.text
+    finally:
+        (broken / "config.toml").unlink()
+
+
+def test_with_keys_a_job_sees_its_own_run_only(nobody: str, runs: Path, tmp_path: Path) -> None:
+    key = {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', 'done')}"}
+    for api in start_api(tmp_path, nobody, "--runs", str(runs), "--keys", str(tmp_path / "keys.json")):
+        assert api.http.get("/runs").status_code == 200  # the page, in which a key can't be missing yet
+        for path in ("/v1/runs", "/runs/done/report"):
+            assert api.http.get(path).status_code == 401
+        assert [run["name"] for run in api.http.get("/v1/runs", headers=key).json()["runs"]] == ["done"]
+        assert api.http.get("/runs/done/report", headers=key).status_code == 200
+        others, none = (api.http.get(f"/runs/{name}/report", headers=key) for name in ("begun", "none"))
+        assert others.status_code == none.status_code == 403
+        assert error_of(others)["detail"] == error_of(none)["detail"]
+
+
+def test_without_a_folder_there_are_none(nobody: str, tmp_path: Path) -> None:
+    for api in start_api(tmp_path, nobody):
+        assert api.http.get("/v1/runs").json() == {"runs": []}
+        assert api.http.get("/runs/done/report").status_code == 404
+
+
+def test_the_event_loop_goes_on_while_a_report_is_drawn(api: Api, runs: Path) -> None:
+    """Many reports are asked for at once; health is answered before the last of them is there."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = [make_run(runs / f"many-{index}").name for index in range(6)]
+    try:
+        with ThreadPoolExecutor(len(names)) as pool:
+            asked = [pool.submit(api.http.get, f"/runs/{name}/report") for name in names]
+            assert api.http.get("/healthz").status_code == 200
+            assert not all(each.done() for each in asked)
+            assert [each.result().status_code for each in asked] == [200] * len(names)
+    finally:
+        for name in names:
+            (runs / name / "config.toml").unlink()
