@@ -31,13 +31,12 @@ from vaopd.errors import (
     Busy,
     InvalidInput,
     LimitExceeded,
-    Mismatch,
     NotFound,
     Unavailable,
     VaopdError,
 )
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.replicas import Failures, Replica, Replicas
+from vaopd.replicas import Failures, Replica, Replicas, TeacherFault
 from vaopd.transport import GROUP_ERRORS, Patience, error_of
 from vaopd.types import (
     Degradation,
@@ -140,7 +139,9 @@ class TeacherClient:
                 head = head or TensorAssembly(chunk.tensor)
                 head.add(chunk)
             if head is None or not head.complete:
-                raise Mismatch(f"the teacher at {replica.target} ended its head too early; are its versions the same?")
+                raise TeacherFault(
+                    f"the teacher at {replica.target} ended its head too early; are its versions the same?"
+                )
             return head.tensor()
 
         return await self._until_answered(fetch)
@@ -226,7 +227,9 @@ class TeacherClient:
         async for message in self._messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
-                raise Mismatch(f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked")
+                raise TeacherFault(
+                    f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked"
+                )
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
                 error = GROUP_ERRORS.get(part.code, VaopdError)(part.message)
@@ -237,13 +240,13 @@ class TeacherClient:
             elif part.group_id in open_groups:
                 open_groups[part.group_id].add(part)
             else:
-                raise Mismatch(f"the teacher sent a payload for group {part.group_id!r} before its score")
+                raise TeacherFault(f"the teacher sent a payload for group {part.group_id!r} before its score")
             if open_groups[part.group_id].complete:
                 unanswered.discard(part.group_id)
                 yield open_groups.pop(part.group_id).result()
         if unanswered:
             missing = sorted(unanswered)[:5]
-            raise Mismatch(f"the teacher at {replica.target} ended a call without an answer for {missing}")
+            raise TeacherFault(f"the teacher at {replica.target} ended a call without an answer for {missing}")
 
     def _request(self, groups: Sequence[ScoreRequest], with_token_texts: bool) -> pb.ScoreGroupsRequest:
         return wire.score_request_to_pb(

@@ -27,6 +27,10 @@ _CONNECT_S = 5.0
 _POLL_S = 0.01
 
 
+class TeacherFault(Mismatch):
+    """What a teacher is to blame for, not the request: it differs from its fellows, or breaks the protocol."""
+
+
 def addresses(target: str) -> list[str]:
     """The replicas that a target names. Raises ConfigError when it names none, or one twice.
 
@@ -153,7 +157,7 @@ class Replicas:
         self._first = ""
 
     async def introduce(self, replica: Replica, *, timeout_s: float | None = None) -> TeacherDescription:
-        """Asks who it is, once. Raises Mismatch, which names both, for one that would answer differently."""
+        """Asks who it is, once. Raises TeacherFault, which names both, for one that would answer differently."""
         if replica.description is None:
             description = await replica.describe(timeout_s)
             if self.description is None:
@@ -161,7 +165,7 @@ class Replicas:
             for field in ("revision", "tokenizer_fingerprint", "dtype"):
                 known, found = getattr(self.description, field), getattr(description, field)
                 if known != found:
-                    raise Mismatch(
+                    raise TeacherFault(
                         f"the teacher at {replica.target} has {field} {found[:12]}, the one at {self._first} had "
                         f"{known[:12]}; replicas must serve the same model in the same precision, and to go on with "
                         "another one it must be described, and its head fetched, again"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from services.api.errors import ApiError
 from vaopd.client import ClientOptions, GroupFailure, TeacherClient
 from vaopd.errors import NotFound, PermissionDenied, Unauthenticated, Unavailable
+from vaopd.replicas import TeacherFault
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherDescription
 
 logger = logging.getLogger("vaopd.api")
@@ -87,9 +88,14 @@ class Teachers:
 
 @contextmanager
 def _own_credentials() -> Iterator[None]:
-    """A key that the teacher refuses is the API's, not that of whoever asks the API."""
+    """A key that the teacher refuses is the API's, not that of whoever asks the API; so are teachers that differ."""
     try:
         yield
+    except TeacherFault as error:
+        logger.error("%s", error)  # the message would tell everybody where the teacher runs
+        raise ApiError(
+            502, "the teacher behind this API doesn't answer as it should; the API's log tells more"
+        ) from None
     except (Unauthenticated, PermissionDenied) as error:
         logger.error("the teacher refuses this API: %s", error)
         raise ApiError(

@@ -1,8 +1,8 @@
 """The teacher's process from the loaded model to the drained server.
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
-within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1. Whatever the
-device does, the process is gone GRACE_S + 7 s after the signal.
+within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+Whatever the device does, the process is gone GRACE_S + 7 s after the signal.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class Scorer:
             yield from future.result()
 
     def close(self) -> None:
+        """Ends at once, also while the teacher is away: its client goes first, so that nobody waits for an answer."""
         self._closed.set()
+        self._teacher.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
