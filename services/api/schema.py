@@ -19,7 +19,7 @@ MEANINGS = {
     400: "the body is not JSON, or not a sound form",
     401: "no key, or one that isn't valid",
     403: "a key that may not do this",
-    404: "no such teacher, or no student",
+    404: "no such teacher or run, or no student",
     409: "the teacher is another one than before",
     413: "over a size limit",
     415: "another content type, or an image that is not PNG, JPEG or WEBP",

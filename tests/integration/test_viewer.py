@@ -8,18 +8,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 
 from services.api.app import PAGE
 from tests.support.api import Api, start_api
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess
-from tests.support.viewer import Viewer, chromium, viewer
+from tests.support.viewer import PHONE, Viewer, chromium, serious_findings, viewer
 from vaopd.keys import add_key
 
 EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
-PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
 @pytest.fixture(scope="module")
@@ -233,24 +231,14 @@ def test_light_and_dark(browser: Browser, api: Api) -> None:
 def test_no_serious_finding_of_axe(browser: Browser, api: Api, options: dict[str, object]) -> None:
     with viewer(browser, str(api.http.base_url), **options) as seen:
         seen.open()
-        found = _serious(seen)
+        found = serious_findings(seen)
         seen.score_example()
         seen.page.locator("#tables summary").click()
         seen.page.locator("#rollouts .token").nth(4).click()
-        found += _serious(seen)
+        found += serious_findings(seen)
         seen.open(path="/docs")
-        found += _serious(seen)
+        found += serious_findings(seen)
         assert found == []
-
-
-def _serious(seen: Viewer) -> list[str]:
-    violations = Axe().run(seen.page).response["violations"]
-    return [
-        f"{each['id']}: {node['html']}"
-        for each in violations
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
 
 
 def test_it_fits_a_phone(browser: Browser, api: Api) -> None:

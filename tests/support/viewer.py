@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Response, sync_playwright
 
 from tests.support.waiting import wait_until
@@ -26,6 +27,9 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+
+
+PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
 @contextmanager
@@ -53,11 +57,11 @@ class Viewer:
     responses: list[Response] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
-    def open(self, fragment: str = "", path: str = "/") -> None:
+    def open(self, fragment: str = "", path: str = "/", *, ready: str | None = None) -> None:
         # Only the fragment would change: then the page is not loaded again.
         self.page.goto("about:blank")
         self.page.goto(f"{self.base_url}{path}{fragment}")
-        self.page.wait_for_selector("html[data-ready]" if path == "/" else "section.card")
+        self.page.wait_for_selector(ready or ("section.card" if path == "/docs" else "html[data-ready]"))
 
     def score_example(self, number: int = 0) -> None:
         self.page.locator("#examples button").nth(number).click()
@@ -99,3 +103,14 @@ def viewer(browser: Browser, base_url: str, **options: Any) -> Iterator[Viewer]:
         yield opened
     finally:
         context.close()
+
+
+def serious_findings(seen: Viewer) -> list[str]:
+    """What axe finds serious or critical in the page as it stands."""
+    violations = Axe().run(seen.page).response["violations"]
+    return [
+        f"{each['id']}: {node['html']}"
+        for each in violations
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]

@@ -1,0 +1,90 @@
+"""The runs' page and a run's report in a real headless Chromium, served by an API; its teacher may be anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.support.api import Api, start_api
+from tests.support.runs import make_run
+from tests.support.viewer import PHONE, chromium, serious_findings, viewer
+from vaopd.keys import add_key
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "begun", steps=5, accuracies=(0.3,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def api(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """Port 9 has no teacher: reports need none."""
+    yield from start_api(tmp_path_factory.mktemp("api"), "127.0.0.1:9", "--runs", str(runs))
+
+
+def test_a_report_follows_its_run_where_the_reader_is(browser: Browser, api: Api, runs: Path) -> None:
+    with viewer(browser, str(api.http.base_url)) as seen:
+        seen.page.clock.install()
+        seen.open(path="/runs")
+        seen.page.click("text=begun")
+        assert seen.page.locator("#live").inner_text() == "The run goes on: this page follows it."
+        seen.page.locator("summary", has_text="Configuration").click()
+        line = {"kind": "eval", "step": 10, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}
+        with (runs / "begun" / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        seen.page.clock.fast_forward(15_000)
+        seen.wait_for("the new evaluation is shown", "document.body.innerText.includes('90.0 % ± 3.0')")
+        assert seen.page.locator("details[open] summary", has_text="Configuration").count() == 1
+        assert "Last change" in seen.page.locator("#live").inner_text()
+        assert seen.complaints == []
+
+
+def test_a_token_s_numbers_by_click_and_by_keyboard(browser: Browser, api: Api) -> None:
+    with viewer(browser, str(api.http.base_url)) as seen:
+        seen.open(path="/runs/begun/report", ready="main")
+        tokens = seen.page.locator(".rollout code").first.locator("span")
+        tokens.first.click()
+        assert "VA 0.500" in seen.page.locator("#details").inner_text()
+        tokens.first.focus()
+        seen.page.keyboard.press("ArrowRight")
+        assert "VA 0.000" in seen.page.locator("#details").inner_text()
+        seen.page.keyboard.press("Escape")
+        assert seen.page.locator("#details").is_hidden()
+        assert seen.complaints == []
+
+
+def test_with_a_key_a_report_is_kept_as_a_file(browser: Browser, runs: Path, tmp_path: Path) -> None:
+    key = add_key(tmp_path / "keys.json", "begun")
+    for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(runs), "--keys", str(tmp_path / "keys.json")):
+        with viewer(browser, str(api.http.base_url)) as seen:
+            seen.open(path="/runs")
+            assert "key" in seen.page.locator("[role=alert]").inner_text()
+            seen.page.evaluate("key => sessionStorage.setItem('vaopd.key', key)", key)
+            seen.open(path="/runs")
+            with seen.page.expect_download() as download:
+                seen.page.click("text=begun")
+            download.value.save_as(tmp_path / "kept.html")
+            assert "Held-out accuracy" in (tmp_path / "kept.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
+def test_no_serious_finding_of_axe_and_nothing_is_cut_off(browser: Browser, api: Api, options: dict[str, Any]) -> None:
+    with viewer(browser, str(api.http.base_url), **options) as seen:
+        for path, ready in (("/runs", "section.card"), ("/runs/begun/report", "main")):
+            seen.open(path=path, ready=ready)
+            assert serious_findings(seen) == []
+            assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
