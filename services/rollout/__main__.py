@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import socket
@@ -11,42 +10,40 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vaopd.config import Config, load_config
-from vaopd.errors import ConfigError, VaopdError
-from vaopd.preflight import told
+from vaopd import logs, process
+from vaopd.config import Config
+from vaopd.errors import ConfigError
 
 if TYPE_CHECKING:
     from services.rollout.engine import RolloutEngine
+    from services.rollout.metrics import WorkerMetrics
 
 DRAIN_S = 10.0  # half of what `vaopd up` grants between SIGTERM and SIGKILL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rollout", description="Samples responses with the student's newest weights.")
-    parser.add_argument("--config", required=True, help="the run's TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one field")
+    parser = process.parser("services.rollout", "Samples responses with the student's newest weights.")
     own_name = f"{socket.gethostname()}-{os.getpid()}"
     parser.add_argument("--worker", default=own_name, help="name in the queue (default: host and process id)")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        config = load_config(arguments.config, arguments.set)
-        if config.queue.url == "embedded":
-            raise ConfigError(
-                'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
-                "name a running one: --set queue.url=redis://HOST:PORT/0"
-            )
-        try:
-            run(config, worker=arguments.worker)
-        except (RuntimeError, ImportError) as error:  # torch's and vLLM's: no device, no memory, not installed
-            raise told(error, "rollout") from error
-    except VaopdError as error:
-        print(f"rollout: {error}", file=sys.stderr)
-        return 1
+    return process.main(_run, parser, argv)
+
+
+def _run(arguments: argparse.Namespace, config: Config) -> int:
+    if config.queue.url == "embedded":
+        raise ConfigError(
+            'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
+            "name a running one: --set queue.url=redis://HOST:PORT/0"
+        )
+    logs.share(job=config.run.name, worker=arguments.worker)
+    from services.rollout.metrics import WorkerMetrics
+
+    metrics = WorkerMetrics(job=config.run.name)
+    with process.serve_metrics(metrics.registry, arguments.metrics_address):
+        run(config, worker=arguments.worker, metrics=metrics)
     return 0
 
 
-def run(config: Config, *, worker: str) -> None:
+def run(config: Config, *, worker: str, metrics: WorkerMetrics) -> None:
     """Composes and runs the worker; the heavy imports come here, after the arguments have been read."""
     # Nothing is held while the engine starts, so that the end may come at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -60,11 +57,13 @@ def run(config: Config, *, worker: str) -> None:
         lease_s=config.queue.lease_s,
         max_deliveries=config.queue.max_deliveries,
     )
+    metrics.watch(leases=lambda: len(queue.held()))
     engine = build_engine(config, worker=worker)
     stop = Stop(drain_s=DRAIN_S)
     stop.install()
+    batch = config.rollout.requests_per_batch
     try:
-        RolloutWorker(engine=engine, queue=queue, requests_per_batch=config.rollout.requests_per_batch, stop=stop).run()
+        RolloutWorker(engine=engine, queue=queue, requests_per_batch=batch, stop=stop, metrics=metrics).run()
     finally:
         engine.close()
 

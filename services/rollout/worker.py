@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 from services.rollout.engine import RolloutEngine
+from services.rollout.metrics import WorkerMetrics
+from vaopd import logs, tracing
 from vaopd.errors import LeaseLost, Unavailable, VaopdError
 from vaopd.queue import Lease, WorkerQueue
 from vaopd.types import PolicyVersion, RolloutGroup
@@ -77,11 +79,20 @@ class Stop:
 class RolloutWorker:
     """Serves one job's queue with one engine until `stop` is requested."""
 
-    def __init__(self, *, engine: RolloutEngine, queue: WorkerQueue, requests_per_batch: int, stop: Stop) -> None:
+    def __init__(
+        self,
+        *,
+        engine: RolloutEngine,
+        queue: WorkerQueue,
+        requests_per_batch: int,
+        stop: Stop,
+        metrics: WorkerMetrics | None = None,
+    ) -> None:
         self._engine = engine
         self._queue = queue
         self._requests_per_batch = requests_per_batch
         self._stop = stop
+        self._metrics = metrics or WorkerMetrics(job="")
         self._generating: list[Lease] = []
 
     def run(self) -> None:
@@ -108,6 +119,7 @@ class RolloutWorker:
                 leases += more
             return leases
         except Unavailable as error:
+            self._metrics.error("redis_unavailable")
             log.warning("%s", error)
             self._stop.wait(RETRY_S)
             return []
@@ -137,13 +149,19 @@ class RolloutWorker:
         if loaded is not None and (loaded.version, loaded.sha256) == (policy.version, policy.sha256):
             return True
         try:
-            self._engine.load_policy(policy)
+            with self._metrics.loading(version):
+                self._engine.load_policy(policy)
         except VaopdError:
             # A trainer withdraws a version before it deletes the snapshot: that is no fault of this worker's.
             if self._policy(version) != policy:
                 return False
             raise
-        log.info("policy version %d (%s…) is loaded", policy.version, policy.sha256[:12])
+        log.info(
+            "policy version %d (%s…) is loaded",
+            policy.version,
+            policy.sha256[:12],
+            extra=logs.fields(policy_version=policy.version),
+        )
         return True
 
     def _policy(self, version: int) -> PolicyVersion | None:
@@ -155,17 +173,30 @@ class RolloutWorker:
 
     def _answer(self, batch: list[Lease]) -> None:
         self._generating = batch
-        outcomes = self._engine.generate([lease.request for lease in batch])
+        ids = [lease.request.group_id for lease in batch]
+        version = batch[0].request.policy_version
+        with tracing.span("generate", groups=ids, policy_version=version), self._metrics.generating():
+            outcomes = self._engine.generate([lease.request for lease in batch])
         self._generating = []
+        self._metrics.sampled(outcomes)
         for lease, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, RolloutGroup):
                 self._commit(lease, lambda lease=lease, group=outcome: self._queue.complete(lease, group))  # type: ignore[misc]
             else:
-                log.warning("group %s goes to the dead letters: %s", lease.request.group_id, outcome)
+                group_id = lease.request.group_id
+                log.warning(
+                    "group %s goes to the dead letters: %s", group_id, outcome, extra=logs.fields(group=group_id)
+                )
                 self._commit(lease, lambda lease=lease, reason=str(outcome): self._queue.fail(lease, reason))  # type: ignore[misc]
         groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
         tokens = sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
-        log.info("%d of %d groups sampled, %d tokens", len(groups), len(batch), tokens)
+        log.info(
+            "%d of %d groups sampled, %d tokens",
+            len(groups),
+            len(batch),
+            tokens,
+            extra=logs.fields(groups=ids, policy_version=version),
+        )
 
     def _commit(self, lease: Lease, commit: Callable[[], object]) -> None:
         """Tries until Redis takes it (it may be full, or away) or the lease is lost; the keeper renews meanwhile."""
@@ -174,12 +205,20 @@ class RolloutWorker:
                 commit()
                 return
             except LeaseLost as error:
-                log.warning("%s", error)
+                self._metrics.error("lease_lost")
+                log.warning("%s", error, extra=logs.fields(group=lease.request.group_id))
                 return
             except Unavailable as error:
                 if self._stop.requested:
                     raise
-                log.warning("group %s is kept until it can be published: %s", lease.request.group_id, error)
+                self._metrics.error("redis_unavailable")
+                group_id = lease.request.group_id
+                log.warning(
+                    "group %s is kept until it can be published: %s",
+                    group_id,
+                    error,
+                    extra=logs.fields(group=group_id),
+                )
                 self._stop.wait(RETRY_S)
 
     def _hand_back(self) -> None:

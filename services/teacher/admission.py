@@ -32,8 +32,16 @@ class Admission:
     def waiting(self) -> int:
         return self._waiting.total()
 
+    @property
+    def limit(self) -> int:
+        return self._sharing.max_waiting_groups
+
     def waiting_of(self, job: str) -> int:
         return self._waiting[job]
+
+    def waiting_by_job(self) -> dict[str, int]:
+        """May be asked from any thread."""
+        return dict(self._waiting)
 
     def admit(self, job: str, groups: int) -> None:
         """Raises QueueFull, with a hint, when there is no room now. More than ever fits is refused before."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.teacher.engine import PreparedGroup
 from services.teacher.scheduler import Delivery, Scheduler, Unit
+from vaopd import tracing
 from vaopd.errors import VaopdError
 
 UNITS_AHEAD = 2
@@ -49,6 +50,7 @@ class Call:
             on_delivery=self._results.put_nowait,
             loop=asyncio.get_running_loop(),
             expires=self._expires,
+            trace=tracing.current(),
         )
         self._unread[unit] = len(unit.groups)
         self._scheduler.submit(unit)

@@ -19,6 +19,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from services.teacher.access import Access
+from vaopd import logs, tracing
 from vaopd import status as rpc_status
 from vaopd.errors import (
     Busy,
@@ -34,6 +35,7 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
+from vaopd.logs import REQUEST_ID, REQUEST_ID_KEY
 
 log = logging.getLogger(__name__)
 audit = logging.getLogger("vaopd.audit")
@@ -64,6 +66,15 @@ def status_of(error: VaopdError) -> grpc.StatusCode:
     return next((status for kind, status in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
+def reason_of(error: Exception) -> str:
+    """Of a refused call, out of a fixed set of words."""
+    if isinstance(error, QueueFull):
+        return "queue_full"
+    if isinstance(error, Busy):
+        return "quota"
+    return status_of(error).name.lower() if isinstance(error, VaopdError) else "internal"
+
+
 @dataclass(frozen=True, slots=True)
 class _Malformed:
     """Bytes that are not the message that the method takes."""
@@ -79,8 +90,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     Watch, which never ends by itself, is no reason to wait.
     """
 
-    def __init__(self, service: str, access: Access) -> None:
+    def __init__(
+        self,
+        service: str,
+        access: Access,
+        *,
+        on_refused: Callable[[str | None, str], object] = lambda job, reason: None,
+    ) -> None:
+        """`on_refused` is told the job, where it is known, and the reason of every call that is refused."""
         self._access = access
+        self._on_refused = on_refused
         self._counted = f"/{service}/"
         self._in_progress = 0
         self._idle = asyncio.Event()
@@ -116,8 +135,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             try:
                 caller = self._access.caller(handler_call_details.invocation_metadata)
             except VaopdError as error:
-                return _refusing(method, error)
-        call = _Call(method, caller, self._access)
+                return self._refusing(method, error)
+        call = _Call(handler_call_details, caller, self._access)
         parse = _tolerant(handler.request_deserializer)
         serialise = handler.response_serializer
         if handler.stream_stream:
@@ -131,18 +150,49 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
+    def _refusing(self, method: str, error: VaopdError) -> grpc.RpcMethodHandler:
+        """Answers a call of any kind with a status, without reading a message of it."""
+
+        async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            await self._abort(context, method, error, job=None)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def _abort(
+        self, context: grpc.aio.ServicerContext, method: str, error: Exception, *, job: str | None
+    ) -> None:
+        if isinstance(error, grpc.aio.AbortError):  # a handler that has answered with a status itself
+            raise error
+        self._on_refused(job, reason_of(error))
+        metadata: tuple[tuple[str, bytes], ...] = ()
+        if isinstance(error, VaopdError):
+            code, message = status_of(error), str(error)
+            metadata = ((rpc_status.KEY, rpc_status.pack(code.value[0], error)),)
+        else:
+            log.error("%s failed", method, exc_info=error)
+            code, message = grpc.StatusCode.INTERNAL, "internal error"
+        # The message stays out of the log: it may quote what the client sent.
+        job = job[:64] if job else None
+        refused = (repr(job) if job else "-", method, code.name, context.peer())
+        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
+        return await context.abort(code, message, metadata)
+
     def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Awaitable[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            end = call.begin()
             with self._count(call.method):
                 try:
                     return await behaviour(call.incoming(request), context)
                 except Exception as error:
-                    return await _abort(context, call.method, call.located(error), job=call.job)
+                    return await self._abort(context, call.method, call.located(error), job=call.job)
+                finally:
+                    end()
 
         return answer
 
     def _guard_stream(self, behaviour: Callable[..., Any], call: _Call) -> Callable[..., AsyncIterator[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            end = call.begin()
             with self._count(call.method):
                 try:
                     answers = behaviour(call.incoming(request), context)
@@ -153,7 +203,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     else:  # a handler that writes to the context itself, as the health service's Watch does
                         await answers
                 except Exception as error:
-                    await _abort(context, call.method, call.located(error), job=call.job)
+                    await self._abort(context, call.method, call.located(error), job=call.job)
+                finally:
+                    end()
 
         return answer
 
@@ -161,11 +213,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """What is known of one call before its handler sees it."""
 
-    def __init__(self, method: str, caller: str | None, access: Access) -> None:
-        self.method = method
+    def __init__(self, details: grpc.HandlerCallDetails, caller: str | None, access: Access) -> None:
+        self.method = details.method
         self.job = caller
+        self._metadata = details.invocation_metadata
         self._read = 0
         self._access = access
+
+    def begin(self) -> Callable[[], None]:
+        """Gives the task that answers the call its request's id, for its log lines, and a span, which it has to end."""
+        sent = dict(self._metadata or ())
+        if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
+            logs.request_id.set(name)
+        return tracing.begin(self.method, parent=tracing.parent_of(self._metadata), job=self.job)
 
     def incoming(self, request: Any) -> Any:
         """The handler's request, or stream of them, that raises what is wrong with it."""
@@ -190,15 +250,6 @@ class _Call:
         return request
 
 
-def _refusing(method: str, error: VaopdError) -> grpc.RpcMethodHandler:
-    """Answers a call of any kind with a status, without reading a message of it."""
-
-    async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-        await _abort(context, method, error, job=None)
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
 def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
@@ -208,18 +259,3 @@ def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return _Malformed(len(data), getattr(owner, "__name__", "request"))
 
     return parse
-
-
-async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception, *, job: str | None) -> None:
-    if isinstance(error, grpc.aio.AbortError):  # a handler that has answered with a status itself
-        raise error
-    metadata: tuple[tuple[str, bytes], ...] = ()
-    if isinstance(error, VaopdError):
-        code, message = status_of(error), str(error)
-        metadata = ((rpc_status.KEY, rpc_status.pack(code.value[0], error)),)
-    else:
-        log.error("%s failed", method, exc_info=error)
-        code, message = grpc.StatusCode.INTERNAL, "internal error"
-    # The message stays out of the log: it may quote what the client sent.
-    audit.info("refused: job %s, %s, %s, %s", repr(job[:64]) if job else "-", method, code.name, context.peer())
-    return await context.abort(code, message, metadata)

@@ -57,6 +57,10 @@ class FairQueue(Generic[T]):
         """Of all that waits of a job."""
         return sum(cost for _, cost in self._lines[job].items) if job in self._lines else 0.0
 
+    def costs(self) -> dict[str, float]:
+        """Of all that waits, by job."""
+        return {job: self.cost(job) for job, line in self._lines.items() if line.items}
+
     def weight(self, job: str) -> float:
         return self._weights.get(job, 1.0)
 

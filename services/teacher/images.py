@@ -28,6 +28,14 @@ class ImageStore:
         self._lock = threading.Lock()
 
     @property
+    def size_bytes(self) -> int:
+        return self._images.size_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._images.capacity_bytes
+
+    @property
     def dropped(self) -> int:
         """Images that had to make room."""
         return self._images.dropped
@@ -72,6 +80,10 @@ class PreparedImages:
     @property
     def size_bytes(self) -> int:
         return self._images.size_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._images.capacity_bytes
 
     @property
     def dropped(self) -> int:

@@ -15,10 +15,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from services.teacher.engine import Engine, PreparedGroup, ScoredGroup
 from services.teacher.fairness import FairQueue
+from vaopd import tracing
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.vlm import Segment
 
@@ -52,7 +54,7 @@ class Unit:
 
     `room` is what it takes of a forward, as it was cut from the request; `tokens` is what it costs its job.
     `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more;
-    after `expires` (of time.monotonic) nobody does either.
+    after `expires` (of time.monotonic) nobody does either. `trace`: of the call, for the device's span.
     """
 
     job: str
@@ -62,6 +64,7 @@ class Unit:
     loop: asyncio.AbstractEventLoop
     expires: float | None = None
     cancelled: bool = False
+    trace: tracing.Context | None = None
     tokens: int = field(init=False)
     delivered: int = field(default=0, init=False)
 
@@ -98,9 +101,13 @@ class Scheduler:
         batch_tokens: int,
         on_failure: Callable[[], object],
         on_taken: Callable[[], object] = lambda: None,
+        on_batch: Callable[[float], object] = lambda fill: None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`on_failure` and, after each batch that leaves the line, `on_taken` are called on the device's thread."""
+        """`on_failure` and, after each batch that leaves the line, `on_taken` are called on the device's thread.
+
+        So is `on_batch`, with what the batch takes of `batch_tokens`: above 1 for a unit that needs several forwards.
+        """
         self.seconds_per_token: float | None = None
         """Of the last forwards, smoothed; None before the first."""
         self.busy_seconds = 0.0
@@ -110,6 +117,7 @@ class Scheduler:
         self._batch_tokens = batch_tokens
         self._on_failure = on_failure
         self._on_taken = on_taken
+        self._on_batch = on_batch
         self._line: FairQueue[Unit] = FairQueue(weights or {})
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._changed = threading.Condition()
@@ -132,6 +140,10 @@ class Scheduler:
     def waiting_tokens(self, job: str) -> float:
         with self._changed:
             return self._line.cost(job)
+
+    def waiting_tokens_by_job(self) -> dict[str, float]:
+        with self._changed:
+            return self._line.costs()
 
     def weight(self, job: str) -> float:
         return self._line.weight(job)
@@ -174,7 +186,9 @@ class Scheduler:
         try:
             while units := self._take():
                 self._on_taken()
-                self._score(units)
+                self._on_batch(sum(unit.room for unit in units) / self._batch_tokens)
+                with _span(units):
+                    self._score(units)
         except Exception:
             log.exception("the engine failed; the process can't go on")
             self._on_failure()
@@ -235,6 +249,20 @@ class Scheduler:
     def _pace(self, elapsed_s: float, tokens: int) -> None:
         now, before = elapsed_s / max(1, tokens), self.seconds_per_token
         self.seconds_per_token = now if before is None else before + _SMOOTHING * (now - before)
+
+
+def _span(units: Sequence[Unit]) -> AbstractContextManager[None]:
+    """Part of the first call's trace; the other calls that share the batch are linked."""
+    if units[0].trace is None:
+        return nullcontext()
+    return tracing.span(
+        "teacher batch",
+        parent=units[0].trace,
+        links=[unit.trace for unit in units[1:]],
+        jobs=list(dict.fromkeys(unit.job for unit in units)),
+        groups=[group.group_id for unit in units for group in unit.groups],
+        tokens=sum(unit.tokens for unit in units),
+    )
 
 
 def _stopped() -> Unavailable:

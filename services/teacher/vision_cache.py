@@ -34,6 +34,10 @@ class VisionCache:
     def size_bytes(self) -> int:
         return self._entries.size_bytes
 
+    @property
+    def capacity_bytes(self) -> int:
+        return self._entries.capacity_bytes
+
     def features(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """One per image, in order."""
         found: dict[str | int, ImageFeatures] = {}

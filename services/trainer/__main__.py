@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+
+from vaopd import logs, process
+from vaopd.config import Config
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m services.trainer", description="Trains a student; one job.")
-    parser.add_argument("--config", required=True, help="TOML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a field")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = process.parser("services.trainer", "Trains a student; one job.")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if argv is None else argv
+    return process.main(lambda arguments, config: _run(arguments, config, given), parser, given)
 
-    from vaopd.config import load_config
-    from vaopd.errors import VaopdError
-    from vaopd.preflight import told
 
-    try:
-        config = load_config(options.config, options.set)
-        if config.trainer.processes > 1 and "RANK" not in os.environ:
-            from services.trainer.launcher import die_as, launch
+def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) -> int:
+    logs.share(job=config.run.name)
+    if config.trainer.processes > 1 and "RANK" not in os.environ:
+        from services.trainer.launcher import die_as, launch
 
-            ranks = (sys.executable, "-m", "services.trainer", *(sys.argv[1:] if arguments is None else arguments))
-            return die_as(launch(ranks, processes=config.trainer.processes))
-        from services.trainer.compose import run
+        ranks = (sys.executable, "-m", "services.trainer", *given)
+        return die_as(launch(ranks, processes=config.trainer.processes))
+    from services.trainer.compose import run
+    from services.trainer.monitoring import TrainerMetrics
 
-        stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        try:
-            return run(config, resume=options.resume, stop=stop)
-        except RuntimeError as error:  # torch's: no device, no memory
-            raise told(error, "trainer") from error
-    except VaopdError as error:
-        print(f"trainer: {error}", file=sys.stderr)
-        return 2
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    metrics = TrainerMetrics(job=config.run.name, steps=config.trainer.steps)
+    # The coordinator has the numbers of all ranks.
+    address = arguments.metrics_address if os.environ.get("RANK", "0") == "0" else None
+    with process.serve_metrics(metrics.registry, address):
+        return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from vaopd import logs
 from vaopd.errors import Mismatch, Unavailable
 from vaopd.ledger import Ledger
 from vaopd.queue import TrainerQueue
@@ -73,6 +74,8 @@ class Collector:
             self._oldest_version[request.group_id] = oldest_version
             self._ledger.write("published", group=request.group_id, step=step, policy=request.policy_version)
             self._surely(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
+        ids = [request.group_id for request in requests]
+        log.info("%d groups asked for", len(ids), extra=logs.fields(step=step, groups=ids))
         self._inbox.extend(self._early)
         self._early = []
         self._surely(self._sort)
@@ -194,6 +197,7 @@ class Collector:
             return  # the very entry that is in use, seen again: Redis lost its last writes, that it was read among them
         self._queue.acknowledge([delivered.entry_id])
         self.counts[reason] += 1
+        log.info("group %s is dropped: %s", group.group_id, reason, extra=logs.fields(group=group.group_id))
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
 
     def _hand_out(self, group_id: str) -> RolloutGroup:
@@ -206,7 +210,7 @@ class Collector:
     def _give_up(self, group_id: str, reason: str, entry_id: str | None) -> None:
         if entry_id is not None:  # else it went with a Redis that came back empty
             self._surely(lambda: self._queue.dead_letter(entry_id, reason))
-        log.error("group %s is given up: %s", group_id, reason)
+        log.error("group %s is given up: %s", group_id, reason, extra=logs.fields(group=group_id))
         self.counts["dead"] += 1
         self._ledger.write("dead", group=group_id, reason=reason)
 
@@ -278,5 +282,8 @@ class Collector:
                 self._queue.publish_policy(self._policies[version])
         waiting = [request for group_id, request in self._wanted.items() if group_id not in self._arrived]
         for request in self._queue.unpublished(waiting):
-            log.warning("Redis has lost the request for group %s: published again", request.group_id)
+            group_id = request.group_id
+            log.warning(
+                "Redis has lost the request for group %s: published again", group_id, extra=logs.fields(group=group_id)
+            )
             self._queue.enqueue(request)

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from services.trainer import checkpoint
 from services.trainer.collector import Collector
 from services.trainer.loop import Coordinator, Interrupted, Trainer
+from services.trainer.monitoring import TrainerMetrics
 from services.trainer.ranks import Ranks
 from services.trainer.records import ProgressLine
 from services.trainer.scoring import Scorer
@@ -28,6 +29,7 @@ from vaopd.ledger import FILE, Ledger
 from vaopd.payloads import to_torch
 from vaopd.prompts import check_same_tokenizer
 from vaopd.queue import LeaseKeeper, TrainerQueue
+from vaopd.queue.depth import DepthGauge
 from vaopd.types import Degradation
 from vaopd.vlm import Vlm
 from vaopd.weights import load_state
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 EXIT_INTERRUPTED = 130
 
 
-def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
+def run(config: Config, *, resume: bool, stop: threading.Event, metrics: TrainerMetrics) -> int:
     """Runs this process's rank to the end of the job; returns the exit status."""
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -90,7 +92,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event) -> int:
             )
         needs_head = config.teacher.payload in ("hidden", "hidden_int8")
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
-        coordinator = _coordinator(config, stack, resume=resume) if ranks.is_coordinator else None
+        coordinator = _coordinator(config, stack, metrics, resume=resume) if ranks.is_coordinator else None
         trainer = Trainer(
             config=config,
             accelerator=accelerator,
@@ -135,7 +137,7 @@ def _prepare_folder(config: Config, *, resume: bool) -> None:
         shutil.rmtree(folder / "policy", ignore_errors=True)
 
 
-def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> Coordinator:
+def _coordinator(config: Config, stack: contextlib.ExitStack, metrics: TrainerMetrics, *, resume: bool) -> Coordinator:
     queue = TrainerQueue(
         url=config.queue.url,
         job=config.run.name,
@@ -159,10 +161,15 @@ def _coordinator(config: Config, stack: contextlib.ExitStack, *, resume: bool) -
     keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
     ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
     stack.callback(ledger.close)
+    collector = Collector(queue=queue, ledger=ledger)
+    gauge = DepthGauge(url=config.queue.url, job=config.run.name)
+    stack.callback(gauge.close)
+    metrics.watch(depth=gauge.read, counts=collector.counts)
     return Coordinator(
-        collector=Collector(queue=queue, ledger=ledger),
+        collector=collector,
         ledger=ledger,
         keeper=keeper,
         validation=held_out_prompts(config),
         progress_line=ProgressLine(steps=config.trainer.steps),
+        metrics=metrics,
     )

@@ -24,12 +24,13 @@ from transformers import get_cosine_schedule_with_warmup
 from services.trainer import checkpoint, kill_points, metrics
 from services.trainer.collector import Collector
 from services.trainer.heldout import evaluate
+from services.trainer.monitoring import TrainerMetrics
 from services.trainer.order import PromptOrder, training_request
 from services.trainer.ranks import COORDINATOR, Ranks
 from services.trainer.records import JsonLines, ProgressLine
 from services.trainer.scoring import Refused, Scorer
 from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
-from vaopd import wire
+from vaopd import logs, tracing, wire
 from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.ledger import Ledger
@@ -56,6 +57,11 @@ class Coordinator:
     keeper: LeaseKeeper
     validation: Sequence[Prompt]
     progress_line: ProgressLine
+    metrics: TrainerMetrics
+
+    def evaluating(self, done: int, total: int) -> None:
+        self.metrics.progressed()
+        self.progress_line.evaluating(done, total)
 
 
 class Trainer:
@@ -112,6 +118,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.coordinator is not None:
+            self.coordinator.metrics.resumed(self._first_step)
             self.coordinator.collector.resume(self._first_step, (line.group_id for line in self.progress.ledger))
             self.metrics_file.drop_from(self.progress.step)
             self.samples_file.drop_from(self.progress.step)
@@ -129,7 +136,8 @@ class Trainer:
         steps = self.config.trainer.steps
         try:
             while self.progress.step < steps:
-                self._step(self.progress.step, scorer)
+                with tracing.span("train step", job=self.config.run.name, step=self.progress.step):
+                    self._step(self.progress.step, scorer)
                 if self.progress.step % self.config.trainer.checkpoint_every == 0 or self.progress.step == steps:
                     self._checkpoint()
             self._publish(steps)
@@ -238,6 +246,7 @@ class Trainer:
         """Hands every group to its rank on arrival; a rank is sent an empty message for a group that will not come."""
         missing = set(group_ids)
         for groups in coordinator.collector.groups(group_ids, check=self._check):
+            coordinator.metrics.progressed()
             mine = []
             for group in groups:
                 missing.discard(group.group_id)
@@ -281,12 +290,14 @@ class Trainer:
         parts = self.ranks.gather(json.dumps(metrics.of_rank(weighted, kl, loss)).encode())
         lines = self.ranks.gather(json.dumps([[g.group.group_id, g.group.policy_version] for g in scored]).encode())
         if self.coordinator is not None:
-            self.progress.ledger.extend(
+            trained = [
                 checkpoint.LedgerLine(group_id=group_id, step=step, policy_version=version)
                 for part in lines
                 for group_id, version in json.loads(part)
-            )
-            self._record(step, [json.loads(part) for part in parts], float(norm), learning_rate, timings)
+            ]
+            self.progress.ledger.extend(trained)
+            timings |= {"grad_norm": float(norm), "learning_rate": learning_rate}
+            self._record(step, [json.loads(part) for part in parts], timings, trained)
             if self._is_due(step) or step in (0, self.config.trainer.steps - 1):  # before and after
                 self._write_samples(step, weighted, kl)
 
@@ -331,8 +342,9 @@ class Trainer:
             config=self.config,
             check=self._check,
             decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
-            tell=self.coordinator.progress_line.evaluating,
+            tell=self.coordinator.evaluating,
         )
+        self.coordinator.metrics.evaluated(result.accuracy, result.standard_error)
         self._evaluated[step] = group_ids
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
@@ -352,17 +364,22 @@ class Trainer:
         self.coordinator.progress_line.say(f"held-out accuracy at step {step}: {result}")
 
     def _record(
-        self, step: int, parts: list[dict], norm: float, learning_rate: float, timings: dict[str, float]
+        self, step: int, parts: list[dict], own: dict[str, float], trained: Sequence[checkpoint.LedgerLine]
     ) -> None:
+        """`own`: what the coordinator alone measures, its times above all."""
         assert self.coordinator is not None
-        values = metrics.of_step(parts)
-        values |= {"grad_norm": norm, "learning_rate": learning_rate, **timings}
-        values |= metrics.of_times(timings, rollouts=values.pop("rollouts"))
+        values = metrics.of_step(parts) | own
+        rollouts = values.pop("rollouts")
+        values |= metrics.of_times(own, rollouts=rollouts)
         values |= {f"groups_{reason}": float(n) for reason, n in self.coordinator.collector.counts.items()}
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self.metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self.accelerator.log({f"train/{key}": value for key, value in record.items()}, step=step)
+        lags = [line.step - line.policy_version for line in trained]
+        self.coordinator.metrics.stepped(step + 1, record, rollouts=rollouts, lags=lags)
         self.coordinator.progress_line.step(step + 1, values)
+        ids = [line.group_id for line in trained]
+        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
 
     def _write_samples(self, step: int, weighted: list[WeightedGroup], kl: list[np.ndarray]) -> None:
         for group, kl_M in zip(weighted, kl, strict=True):

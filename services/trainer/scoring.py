@@ -5,6 +5,7 @@ In: rollout groups and their prompts. Out: ScoredGroups, or why one can't be tra
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.trainer.student import ScoredGroup
-from vaopd import images
+from vaopd import images, tracing
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
 from vaopd.prompts import PreparedPrompt
@@ -90,7 +91,9 @@ class Scorer:
 
     def submit(self, groups: Sequence[RolloutGroup]) -> None:
         if groups:
-            self._futures.append(self._pool.submit(self._score, list(groups)))
+            # With the context of here, so that the call belongs to the step's trace.
+            context = contextvars.copy_context()
+            self._futures.append(self._pool.submit(context.run, self._score, list(groups)))
 
     def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
         """Raises what ended a scoring call. `check` is called while it waits and may raise to end the wait."""
@@ -107,7 +110,8 @@ class Scorer:
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
-        with self.busy.measured():
+        ids = [group.group_id for group in groups]
+        with self.busy.measured(), tracing.span("score groups", groups=ids):
             return self._scored(groups)
 
     def _scored(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
