@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from vaopd.errors import InvalidInput
 
@@ -45,9 +46,7 @@ def fused_loss(
     """
     job = _Job.of(student_hidden, student_head, target, chunk_tokens)
     if weights.shape != (len(student_hidden),):
-        raise InvalidInput(
-            f"weights have shape {tuple(weights.shape)}, expected one per token, ({len(student_hidden)},)"
-        )
+        raise InvalidInput(f"weights have shape {tuple(weights.shape)}, expected one per token, ({len(target)},)")
     weights = weights.detach().to(student_hidden.device, job.wide)
     loss, divergence = _Loss.apply(student_hidden, student_head, weights, job, torch.is_grad_enabled())
     return loss, divergence
@@ -84,13 +83,15 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor, *, chunk_tok
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return fused_divergence(hidden, head, _LogProb(token_ids=token_ids), chunk_tokens=chunk_tokens)
     length = _chunk_length(len(hidden), len(head), chunk_tokens)
-    parts = []
-    for rows, ids in zip(hidden.split(length), token_ids.long().split(length), strict=True):
-        # In place, since a teacher does nothing else here: gather, then the log-sum-exp over the gathered matrix.
-        logits = _widened(rows @ head.T)
-        chosen, largest = logits.gather(-1, ids[:, None]), logits.amax(-1, keepdim=True)
-        parts.append((chosen - largest - logits.sub_(largest).exp_().sum(-1, keepdim=True).log())[:, 0])
-    return torch.cat(parts)
+    chunks = zip(hidden.split(length), token_ids.long().split(length), strict=True)
+    return torch.cat([_token_logprobs(rows, head, ids[:, None]) for rows, ids in chunks])
+
+
+def _token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """Of one chunk, ids (m, 1) -> (m,). A function of its own, so that its logits are gone before the next ones."""
+    logits = _widened(hidden @ head.T)
+    chosen, largest = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
+    return (chosen - largest - logits.sub_(largest).exp_().sum(-1, keepdim=True).log())[:, 0]
 
 
 @torch.no_grad()
@@ -100,14 +101,20 @@ def top_k_logprobs(
     """The k likeliest ids: (M, D), (V, D) -> ids (M, k) int32, log-probs (M, k) descending, tail log-mass (M,)."""
     if not 1 <= k <= len(head):
         raise InvalidInput(f"top_k = {k} is outside [1, {len(head)}], the vocabulary")
-    parts = []
-    for rows in hidden.split(chunk_tokens or _chunk_length(len(hidden), len(head))):
-        log_p = torch.log_softmax(_widened(rows @ head.T), dim=-1)
-        top = log_p.topk(k, dim=-1)
-        tail = log_p.scatter_(-1, top.indices, -torch.inf).logsumexp(-1)
-        parts.append((top.indices.int(), top.values, tail))
-    ids, values, tails = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ids, values, tails
+    chunks = hidden.split(_chunk_length(len(hidden), len(head), chunk_tokens))
+    ids, values, tails = zip(*(_top_k_logprobs(rows, head, k) for rows in chunks), strict=True)
+    return torch.cat(ids), torch.cat(values), torch.cat(tails)
+
+
+def _top_k_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one chunk. The tail's own log-sum-exp first, in place: what log-probs leave of 1 would be rounding."""
+    logits = _widened(hidden @ head.T)
+    values, ids = logits.topk(k, dim=-1)
+    # A finite floor for k = V, where the tail is empty: its log-mass is −inf, not NaN.
+    largest = logits.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    tail = largest[:, 0] + logits.sub_(largest).exp_().sum(-1).log()
+    total = torch.logaddexp(values.logsumexp(-1), tail)
+    return ids.int(), values - total[:, None], tail - total
 
 
 # --------------------------------------------------------------------------------------------------------- the targets
@@ -281,6 +288,8 @@ class _Job:
     def of(cls, hidden: Tensor, head: Tensor, target: Target, chunk_tokens: int | None) -> _Job:
         if len(target) != len(hidden):
             raise InvalidInput(f"the student has {len(hidden)} response tokens, the teacher's payload {len(target)}")
+        if isinstance(head, DTensor):
+            raise InvalidInput("the student's head is spread over ranks; call this inside the module that FSDP wraps")
         target.check(len(head))
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -368,13 +377,10 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head = ctx.saved_tensors
-        _, by_hidden, by_head = ctx.job.run(hidden, head, gradients, ctx.needs_input_grad[:2])
-        return (
-            None if by_hidden is None else by_hidden.to(hidden.dtype),
-            None if by_head is None else by_head.to(head.dtype),
-            None,
-        )
+        inputs = ctx.saved_tensors
+        _, *found = ctx.job.run(*inputs, gradients, ctx.needs_input_grad[:2])
+        by_hidden, by_head = (None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
+        return by_hidden, by_head, None
 
 
 def _chunk_length(tokens: int, vocabulary: int, chunk_tokens: int | None = None) -> int:
