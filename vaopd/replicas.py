@@ -8,6 +8,7 @@ for as long as it answers. Lives on the event loop of its client.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -21,6 +22,8 @@ from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.transport import Patience, channel_options, typed
 from vaopd.types import EncodedImage, TeacherDescription, TeacherLimits
+
+log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
 """How long it waits for the first of several replicas to be connected before it asks one all the same."""
@@ -206,6 +209,7 @@ class Replicas:
         Raises what came of it when the patience is over.
         """
         if len(failures) < len(self._all):
+            log.warning("%s; another replica is asked", list(failures.values())[-1])
             return
         # The first that said when it will have room, or else whoever failed last.
         busy = [error for error in failures.values() if isinstance(error, Busy)]
