@@ -37,7 +37,7 @@ from vaopd.errors import (
 )
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.replicas import Failures, Replica, Replicas, TeacherFault
-from vaopd.transport import GROUP_ERRORS, Patience, error_of
+from vaopd.transport import GROUP_ERRORS, Patience, carried, error_of
 from vaopd.types import (
     Degradation,
     GroupScore,
@@ -223,7 +223,7 @@ class TeacherClient:
         """One ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
-        call = replica.stub.ScoreGroups(request, metadata=self._metadata)
+        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *carried()))
         async for message in self._messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:

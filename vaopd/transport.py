@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from vaopd import status
+from vaopd import logs, status, tracing
 from vaopd.errors import (
     Busy,
     InvalidInput,
@@ -89,6 +89,12 @@ def channel_options() -> list[tuple[str, Any]]:
         # Where a name resolves to several servers a client stays with one, as its images do; `vaopd.replicas` balances.
         ("grpc.service_config", json.dumps(policy)),
     ]
+
+
+def carried() -> tuple[tuple[str, str], ...]:
+    """The metadata by which a call is found again on the other side: the request that it belongs to, and the trace."""
+    name = logs.request_id.get()
+    return (*(() if name is None else ((logs.REQUEST_ID_KEY, name),)), *tracing.metadata())
 
 
 async def typed(answer: Awaitable[T], target: str) -> T:

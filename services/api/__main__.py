@@ -8,19 +8,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vaopd.config import Config, load_config
-from vaopd.errors import ConfigError, VaopdError
+from vaopd import process
+from vaopd.config import Config
+from vaopd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from services.api.metrics import Metrics
 
 DRAIN_S = 10
 JOB = "api"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="services.api", description="Serves the scoring API over HTTP.")
-    parser.add_argument("--config", type=Path, required=True, help="the run's TOML file")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a field")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = process.parser("services.api", "Serves the scoring API over HTTP.")
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once listening")
     parser.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher")
     parser.add_argument("--student", metavar="MODEL", help="folder or hub id of a student that answers questions here")
@@ -29,11 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests-per-minute", type=int, metavar="N", help="quota of each client; default: none")
     parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate, PEM")
     parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key, PEM")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
+    return process.main(_run, parser, argv)
+
+
+def _run(arguments: argparse.Namespace, config: Config) -> int:
+    from services.api.metrics import Metrics
+
+    metrics = Metrics()
+    with process.serve_metrics(metrics.registry, arguments.metrics_address):
         serve(
-            load_config(arguments.config, arguments.set),
+            config,
             further_teachers=arguments.teacher,
             student=arguments.student,
             runs=arguments.runs,
@@ -41,10 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             requests_per_minute=arguments.requests_per_minute,
             tls=_tls_files(arguments.tls_cert, arguments.tls_key),
             announce=arguments.announce,
+            metrics=metrics,
         )
-    except VaopdError as error:
-        print(f"api: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
@@ -58,6 +64,7 @@ def serve(
     requests_per_minute: int | None = None,
     tls: tuple[Path, Path] | None = None,
     announce: Path | None,
+    metrics: Metrics,
 ) -> None:
     """Listens first, so that the address is known, then serves until a signal."""
     import uvicorn
@@ -83,6 +90,7 @@ def serve(
             teachers=Teachers([config.teacher.address, *further_teachers], options=options),
             student=None if student is None else Student(student, dtype=config.student.dtype),
             runs=runs,
+            metrics=metrics,
             access=Access(
                 job_of_key=None if keys is None else KeyStore.load(keys).job_of,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),
@@ -95,6 +103,7 @@ def serve(
         ssl_certfile=None if tls is None else tls[0],
         ssl_keyfile=None if tls is None else tls[1],
         access_log=False,  # services.api.middleware writes a line of its own
+        log_config=None,  # uvicorn's lines look like all others
     )
     try:
         settings.load()

@@ -74,6 +74,7 @@ def create_app(
     teachers: Teachers,
     student: Sampler | None = None,
     runs: Path | None = None,
+    metrics: Metrics | None = None,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
@@ -81,7 +82,7 @@ def create_app(
 
     runs: the folder of the runs whose reports are shown.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     access = access or Access()
     app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
     errors.install(app)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -24,13 +23,12 @@ from starlette.exceptions import HTTPException
 
 from vaopd import errors
 from vaopd.http_types import Problem
+from vaopd.logs import request_id
 
 logger = logging.getLogger("vaopd.api")
 
 RETRY_AFTER_S = 1
 PROBLEM_JSON = "application/problem+json"
-request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that is being answered; `services.api.middleware` sets it."""
 
 # The first class that matches decides, so subclasses stand before their parents.
 STATUS_OF: tuple[tuple[type[errors.VaopdError], int, str], ...] = (

@@ -7,7 +7,6 @@ quotas; `BodyLimit` refuses large bodies before anything parses them.
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 
@@ -18,10 +17,11 @@ from services.api import errors
 from services.api.access import Access
 from services.api.errors import ApiError
 from services.api.metrics import Metrics
+from vaopd import logs, tracing
+from vaopd.logs import REQUEST_ID
 
 logger = logging.getLogger("vaopd.api")
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # The viewer needs its own files, its own API, and the images that the user chose; nothing else may be loaded or run.
 NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 CONTENT_SECURITY_POLICY = (
@@ -50,7 +50,8 @@ class Envelope:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        token = errors.request_id.set(name)
+        token = logs.request_id.set(name)
+        traced = tracing.begin(f"HTTP {scope['method']}", parent=tracing.parent_of(_sent(scope)), path=scope["path"])
         started, status = time.monotonic(), 0
 
         async def with_headers(message: Message) -> None:
@@ -73,7 +74,8 @@ class Envelope:
             await errors.error_response(error)(scope, receive, with_headers)
         finally:
             self._record(scope, name, status, time.monotonic() - started)
-            errors.request_id.reset(token)
+            traced()
+            logs.request_id.reset(token)
 
     def _record(self, scope: Scope, name: str, status: int, elapsed_s: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
@@ -82,7 +84,12 @@ class Envelope:
         self._metrics.duration.labels(method, route).observe(elapsed_s)
         if status != 200 or route not in QUIET:
             job = scope.get("job") or "-"
-            logger.info("request %s: %s %s %d, job %s, %.3f s", name, method, route, status, job, elapsed_s)
+            told = (name, method, route, status, job, elapsed_s)
+            logger.info("request %s: %s %s %d, job %s, %.3f s", *told, extra=logs.fields(job=scope.get("job")))
+
+
+def _sent(scope: Scope) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
 
 
 class Gate:

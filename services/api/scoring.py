@@ -7,10 +7,10 @@ import uuid
 
 import numpy as np
 
-from services.api import errors
 from services.api.images import image_from_text
 from services.api.metrics import Metrics
 from services.api.teachers import Teachers
+from vaopd import logs
 from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
 from vaopd.replies import make_reply
@@ -73,7 +73,7 @@ def score_request(body: ScoreBody, images: list[EncodedImage], *, suffix: str = 
         given = [body.response_token_ids]
     return ScoreRequest(
         # So that one name follows a request through the logs of API and teacher.
-        group_id=(errors.request_id.get() or uuid.uuid4().hex) + suffix,
+        group_id=(logs.request_id.get() or uuid.uuid4().hex) + suffix,
         responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in given),
         images=unique_images(images),
         messages=user_turn(body.question, images),
