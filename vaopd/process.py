@@ -80,6 +80,13 @@ def main(
         return FAILED
 
 
+def announce(text: str, path: Path) -> None:
+    """Writes a file for another process; whoever reads it sees all of it or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 @contextmanager
 def serve_metrics(registry: CollectorRegistry, address: str | None) -> Iterator[None]:
     """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing."""

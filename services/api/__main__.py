@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,10 +115,7 @@ def serve(
     listener.listen()  # uvicorn only binds here: without it, who reads the address at once would be turned away
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
-        # Whoever reads the file sees all of it or nothing.
-        partial = announce.with_name(f".{announce.name}.{os.getpid()}")
-        partial.write_text(address)
-        partial.replace(announce)
+        process.announce(address, announce)
     print(f"api ready on {address}", flush=True)
     uvicorn.Server(settings).run(sockets=[listener])
 

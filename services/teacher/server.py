@@ -33,7 +33,7 @@ from services.teacher.scheduler import Scheduler
 from services.teacher.servicer import CHUNK_BYTES, TeacherServicer
 from services.teacher.tls import server_credentials
 from services.teacher.watchdog import Watchdog
-from vaopd import wire
+from vaopd import process, wire
 from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.keys import KeyStore
@@ -253,7 +253,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
     if announce is not None:
-        _announce(address, announce)
+        process.announce(address, announce)
     print(f"teacher ready on {address}", flush=True)
     ends = [asyncio.create_task(event.wait()) for event in (told, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -270,10 +270,3 @@ async def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def _announce(address: str, path: Path) -> None:
-    """Whoever reads the file sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(address)
-    partial.replace(path)

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
+from vaopd.process import add_monitoring_arguments
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -35,6 +36,8 @@ def add_parsers(subparsers: Subparsers) -> None:
     for parser, service in ((teacher, "teacher"), (rollout, "rollout"), (api, "api")):
         add_config_arguments(parser)
         parser.set_defaults(command=_run, service=service)
+    for parser in (train, teacher, rollout, api):
+        add_monitoring_arguments(parser)
     for parser in (teacher, api):
         parser.add_argument("--announce", metavar="FILE", help="write host:port there once it serves")
     add_service_argument(teacher)
@@ -74,7 +77,16 @@ def _run(arguments: argparse.Namespace) -> int:
     for name in ("announce", "worker", "service_file"):
         if value := getattr(arguments, name, None):
             extra += [f"--{name.removesuffix('_file')}", value]
-    for name in ("student", "runs", "keys", "requests_per_minute", "tls_cert", "tls_key"):
+    for name in (
+        "metrics_address",
+        "log_format",
+        "student",
+        "runs",
+        "keys",
+        "requests_per_minute",
+        "tls_cert",
+        "tls_key",
+    ):
         if value := getattr(arguments, name, None):
             extra += [f"--{name.replace('_', '-')}", value]
     extra += [part for address in getattr(arguments, "teacher", []) for part in ("--teacher", address)]
