@@ -37,7 +37,7 @@ from vaopd.errors import (
 )
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.replicas import Failures, Replica, Replicas, TeacherFault
-from vaopd.transport import GROUP_ERRORS, Patience, carried, error_of
+from vaopd.transport import Patience, carried, error_of, group_error_of
 from vaopd.types import (
     Degradation,
     GroupScore,
@@ -232,8 +232,7 @@ class TeacherClient:
                 )
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
-                error = GROUP_ERRORS.get(part.code, VaopdError)(part.message)
-                yield GroupFailure(group_id=part.group_id, error=error)
+                yield GroupFailure(group_id=part.group_id, error=group_error_of(part))
                 continue
             if isinstance(part, pb.GroupScore):
                 open_groups[part.group_id] = GroupAssembly(part, groups[part.group_id], self._payload)
@@ -272,7 +271,7 @@ class TeacherClient:
     async def _after(self, replica: Replica, error: VaopdError, failures: Failures, patience: Patience) -> None:
         """What a failed attempt leaves: returns when it makes sense to try the next one."""
         if isinstance(error, Unavailable):
-            replica.was_lost()
+            replica.was_lost(error)
         failures[replica] = error
         await self._replicas.after(failures, patience)
 

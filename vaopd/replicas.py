@@ -94,8 +94,10 @@ class Replica:
             await self._channel.close()
             self._channel = None
 
-    def was_lost(self) -> None:
+    def was_lost(self, error: Unavailable) -> None:
         """Who answers at its address next may be another server: without its images, perhaps of another revision."""
+        if self.description is not None:  # told once, not at every attempt until it is back
+            log.warning("%s", error)
         self.stored.clear()
         self.description = None
 
@@ -209,7 +211,6 @@ class Replicas:
         Raises what came of it when the patience is over.
         """
         if len(failures) < len(self._all):
-            log.warning("%s; another replica is asked", list(failures.values())[-1])
             return
         # The first that said when it will have room, or else whoever failed last.
         busy = [error for error in failures.values() if isinstance(error, Busy)]
