@@ -178,6 +178,9 @@ class _Trainer:
 
     def run(self) -> None:
         while self._progress.step < self._world.steps:
+            while self._progress.step == self._world.steps - 1 and not self._world.quiet.exists():
+                self._keeper.check()
+                time.sleep(0.02)
             self._step(self._progress.step)
             self._checkpoint()
 

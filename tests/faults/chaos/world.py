@@ -37,6 +37,11 @@ class World:
     def run(self) -> Path:
         return self.folder / "run"
 
+    @property
+    def quiet(self) -> Path:
+        """Is there once all faults have come; the last step begins then."""
+        return self.folder / "quiet"
+
     def group_ids(self, step: int) -> list[str]:
         return [f"train-{step:06d}-{index:04d}" for index in range(self.groups_per_step)]
 
