@@ -24,6 +24,7 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
+from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import TeacherLimits
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ _ERRORS: dict[grpc.StatusCode, type[VaopdError]] = {
     grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.UNKNOWN: Unavailable,
 }
-GROUP_ERRORS = {code.value[0]: error for code, error in _ERRORS.items()} | {
+_GROUP_ERRORS = {code.value[0]: error for code, error in _ERRORS.items()} | {
     grpc.StatusCode.INTERNAL.value[0]: NumericalError
 }
 """By the status number in a GroupError; INTERNAL is the only fault of one group that is the teacher's own."""
@@ -113,3 +114,8 @@ def error_of(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
     if kind is VaopdError:
         details = f"{error.code().name}: {details}"
     return status.unpack(error.trailing_metadata() or (), message=details, default=kind)
+
+
+def group_error_of(error: pb.GroupError) -> VaopdError:
+    kind = _GROUP_ERRORS.get(error.code, VaopdError)
+    return status.unpack([(status.KEY, error.status_details)], message=error.message, default=kind)

@@ -29,6 +29,7 @@ from services.teacher.metrics import TeacherMetrics
 from services.teacher.prepare import Envelope, Preparer, check_revision, cut, read_envelope
 from services.teacher.scheduler import Delivery, Scheduler
 from vaopd import logs, payloads, wire
+from vaopd import status as rpc_status
 from vaopd.errors import LimitExceeded, Mismatch, VaopdError
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
@@ -244,4 +245,5 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
     code = status_of(error).value[0]
-    return pb.ScoreGroupsResponse(error=pb.GroupError(group_id=group_id, code=code, message=str(error)))
+    told = pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=rpc_status.pack(code, error))
+    return pb.ScoreGroupsResponse(error=told)

@@ -19,8 +19,11 @@ from tests.support.teacher import TeacherInProcess, drawing, question, teacher_i
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from vaopd.payloads import to_torch
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.pb import teacher_pb2_grpc
 from vaopd.replicas import Replica
 from vaopd.service_config import ImagesConfig, ServiceConfig
+from vaopd.transport import group_error_of
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
 
 
@@ -175,6 +178,17 @@ def test_the_synchronous_twin_gives_the_same(teacher: TeacherInProcess) -> None:
     assert isinstance(second, GroupScore)
     assert np.array_equal(first.teacher_logprobs[0], second.teacher_logprobs[0])
     assert first.payload == second.payload
+
+
+def test_a_groups_error_names_the_field_as_a_calls_error_does(teacher: TeacherInProcess) -> None:
+    twice = [pb.RolloutTokens(rollout_id="same", response_ids=[5, 6])] * 2
+    group = pb.PromptGroup(group_id="g", tokens=pb.TokenPrompt(token_ids=[5, 6, 7]), rollouts=twice)
+    with grpc.insecure_channel(teacher.target) as channel:
+        (answer,) = teacher_pb2_grpc.TeacherStub(channel).ScoreGroups(pb.ScoreGroupsRequest(groups=[group]))
+    error = group_error_of(answer.error)
+    assert isinstance(error, InvalidInput)
+    assert error.field == "rollouts[1].rollout_id"
+    assert "stands twice" in str(error)
 
 
 def test_leaving_the_synchronous_iterator_early_leaves_the_client_usable(teacher: TeacherInProcess) -> None:

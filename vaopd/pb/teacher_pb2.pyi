@@ -230,14 +230,16 @@ class TensorChunk(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., name: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., tensor: _Optional[_Union[PayloadTensor, _Mapping]] = ...) -> None: ...
 
 class GroupError(_message.Message):
-    __slots__ = ("group_id", "code", "message")
+    __slots__ = ("group_id", "code", "message", "status_details")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_DETAILS_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     code: int
     message: str
-    def __init__(self, group_id: _Optional[str] = ..., code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    status_details: bytes
+    def __init__(self, group_id: _Optional[str] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., status_details: _Optional[bytes] = ...) -> None: ...
 
 class GetHeadRequest(_message.Message):
     __slots__ = ("revision",)
