@@ -11,6 +11,7 @@ Each process is one of `services/`, given the same configuration and the address
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vaopd import process
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.supervisor import Child, Interrupted, Supervisor
@@ -29,6 +31,7 @@ API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 ROLES = ("teacher", "rollout", "trainer")
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +50,21 @@ class UpOptions:
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
+    metrics_port: int | None = None
+    """Serve Prometheus metrics on the loopback from this port on; 0: on free ones; None: not at all."""
 
 
 def up(
-    options: UpOptions, *, say: Callable[[str], None] = print, check: Callable[[Config], None] = lambda config: None
+    options: UpOptions,
+    *,
+    say: Callable[[str], None] = print,
+    show: Callable[[str], None] | None = None,
+    check: Callable[[Config], None] = lambda config: None,
 ) -> int:
     """Runs everything until the trainer exits; returns its exit code, or 128 + n after signal n.
 
-    `check` raises what else stands in the way, before anything is started.
-    Raises ConfigError for what can't be started, ChildFailed when a process can't be kept alive.
+    `show` is told what may be drawn over, where there is a terminal. `check` raises what else stands in the way, before
+    anything is started. Raises ConfigError for what can't be started, ChildFailed when a process can't be kept alive.
     """
     config = load_config(options.config_path, options.overrides)
     folder = config.run_folder
@@ -67,7 +76,7 @@ def up(
     check_ports(config, options)
     check(config)
     try:
-        with Supervisor(logs=folder / "logs", say=say) as supervisor:
+        with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
             return _Launch(config, options, supervisor, say).run()
     except Interrupted as interrupted:
         say(f"{interrupted}; every process is down")
@@ -84,6 +93,7 @@ class _Launch:
         self._say = say
         self._logs = config.run_folder / "logs"
         self._overrides = list(options.overrides)
+        self._metrics: dict[str, str] = {}  # process -> host:port
 
     def run(self) -> int:
         if self._config.queue.url == "embedded":
@@ -154,13 +164,19 @@ class _Launch:
 
     def _start_api(self) -> None:
         announce = self._announce_file("api")
-        arguments = ("--announce", str(announce))
+        arguments: tuple[str, ...] = ("--announce", str(announce), "--runs", str(self._config.run.folder))
+        if Path(self._config.student.model).is_dir():  # nothing that is clicked on a page shall download a model
+            arguments += ("--student", self._config.student.model)
         self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
         self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
         address = announce.read_text().strip()
+        if self._options.metrics_port is not None:
+            self._tell_prometheus("api", address)  # it has them beside all else
         again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
         self._supervisor.set_restart_argv("api", again.argv)
-        self._say(f"the scoring API answers at http://{address}/docs")
+        name = self._config.run.name
+        self._say(f"see what the teacher looks at: http://{address}/ (the viewer; its API: http://{address}/docs)")
+        self._say(f"follow the run: http://{address}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
 
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
@@ -192,12 +208,32 @@ class _Launch:
         devices: str | None,
         is_ready: Callable[[], bool] | None = None,
     ) -> Child:
+        if role != "api" and self._options.metrics_port is not None:
+            arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
         return Child(
             name=name,
             argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
             environment=environment(self._config, devices=devices),
             is_ready=is_ready,
         )
+
+    def _metrics_address(self, name: str) -> str:
+        """Of a process that is started for the first time; a restart takes the same again."""
+        port = self._options.metrics_port
+        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port(LOOPBACK)}"
+        self._tell_prometheus(name, address)
+        self._say(f"metrics of {name}: http://{address}/metrics")
+        return address
+
+    def _tell_prometheus(self, name: str, address: str) -> None:
+        """Keeps a list of targets that Prometheus reads by itself (file_sd_configs)."""
+        self._metrics[name] = address
+        targets = [
+            {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
+            for name, address in self._metrics.items()
+        ]
+        self._logs.mkdir(parents=True, exist_ok=True)
+        process.announce(json.dumps(targets, indent=1), self._logs / "metrics.json")
 
     def _announce_file(self, name: str) -> Path:
         path = self._logs / f"{name}.address"

@@ -26,6 +26,8 @@ POLL_S = 0.1
 STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
 LOG_TAIL_LINES = 15
 TELL_EVERY_S = 10.0  # how often it says who is still starting
+SHOW_EVERY_S = 1.0  # the same where it can be drawn over
+LAST_WORDS = 70  # characters of a log's last line
 
 
 class ChildFailed(VaopdError):
@@ -76,16 +78,24 @@ class _Running:
 class Supervisor:
     """Use as a context manager; leaving it, by whatever way, ends every child and what it started itself.
 
-    logs: folder for NAME.log; an earlier run's log is appended to. grace_s: from SIGTERM to SIGKILL.
+    logs: folder for NAME.log; an earlier run's log is appended to. grace_s: from SIGTERM to SIGKILL. show: like say, of
+    what the next line may be drawn over, where there is a terminal.
     """
 
     def __init__(
-        self, *, logs: Path, grace_s: float = 20.0, backoff_s: float = 1.0, say: Callable[[str], None]
+        self,
+        *,
+        logs: Path,
+        grace_s: float = 20.0,
+        backoff_s: float = 1.0,
+        say: Callable[[str], None],
+        show: Callable[[str], None] | None = None,
     ) -> None:
         self._logs = logs
         self._grace_s = grace_s
         self._backoff_s = backoff_s
         self._say = say
+        self._show = show
         self._running: dict[str, _Running] = {}
         self._signals: list[int] = []
         self._previous_handlers: dict[int, Any] = {}
@@ -158,17 +168,29 @@ class Supervisor:
 
     def _tell_who_is_starting(self) -> None:
         now = time.monotonic()
-        if now - self._told < TELL_EVERY_S:
+        if now - self._told < (SHOW_EVERY_S if self._show else TELL_EVERY_S):
             return
         self._told = now
         starting = {
-            name: now - running.started
+            name: running
             for name, running in self._running.items()
             if running.child.is_ready is not None and not running.ready
         }
-        if starting:
-            names = ", ".join(f"{name} ({seconds:.0f} s)" for name, seconds in starting.items())
+        if starting and self._show:
+            names = ", ".join(f"{name} {now - running.started:.0f} s" for name, running in starting.items())
+            last = max(starting.values(), key=lambda running: running.log.stat().st_mtime)
+            self._show(f"starting: {names}  {self._last_words(last)}")
+        elif starting:
+            names = ", ".join(f"{name} ({now - running.started:.0f} s)" for name, running in starting.items())
             self._say(f"still starting: {names}; logs in {self._logs}")
+
+    @staticmethod
+    def _last_words(running: _Running) -> str:
+        """What the child logged last: of a model that is loaded, how far that is."""
+        with running.log.open("rb") as file:
+            file.seek(max(running.log_start, running.log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        return next((line.strip()[:LAST_WORDS] for line in reversed(lines) if line.strip()), "")
 
     def log_tail(self, name: str) -> str:
         """The last lines that the child wrote since it was started, with the log's path."""

@@ -11,11 +11,11 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 from vaopd.errors import NotFound
+from vaopd.progress import duration
 from vaopd.run_records import Run, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -141,7 +141,7 @@ def _progress(run: Run) -> str:
 def _left(run: Run) -> str:
     if run.finished:
         return "finished"
-    return f"{duration(run.time_left)} left" if run.time_left else ""
+    return f"{duration(run.time_left.total_seconds())} left" if run.time_left else ""
 
 
 def _quiet(run: Run, now_s: float) -> str:
@@ -151,15 +151,6 @@ def _quiet(run: Run, now_s: float) -> str:
     since, usual = now_s - times[-1], (times[-1] - times[0]) / (len(times) - 1)
     if since < max(QUIET_S, 3 * usual):
         return ""
-    silence = duration(timedelta(seconds=since))
-    return f"no step for {silence}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
-
-
-def duration(time: timedelta) -> str:
-    """
-    >>> duration(timedelta(seconds=3671)), duration(timedelta(seconds=65))
-    ('1:01:11', '1:05')
-    """
-    minutes, seconds = divmod(round(time.total_seconds()), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return (
+        f"no step for {duration(since)}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
+    )

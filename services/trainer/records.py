@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
+from vaopd.progress import Progress, draw, duration
 
 
 class JsonLines:
@@ -51,13 +52,11 @@ class ProgressLine:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._every = every
-        self._terminal = self._stream.isatty()
         self.accuracy: float | None = None
         """The last held-out accuracy, once there is one."""
         self._started: float | None = None
         self._first = 0
-        self._evaluation_began: float | None = None
-        self._evaluation_told = 0.0
+        self._evaluation: Progress | None = None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` counts from 1 here: it has just been finished."""
@@ -72,36 +71,25 @@ class ProgressLine:
         if self.accuracy is not None:
             line += f"  accuracy {self.accuracy:.1%}"
         if left is not None:
-            line += f"  {_duration(left)} left"
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if step == self._steps else ""))
-        elif step % self._every == 0 or step in (1, self._steps):
-            self._stream.write(line + "\n")
-        self._stream.flush()
+            line += f"  {duration(left)} left"
+        if self._stream.isatty() or step % self._every == 0 or step in (1, self._steps):
+            draw(self._stream, line, stays=step == self._steps)
 
     def evaluating(self, done: int, total: int) -> None:
         """So many held-out problems have been answered; elsewhere than in a terminal, told every half minute."""
-        now = self._clock()
-        if self._evaluation_began is None:
-            self._evaluation_began = self._evaluation_told = now
-        seconds = now - self._evaluation_began
-        left = f"  {_duration(seconds / done * (total - done))} left" if seconds and done < total else ""
-        line = f"evaluating: {done}/{total} problems{left}"
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{line}")
-        elif now - self._evaluation_told >= EVALUATION_EVERY_S:
-            self._stream.write(line + "\n")
-            self._evaluation_told = now
-        self._stream.flush()
+        if self._evaluation is None:
+            self._evaluation = Progress(
+                "evaluating",
+                total=total,
+                unit="problems",
+                stream=self._stream,
+                clock=self._clock,
+                every_s=EVALUATION_EVERY_S,
+            )
+        if done < total:  # its end is told by the accuracy
+            self._evaluation.at(done)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._evaluation_began = None  # it is over, whether or not all problems were answered
-        self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-        self._stream.flush()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        self._evaluation = None  # it is over, whether or not all problems were answered
+        draw(self._stream, text, stays=True)

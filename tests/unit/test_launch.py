@@ -66,6 +66,21 @@ def test_who_is_still_starting_is_told_now_and_then(
     assert said[-1].startswith("teacher is ready after ")
 
 
+def test_in_a_terminal_they_are_shown_with_what_they_said_last(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's progress bar is a line that is written again and again; the last state of it counts."""
+    monkeypatch.setattr("vaopd.supervisor.SHOW_EVERY_S", 0.01)
+    shown: list[str] = []
+    code = "print('loading: 10 %\\rloading: 40 %', flush=True); import time; time.sleep(600)"
+    with Supervisor(logs=tmp_path, grace_s=5, say=said.append, show=shown.append) as supervisor:
+        is_ready = lambda: any("40 %" in line for line in shown)  # noqa: E731
+        supervisor.start(Child(name="teacher", argv=python(code), is_ready=is_ready))
+        supervisor.wait_ready("teacher", timeout_s=60)
+    assert re.fullmatch(r"starting: teacher \d+ s  loading: 40 %", shown[-1])
+    assert [line.split(" after")[0] for line in said] == ["teacher is ready"]
+
+
 def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: Path, said: list[str]) -> None:
     log = tmp_path / "logs" / "worker.log"
     with supervisor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.terminal import Terminal
 from vaopd.cli import main
 from vaopd.watch import sparkline, watch
 
@@ -28,11 +29,6 @@ def make_run(folder: Path, *, steps: int, evaluated: tuple[int, ...] = (0,)) -> 
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

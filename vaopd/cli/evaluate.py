@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -42,15 +41,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ConfigError("\n  ".join(["nothing can be evaluated:", *problems]))
     from services.rollout.evaluate import evaluate_model
     from vaopd.evaluation import held_out_prompts
+    from vaopd.progress import Progress
 
     prompts = held_out_prompts(config)
-    started = time.monotonic()
-
-    def tell(done: int) -> None:
-        left_s = (time.monotonic() - started) * (len(prompts) / done - 1)
-        print(f"vaopd: {done}/{len(prompts)} problems, {left_s:.0f} s left", file=sys.stderr, flush=True)
-
-    result = evaluate_model(config, prompts, on_progress=tell)
+    print(f"vaopd: loading {config.student.model} into {config.rollout.engine}", file=sys.stderr, flush=True)
+    progress = Progress("vaopd: evaluating", total=len(prompts), unit="problems")
+    result = evaluate_model(config, prompts, on_progress=progress.at)
     if arguments.json:
         print(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.cli.services import add_service_argument
+from vaopd.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
@@ -41,6 +44,13 @@ def add_parsers(subparsers: Subparsers) -> None:
         help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
         "(repeatable; several for rollout go to the workers in turn)",
     )
+    up.add_argument(
+        "--metrics-port",
+        type=int,
+        metavar="N",
+        help="serve Prometheus metrics on 127.0.0.1: teacher, workers and trainer from port N on; 0: on free ones",
+    )
+    up.add_argument("--log-format", choices=FORMATS, help=f"of the processes' logs (also {FORMAT_VARIABLE})")
     up.set_defaults(command=_up)
 
 
@@ -66,8 +76,11 @@ def _up(arguments: argparse.Namespace) -> int:
         service=arguments.service_file,
         api=arguments.api,
         gpus=gpus,
+        metrics_port=arguments.metrics_port,
     )
-    return up(options, say=_say, check=lambda config: check(config, needs))
+    if arguments.log_format:
+        os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
+    return up(options, say=_say, show=_show(), check=lambda config: check(config, needs))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -92,7 +105,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     _make_demo_data(Path(config.data.source))
     check(config, ("student", "teacher", "data", "engine"))
     _say(f"run {config.run.name}: logs and results in {config.run_folder}")
-    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say)
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_show())
     if code == 0:
         _tell_result(config.run_folder)
     return code
@@ -122,4 +135,13 @@ def _tell_result(folder: Path) -> None:
 
 
 def _say(line: str) -> None:
-    print(f"vaopd: {line}", file=sys.stderr, flush=True)
+    from vaopd.progress import draw
+
+    draw(sys.stderr, f"vaopd: {line}", stays=True)
+
+
+def _show() -> Callable[[str], None] | None:
+    """Draws a line that the next one may cover; only a terminal can."""
+    from vaopd.progress import draw
+
+    return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vaopd.errors import InvalidInput
+from vaopd.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,11 +180,11 @@ def write(folder: Path, *, seed: int, train: int, validation: int, test: int) ->
     folder.mkdir(parents=True, exist_ok=True)
     for number, split in enumerate(SPLITS):
         rows = []
+        progress = Progress(f"drawing {split}", total=sizes[split], unit="problems")
         for index in range(sizes[split]):
             # A generator of its own for each problem: the first n problems don't depend on how many follow.
             rows.append(_row(split, np.random.default_rng([seed, number, index])))
-            if (index + 1) % 500 == 0 or index + 1 == sizes[split]:
-                print(f"{split}: {index + 1} of {sizes[split]} problems", file=sys.stderr)
+            progress.at(index + 1)
         pq.write_table(_table(rows), folder / f"{split}.parquet", row_group_size=256)
 
 

@@ -9,7 +9,6 @@ NAME FOLDER` or `python -m vaopd.tiny NAME FOLDER`.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from vaopd.data.handwritten_geometry import (
 )
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
+from vaopd.progress import Progress
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, named
 from vaopd.tiny.measure import held_out_accuracy
@@ -109,7 +109,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     read_only_steps = recipe.read_only_steps * steps // recipe.steps
     model.train()
-    started = time.monotonic()
+    progress = Progress("training", total=steps, unit="steps")
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         read_share = 1.0 if step < read_only_steps else recipe.read_share
@@ -121,9 +121,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
-        if step % 50 == 49 or step == steps - 1:
-            left_s = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {left_s:.0f} s left", file=sys.stderr, flush=True)
+        progress.at(step + 1, f"loss {loss.item():.4f}")
 
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
