@@ -118,7 +118,7 @@ def test_pixelation_hides_the_number_and_keeps_the_figure() -> None:
 def test_the_files_have_geometry3ks_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, seed=3, train=4, validation=2, test=3)
 
-    assert "train: 4 of 4 problems" in capsys.readouterr().err
+    assert "drawing train: 4/4 problems" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.parquet", "train.parquet", "validation.parquet"]
     rows = pq.read_table(tmp_path / "test.parquet").to_pylist()
     assert len(rows) == 3
