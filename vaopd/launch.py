@@ -81,6 +81,9 @@ def up(
     except Interrupted as interrupted:
         say(f"{interrupted}; every process is down")
         return interrupted.exit_code
+    finally:
+        if options.metrics_port is not None:
+            targets_file(config).unlink(missing_ok=True)
 
 
 class _Launch:
@@ -232,13 +235,17 @@ class _Launch:
             {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
             for name, address in self._metrics.items()
         ]
-        self._logs.mkdir(parents=True, exist_ok=True)
-        process.announce(json.dumps(targets, indent=1), self._logs / "metrics.json")
+        process.announce(json.dumps(targets, indent=1), targets_file(self._config))
 
     def _announce_file(self, name: str) -> Path:
         path = self._logs / f"{name}.address"
         path.unlink(missing_ok=True)
         return path
+
+
+def targets_file(config: Config) -> Path:
+    """Where Prometheus finds a run's processes; not in its folder, since patterns may be in a file's name only."""
+    return config.run.folder / f"{config.run.name}.targets.json"
 
 
 def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = 2
+METRICS_VARIABLE = "VAOPD_METRICS_ADDRESS"
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metrics-address",
         metavar="HOST:PORT",
-        help="serve Prometheus metrics there, at /metrics, to whoever can reach it; port 0: any free one",
+        help=f"serve Prometheus metrics there, to whoever can reach it; port 0: a free one (also {METRICS_VARIABLE})",
     )
     parser.add_argument(
         "--log-format", choices=logs.FORMATS, help=f"of the lines on standard error (also {logs.FORMAT_VARIABLE})"
@@ -89,20 +90,25 @@ def announce(text: str, path: Path) -> None:
 
 @contextmanager
 def serve_metrics(registry: CollectorRegistry, address: str | None) -> Iterator[None]:
-    """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing."""
-    if address is None:
+    """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing.
+
+    `address`: of --metrics-address; None: what VAOPD_METRICS_ADDRESS says.
+    """
+    address = address or os.environ.get(METRICS_VARIABLE)
+    if not address:
         yield
         return
     from prometheus_client import ProcessCollector, start_http_server
 
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal() or not host:
-        raise ConfigError(f"--metrics-address {address!r} is not of the form HOST:PORT, such as 127.0.0.1:9091")
+        raise ConfigError(f"metrics address {address!r} is not of the form HOST:PORT, such as 127.0.0.1:9091")
     ProcessCollector(registry=registry)
     try:
         server, thread = start_http_server(int(port), host.strip("[]"), registry)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"--metrics-address {address}: {error}; is the port taken? Port 0 takes a free one") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"metrics address {address}: {reason}; choose another, port 0 takes a free one") from None
     log.info("metrics at http://%s:%d/metrics", host, server.server_port)
     try:
         yield
