@@ -115,6 +115,8 @@ class TeacherMetrics:
         """The job's label; the job that has been silent for longest makes room."""
         job = job[:LABEL_CHARACTERS]
         with self._lock:
+            if job not in self._jobs:
+                self._failed.labels(job)  # so that the first one is an increase
             self._jobs[job] = None
             self._jobs.move_to_end(job)
             if len(self._jobs) <= MAX_JOBS:

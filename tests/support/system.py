@@ -226,6 +226,14 @@ class System:
         self.address = announce.read_text().strip()
         return self.teacher
 
+    def start_api(self) -> tuple[Process, str]:
+        """The process and its host:port."""
+        announce = self.folder / "api.address"
+        overrides = [*self._settings("api"), "api.address=127.0.0.1:0"]
+        process = self.start("api", "api", overrides, "--announce", str(announce))
+        wait_until("the API listens", announce.exists, timeout_s=_TIMEOUT_S)
+        return process, announce.read_text()
+
     def job(self, name: str, *, student: Path | None = None, **settings: Any) -> Job:
         """`settings`: SECTION__KEY=VALUE, over small defaults."""
         named = {key.replace("__", "."): value for key, value in settings.items()}
