@@ -1,0 +1,135 @@
+"""More than fits: a call over the cap on tokens, and far more calls than the teacher has room for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.api import BODY, error_of, start_api
+from tests.support.models import tiny_vlm
+from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from vaopd import wire
+from vaopd.client import GroupFailure, SyncTeacherClient
+from vaopd.errors import LimitExceeded
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.pb import teacher_pb2_grpc
+from vaopd.service_config import ServiceConfig, SharingConfig
+from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
+
+CODE = grpc.StatusCode
+MAX_TOKENS = 200
+
+
+def group(name: str, *, tokens: int = 20) -> ScoreRequest:
+    """Without an image; its one response has so many tokens, the EOS included."""
+    return token_request(tiny_vlm(), name, responses=["1" * (tokens - 1)])
+
+
+def message(*groups: ScoreRequest) -> pb.ScoreGroupsRequest:
+    return wire.score_request_to_pb(
+        groups,
+        job="test",
+        payload="none",
+        top_k=1,
+        degradation=Degradation(),
+        tokenizer_fingerprint="",
+        revision="",
+        with_token_texts=False,
+    )
+
+
+def answers(target: str, request: pb.ScoreGroupsRequest) -> list[pb.ScoreGroupsResponse]:
+    with grpc.insecure_channel(target) as channel:
+        return list(teacher_pb2_grpc.TeacherStub(channel).ScoreGroups(request))
+
+
+@pytest.fixture(scope="module")
+def capped() -> Iterator[TeacherInProcess]:
+    with teacher_in_process(tiny_vlm(), limits=TeacherLimits(max_tokens_per_request=MAX_TOKENS)) as teacher:
+        yield teacher
+
+
+def test_what_counts_is_the_prompt_once_and_every_response() -> None:
+    request = token_request(tiny_vlm(), "g", responses=["12", "345"])
+    assert request.prompt_token_ids is not None
+    assert wire.tokens_of(message(request).groups[0]) == len(request.prompt_token_ids) + 3 + 4  # each with its EOS
+
+
+def test_a_batch_over_the_token_cap_is_refused(capped: TeacherInProcess) -> None:
+    golden = message(group("golden"))
+    before = answers(capped.target, golden)
+    request = message(*(group(f"g{n}", tokens=60) for n in range(4)))
+    tokens = sum(map(wire.tokens_of, request.groups))
+    with pytest.raises(grpc.RpcError, match=f"holds {tokens} tokens, the limit is 200; split it") as caught:
+        answers(capped.target, request)
+    assert caught.value.code() is CODE.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert answers(capped.target, golden) == before
+
+
+def test_the_client_splits_what_is_over_the_token_cap_and_names_the_group_that_can_not_be_split(
+    capped: TeacherInProcess,
+) -> None:
+    with SyncTeacherClient(capped.target) as client:
+        assert client.describe().limits.max_tokens_per_request == MAX_TOKENS
+        groups = [*(group(f"g{n}", tokens=60) for n in range(4)), group("huge", tokens=300)]
+        results = {result.group_id: result for result in client.score(groups)}
+    huge = results.pop("huge")
+    assert isinstance(huge, GroupFailure)
+    assert isinstance(huge.error, LimitExceeded)
+    assert "the limit of a call is 200; send fewer rollouts" in str(huge.error)
+    assert len(results) == 4
+    assert all(isinstance(result, GroupScore) for result in results.values())
+
+
+def test_over_http_a_batch_over_the_token_cap_is_413(capped: TeacherInProcess, tmp_path: Path) -> None:
+    sound = {"question": BODY["question"], "response": "It is 12."}
+    for api in start_api(tmp_path, capped.target):
+        before = api.score(**sound).content
+        answer = api.score(question=BODY["question"], responses=[[5] * 50] * 5)
+        assert (answer.status_code, error_of(answer)["code"]) == (413, "too_large")
+        assert "the limit of a call is 200" in error_of(answer)["detail"]
+        assert api.score(**sound).content == before
+
+
+async def test_under_ten_times_the_load_every_call_is_answered_or_told_when_to_come_back() -> None:
+    """How fast is measured by benchmarks/sharing.py."""
+    service = ServiceConfig(sharing=SharingConfig(max_waiting_groups=16, max_waiting_groups_per_job=8))
+    golden = message(token_request(tiny_vlm(), "golden", pictures=[drawing(1)]))
+    with teacher_in_process(tiny_vlm(), service=service, batch_tokens=400) as teacher:
+        with SyncTeacherClient(teacher.target) as client:  # uploads the image
+            list(client.score([token_request(tiny_vlm(), "golden", pictures=[drawing(1)])]))
+        before = await asyncio.to_thread(answers, teacher.target, golden)
+        async with grpc.aio.insecure_channel(teacher.target) as channel:
+            stub = teacher_pb2_grpc.TeacherStub(channel)
+            ends = Counter(await asyncio.gather(*(_end(stub, number) for number in range(160))))
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert ends.keys() == {"scored", "told when to come back"}
+        assert ends["scored"] >= 16
+        assert teacher.server.admission.refused == ends["told when to come back"]
+        assert teacher.server.admission.waiting == 0
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        assert await asyncio.to_thread(answers, teacher.target, golden) == before
+
+
+async def _end(stub: teacher_pb2_grpc.TeacherStub, number: int) -> str:
+    """What came of a call of one group, which is not sent again."""
+    request = message(group(f"g{number}"))
+    request.job = f"job{number % 4}"
+    try:
+        items = [answer.WhichOneof("item") async for answer in stub.ScoreGroups(request)]
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not CODE.RESOURCE_EXHAUSTED:
+            return f"odd: {error}"
+        packed = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
+        details = status_pb2.Status.FromString(packed).details  # type: ignore[arg-type]
+        (hint,) = (detail for detail in details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR))
+        assert error_details_pb2.RetryInfo.FromString(hint.value).retry_delay.ToMilliseconds() > 0
+        return "told when to come back"
+    return "scored" if items == ["score"] else f"odd: {items}"
