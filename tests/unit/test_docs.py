@@ -10,55 +10,17 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.documents import PAGES, ROOT, Block, blocks
 from vaopd.cli import build_parser, main
 from vaopd.config import validate
 from vaopd.service_config import ServiceConfig
 
-ROOT = Path(__file__).parents[2]
-# Decisions tell how things were on their day.
-PAGES = sorted(
-    path
-    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "models" / "README.md")
-    if "decisions" not in path.parts and ("reference" not in path.parts or path.name == "memory.md")
-)
 STARTS = ("up", "train", "teacher", "rollout", "api")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """A fenced block; `marker` is what `<!-- test: … -->` before it says."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    marker: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
-
-
-def blocks(language: str) -> list[Block]:
-    pattern = re.compile(r"(?:<!-- test: (?P<marker>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
-    return [
-        Block(
-            page=page,
-            line=page.read_text()[: match.start("text")].count("\n") + 1,
-            language=match["language"],
-            text=match["text"],
-            marker=match["marker"] or "",
-        )
-        for page in PAGES
-        for match in pattern.finditer(page.read_text())
-        if match["language"] == language
-    ]
 
 
 def commands(block: Block) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
 
 DEMO_CONFIG = Path("configs/tiny.toml")
+NEXT = """
+next
+  the baseline, to compare   {vaopd} demo --variant standard, then {vaopd} report RUN RUN
+  the viewer, the reports    {vaopd} teacher {config}, and beside it {vaopd} api {config} --runs runs
+  a run of your own          docs/quickstart.md"""
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -104,7 +110,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     _make_demo_data(Path(config.data.source))
     check(config, ("student", "teacher", "data", "engine"))
-    _say(f"run {config.run.name}: logs and results in {config.run_folder}")
+    _say(
+        f"run {config.run.name}: {config.trainer.steps} steps of {config.trainer.prompts_per_step} prompts × "
+        f"{config.trainer.rollouts_per_prompt} rollouts; 180 take about eight minutes on two cores. Ctrl-C ends it"
+    )
+    _say(f"logs and results: {config.run_folder}")
     code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_show())
     if code == 0:
         _tell_result(config.run_folder)
@@ -131,7 +141,8 @@ def _tell_result(folder: Path) -> None:
         print(
             f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain:+.1f} points)"
         )
-    print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}")
+    print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
+    print(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))
 
 
 def _say(line: str) -> None:
