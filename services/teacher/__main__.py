@@ -26,7 +26,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
     from services.teacher.server import serve
 
     metrics = TeacherMetrics()
-    with process.serve_metrics(metrics.registry, arguments.metrics_address):
+    with process.serve_metrics(metrics.registry, process.metrics_address(arguments)):
         return asyncio.run(serve(config, service=service, announce=arguments.announce, metrics=metrics))
 
 
