@@ -88,14 +88,14 @@ def announce(text: str, path: Path) -> None:
     partial.replace(path)
 
 
+def metrics_address(arguments: argparse.Namespace) -> str | None:
+    return arguments.metrics_address or os.environ.get(METRICS_VARIABLE) or None
+
+
 @contextmanager
 def serve_metrics(registry: CollectorRegistry, address: str | None) -> Iterator[None]:
-    """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing.
-
-    `address`: of --metrics-address; None: what VAOPD_METRICS_ADDRESS says.
-    """
-    address = address or os.environ.get(METRICS_VARIABLE)
-    if not address:
+    """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing."""
+    if address is None:
         yield
         return
     from prometheus_client import ProcessCollector, start_http_server

@@ -137,6 +137,9 @@ def metrics() -> str:
         "`step` is the policy version: the number of steps that had been taken.\n",
         rows(trainer.EVALUATION_DESCRIPTIONS),
         "## Prometheus\n",
+        "With `--metrics-address HOST:PORT` each process serves `/metrics`, the API on its own port too: "
+        "[Watching it in production](../monitoring.md). Beside these, each has `process_…`: memory, CPU time, open "
+        "files, when it was started.\n",
     ]
     for name, registry in registries().items():
         parts += [f"### {name}\n", prometheus(registry)]
@@ -144,10 +147,18 @@ def metrics() -> str:
 
 
 def registries() -> dict[str, CollectorRegistry]:
-    """One per process that serves /metrics."""
+    """One per kind of process."""
     from services.api.metrics import Metrics
+    from services.rollout.metrics import WorkerMetrics
+    from services.teacher.metrics import TeacherMetrics
+    from services.trainer.monitoring import TrainerMetrics
 
-    return {"API, at `/metrics` of its own port": Metrics().registry}
+    return {
+        "Teacher": TeacherMetrics().registry,
+        "Rollout worker": WorkerMetrics(job="").registry,
+        "Trainer": TrainerMetrics(job="", steps=1).registry,
+        "API": Metrics().registry,
+    }
 
 
 def prometheus(registry: CollectorRegistry) -> str:
@@ -155,7 +166,8 @@ def prometheus(registry: CollectorRegistry) -> str:
     for collector in list(registry._collector_to_names):  # the registry has no public list of what was registered
         for metric in collector.describe():  # type: ignore[attr-defined]
             suffix = "_total" if metric.type == "counter" else ""
-            labels = ", ".join(code(label) for label in getattr(collector, "_labelnames", ()))
+            names = getattr(metric, "_labelnames", None) or getattr(collector, "_labelnames", ())
+            labels = ", ".join(map(code, names))
             lines.append(f"| `{metric.name}{suffix}` | {metric.type} | {labels or '–'} | {metric.documentation} |")
     return "\n".join(lines) + "\n"
 

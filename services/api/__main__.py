@@ -38,7 +38,8 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
     from services.api.metrics import Metrics
 
     metrics = Metrics()
-    with process.serve_metrics(metrics.registry, arguments.metrics_address):
+    address = process.metrics_address(arguments)
+    with process.serve_metrics(metrics.registry, address):
         serve(
             config,
             further_teachers=arguments.teacher,
@@ -49,6 +50,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             tls=_tls_files(arguments.tls_cert, arguments.tls_key),
             announce=arguments.announce,
             metrics=metrics,
+            metrics_route=address is None,  # else they are for those only who reach that address
         )
     return 0
 
@@ -64,6 +66,7 @@ def serve(
     tls: tuple[Path, Path] | None = None,
     announce: Path | None,
     metrics: Metrics,
+    metrics_route: bool,
 ) -> None:
     """Listens first, so that the address is known, then serves until a signal."""
     import uvicorn
@@ -90,6 +93,7 @@ def serve(
             student=None if student is None else Student(student, dtype=config.student.dtype),
             runs=runs,
             metrics=metrics,
+            metrics_route=metrics_route,
             access=Access(
                 job_of_key=None if keys is None else KeyStore.load(keys).job_of,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),

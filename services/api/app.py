@@ -75,6 +75,7 @@ def create_app(
     student: Sampler | None = None,
     runs: Path | None = None,
     metrics: Metrics | None = None,
+    metrics_route: bool = True,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
@@ -90,7 +91,9 @@ def create_app(
     app.add_middleware(Gate, access=access)
     app.add_middleware(Envelope, metrics=metrics)  # the last one added is the outermost
     schema.install(app)
-    _add_health(app, teachers, metrics)
+    _add_health(app, teachers)
+    if metrics_route:
+        _add_metrics(app, metrics)
     _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
@@ -98,7 +101,7 @@ def create_app(
     return app
 
 
-def _add_health(app: FastAPI, teachers: Teachers, metrics: Metrics) -> None:
+def _add_health(app: FastAPI, teachers: Teachers) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Health:
         """The process is alive."""
@@ -110,6 +113,8 @@ def _add_health(app: FastAPI, teachers: Teachers, metrics: Metrics) -> None:
         await teachers.describe()
         return Health(status="ready")
 
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
         """What was counted since the start, for Prometheus."""

@@ -38,7 +38,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
     from services.rollout.metrics import WorkerMetrics
 
     metrics = WorkerMetrics(job=config.run.name)
-    with process.serve_metrics(metrics.registry, arguments.metrics_address):
+    with process.serve_metrics(metrics.registry, process.metrics_address(arguments)):
         run(config, worker=arguments.worker, metrics=metrics)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -36,8 +35,8 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
         signal.signal(number, lambda *_: stop.set())
     metrics = TrainerMetrics(job=config.run.name, steps=config.trainer.steps)
     # The coordinator has the numbers of all ranks.
-    shown = os.environ.get("RANK", "0") == "0"
-    with process.serve_metrics(metrics.registry, arguments.metrics_address) if shown else contextlib.nullcontext():
+    address = process.metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
+    with process.serve_metrics(metrics.registry, address):
         return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
 
 

@@ -62,7 +62,8 @@ class TrainerMetrics:
             "When a group last arrived, or a step or an evaluation was last finished, since 1970",
         ).labels(job)
         # What isn't known before the first step isn't there before it: 0 would be a lie.
-        self._gauges = {key: gauge(name, f"Last step: {DESCRIPTIONS[key]}") for key, name in GAUGES.items()}
+        texts = {key: "Last step: " + DESCRIPTIONS[key].replace(" of the step", "") for key in GAUGES}
+        self._gauges = {key: gauge(name, texts[key]) for key, name in GAUGES.items()}
         self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
         self._accuracy = gauge("held_out_accuracy_ratio", "Last evaluation: avg@n on the held-out problems")
         self._accuracy_error = gauge("held_out_accuracy_standard_error_ratio", "Its standard error, over problems")

@@ -31,7 +31,7 @@ def in_profile(profile: str) -> set[str]:
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Each service that runs `vaopd ROLE CONFIG --set …`, with its words."""
     for name, service in SERVICES.items():
-        if name not in ("redis", "data"):
+        if name not in ("redis", "data", *in_profile("monitoring")):
             yield name, shlex.split(service["command"])
 
 
@@ -63,19 +63,48 @@ def test_redis_keeps_everything() -> None:
     assert sources(SERVICES["redis"])["queue"] == words[words.index("--dir") + 1]
 
 
-def test_only_the_api_is_published_and_only_to_this_host() -> None:
+def test_only_the_api_and_the_dashboard_are_published_and_only_to_this_host() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
-    assert set(published) == {"api", "gpu-api"}
+    assert set(published) == {"api", "gpu-api", "grafana"}
     for ports in published.values():
         assert [port.split(":")[0] for port in ports] == ["127.0.0.1"]
 
 
 def test_images_and_code_cant_be_written_and_secrets_are_nowhere_in_the_environment() -> None:
+    places = {
+        "/queue",
+        "/runs",
+        "/datasets",
+        "/cache",
+        "/app/configs",
+        "/app/service.toml",
+        "/data",
+        "/var/lib/grafana",
+    }
     for service in SERVICES.values():
-        for place in sources(service).values():
-            assert place in ("/queue", "/runs", "/datasets", "/cache", "/app/configs", "/app/service.toml")
+        for volume, place in sources(service).items():
+            assert place in places or volume.startswith("./deploy/monitoring/")
         assert all(mount.endswith(":ro") for mount in service.get("volumes", ()) if mount.startswith("./"))
         assert not [name for name in service.get("environment", ()) if re.search("KEY|SECRET|PASS|TOKEN", name)]
+
+
+def test_metrics_are_on_an_internal_network_where_prometheus_asks_for_them() -> None:
+    assert COMPOSE["networks"]["metrics"] == {"internal": True}
+    assert SERVICES["prometheus"]["networks"] == ["metrics"]
+    config = yaml.safe_load((ROOT / "deploy" / "monitoring" / "prometheus.yml").read_text())
+    asked = [found for job in config["scrape_configs"] for found in job["dns_sd_configs"]]
+    served = {name for name, _ in commands()}
+    assert {name for found in asked for name in found["names"]} == served
+    for name in served:
+        assert "metrics" in SERVICES[name]["networks"]
+        _, port = SERVICES[name]["environment"]["VAOPD_METRICS_ADDRESS"].split(":")
+        assert {found["port"] for found in asked} == {int(port)}
+
+
+def test_the_second_job_is_watched_too() -> None:
+    """Its environment replaces the first one's, so that the address must be there again."""
+    for name in ("second-trainer", "gpu-second-rollout"):
+        assert {"VAOPD_METRICS_ADDRESS", "VAOPD_LOG_FORMAT"} <= set(SERVICES[name]["environment"])
 
 
 def service_file(words: list[str]) -> str:
@@ -128,6 +157,7 @@ def test_profiles_hold_the_whole_system() -> None:
     assert in_profile("gpu") == {"redis", "gpu-teacher", "gpu-rollout", "gpu-trainer", "gpu-api"}
     # A further job shares Redis and the teacher; Compose starts what is not there yet.
     assert in_profile("second-job") == {"redis", "data", "teacher", "second-rollout", "second-trainer"}
+    assert in_profile("monitoring") == {"prometheus", "grafana"}
     assert in_profile("gpu-second-job") == {"redis", "gpu-teacher", "gpu-second-rollout", "gpu-second-trainer"}
 
 
@@ -174,7 +204,9 @@ def test_every_command_gives_settings_that_the_configuration_knows() -> None:
         load_config(ROOT / "configs" / config, plain)
 
 
-@pytest.mark.parametrize("dockerfile", ["cpu.Dockerfile", "gpu.Dockerfile", "redis.Dockerfile"])
+@pytest.mark.parametrize(
+    "dockerfile", ["cpu.Dockerfile", "gpu.Dockerfile", "redis.Dockerfile", "monitoring/prometheus.Dockerfile"]
+)
 def test_every_image_runs_without_root_by_itself(dockerfile: str) -> None:
     lines = (ROOT / "deploy" / dockerfile).read_text().splitlines()
     assert [line for line in lines if line.startswith("USER")][-1] == "USER 10001:10001"
