@@ -52,8 +52,9 @@ def set_up(format: str, **shared: Any) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
-    # vLLM would print its own lines in its own way; so they come through here.
+    # vLLM's own lines then come through here too; progress bars have no place between objects.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def share(**values: Any) -> None:
