@@ -7,6 +7,7 @@ prompt log-probs. Images are named by content and view, so that none of vLLM's c
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -204,6 +205,10 @@ def _result(group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
 
 def load(config: Config, options: Mapping[str, Any]) -> Backend:
     """Starts vLLM over the teacher of a configuration; `options`: the service's engine.options."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engine.backend = \"vllm\": vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]')"
+        )
     if taken := sorted(set(options) & set(_OURS)):
         raise ConfigError(f"engine.options.{taken[0]} is what the teacher sets itself; leave it out")
     bounds = rollout_engine._pixel_bounds(config.data.min_pixels, config.data.max_pixels)

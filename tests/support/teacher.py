@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from services.teacher.backend import Backend
 from services.teacher.server import TeacherServer
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
@@ -42,7 +43,7 @@ class TeacherInProcess:
 
 @contextmanager
 def teacher_in_process(
-    vlm: Vlm, *, batch_tokens: int = 4096, address: str = "127.0.0.1:0", **options: Any
+    teacher: Vlm | Backend, *, batch_tokens: int = 4096, address: str = "127.0.0.1:0", **options: Any
 ) -> Iterator[TeacherInProcess]:
     """A server on a free port of the loopback, on an event loop of its own; `options` are TeacherServer's."""
     loop = asyncio.new_event_loop()
@@ -50,7 +51,7 @@ def teacher_in_process(
     thread.start()
 
     async def start() -> tuple[TeacherServer, str]:
-        server = TeacherServer(vlm, model="tiny-teacher", batch_tokens=batch_tokens, **options)
+        server = TeacherServer(teacher, model="tiny-teacher", batch_tokens=batch_tokens, **options)
         return server, await server.start(address)
 
     try:

@@ -1,0 +1,87 @@
+"""What the vLLM teacher computes around vLLM: the prompts it reads, the tail of the top k, the weights' revision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from services.teacher.revision import revision_of_folder
+from services.teacher.vllm_engine import top_k, unexpanded
+from tests.support.families import FAMILIES, ask, family_vlm
+from tests.support.models import save_untrained
+from tests.support.teacher import drawing, encoded, question
+from vaopd.errors import ConfigError, InvalidInput
+from vaopd.prompts import PreparedPrompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [[(96, 96)], [(128, 64), (96, 96)], []], ids=["one image", "two images", "no image"])
+def test_vllm_reads_one_placeholder_per_image(family: str, sizes: list[tuple[int, int]]) -> None:
+    vlm = family_vlm(family)
+    pictures = [drawing(seed, size) for seed, size in enumerate(sizes)]
+    expected = vlm.rendered_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
+    assert unexpanded(vlm, ask(vlm, pictures)) == expected
+
+
+def test_a_prompt_without_the_marks_around_an_image_is_refused() -> None:
+    vlm = family_vlm("internvl")
+    prompt = ask(vlm, [drawing(0)])
+    (mark,) = set(vlm.processor.tokenizer.convert_tokens_to_ids(["<img>"]))
+    bare = PreparedPrompt(token_ids=prompt.token_ids[prompt.token_ids != mark], images=prompt.images)
+    with pytest.raises(InvalidInput, match="marks around"):
+        unexpanded(vlm, bare)
+
+
+def log_probs(logits: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and float32 log-probs of the n likeliest, as vLLM tells them."""
+    top = torch.log_softmax(logits.float(), -1).topk(n)
+    return top.indices.numpy(), top.values.numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_the_tail_of_a_peaked_distribution_is_not_rounding(scale: float) -> None:
+    """At 40 the tail is some e^-20 of the mass, of which the likely tokens' float32 log-probs say nothing."""
+    logits = scale * torch.randn(50, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids, logprobs, tail = top_k(*log_probs(logits, 32), 16)
+    exact = torch.log_softmax(logits, -1)
+    expected = exact.topk(16)
+    rest = exact.scatter(-1, expected.indices, -torch.inf).exp().sum(-1)
+    assert np.array_equal(ids, expected.indices.numpy())
+    np.testing.assert_allclose(logprobs, expected.values.numpy(), atol=2e-5)
+    np.testing.assert_allclose(np.exp(tail.astype(np.float64)), rest.numpy(), atol=2e-5, rtol=1e-4)
+    peaked = rest < 1e-6
+    assert peaked.any() == (scale == 40.0)
+    # The next sixteen hold most of so small a tail; what is beyond them is left out.
+    off = tail[peaked.numpy()] - rest.log().numpy()[peaked.numpy()]
+    assert (np.abs(off) < 0.05).all()
+
+
+def test_the_whole_vocabulary_leaves_an_empty_tail() -> None:
+    _, _, tail = top_k(*log_probs(torch.randn(3, 8), 8), 8)
+    assert (tail == -np.inf).all()
+
+
+def test_a_folders_revision_depends_on_weights_and_dtype_and_not_on_its_files(tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path / "model")
+    first = revision_of_folder(folder, dtype="float32")
+    assert revision_of_folder(folder, dtype="float32") == first
+    assert revision_of_folder(folder, dtype="bfloat16") != first
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    (folder / "model.safetensors").unlink()
+    save_file({name: weights[name] for name in names[::2]}, folder / "model-1.safetensors")
+    save_file({name: weights[name] for name in names[1::2]}, folder / "model-2.safetensors")
+    assert revision_of_folder(folder, dtype="float32") == first
+    weights[names[0]] += 1
+    save_file({name: weights[name] for name in names[::2]}, folder / "model-1.safetensors")
+    assert revision_of_folder(folder, dtype="float32") != first
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no safetensors"):
+        revision_of_folder(tmp_path, dtype="float32")
