@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,6 +59,12 @@ def load(config: Config, service: ServiceConfig) -> Backend:
         from services.teacher.vllm_engine import load as load_vllm
 
         return load_vllm(config, service.engine.options)
+    if service.engine.processes > 1:
+        from services.teacher.ranks import lead
+
+        leading = lead(config, processes=service.engine.processes)
+        shared = over(leading, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)
+        return replace(shared, close=leading.let_go)
     vlm = Vlm.load(
         config.teacher.model,
         dtype=config.teacher.dtype,
