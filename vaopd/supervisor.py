@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ STEADY_S = 300.0  # a child that lived this long after a restart has its restart
 LOG_TAIL_LINES = 15
 TELL_EVERY_S = 10.0  # how often it says who is still starting
 SHOW_EVERY_S = 1.0  # the same where it can be drawn over
-LAST_WORDS = 70  # characters of a log's last line
+LAST_WORDS = 70  # characters of a log's last line, without what stands before its message
+LOG_PREFIX = re.compile(r"^.*?\b(?:INFO|WARNING|ERROR)\b[\d:, -]*(?:\S+: |\[\S+:\d+\] )?")
 
 
 class ChildFailed(VaopdError):
@@ -190,7 +192,8 @@ class Supervisor:
         with running.log.open("rb") as file:
             file.seek(max(running.log_start, running.log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").splitlines()
-        return next((line.strip()[:LAST_WORDS] for line in reversed(lines) if line.strip()), "")
+        said = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
+        return next((words[:LAST_WORDS] for words in said if words), "")
 
     def log_tail(self, name: str) -> str:
         """The last lines that the child wrote since it was started, with the log's path."""

@@ -64,14 +64,15 @@ class ProgressLine:
             self._started, self._first = self._clock(), step
         done = step - self._first
         left = (self._clock() - self._started) / done * (self._steps - step) if done else None
-        line = (
-            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {metrics['loss']:.4f}  "
-            f"mean VA {metrics['mean_va']:.3f}  {metrics['rollouts_per_s']:.1f} rollouts/s"
-        )
-        if self.accuracy is not None:
-            line += f"  accuracy {self.accuracy:.1%}"
-        if left is not None:
-            line += f"  {duration(left)} left"
+        # What matters least stands last: a narrow terminal cuts it off.
+        parts = [
+            f"step {step:>{len(str(self._steps))}}/{self._steps}",
+            f"{duration(left)} left" if left is not None else "",
+            f"loss {metrics['loss']:.4f}  mean VA {metrics['mean_va']:.3f}",
+            f"accuracy {self.accuracy:.1%}" if self.accuracy is not None else "",
+            f"{metrics['rollouts_per_s']:.1f} rollouts/s",
+        ]
+        line = "  ".join(part for part in parts if part)
         if self._stream.isatty() or step % self._every == 0 or step in (1, self._steps):
             draw(self._stream, line, stays=step == self._steps)
 

@@ -66,9 +66,9 @@ def test_in_a_log_every_tenth_step_is_a_line_and_so_are_the_first_and_the_last()
     # The time left is measured from the first finished step on: 6 s per step, 15 steps after the tenth.
     assert stream.getvalue().splitlines() == [
         "step  1/25  loss 1.2500  mean VA 0.500  20.0 rollouts/s",
-        "step 10/25  loss 1.2500  mean VA 0.500  20.0 rollouts/s  1:30 left",
-        "step 20/25  loss 1.2500  mean VA 0.500  20.0 rollouts/s  0:30 left",
-        "step 25/25  loss 1.2500  mean VA 0.500  20.0 rollouts/s  0:00 left",
+        "step 10/25  1:30 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s",
+        "step 20/25  0:30 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s",
+        "step 25/25  0:00 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s",
     ]
 
 
@@ -81,7 +81,7 @@ def test_in_a_terminal_the_line_is_rewritten_and_what_is_said_stays() -> None:
     progress.say("held-out accuracy at step 2: 40.0%")
     first, second, said = stream.getvalue().split("\r\x1b[K")[1:]
     assert first == "step    1/1000  loss 1.2500  mean VA 0.500  20.0 rollouts/s"
-    assert second == "step    2/1000  loss 1.2500  mean VA 0.500  20.0 rollouts/s  2:46:20 left"  # 998 × 10 s
+    assert second == "step    2/1000  2:46:20 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s"  # 998 × 10 s
     assert said == "held-out accuracy at step 2: 40.0%\n"
 
 
@@ -91,7 +91,7 @@ def test_a_resumed_run_counts_its_own_steps_for_the_time_left() -> None:
     progress.step(89, METRICS)
     clock.now_s += 2.0
     progress.step(90, METRICS)
-    assert stream.getvalue() == "step  90/100  loss 1.2500  mean VA 0.500  20.0 rollouts/s  0:20 left\n"
+    assert stream.getvalue() == "step  90/100  0:20 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s\n"
 
 
 def test_an_evaluation_tells_how_far_it_is() -> None:
