@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
     service = load_service_config(arguments.service)
+    if service.engine.processes > 1 and (code := _as_one_of(service.engine.processes, config)) is not None:
+        return code
     from services.teacher.metrics import TeacherMetrics
     from services.teacher.server import serve
 
     metrics = TeacherMetrics()
     with process.serve_metrics(metrics.registry, process.metrics_address(arguments)):
         return asyncio.run(serve(config, service=service, announce=arguments.announce, metrics=metrics))
+
+
+def _as_one_of(processes: int, config: Config) -> int | None:
+    """Starts the ranks, unless somebody has (`torchrun`), or is one; None for rank 0, which goes on to serve."""
+    if "RANK" not in os.environ:
+        from services.trainer.launcher import die_as, launch
+
+        ranks = (sys.executable, "-m", "services.teacher", *sys.argv[1:])
+        return die_as(launch(ranks, processes=processes))
+    if os.environ["RANK"] == "0":
+        return None
+    from services.teacher.ranks import follow
+
+    return follow(config, processes=processes)
 
 
 if __name__ == "__main__":
