@@ -19,13 +19,15 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.dates
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "monitoring" / "grafana" / "dashboards" / "vaopd.json"
 INTERVAL = "30s"
+DAY_S = 86_400  # matplotlib counts days since 1970
 FORMATS = {
-    "percentunit": lambda value, _: f"{100 * value:.0f} %",
+    "percentunit": lambda value, _: f"{100 * value:.3g} %",
     "bytes": lambda value, _: f"{value / 2**20:.0f} MiB",
     "s": lambda value, _: f"{value:g} s",
 }
@@ -61,6 +63,8 @@ def draw(panels: list[dict[str, Any]], url: str, *, start: float, end: float) ->
             for found in ask(url, target["expr"], start=start, end=end)
         ]
         (stat if panel["type"] == "stat" else graph)(axes, panel, series)
+        if panel["type"] != "stat":
+            axes.set_xlim(start / DAY_S, end / DAY_S)
     return figure
 
 
@@ -91,7 +95,7 @@ def graph(axes: Axes, panel: dict[str, Any], series: list[tuple[str, list[list[A
     drawn = []
     for name, values in series:
         points = [(at, float(value)) for at, value in values]
-        times = [at / 86_400 for at, _ in points]  # matplotlib counts days since 1970
+        times = [at / DAY_S for at, _ in points]
         drawn.append((name, times, [value if math.isfinite(value) else math.nan for _, value in points]))
     if defaults["custom"]["stacking"]["mode"] == "normal" and drawn:
         instants = sorted({at for _, times, _ in drawn for at in times})
@@ -106,6 +110,7 @@ def graph(axes: Axes, panel: dict[str, Any], series: list[tuple[str, list[list[A
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
     axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(maxticks=6))
+    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.grid(alpha=0.25, linewidth=0.5)
     if len(drawn) > 1 or (drawn and drawn[0][0]):
         axes.legend(fontsize=5, frameon=False, loc="upper left", ncols=2)

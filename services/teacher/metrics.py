@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -86,7 +86,7 @@ class TeacherMetrics:
             buckets=FILL_BUCKETS,
             registry=self.registry,
         )
-        self._state = _State()
+        self._state = _State(self._known)
         self.registry.register(self._state)
 
     def watch(self, server: TeacherServer) -> None:
@@ -111,6 +111,10 @@ class TeacherMetrics:
     def batch(self, fill: float) -> None:
         self._fill.observe(fill)
 
+    def _known(self) -> list[str]:
+        with self._lock:
+            return list(self._jobs)
+
     def _seen(self, job: str) -> str:
         """The job's label; the job that has been silent for longest makes room."""
         job = job[:LABEL_CHARACTERS]
@@ -130,8 +134,10 @@ class TeacherMetrics:
 class _State(Collector):
     """Read from the server's parts at each scrape. A teacher that still loads isn't serving and has nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, jobs: Callable[[], list[str]]) -> None:
+        """`jobs`: the labels of those that have other series, whose queues are told when they are empty too."""
         self.server: TeacherServer | None = None
+        self._jobs = jobs
 
     def collect(self) -> Iterator[Metric]:
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
@@ -155,9 +161,10 @@ class _State(Collector):
         serving.add_metric([], float(server is not None and server.serving))
         if server is not None:
             limit.add_metric([], server.admission.limit)
-            for job, count in _by_label(server.admission.waiting_by_job()).items():
+            empty = dict.fromkeys(self._jobs(), 0.0)
+            for job, count in (empty | _by_label(server.admission.waiting_by_job())).items():
                 groups.add_metric([job], count)
-            for job, cost in _by_label(server.scheduler.waiting_tokens_by_job()).items():
+            for job, cost in (empty | _by_label(server.scheduler.waiting_tokens_by_job())).items():
                 tokens.add_metric([job], cost)
             batches.add_metric([], server.scheduler.forwards)
             busy.add_metric([], server.scheduler.busy_seconds)

@@ -25,9 +25,12 @@ from services.trainer.metrics import STEP_TIMES
 from services.trainer.monitoring import GAUGES, KL_TOKENS, TrainerMetrics
 from tests.support.prometheus import binary
 from vaopd import process
+from vaopd.config import load_config
 from vaopd.errors import ConfigError, Unavailable
+from vaopd.launch import UpOptions, _Launch
 from vaopd.prompts import PreparedPrompt
 from vaopd.queue.depth import Depth
+from vaopd.supervisor import Supervisor
 from vaopd.types import Payload
 
 ROOT = Path(__file__).parents[2]
@@ -291,3 +294,23 @@ def test_mean_advantage_is_of_each_rollout() -> None:
     name, job = "vaopd_teacher_rollout_visual_advantage_nats", {"vaopd_job": "geometry"}
     assert read(metrics.registry, f"{name}_count", **job) == 2
     assert read(metrics.registry, f"{name}_sum", **job) == pytest.approx(2.03, abs=1e-6)
+
+
+def test_a_launch_gives_each_process_a_port_that_it_keeps_and_tells_prometheus(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = load_config(ROOT / "configs" / "tiny.toml", ["run.name=first", f"run.folder={tmp_path}"])
+    options = UpOptions(config_path=ROOT / "configs" / "tiny.toml", metrics_port=9091)
+    with Supervisor(logs=tmp_path / "logs", say=said.append) as supervisor:
+        launch = _Launch(config, options, supervisor, said.append)
+        for name in ("rollout-0", "teacher", "rollout-0"):  # the last one is a restart
+            child = launch._service(name.partition("-")[0], name, devices=None)
+            assert child.argv[-2:] == ("--metrics-address", f"127.0.0.1:{9092 if name == 'teacher' else 9091}")
+        assert "--metrics-address" not in launch._service("api", "api", devices="").argv  # it has a port already
+    assert said == [
+        "metrics of rollout-0: http://127.0.0.1:9091/metrics",
+        "metrics of teacher: http://127.0.0.1:9092/metrics",
+    ]
+    assert json.loads((tmp_path / "first.targets.json").read_text()) == [
+        {"targets": ["127.0.0.1:9091"], "labels": {"role": "rollout", "process": "rollout-0"}},
+        {"targets": ["127.0.0.1:9092"], "labels": {"role": "teacher", "process": "teacher"}},
+    ]
