@@ -43,6 +43,10 @@ class Admission:
         """May be asked from any thread."""
         return dict(self._waiting)
 
+    def check_any_room(self) -> None:
+        """Raises QueueFull when not even one group of anybody fits: such a call needn't be read to be refused."""
+        self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
+
     def admit(self, job: str, groups: int) -> None:
         """Raises QueueFull, with a hint, when there is no room now. More than ever fits is refused before."""
         self._check(self.waiting, groups, self._sharing.max_waiting_groups, job, of_job=False)
@@ -63,7 +67,7 @@ class Admission:
         retry_after_s = min(max(self._seconds(over, job, of_job=of_job), _SHORTEST_S), _LONGEST_S)
         whose = f" of job {job[:64]!r}" if of_job else ""
         raise QueueFull(
-            f"{waiting} groups{whose} wait already, with these {groups} they are over the limit of {limit}; "
+            f"{waiting} groups{whose} wait already, with {groups} more they are over the limit of {limit}; "
             f"try again in {retry_after_s:.2g} s",
             retry_after_s=retry_after_s,
         )

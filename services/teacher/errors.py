@@ -95,10 +95,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         service: str,
         access: Access,
         *,
+        check_room: Callable[[], object] = lambda: None,
         on_refused: Callable[[str | None, str], object] = lambda job, reason: None,
     ) -> None:
-        """`on_refused` is told the job, where it is known, and the reason of every call that is refused."""
+        """`check_room` raises what a call with work is refused for before it is read, however large it is.
+
+        `on_refused` is told the job, where it is known, and the reason of every call that is refused.
+        """
         self._access = access
+        self._check_room = check_room
+        self._with_work = f"/{service}/ScoreGroups"
         self._on_refused = on_refused
         self._counted = f"/{service}/"
         self._in_progress = 0
@@ -134,8 +140,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if method not in _OPEN:
             try:
                 caller = self._access.caller(handler_call_details.invocation_metadata)
+                if method == self._with_work:
+                    self._check_room()
             except VaopdError as error:
-                return self._refusing(method, error)
+                return self._refusing(method, error, job=caller)
         call = _Call(handler_call_details, caller, self._access)
         parse = _tolerant(handler.request_deserializer)
         serialise = handler.response_serializer
@@ -150,11 +158,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
-    def _refusing(self, method: str, error: VaopdError) -> grpc.RpcMethodHandler:
+    def _refusing(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
         """Answers a call of any kind with a status, without reading a message of it."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-            await self._abort(context, method, error, job=None)
+            await self._abort(context, method, error, job=job)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 

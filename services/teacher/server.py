@@ -149,7 +149,9 @@ class TeacherServer:
         self._health = health.aio.HealthServicer()
         self._tls = service.tls
         keys = KeyStore.load(service.keys.file) if service.keys.file else None
-        self._calls = ErrorInterceptor(SERVICE, Access(keys), on_refused=metrics.refused)
+        self._calls = ErrorInterceptor(
+            SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.refused
+        )
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
         servicer = TeacherServicer(
             description=self.description,

@@ -192,6 +192,18 @@ def test_a_full_queue_comes_with_a_retry_hint_and_a_cancelled_call_makes_room(
     assert engine.reached == ["first", "third"]  # the cancelled work was dropped
 
 
+def test_a_full_teacher_reads_nothing_of_what_it_refuses(held: tuple[TeacherInProcess, HeldEngine]) -> None:
+    """Bytes that are no message at all get the same answer: they are not even parsed."""
+    teacher, _ = held
+    with grpc.insecure_channel(teacher.target) as channel:
+        waiting = teacher_pb2_grpc.TeacherStub(channel).ScoreGroups(request("one", "two"))
+        wait_until("it is full", lambda: teacher.server.admission.waiting == 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(channel.unary_stream("/vaopd.v1.Teacher/ScoreGroups")(b"\xff\xff", timeout=10))
+        assert caught.value.code() is CODE.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+        waiting.cancel()
+
+
 def test_a_deadline_that_passes_drops_the_work(held: tuple[TeacherInProcess, HeldEngine]) -> None:
     teacher, engine = held
     with stub_of(teacher) as stub:

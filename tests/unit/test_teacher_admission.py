@@ -49,6 +49,15 @@ def test_a_full_queue_takes_nobody_until_something_is_answered() -> None:
     assert (queue.waiting, queue.waiting_of("a"), queue.waiting_of("b"), queue.refused) == (3, 2, 1, 1)
 
 
+def test_when_nobody_fits_a_call_needn_t_be_read_to_be_refused() -> None:
+    queue = admission(Pace(), total=2)
+    queue.admit("a", 1)
+    queue.check_any_room()
+    queue.admit("a", 1)
+    with pytest.raises(QueueFull, match="2 groups wait already, with 1 more they are over the limit of 2; try again"):
+        queue.check_any_room()
+
+
 def test_a_job_at_its_own_limit_leaves_room_to_the_others() -> None:
     queue = admission(Pace(), total=10, per_job=2)
     queue.admit("a", 2)
