@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd import process
+from vaopd import hanging, process
 from vaopd.config import Config
 from vaopd.errors import ConfigError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DRAIN_S = 10
 JOB = "api"
+STUCK_AFTER_S = 60.0
+"""An event loop that stands still for so long never goes on: the process ends, to be restarted."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -121,7 +123,15 @@ def serve(
     if announce is not None:
         process.announce(address, announce)
     print(f"api ready on {address}", flush=True)
-    uvicorn.Server(settings).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        async def on_tick(self, counter: int) -> bool:
+            """Ten times a second, while the event loop goes round."""
+            hanging.expect_life_within(STUCK_AFTER_S)
+            return await super().on_tick(counter)
+
+    Server(settings).run(sockets=[listener])
+    hanging.expect_nothing()
 
 
 def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:

@@ -25,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = process.parser("services.rollout", "Samples responses with the student's newest weights.")
     own_name = f"{socket.gethostname()}-{os.getpid()}"
     parser.add_argument("--worker", default=own_name, help="name in the queue (default: host and process id)")
+    parser.add_argument(
+        "--stuck-after",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="end, to be restarted, when the engine takes longer for a batch (default %(default)g)",
+    )
     return process.main(_run, parser, argv)
 
 
@@ -39,11 +46,11 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 
     metrics = WorkerMetrics(job=config.run.name)
     with process.serve_metrics(metrics.registry, process.metrics_address(arguments)):
-        run(config, worker=arguments.worker, metrics=metrics)
+        run(config, worker=arguments.worker, metrics=metrics, stuck_after_s=arguments.stuck_after)
     return 0
 
 
-def run(config: Config, *, worker: str, metrics: WorkerMetrics) -> None:
+def run(config: Config, *, worker: str, metrics: WorkerMetrics, stuck_after_s: float) -> None:
     """Composes and runs the worker; the heavy imports come here, after the arguments have been read."""
     # Nothing is held while the engine starts, so that the end may come at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -63,7 +70,14 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics) -> None:
     stop.install()
     batch = config.rollout.requests_per_batch
     try:
-        RolloutWorker(engine=engine, queue=queue, requests_per_batch=batch, stop=stop, metrics=metrics).run()
+        RolloutWorker(
+            engine=engine,
+            queue=queue,
+            requests_per_batch=batch,
+            stop=stop,
+            metrics=metrics,
+            stuck_after_s=stuck_after_s,
+        ).run()
     finally:
         engine.close()
 

@@ -18,7 +18,7 @@ from types import FrameType
 
 from services.rollout.engine import RolloutEngine
 from services.rollout.metrics import WorkerMetrics
-from vaopd import logs, tracing
+from vaopd import hanging, logs, tracing
 from vaopd.errors import LeaseLost, Unavailable, VaopdError
 from vaopd.queue import Lease, WorkerQueue
 from vaopd.types import PolicyVersion, RolloutGroup
@@ -30,6 +30,7 @@ TAKE_BLOCK_S = 1.0
 LINGER_S = 0.05
 RETRY_S = 1.0
 POLICY_POLL_S = 0.1
+STUCK_AFTER_S = 1800.0
 
 
 class HandBack(BaseException):
@@ -87,12 +88,15 @@ class RolloutWorker:
         requests_per_batch: int,
         stop: Stop,
         metrics: WorkerMetrics | None = None,
+        stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
+        """`stuck_after_s`: an engine that takes longer for a batch hangs; the process ends, its leases run out."""
         self._engine = engine
         self._queue = queue
         self._requests_per_batch = requests_per_batch
         self._stop = stop
         self._metrics = metrics or WorkerMetrics(job="")
+        self._stuck_after_s = stuck_after_s
         self._generating: list[Lease] = []
 
     def run(self) -> None:
@@ -175,7 +179,12 @@ class RolloutWorker:
         self._generating = batch
         ids = [lease.request.group_id for lease in batch]
         version = batch[0].request.policy_version
-        with tracing.span("generate", groups=ids, policy_version=version), self._metrics.generating():
+        with (
+            tracing.span("generate", groups=ids, policy_version=version),
+            self._metrics.generating(),
+            # The keeper renews the leases whatever the engine does: nobody else would ever notice that it hangs.
+            hanging.ends_within(self._stuck_after_s),
+        ):
             outcomes = self._engine.generate([lease.request for lease in batch])
         self._generating = []
         self._metrics.sampled(outcomes)

@@ -108,8 +108,9 @@ class Job:
         environment = {"VAOPD_KILL_AT": kill_at}
         return self.system.start("trainer", self.name, self._overrides, *arguments, environment=environment)
 
-    def start_worker(self, name: str = "w0") -> Process:
-        return self.system.start("rollout", f"{self.name}-{name}", self._overrides, "--worker", f"{self.name}-{name}")
+    def start_worker(self, name: str = "w0", *arguments: str) -> Process:
+        name = f"{self.name}-{name}"
+        return self.system.start("rollout", name, self._overrides, "--worker", name, *arguments)
 
     def run(self) -> None:
         """The whole run, undisturbed."""

@@ -1,0 +1,76 @@
+"""Processes that hang, and must end with a status that gets them restarted; the teacher's own test is
+tests/services/test_teacher_watchdog.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.system import System
+from tests.support.teacher import write_config
+from tests.support.waiting import wait_until
+
+PROMPTS = 4  # in a step, by `tests.support.system`
+
+
+def test_a_block_that_takes_too_long_ends_the_process_and_tells_where_it_was() -> None:
+    code = "import time\nfrom vaopd import hanging\nwith hanging.ends_within(0.2):\n    time.sleep(1000)\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert 'File "<string>", line 4' in ended.stderr
+
+
+def test_a_block_that_is_done_in_time_ends_nothing() -> None:
+    code = "import time\nfrom vaopd import hanging\nwith hanging.ends_within(0.2):\n    pass\ntime.sleep(0.5)\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+HANGING_API = """
+import sys, time
+import services.api.__main__ as api
+from services.api.teachers import Teachers
+
+async def describe(self):
+    time.sleep(1000)  # a blocking call in a handler: the event loop stands still
+
+Teachers.describe = describe
+api.STUCK_AFTER_S = 1.0
+sys.exit(api.main(sys.argv[1:]))
+"""
+
+
+def test_an_api_whose_event_loop_stands_still_ends(tmp_path: Path) -> None:
+    announce = tmp_path / "address"
+    arguments = ["--config", str(write_config(tmp_path, model=tmp_path, address="127.0.0.1:1")), "--announce", announce]
+    command = [sys.executable, "-c", HANGING_API, *arguments, "--set", "api.address=127.0.0.1:0"]
+    with (tmp_path / "api.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://{announce.read_text()}/readyz", timeout=60)
+        assert process.wait(30) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert "in describe" in (tmp_path / "api.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(system: System) -> None:
+    """For one with so little patience any engine hangs."""
+    job = system.job("hanging-engine", trainer__steps=1)
+    trainer = job.start_trainer()
+    job.until("the step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
+    impatient = job.start_worker("impatient", "--stuck-after", "0.01")
+    assert impatient.exit_code() == 1
+    assert "in generate" in impatient.text()
+    worker = job.start_worker("patient")
+    job.finished(trainer)
+    worker.kill()
+    assert len(job.ledger()) == PROMPTS
+    assert job.pending() == {"requests": 0, "groups": 0}
