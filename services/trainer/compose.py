@@ -13,7 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from services.trainer import checkpoint
 from services.trainer.collector import Collector
-from services.trainer.loop import Coordinator, Interrupted, Trainer
+from services.trainer.coordinator import Coordinator
+from services.trainer.loop import Interrupted, Trainer
 from services.trainer.monitoring import TrainerMetrics
 from services.trainer.ranks import Ranks
 from services.trainer.records import ProgressLine

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,16 @@ from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
 from services.trainer import checkpoint, kill_points, metrics
-from services.trainer.collector import Collector
+from services.trainer.coordinator import Coordinator
 from services.trainer.heldout import evaluate
-from services.trainer.monitoring import TrainerMetrics
 from services.trainer.order import PromptOrder, training_request
 from services.trainer.ranks import COORDINATOR, Ranks
-from services.trainer.records import JsonLines, ProgressLine
+from services.trainer.records import JsonLines
 from services.trainer.scoring import Refused, Scorer
 from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
 from vaopd import logs, tracing, wire
 from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
-from vaopd.ledger import Ledger
-from vaopd.queue import LeaseKeeper
 from vaopd.types import PolicyVersion, Prompt
 from vaopd.vlm import Vlm
 from vaopd.weights import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
@@ -46,22 +42,6 @@ _STOP = b"stop"  # no protobuf message of a group: those begin with the tag of g
 
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C arrived; all finished steps are in a checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coordinator:
-    """What only rank 0 has."""
-
-    collector: Collector
-    ledger: Ledger
-    keeper: LeaseKeeper
-    validation: Sequence[Prompt]
-    progress_line: ProgressLine
-    metrics: TrainerMetrics
-
-    def evaluating(self, done: int, total: int) -> None:
-        self.metrics.progressed()
-        self.progress_line.evaluating(done, total)
 
 
 class Trainer:
