@@ -102,11 +102,16 @@ class Job:
         self.folder = system.folder / "runs" / name
         self._overrides = [f"{key}={value}" for key, value in settings.items()]
 
-    def start_trainer(self, *, resume: bool = False, kill_at: str = "") -> Process:
-        """`kill_at`: POINT:STEP at which it dies, see `services.trainer.kill_points`."""
+    def start_trainer(self, *, resume: bool = False, kill_at: str = "", launch: tuple[str, ...] = ()) -> Process:
+        """`kill_at`: POINT:STEP at which it dies, see `services.trainer.kill_points`.
+
+        `launch`: what Python is given in place of `-m services.trainer`.
+        """
         arguments = ("--resume",) if resume else ()
         environment = {"VAOPD_KILL_AT": kill_at}
-        return self.system.start("trainer", self.name, self._overrides, *arguments, environment=environment)
+        return self.system.start(
+            "trainer", self.name, self._overrides, *arguments, environment=environment, launch=launch
+        )
 
     def start_worker(self, name: str = "w0", *arguments: str) -> Process:
         name = f"{self.name}-{name}"
@@ -244,9 +249,18 @@ class System:
         return Job(self, name, {**defaults, **_DEFAULTS, **named})
 
     def start(
-        self, role: str, name: str, overrides: list[str], *arguments: str, environment: dict[str, str] | None = None
+        self,
+        role: str,
+        name: str,
+        overrides: list[str],
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        launch: tuple[str, ...] = (),
     ) -> Process:
         argv = service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
+        if launch:
+            assert argv[1] == "-m"
+            argv = (argv[0], *launch, *argv[3:])
         process = Process(argv, self.folder / f"{name}.{role}.log", environment or {})
         self._processes.append(process)
         return process

@@ -1,0 +1,82 @@
+"""SIGTERM where the drain can't come to its own end: a device that hangs, a teacher that is away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import tiny_vlm
+from tests.support.system import Job, System, read_lines
+from tests.support.teacher import teacher_process, token_request
+from tests.support.waiting import wait_until
+from vaopd.client import SyncTeacherClient
+from vaopd.errors import Unavailable
+from vaopd.ledger import FILE
+
+PROMPTS = 4  # in a step, by `tests.support.system`
+
+# With a grace of a second; the real one, services.teacher.server.GRACE_S, is a minute.
+HANGING = """
+import functools, sys, threading
+from services.teacher import engine, server
+from services.teacher.__main__ import main
+
+def hang(self, groups):
+    print("the device hangs", flush=True)
+    threading.Event().wait()
+    yield
+
+engine.GroupEngine.score = hang
+server.serve = functools.partial(server.serve, grace_s=1.0)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_teacher_whose_device_hangs_with_a_status_that_tells(tmp_path: Path) -> None:
+    """Long before the watchdog, which by default gives the device 300 s."""
+    request = token_request(tiny_vlm(), "g")
+    errors: list[Unavailable] = []
+
+    def ask(target: str) -> None:
+        with SyncTeacherClient(target, patience_s=0.0) as client:
+            try:
+                list(client.score([request]))
+            except Unavailable as error:
+                errors.append(error)
+
+    with teacher_process(tmp_path, launch=("-c", HANGING)) as teacher:
+        caller = threading.Thread(target=ask, args=(teacher.target,))
+        caller.start()
+        wait_until("the device hangs", lambda: "the device hangs" in (tmp_path / "teacher.log").read_text())
+        teacher.send(signal.SIGTERM)
+        assert teacher.process.wait(30) == 1
+        caller.join(30)
+    assert len(errors) == 1  # the call that was accepted is not left without an answer
+
+
+def delivered(job: Job) -> int:
+    return sum(line["event"] == "delivered" for line in read_lines(job.folder / FILE))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_trainer_whose_teacher_is_away_and_the_run_goes_on_from_its_checkpoint(system: System) -> None:
+    job = system.job("teacher-away", trainer__steps=2, trainer__checkpoint_every=1)
+    trainer = job.start_trainer()
+    job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
+    system.teacher.kill()
+    worker = job.start_worker()
+    job.until("the trainer has every group, and asks the teacher", lambda: delivered(job) == PROMPTS, trainer, worker)
+    trainer.send(signal.SIGTERM)
+    wait_until("the trainer ends", lambda: trainer.returncode is not None)
+    assert trainer.exit_code() == 130
+    assert "stopped at step 0; go on with --resume" in trainer.text()
+
+    system.start_teacher()
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    assert len(job.ledger()) == 2 * PROMPTS
+    assert job.pending() == {"requests": 0, "groups": 0}
