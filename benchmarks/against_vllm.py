@@ -15,11 +15,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import common
+import groups
 import numpy as np
 import PIL.Image
+import tables
+import timing
 import torch
-from common import HEADLINE, QUICK, Shape
+from groups import HEADLINE, QUICK, Shape
 
 from services.teacher.engine import GroupEngine
 from vaopd.torchvision_compat import ensure_torchvision
@@ -43,7 +45,7 @@ def start_vllm(folder: Path, threads: int) -> Any:
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     options: dict[str, Any] = {}
-    if not common.ON_GPU:
+    if not timing.ON_GPU:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -58,7 +60,7 @@ def start_vllm(folder: Path, threads: int) -> Any:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     llm: Any = vllm.LLM(
         model=str(folder),
-        dtype=common.DTYPE,  # type: ignore[arg-type]
+        dtype=timing.DTYPE,  # type: ignore[arg-type]
         max_model_len=4096,
         limit_mm_per_prompt={"image": 1, "video": 0},
         logprobs_mode="raw_logprobs",
@@ -100,20 +102,20 @@ def by_vllm(
 
 
 def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> dict[str, Any]:
-    group = common.group(vlm, shape)
+    group = groups.group(vlm, shape)
     prompt = unexpanded(vlm, group.original.token_ids)
     seconds, difference = {}, 0.0
     for case in ("new", "known"):
         turns = repeats if case == "new" else 1
-        pictures = [common.both_views(shape, seed=10 + turn) for turn in range(turns)]
+        pictures = [groups.both_views(shape, seed=10 + turn) for turn in range(turns)]
         vllm_turns, engine_turns = cycle(pictures), cycle(enumerate(pictures))
-        kept = common.prepare(vlm, pictures[0], key=f"{shape}:kept")
+        kept = groups.prepare(vlm, pictures[0], key=f"{shape}:kept")
 
         def by_engine(case: str = case, turns: Any = engine_turns, kept: Any = kept) -> np.ndarray:
             turn, images = next(turns)
             # A known image's patches are kept, as the server keeps them; a new one is cut into patches here.
-            ready = kept if case == "known" else common.prepare(vlm, images, key=f"{shape}:{turn}")
-            return common.logprobs(common.score(engine, [common.with_images(group, ready)]))
+            ready = kept if case == "known" else groups.prepare(vlm, images, key=f"{shape}:{turn}")
+            return groups.logprobs(groups.score(engine, [groups.with_images(group, ready)]))
 
         def by_other(turns: Any = vllm_turns) -> np.ndarray:
             return by_vllm(llm, prompt, next(turns), group.responses)
@@ -122,23 +124,23 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
             "vllm": by_other,
             "engine": by_engine,
         }
-        seconds[case], results = common.interleaved(sides, repeats=repeats)
+        seconds[case], results = timing.interleaved(sides, repeats=repeats)
         difference = max(difference, float(np.abs(results["vllm"] - results["engine"]).max()))
-    if difference > TOLERANCE[common.DTYPE]:
+    if difference > TOLERANCE[timing.DTYPE]:
         raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
     return {"shape": str(shape), "seconds": seconds, "difference": difference}
 
 
 def main() -> None:
-    options = common.parser(__doc__).parse_args()
-    common.apply(options)
-    with common.model_folder(32_000) as folder:
+    options = tables.parser(__doc__).parse_args()
+    tables.apply(options)
+    with groups.model_folder(32_000) as folder:
         llm = start_vllm(folder, options.threads)
         torch.set_num_threads(options.threads)
-        vlm = common.load(folder)
-        measure(llm, vlm, common.engine_for(vlm), QUICK, repeats=2)  # both are warm now
-        shapes = common.chosen(options, SHAPES, usual=1)
-        found = [measure(llm, vlm, common.engine_for(vlm), shape, options.repeats) for shape in shapes]
+        vlm = groups.load(folder)
+        measure(llm, vlm, groups.engine_for(vlm), QUICK, repeats=2)  # both are warm now
+        shapes = tables.chosen(options, SHAPES, usual=1)
+        found = [measure(llm, vlm, groups.engine_for(vlm), shape, options.repeats) for shape in shapes]
         llm.llm_engine.engine_core.shutdown()
     rows = []
     for entry in found:
@@ -154,13 +156,13 @@ def main() -> None:
                 f"{entry['difference']:.1e}",
             ]
         )
-    common.table(
+    tables.table(
         "Against vLLM's prompt_logprobs: one group, both views, both warm",
         ("shape", "engine, new image", "vLLM", "engine, known image", "vLLM", "largest difference, nats"),
         rows,
         "vLLM's columns are its time over the engine's.",
     )
-    common.save(options.json, "against_vllm", {"speed": found})
+    tables.save(options.json, "against_vllm", {"speed": found})
 
 
 if __name__ == "__main__":

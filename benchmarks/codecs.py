@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import common
+import groups
 import grpc
 import numpy as np
 import PIL.Image
 import serving
+import tables
 import torch
 from torch import Tensor
 
@@ -171,7 +172,7 @@ def random_teacher(width: int) -> Iterator[Path]:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
-        folder = common.save_model(Path(name), vocabulary=32_000, layers=1)
+        folder = groups.save_model(Path(name), vocabulary=32_000, layers=1)
         settings = json.loads((folder / "config.json").read_text())
         settings["text_config"] |= {"hidden_size": width, "intermediate_size": 256}
         settings["vision_config"] |= {"out_hidden_size": width, "depth": 2, "deepstack_visual_indexes": [0]}
@@ -181,9 +182,9 @@ def random_teacher(width: int) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = common.parser(__doc__ or "")
+    parser = tables.parser(__doc__ or "")
     options = parser.parse_args()
-    common.apply(options)
+    tables.apply(options)
     offered = [kind for kind in PAYLOADS if kind != "none"]
     found: list[dict[str, Any]] = []
 
@@ -192,13 +193,13 @@ def main() -> None:
         found.extend(asyncio.run(measure(work, "float32", offered)))
         found.extend(asyncio.run(measure(work, "bfloat16", ["hidden"])))
 
-    common.quiet()
+    groups.quiet()
     add("tiny-teacher", serving.TINY_TEACHER, serving.ROOT / "models" / "tiny-student")
     for width in () if options.quick else (384, 2048):
         with random_teacher(width) as folder:
             add("random", folder, None)
 
-    common.table(
+    tables.table(
         f"Payloads of one group, {ROLLOUTS} rollouts of {RESPONSE} tokens",
         ("teacher", "payload", "bytes per token", "of them numbers", "around them", "exact KL, nats", "bias",
          "mean error", "largest"),
@@ -215,7 +216,7 @@ def main() -> None:
     widest = [row for row in found if row["payload"] == "hidden, bfloat16"][-1]
     reached = "reached" if widest["bytes"] < 1.01 * widest["expected"] else "not reached"
     print(f"\nTo reach: hidden at 2·D + 12 bytes plus under 1 %: {reached} at {widest['teacher']}.")
-    common.save(options.json, "codecs", {"rows": found})
+    tables.save(options.json, "codecs", {"rows": found})
 
 
 if __name__ == "__main__":

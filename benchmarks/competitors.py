@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import common
 import numpy as np
+import timing
 import torch
 
 from services.teacher.engine import PreparedGroup
@@ -34,7 +34,7 @@ def model_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[n
         "pixel_values": torch.cat([image.pixel_values for image in images]),
         "image_grid_thw": torch.tensor([image.grid for image in images]),
     }
-    return {name: tensor.to(common.DEVICE) for name, tensor in inputs.items()} | {"use_cache": False}
+    return {name: tensor.to(timing.DEVICE) for name, tensor in inputs.items()} | {"use_cache": False}
 
 
 def rows_of(group: PreparedGroup) -> list[tuple[PreparedPrompt, np.ndarray]]:
@@ -86,8 +86,8 @@ def shared_features(model: Any, prompts: Sequence[PreparedPrompt]) -> Any:
     images = [image for prompt in prompts for image in prompt.images]
     distinct = list({id(image): image for image in images}.values())
     features = model.model.get_image_features(
-        torch.cat([image.pixel_values for image in distinct]).to(common.DEVICE),
-        torch.tensor([image.grid for image in distinct], device=common.DEVICE),
+        torch.cat([image.pixel_values for image in distinct]).to(timing.DEVICE),
+        torch.tensor([image.grid for image in distinct], device=timing.DEVICE),
         return_dict=True,
     )
     place = {id(image): index for index, image in enumerate(distinct)}

@@ -13,7 +13,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import common
+import tables
+import timing
 import torch
 from torch import Tensor
 
@@ -33,13 +34,13 @@ def sides(tokens: int, vocabulary: int) -> dict[str, Callable[[], Result]]:
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         values = scale * torch.randn(shape, generator=generator)
-        return values.to(common.DEVICE, getattr(torch, common.DTYPE))
+        return values.to(timing.DEVICE, getattr(torch, timing.DTYPE))
 
     # Logits of standard deviation 2, student and teacher unlike each other.
     scale = 2 / WIDTH**0.5
     hidden, head = random(tokens, WIDTH).requires_grad_(), random(vocabulary, WIDTH, scale=scale).requires_grad_()
     teacher_hidden, teacher_head = random(tokens, WIDTH), random(vocabulary, WIDTH, scale=scale)
-    weights = torch.rand(tokens, generator=generator).to(common.DEVICE) / tokens
+    weights = torch.rand(tokens, generator=generator).to(timing.DEVICE) / tokens
 
     def gradients(loss: Tensor, kl: Tensor) -> Result:
         return kl.detach(), *torch.autograd.grad(loss, (hidden, head))  # type: ignore[return-value]
@@ -69,28 +70,28 @@ def difference(found: Result, expected: Result) -> float:
 
 
 def main() -> None:
-    parser = common.parser(__doc__ or "")
+    parser = tables.parser(__doc__ or "")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151_936)
     options = parser.parse_args()
-    common.apply(options)
+    tables.apply(options)
     if options.child:
         measure_memory(options.child)
         return
     tokens, vocabulary = (256, 32_000) if options.quick else (options.tokens, options.vocabulary)
     names = SIDES if options.full else SIDES[:2]
     check_room(tokens, vocabulary)
-    peaks = {name: int(common.in_subprocess(__file__, [str(tokens), str(vocabulary), name])["bytes"]) for name in names}
+    peaks = {name: int(timing.in_subprocess(__file__, [str(tokens), str(vocabulary), name])["bytes"]) for name in names}
     for run in sides(32, vocabulary).values():
         run()  # kernels and thread pools are there
     runs = {name: run for name, run in sides(tokens, vocabulary).items() if name in names}
-    seconds, results = common.interleaved(runs, repeats=options.repeats)
+    seconds, results = timing.interleaved(runs, repeats=options.repeats)
     differences = {name: difference(results[name], results[SIDES[0]]) for name in names}
-    if max(differences.values()) > TOLERANCE[common.DTYPE]:
+    if max(differences.values()) > TOLERANCE[timing.DTYPE]:
         raise SystemExit(f"the sides don't agree: {differences}")
 
     base_s, base_bytes = seconds[SIDES[0]], peaks[SIDES[0]]
-    common.table(
+    tables.table(
         f"Reverse KL, forward and backward: {tokens} tokens, vocabulary {vocabulary}, width {WIDTH}",
         ("side", "seconds", "of full logits", "peak, MB", "of full logits", "difference"),
         [
@@ -106,13 +107,13 @@ def main() -> None:
         ],
         "To reach, at 2048 tokens and a vocabulary of 151 936: time ≤ 1.0 ×, peak memory ≤ 1/8.",
     )
-    common.save(options.json, "fused_kl", {"seconds": seconds, "peak_bytes": peaks, "difference": differences})
+    tables.save(options.json, "fused_kl", {"seconds": seconds, "peak_bytes": peaks, "difference": differences})
 
 
 def check_room(tokens: int, vocabulary: int) -> None:
     """Full logits take eight matrices in float32 at their peak; a machine without room ends some process or other."""
     needed = 8 * tokens * vocabulary * 4 * 5 // 4
-    available = torch.cuda.mem_get_info()[0] if common.ON_GPU else available_bytes()
+    available = torch.cuda.mem_get_info()[0] if timing.ON_GPU else available_bytes()
     if needed > available:
         raise SystemExit(
             f"full logits of {tokens} tokens take up to {needed / 1e9:.1f} GB with some room to spare, "
@@ -134,7 +135,7 @@ def measure_memory(child: Sequence[str]) -> None:
     tokens, vocabulary, name = child
     sides(8, 64)[name]()  # what libraries keep for themselves
     run = sides(int(tokens), int(vocabulary))[name]
-    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+    print(json.dumps({"bytes": timing.peak_extra_bytes(run)}))
 
 
 if __name__ == "__main__":

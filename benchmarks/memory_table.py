@@ -195,23 +195,13 @@ def trainer_table() -> str:
     name = f"one chunk of the divergence (`trainer.chunk_tokens = {CHUNK_TOKENS}`)"
     rows.append((name, "16 bytes × tokens × vocabulary", gib(chunk_bytes(student))))
     for name in ("4B", "8B", "32B"):
-        rows.append(
-            (
-                f"head of the {name} teacher (payload `hidden` only)",
-                "2 bytes × head",
-                gib(2 * MODELS[name].head_parameters),
-            )
-        )
+        head = gib(2 * MODELS[name].head_parameters)
+        rows.append((f"head of the {name} teacher (payload `hidden` only)", "2 bytes × head", head))
     rows.append(("kept for the backward pass, per 1000 tokens of a group", f"{token_bytes(student):,} bytes a token",
                  gib(1000 * token_bytes(student))))  # fmt: skip
     for pixels in PIXELS:
-        rows.append(
-            (
-                f"the same, an image of {pixels:,} pixels",
-                f"{pixels // PATCH_PX**2:,} patches",
-                gib(image_bytes(student, pixels)),
-            )
-        )
+        patches = f"{pixels // PATCH_PX**2:,} patches"
+        rows.append((f"the same, an image of {pixels:,} pixels", patches, gib(image_bytes(student, pixels))))
     return table(("part of a trainer rank, 2B student", "size", "GiB"), rows)
 
 
@@ -236,11 +226,8 @@ class Placement:
     utilization: float
 
     def command(self, config: str) -> str:
-        roles = [
-            ("teacher", self.teacher),
-            *(("rollout", (device,)) for device in self.rollout),
-            ("trainer", self.trainer),
-        ]
+        workers = [("rollout", (device,)) for device in self.rollout]
+        roles = [("teacher", self.teacher), *workers, ("trainer", self.trainer)]
         parts = [f"--gpus {role}={','.join(map(str, devices))}" for role, devices in roles]
         options = []
         if len(self.rollout) > 1:

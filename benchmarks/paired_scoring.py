@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import competitors
 import floor
+import groups
 import numpy as np
+import tables
+import timing
 import torch
-from common import HEADLINE, QUICK, Shape
+from groups import HEADLINE, QUICK, Shape
 
 from services.teacher.engine import GroupEngine, PreparedGroup
 from services.teacher.vision_cache import VisionCache
@@ -41,14 +43,14 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 0.25}
 
 def sides(vlm: Vlm, plain: Any, engine: GroupEngine, shape: Shape) -> dict[str, Callable[[], np.ndarray]]:
     """Every side of one shape, by name; a group whose images have no key is new to the engine each time."""
-    group = common.group(vlm, shape)
-    known = common.with_images(group, [replace(i, key=f"{shape}:{n}") for n, i in enumerate(images_of(group))])
+    group = groups.group(vlm, shape)
+    known = groups.with_images(group, [replace(i, key=f"{shape}:{n}") for n, i in enumerate(images_of(group))])
     return {
         "usual": lambda: competitors.usual(plain, group),
         "careful": lambda: competitors.careful(plain, group, share_image=False),
         "shared image": lambda: competitors.careful(plain, group, share_image=True),
-        "engine": lambda: common.logprobs(common.score(engine, [group])),
-        "known image": lambda: common.logprobs(common.score(engine, [known])),
+        "engine": lambda: groups.logprobs(groups.score(engine, [group])),
+        "known image": lambda: groups.logprobs(groups.score(engine, [known])),
     }
 
 
@@ -57,20 +59,20 @@ def images_of(group: PreparedGroup) -> list[PreparedImage]:
 
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
-    engine = common.engine_for(vlm)
+    engine = groups.engine_for(vlm)
     model = floor.Model(vlm.config.to_dict())
-    matmul = common.matmul_flops_per_s()
+    matmul = timing.matmul_flops_per_s()
     found: list[dict[str, Any]] = []
     for run in sides(vlm, plain, engine, QUICK).values():
         run()  # kernels are chosen, thread pools are there
     for shape in shapes:
-        seconds, results = common.interleaved(sides(vlm, plain, engine, shape), repeats=repeats)
+        seconds, results = timing.interleaved(sides(vlm, plain, engine, shape), repeats=repeats)
         difference = max(float(np.abs(result - results["engine"]).max()) for result in results.values())
-        if difference > TOLERANCE[common.DTYPE]:
+        if difference > TOLERANCE[timing.DTYPE]:
             raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
         counted = {
             name: floor.scoring_cost(
-                model, name, prompt=shape.prompt, image_tokens=common.image_tokens(shape), lengths=shape.lengths
+                model, name, prompt=shape.prompt, image_tokens=groups.image_tokens(shape), lengths=shape.lengths
             ).flops
             for name in floor.SIDES
         }
@@ -103,7 +105,7 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
                 f"{entry['difference']:.1e}",
             ]
         )
-    common.table(
+    tables.table(
         "Paired scoring: one group, both views",
         ("shape", "engine", "usual", "careful", "careful, image shared", "engine, known image",
          "engine's operations at matmul's rate", "largest difference, nats"),
@@ -119,25 +121,25 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
 
     P + K·R is what the layers compute. The LM head is on responses only, so with it a group grows faster: with K·R.
     """
-    images = common.prepare(vlm, common.both_views(shape, seed=3), key="scaling")
-    cache = VisionCache(vlm, capacity_bytes=common.VISION_CACHE_BYTES)
+    images = groups.prepare(vlm, groups.both_views(shape, seed=3), key="scaling")
+    cache = VisionCache(vlm, capacity_bytes=groups.VISION_CACHE_BYTES)
     model = floor.Model(vlm.config.to_dict())
     sides: dict[str, Callable[[], Any]] = {}
     expected, counted = {}, {}
     for k in (1, 2, 4, 8):
         at = replace(shape, rollouts=k)
-        group = common.group(vlm, at, seed=3, images=images)
+        group = groups.group(vlm, at, seed=3, images=images)
         segments = [Segment(prompt=prompt, responses=group.responses) for prompt in (group.original, group.degraded)]
-        sides[f"score {k}"] = partial(common.score, engine, [group])
+        sides[f"score {k}"] = partial(groups.score, engine, [group])
         sides[f"layers {k}"] = partial(layers_only, vlm, segments, cache)
         expected[k] = (shape.prompt + k * shape.response) / (shape.prompt + shape.response)
         cost = floor.scoring_cost(
-            model, "known image", prompt=shape.prompt, image_tokens=common.image_tokens(shape), lengths=at.lengths
+            model, "known image", prompt=shape.prompt, image_tokens=groups.image_tokens(shape), lengths=at.lengths
         )
         counted[k] = cost.flops
     for run in (sides["score 1"], sides["layers 1"]):
         run()  # the image is known now
-    seconds, _ = common.interleaved(sides, repeats=repeats)
+    seconds, _ = timing.interleaved(sides, repeats=repeats)
     found: list[dict[str, Any]] = []
     for k in expected:
         found.append(
@@ -150,7 +152,7 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
                 "operations": counted[k] / counted[1],
             }
         )
-    common.table(
+    tables.table(
         f"Cost per group as K grows, P {shape.prompt}, R {shape.response}, image known; growth over K = 1",
         ("K", "(P + K·R) / (P + R)", "layers alone", "ratio (0.85 … 1.15)", "with the LM head", "operations counted",
          "ratio", "time with the LM head"),
@@ -177,16 +179,16 @@ def vision_runs(vlm: Vlm, engine: GroupEngine, shape: Shape) -> dict[str, int]:
         nonlocal runs
         runs += 1
 
-    images = common.prepare(vlm, common.both_views(shape, seed=5), key="repeated")
+    images = groups.prepare(vlm, groups.both_views(shape, seed=5), key="repeated")
     hook = vlm.family.vision_tower(vlm.model).register_forward_hook(count)
     counts: dict[str, int] = {}
     for name, seed in (("first", 5), ("again", 6)):
-        group = common.group(vlm, shape, seed=seed, images=images)
+        group = groups.group(vlm, shape, seed=seed, images=images)
         runs = 0
-        common.score(engine, [group])
+        groups.score(engine, [group])
         counts[name] = runs
     hook.remove()
-    common.table(
+    tables.table(
         f"Runs of the vision tower, {shape}",
         ("the image is", "runs", "to reach"),
         [["new", str(counts["first"]), ""], ["asked about again", str(counts["again"]), "0"]],
@@ -210,12 +212,12 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         matrix = 4 * 2 * sum(shape.lengths) * vocabulary
         peaks: dict[str, int | None] = {}
         for name in names:
-            if name == "careful" and 2.5 * matrix > common.free_bytes():
+            if name == "careful" and 2.5 * matrix > timing.free_bytes():
                 peaks[name] = None  # rather no figure than a machine that starts killing
                 continue
             rollouts = 1 if name == "usual" else shape.rollouts  # one after the other: as many as you like, same peak
             child = [str(model), str(shape.prompt), str(shape.response), str(rollouts), name]
-            peaks[name] = common.in_subprocess(__file__, child)["bytes"]
+            peaks[name] = timing.in_subprocess(__file__, child)["bytes"]
         found.append(
             {
                 "shape": str(shape),
@@ -230,7 +232,7 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         sizes = [entry["bytes"].get(name) for name in names] + [entry["matrix"]]
         cells = ["more than is free" if size is None else f"{size / 2**20:.0f} MiB" for size in sizes]
         rows.append([str(entry["vocabulary"]), entry["shape"], *cells])
-    common.table(
+    tables.table(
         "Peak extra memory of scoring one group, both views",
         ("vocabulary", "shape", *names, "T × V in float32, T = 2·K·R"),
         rows,
@@ -242,37 +244,37 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
 def measure_memory(arguments: Sequence[str]) -> None:
     """In the child: prints the bytes as JSON."""
     folder, prompt, response, rollouts, name = arguments
-    vlm = common.load(Path(folder))
-    plain = None if name == "engine" else common.load_plain(Path(folder))
-    engine = common.engine_for(vlm)
+    vlm = groups.load(Path(folder))
+    plain = None if name == "engine" else groups.load_plain(Path(folder))
+    engine = groups.engine_for(vlm)
     sides(vlm, plain, engine, QUICK)[name]()  # libraries, thread pools and kernels are there
     run = sides(vlm, plain, engine, Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts)))[name]
-    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+    print(json.dumps({"bytes": timing.peak_extra_bytes(run)}))
 
 
 def main() -> None:
-    arguments = common.parser(__doc__)
+    arguments = tables.parser(__doc__)
     parts = ("speed", "scaling", "vision", "memory")
     arguments.add_argument("--only", choices=parts, nargs="+", default=parts)
     options = arguments.parse_args()
-    common.apply(options)
+    tables.apply(options)
     if options.child:
         measure_memory(options.child)
         return
-    shapes = common.chosen(options, SHAPES, usual=2)
+    shapes = tables.chosen(options, SHAPES, usual=2)
     headline = shapes[0]
     numbers: dict[str, Any] = {}
-    with common.model_folder(32_000) as folder, common.model_folder(151_936) as wide:
-        vlm = common.load(folder)
+    with groups.model_folder(32_000) as folder, groups.model_folder(151_936) as wide:
+        vlm = groups.load(folder)
         if "speed" in options.only:
-            numbers["speed"] = compare(vlm, common.load_plain(folder), shapes, options.repeats)
+            numbers["speed"] = compare(vlm, groups.load_plain(folder), shapes, options.repeats)
         if "scaling" in options.only:
-            numbers["scaling"] = scaling(vlm, common.engine_for(vlm), headline, options.repeats)
+            numbers["scaling"] = scaling(vlm, groups.engine_for(vlm), headline, options.repeats)
         if "vision" in options.only:
-            numbers["vision"] = vision_runs(vlm, common.engine_for(vlm), headline)
+            numbers["vision"] = vision_runs(vlm, groups.engine_for(vlm), headline)
         if "memory" in options.only:
             numbers["memory"] = memory(folder, wide, options.quick)
-    common.save(options.json, "paired_scoring", numbers)
+    tables.save(options.json, "paired_scoring", numbers)
 
 
 if __name__ == "__main__":

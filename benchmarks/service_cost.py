@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import common
+import groups
 import numpy as np
+import timing
 import torch
 from serving import encoded, print_table, teacher_server, tokens_of
 
@@ -32,15 +33,15 @@ from vaopd.vlm import Vlm
 CLIENTS = 4
 
 
-def request(vlm: Vlm, shape: common.Shape, seed: int) -> ScoreRequest:
+def request(vlm: Vlm, shape: groups.Shape, seed: int) -> ScoreRequest:
     """As a trainer sends it; every eighth group is about the same image."""
-    image = encoded(common.picture(shape, seed % 8))
-    prepared_image = vlm.prepare_image(common.picture(shape, seed % 8))
+    image = encoded(groups.picture(shape, seed % 8))
+    prepared_image = vlm.prepare_image(groups.picture(shape, seed % 8))
     return ScoreRequest(
         group_id=f"g{seed}",
-        responses=tuple(ids.astype(np.int32) for ids in common.response_ids(vlm, shape, seed)),
+        responses=tuple(ids.astype(np.int32) for ids in groups.response_ids(vlm, shape, seed)),
         images=(image,),
-        prompt_token_ids=common.prompt_ids(vlm, shape, prepared_image).astype(np.int32),
+        prompt_token_ids=groups.prompt_ids(vlm, shape, prepared_image).astype(np.int32),
     )
 
 
@@ -94,8 +95,8 @@ async def through_grpc(
 
 
 async def measure(options: argparse.Namespace, model: Path) -> None:
-    vlm = common.load(model)
-    shape = common.Shape(prompt=options.prompt, response=options.response, rollouts=options.rollouts)
+    vlm = groups.load(model)
+    shape = groups.Shape(prompt=options.prompt, response=options.response, rollouts=options.rollouts)
     requests = [request(vlm, shape, seed) for seed in range(options.groups)]
     batch_tokens = options.groups_per_forward * tokens_of(requests[0])
     engine = GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=VisionCache(vlm, capacity_bytes=2**30))
@@ -115,7 +116,7 @@ async def measure(options: argparse.Namespace, model: Path) -> None:
             for total, before, after in zip(cpu_s, before_s, server.cpu_s(), strict=True):
                 total.append(after - before)
             largest = max(float(np.abs(expected[name] - received[name]).max()) for name in expected)
-            assert largest < (0.1 if common.ON_GPU else 1e-4), f"the answers differ by {largest}"
+            assert largest < (0.1 if timing.ON_GPU else 1e-4), f"the answers differ by {largest}"
         for client in clients:
             await client.close()
     rates = {side: options.groups / statistics.median(values) for side, values in seconds.items()}
@@ -134,7 +135,7 @@ async def measure(options: argparse.Namespace, model: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompt", type=int, default=650, choices=sorted(common.IMAGE_SIDES))
+    parser.add_argument("--prompt", type=int, default=650, choices=sorted(groups.IMAGE_SIDES))
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--groups", type=int, default=16)
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with common.model_folder(32_000) as model:
+    with groups.model_folder(32_000) as model:
         asyncio.run(measure(options, model))
 
 

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import common
 import competitors
 import floor
+import groups
 import numpy as np
+import tables
+import timing
 import torch
-from common import HEADLINE, QUICK, Shape
+from groups import HEADLINE, QUICK, Shape
 
 from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
 from vaopd.config import ObjectiveConfig, TrainerConfig
@@ -42,7 +44,7 @@ SIDES = ("shared", "per sequence", "image shared")
 
 def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
     """A scored group of this shape: random advantages, and hidden states as of a teacher of the same width."""
-    prepared = common.group(vlm, shape)
+    prepared = groups.group(vlm, shape)
     rng = np.random.default_rng(7)
     hidden = torch.from_numpy(rng.standard_normal((sum(shape.lengths), vlm.hidden_size), dtype=np.float32))
     teacher = tuple(-rng.random(length, dtype=np.float32) for length in shape.lengths)
@@ -75,7 +77,7 @@ def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
 def teacher_head(vlm: Vlm) -> torch.Tensor:
     generator = torch.Generator().manual_seed(11)
     head = 0.05 * torch.randn((vlm.vocab_size, vlm.hidden_size), generator=generator)
-    return head.to(common.DEVICE, vlm.head.dtype)
+    return head.to(timing.DEVICE, vlm.head.dtype)
 
 
 def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], float]]:
@@ -85,7 +87,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
     loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer, objective=ObjectiveConfig())
     scored = group.scored
     prompts = [scored.prompt] * len(scored.responses)
-    if common.ON_GPU:  # as the trainer does there
+    if timing.ON_GPU:  # as the trainer does there
         plain.gradient_checkpointing_enable({"use_reentrant": False})
         plain.train()
 
@@ -119,10 +121,10 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
         run()  # gradients are allocated, kernels are there
     for shape in shapes:
         runs = sides(vlm, plain, weighted_group(vlm, shape))
-        seconds, losses = common.interleaved(runs, repeats=repeats)
+        seconds, losses = timing.interleaved(runs, repeats=repeats)
         runs["per sequence"]()
         whole, worst = gradient_difference(vlm.model, plain)
-        if whole > TOLERANCE[common.DTYPE]:
+        if whole > TOLERANCE[timing.DTYPE]:
             raise SystemExit(
                 f"{shape}: gradients differ by {whole:.2g} of their norm; the sides don't do the same work"
             )
@@ -136,7 +138,7 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
                 "operations": {name: operations(model, name, shape) for name in SIDES},
             }
         )
-    common.table(
+    tables.table(
         "Forward and backward of one group",
         ("shape", "shared", "per sequence", "image shared", "gradient difference",
          "worst parameter"),
@@ -159,7 +161,7 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
 
 
 def operations(model: floor.Model, side: Any, shape: Shape) -> float:
-    image_tokens = common.image_tokens(shape)
+    image_tokens = groups.image_tokens(shape)
     return floor.training_flops(model, side, prompt=shape.prompt, image_tokens=image_tokens, lengths=shape.lengths)
 
 
@@ -192,9 +194,9 @@ def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
         peaks = {}
         for name in SIDES:
             child = [str(folder), str(shape.prompt), str(shape.response), str(shape.rollouts), name]
-            peaks[name] = common.in_subprocess(__file__, child)["bytes"]
+            peaks[name] = timing.in_subprocess(__file__, child)["bytes"]
         found.append({"shape": str(shape), "bytes": peaks})
-    common.table(
+    tables.table(
         "Peak extra memory of forward and backward, weights and gradients aside",
         ("shape", *SIDES),
         [[f["shape"], *(f"{f['bytes'][name] / 2**20:.0f} MiB" for name in SIDES)] for f in found],
@@ -205,26 +207,26 @@ def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
 def measure_memory(arguments: Sequence[str]) -> None:
     """In the child: prints the bytes as JSON."""
     folder, prompt, response, rollouts, name = arguments
-    vlm = common.load(Path(folder))
-    plain = common.load_plain(Path(folder))
+    vlm = groups.load(Path(folder))
+    plain = groups.load_plain(Path(folder))
     sides(vlm, plain, weighted_group(vlm, QUICK))[name]()  # gradients are allocated, kernels are there
     shape = Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts))
     run = sides(vlm, plain, weighted_group(vlm, shape))[name]
-    print(json.dumps({"bytes": common.peak_extra_bytes(run)}))
+    print(json.dumps({"bytes": timing.peak_extra_bytes(run)}))
 
 
 def main() -> None:
-    options = common.parser(__doc__).parse_args()
-    common.apply(options)
+    options = tables.parser(__doc__).parse_args()
+    tables.apply(options)
     if options.child:
         measure_memory(options.child)
         return
-    shapes = common.chosen(options, SHAPES, usual=1)
-    with common.model_folder(32_000) as folder:
-        numbers = {"speed": compare(common.load(folder), common.load_plain(folder), shapes, options.repeats)}
+    shapes = tables.chosen(options, SHAPES, usual=1)
+    with groups.model_folder(32_000) as folder:
+        numbers = {"speed": compare(groups.load(folder), groups.load_plain(folder), shapes, options.repeats)}
         longer = [replace(HEADLINE, response=512)] if options.full else []
         numbers["memory"] = memory(folder, [shapes[0], *longer])
-    common.save(options.json, "train_step", numbers)
+    tables.save(options.json, "train_step", numbers)
 
 
 if __name__ == "__main__":

