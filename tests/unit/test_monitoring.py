@@ -18,6 +18,8 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.api.app import create_app
+from services.api.teachers import Teachers
 from services.rollout.metrics import WorkerMetrics
 from services.teacher.engine import PreparedGroup, ScoredGroup
 from services.teacher.metrics import MAX_JOBS, TeacherMetrics
@@ -314,3 +316,9 @@ def test_a_launch_gives_each_process_a_port_that_it_keeps_and_tells_prometheus(t
         {"targets": ["127.0.0.1:9091"], "labels": {"role": "rollout", "process": "rollout-0"}},
         {"targets": ["127.0.0.1:9092"], "labels": {"role": "teacher", "process": "teacher"}},
     ]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_api_whose_metrics_have_an_address_of_their_own_doesn_t_show_them_to_its_clients(elsewhere: bool) -> None:
+    app = create_app(teachers=Teachers(["127.0.0.1:1"], options={}), metrics_route=not elsewhere)
+    assert ("/metrics" in app.openapi()["paths"]) is not elsewhere
