@@ -81,6 +81,21 @@ def test_a_client_outlives_the_death_of_its_teacher_in_mid_stream(tmp_path: Path
     assert "image" in (tmp_path / "teacher.log").read_text().rpartition("teacher ready")[2]  # uploaded again
 
 
+@pytest.mark.slow
+def test_a_teacher_that_vllm_holds_serves_and_drains(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    service = tmp_path / "service.toml"
+    service.write_text('[engine]\nbackend = "vllm"\noptions = { max_num_batched_tokens = 512 }\n')
+    launch = ("-m", "services.teacher", "--service", str(service))
+    with teacher_process(tmp_path, launch=launch) as teacher:
+        with SyncTeacherClient(teacher.target, payload="sampled") as client:
+            results = list(client.score(groups(3)))
+        assert all(isinstance(result, GroupScore) for result in results)
+        assert len(results) == 3
+        teacher.send(signal.SIGTERM)
+        assert teacher.process.wait(30) == 0
+
+
 BROKEN = """
 import sys
 from services.teacher import engine
