@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from services.teacher.revision import revision_of_folder
-from services.teacher.vllm_engine import top_k, unexpanded
+from services.teacher.vllm_engine import load, top_k, unexpanded
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import save_untrained
-from tests.support.teacher import drawing, encoded, question
+from tests.support.teacher import drawing, encoded, question, write_config
+from vaopd.config import load_config
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.prompts import PreparedPrompt
+from vaopd.service_config import load_service_config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,3 +87,24 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no safetensors"):
         revision_of_folder(tmp_path, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ('backend = "vllm"\nprocesses = 2', "use options.tensor_parallel_size"),
+        ("options = { max_model_len = 512 }", "options are vLLM's"),
+        ('backend = "tgi"', "engine.backend"),
+    ],
+)
+def test_an_engine_that_can_not_be_is_refused_with_its_remedy(tmp_path: Path, written: str, says: str) -> None:
+    (tmp_path / "service.toml").write_text(f"[engine]\n{written}\n")
+    with pytest.raises(ConfigError, match=says):
+        load_service_config(tmp_path / "service.toml")
+
+
+@pytest.mark.parametrize("name", ["dtype", "max_logprobs", "worker_extension_cls"])
+def test_what_the_teacher_sets_itself_is_no_option(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ConfigError, match=f"engine.options.{name} is what the teacher sets itself"):
+        load(load_config(write_config(tmp_path)), {name: "x"})
