@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.api import BODY, error_of, start_api
 from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import (
     TeacherInProcess,
@@ -189,3 +190,22 @@ def test_a_replica_that_dies_or_freezes_in_mid_call_costs_no_group(
         names += [result.group_id for result in results if isinstance(result, GroupScore)]
     assert sorted(names) == sorted(group.group_id for group in groups)
     assert f"{working} can't be reached" in caplog.text
+
+
+def test_an_api_before_two_replicas_answers_while_one_is_down(tmp_path: Path) -> None:
+    with teacher_in_process(tiny_vlm()) as one, teacher_in_process(tiny_vlm()) as other:
+        for api in start_api(tmp_path, listed(one, other)):
+            before = api.known_answer()
+            one.begin_stop().result()
+            assert api.known_answer() == before
+            assert len(api.http.get("/v1/teachers").json()["teachers"]) == 1  # two replicas are one teacher
+
+
+def test_an_api_before_replicas_that_differ_says_so_without_saying_where_they_are(tmp_path: Path) -> None:
+    stranger = Vlm.load(save_untrained(tmp_path / "stranger", seed=7), dtype="float32", device_map="cpu")
+    with teacher_in_process(tiny_vlm()) as one, teacher_in_process(stranger) as other:
+        for api in start_api(tmp_path, listed(one, other)):
+            answer = api.score(**BODY)
+            assert answer.status_code == 502
+            assert "doesn't answer as it should" in error_of(answer)["detail"]
+            assert "127.0.0.1" not in answer.text
