@@ -181,12 +181,12 @@ def run(folder: Path, *, minutes: float, say: Callable[[str], None] = print) -> 
             wait_until("descriptors, threads and keys are as many as before", is_as_before)
         except AssertionError as error:
             result.problems.append(f"{error}: {_more(before, _rest(teacher.process.pid, queue))}")
+        result.before, result.after = before, _rest(teacher.process.pid, queue)
         if asyncio.run(load.known_answer()) != golden:
             result.problems.append("the known request has another answer now")
         dead = [name for name, process in queue.processes.items() if not process.is_alive()]
         if dead or teacher.process.poll() is not None:
             result.problems.append(f"ended in the midst of it: {dead or 'the teacher'}; {folder} has the logs")
-        result.before, result.after = before, _rest(teacher.process.pid, queue)
         result.groups_trained = queue.steps * queue.world.groups_per_step
     result.calls = {f"{kind}: {answer}": number for (kind, answer), number in sorted(load.calls.items())}
     result.problems += load.problems
