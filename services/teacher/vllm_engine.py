@@ -8,6 +8,7 @@ prompt log-probs. Images are named by content and view, so that none of vLLM's c
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,9 +33,10 @@ from vaopd.types import Payload, PayloadKind, Tensor
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
 """What vLLM's outputs allow: they hold log-probs, no hidden states."""
 VIEWS: tuple[View, View] = ("original", "degraded")
-_OURS = ("model", "dtype", "generation_config", "logprobs_mode", "max_logprobs", "worker_extension_cls")
-_UNCERTAIN_MASS = 1e-5
-"""Float32 log-probs of 64 likely tokens add up to 1 only to about this."""
+_OURS = (
+    *("model", "dtype", "generation_config", "logprobs_mode", "max_logprobs"),
+    *("worker_extension_cls", "mm_processor_kwargs"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class _Progress:
 
 
 class VllmTeacherEngine:
-    """The engine over a running `vllm.LLM` whose output is narrowed to the logical vocabulary."""
+    """The engine over a running `vllm.LLM` whose logits are log-probs over the logical vocabulary."""
 
     def __init__(self, llm: Any, reader: PictureReader, *, max_images: int) -> None:
         self._llm = llm
@@ -174,13 +176,14 @@ def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progres
 def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the n ≥ k likeliest tokens (T, n): ids (T, k) int32, log-probs (T, k) and the tail's log-mass (T,) float32.
 
-    The tail is what the k leave of 1, but a sum of float32 log-probs says nothing of a small rest. So the tokens after
-    the k count by their own log-probs, and what all n leave of 1 only where it is more than rounding.
+    The tail is the mass of the tokens after the k, by their own log-probs, and what all n leave of 1, where that is
+    more than rounding: float32 is off by 2^-24 of a log-prob, hence the mass by at most 2^-22 of the entropy.
     """
     n = logprobs.shape[1]
     mass = np.exp(logprobs)
     rest = 1.0 - mass.sum(-1)
-    tail = mass[:, k:].sum(-1) + np.where(rest > _UNCERTAIN_MASS, rest, 0.0)
+    rounding = 2**-22 * -(mass * logprobs).sum(-1) + 2**-48  # the latter for the sum in float64
+    tail = mass[:, k:].sum(-1) + np.where(rest > rounding, rest, 0.0)
     with np.errstate(divide="ignore"):  # k = V: nothing is left
         tail_logprobs = np.log(tail if n > k else np.zeros_like(tail))
     return ids[:, :k].astype(np.int32), logprobs[:, :k].astype(np.float32), tail_logprobs.astype(np.float32)
@@ -222,9 +225,8 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         "video": 0,
         **given.get("limit_mm_per_prompt", {}),
     }
-    given["max_logprobs"] = -1
-    llm = rollout_engine._start(config.teacher.model, config.teacher.dtype, given, bounds)
-    llm.collective_rpc("narrow_to_logical_vocabulary", args=(reader.vocab_size,))
+    llm = _start(config, given, bounds)
+    llm.collective_rpc("tell_log_probs", args=(reader.vocab_size,))
     pictures = PictureReader(
         processor=reader.processor,
         config=reader.config,
@@ -241,6 +243,28 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         payloads=PAYLOADS,
         close=engine.close,
     )
+
+
+def _start(config: Config, options: Mapping[str, Any], pixel_bounds: Mapping[str, int]) -> Any:
+    import vllm
+
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+        rollout_engine._register_in_process(config.teacher.model)
+    llm = vllm.LLM(
+        model=config.teacher.model,
+        dtype=config.teacher.dtype,
+        generation_config="vllm",
+        # What the extension makes of the logits, as it is.
+        logprobs_mode="raw_logits",
+        max_logprobs=-1,
+        worker_extension_cls="services.teacher.vllm_extension.TeacherExtension",
+        mm_processor_kwargs=dict(pixel_bounds) or None,
+        **options,
+    )
+    # On a CPU it warns at every image that threads were not set, which is how it is meant to be. (Set before, the level
+    # would be lost: starting the engine configures vLLM's loggers anew.)
+    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+    return llm
 
 
 def _folder(model: str) -> Path:
