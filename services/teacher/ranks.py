@@ -166,9 +166,9 @@ def unpacked(message: bytes, device: torch.device) -> tuple[list[Segment], dict[
 
 
 def _load(config: Config, processes: int) -> Vlm:
-    _end_with_the_parent()
     if (world := int(os.environ["WORLD_SIZE"])) != processes:
         raise ConfigError(f"engine.processes = {processes}, but {world} ranks were started; start as many")
+    _end_with_the_parent()
     vlm = Vlm.load(
         config.teacher.model,
         dtype=config.teacher.dtype,

@@ -12,15 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from services.teacher.ranks import compute, packed
+from services.teacher.ranks import LeadingVlm, Link, compute, lead, packed
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherProcess, drawing, teacher_in_process, teacher_process, token_request
+from tests.support.teacher import (
+    TeacherProcess,
+    drawing,
+    teacher_in_process,
+    teacher_process,
+    token_request,
+    write_config,
+)
 from tests.support.waiting import wait_until
 from vaopd.client import SyncTeacherClient
+from vaopd.config import load_config
+from vaopd.errors import ConfigError
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, ScoreRequest
-from vaopd.vlm import Segment
+from vaopd.vlm import Segment, Vlm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -36,6 +45,41 @@ def test_a_message_holds_all_that_a_forward_needs(family: str) -> None:
         features = vlm.encode_images(images)
         expected = vlm.response_hidden(segments)
         assert torch.equal(compute(vlm, packed(segments, images, features)), expected)
+
+
+class NoLink(Link):
+    """Nobody is at the other end."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def send(self, data: bytes) -> None:
+        self.sent.append(data)
+
+
+def test_out_of_memory_in_a_forward_that_others_compute_too_is_no_groups_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine halves a batch at torch's error and goes on, while the others would wait in their forward for ever."""
+    vlm, link = tiny_vlm(), NoLink()
+    leading = LeadingVlm(
+        path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=link
+    )
+    segments = [Segment(prompt=ask(vlm, [drawing(0)]), responses=(np.array([5, 6]),))]
+    assert torch.equal(leading.response_hidden(segments), vlm.response_hidden(segments))
+
+    def no_room(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Vlm, "response_hidden", no_room)
+    with pytest.raises(RuntimeError, match=r"lower teacher.batch_tokens") as caught:
+        leading.response_hidden(segments)
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
+    assert len(link.sent) == 2
+
+
+def test_another_number_of_ranks_than_configured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"engine.processes = 2, but 3 ranks were started"):
+        lead(load_config(write_config(tmp_path)), processes=2)
 
 
 def groups() -> list[ScoreRequest]:
