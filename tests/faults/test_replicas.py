@@ -27,7 +27,7 @@ from vaopd.certificates import make_certificates
 from vaopd.client import SyncTeacherClient, TeacherClient
 from vaopd.credentials import from_environment
 from vaopd.errors import ConfigError, Mismatch, Unavailable
-from vaopd.replicas import TeacherFault, addresses
+from vaopd.replicas import TeacherFault, _until_one_is_connected, addresses
 from vaopd.service_config import ServiceConfig, TlsConfig
 from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm import Vlm
@@ -41,6 +41,12 @@ async def scored(client: TeacherClient, *groups: ScoreRequest) -> list[str]:
     results = [result async for result in client.score(groups)]
     assert all(isinstance(result, GroupScore) for result in results)
     return [result.group_id for result in results]
+
+
+async def connected(client: TeacherClient) -> None:
+    """Waits until it is, with every replica."""
+    for replica in client._replicas._all:
+        await _until_one_is_connected([replica])
 
 
 def listed(*teachers: TeacherInProcess | TeacherProcess) -> str:
@@ -74,7 +80,7 @@ def test_a_target_lists_addresses_by_name_or_number() -> None:
 async def test_calls_go_to_who_has_least_to_do_and_each_replica_gets_the_images_it_needs(
     client: TeacherClient, two: tuple[TeacherInProcess, TeacherInProcess]
 ) -> None:
-    await client.describe()
+    await connected(client)
     await asyncio.gather(*(scored(client, group(f"g{n}", seed=n % 3)) for n in range(12)))
     assert sum(map(served, two)) == 12
     assert all(served(teacher) >= 4 for teacher in two)
@@ -138,7 +144,7 @@ async def test_names_and_tls_are_no_different(tmp_path: Path) -> None:
     with teacher_in_process(tiny_vlm(), service=service) as one, teacher_in_process(tiny_vlm(), service=service) as two:
         by_name = one.target.replace("127.0.0.1", "localhost")
         async with TeacherClient(f"{by_name},{two.target}", timeout_s=30, **credentials) as client:
-            await client.describe()
+            await connected(client)
             await asyncio.gather(*(scored(client, group(f"g{n}")) for n in range(6)))
         assert served(one) > 0
         assert served(two) > 0
