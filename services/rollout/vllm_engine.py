@@ -1,4 +1,4 @@
-"""vLLM as a rollout engine; the only module that knows vLLM, with `vllm_extension`, which runs inside it.
+"""vLLM as a rollout engine; `vllm_extension` runs inside vLLM.
 
 In: requests. Out: groups, K siblings from one vLLM request each, so that prompt and image are computed once. New
 weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says what was measured and what did not work.
@@ -6,8 +6,6 @@ weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says wh
 
 from __future__ import annotations
 
-import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +19,11 @@ from services.rollout.engine import (
     make_rollout,
     sibling_seed,
 )
+from vaopd import vllm_start
 from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
-from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import PolicyVersion, Rollout, RolloutRequest
 from vaopd.weights import verify_snapshot
 
-MAX_IMAGES_PER_PROMPT = 8
-"""The default; rollout.engine_options.limit_mm_per_prompt overrides it. On a GPU, vLLM reserves memory for so many."""
-CPU_KV_CACHE_BYTES = 2**30
 # The engine would no longer be what the trainer takes it for.
 _OURS = ("model", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "mm_processor_kwargs")
 
@@ -51,17 +46,19 @@ class VllmEngine:
             raise ConfigError(f"rollout.engine_options.{taken[0]} is what the worker sets itself; leave it out")
         if options.pop("dtype", dtype) != dtype:
             raise ConfigError(f"rollout.engine_options.dtype must be student.dtype, which is {dtype}; leave it out")
-        _prepare_process(options)
         self._worker = worker
         self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
-        options["limit_mm_per_prompt"] = {
-            "image": MAX_IMAGES_PER_PROMPT,
-            "video": 0,
-            **options.get("limit_mm_per_prompt", {}),
-        }
-        self._max_images = int(options["limit_mm_per_prompt"]["image"])
         self._policy: PolicyVersion | None = None
-        self._llm = _start(model, dtype, options, _pixel_bounds(min_pixels, max_pixels))
+        self._llm = vllm_start.start(
+            model,
+            dtype=dtype,
+            options=options,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            extension="services.rollout.vllm_extension.RolloutExtension",
+            logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: the student's own at temperature 1
+        )
+        self._max_images = vllm_start.max_images(self._llm)
         self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._prompting.vocab_size,))
 
     @property
@@ -110,12 +107,7 @@ class VllmEngine:
         return [outcomes[index] for index in range(len(requests))]
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-            # The engine's process group is this process's own.
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
+        vllm_start.stop(self._llm)
 
     def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
         check_version(request, policy)
@@ -156,70 +148,6 @@ class VllmEngine:
             stop_token_ids=list(self._prompting.eos_ids),
             detokenize=False,
         )
-
-
-def _prepare_process(options: dict[str, Any]) -> None:
-    """What must be settled before vLLM is imported. Values that the user has set in the environment stay."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
-    ensure_torchvision()
-    if not _on_cpu():
-        return
-    options.setdefault("enforce_eager", True)  # compiling takes longer than a CPU run is likely to last
-    if options["enforce_eager"]:
-        # Covers the helpers of vLLM's sampler, which are compiled even in eager mode: 13 s at the first request.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "gpu_memory_utilization" not in options:
-        options.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
-    if options.get("tensor_parallel_size", 1) == options.get("pipeline_parallel_size", 1) == 1:
-        # The engine in this process: no second and third import of vLLM, and the torchvision shim holds by itself.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-
-
-def _on_cpu() -> bool:
-    import torch
-
-    return not torch.accelerator.is_available()
-
-
-def _pixel_bounds(min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
-    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    return {key: value for key, value in bounds.items() if value is not None}
-
-
-def _start(model: str, dtype: Any, options: Mapping[str, Any], pixel_bounds: Mapping[str, int]) -> Any:
-    try:
-        import vllm
-    except ImportError as error:
-        raise ConfigError(
-            f'vLLM can\'t be imported ({error}); install the extra "cpu" or "gpu", or '
-            'set rollout.engine = "transformers"'
-        ) from error
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        _register_in_process(model)
-    llm = vllm.LLM(
-        model=model,
-        dtype=dtype,
-        generation_config="vllm",  # the model's own top_k and the like must not be mixed in
-        logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: the student's own at temperature 1
-        worker_extension_cls="services.rollout.vllm_extension.RolloutExtension",
-        mm_processor_kwargs=dict(pixel_bounds) or None,
-        **options,
-    )
-    # On a CPU it warns at every image that threads were not set, which is how it is meant to be. (Set before, the level
-    # would be lost: starting the engine configures vLLM's loggers anew.)
-    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
-    return llm
-
-
-def _register_in_process(model: str) -> None:
-    """Has vLLM look at the model's class here, not in a subprocess (7 s), which would lack the torchvision shim."""
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
-    for name in AutoConfig.from_pretrained(model).architectures or ():
-        if name in ModelRegistry.models:
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def _rollouts(request: RolloutRequest, output: Any) -> list[Rollout]:

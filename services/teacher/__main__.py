@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 def _as_one_of(processes: int, config: Config) -> int | None:
     """Starts the ranks, unless somebody has (`torchrun`), or is one; None for rank 0, which goes on to serve."""
     if "RANK" not in os.environ:
-        from services.trainer.launcher import die_as, launch
+        from vaopd.ranks import die_as, launch
 
         ranks = (sys.executable, "-m", "services.teacher", *sys.argv[1:])
         return die_as(launch(ranks, processes=processes))

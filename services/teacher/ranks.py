@@ -10,11 +10,9 @@ a broken device does, and whoever started the ranks ends the others.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +29,7 @@ from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.families import ImageFeatures, PreparedImage
 from vaopd.prompts import PreparedPrompt
+from vaopd.ranks import end_with_the_launcher
 from vaopd.vlm import Encode, Segment, Vlm
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 LEADER = 0
 # A teacher may have nothing to do for weeks; a dead peer ends the wait at once, since its connection closes.
 _PATIENCE = timedelta(days=3650)
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Link:
@@ -168,7 +165,7 @@ def unpacked(message: bytes, device: torch.device) -> tuple[list[Segment], dict[
 def _load(config: Config, processes: int) -> Vlm:
     if (world := int(os.environ["WORLD_SIZE"])) != processes:
         raise ConfigError(f"engine.processes = {processes}, but {world} ranks were started; start as many")
-    _end_with_the_parent()
+    end_with_the_launcher()
     vlm = Vlm.load(
         config.teacher.model,
         dtype=config.teacher.dtype,
@@ -183,9 +180,3 @@ def _load(config: Config, processes: int) -> Vlm:
         if any(isinstance(weight, DTensor) for weight in weights):
             raise ConfigError(f"transformers would split the {name} of {config.teacher.model}, which rank 0 uses alone")
     return vlm
-
-
-def _end_with_the_parent() -> None:
-    """Linux: a launcher that is killed can tell its ranks nothing; the kernel sends them SIGTERM, and rank 0 drains."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -8,7 +8,6 @@ prompt log-probs. Images are named by content and view, so that none of vLLM's c
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +19,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-from services.rollout import vllm_engine as rollout_engine
 from services.teacher.backend import Backend
 from services.teacher.engine import PreparedGroup, ScoredGroup, View
 from services.teacher.revision import revision_of_folder
+from vaopd import vllm_start
 from vaopd.config import Config
 from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, NumericalError, VaopdError
 from vaopd.families import PreparedImage
@@ -93,11 +92,7 @@ class VllmTeacherEngine:
             yield state.error or _result(group, state)
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":  # its process group is this process's own
-            from vllm.distributed import cleanup_dist_env_and_memory
-
-            cleanup_dist_env_and_memory()
+        vllm_start.stop(self._llm)
 
     def _enqueue(self, group: PreparedGroup, view: View, k: int) -> None:
         from vllm import SamplingParams
@@ -214,18 +209,19 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         )
     if taken := sorted(set(options) & set(_OURS)):
         raise ConfigError(f"engine.options.{taken[0]} is what the teacher sets itself; leave it out")
-    bounds = rollout_engine._pixel_bounds(config.data.min_pixels, config.data.max_pixels)
+    bounds = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     reader = PromptReader.open(config.teacher.model, **bounds)
     # Left to itself, vLLM binds the process to one core, on which the server's other threads would run too.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    given = dict(options)
-    rollout_engine._prepare_process(given)
-    given["limit_mm_per_prompt"] = {
-        "image": rollout_engine.MAX_IMAGES_PER_PROMPT,
-        "video": 0,
-        **given.get("limit_mm_per_prompt", {}),
-    }
-    llm = _start(config, given, bounds)
+    llm = vllm_start.start(
+        config.teacher.model,
+        dtype=config.teacher.dtype,
+        options=options,
+        **bounds,
+        extension="services.teacher.vllm_extension.TeacherExtension",
+        logprobs_mode="raw_logits",  # what the extension makes of the logits, as it is
+        max_logprobs=-1,
+    )
     llm.collective_rpc("tell_log_probs", args=(reader.vocab_size,))
     pictures = PictureReader(
         processor=reader.processor,
@@ -234,7 +230,7 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         # vLLM generates a token after all that it scores.
         limit_tokens=min(reader.max_tokens, llm.llm_engine.model_config.max_model_len - 1),
     )
-    engine = VllmTeacherEngine(llm, pictures, max_images=int(given["limit_mm_per_prompt"]["image"]))
+    engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.max_images(llm))
     return Backend(
         reader=pictures,
         engine=engine,
@@ -243,28 +239,6 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         payloads=PAYLOADS,
         close=engine.close,
     )
-
-
-def _start(config: Config, options: Mapping[str, Any], pixel_bounds: Mapping[str, int]) -> Any:
-    import vllm
-
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
-        rollout_engine._register_in_process(config.teacher.model)
-    llm = vllm.LLM(
-        model=config.teacher.model,
-        dtype=config.teacher.dtype,
-        generation_config="vllm",
-        # What the extension makes of the logits, as it is.
-        logprobs_mode="raw_logits",
-        max_logprobs=-1,
-        worker_extension_cls="services.teacher.vllm_extension.TeacherExtension",
-        mm_processor_kwargs=dict(pixel_bounds) or None,
-        **options,
-    )
-    # On a CPU it warns at every image that threads were not set, which is how it is meant to be. (Set before, the level
-    # would be lost: starting the engine configures vLLM's loggers anew.)
-    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
-    return llm
 
 
 def _folder(model: str) -> Path:

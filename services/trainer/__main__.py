@@ -23,10 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) -> int:
     logs.share(job=config.run.name)
     if config.trainer.processes > 1 and "RANK" not in os.environ:
-        from services.trainer.launcher import die_as, launch
+        from vaopd.ranks import die_as, launch
 
         ranks = (sys.executable, "-m", "services.trainer", *given)
         return die_as(launch(ranks, processes=config.trainer.processes))
+    if "RANK" in os.environ:
+        from vaopd.ranks import end_with_the_launcher
+
+        end_with_the_launcher()
     from services.trainer.compose import run
     from services.trainer.monitoring import TrainerMetrics
 

@@ -1,19 +1,22 @@
-"""Starts the ranks of one host and ends as they end; `torchrun` would turn every end but success into exit code 1.
+"""Starts a service's ranks on one host and ends as they end; `torchrun` would make every end but success exit code 1.
 
 Ranks on several hosts are torchrun's business: it sets RANK, and then this module isn't used.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
 GRACE_S = 15.0  # less than what `vaopd up` grants between SIGTERM and SIGKILL
 _POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 def launch(argv: Sequence[str], *, processes: int) -> int:
@@ -66,3 +69,9 @@ def die_as(code: int) -> int:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
+
+
+def end_with_the_launcher() -> None:
+    """In each rank: a launcher that is killed can tell them nothing, so on Linux the kernel sends them SIGTERM."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

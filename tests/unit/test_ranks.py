@@ -13,7 +13,7 @@ from tests.support.waiting import wait_until
 
 LAUNCH = """
 import sys
-from services.trainer.launcher import die_as, launch
+from vaopd.ranks import die_as, launch
 sys.exit(die_as(launch((sys.executable, "-c", sys.argv[1]), processes=2)))
 """
 # Each rank says that it is there, then waits; SIGTERM ends it with the trainer's "interrupted".
