@@ -34,7 +34,7 @@ from vaopd.divergence import FullTarget, SampledTarget, Target, TopKTarget
 from vaopd.payloads import PAYLOADS, decode, hidden_states
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.prompts import PreparedPrompt
-from vaopd.types import Degradation, GroupScore, PayloadKind, ScoreRequest
+from vaopd.types import GroupScore, PayloadKind, ScoreRequest
 from vaopd.vlm import Segment, Vlm
 
 ROLLOUTS, RESPONSE, TOP_K = 4, 128, 64
@@ -97,10 +97,7 @@ def pair(name: str, folder: Path, student_folder: Path | None) -> Pair:
 
 async def ask(server: str, request: ScoreRequest, payload: PayloadKind) -> tuple[GroupScore, int]:
     """One group's answer, and the bytes of its messages."""
-    message = wire.score_request_to_pb(
-        [request], job="", payload=payload, top_k=TOP_K, degradation=Degradation(), tokenizer_fingerprint="",
-        revision="", with_token_texts=False,
-    )  # fmt: skip
+    message = wire.score_request_to_pb([request], job="", payload=payload, top_k=TOP_K)
     async with grpc.aio.insecure_channel(server) as channel:
         stub: Any = teacher_pb2_grpc.TeacherStub(channel)
         await stub.PutImages(wire.image_to_pb(image) for image in request.images)

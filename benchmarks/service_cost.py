@@ -52,10 +52,7 @@ def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
     for request in requests:
         for image in request.images:
             preparer.admit_image(image)
-    message = wire.score_request_to_pb(
-        requests, job="", payload="hidden", top_k=0, degradation=Degradation(), tokenizer_fingerprint="", revision="",
-        with_token_texts=False,
-    )  # fmt: skip
+    message = wire.score_request_to_pb(requests, job="", payload="hidden")
     envelope = Envelope(payload="hidden", top_k=0, degradation=Degradation())
     return [preparer.prepare(group, envelope) for group in message.groups]
 

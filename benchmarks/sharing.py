@@ -25,7 +25,7 @@ from serving import TINY_TEACHER, group, percentile, print_table, teacher_server
 from vaopd import wire
 from vaopd.client import TeacherClient
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import Degradation, GroupScore, ScoreRequest
+from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm import Vlm
 
 SERVICE = "[sharing]\nmax_waiting_groups = 128\nmax_waiting_groups_per_job = 96\nweights = { heavy = 3.0 }\n"
@@ -139,10 +139,7 @@ async def overload(target: str, request: ScoreRequest, per_second: float, window
         fill_s = 2.0  # until the queue is full
         while (now := time.monotonic() - started) < fill_s + window_s:
             while sent < now * per_second:
-                message = wire.score_request_to_pb(
-                    [renamed(request)], job=f"job{sent % 4}", payload="hidden", top_k=0, degradation=Degradation(),
-                    tokenizer_fingerprint="", revision="", with_token_texts=False,
-                )  # fmt: skip
+                message = wire.score_request_to_pb([renamed(request)], job=f"job{sent % 4}", payload="hidden")
                 task = asyncio.create_task(call(message))
                 calls.add(task)
                 task.add_done_callback(calls.discard)

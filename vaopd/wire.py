@@ -226,11 +226,11 @@ def score_request_to_pb(
     *,
     job: str,
     payload: t.PayloadKind,
-    top_k: int,
-    degradation: t.Degradation,
-    tokenizer_fingerprint: str,
-    revision: str,
-    with_token_texts: bool,
+    top_k: int = 0,
+    degradation: t.Degradation = t.Degradation(),
+    tokenizer_fingerprint: str = "",
+    revision: str = "",
+    with_token_texts: bool = False,
 ) -> teacher_pb2.ScoreGroupsRequest:
     return teacher_pb2.ScoreGroupsRequest(
         job=job,

@@ -20,7 +20,7 @@ from vaopd import wire
 from vaopd.client import TeacherClient
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import Degradation, EncodedImage, GroupScore, ScoreRequest
+from vaopd.types import EncodedImage, GroupScore, ScoreRequest
 
 CODE = grpc.StatusCode
 PICTURES = 64
@@ -171,13 +171,4 @@ class Load:
 
 
 def _message(*groups: ScoreRequest) -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
-        groups,
-        job="soak",
-        payload="none",
-        top_k=1,
-        degradation=Degradation(),
-        tokenizer_fingerprint="",
-        revision="",
-        with_token_texts=False,
-    )
+    return wire.score_request_to_pb(groups, job="soak", payload="none")

@@ -20,7 +20,7 @@ from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in
 from vaopd import wire
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.types import Degradation, EncodedImage, TeacherLimits
+from vaopd.types import EncodedImage, TeacherLimits
 
 LIMITS = TeacherLimits(max_groups_per_request=4, max_rollouts_per_group=3, max_image_bytes=200_000)
 PICTURE = encoded(drawing(1))
@@ -77,10 +77,7 @@ def good_request() -> pb.ScoreGroupsRequest:
         job="test",
         payload="hidden",
         top_k=4,
-        degradation=Degradation(),
         tokenizer_fingerprint=tiny_vlm().fingerprint,
-        revision="",
-        with_token_texts=False,
     )
 
 

@@ -30,7 +30,6 @@ from vaopd.keys import add_key
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.service_config import KeysConfig, QuotasConfig, ServiceConfig, SharingConfig
-from vaopd.types import Degradation
 from vaopd.vlm import Vlm
 
 CODE = grpc.StatusCode
@@ -39,14 +38,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 def request(*names: str, job: str = "geometry") -> pb.ScoreGroupsRequest:
     return wire.score_request_to_pb(
-        [token_request(tiny_vlm(), name, responses=["12"]) for name in names],
-        job=job,
-        payload="none",
-        top_k=1,
-        degradation=Degradation(),
-        tokenizer_fingerprint="",
-        revision="",
-        with_token_texts=False,
+        [token_request(tiny_vlm(), name, responses=["12"]) for name in names], job=job, payload="none"
     )
 
 

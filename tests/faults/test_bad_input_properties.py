@@ -26,7 +26,6 @@ from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
-    Degradation,
     EncodedImage,
     PolicyVersion,
     Rollout,
@@ -64,9 +63,7 @@ def good_request() -> pb.ScoreGroupsRequest:
         job="test",
         payload="top_k",
         top_k=4,
-        degradation=Degradation(),
         tokenizer_fingerprint=tiny_vlm().fingerprint,
-        revision="",
         with_token_texts=True,
     )
 

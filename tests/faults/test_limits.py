@@ -21,7 +21,7 @@ from vaopd.errors import LimitExceeded
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.service_config import ServiceConfig, SharingConfig
-from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
+from vaopd.types import GroupScore, ScoreRequest, TeacherLimits
 
 CODE = grpc.StatusCode
 MAX_TOKENS = 200
@@ -33,16 +33,7 @@ def group(name: str, *, tokens: int = 20) -> ScoreRequest:
 
 
 def message(*groups: ScoreRequest) -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
-        groups,
-        job="test",
-        payload="none",
-        top_k=1,
-        degradation=Degradation(),
-        tokenizer_fingerprint="",
-        revision="",
-        with_token_texts=False,
-    )
+    return wire.score_request_to_pb(groups, job="test", payload="none")
 
 
 def answers(target: str, request: pb.ScoreGroupsRequest) -> list[pb.ScoreGroupsResponse]:

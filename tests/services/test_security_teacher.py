@@ -29,7 +29,7 @@ from vaopd.keys import add_key, revoke_key
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.service_config import KeysConfig, QuotasConfig, ServiceConfig, TlsConfig
-from vaopd.types import Degradation, GroupScore, ScoreRequest
+from vaopd.types import GroupScore, ScoreRequest
 
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 
@@ -63,16 +63,7 @@ def group(name: str = "g") -> ScoreRequest:
 
 
 def score_request(job: str) -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
-        [token_request(tiny_vlm(), "g")],
-        job=job,
-        payload="none",
-        top_k=1,
-        degradation=Degradation(),
-        tokenizer_fingerprint="",
-        revision="",
-        with_token_texts=False,
-    )
+    return wire.score_request_to_pb([token_request(tiny_vlm(), "g")], job=job, payload="none")
 
 
 def with_key(key: str) -> tuple[tuple[str, str], ...]:

@@ -284,13 +284,4 @@ def count_decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def score_request(*groups: ScoreRequest) -> object:
-    return wire.score_request_to_pb(
-        groups,
-        job="plain",
-        payload="none",
-        top_k=0,
-        degradation=Degradation(),
-        tokenizer_fingerprint="",
-        revision="",
-        with_token_texts=False,
-    )
+    return wire.score_request_to_pb(groups, job="plain", payload="none")
