@@ -100,7 +100,7 @@ class Job:
         self.system = system
         self.name = name
         self.folder = system.folder / "runs" / name
-        self._overrides = [f"{key}={value}" for key, value in settings.items()]
+        self.overrides = [f"{key}={value}" for key, value in settings.items()]
 
     def start_trainer(self, *, resume: bool = False, kill_at: str = "", launch: tuple[str, ...] = ()) -> Process:
         """`kill_at`: POINT:STEP at which it dies, see `services.trainer.kill_points`.
@@ -110,12 +110,12 @@ class Job:
         arguments = ("--resume",) if resume else ()
         environment = {"VAOPD_KILL_AT": kill_at}
         return self.system.start(
-            "trainer", self.name, self._overrides, *arguments, environment=environment, launch=launch
+            "trainer", self.name, self.overrides, *arguments, environment=environment, launch=launch
         )
 
     def start_worker(self, name: str = "w0", *arguments: str) -> Process:
         name = f"{self.name}-{name}"
-        return self.system.start("rollout", name, self._overrides, "--worker", name, *arguments)
+        return self.system.start("rollout", name, self.overrides, "--worker", name, *arguments)
 
     def run(self) -> None:
         """The whole run, undisturbed."""
