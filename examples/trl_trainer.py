@@ -20,7 +20,6 @@ import PIL.Image
 import torch
 from plain_pytorch_loop import weights
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
 
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.data.loaders import load_prompts
@@ -31,6 +30,9 @@ from vaopd.payloads import to_torch
 from vaopd.prompts import tokenizer_fingerprint
 from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import EncodedImage, Prompt, ScoreRequest, TextPart, images_in_order
+
+ensure_torchvision()  # TRL imports torchvision, and a CUDA build beside a CPU torch needs help; else it does nothing
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:
@@ -162,7 +164,6 @@ def main() -> None:
     parser.add_argument("--output", default="runs/trl", metavar="FOLDER", help="where the student is saved")
     options = parser.parse_args()
 
-    ensure_torchvision()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(options.student)
