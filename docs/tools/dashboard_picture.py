@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "deploy" / "monitoring" / "grafana" / "dashboards" / "vaopd.json"
-INTERVAL = "30s"
+INTERVAL = "2m"
 DAY_S = 86_400  # matplotlib counts days since 1970
 FORMATS = {
     "percentunit": lambda value, _: f"{100 * value:.3g} %",
@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("prometheus", metavar="URL")
     parser.add_argument("picture", metavar="FILE", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0, help="how far back")
+    parser.add_argument("--end", type=float, default=time.time(), help="until when, seconds since 1970 (default: now)")
     arguments = parser.parse_args()
-    end = time.time()
+    end = arguments.end
     panels = json.loads(DASHBOARD.read_text())["panels"]
     draw(panels, arguments.prometheus, start=end - 60 * arguments.minutes, end=end).savefig(arguments.picture)
 
@@ -108,6 +109,8 @@ def graph(axes: Axes, panel: dict[str, Any], series: list[tuple[str, list[list[A
         axes.yaxis.set_major_formatter(FORMATS[defaults["unit"]])
     if "min" in defaults:
         axes.set_ylim(bottom=0)
+    if "max" in defaults:
+        axes.set_ylim(top=1.05 * defaults["max"])
     axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter("%H:%M"))
     axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(maxticks=6))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
