@@ -40,8 +40,9 @@ chaos: $(STAMP)
 chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
+# Two at a time: many tests wait for a process or for a deadline. A file's tests stay together, with their servers.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
