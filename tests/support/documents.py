@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 # Decisions tell how things were on their day.
@@ -64,3 +67,14 @@ def shell_commands(block: Block) -> Iterator[str]:
             lines = []
             if command.strip() and not command.startswith("#"):
                 yield command
+
+
+def script(path: str) -> ModuleType:
+    """A script that is in no package, loaded as a module; `path` from the project's folder."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -7,15 +7,13 @@ import importlib
 import importlib.util
 import re
 import shlex
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.support.documents import PAGES, ROOT, Block, blocks
+from tests.support.documents import PAGES, ROOT, Block, blocks, script
 from vaopd.cli import build_parser, main
 from vaopd.config import validate
 from vaopd.service_config import ServiceConfig
@@ -100,20 +98,10 @@ def test_files_of_the_code_that_a_page_names_are_there(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.relative_to(ROOT)} names {name}, which is not there"
 
 
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "tools" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_reference_is_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make reference` writes it anew."""
     monkeypatch.setenv("COLUMNS", "100")  # the generator sets it; this takes it back afterwards
-    for name, text in reference().pages().items():
+    for name, text in script("docs/tools/reference.py").pages().items():
         assert (ROOT / "docs" / "reference" / name).read_text() == text, (
             f"docs/reference/{name} is stale: make reference"
         )

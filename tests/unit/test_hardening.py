@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
-_SPEC = importlib.util.spec_from_file_location("hardening", Path("deploy/hardening.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-hardening = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(hardening)
+from tests.support.documents import script
+
+hardening = script("deploy/hardening.py")
 
 NONE, SOME = "0000000000000000", "00000000800405fb"
 BACKEND = "vaopd_backend"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,6 +22,7 @@ from services.teacher.engine import PreparedGroup, ScoredGroup
 from services.teacher.metrics import MAX_JOBS, TeacherMetrics
 from services.trainer.metrics import STEP_TIMES
 from services.trainer.monitoring import GAUGES, KL_TOKENS, TrainerMetrics
+from tests.support.documents import script
 from tests.support.prometheus import binary
 from vaopd import process
 from vaopd.config import load_config
@@ -41,20 +39,10 @@ DASHBOARD = FOLDER / "grafana" / "dashboards" / "vaopd.json"
 SUFFIXES = ("_bucket", "_sum", "_count")
 
 
-def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "tools" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def families() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name as Prometheus stores it, a histogram's without suffix -> type and labels, of every process."""
     found = {}
-    for registry in reference().registries().values():
+    for registry in script("docs/tools/reference.py").registries().values():
         for collector in list(registry._collector_to_names):
             for metric in collector.describe():
                 labels = getattr(metric, "_labelnames", None) or getattr(collector, "_labelnames", ())
