@@ -31,8 +31,8 @@ def test_a_block_that_is_done_in_time_ends_nothing() -> None:
 
 HANGING_API = """
 import sys, time
-import services.api.__main__ as api
-from services.api.teachers import Teachers
+import vaopd_api.__main__ as api
+from vaopd_api.teachers import Teachers
 
 async def describe(self):
     time.sleep(1000)  # a blocking call in a handler: the event loop stands still
