@@ -18,7 +18,9 @@ PROMPTS = 4  # in a step, by `tests.support.system`
 
 
 def test_a_block_that_takes_too_long_ends_the_process_and_tells_where_it_was() -> None:
-    code = "import time\nfrom vaopd.process.hang_timer import ends_within\nwith ends_within(0.2):\n    time.sleep(1000)\n"
+    code = (
+        "import time\nfrom vaopd.process.hang_timer import ends_within\nwith ends_within(0.2):\n    time.sleep(1000)\n"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert 'File "<string>", line 4' in ended.stderr
