@@ -11,7 +11,6 @@ that others than its developers reach gets its certificates from the authority o
 from __future__ import annotations
 
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vaopd.errors import ConfigError
+from vaopd.files.durable import atomic_file
 
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Always among the server's names: health checks ask there."""
@@ -137,9 +137,5 @@ def _name(host: str) -> x509.GeneralName:
 
 def _write(path: Path, content: bytes) -> None:
     """Keys are for their owner only, from their first byte on; readers see the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    mode = 0o600 if path.suffix == ".key" else 0o644
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as file:
+    with atomic_file(path, mode=0o600 if path.suffix == ".key" else 0o644) as file:
         file.write(content)
-    partial.replace(path)

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
+from vaopd.files.durable import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -238,19 +238,9 @@ def _write(path: Path, entries: Sequence[KeyEntry]) -> None:
     """Readers see the old file or the new one, with mode 0600; its owner stays, where we may say so."""
     content = {"version": _VERSION, "keys": [asdict(entry) for entry in entries]}
     try:
-        # mkstemp's files are 0600 from the start.
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(descriptor, "w") as file:
-                if os.geteuid() == 0 and path.exists():
-                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
-                json.dump(content, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with atomic_file(path, mode=0o600) as file:
+            if os.geteuid() == 0 and path.exists():
+                os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
     except OSError as error:
         raise ConfigError(f"key file {str(path)!r} can't be written ({error.strerror})") from None

@@ -11,13 +11,13 @@ import base64
 import functools
 import hashlib
 import html
-import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vaopd.files.durable import atomic_file
 from vaopd.run.records import Evaluation, Run, read_run
 
 __all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
@@ -29,9 +29,8 @@ def write_report(folders: Sequence[Path], *, output: Path | None = None, band: s
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     # A browser that reloads the report of a run that goes on never meets half a page.
-    aside = output.with_name(output.name + ".part")
-    aside.write_text(page)
-    os.replace(aside, output)
+    with atomic_file(output) as file:
+        file.write(page.encode())
     return output
 
 
