@@ -10,17 +10,30 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import html
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from vaopd.files.durable import atomic_file
+from vaopd.report.rollouts import FULL_COLOUR_NATS, sampled_groups
 from vaopd.run.records import Evaluation, Run, read_run
 
 __all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
+
+# Always different, and never the reason for a different curve.
+OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("vaopd.report", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 def write_report(folders: Sequence[Path], *, output: Path | None = None, band: str = "range") -> Path:
@@ -45,21 +58,18 @@ def plot_accuracy(folders: Sequence[Path], output: Path, *, band: str = "range")
 
 def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None = None) -> str:
     """The page of these runs; with `again_s` it asks its own address again after so many seconds, for ever."""
-    body = list(_comparison_section(runs, band=band)) if len(runs) > 1 else []
-    for run in runs:
-        section = "\n".join(_run_section(run))
-        if len(runs) == 1:
-            body.append(section)
-        else:
-            body.append(f"<details><summary><h2>{html.escape(run.name)}</h2></summary>{section}</details>")
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    return PAGE.format(
-        title=html.escape(title),
-        policy=content_security_policy(live=again_s is not None),
-        again="" if again_s is None else f' data-again="{again_s}"',
-        style=_asset("page.css"),
-        script=_asset("page.js"),
-        body="\n".join(body),
+    from vaopd.report import plots  # matplotlib
+
+    return _TEMPLATES.get_template("page.html.jinja").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        policy=Markup(content_security_policy(live=again_s is not None)),
+        again_s=again_s,
+        style=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
+        smoothing_steps=plots.SMOOTHING_STEPS,
+        full_colour_nats=FULL_COLOUR_NATS,
+        comparison=_comparison(runs, band=band) if len(runs) > 1 else None,
+        runs=[_shown(run) for run in runs],
     )
 
 
@@ -75,92 +85,69 @@ def _asset(name: str) -> str:
     return resources.files("vaopd.report").joinpath(name).read_text()
 
 
-def _run_section(run: Run) -> Iterator[str]:
-
+def _shown(run: Run) -> dict[str, Any]:
+    """One run, as the template takes it."""
     from vaopd.report import plots
-    from vaopd.report.rollouts import rollouts_section
 
-    yield f'<dl class="tiles">{"".join(_tiles(run))}</dl>'
-    if not run.train and not run.evaluations:
-        yield "<p>No step has been taken yet.</p>"
-    yield '<div class="figures">'
-    for svg in plots.run_svgs(run):
-        yield f"<figure>{svg}</figure>"
-    yield "</div>"
-    if run.train:
-        yield f'<p class="note">Strong lines are running means over {plots.SMOOTHING_STEPS} steps.</p>'
-    yield from rollouts_section(run)
-    yield f"<details><summary>Configuration</summary>{_config_table(run.config)}</details>"
+    return {
+        "name": run.name,
+        "tiles": list(_tiles(run)),
+        "started": bool(run.train or run.evaluations),
+        "smoothed": bool(run.train),
+        "figures": [Markup(svg) for svg in plots.run_svgs(run)],
+        "samples": sampled_groups(run),
+        "settings": [(f"{section}.{key}", _value(value)) for section, key, value in _settings(run.config)],
+    }
 
 
-def _tiles(run: Run) -> Iterator[str]:
-    if run.evaluations:
-        first, last = run.evaluations[0], run.evaluations[-1]
-        yield _tile(f"held-out accuracy, step {first.step}", first.label)
-        if last is not first:
-            gain = 100 * (last.accuracy - first.accuracy)
-            yield _tile(f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
-        problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
-        yield _tile("judged on", problems, "± one standard error")
-    state = "finished" if run.finished else "not finished"
-    steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
-    yield _tile("optimizer steps", steps, state)
+def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Name, value and note of each number in short."""
     from vaopd.report.plots import TIMES, VARIANT_NAMES
 
-    yield _tile("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
+    if run.evaluations:
+        first, last = run.evaluations[0], run.evaluations[-1]
+        yield (f"held-out accuracy, step {first.step}", first.label, "")
+        if last is not first:
+            gain = 100 * (last.accuracy - first.accuracy)
+            yield (f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
+        problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
+        yield ("judged on", problems, "± one standard error")
+    state = "finished" if run.finished else "not finished"
+    steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
+    yield ("optimizer steps", steps, state)
+    yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.mean(key)) is not None:
-            yield _tile(name, form.format(mean), "mean over the run")
+            yield (name, form.format(mean), "mean over the run")
     means = [run.mean(key) for key in TIMES]
     if all(mean is not None for mean in means):
-        yield _tile("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
+        yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
 
 
-def _tile(name: str, value: str, note: str = "") -> str:
-    return f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}<small>{html.escape(note)}</small></dd></div>"
-
-
-def _comparison_section(runs: Sequence[Run], *, band: str) -> Iterator[str]:
+def _comparison(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
+    """Several runs, as the template takes them."""
     from vaopd.report import plots
 
-    yield '<div class="figures">'
-    for svg in plots.comparison_svgs(runs, band=band):
-        yield f"<figure>{svg}</figure>"
-    words = "from the lowest to the highest seed" if band == "range" else "± one standard error over seeds"
-    yield (
-        f'</div><p class="note">One colour per objective; lines are means over its seeds (of running means over '
-        f"{plots.SMOOTHING_STEPS} steps, accuracy aside), bands go {words}. Unfinished runs of an objective "
-        "that has finished ones are left out of the curves.</p>"
-    )
-    yield f'<div class="wide">{_comparison_table(runs)}</div>'
-    yield f'<h3>Where their configurations differ</h3><div class="wide">{_difference_table(runs)}</div>'
-
-
-def _comparison_table(runs: Sequence[Run]) -> str:
-    from vaopd.report.plots import VARIANT_NAMES
-
-    rows = []
-    for run in runs:
-        first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
-        rate = run.mean("rollouts_per_s")
-        steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, not finished")
-        name = VARIANT_NAMES.get(run.variant, run.variant)
-        rows.append((run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}"))
-    return _table(("run", "objective", "seed", "steps", "accuracy before", "after", "rollouts/s"), rows)
-
-
-def _difference_table(runs: Sequence[Run]) -> str:
-    """The keys whose values aren't the same everywhere, names and addresses aside."""
+    # The keys whose values aren't the same everywhere, names and addresses aside.
     flat = [{f"{section}.{key}": value for section, key, value in _settings(run.config)} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
-    rows = [(key, *(_value(values.get(key)) for values in flat)) for key in differing]
-    return _table(("", *(run.name for run in runs)), rows) if rows else "<p>They don't.</p>"
+    return {
+        "figures": [Markup(svg) for svg in plots.comparison_svgs(runs, band=band)],
+        "band": band,
+        "rows": [_compared(run) for run in runs],
+        "differences": [(key, *(_value(values.get(key)) for values in flat)) for key in differing],
+    }
 
 
-def _config_table(config: dict[str, Any]) -> str:
-    rows = [(f"{section}.{key}", _value(value)) for section, key, value in _settings(config)]
-    return f'<div class="wide">{_table(("field", "value"), rows)}</div>'
+def _compared(run: Run) -> tuple[str, ...]:
+    from vaopd.report.plots import VARIANT_NAMES
+
+    first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
+    rate = run.mean("rollouts_per_s")
+    steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, not finished")
+    name = VARIANT_NAMES.get(run.variant, run.variant)
+    return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -172,27 +159,3 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _value(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else repr(value).replace("'", '"')
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-
-
-# Always different, and never the reason for a different curve.
-OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title} · vaopd</title><style>
-{style}</style></head>
-<body{again}><h1>{title}</h1>
-<p class="note" id="live" hidden></p>
-<main>
-{body}
-</main>
-<output id="details" hidden></output>
-<script>{script}</script></body></html>
-"""
