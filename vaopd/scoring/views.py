@@ -7,14 +7,15 @@ show. The high group is underlined or outlined; where seeing speaks against a to
 from __future__ import annotations
 
 import base64
-import html
 import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -138,58 +139,44 @@ def _bar(share: float) -> str:
 # ------------------------------------------------------------------------------------------- HTML
 
 
-STYLE = """:root{color-scheme:light dark;--ink:light-dark(#1b1c1f,#ecebe6);--heat:light-dark(#ffab1a,#b4540a)}
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:var(--ink);
-background:light-dark(#fff,#16171a)}img{image-rendering:pixelated;height:14rem;margin-right:1rem;background:#fff}
-.t{font-family:ui-monospace,monospace;white-space:pre-wrap;border:2px solid transparent;border-radius:4px;
-background:color-mix(in oklab,var(--heat) var(--a),transparent)}.h{border-color:light-dark(#123a86,#ffe3b8)}
-.n{text-decoration:underline wavy light-dark(#b3261e,#ff9a90)}table{border-collapse:collapse}
-td,th{text-align:right;padding:.1rem .8rem .1rem 0}td:first-child,th:first-child,.l{text-align:left;white-space:pre}
-.b{display:inline-block;height:.7rem;background:var(--heat);margin-right:.4rem}.g .b{background:#8b8f9a}"""
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("vaopd.scoring", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def html_page(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> str:
     """The whole score in one file, which asks for nothing else."""
-    colours = fractions(reply)
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(question[:80])}</title>',
-        f"<style>{STYLE}</style><h1>{html.escape(question)}</h1>",
-        f"<p>{html.escape(reply.model)}, degraded view: {reply.degradation.kind} {reply.degradation.strength:g}. ",
-        f"{html.escape(summary(reply))}</p>",
-    ]
-    for number, view in enumerate(views, 1):
-        parts.append(f'<p><img alt="Image {number}, original" src="{_data_url(view.original)}">')
-        parts.append(f'<img alt="Image {number}, degraded" src="{_data_url(view.degraded)}"></p>')
-    for k, rollout in enumerate(reply.rollouts):
-        parts.append(f"<h2>{html.escape(heading(reply, k))}</h2><p>")
-        parts += [_html_token(rollout, t, fraction) for t, fraction in enumerate(colours[k])]
-        parts.append("</p><details><summary>Table</summary><table><tr><th>token<th>original<th>degraded<th>VA</tr>")
-        parts += [_html_row(rollout, t) for t in range(len(rollout.tokens))]
-        parts.append("</table></details>")
-    parts.append("<h2>Where the visual advantage lies</h2><table>")
-    parts.append("<tr><th>VA, nats<th class=l>tokens<th class=l>share of all VA</tr>")
-    for name, tokens, share in histogram(reply):
-        parts.append(f"<tr><td>{name}<td class='l g'>{_html_bar(tokens)}<td class=l>{_html_bar(share)}</tr>")
-    return "".join([*parts, "</table></html>\n"])
-
-
-def _html_token(rollout: RolloutScore, t: int, fraction: float) -> str:
-    kinds = "t" + (" h" if rollout.high_group[t] else "") + (" n" if speaks_against(rollout, t) else "")
-    told = (
-        f"VA {rollout.visual_advantage[t]:.3f} nats; log p {rollout.teacher_logprobs[t]:.3f} original, "
-        f"{rollout.degraded_logprobs[t]:.3f} degraded"
+    return _TEMPLATES.get_template("views.html.jinja").render(
+        question=question,
+        reply=reply,
+        summary=summary(reply),
+        views=[(_data_url(view.original), _data_url(view.degraded)) for view in views],
+        responses=[
+            (heading(reply, k), list(_tokens(rollout, colours)))
+            for k, (rollout, colours) in enumerate(zip(reply.rollouts, fractions(reply), strict=True))
+        ],
+        histogram=histogram(reply),
+        percent=percent,
     )
-    text = html.escape(rollout.tokens[t].text)
-    return f'<span class="{kinds}" style="--a:{100 * fraction:.0f}%" title="{told}">{text}</span>'
 
 
-def _html_row(rollout: RolloutScore, t: int) -> str:
-    numbers = (rollout.teacher_logprobs[t], rollout.degraded_logprobs[t], rollout.visual_advantage[t])
-    return f"<tr><td>{html.escape(rollout.tokens[t].text)}" + "".join(f"<td>{value:.3f}" for value in numbers) + "</tr>"
-
-
-def _html_bar(share: float) -> str:
-    return f'<span class=b style="width:{12 * share:.2f}rem"></span>{percent(share)}'
+def _tokens(rollout: RolloutScore, colours: Sequence[float]) -> Iterator[dict[str, Any]]:
+    columns = (rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
+    for t, token in enumerate(rollout.tokens):
+        original, degraded, va = numbers = [f"{column[t]:.3f}" for column in columns]
+        yield {
+            "text": token.text,
+            "colour": colours[t],
+            "high": rollout.high_group[t],
+            "against": speaks_against(rollout, t),
+            "numbers": numbers,
+            "title": f"VA {va} nats; log p {original} original, {degraded} degraded",
+        }
 
 
 def _data_url(image: Image.Image) -> str:
