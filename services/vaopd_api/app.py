@@ -42,7 +42,7 @@ from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
 from vaopd_api.runs import Runs
-from vaopd_api.scorer import Scorer, decode_images, degradation_of, teacher_model
+from vaopd_api.scorer import AdHocScorer, decode_images, degradation_of, teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -94,7 +94,7 @@ def create_app(
     _add_health(app, teachers)
     if metrics_route:
         _add_metrics(app, metrics)
-    _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
+    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
     _add_pages(app)
@@ -121,7 +121,7 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Access) -> None:
+def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
     @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))

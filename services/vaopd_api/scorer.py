@@ -19,7 +19,7 @@ from vaopd_api.uploads import image_from_text
 ROLLOUT = re.compile(r"rollout '(\d+)' of group '[^']*': ")
 
 
-class Scorer:
+class AdHocScorer:
     def __init__(self, *, teachers: Teachers, metrics: Metrics) -> None:
         self._teachers = teachers
         self._metrics = metrics
@@ -33,7 +33,7 @@ class Scorer:
         try:
             score = await self._teachers.score(address, request, degradation_of(body.degradation), top_k=top_k)
         except InvalidInput as error:
-            raise in_the_request_s_words(error, body, images) from None
+            raise in_terms_of_the_request(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
@@ -41,7 +41,7 @@ class Scorer:
         return answer
 
 
-def in_the_request_s_words(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
+def in_terms_of_the_request(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
     """The teacher names images by their digests and responses by its own ids; clients of the API know keys."""
     told = str(error)
     for index, image in enumerate(images):
