@@ -19,10 +19,10 @@ from PIL import Image
 from tests.support.runs import jpeg, make_run
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
+from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
 from vaopd.report.plots import band_over, complete, running_mean, seed_band
 from vaopd.report.rollouts import high_tokens
-from vaopd.pb import teacher_pb2
 from vaopd.run.records import read_run
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
@@ -109,7 +109,7 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         rollouts=[teacher_pb2.RolloutTokens(rollout_id="0", response_ids=[2])],
     )
     preparer.prepare(group, Envelope(payload="none", top_k=0, degradation=Degradation(kind="noise")))
-    original, degraded = seen
+    _original, degraded = seen
     return degraded
 
 
