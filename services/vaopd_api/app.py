@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.degradation import degrade
+from vaopd.degradation import degrade, view_seed
 from vaopd.errors import NotFound
 from vaopd.http_types import (
     BatchReply,
@@ -230,11 +230,8 @@ def _add_pages(app: FastAPI) -> None:
 
 def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
     """Exactly what the teacher makes: decoded under the same caps, noise seeded by the content."""
-    decoded = decode(image)
-    if degradation.kind in ("pixelate", "blur") and degradation.strength == 0:
-        raise ApiError(422, f"{degradation.kind} needs a strength above 0", field="degradation.strength")
     written = io.BytesIO()
-    degrade(decoded, degradation, seed=int(image.sha256[:16], 16)).save(written, "PNG")
+    degrade(decode(image), degradation, seed=view_seed(image.sha256)).save(written, "PNG")
     return written.getvalue()
 
 

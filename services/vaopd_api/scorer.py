@@ -11,7 +11,15 @@ from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
 from vaopd.scoring.reply import make_reply
 from vaopd.telemetry import logs
-from vaopd.types import Degradation, EncodedImage, ScoreRequest, TeacherDescription, unique_images, user_turn
+from vaopd.types import (
+    DEGRADATIONS,
+    Degradation,
+    EncodedImage,
+    ScoreRequest,
+    TeacherDescription,
+    unique_images,
+    user_turn,
+)
 from vaopd_api.metrics import Metrics
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
@@ -90,4 +98,5 @@ def teacher_model(description: TeacherDescription) -> TeacherModel:
         limits={name: getattr(description.limits, name) for name in description.limits.__slots__},
         payloads=list(description.payloads),
         degradations=list(description.degradations),
+        strengths={kind: meaning for kind in description.degradations if (meaning := DEGRADATIONS[kind])},
     )

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import Field
 
 from vaopd.config.toml import Section, apply_override, read_toml, validate
-from vaopd.types import DegradationKind, PayloadKind
+from vaopd.types import STRENGTH_MEANINGS, DegradationKind, PayloadKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
@@ -78,8 +78,7 @@ class TeacherConfig(Section):
 class DegradationConfig(Section):
     kind: DegradationKind = "pixelate"
     """The degraded view (paper: pixelate). The others are for experiments."""
-    strength: float = Field(0.1, ge=0, le=1)
-    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side."""
+    strength: float = Field(0.1, ge=0, le=1, description=f"{STRENGTH_MEANINGS}.")
 
 
 class ObjectiveConfig(Section):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vaopd.degradation import degrade
+from vaopd.degradation import degrade, view_seed
 from vaopd.images import decode
 from vaopd.run.records import Run, json_lines
 from vaopd.types import Degradation, EncodedImage
@@ -122,9 +122,11 @@ def _pictures(data: str, run: Run) -> Iterator[Picture]:
     """The image and what the teacher sees of it in the degraded view; large ones are scaled down for the page."""
     settings = run.config.get("degradation", {})
     degradation = Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
-    image = decode(EncodedImage(data=base64.b64decode(data)))
+    encoded = EncodedImage(data=base64.b64decode(data))
+    image = decode(encoded)
     yield _picture(image, "the image")
-    yield _picture(degrade(image, degradation, seed=0), f"degraded: {degradation.kind.replace('_', ' ')}")
+    degraded = degrade(image, degradation, seed=view_seed(encoded.sha256))
+    yield _picture(degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
 
 
 def _picture(image: Image.Image, name: str) -> Picture:
