@@ -1,8 +1,8 @@
-"""Runs' folders in, one self-contained HTML file out: configuration, curves, comparison, rollouts coloured by VA.
+"""Makes one self-contained HTML file of runs' folders: configuration, curves, comparison, rollouts coloured by VA.
 
-The page loads nothing from anywhere, follows light and dark, and fits a phone. What it shows comes from
-`vaopd.run.records`; the curves are drawn by `plots.py`, the rollouts by `rollouts.py`. The scoring
-API serves the page of a run that goes on: then it asks for itself again, and shows what is new.
+The page loads nothing, follows the reader's light or dark mode, and fits a phone. Its numbers come from
+`vaopd.run.records`; `plots.py` draws the curves, `rollouts.py` selects the rollouts, `page.html.jinja` is the page.
+The scoring API serves the pages of unfinished runs too; those reload themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vaopd.run.records import Evaluation, Run, read_run
 
 __all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
 
-# Always different, and never the reason for a different curve.
+# Different in every run, and never the reason for a different curve.
 OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("vaopd.report", "."),
@@ -38,19 +38,21 @@ _TEMPLATES = jinja2.Environment(
 
 
 def write_report(folders: Sequence[Path], *, output: Path | None = None, band: str = "range") -> Path:
-    """One run: all its curves, some rollouts, its configuration. Several: compared first, then each one."""
+    """Writes the page of the runs in `folders` and returns its path, `output` or report.html in the first folder.
+
+    Several runs are compared first, then shown one by one. `band`: see `report_html`. Raises NotFound or InvalidInput.
+    """
     page = report_html([read_run(folder) for folder in folders], band=band)
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    # A browser that reloads the report of a run that goes on never meets half a page.
+    # A browser may reload the page at any moment, and must not see half of it.
     with atomic_file(output) as file:
         file.write(page.encode())
     return output
 
 
 def plot_accuracy(folders: Sequence[Path], output: Path, *, band: str = "range") -> Path:
-    """Only the accuracy curves, grouped by objective, as an image."""
-
+    """Writes the accuracy curves alone, grouped by objective, as an image in the format of `output`'s suffix."""
     from vaopd.report import plots
 
     plots.save_comparison([read_run(folder) for folder in folders], output, band=band)
@@ -58,8 +60,12 @@ def plot_accuracy(folders: Sequence[Path], output: Path, *, band: str = "range")
 
 
 def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None = None) -> str:
-    """The page of these runs; with `again_s` it asks its own address again after so many seconds, for ever."""
-    from vaopd.report import plots  # matplotlib
+    """Returns the page of these runs.
+
+    band: around the mean over seeds, "range" (lowest to highest) or "standard-error".
+    again_s: seconds after which the page asks its own address again, until the run is finished; None: never.
+    """
+    from vaopd.report import plots  # matplotlib, which takes a second to load
 
     return _TEMPLATES.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -69,13 +75,13 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         script=Markup(_asset("page.js")),
         smoothing_steps=plots.SMOOTHING_STEPS,
         full_colour_nats=FULL_COLOUR_NATS,
-        comparison=_comparison(runs, band=band) if len(runs) > 1 else None,
-        runs=[_shown(run) for run in runs],
+        comparison=_compare(runs, band=band) if len(runs) > 1 else None,
+        runs=[_describe(run) for run in runs],
     )
 
 
 def content_security_policy(*, live: bool) -> str:
-    """Nothing is loaded, and only the page's own script runs; one that is live may ask where it came from."""
+    """Returns the page's policy: it loads nothing, and runs its own script only. A live one may reload itself."""
     digest = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"{policy}; connect-src 'self'" if live else policy
@@ -86,8 +92,8 @@ def _asset(name: str) -> str:
     return resources.files("vaopd.report").joinpath(name).read_text()
 
 
-def _shown(run: Run) -> dict[str, Any]:
-    """One run, as the template takes it."""
+def _describe(run: Run) -> dict[str, Any]:
+    """Returns one run's section as the template takes it."""
     from vaopd.report import plots
 
     return {
@@ -102,7 +108,7 @@ def _shown(run: Run) -> dict[str, Any]:
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Name, value and note of each number in short."""
+    """Yields name, value and note of each number at the top of a run's section."""
     from vaopd.report.plots import TIMES, VARIANT_NAMES
 
     if run.evaluations:
@@ -125,23 +131,24 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
 
 
-def _comparison(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
-    """Several runs, as the template takes them."""
+def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
+    """Returns the comparison of several runs as the template takes it."""
     from vaopd.report import plots
 
-    # The keys whose values aren't the same everywhere, names and addresses aside.
+    # Settings that differ between the runs, names and addresses aside.
     flat = [{f"{section}.{key}": value for section, key, value in _settings(run.config)} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return {
         "figures": [Markup(svg) for svg in plots.comparison_svgs(runs, band=band)],
         "band": band,
-        "rows": [_compared(run) for run in runs],
+        "rows": [_row(run) for run in runs],
         "differences": [(key, *(_value(values.get(key)) for values in flat)) for key in differing],
     }
 
 
-def _compared(run: Run) -> tuple[str, ...]:
+def _row(run: Run) -> tuple[str, ...]:
+    """Returns a run's line of the table that compares runs."""
     from vaopd.report.plots import VARIANT_NAMES
 
     first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
@@ -154,7 +161,7 @@ def _compared(run: Run) -> tuple[str, ...]:
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for section, values in config.items():
         for key, value in values.items():
-            # A report is mailed around, and a Redis address may hold its password.
+            # A report may be mailed to others, and a Redis address may hold a password.
             yield section, key, re.sub(r"(?<=://)[^/]*@", "…@", value) if isinstance(value, str) else value
 
 

@@ -1,7 +1,7 @@
-"""The report's rollouts: tokens coloured by VA, the high group outlined, the image beside its degraded view.
+"""Selects the rollouts that a report shows: tokens with their VA, the high group, the image in both views.
 
-Reads samples.jsonl as the trainer writes it: one line per rollout of the first step, the last one, and every step that
-was evaluated.
+Reads samples.jsonl as the trainer writes it: a line for each rollout of the first step, the last one, and every step
+that was evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vaopd.images import decode
 from vaopd.run.records import Run, json_lines
 from vaopd.types import Degradation, EncodedImage
 
-GROUPS_SHOWN = 3  # of the first step that has any, and of the last
+GROUPS_SHOWN = 3  # of each step
 FULL_COLOUR_NATS = 1.0  # the VA from which a token has the full colour
 SHOWN_PX = 512  # the longer side of an image in the page
 Rollout = Mapping[str, Any]
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One token of a rollout: `colour` from 0 to 1 by its VA, and its numbers in words."""
+    """One token of a rollout: `colour` from 0 to 1 by its VA, and all its numbers as text."""
 
     text: str
     colour: float
@@ -51,7 +51,7 @@ class ShownRollout(NamedTuple):
 
 
 class ShownGroup(NamedTuple):
-    """One prompt group with the pictures of its image, if it has one."""
+    """One prompt group; without an image there are no pictures."""
 
     question: str
     answer: str
@@ -60,7 +60,7 @@ class ShownGroup(NamedTuple):
 
 
 def sampled_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
-    """Groups of the first and of the last step with samples; those that have their image come first."""
+    """Returns the first and the last step with samples, and up to GROUPS_SHOWN groups of each, with images first."""
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     if path.exists():
@@ -119,7 +119,7 @@ def _image_of(rollouts: Sequence[Rollout]) -> str | None:
 
 
 def _pictures(data: str, run: Run) -> Iterator[Picture]:
-    """The image and what the teacher sees of it in the degraded view; large ones are scaled down for the page."""
+    """Yields the image and the degraded view that the teacher sees; large ones are scaled down for the page."""
     settings = run.config.get("degradation", {})
     degradation = Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
     encoded = EncodedImage(data=base64.b64decode(data))
