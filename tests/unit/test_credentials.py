@@ -117,7 +117,7 @@ def test_private_keys_are_for_their_owner_only(folder: Path) -> None:
 
 def test_certificates_are_not_overwritten_by_accident(folder: Path) -> None:
     before = (folder / "server.pem").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds ca\.pem, .* already; --replace"):
+    with pytest.raises(ConfigError, match=r"already holds ca\.pem, .*; --replace"):
         make_certificates(folder)
     assert (folder / "server.pem").read_bytes() == before
 

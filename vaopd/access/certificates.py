@@ -5,8 +5,8 @@
     client.pem, client.key     VAOPD_TLS_CERT and VAOPD_TLS_KEY of trainers and API
 
 Server and client are valid for days. The authority's own key is thrown away, so nothing can be signed that these files
-would trust; that is why its certificate need not expire. A service that others than its developers reach gets its
-certificates from the authority of its site.
+would trust; that is why its certificate need not expire. Use your site's authority for a service that others than its
+developers can reach.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vaopd.errors import ConfigError
 from vaopd.files.durable import atomic_file
 
 OWN_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""Always among the server's names: health checks ask there."""
+"""Always among the server's names, for health checks."""
 FILES = ("ca.pem", "server.pem", "server.key", "client.pem", "client.key")
 CLIENT_NAME = "client.invalid"
-"""A name that no server can have (RFC 2606): with a client's key, nobody can pass for the service."""
+"""A name that no server can have (RFC 2606), so that a client's key is of no use to imitate the service."""
 _CLOCK_SKEW = timedelta(minutes=5)
 
 
@@ -40,11 +40,11 @@ def make_certificates(folder: Path, *, hosts: Sequence[str] = (), days: int = 30
     Raises ConfigError for a host that is no name or address, for files that exist, and where nothing can be written.
     """
     if not 1 <= days <= 365:
-        raise ConfigError(f"{days} days are no life time for certificates of development; use 1 to 365")
+        raise ConfigError(f"certificates for development can't be valid for {days} days; use 1 to 365")
     names = [_checked(host) for host in dict.fromkeys((*OWN_HOSTS, *hosts))]
     paths = [folder / name for name in FILES]
     if not replace and (existing := [path.name for path in paths if path.exists()]):
-        raise ConfigError(f"{folder} holds {', '.join(existing)} already; --replace makes all of them anew")
+        raise ConfigError(f"{folder} already holds {', '.join(existing)}; --replace replaces all of them")
     authority = trustme.CA(path_length=0, organization_name="vaopd", organization_unit_name="development authority")
     contents = [authority.cert_pem]
     for common_name, identities in (("vaopd teacher", names), ("vaopd client", [CLIENT_NAME])):
@@ -68,7 +68,7 @@ def make_certificates(folder: Path, *, hosts: Sequence[str] = (), days: int = 30
 
 
 def _checked(host: str) -> str:
-    """Returns a host as trustme takes it, which would take networks, mail addresses and foreign letters too."""
+    """Returns a host for trustme, which would accept networks, mail addresses and non-ASCII letters too."""
     name = host.strip("[]")
     try:
         ipaddress.ip_address(name)

@@ -1,4 +1,4 @@
-"""Token buckets: how much each client may ask for in a minute. In memory, of this process only."""
+"""Limits how much each client may ask for in a minute, by token buckets in this process's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cachetools import LRUCache
 
 WINDOW_S = 60.0
 MAX_CLIENTS = 10_000
-"""Clients that are remembered. Dropping the one that has been silent for longest fills its bucket."""
+"""Clients that are remembered. The one that has been silent for longest is dropped, which fills its bucket."""
 
 
 class Balance(NamedTuple):
