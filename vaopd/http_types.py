@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from vaopd.types import DegradationKind
+from vaopd.types import STRENGTH_MEANINGS, DegradationKind
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -35,8 +35,7 @@ class Reply(pydantic.BaseModel):
 class DegradationModel(Model):
     kind: DegradationKind = "pixelate"
     """How the degraded view is made (paper: pixelate)."""
-    strength: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
-    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side; else unused."""
+    strength: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description=f"{STRENGTH_MEANINGS}; else unused.")
 
 
 class ScoreBody(Model):
@@ -233,6 +232,8 @@ class TeacherModel(Reply):
     limits: dict[str, int]
     payloads: list[str]
     degradations: list[str]
+    strengths: dict[str, str] = {}
+    """What `strength` means for each of `degradations` that has one."""
 
 
 class TeachersReply(Reply):

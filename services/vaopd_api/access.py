@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from vaopd.access.keys import bearer
+from vaopd.access.quota import WINDOW_S, TokenBuckets
 from vaopd_api.problems import ApiError
 
 # Load balancers ask for health, and the page has to be there before its user can type a key into it.
@@ -17,50 +18,38 @@ OPEN = ("/", "/docs", "/runs", "/healthz", "/readyz")
 OPEN_FOLDER = "/page/"
 # Routes that cost the teacher, the student or this process work; a batch costs one request per item.
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
-WINDOW_S = 60.0
-MAX_CLIENTS = 10_000
 
 JobOfKey = Callable[[str], str]
 """The job that a key belongs to; raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
 
 
 class Quota:
-    """A token bucket per client: `per_minute` requests at once, refilled evenly over a minute."""
+    """Limits each client to `per_minute` requests, and tells in headers what is left."""
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
-        self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # client -> (requests left, when that was so)
+        self._buckets = TokenBuckets(clock=clock)
 
     def take(self, client: str, requests: int = 1) -> dict[str, str]:
-        """The headers that tell what is left; raises 429 with Retry-After where there is too little."""
-        now = self._clock()
-        left, since = self._buckets.pop(client, (float(self.per_minute), now))
-        left = min(self.per_minute, left + (now - since) * self.per_minute / WINDOW_S)
-        enough = left >= requests
-        self._buckets[client] = (left - requests if enough else left, now)
-        while len(self._buckets) > MAX_CLIENTS:
-            del self._buckets[next(iter(self._buckets))]  # the one that has been silent for longest
-        headers = self._headers(self._buckets[client][0])
-        if enough:
-            return headers
+        """Returns the `RateLimit-*` headers. Raises ApiError: 429 with Retry-After, or 413 for more than fits ever."""
         if requests > self.per_minute:
             raise ApiError(
                 413, f"{requests} requests at once, the quota is {self.per_minute} a minute; send a smaller batch"
             )
-        wait_s = math.ceil((requests - left) * WINDOW_S / self.per_minute)
-        raise ApiError(
-            429,
-            f"the quota of {self.per_minute} requests a minute is used up; try again in {wait_s} s",
-            headers={**headers, "Retry-After": str(wait_s)},
-        )
-
-    def _headers(self, left: float) -> dict[str, str]:
-        return {
+        balance = self._buckets.take(client, requests, per_minute=self.per_minute)
+        headers = {
             "RateLimit-Limit": str(self.per_minute),
-            "RateLimit-Remaining": str(math.floor(left)),
-            "RateLimit-Reset": str(math.ceil((self.per_minute - left) * WINDOW_S / self.per_minute)),
+            "RateLimit-Remaining": str(math.floor(balance.left)),
+            "RateLimit-Reset": str(math.ceil((self.per_minute - balance.left) * WINDOW_S / self.per_minute)),
         }
+        if balance.wait_s:
+            wait_s = math.ceil(balance.wait_s)
+            raise ApiError(
+                429,
+                f"the quota of {self.per_minute} requests a minute is used up; try again in {wait_s} s",
+                headers={**headers, "Retry-After": str(wait_s)},
+            )
+        return headers
 
 
 class Access:

@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.degradation import degrade
+from vaopd.degradation import degrade, view_seed
 from vaopd.errors import NotFound
 from vaopd.http_types import (
     BatchReply,
@@ -42,7 +42,7 @@ from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
 from vaopd_api.runs import Runs
-from vaopd_api.scorer import Scorer, decode_images, degradation_of, teacher_model
+from vaopd_api.scorer import AdHocScorer, decode_images, degradation_of, teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -94,7 +94,7 @@ def create_app(
     _add_health(app, teachers)
     if metrics_route:
         _add_metrics(app, metrics)
-    _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
+    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
     _add_pages(app)
@@ -121,7 +121,7 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Access) -> None:
+def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
     @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
@@ -230,11 +230,8 @@ def _add_pages(app: FastAPI) -> None:
 
 def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
     """Exactly what the teacher makes: decoded under the same caps, noise seeded by the content."""
-    decoded = decode(image)
-    if degradation.kind in ("pixelate", "blur") and degradation.strength == 0:
-        raise ApiError(422, f"{degradation.kind} needs a strength above 0", field="degradation.strength")
     written = io.BytesIO()
-    degrade(decoded, degradation, seed=int(image.sha256[:16], 16)).save(written, "PNG")
+    degrade(decode(image), degradation, seed=view_seed(image.sha256)).save(written, "PNG")
     return written.getvalue()
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from vaopd.http_types import BatchResult, ScoreBody
 from vaopd_api import problems
-from vaopd_api.scorer import Scorer, decode_images
+from vaopd_api.scorer import AdHocScorer, decode_images
 
 IN_FLIGHT = 8
 EVENT_STREAM = "text/event-stream"
 SILENCE_S = 15.0  # after that long a comment is sent, so that proxies keep the connection
 
 
-async def results(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[BatchResult]:
+async def results(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[BatchResult]:
     """One result per item, in the order in which they are done. Ends the work when it is closed early."""
     slots = asyncio.Semaphore(IN_FLIGHT)
 
@@ -37,7 +37,7 @@ async def results(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[BatchRe
             task.cancel()
 
 
-async def events(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[str]:
+async def events(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[str]:
     """The results as server-sent events: `result` for each, then `done`."""
     arrived: asyncio.Queue[BatchResult | None] = asyncio.Queue()
 

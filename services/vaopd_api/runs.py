@@ -10,11 +10,12 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from cachetools import LRUCache
 
 from vaopd.errors import NotFound, PermissionDenied, VaopdError
 from vaopd.http_types import RunModel
@@ -47,7 +48,7 @@ class Runs:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runs")
         self._summaries: dict[str, tuple[Signature, RunModel]] = {}
-        self._reports: OrderedDict[str, tuple[Signature, Report]] = OrderedDict()
+        self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
 
     async def summaries(self, *, job: str | None) -> list[RunModel]:
         """Those that can be read, the one that changed last first."""
@@ -88,11 +89,7 @@ class Runs:
         signature = _signature(path)
         known = self._reports.get(name)
         if known is None or known[0] != signature:
-            known = (signature, _drawn(path))
-            self._reports[name] = known
-        self._reports.move_to_end(name)
-        while len(self._reports) > REPORTS_KEPT:
-            self._reports.popitem(last=False)
+            known = self._reports[name] = (signature, _drawn(path))
         return known[1]
 
 

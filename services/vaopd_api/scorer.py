@@ -11,7 +11,15 @@ from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
 from vaopd.scoring.reply import make_reply
 from vaopd.telemetry import logs
-from vaopd.types import Degradation, EncodedImage, ScoreRequest, TeacherDescription, unique_images, user_turn
+from vaopd.types import (
+    DEGRADATIONS,
+    Degradation,
+    EncodedImage,
+    ScoreRequest,
+    TeacherDescription,
+    unique_images,
+    user_turn,
+)
 from vaopd_api.metrics import Metrics
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
@@ -19,7 +27,7 @@ from vaopd_api.uploads import image_from_text
 ROLLOUT = re.compile(r"rollout '(\d+)' of group '[^']*': ")
 
 
-class Scorer:
+class AdHocScorer:
     def __init__(self, *, teachers: Teachers, metrics: Metrics) -> None:
         self._teachers = teachers
         self._metrics = metrics
@@ -33,7 +41,7 @@ class Scorer:
         try:
             score = await self._teachers.score(address, request, degradation_of(body.degradation), top_k=top_k)
         except InvalidInput as error:
-            raise in_the_request_s_words(error, body, images) from None
+            raise in_terms_of_the_request(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
@@ -41,7 +49,7 @@ class Scorer:
         return answer
 
 
-def in_the_request_s_words(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
+def in_terms_of_the_request(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
     """The teacher names images by their digests and responses by its own ids; clients of the API know keys."""
     told = str(error)
     for index, image in enumerate(images):
@@ -90,4 +98,5 @@ def teacher_model(description: TeacherDescription) -> TeacherModel:
         limits={name: getattr(description.limits, name) for name in description.limits.__slots__},
         payloads=list(description.payloads),
         degradations=list(description.degradations),
+        strengths={kind: meaning for kind in description.degradations if (meaning := DEGRADATIONS[kind])},
     )
