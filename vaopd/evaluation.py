@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vaopd.errors import InvalidInput
-from vaopd.types import Prompt, RolloutRequest, SamplingSettings
+from vaopd.types import GroupId, Prompt, RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -74,7 +74,7 @@ def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config
     )
     for index, prompt in enumerate(prompts):
         yield RolloutRequest(
-            group_id=f"eval-{version:06d}-{index:05d}",
+            group_id=str(GroupId(purpose="eval", step=version, index=index)),
             messages=prompt.messages,
             images=prompt.images,
             num_rollouts=config.evaluation.samples,

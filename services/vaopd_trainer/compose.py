@@ -31,6 +31,7 @@ from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.loop import Interrupted, Trainer
 from vaopd_trainer.metrics import TrainerMetrics
+from vaopd_trainer.prompt_order import TrainingPrompts
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.records import ProgressLine
 from vaopd_trainer.scorer import Scorer
@@ -69,8 +70,10 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         load_state(student.model, checkpoint.load_student(start))
     if not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
-    prompts = load_prompts(
-        config.data.source, split=config.data.train_split, instruction=config.data.instruction or None
+    prompts = TrainingPrompts(
+        load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None),
+        per_step=config.trainer.prompts_per_step,
+        seed=config.run.seed,
     )
 
     with contextlib.ExitStack() as stack:
@@ -113,7 +116,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         scorer = Scorer(
             teacher=teacher,
             student=student,
-            prompt_of=trainer.prompt_of,
+            prompt_of=prompts.prompt_of,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
         )
         stack.callback(scorer.close)

@@ -24,13 +24,13 @@ from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.run.snapshots import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
 from vaopd.telemetry import logs, tracing
-from vaopd.types import PolicyVersion, Prompt
+from vaopd.types import GroupId, PolicyVersion
 from vaopd.vlm.model import Vlm
 from vaopd.wire.queue import rollout_group_from_bytes, rollout_group_to_bytes
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.heldout import evaluate
-from vaopd_trainer.prompt_order import PromptOrder, training_request
+from vaopd_trainer.prompt_order import TrainingPrompts, training_request
 from vaopd_trainer.rank_messages import COORDINATOR, Ranks
 from vaopd_trainer.records import JsonLines
 from vaopd_trainer.scorer import Refused, Scorer
@@ -56,7 +56,7 @@ class Trainer:
         ranks: Ranks,
         student: Vlm,
         loss: StudentLoss,
-        prompts: Sequence[Prompt],
+        prompts: TrainingPrompts,
         coordinator: Coordinator | None,
         stop: threading.Event,
     ) -> None:
@@ -73,7 +73,6 @@ class Trainer:
         self._acknowledged = 0  # lines of the ledger whose groups the queue need not be told of again
         self._best_accuracy = -1.0
         self._evaluated: dict[int, tuple[str, ...]] = {}  # version -> groups, until a checkpoint is beyond it
-        self.order = PromptOrder(prompts=len(prompts), seed=config.run.seed)
         self.metrics_file = JsonLines(self.folder / "metrics.jsonl")
         self.samples_file = JsonLines(self.folder / "samples.jsonl")
         settings = config.trainer
@@ -170,15 +169,6 @@ class Trainer:
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
         prune_snapshots(self.folder, keep=self.config.trainer.max_policy_lag + 2, current=version)
 
-    def group_id(self, step: int, index: int) -> str:
-        return f"train-{step:06d}-{index:04d}"
-
-    def prompt_of(self, group_id: str) -> tuple[int, Prompt]:
-        """A training group's place in its step, and its prompt."""
-        _, step, index = group_id.split("-")
-        position = int(step) * self.config.trainer.prompts_per_step + int(index)
-        return int(index), self.prompts[self.order.index(position)]
-
     def _enqueue(self, step: int) -> None:
         """The prompts of this step and, with a lag allowed, of the next ones, which this policy may serve already."""
         if self.coordinator is None:
@@ -186,10 +176,9 @@ class Trainer:
         settings = self.config.trainer
         newest = step + settings.max_policy_lag
         for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
-            ids = [self.group_id(target, index) for index in range(settings.prompts_per_step)]
             requests = [
-                training_request(self.prompt_of(group_id)[1], group_id=group_id, version=step, config=self.config)
-                for group_id in ids
+                training_request(self.prompts.prompt_of(group), group=group, version=step, config=self.config)
+                for group in self.prompts.groups_of(target)
             ]
             self.coordinator.collector.enqueue(
                 requests, oldest_version=max(0, target - settings.max_policy_lag), step=target, check=self._check
@@ -202,7 +191,7 @@ class Trainer:
         started = time.monotonic()
         size = self.config.trainer.prompts_per_step
         if self.coordinator is not None:
-            self._distribute([self.group_id(step, index) for index in range(size)], self.coordinator, scorer)
+            self._distribute(step, self.coordinator, scorer)
         else:
             for _ in range(size // self.ranks.world):
                 data = self.ranks.receive()
@@ -223,26 +212,22 @@ class Trainer:
         timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
         return scored, timings | {"scoring_s": scorer.busy.take()}
 
-    def _distribute(self, group_ids: list[str], coordinator: Coordinator, scorer: Scorer) -> None:
+    def _distribute(self, step: int, coordinator: Coordinator, scorer: Scorer) -> None:
         """Hands every group to its rank on arrival; a rank is sent an empty message for a group that will not come."""
-        missing = set(group_ids)
-        for groups in coordinator.collector.groups(group_ids, check=self._check):
+        missing = {str(group): group.index % self.ranks.world for group in self.prompts.groups_of(step)}  # -> its rank
+        for groups in coordinator.collector.groups(list(missing), check=self._check):
             coordinator.metrics.progressed()
             mine = []
             for group in groups:
-                missing.discard(group.group_id)
-                rank = self._rank_of(group.group_id)
+                rank = missing.pop(group.group_id)
                 if rank == COORDINATOR:
                     mine.append(group)
                 else:
                     self.ranks.send(rollout_group_to_bytes(group), to=rank)
             scorer.submit(mine)
-        for group_id in missing:
-            if (rank := self._rank_of(group_id)) != COORDINATOR:
+        for rank in missing.values():
+            if rank != COORDINATOR:
                 self.ranks.send(b"", to=rank)
-
-    def _rank_of(self, group_id: str) -> int:
-        return int(group_id.rpartition("-")[2]) % self.ranks.world
 
     def _give_up(self, refused: list[Refused]) -> None:
         message = json.dumps([[item.group_id, item.reason] for item in refused]).encode()
@@ -364,7 +349,7 @@ class Trainer:
 
     def _write_samples(self, step: int, weighted: list[WeightedGroup], kl: list[np.ndarray]) -> None:
         for group, kl_M in zip(weighted, kl, strict=True):
-            _, prompt = self.prompt_of(group.scored.group.group_id)
+            prompt = self.prompts.prompt_of(GroupId.parse(group.scored.group.group_id))
             for record in step_numbers.samples_of(group, kl_M, prompt, self.student.tokenizer):
                 self.samples_file.write({"step": step, **record})
 

@@ -20,7 +20,7 @@ from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
 from vaopd.telemetry import tracing
-from vaopd.types import GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
+from vaopd.types import GroupId, GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_trainer.student_loss import ScoredGroup
@@ -76,7 +76,7 @@ class Scorer:
         *,
         teacher: SyncTeacherClient,
         student: Vlm,
-        prompt_of: Callable[[str], tuple[int, Prompt]],
+        prompt_of: Callable[[GroupId], Prompt],
         max_tokens: int,
         threads: int = 4,
     ) -> None:
@@ -120,9 +120,10 @@ class Scorer:
         prepared: dict[str, tuple[int, PreparedPrompt, RolloutGroup]] = {}
         requests = []
         for group in groups:
-            index, prompt = self._prompt_of(group.group_id)
+            group_id = GroupId.parse(group.group_id)
+            prompt = self._prompt_of(group_id)
             try:
-                prepared[group.group_id] = (index, self._prepare(prompt, group), group)
+                prepared[group.group_id] = (group_id.index, self._prepare(prompt, group), group)
             except (InvalidInput, Mismatch) as error:
                 results.append(Refused(group_id=group.group_id, reason=str(error)))
                 continue

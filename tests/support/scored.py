@@ -23,6 +23,7 @@ from vaopd.sampling.transformers_engine import TransformersEngine
 from vaopd.types import (
     Degradation,
     EncodedImage,
+    GroupId,
     PayloadKind,
     PolicyVersion,
     Prompt,
@@ -63,7 +64,7 @@ def plain(name: str) -> PlainStudent:
 def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
     return [
         RolloutRequest(
-            group_id=f"train-000000-{index:04d}",
+            group_id=str(GroupId(purpose="train", step=0, index=index)),
             messages=prompt.messages,
             images=prompt.images,
             num_rollouts=rollouts,
@@ -100,15 +101,16 @@ def scorer_for(
     student = vlm("student")
     listed = prompts()
 
-    def prompt_of(group_id: str) -> tuple[int, Prompt]:
-        index = int(group_id.rpartition("-")[2])
-        return index, listed[index]
-
     with (
         teacher_in_process(teacher, batch_tokens=batch_tokens) as server,
         SyncTeacherClient(server.target, tokenizer_fingerprint=student.fingerprint, **client) as connection,
     ):
-        scorer = Scorer(teacher=connection, student=student, prompt_of=prompt_of, max_tokens=max_tokens)
+        scorer = Scorer(
+            teacher=connection,
+            student=student,
+            prompt_of=lambda group: listed[group.index],
+            max_tokens=max_tokens,
+        )
         try:
             yield scorer, connection
         finally:
