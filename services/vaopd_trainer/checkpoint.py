@@ -17,36 +17,31 @@ from safetensors.torch import load_file, save_file
 
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_folder
-from vaopd.run.checkpoints import LedgerLine, Progress, checkpoints_in, latest_checkpoint, load_progress, write_progress
+from vaopd.run.checkpoints import RunState, checkpoints_in, write_run_state
 from vaopd_trainer import kill_points
-
-__all__ = ["LedgerLine", "Progress", "latest", "load_optimizer", "load_progress", "load_student", "save"]
-
-latest = latest_checkpoint
-"""The newest checkpoint; None for a run that was ended before its first: it resumes at step 0."""
 
 
 def save(
-    folder: Path, progress: Progress, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path, state: RunState, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
     """Writes a checkpoint, fsynced and renamed into place, and removes all but the newest `keep`.
 
     Raises LimitExceeded when the disk is full; what was there is intact then.
     """
-    target = folder / f"step_{progress.step:06d}"
+    target = folder / f"step_{state.step:06d}"
     try:
         with atomic_folder(target) as part:
             save_file(student, part / "student.safetensors")
             save_file(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
             save_file({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
-            write_progress(part, progress)
-            kill_points.reached("written", progress.step)
+            write_run_state(part, state)
+            kill_points.reached("written", state.step)
     except (OSError, SafetensorError) as error:
         raise LimitExceeded(
             f"checkpoint {target} can't be written ({error}); nothing of it was acknowledged and the one before it is "
             "intact: make room, and resume"
         ) from None
-    kill_points.reached("renamed", progress.step)
+    kill_points.reached("renamed", state.step)
     for old in checkpoints_in(folder)[:-keep]:
         shutil.rmtree(old)
     return target

@@ -59,7 +59,7 @@ class Collector:
         self._check = check
         self._policies = {v: known for v, known in self._policies.items() if v < policy.version}
         self._policies[policy.version] = policy
-        self._surely(lambda: self._queue.publish_policy(policy))
+        self._until_redis_takes_it(lambda: self._queue.publish_policy(policy))
 
     def enqueue(
         self, requests: Sequence[RolloutRequest], *, oldest_version: int, step: int | None, check: Check
@@ -73,12 +73,12 @@ class Collector:
             self._wanted[request.group_id] = request
             self._oldest_version[request.group_id] = oldest_version
             self._ledger.write("published", group=request.group_id, step=step, policy=request.policy_version)
-            self._surely(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
+            self._until_redis_takes_it(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
         ids = [request.group_id for request in requests]
         log.info("%d groups asked for", len(ids), extra=logs.fields(step=step, groups=ids))
         self._inbox.extend(self._early)
         self._early = []
-        self._surely(self._sort)
+        self._until_redis_takes_it(self._sort)
 
     def resume(self, step: int, group_ids: Iterable[str]) -> None:
         """A checkpoint of `step` holds these groups; should they be delivered again, they are dropped."""
@@ -98,24 +98,24 @@ class Collector:
                 open_ids.difference_update(ready)
                 yield [self._hand_out(group_id) for group_id in ready]
                 continue
-            self._surely(self._collect)
-            self._surely(self._read_dead_letters)
+            self._until_redis_takes_it(self._collect)
+            self._until_redis_takes_it(self._read_dead_letters)
             open_ids -= self._dead
             if time.monotonic() - last_news > self._remind_every_s:
                 last_news = time.monotonic()
-                self._surely(lambda missing=len(open_ids): self._remind(missing))  # type: ignore[misc]
+                self._until_redis_takes_it(lambda missing=len(open_ids): self._remind(missing))  # type: ignore[misc]
 
     def acknowledge(self, group_ids: Iterable[str]) -> None:
         """These groups' effect is durable: they leave Redis for good, when it is there; else the next time."""
         entries = (self._unacknowledged.pop(group_id, None) for group_id in group_ids)
         self._durable += [entry for entry in entries if entry is not None]
-        if self._tidy(lambda: self._queue.acknowledge(self._durable)):
+        if self._if_redis_is_there(lambda: self._queue.acknowledge(self._durable)):
             self._durable = []
 
     def confirm(self) -> None:
         """Raises LeaseLost when somebody else has the job: then a checkpoint is theirs to write."""
         self._ledger.check_owner()  # this holds while Redis is away, too
-        self._tidy(self._queue.renew)
+        self._if_redis_is_there(self._queue.renew)
 
     def dead_letter(self, group_id: str, reason: str) -> None:
         """Gives up a group that was handed out and can't be trained on."""
@@ -126,7 +126,7 @@ class Collector:
         self._policies = {v: policy for v, policy in self._policies.items() if v >= before_version}
         self._durable += [early.entry_id for early in self._early if early.group.policy_version < before_version]
         self._early = [early for early in self._early if early.group.policy_version >= before_version]
-        self._tidy(lambda: self._queue.forget(before_version))
+        self._if_redis_is_there(lambda: self._queue.forget(before_version))
         self.acknowledge(())
 
     def finish(self, group_ids: Iterable[str], *, version: int) -> None:
@@ -137,7 +137,7 @@ class Collector:
                 self._inbox.extend(found)
                 self._sort()
 
-        self._tidy(drain)
+        self._if_redis_is_there(drain)
         self.acknowledge(group_ids)
         self.forget(version + 1)
 
@@ -209,7 +209,7 @@ class Collector:
 
     def _give_up(self, group_id: str, reason: str, entry_id: str | None) -> None:
         if entry_id is not None:  # else it went with a Redis that came back empty
-            self._surely(lambda: self._queue.dead_letter(entry_id, reason))
+            self._until_redis_takes_it(lambda: self._queue.dead_letter(entry_id, reason))
         log.error("group %s is given up: %s", group_id, reason, extra=logs.fields(group=group_id))
         self.counts["dead"] += 1
         self._ledger.write("dead", group=group_id, reason=reason)
@@ -229,7 +229,7 @@ class Collector:
                 self._give_up(group_id, reason, None)
                 self._is_dead(group_id)
 
-    def _surely(self, operation: Callable[[], object]) -> None:
+    def _until_redis_takes_it(self, operation: Callable[[], object]) -> None:
         """Waits while Redis is full or away, since nothing is lost by waiting; fills a Redis that came back empty."""
         while True:
             try:
@@ -245,13 +245,13 @@ class Collector:
                     self._check()
                     time.sleep(_CHECK_EVERY_S)
 
-    def _tidy(self, operation: Callable[[], object]) -> bool:
+    def _if_redis_is_there(self, operation: Callable[[], object]) -> bool:
         """What can wait for the next checkpoint; says whether it was done."""
         try:
             operation()
             return True
         except Mismatch:
-            self._surely(self._republish)
+            self._until_redis_takes_it(self._republish)
         except Unavailable as error:
             log.warning("%s; this can wait for the next checkpoint", error)
         return False

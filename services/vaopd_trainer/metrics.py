@@ -84,13 +84,13 @@ class TrainerMetrics:
         ).labels(job)
         for part in STEP_TIMES:
             self._parts.labels(job, part.removesuffix("_s"))
-        self._state = _State(job)
-        self.registry.register(self._state)
+        self._at_scrape = _AtScrape(job)
+        self.registry.register(self._at_scrape)
         self.progressed()
 
     def watch(self, *, depth: Callable[[], Depth], counts: Mapping[str, int]) -> None:
         """`depth`: of the queue, at each scrape. `counts`: groups that were not used, by reason; read then too."""
-        self._state.depth, self._state.counts = depth, counts
+        self._at_scrape.depth, self._at_scrape.counts = depth, counts
 
     def progressed(self) -> None:
         self._progress.set(time.time())
@@ -114,7 +114,7 @@ class TrainerMetrics:
         self._tokens.inc(rollouts * values["response_tokens_mean"])
         for lag in lags:
             self._lag.observe(lag)
-        self._state.trained += len(lags)
+        self._at_scrape.trained += len(lags)
 
     def evaluated(self, accuracy: float, standard_error: float) -> None:
         self.progressed()
@@ -122,7 +122,7 @@ class TrainerMetrics:
         self._accuracy_error.labels(self._job).set(standard_error)
 
 
-class _State(Collector):
+class _AtScrape(Collector):
     """What is asked for at each scrape."""
 
     def __init__(self, job: str) -> None:

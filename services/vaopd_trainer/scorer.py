@@ -68,7 +68,7 @@ class BusyTime:
         return seconds
 
 
-class Scorer:
+class GroupScorer:
     """One per rank. `submit` returns at once; `results` waits for everything submitted since the last call."""
 
     def __init__(

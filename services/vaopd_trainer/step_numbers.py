@@ -57,8 +57,8 @@ EVALUATION_DESCRIPTIONS = {
 _IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
 
 
-def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
-    """Sums over this rank's groups; `of_step` turns the ranks' sums into means."""
+def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
+    """Sums over this rank's groups; `average_ranks` turns the ranks' sums into means."""
     advantages = [va for group in groups for va in group.scored.score.visual_advantage]
     va_NT = nn.utils.rnn.pad_sequence([torch.from_numpy(np.array(va)) for va in advantages], batch_first=True)
     mask_NT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
@@ -82,7 +82,7 @@ def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: flo
     }
 
 
-def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+def average_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     """Means over all ranks. KL and VA per token in nats; weights' entropy in nats, log K when uniform."""
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     low_tokens = total["tokens"] - total["high_tokens"]
@@ -101,7 +101,7 @@ def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
+def derive_rates(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
     """What follows from a step's times; score_overlap is the part of the scoring that nobody had to wait for."""
     step_s = sum(timings[part] for part in STEP_TIMES)
     return {
@@ -111,7 +111,9 @@ def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
     }
 
 
-def samples_of(group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def describe_rollouts(
+    group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
     """One record per rollout: its tokens with their VA, log-probs and KL, its weight, and the question it answers."""
     score = group.scored.score
     question = " ".join(

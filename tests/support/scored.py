@@ -32,7 +32,7 @@ from vaopd.types import (
     SamplingSettings,
 )
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.scorer import Refused, Scorer
+from vaopd_trainer.scorer import GroupScorer, Refused
 from vaopd_trainer.student_loss import ScoredGroup
 
 
@@ -96,7 +96,7 @@ class Scored:
 @contextmanager
 def scorer_for(
     teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, **client: Any
-) -> Iterator[tuple[Scorer, SyncTeacherClient]]:
+) -> Iterator[tuple[GroupScorer, SyncTeacherClient]]:
     """batch_tokens = 1: the teacher takes each row by itself, so that the same groups always give the same bits."""
     student = vlm("student")
     listed = prompts()
@@ -105,7 +105,7 @@ def scorer_for(
         teacher_in_process(teacher, batch_tokens=batch_tokens) as server,
         SyncTeacherClient(server.target, tokenizer_fingerprint=student.fingerprint, **client) as connection,
     ):
-        scorer = Scorer(
+        scorer = GroupScorer(
             teacher=connection,
             student=student,
             prompt_of=lambda group: listed[group.index],

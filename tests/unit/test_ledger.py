@@ -13,7 +13,7 @@ import pytest
 
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
-from vaopd.run.checkpoints import LedgerLine, Progress, write_progress
+from vaopd.run.checkpoints import LedgerLine, RunState, write_run_state
 from vaopd.run.ledger import Audit, Ledger, audit
 
 
@@ -37,7 +37,7 @@ def checkpoint(run: Path, step: int, *trained: tuple[str, int]) -> None:
     folder = run / "checkpoints" / f"step_{step:06d}"
     folder.mkdir(parents=True)
     lines = [LedgerLine(group_id=group, step=of, policy_version=0) for group, of in trained]
-    write_progress(folder, Progress(step=step, ledger=lines))
+    write_run_state(folder, RunState(step=step, ledger=lines))
 
 
 def outcomes(books: Audit) -> dict[str, str]:
