@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a resumed run needs, in one folder that appears whole or not at all.
+"""Writes and reads checkpoints: all that a resumed run needs, in a folder that appears whole or not at all.
 
 RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step and schedule) and
 ledger.jsonl (each trained group once, with the step that trained it). No pickles.
@@ -26,7 +26,7 @@ def save(
 ) -> Path:
     """Writes a checkpoint, fsynced and renamed into place, and removes all but the newest `keep`.
 
-    Raises LimitExceeded when the disk is full; what was there is intact then.
+    Raises LimitExceeded when the disk is full; older checkpoints are intact then.
     """
     target = folder / f"step_{state.step:06d}"
     try:
@@ -35,25 +35,26 @@ def save(
             save_file(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
             save_file({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
             write_run_state(part, state)
-            kill_points.reached("written", state.step)
+            kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
         raise LimitExceeded(
             f"checkpoint {target} can't be written ({error}); nothing of it was acknowledged and the one before it is "
             "intact: make room, and resume"
         ) from None
-    kill_points.reached("renamed", state.step)
+    kill_points.pass_point("renamed", state.step)
     for old in checkpoints_in(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Returns the student's weights, float32; raises InvalidInput when they can't be read."""
     with _reading(checkpoint):
         return load_file(checkpoint / "student.safetensors")
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restores AdamW's moments and the process's random state in place."""
+    """Restores AdamW's moments and the process's random state, in place; raises InvalidInput on a damaged file."""
     with _reading(checkpoint):
         moments = load_file(checkpoint / "optimizer.safetensors")
         rng = load_file(checkpoint / "rng.safetensors")

@@ -106,7 +106,7 @@ class Coordinator:
         """
         self._first_step = state.step
         self._acknowledged = len(state.ledger)
-        self._metrics.resumed(state.step)
+        self._metrics.set_step(state.step)
         if resumed:
             self._collector.resume(state.step, (line.group_id for line in state.ledger))
         self._metrics_file.drop_from(state.step)
@@ -155,7 +155,7 @@ class Coordinator:
         """
         missing = {str(group): group.index % self._ranks.world for group in self._prompts.groups_of(step)}  # -> rank
         for groups in self._collector.groups(list(missing), check=self.check):
-            self._metrics.progressed()
+            self._metrics.note_progress()
             mine = []
             for group in groups:
                 rank = missing.pop(group.group_id)
@@ -188,7 +188,7 @@ class Coordinator:
             decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
             on_progress=self._show_evaluating,
         )
-        self._metrics.evaluated(result.accuracy, result.standard_error)
+        self._metrics.note_evaluation(result.accuracy, result.standard_error)
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
             link_snapshot(self._snapshot, self._folder / "best")
@@ -204,7 +204,7 @@ class Coordinator:
         )
         self._track({"eval/accuracy": result.accuracy}, version)
         self._progress_line.accuracy = result.accuracy
-        self._progress_line.say(f"held-out accuracy at step {version}: {result}")
+        self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
 
     def record(
         self,
@@ -229,8 +229,8 @@ class Coordinator:
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)
         lags = [line.step - line.policy_version for line in trained]
-        self._metrics.stepped(step + 1, record, rollouts=rollouts, lags=lags)
-        self._progress_line.step(step + 1, values)
+        self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
+        self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
         log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
@@ -244,8 +244,8 @@ class Coordinator:
         return every > 0 and (step % every == 0 or step == self._config.trainer.steps)
 
     def _show_evaluating(self, done: int, total: int) -> None:
-        self._metrics.progressed()
-        self._progress_line.evaluating(done, total)
+        self._metrics.note_progress()
+        self._progress_line.show_evaluation(done, total)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class Coordinator:
             keep=self._config.trainer.keep_checkpoints,
         )
         self._ledger.write("checkpoint", step=state.step)
-        kill_points.reached("unacknowledged", state.step)
+        kill_points.pass_point("unacknowledged", state.step)
         # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.
         evaluated = [self._evaluated.pop(version) for version in list(self._evaluated) if version < state.step]
         trained = (line.group_id for line in state.ledger[self._acknowledged :])

@@ -1,4 +1,4 @@
-"""Held-out evaluation of one policy version in mid-run: avg@n over the validation prompts, sampled by the workers."""
+"""Evaluates a policy version during a run: avg@n over the held-out prompts, answered by the rollout workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate(
     check: Callable[[], None],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[HeldOutResult, tuple[str, ...]]:
-    """Blocks until every prompt has been answered with this policy version, or given up (which counts as wrong).
+    """Waits until this policy version has answered every prompt; one that is given up counts as wrong.
 
     on_progress: called with how many have been answered, and of how many. Also returns the ids of the groups, which
     stay unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.

@@ -143,9 +143,9 @@ class Trainer:
                 group = self.ranks.receive_group()
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
-        kill_points.reached("collected", step)
+        kill_points.pass_point("collected", step)
         results = list(scorer.results(check=self._check_alone))
-        kill_points.reached("scored", step)
+        kill_points.pass_point("scored", step)
         refused = self.ranks.gather([[r.group_id, r.reason] for r in results if isinstance(r, Refused)])
         if self.coordinator is not None:
             self.coordinator.give_up((group_id, reason) for part in refused for group_id, reason in part)
@@ -169,7 +169,7 @@ class Trainer:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
         loss, kl = self._backward(weighted)
-        kill_points.reached("backward", step)
+        kill_points.pass_point("backward", step)
         norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
@@ -178,7 +178,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
         self.state.step = step + 1
-        kill_points.reached("stepped", step)
+        kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
         sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss))
         lines = self.ranks.gather([[g.group.group_id, g.group.policy_version] for g in scored])

@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class Ranks:
-    """This process's place among `world` ranks. One process is a world of one and needs no process group."""
+    """Knows this process's place among `world` ranks. One process is a world of one, without a process group."""
 
     def __init__(self) -> None:
         distributed = dist.is_available() and dist.is_initialized()
@@ -36,6 +36,7 @@ class Ranks:
 
     @property
     def is_coordinator(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == COORDINATOR
 
     def send_group(self, group: RolloutGroup | None, *, to: int) -> None:

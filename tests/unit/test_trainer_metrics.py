@@ -107,9 +107,9 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
     clock = iter([10.0, 13.0, 20.0, 20.5])
     monkeypatch.setattr("vaopd_trainer.scorer.time.monotonic", lambda: next(clock))
     busy = BusyTime()
-    with busy.measured(), busy.measured():
+    with busy.measure(), busy.measure():
         pass
-    with busy.measured():
+    with busy.measure():
         pass
     assert busy.take() == 3.5
     assert busy.take() == 0.0
