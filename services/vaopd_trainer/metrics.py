@@ -70,7 +70,7 @@ class TrainerMetrics:
         self._parts = counter(
             "step_seconds",
             "Time by part of a step: publish (the policy), wait (for groups), score (for scores after the last group "
-            "has come), forward_backward",
+            "has arrived), forward_backward",
             "part",
         )
         self._rollouts = counter("rollouts", "Rollouts that were trained on").labels(job)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and what their state.json and ledger.jsonl say. Torch-free."""
+"""Finds a run's checkpoints; reads and writes their state.json and ledger.jsonl. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class LedgerLine:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of RUN/checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest checkpoint; None for a run that ended before its first, and resumes at step 0."""
     return next(reversed(checkpoints_in(folder)), None)
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
-    """-> the steps done, and the groups that they trained."""
+    """Returns the number of steps taken and the groups that they trained; raises InvalidInput on a damaged file."""
     try:
         step = json.loads((checkpoint / "state.json").read_text())["step"]
         return step, [LedgerLine(**json.loads(line)) for line in (checkpoint / FILE).read_text().splitlines()]
@@ -42,7 +44,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
 
 @dataclass(kw_only=True)
 class RunState:
-    """Where a run stands after `step` optimizer steps. The data cursor and the policy version follow from the step."""
+    """A run's state after `step` optimizer steps. The data cursor and the policy version follow from the step."""
 
     step: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
