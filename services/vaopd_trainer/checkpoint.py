@@ -49,13 +49,13 @@ def save(
 
 def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Returns the student's weights, float32; raises InvalidInput when they can't be read."""
-    with _reading(checkpoint):
+    with _name_damaged(checkpoint):
         return load_file(checkpoint / "student.safetensors")
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Restores AdamW's moments and the process's random state, in place; raises InvalidInput on a damaged file."""
-    with _reading(checkpoint):
+    with _name_damaged(checkpoint):
         moments = load_file(checkpoint / "optimizer.safetensors")
         rng = load_file(checkpoint / "rng.safetensors")
     state = optimizer.state_dict()
@@ -65,7 +65,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def _name_damaged(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:

@@ -1,16 +1,14 @@
 """Puts one trainer rank together and runs it. Called once the configuration is read.
 
-rank 0 only                        every rank
-
-TrainerQueue ─┬─ LeaseKeeper       load_prompts ── TrainingPrompts
-              ├─ DepthGauge ─► metrics                  │
-              └─ Collector ── Ledger                    │        SyncTeacherClient
-                    │                                   │               │ head
-held_out_prompts ── Coordinator ◄───────────────────────┤               │
-                        │                               ▼               ▼
-                        └──────► Trainer ◄── StudentLoss    GroupScorer ◄── Vlm (the student)
-                                    ▲            ▲               │
-                                  Ranks      Accelerator         └── scored groups ─► Trainer.run
+data set ──► TrainingPrompts ─┐         ┌─ Vlm (the student; of a checkpoint when resumed)
+                              ▼         ▼
+SyncTeacherClient ──────► GroupScorer  StudentLoss ◄── the teacher's head
+                              │         │
+                              └► Trainer ◄── Accelerator, Ranks
+                                    │
+            on rank 0 alone    Coordinator ──► Collector ──► TrainerQueue (Redis), Ledger
+                                    ├────────► LeaseKeeper ─► TrainerQueue
+                                    └────────► ProgressLine, TrainerMetrics ◄── DepthGauge (Redis)
 """
 
 from __future__ import annotations
@@ -122,7 +120,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         scorer = GroupScorer(
             teacher=teacher,
             student=student,
-            prompt_of=prompts.prompt_of,
+            find_prompt=prompts.find_prompt,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
         )
         stack.callback(scorer.close)

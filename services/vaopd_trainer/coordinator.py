@@ -1,4 +1,4 @@
-"""What rank 0 alone does in a run: the queue, the run's folder, evaluation, records and progress.
+"""Rank 0's own work in a run: the queue, the run's folder, evaluation, records and progress.
 
     loop.Trainer (every rank)
           │ publish, enqueue, distribute, give_up, evaluate_if_due, record, save_checkpoint, finish
@@ -38,7 +38,7 @@ from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.heldout import evaluate
 from vaopd_trainer.metrics import TrainerMetrics
-from vaopd_trainer.prompt_order import TrainingPrompts, training_request
+from vaopd_trainer.prompt_order import TrainingPrompts, make_request
 from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
 from vaopd_trainer.records import JsonLines, ProgressLine
 from vaopd_trainer.student_loss import WeightedGroup
@@ -50,7 +50,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 class Coordinator:
-    """What rank 0 alone does in a run. `vaopd_trainer.compose` puts it together."""
+    """Publishes, enqueues, distributes, evaluates, records and checkpoints, on rank 0 alone."""
 
     def __init__(
         self,
@@ -141,8 +141,8 @@ class Coordinator:
         newest = step + settings.max_policy_lag
         for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
             requests = [
-                training_request(self._prompts.prompt_of(group), group=group, version=step, config=self._config)
-                for group in self._prompts.groups_of(target)
+                make_request(self._prompts.find_prompt(group), group=group, version=step, config=self._config)
+                for group in self._prompts.list_groups(target)
             ]
             self._collector.enqueue(
                 requests, oldest_version=max(0, target - settings.max_policy_lag), step=target, check=self.check
@@ -153,7 +153,7 @@ class Coordinator:
 
         Every rank gets as many messages as it has groups: None for a group that will not come.
         """
-        missing = {str(group): group.index % self._ranks.world for group in self._prompts.groups_of(step)}  # -> rank
+        missing = {str(group): group.index % self._ranks.world for group in self._prompts.list_groups(step)}  # -> rank
         for groups in self._collector.groups(list(missing), check=self.check):
             self._metrics.note_progress()
             mine = []
@@ -235,7 +235,7 @@ class Coordinator:
         log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
-                prompt = self._prompts.prompt_of(GroupId.parse(group.scored.group.group_id))
+                prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
                 for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
                     self._samples_file.write({"step": step, **sample})
 

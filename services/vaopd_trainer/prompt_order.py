@@ -38,11 +38,11 @@ class TrainingPrompts:
         self._prompts = prompts
         self._order = PromptOrder(prompts=len(prompts), seed=seed)
 
-    def groups_of(self, step: int) -> list[GroupId]:
+    def list_groups(self, step: int) -> list[GroupId]:
         """Returns the ids of the step's groups, in the order of their prompts."""
         return [GroupId(purpose="train", step=step, index=index) for index in range(self.per_step)]
 
-    def prompt_of(self, group: GroupId) -> Prompt:
+    def find_prompt(self, group: GroupId) -> Prompt:
         """Returns the prompt of a training group."""
         return self._prompts[self._order.index(group.step * self.per_step + group.index)]
 
@@ -52,7 +52,7 @@ def _permutation(prompts: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(prompts)
 
 
-def training_request(prompt: Prompt, *, group: GroupId, version: int, config: Config) -> RolloutRequest:
+def make_request(prompt: Prompt, *, group: GroupId, version: int, config: Config) -> RolloutRequest:
     """Asks for K responses of policy `version` to a training prompt, sampled as the configuration has it."""
     return RolloutRequest(
         group_id=str(group),

@@ -78,7 +78,7 @@ class GroupScorer:
         *,
         teacher: SyncTeacherClient,
         student: Vlm,
-        prompt_of: Callable[[GroupId], Prompt],
+        find_prompt: Callable[[GroupId], Prompt],
         max_tokens: int,
         threads: int = 4,
     ) -> None:
@@ -86,7 +86,7 @@ class GroupScorer:
         """The time in which groups were being prepared or at the teacher."""
         self._teacher = teacher
         self._student = student
-        self._prompt_of = prompt_of
+        self._find_prompt = find_prompt
         self._max_tokens = max_tokens
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
@@ -127,7 +127,7 @@ class GroupScorer:
         requests = []
         for group in groups:
             group_id = GroupId.parse(group.group_id)
-            prompt = self._prompt_of(group_id)
+            prompt = self._find_prompt(group_id)
             try:
                 prepared[group.group_id] = (group_id.index, self._prepare(prompt, group), group)
             except (InvalidInput, Mismatch) as error:

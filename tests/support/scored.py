@@ -108,7 +108,7 @@ def scorer_for(
         scorer = GroupScorer(
             teacher=connection,
             student=student,
-            prompt_of=lambda group: listed[group.index],
+            find_prompt=lambda group: listed[group.index],
             max_tokens=max_tokens,
         )
         try:

@@ -55,10 +55,10 @@ def test_another_text_is_refused_by_name(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
-def test_the_groups_of_all_steps_take_the_prompts_in_their_order() -> None:
+def test_the_list_groups_all_steps_take_the_prompts_in_their_order() -> None:
     prompts = [Prompt(prompt_id=str(index), messages=(), images=(), answer="") for index in range(6)]
     training = TrainingPrompts(prompts, per_step=4, seed=3)
-    dealt = [int(training.prompt_of(group).prompt_id) for step in range(3) for group in training.groups_of(step)]
+    dealt = [int(training.find_prompt(group).prompt_id) for step in range(3) for group in training.list_groups(step)]
     assert dealt == [PromptOrder(prompts=6, seed=3).index(position) for position in range(12)]
     assert sorted(dealt[:6]) == sorted(dealt[6:]) == list(range(6))
-    assert [str(group) for group in training.groups_of(2)] == [f"train-000002-000{index}" for index in range(4)]
+    assert [str(group) for group in training.list_groups(2)] == [f"train-000002-000{index}" for index in range(4)]
