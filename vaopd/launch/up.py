@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,9 @@ from pathlib import Path
 
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
-from vaopd.launch.checks import free_port, has_gpu, port_problem
+from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.net.ports import LOOPBACK, free_port, port_problem
 from vaopd.process import entry
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
@@ -32,7 +32,6 @@ API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 ROLES = ("teacher", "rollout", "trainer")
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,19 +115,18 @@ class _Launch:
 
     def _start_redis(self) -> str:
         """Keeps an append-only file in the run's folder, so that a run goes on where it was after any restart."""
-        from vaopd.queue.embedded import HOST, server_binary
+        from vaopd.queue.embedded import server_answers, server_argv, server_url
 
         folder = self._config.run_folder / "queue"
         if not self._options.resume and folder.exists():
             shutil.rmtree(folder)  # of a launch that never came to train
         folder.mkdir(parents=True, exist_ok=True)
-        port = free_port(HOST)
-        argv = [server_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
-        argv += ["--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
-        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: redis_answers(HOST, port), stop_order=2)
+        port = free_port()
+        argv = server_argv(port=port, folder=folder, append_only="everysec")
+        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: server_answers(port), stop_order=2)
         self._supervisor.start(child)
         self._supervisor.wait_ready("redis", timeout_s=REDIS_TIMEOUT_S)
-        return f"redis://{HOST}:{port}/0"
+        return server_url(port)
 
     def _start_workers(self) -> None:
         from vaopd.queue import TrainerQueue
@@ -224,7 +222,7 @@ class _Launch:
     def _metrics_address(self, name: str) -> str:
         """Of a process that is started for the first time; a restart takes the same again."""
         port = self._options.metrics_port
-        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port(LOOPBACK)}"
+        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port()}"
         self._tell_prometheus(name, address)
         self._say(f"metrics of {name}: http://{address}/metrics")
         return address
@@ -279,16 +277,6 @@ def check_ports(config: Config, options: UpOptions) -> None:
             raise ConfigError(
                 f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
             )
-
-
-def redis_answers(host: str, port: int) -> bool:
-    """PING; while a server reads its append-only file it answers -LOADING."""
-    try:
-        with socket.create_connection((host, port), timeout=1.0) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
-    except OSError:
-        return False
 
 
 def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from vaopd.net.ports import LOOPBACK, free_port
 
 GRACE_S = 15.0  # less than what `vaopd up` grants between SIGTERM and SIGKILL
 _POLL_S = 0.05
@@ -24,9 +25,7 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
 
     A rank that fails ends the others, which would wait for it for ever. −n stands for a death by signal n.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     ranks: list[subprocess.Popen[bytes]] = []
     # SIGINT from a terminal reaches the ranks by itself, since they are in its process group; twice does no harm.
     for number in (signal.SIGTERM, signal.SIGINT):

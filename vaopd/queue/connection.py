@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -38,6 +39,7 @@ KEY_NAMES = (
     "workers",  # sorted set: worker -> when it was last seen, ms, by the server's clock
 )
 SOCKET_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 3.0
 # How long one blocking read may wait; well below the socket's limit, and the pace at which expired leases are noticed.
 BLOCK_SLICE_S = 0.5
 NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
@@ -57,6 +59,28 @@ _CAN_PASS = (
 
 class GroupMissing(Exception):
     """A stream or its consumer group is missing: nobody joined since Redis came back empty. Caught in this package."""
+
+
+def find_problem(url: str) -> str | None:
+    """Returns why no connection to Redis can be opened, or None; a scheme other than redis and rediss is not tried.
+
+    Quick, and nothing is sent: for a look before a process starts.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss"):
+        return None
+    try:
+        host, port = parts.hostname or "localhost", parts.port or 6379
+    except ValueError:
+        return "its port is no number from 0 to 65535; it has the form redis://HOST:PORT/0"
+    try:
+        socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        return (
+            f"Redis at {host}:{port} can't be reached ({error.strerror or error}); start it, or let "
+            "`vaopd up` start one: --set queue.url=embedded"
+        )
+    return None
 
 
 def checked_name(kind: str, name: str) -> str:

