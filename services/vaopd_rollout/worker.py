@@ -18,7 +18,7 @@ from types import FrameType
 
 from vaopd.errors import LeaseLost, Unavailable, VaopdError
 from vaopd.process import hang_timer
-from vaopd.queue import Lease, WorkerQueue
+from vaopd.queue import Lease, WorkerEnd
 from vaopd.sampling.engine import RolloutEngine
 from vaopd.telemetry import logs, tracing
 from vaopd.types import PolicyVersion, RolloutGroup
@@ -85,7 +85,7 @@ class RolloutWorker:
         self,
         *,
         engine: RolloutEngine,
-        queue: WorkerQueue,
+        queue: WorkerEnd,
         requests_per_batch: int,
         stop: Stop,
         metrics: WorkerMetrics | None = None,

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from pathlib import Path
 
 import pytest
 
@@ -170,17 +168,3 @@ def test_messages_do_not_show_the_password() -> None:
     with closing(queue), pytest.raises(Exception, match=r"127\.0\.0\.1:1 did not answer for 0\.1 s") as caught:
         queue.acquire()
     assert "sesame" not in str(caught.value)
-
-
-def test_one_module_alone_talks_to_redis() -> None:
-    """So time limits, retries and idempotence hold for every command."""
-    root = Path(__file__).parents[2]
-    importing = {
-        str(path.relative_to(root))
-        for package in ("vaopd", "services")
-        for path in (root / package).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if (isinstance(node, ast.Import) and any(name.name.split(".")[0] == "redis" for name in node.names))
-        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "redis")
-    }
-    assert importing == {"vaopd/queue/connection.py"}
