@@ -140,6 +140,12 @@ class TrainerEnd(Protocol):
     def workers_alive(self, *, within_s: float = 30.0) -> list[str]:
         """Returns the names of the workers seen in the last `within_s` seconds."""
 
+    def purge(self) -> None:
+        """Removes all that the queue has of the job, its lease too; `acquire` begins a new one."""
+
+    def close(self) -> None:
+        """Lets go of connections; the job's lease runs out by itself."""
+
 
 class WorkerEnd(Protocol):
     """The end of a rollout worker, which takes requests under leases.
