@@ -132,6 +132,31 @@ class WorkersThatFail:
         [letter] = trainer.dead_letters()
         assert (letter.group_id, letter.deliveries) == ("killer", 5)
 
+    def test_a_request_that_two_workers_died_of_is_taken_alone_and_by_an_idle_worker(self, a_job: QueueJob) -> None:
+        trainer = a_job.trainer()
+        trainer.enqueue(a_request("innocent"))
+        trainer.enqueue(a_request("suspect"))
+        first, second, third = (a_job.worker(name, lease_s=SHORT_S) for name in ("w1", "w2", "w3"))
+        assert len(first.take(block_s=10, max_requests=2)) == 2
+        innocent, _ = second.take(block_s=10, max_requests=2)
+        second.release(innocent)  # now one death behind it, and two behind the suspect
+        assert trainer.collect(block_s=2 * SHORT_S) == []  # meanwhile the suspect's lease runs out
+
+        [lease] = third.take(block_s=0, max_requests=8)
+        assert (lease.request.group_id, lease.deliveries) == ("innocent", 2)
+        third.complete(lease, an_answer(lease.request))
+        third.release(take_one(third))  # the suspect: any worker can take it at once
+
+        idle, busy = a_job.worker("w4"), a_job.worker("w5")
+        lease = take_one(idle)
+        assert (lease.request.group_id, lease.deliveries) == ("suspect", 3)
+        trainer.enqueue(a_request("g3"))
+        assert idle.take(block_s=0, max_requests=8) == []
+        assert take_one(busy).request.group_id == "g3"
+        idle.release(lease)
+        assert busy.take(block_s=0.05, max_requests=8) == []
+        assert idle.take(block_s=0, max_requests=8) == [lease]
+
     def test_a_request_that_no_worker_can_answer_is_a_dead_letter_at_once(self, a_job: QueueJob) -> None:
         trainer, worker = a_job.trainer(), a_job.worker("w1")
         trainer.enqueue(a_request("g1"))
