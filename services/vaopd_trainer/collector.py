@@ -42,6 +42,7 @@ class Collector:
         self._inbox: deque[Delivered] = deque()  # read, and not yet sorted: a Redis that is away then must lose none
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
+        self._spares: dict[str, list[str]] = {}  # group_id -> entry_ids of duplicates, kept until the group is durable
         self._durable: list[str] = []  # entries in a checkpoint that Redis has not been told of
         self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
         # What a trainer that was killed had asked for and this one has not yet, groups and letters. Asking again adds
@@ -106,8 +107,10 @@ class Collector:
 
     def acknowledge(self, group_ids: Iterable[str]) -> None:
         """These groups' effect is durable: they leave Redis for good, when it is there; else the next time."""
-        entries = (self._unacknowledged.pop(group_id, None) for group_id in group_ids)
-        self._durable += [entry for entry in entries if entry is not None]
+        for group_id in group_ids:
+            self._durable += self._spares.pop(group_id, [])
+            if entry_id := self._unacknowledged.pop(group_id, None):
+                self._durable.append(entry_id)
         if self._tidy(lambda: self._queue.acknowledge(self._durable)):
             self._durable = []
 
@@ -119,6 +122,7 @@ class Collector:
     def dead_letter(self, group_id: str, reason: str) -> None:
         """Gives up a group that was handed out and can't be trained on."""
         self._give_up(group_id, reason, self._unacknowledged.pop(group_id, None))
+        self._durable += self._spares.pop(group_id, [])
 
     def forget(self, before_version: int) -> None:
         """No group of a version before this one will be asked for."""
@@ -192,9 +196,16 @@ class Collector:
     def _drop(self, delivered: Delivered, reason: str) -> None:
         group = delivered.group
         arrived = self._arrived.get(group.group_id)
-        if delivered.entry_id in (self._unacknowledged.get(group.group_id), arrived.entry_id if arrived else None):
+        in_use = arrived.entry_id if arrived else self._unacknowledged.get(group.group_id)
+        spares = self._spares.get(group.group_id, [])
+        if delivered.entry_id in (in_use, *spares):
             return  # the very entry that is in use, seen again: Redis lost its last writes, that it was read among them
-        self._queue.acknowledge([delivered.entry_id])
+        if in_use is None:
+            self._queue.acknowledge([delivered.entry_id])
+        else:
+            # The entry in use may be among the writes that Redis lost; then this one alone brings the group back to a
+            # trainer that resumes before the next checkpoint.
+            self._spares[group.group_id] = [*spares, delivered.entry_id]
         self.counts[reason] += 1
         log.info("group %s is dropped: %s", group.group_id, reason, extra=logs.fields(group=group.group_id))
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
@@ -261,6 +272,7 @@ class Collector:
         self._queue.acquire(wait_s=self._queue.lease_s)
         # The entries are gone with that Redis; their groups are in our hands.
         self._unacknowledged.clear()
+        self._spares.clear()
         self._durable = []
         self._last_letter = ""
         self._letters.clear()
