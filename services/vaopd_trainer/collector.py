@@ -13,8 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vaopd.errors import Mismatch, Unavailable
-from vaopd.queue import TrainerQueue
-from vaopd.queue.trainer import Delivered
+from vaopd.queue import Delivered, TrainerEnd
 from vaopd.run.ledger import Ledger
 from vaopd.telemetry import logs
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -31,7 +30,7 @@ Check = Callable[[], None]
 class Collector:
     """The trainer's side of one job's queue. Not thread-safe: the coordinator's main thread owns it."""
 
-    def __init__(self, *, queue: TrainerQueue, ledger: Ledger, remind_every_s: float = 30.0) -> None:
+    def __init__(self, *, queue: TrainerEnd, ledger: Ledger, remind_every_s: float = 30.0) -> None:
         """remind_every_s: after so long without a group, log that, and republish requests that Redis has lost."""
         self._remind_every_s = remind_every_s
         self._queue = queue
@@ -43,6 +42,7 @@ class Collector:
         self._inbox: deque[Delivered] = deque()  # read from Redis, not yet sorted; kept while Redis is away
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
+        self._spares: dict[str, list[str]] = {}  # group_id -> entry_ids of duplicates, kept until the group is durable
         self._durable: list[str] = []  # entries whose groups are in a checkpoint, not yet acknowledged
         self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
         # Groups and letters for requests that a killed trainer made and this one has yet to make. Enqueueing those
@@ -111,8 +111,10 @@ class Collector:
 
         While Redis is away, they are kept for the next call.
         """
-        entries = (self._unacknowledged.pop(group_id, None) for group_id in group_ids)
-        self._durable += [entry for entry in entries if entry is not None]
+        for group_id in group_ids:
+            self._durable += self._spares.pop(group_id, [])
+            if entry_id := self._unacknowledged.pop(group_id, None):
+                self._durable.append(entry_id)
         if self._if_redis_is_there(lambda: self._queue.acknowledge(self._durable)):
             self._durable = []
 
@@ -124,6 +126,7 @@ class Collector:
     def dead_letter(self, group_id: str, reason: str) -> None:
         """Moves a group that was handed out and can't be trained on to the dead letters."""
         self._give_up(group_id, reason, self._unacknowledged.pop(group_id, None))
+        self._durable += self._spares.pop(group_id, [])
 
     def forget(self, before_version: int) -> None:
         """Drops what is kept for policy versions before this one; no request will name them."""
@@ -197,9 +200,16 @@ class Collector:
     def _drop(self, delivered: Delivered, reason: str) -> None:
         group = delivered.group
         arrived = self._arrived.get(group.group_id)
-        if delivered.entry_id in (self._unacknowledged.get(group.group_id), arrived.entry_id if arrived else None):
+        in_use = arrived.entry_id if arrived else self._unacknowledged.get(group.group_id)
+        spares = self._spares.get(group.group_id, [])
+        if delivered.entry_id in (in_use, *spares):
             return  # the entry in use, delivered again: Redis lost its last writes, among them that it was read
-        self._queue.acknowledge([delivered.entry_id])
+        if in_use is None:
+            self._queue.acknowledge([delivered.entry_id])
+        else:
+            # The entry in use may be among the writes that Redis lost; then this one alone brings the group back to a
+            # trainer that resumes before the next checkpoint.
+            self._spares[group.group_id] = [*spares, delivered.entry_id]
         self.counts[reason] += 1
         log.info("dropped group %s: %s", group.group_id, reason, extra=logs.fields(group=group.group_id))
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
@@ -266,6 +276,7 @@ class Collector:
         self._queue.acquire(wait_s=self._queue.lease_s)
         # The entries are gone with that Redis; this trainer holds their groups.
         self._unacknowledged.clear()
+        self._spares.clear()
         self._durable = []
         self._last_letter = ""
         self._letters.clear()

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_file
 from vaopd.run.records import json_lines
-from vaopd.telemetry.progress_line import Progress, draw, duration
+from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 
 class JsonLines:
@@ -72,7 +72,7 @@ class ProgressLine:
         # The least important part stands last: a narrow terminal cuts it off.
         parts = [
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
-            f"{duration(left)} left" if left is not None else "",
+            f"{format_duration(left)} left" if left is not None else "",
             f"loss {metrics['loss']:.4f}  mean VA {metrics['mean_va']:.3f}",
             f"accuracy {self.accuracy:.1%}" if self.accuracy is not None else "",
             f"{metrics['rollouts_per_s']:.1f} rollouts/s",
@@ -93,7 +93,7 @@ class ProgressLine:
                 every_s=EVALUATION_EVERY_S,
             )
         if done < total:  # the accuracy follows as its last line
-            self._evaluation.at(done)
+            self._evaluation.report(done)
 
     def print_line(self, text: str) -> None:
         """Prints a line that stays, and ends the display of an evaluation."""
