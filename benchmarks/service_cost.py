@@ -24,11 +24,11 @@ from vaopd.client import TeacherClient
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
 from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import score_request_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
-from vaopd_teacher.intake.prepare import Envelope, Preparer
+from vaopd_teacher.intake.prepare import CallSettings, Preparer
 from vaopd_teacher.line.scheduler import group_tokens
 
 CLIENTS = 4
@@ -54,8 +54,8 @@ def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
         for image in request.images:
             preparer.admit_image(image)
     message = score_request_to_pb(requests, job="", payload="hidden")
-    envelope = Envelope(payload="hidden", top_k=0, degradation=Degradation())
-    return [preparer.prepare(group, envelope) for group in message.groups]
+    settings = CallSettings(payload="hidden", top_k=0, degradation=Degradation())
+    return [preparer.prepare(group, settings) for group in message.groups]
 
 
 def forwards(groups: Sequence[PreparedGroup], batch_tokens: int) -> list[list[PreparedGroup]]:
@@ -72,7 +72,7 @@ def alone(engine: GroupEngine, batches: Sequence[Sequence[PreparedGroup]]) -> tu
     started, logprobs = time.monotonic(), {}
     for batch in batches:
         for item, result in zip(batch, engine.score(batch), strict=True):
-            assert isinstance(result, ScoredGroup), result
+            assert isinstance(result, EngineResult), result
             logprobs[item.group_id] = result.teacher_logprobs
     return time.monotonic() - started, logprobs
 

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd.scoring.weights import visual_advantage
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.scheduler import Scheduler, group_tokens
 
@@ -97,18 +98,18 @@ class TeacherMetrics:
             buckets=FILL_BUCKETS,
             registry=self.registry,
         )
-        self._state = _State(self._known)
+        self._state = _AtScrape(self._known)
         self.registry.register(self._state)
 
     def watch(self, server: Server) -> None:
         self._state.server = server
 
-    def scored(self, job: str, group: PreparedGroup, scored: ScoredGroup, *, latency_s: float) -> None:
+    def scored(self, job: str, group: PreparedGroup, scored: EngineResult, *, latency_s: float) -> None:
         job = self._seen(job)
         self._groups.labels(job).inc()
         self._tokens.labels(job).inc(group_tokens(group))
         self._latency.labels(job).observe(latency_s)
-        advantage_M = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, 0)
+        advantage_M = visual_advantage(scored.teacher_logprobs, scored.degraded_logprobs)
         ends = np.cumsum([len(ids) for ids in group.responses])[:-1]
         for advantage in np.split(advantage_M, ends):
             self._advantage.labels(job).observe(float(advantage.mean()))
@@ -142,7 +143,7 @@ class TeacherMetrics:
         return job
 
 
-class _State(Collector):
+class _AtScrape(Collector):
     """Read from the server's parts at each scrape. A teacher that still loads isn't serving and has nothing else."""
 
     def __init__(self, jobs: Callable[[], list[str]]) -> None:

@@ -26,7 +26,7 @@ from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import Degradation, GroupScore, ScoreRequest
 from vaopd.wire.common import image_to_pb
 from vaopd.wire.teacher import score_request_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.line.prepare_ahead import AT_ONCE, FEW_TOKENS
 from vaopd_teacher.line.scheduler import group_tokens
@@ -42,7 +42,7 @@ class NotingEngine:
         self.batches: list[list[PreparedGroup]] = []
         self.go = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         self.batches.append(list(groups))
         assert self.go.wait(60)
         yield from self._engine.score(groups)

@@ -14,7 +14,7 @@ from tests.support.teacher import drawing
 from vaopd.degradation import pixelate
 from vaopd.payloads import to_torch
 from vaopd.vlm.model import Encode, Segment, Vlm
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 LENGTHS = [(20, 33, 7, 1), (12, 12), (5,), (40, 11, 12)]
@@ -46,12 +46,12 @@ def groups() -> list[PreparedGroup]:
     return made
 
 
-def score(batch_tokens: int) -> list[ScoredGroup]:
+def score(batch_tokens: int) -> list[EngineResult]:
     FORWARDS.clear()
     vlm = tiny_vlm()
     recorded = Recorded(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
     results = list(GroupEngine(recorded, batch_tokens=batch_tokens).score(groups()))
-    assert all(isinstance(result, ScoredGroup) for result in results)
+    assert all(isinstance(result, EngineResult) for result in results)
     return results  # type: ignore[return-value]
 
 

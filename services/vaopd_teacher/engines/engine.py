@@ -28,7 +28,7 @@ class PreparedGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ScoredGroup:
+class EngineResult:
     """teacher_logprobs and degraded_logprobs (M,) float32: the K rollouts one after the other."""
 
     teacher_logprobs: np.ndarray
@@ -39,7 +39,7 @@ class ScoredGroup:
 class Engine(Protocol):
     """What the scheduler needs of an engine; the thread that calls it is always the same."""
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """One result per group, in the order of the groups; an error is that group's alone.
 
         Raises only when the engine can't go on at all.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 
-def over(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
+def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
     """The transformers backend over a loaded model."""
     cache = VisionCache(vlm, capacity_bytes=vision_bytes)
     return Backend(
@@ -40,17 +41,20 @@ def load(config: Config, service: ServiceConfig) -> Backend:
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
         return load_vllm(config, service.engine.options)
+    backend_of = partial(
+        transformers_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
+    )
     if service.engine.processes > 1:
         from vaopd_teacher.engines.tensor_parallel import lead
 
         leading = lead(config, processes=service.engine.processes)
-        shared = over(leading, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)
-        return replace(shared, close=leading.let_go)
-    vlm = Vlm.load(
-        config.teacher.model,
-        dtype=config.teacher.dtype,
-        device_map=config.teacher.device_map,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
+        return replace(backend_of(leading), close=leading.end_followers)
+    return backend_of(
+        Vlm.load(
+            config.teacher.model,
+            dtype=config.teacher.dtype,
+            device_map=config.teacher.device_map,
+            min_pixels=config.data.min_pixels,
+            max_pixels=config.data.max_pixels,
+        )
     )
-    return over(vlm, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)

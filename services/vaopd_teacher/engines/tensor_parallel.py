@@ -78,7 +78,7 @@ class LeadingVlm(Vlm):
                 "ranks share; lower teacher.batch_tokens"
             ) from error
 
-    def let_go(self) -> None:
+    def end_followers(self) -> None:
         """Ends the others; to be called when no forward is in progress."""
         self.link.send(b"")
         dist.destroy_process_group()

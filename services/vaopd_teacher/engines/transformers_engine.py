@@ -21,7 +21,7 @@ from vaopd import payloads
 from vaopd.divergence import token_logprobs
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
 from vaopd.vlm.model import Segment, Vlm
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup, View
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, View
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class GroupEngine:
         self._batch_tokens = batch_tokens
         self._vision_cache = vision_cache or VisionCache(vlm, capacity_bytes=0)
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         progress = [_Progress() for _ in groups]
         done = 0
         for batch, finished in _batches(groups, self._batch_tokens):
@@ -129,7 +129,7 @@ class GroupEngine:
         return hidden, token_logprobs(hidden, head, ids.to(head.device), chunk_tokens=HEAD_CHUNK_TOKENS)
 
     @torch.inference_mode()
-    def _finish(self, group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
+    def _finish(self, group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
         if state.error is not None:
             return state.error
         original = torch.cat(state.logprobs["original"]).cpu().numpy()
@@ -147,7 +147,7 @@ class GroupEngine:
         payload = payloads.encode(
             group.payload, hidden, self._vlm.head, top_k=group.top_k, chunk_tokens=HEAD_CHUNK_TOKENS
         )
-        return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+        return EngineResult(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
 
 
 def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:

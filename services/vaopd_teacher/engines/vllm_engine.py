@@ -26,7 +26,7 @@ from vaopd.vlm import vllm_start
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd_teacher.engines.backend import Backend
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup, View
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, View
 from vaopd_teacher.engines.revision import revision_of_folder
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
@@ -70,7 +70,7 @@ class VllmTeacherEngine:
         self._reader = reader
         self._max_images = max_images
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """All requests of all groups at once, for vLLM to batch as its own settings allow."""
         progress = [_Progress() for _ in groups]
         accepted: list[tuple[int, View, int]] = []
@@ -184,7 +184,7 @@ def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np
     return ids[:, :k].astype(np.int32), logprobs[:, :k].astype(np.float32), tail_logprobs.astype(np.float32)
 
 
-def _result(group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
+def _result(group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
     original, degraded = (np.concatenate(state.logprobs[view]) for view in VIEWS)
     for view, logprobs in zip(VIEWS, (original, degraded), strict=True):
         if bad := int((~np.isfinite(logprobs)).sum()):
@@ -198,7 +198,7 @@ def _result(group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
         columns = map(np.concatenate, zip(*state.top, strict=True))
         tensors = {name: Tensor.from_numpy(column) for name, column in zip(names, columns, strict=True)}
     payload = Payload(kind=group.payload, tensors=tensors)
-    return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+    return EngineResult(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
 
 
 def load(config: Config, options: Mapping[str, Any]) -> Backend:
@@ -222,7 +222,7 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         logprobs_mode="raw_logits",  # what the extension makes of the logits, as it is
         max_logprobs=-1,
     )
-    llm.collective_rpc("tell_log_probs", args=(reader.vocab_size,))
+    llm.collective_rpc("normalise_logits", args=(reader.vocab_size,))
     pictures = PictureReader(
         processor=reader.processor,
         config=reader.config,

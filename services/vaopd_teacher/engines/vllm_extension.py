@@ -20,7 +20,7 @@ class TeacherExtension:
 
     model_runner: Any  # vLLM's worker, whose base class this becomes, has it
 
-    def tell_log_probs(self, vocab_size: int) -> None:
+    def normalise_logits(self, vocab_size: int) -> None:
         """From now on the model's logits are log-probs, for `logprobs_mode="raw_logits"` to hand out as they are."""
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits

@@ -1,7 +1,7 @@
 """From a request to groups that are ready for the device; every refusal that doesn't need the device happens here.
 
-`read_envelope` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes both of
-its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
+`read_call_settings` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes
+both of its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Envelope:
+class CallSettings:
     """What holds for every group of a call."""
 
     payload: PayloadKind
@@ -55,7 +55,7 @@ class Envelope:
     degradation: Degradation
 
 
-def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> Envelope:
+def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> CallSettings:
     """Raises the call's error: InvalidInput, LimitExceeded or Mismatch."""
     if request.tokenizer_fingerprint:
         check_same_tokenizer(student=request.tokenizer_fingerprint, teacher=teacher.tokenizer_fingerprint)
@@ -75,7 +75,7 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
             f"group {unnamed} of the request has an empty group_id; name it", field=f"groups[{unnamed}].group_id"
         )
     _refuse_duplicates("group_id", ids, "the request", path="groups")
-    return Envelope(
+    return CallSettings(
         payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
     )
 
@@ -193,11 +193,11 @@ class Preparer:
         self._store.put(image)
         self._both_views(image.sha256, self._usual, lambda: decoded)
 
-    def prepare(self, group: teacher_pb2.PromptGroup, envelope: Envelope) -> PreparedGroup:
+    def prepare(self, group: teacher_pb2.PromptGroup, settings: CallSettings) -> PreparedGroup:
         """Raises the group's error."""
         self._check_rollouts(group)
-        self._usual = envelope.degradation
-        original, degraded = self._prompts(group, envelope.degradation)
+        self._usual = settings.degradation
+        original, degraded = self._prompts(group, settings.degradation)
         responses = []
         for rollout in group.rollouts:
             ids = self._response_ids(rollout)
@@ -211,8 +211,8 @@ class Preparer:
             original=original,
             degraded=degraded,
             responses=tuple(responses),
-            payload=envelope.payload,
-            top_k=envelope.top_k,
+            payload=settings.payload,
+            top_k=settings.top_k,
         )
 
     def token_texts(self, token_ids: np.ndarray) -> list[str]:

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.telemetry import tracing
 from vaopd.vlm.model import Segment
-from vaopd_teacher.engines.engine import Engine, PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import Engine, EngineResult, PreparedGroup
 from vaopd_teacher.line.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
-Result = ScoredGroup | VaopdError
+Result = EngineResult | VaopdError
 
 JOBS_REMEMBERED = 1024
 """Jobs whose counts are kept; names come from outside and must not pile up."""

@@ -116,7 +116,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     self._check_room()
             except VaopdError as error:
                 return self._refusing(method, error, job=caller)
-        call = _Call(handler_call_details, caller, self._access)
+        call = _CallContext(handler_call_details, caller, self._access)
         parse = _tolerant(handler.request_deserializer)
         serialise = handler.response_serializer
         if handler.stream_stream:
@@ -157,7 +157,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
         return await context.abort(code, message, metadata)
 
-    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Awaitable[Any]]:
+    def _guard_unary(
+        self, behaviour: Callable[..., Awaitable[Any]], call: _CallContext
+    ) -> Callable[..., Awaitable[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
             end = call.begin()
             with self._count(call.method):
@@ -170,7 +172,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         return answer
 
-    def _guard_stream(self, behaviour: Callable[..., Any], call: _Call) -> Callable[..., AsyncIterator[Any]]:
+    def _guard_stream(self, behaviour: Callable[..., Any], call: _CallContext) -> Callable[..., AsyncIterator[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             end = call.begin()
             with self._count(call.method):
@@ -190,7 +192,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return answer
 
 
-class _Call:
+class _CallContext:
     """What is known of one call before its handler sees it."""
 
     def __init__(self, details: grpc.HandlerCallDetails, caller: str | None, access: Access) -> None:

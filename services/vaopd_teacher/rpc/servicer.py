@@ -23,15 +23,16 @@ from vaopd import payloads
 from vaopd.errors import LimitExceeded, Mismatch, VaopdError
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
+from vaopd.scoring.weights import visual_advantage
 from vaopd.telemetry import logs
 from vaopd.types import TeacherDescription
 from vaopd.wire import errors as wire_errors
 from vaopd.wire.common import image_from_pb, tensor_to_pb
 from vaopd.wire.errors import status_of
 from vaopd.wire.teacher import description_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore
-from vaopd_teacher.intake.prepare import Envelope, Preparer, check_revision, cut, read_envelope
+from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, read_call_settings
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.prepare_ahead import Ahead
 from vaopd_teacher.line.scheduler import Delivery, Scheduler
@@ -128,19 +129,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def ScoreGroups(
         self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ScoreGroupsResponse]:
-        envelope = read_envelope(request, self._description)
+        settings = read_call_settings(request, self._description)
         job, unanswered = request.job, len(request.groups)
         self._admission.admit(job, unanswered)
         remaining_s = context.time_remaining()
         call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
         # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
         context.add_done_callback(lambda _: self._give_up(call))
-        call.feeder = asyncio.create_task(self._feed(request, envelope, call))
+        call.feeder = asyncio.create_task(self._feed(request, settings, call))
         started, failed = time.monotonic(), 0
         try:
             while unanswered:
                 match await call.next():
-                    case Delivery(group=group, result=ScoredGroup() as scored):
+                    case Delivery(group=group, result=EngineResult() as scored):
                         self._metrics.scored(job, group, scored, latency_s=time.monotonic() - started)
                         for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
                             yield message
@@ -172,7 +173,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         call.cancel()
         self._ahead.look()
 
-    async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
+    async def _feed(self, request: pb.ScoreGroupsRequest, settings: CallSettings, call: Call) -> None:
         """Prepares the groups and submits them in units of about one forward, as far ahead as is allowed.
 
         The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
@@ -181,7 +182,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             for unit, room in cut(request.groups, self._batch_tokens):
                 await call.room_for_a_unit()
                 async with self._ahead.turn(call.job):
-                    outcomes = await asyncio.gather(*(self._prepared(group, envelope) for group in unit))
+                    outcomes = await asyncio.gather(*(self._prepared(group, settings) for group in unit))
                     for group, outcome in zip(unit, outcomes, strict=True):
                         if isinstance(outcome, VaopdError):
                             call.refuse(group.group_id, outcome)
@@ -190,17 +191,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         except Exception as error:  # whoever waits for results has to hear of it
             call.fail(error)
 
-    async def _prepared(self, group: pb.PromptGroup, envelope: Envelope) -> PreparedGroup | VaopdError:
+    async def _prepared(self, group: pb.PromptGroup, settings: CallSettings) -> PreparedGroup | VaopdError:
         try:
-            return await self._on_thread(self._preparer.prepare, group, envelope)
+            return await self._on_thread(self._preparer.prepare, group, settings)
         except VaopdError as error:
             return error
 
     async def _answer(
-        self, group: PreparedGroup, scored: ScoredGroup, *, with_token_texts: bool
+        self, group: PreparedGroup, scored: EngineResult, *, with_token_texts: bool
     ) -> Iterator[pb.ScoreGroupsResponse]:
         """The group's score and its payload in chunks, or an error when the score is too large for one message."""
-        advantage = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, np.float32(0))
+        advantage = visual_advantage(scored.teacher_logprobs, scored.degraded_logprobs)
         score = pb.GroupScore(
             group_id=group.group_id,
             lengths=[len(ids) for ids in group.responses],
@@ -230,7 +231,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             return iter([_group_error(group.group_id, error)])
         return self._messages(score, scored)
 
-    def _messages(self, score: pb.GroupScore, scored: ScoredGroup) -> Iterator[pb.ScoreGroupsResponse]:
+    def _messages(self, score: pb.GroupScore, scored: EngineResult) -> Iterator[pb.ScoreGroupsResponse]:
         yield pb.ScoreGroupsResponse(score=score)
         for name, tensor in scored.payload.tensors.items():
             for offset in range(0, len(tensor.data), self._chunk_bytes):
