@@ -241,7 +241,9 @@ def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[EngineRe
 
 def logprobs(results: Sequence[EngineResult]) -> np.ndarray:
     """(2·M,) both views of every group, one after the other."""
-    return np.concatenate([part for r in results for part in (r.teacher_logprobs, r.degraded_logprobs)])
+    return np.concatenate(
+        [part for r in results for part in (r.columns["teacher_logprobs"], r.columns["degraded_logprobs"])]
+    )
 
 
 def image_tokens(shape: Shape) -> int:

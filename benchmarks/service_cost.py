@@ -29,7 +29,6 @@ from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 from vaopd_teacher.intake.prepare import CallSettings, Preparer
-from vaopd_teacher.line.scheduler import group_tokens
 
 CLIENTS = 4
 
@@ -62,7 +61,7 @@ def forwards(groups: Sequence[PreparedGroup], batch_tokens: int) -> list[list[Pr
     """Cut as the service cuts a call."""
     batches: list[list[PreparedGroup]] = [[]]
     for item in groups:
-        if batches[-1] and sum(map(group_tokens, [*batches[-1], item])) > batch_tokens:
+        if batches[-1] and sum(group.tokens for group in [*batches[-1], item]) > batch_tokens:
             batches.append([])
         batches[-1].append(item)
     return batches
@@ -73,7 +72,7 @@ def alone(engine: GroupEngine, batches: Sequence[Sequence[PreparedGroup]]) -> tu
     for batch in batches:
         for item, result in zip(batch, engine.score(batch), strict=True):
             assert isinstance(result, EngineResult), result
-            logprobs[item.group_id] = result.teacher_logprobs
+            logprobs[item.group_id] = result.columns["teacher_logprobs"]
     return time.monotonic() - started, logprobs
 
 

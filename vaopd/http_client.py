@@ -78,8 +78,12 @@ def ask(
     degradation: DegradationModel = DegradationModel(),
     teacher: str | None = None,
     top_k: int = 0,
+    columns: Sequence[str] = (),
 ) -> ScoreBody:
-    """One request to score; a response is a text, or token ids. `top_k`: alternatives to name at each place."""
+    """Makes one request to score; a response is a text, or token ids.
+
+    `top_k`: alternatives to name at each place; `columns`: further numbers to compute, see `vaopd.types.COLUMNS`.
+    """
     return ScoreBody(
         question=question,
         images=[_encoded(image) for image in images],
@@ -87,6 +91,7 @@ def ask(
         degradation=degradation,
         teacher=teacher,
         top_k=top_k,
+        columns=list(columns),
     )
 
 
@@ -135,9 +140,18 @@ class ScoringClient:
         degradation: DegradationModel = DegradationModel(),
         teacher: str | None = None,
         top_k: int = 0,
+        columns: Sequence[str] = (),
     ) -> ScoreReply:
         """Scores the responses as one group. See `ask` for the arguments."""
-        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        body = ask(
+            question,
+            responses,
+            images=images,
+            degradation=degradation,
+            teacher=teacher,
+            top_k=top_k,
+            columns=columns,
+        )
         return _read(ScoreReply, self._ask("POST", "/v1/score", body))
 
     def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
@@ -229,8 +243,17 @@ class AsyncScoringClient:
         degradation: DegradationModel = DegradationModel(),
         teacher: str | None = None,
         top_k: int = 0,
+        columns: Sequence[str] = (),
     ) -> ScoreReply:
-        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        body = ask(
+            question,
+            responses,
+            images=images,
+            degradation=degradation,
+            teacher=teacher,
+            top_k=top_k,
+            columns=columns,
+        )
         return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
 
     async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:

@@ -10,12 +10,25 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from vaopd.types import DegradationKind
+from vaopd.types import DegradationKind, columns_on_request
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 ImageText = Annotated[str, Field(min_length=1)]
+
+
+def _known_column(name: str) -> str:
+    if name not in columns_on_request():
+        raise ValueError(f"there is no such column; known are {', '.join(columns_on_request())}")
+    return name
+
+
+ColumnName = Annotated[
+    str,
+    pydantic.AfterValidator(_known_column),
+    pydantic.WithJsonSchema({"type": "string", "enum": list(columns_on_request())}),
+]
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 MAX_ALTERNATIVES = 20
@@ -78,6 +91,8 @@ class ScoreBody(Model):
     """The model to score with, as GET /v1/teachers names it; empty: the first one there is."""
     top_k: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
     """How many tokens to name that the teacher finds most likely at each place; also gives each token's rank."""
+    columns: list[ColumnName] = []
+    """Further numbers to compute for each token, by name."""
 
     @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> ScoreBody:
@@ -123,6 +138,8 @@ class RolloutScore(Reply):
     """With top_k: 1 for the token that the teacher finds most likely; null beyond 20."""
     alternatives: list[list[Alternative]] | None = None
     """With top_k: the most likely tokens of each place, best first."""
+    columns: dict[str, list[float]] = {}
+    """The columns that were asked for, by name."""
 
 
 class ScoreReply(Reply):
@@ -233,6 +250,8 @@ class TeacherModel(Reply):
     limits: dict[str, int]
     payloads: list[str]
     degradations: list[str]
+    columns: list[str] = []
+    """What it computes on request."""
 
 
 class TeachersReply(Reply):

@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from vaopd.errors import VaopdError
+
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
 
@@ -203,10 +205,41 @@ class Payload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A number that the teacher computes for each response token of a group: (M,), siblings one after the other."""
+
+    name: str
+    meaning: str
+    unit: str = "nats"
+    dtype: Literal["float32"] = "float32"
+    on_request: bool = False
+    """Computed and sent only when a request names it; the others are part of every score."""
+
+
+COLUMNS: dict[str, Column] = {
+    column.name: column
+    for column in (
+        Column(name="teacher_logprobs", meaning="log-prob of the token in the original view"),
+        Column(name="degraded_logprobs", meaning="log-prob of the token in the degraded view"),
+        Column(name="visual_advantage", meaning="max(teacher_logprobs − degraded_logprobs, 0)"),
+    )
+}
+"""Every column by its name, which it has in the engine, on the wire, in `GroupScore` and in the API's JSON.
+
+A new one takes a line here (`on_request=True`) and its computation in the teacher's `engines/columns.py`.
+"""
+
+
+def columns_on_request() -> tuple[str, ...]:
+    """Names the columns that a request may ask for."""
+    return tuple(name for name, column in COLUMNS.items() if column.on_request)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupScore:
     """What the teacher says of one prompt group. Each tuple has K arrays (T_k,) float32, in the order of the request.
 
-    teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), in nats.
+    teacher_logprobs, degraded_logprobs and visual_advantage: see `COLUMNS`; `columns`: those asked for, by name.
     response_ids and token_texts, one tuple of T_k strings per rollout, are there when the texts were asked for;
     with the top_k payload, payload_texts then has the text of each id in it.
     """
@@ -217,6 +250,7 @@ class GroupScore:
     visual_advantage: tuple[np.ndarray, ...]
     payload: Payload
     prompt_tokens: int
+    columns: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     response_ids: tuple[np.ndarray, ...] | None = None
     token_texts: tuple[tuple[str, ...], ...] | None = None
     payload_texts: Mapping[int, str] = field(default_factory=dict)
@@ -225,6 +259,18 @@ class GroupScore:
     def mean_visual_advantage(self) -> np.ndarray:
         """(K,) the m_k of method.md, "Rollout weights"."""
         return np.array([va.mean(dtype=np.float64) for va in self.visual_advantage])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFailure:
+    """A group that was not scored, and why; the other groups of the request are not concerned.
+
+    >>> GroupFailure(group_id="g7", error=VaopdError("3 log-probs are not finite")).error.args[0]
+    '3 log-probs are not finite'
+    """
+
+    group_id: str
+    error: VaopdError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,6 +297,8 @@ class TeacherDescription:
     limits: TeacherLimits
     payloads: tuple[PayloadKind, ...]
     degradations: tuple[DegradationKind, ...]
+    columns: tuple[str, ...] = ()
+    """What it computes on request."""
 
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:

@@ -61,7 +61,15 @@ class Teachers:
             raise unavailable
         raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers names those there are")
 
-    async def score(self, address: str, request: ScoreRequest, degradation: Degradation, *, top_k: int) -> GroupScore:
+    async def score(
+        self,
+        address: str,
+        request: ScoreRequest,
+        degradation: Degradation,
+        *,
+        top_k: int,
+        columns: Sequence[str] = (),
+    ) -> GroupScore:
         options: ClientOptions = {
             **self._options,
             "timeout_s": SCORE_TIMEOUT_S,
@@ -72,7 +80,7 @@ class Teachers:
         }
         async with TeacherClient(address, **options) as client:
             with _own_credentials():
-                async for result in client.score([request], with_token_texts=True):
+                async for result in client.score([request], with_token_texts=True, columns=columns):
                     if isinstance(result, GroupFailure):
                         raise result.error
                     return result

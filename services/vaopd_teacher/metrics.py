@@ -17,10 +17,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vaopd.scoring.weights import visual_advantage
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
+from vaopd_teacher.engines.engine import EngineResult
 from vaopd_teacher.line.admission import Admission
-from vaopd_teacher.line.scheduler import Scheduler, group_tokens
+from vaopd_teacher.line.scheduler import Scheduler
 
 MAX_JOBS = 100
 JOB = "vaopd_job"
@@ -104,14 +103,14 @@ class TeacherMetrics:
     def watch(self, server: Server) -> None:
         self._state.server = server
 
-    def scored(self, job: str, group: PreparedGroup, scored: EngineResult, *, latency_s: float) -> None:
-        job = self._seen(job)
+    def scored(self, job: str, scored: EngineResult, *, latency_s: float) -> None:
+        """Counts a group that was scored."""
+        job, group = self._seen(job), scored.group
         self._groups.labels(job).inc()
-        self._tokens.labels(job).inc(group_tokens(group))
+        self._tokens.labels(job).inc(group.tokens)
         self._latency.labels(job).observe(latency_s)
-        advantage_M = visual_advantage(scored.teacher_logprobs, scored.degraded_logprobs)
         ends = np.cumsum([len(ids) for ids in group.responses])[:-1]
-        for advantage in np.split(advantage_M, ends):
+        for advantage in np.split(scored.columns["visual_advantage"], ends):
             self._advantage.labels(job).observe(float(advantage.mean()))
 
     def failed(self, job: str) -> None:

@@ -71,6 +71,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
             max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
         ),
         payloads=backend.payloads,
+        columns=backend.columns,
         degradations=tuple(DEGRADATION_KINDS),
     )
 

@@ -29,7 +29,7 @@ from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_api.app import create_app
 from vaopd_api.teachers import Teachers
 from vaopd_rollout.metrics import WorkerMetrics
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, finish
 from vaopd_teacher.metrics import MAX_JOBS, TeacherMetrics
 from vaopd_trainer.metrics import GAUGES, KL_TOKENS, TrainerMetrics
 from vaopd_trainer.step_numbers import STEP_TIMES
@@ -275,13 +275,14 @@ def test_mean_advantage_is_of_each_rollout() -> None:
     prompt = PreparedPrompt(token_ids=np.arange(7), images=())
     responses = (np.arange(2), np.arange(3))
     group = PreparedGroup(group_id="g", original=prompt, degraded=prompt, responses=responses, payload="none", top_k=0)
-    scored = EngineResult(
-        teacher_logprobs=np.array([-1.0, -1.0, -1.0, -3.0, -1.0], np.float32),
-        degraded_logprobs=np.array([-1.02, -1.04, -3.0, -1.0, -5.0], np.float32),
-        payload=Payload(kind="none", tensors={}),
-    )
+    columns = {
+        "teacher_logprobs": np.array([-1.0, -1.0, -1.0, -3.0, -1.0], np.float32),
+        "degraded_logprobs": np.array([-1.02, -1.04, -3.0, -1.0, -5.0], np.float32),
+    }
+    scored = finish(group, columns, Payload(kind="none", tensors={}))
+    assert isinstance(scored, EngineResult)
     metrics = TeacherMetrics()
-    metrics.scored("geometry", group, scored, latency_s=0.2)
+    metrics.scored("geometry", scored, latency_s=0.2)
     name, job = "vaopd_teacher_rollout_visual_advantage_nats", {"vaopd_job": "geometry"}
     assert read(metrics.registry, f"{name}_count", **job) == 2
     assert read(metrics.registry, f"{name}_sum", **job) == pytest.approx(2.03, abs=1e-6)

@@ -6,28 +6,26 @@ Every number that was promised has to be there, in order and finite; nothing is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 
-from vaopd.errors import Mismatch, NumericalError, VaopdError
+from vaopd.errors import Mismatch, NumericalError
 from vaopd.pb import common_pb2
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.types import ITEMSIZE_BYTES, GroupScore, Payload, PayloadKind, ScoreRequest, Tensor
+from vaopd.types import (
+    COLUMNS,
+    ITEMSIZE_BYTES,
+    GroupFailure,
+    GroupScore,
+    Payload,
+    PayloadKind,
+    ScoreRequest,
+    Tensor,
+)
 from vaopd.wire.common import checked_tensor, tensor_from_pb
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupFailure:
-    """A group that was not scored, and why; the other groups of the request are not concerned.
-
-    >>> GroupFailure(group_id="g7", error=NumericalError("3 log-probs are not finite")).error.args[0]
-    '3 log-probs are not finite'
-    """
-
-    group_id: str
-    error: VaopdError
+from vaopd.wire.teacher import columns_from_pb
 
 
 class TensorAssembly:
@@ -62,10 +60,14 @@ class TensorAssembly:
 class GroupAssembly:
     """One group's answer."""
 
-    def __init__(self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind) -> None:
+    def __init__(
+        self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind, columns: Iterable[str] = ()
+    ) -> None:
+        """`columns`: the names that were asked for."""
         self._score = score
         self._request = request
         self._payload = payload
+        self._columns = tuple(columns)
         self._tensors = {declared.name: TensorAssembly(declared) for declared in score.payload}
 
     @property
@@ -81,19 +83,16 @@ class GroupAssembly:
         score = self._score
         lengths = list(score.lengths)
         self._check_lengths(lengths)
-        columns = [
-            self._column(message, name, sum(lengths))
-            for message, name in (
-                (score.teacher_logprobs, "teacher_logprobs"),
-                (score.degraded_logprobs, "degraded_logprobs"),
-                (score.visual_advantage, "visual_advantage"),
+        edges = np.cumsum(lengths)[:-1]
+        columns = {name: self._column(tensor, name, sum(lengths)) for name, tensor in columns_from_pb(score).items()}
+        if missing := set(self._columns) - columns.keys():
+            raise Mismatch(
+                f"group {score.group_id!r}: the teacher sent no column {sorted(missing)[0]}; it is of an older version"
             )
-        ]
-        if bad := sum(int((~np.isfinite(column)).sum()) for column in columns):
+        if bad := sum(int((~np.isfinite(column)).sum()) for column in columns.values()):
             error = NumericalError(f"group {score.group_id!r}: {bad} of the teacher's numbers are not finite")
             return GroupFailure(group_id=score.group_id, error=error)
-        edges = np.cumsum(lengths)[:-1]
-        teacher, degraded, advantage = (tuple(np.split(column, edges)) for column in columns)
+        rows = {name: tuple(np.split(column, edges)) for name, column in columns.items()}
         response_ids = token_texts = None
         if score.token_texts:
             response_ids = tuple(np.split(np.array(score.response_ids, dtype=np.int32), edges))
@@ -101,9 +100,10 @@ class GroupAssembly:
             token_texts = tuple(tuple(score.token_texts[start:end]) for start, end in pairwise(starts))
         return GroupScore(
             group_id=score.group_id,
-            teacher_logprobs=teacher,
-            degraded_logprobs=degraded,
-            visual_advantage=advantage,
+            teacher_logprobs=rows["teacher_logprobs"],
+            degraded_logprobs=rows["degraded_logprobs"],
+            visual_advantage=rows["visual_advantage"],
+            columns={name: rows[name] for name in self._columns},
             payload=Payload(
                 kind=self._payload, tensors={name: tensor.tensor() for name, tensor in self._tensors.items()}
             ),
@@ -125,9 +125,10 @@ class GroupAssembly:
 
     def _column(self, message: common_pb2.Tensor, name: str, tokens: int) -> np.ndarray:
         tensor = tensor_from_pb(message)
-        if tensor.dtype != "float32" or tensor.shape != (tokens,):
+        expected = COLUMNS[name].dtype
+        if tensor.dtype != expected or tensor.shape != (tokens,):
             raise Mismatch(
                 f"group {self._score.group_id!r}: {name} is {tensor.dtype} of shape {tensor.shape}, "
-                f"expected float32 of shape ({tokens},)"
+                f"expected {expected} of shape ({tokens},)"
             )
         return tensor.numpy()

@@ -18,14 +18,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 
-from vaopd.client.answers import GroupAssembly, GroupFailure, TensorAssembly
+from vaopd.client.answers import GroupAssembly, TensorAssembly
 from vaopd.client.channel import Patience, carried
 from vaopd.client.replicas import Failures, Replica, Replicas
 from vaopd.errors import (
@@ -40,20 +40,21 @@ from vaopd.errors import (
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
     Degradation,
+    GroupFailure,
     GroupScore,
     PayloadKind,
     ScoreRequest,
     TeacherDescription,
     TeacherLimits,
     Tensor,
+    columns_on_request,
 )
 from vaopd.wire.errors import error_of, group_error_of
-from vaopd.wire.teacher import score_request_to_pb, tokens_of
+from vaopd.wire.teacher import prompt_group_to_pb, score_request_to_pb, tokens_of
 
 __all__ = ["ClientOptions", "GroupFailure", "SyncTeacherClient", "TeacherClient"]
 
 T = TypeVar("T")
-_Encoded = tuple[ScoreRequest, pb.PromptGroup]
 
 _ENVELOPE_BYTES = 4096
 _OTHERS_S = 1.0
@@ -149,12 +150,18 @@ class TeacherClient:
         return await self._until_answered(fetch)
 
     async def score(
-        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False
+        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False, columns: Sequence[str] = ()
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """One result per group, as soon as it is there. Raises what concerns all groups.
+        """Yields one result per group, as soon as it has arrived. Raises an error that concerns all groups.
 
         Images that the teacher lacks are uploaded first. What doesn't fit into one call is sent in several.
+        `columns`: names of further columns to compute, see `vaopd.types.COLUMNS`. Raises Mismatch when the teacher
+        can't compute one of them.
         """
+        for name in columns:
+            if name not in columns_on_request():
+                known = ", ".join(columns_on_request()) or "none"
+                raise InvalidInput(f"column {name!r} can't be asked for; on request there is {known}", field="columns")
         waiting = {group.group_id: group for group in groups}
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
@@ -163,7 +170,8 @@ class TeacherClient:
         while waiting:
             replica = await self._replicas.pick(failures)
             try:
-                async with aclosing(self._attempt(replica, tuple(waiting.values()), with_token_texts)) as results:
+                attempt = self._attempt(replica, dict(waiting), with_token_texts=with_token_texts, columns=columns)
+                async with aclosing(attempt) as results:
                     async for result in results:
                         failure = result.error if isinstance(result, GroupFailure) else None
                         if isinstance(failure, Unavailable):
@@ -181,46 +189,63 @@ class TeacherClient:
                 await self._after(replica, error, failures, patience)
 
     async def _attempt(
-        self, replica: Replica, groups: Sequence[ScoreRequest], with_token_texts: bool
+        self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """Sends each group once."""
+        """Sends each group once; `groups` by their ids."""
         replica.groups += len(groups)
         try:
-            limits = (await self._replicas.introduce(replica)).limits
-            encoded: list[_Encoded] = []
-            for group in groups:
+            description = await self._replicas.introduce(replica)
+            settings = score_request_to_pb(
+                (),
+                job=self._job,
+                payload=self._payload,
+                top_k=self._top_k,
+                degradation=self._degradation,
+                tokenizer_fingerprint=self._fingerprint,
+                revision=description.revision,
+                with_token_texts=with_token_texts,
+                columns=columns,
+            )
+            messages: list[pb.PromptGroup] = []
+            for group in groups.values():
                 try:
-                    encoded.append((group, self._request([group], with_token_texts).groups[0]))
+                    messages.append(prompt_group_to_pb(group))
                 except InvalidInput as error:
                     yield GroupFailure(group_id=group.group_id, error=error)
-            for part in _split(encoded, limits):
-                async with aclosing(self._send(replica, part, limits, with_token_texts)) as results:
+            for part in _split(messages, description.limits):
+                async with aclosing(self._send(replica, part, groups, description.limits, settings)) as results:
                     async for result in results:
                         yield result
         finally:
             replica.groups -= len(groups)
 
     async def _send(
-        self, replica: Replica, part: Sequence[_Encoded], limits: TeacherLimits, with_token_texts: bool
+        self,
+        replica: Replica,
+        part: Sequence[pb.PromptGroup],
+        groups: Mapping[str, ScoreRequest],
+        limits: TeacherLimits,
+        settings: pb.ScoreGroupsRequest,
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """Groups that fit into one call, and their images before them."""
-        refused = await replica.upload({i.sha256: i for group, _ in part for i in group.images}, limits)
-        request = self._request([], with_token_texts)
-        for group, message in part:
-            refusal = next((refused[i.sha256] for i in group.images if i.sha256 in refused), None)
+        """Groups that fit into one call, and their images before them; `settings`: the call without its groups."""
+        refused = await replica.upload({i.sha256: i for m in part for i in groups[m.group_id].images}, limits)
+        request = pb.ScoreGroupsRequest()
+        request.CopyFrom(settings)
+        for message in part:
+            images = groups[message.group_id].images
+            refusal = next((refused[i.sha256] for i in images if i.sha256 in refused), None)
             refusal = refusal or _too_large(message, limits)
             if refusal is None:
                 request.groups.append(message)
             else:
-                yield GroupFailure(group_id=group.group_id, error=refusal)
+                yield GroupFailure(group_id=message.group_id, error=refusal)
         if request.groups:
-            called = self._call(replica, request, {group.group_id: group for group, _ in part})
-            async with aclosing(called) as results:
+            async with aclosing(self._call(replica, request, groups)) as results:
                 async for result in results:
                     yield result
 
     async def _call(
-        self, replica: Replica, request: pb.ScoreGroupsRequest, groups: dict[str, ScoreRequest]
+        self, replica: Replica, request: pb.ScoreGroupsRequest, groups: Mapping[str, ScoreRequest]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
         """One ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
@@ -237,7 +262,8 @@ class TeacherClient:
                 yield GroupFailure(group_id=part.group_id, error=group_error_of(part))
                 continue
             if isinstance(part, pb.GroupScore):
-                open_groups[part.group_id] = GroupAssembly(part, groups[part.group_id], self._payload)
+                asked = groups[part.group_id]
+                open_groups[part.group_id] = GroupAssembly(part, asked, self._payload, request.columns)
             elif part.group_id in open_groups:
                 open_groups[part.group_id].add(part)
             else:
@@ -248,18 +274,6 @@ class TeacherClient:
         if unanswered:
             missing = sorted(unanswered)[:5]
             raise TeacherFault(f"the teacher at {replica.target} ended a call without an answer for {missing}")
-
-    def _request(self, groups: Sequence[ScoreRequest], with_token_texts: bool) -> pb.ScoreGroupsRequest:
-        return score_request_to_pb(
-            groups,
-            job=self._job,
-            payload=self._payload,
-            top_k=self._top_k,
-            degradation=self._degradation,
-            tokenizer_fingerprint=self._fingerprint,
-            revision=known.revision if (known := self._replicas.description) else "",
-            with_token_texts=with_token_texts,
-        )
 
     async def _until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
         patience, failures = Patience(self._patience_s), Failures()
@@ -339,9 +353,10 @@ class SyncTeacherClient:
         return self._run(self._client.head())
 
     def score(
-        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False
+        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False, columns: Sequence[str] = ()
     ) -> Iterator[GroupScore | GroupFailure]:
-        results = self._client.score(groups, with_token_texts=with_token_texts)
+        """Yields one result per group, as soon as it has arrived. See `TeacherClient.score`."""
+        results = self._client.score(groups, with_token_texts=with_token_texts, columns=columns)
 
         async def following() -> GroupScore | GroupFailure | None:
             return await anext(results, None)
@@ -365,13 +380,13 @@ class SyncTeacherClient:
             raise Unavailable("this client of the teacher was closed while it waited for an answer") from None
 
 
-def _split(groups: Sequence[_Encoded], limits: TeacherLimits) -> Iterator[list[_Encoded]]:
+def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[list[pb.PromptGroup]]:
     """Consecutive groups that fit into one call together; a group that doesn't fit goes alone and is refused later."""
-    part: list[_Encoded] = []
+    part: list[pb.PromptGroup] = []
     size, tokens = _ENVELOPE_BYTES, 0
     for group in groups:
         # Ten bytes bound what protobuf adds to each nested message.
-        added, more = group[1].ByteSize() + 10, tokens_of(group[1])
+        added, more = group.ByteSize() + 10, tokens_of(group)
         fits = size + added <= limits.max_message_bytes and tokens + more <= limits.max_tokens_per_request
         if part and (not fits or len(part) == limits.max_groups_per_request):
             yield part

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vaopd import types as t
 from vaopd.errors import InvalidInput
-from vaopd.pb import teacher_pb2
-from vaopd.wire.common import messages_to_pb
+from vaopd.pb import common_pb2, teacher_pb2
+from vaopd.wire.common import messages_to_pb, tensor_to_pb
 
 PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
     "none": teacher_pb2.PAYLOAD_KIND_NONE,
@@ -42,20 +42,24 @@ def score_request_to_pb(
     tokenizer_fingerprint: str = "",
     revision: str = "",
     with_token_texts: bool = False,
+    columns: Sequence[str] = (),
 ) -> teacher_pb2.ScoreGroupsRequest:
+    """One ScoreGroups call. Raises InvalidInput for a group that has no prompt, or two."""
     return teacher_pb2.ScoreGroupsRequest(
         job=job,
-        groups=[_prompt_group_to_pb(request) for request in requests],
+        groups=[prompt_group_to_pb(request) for request in requests],
         payload=PAYLOAD_KINDS[payload],
         top_k=top_k,
         degradation=teacher_pb2.Degradation(kind=DEGRADATION_KINDS[degradation.kind], strength=degradation.strength),
         tokenizer_fingerprint=tokenizer_fingerprint,
         revision=revision,
         with_token_texts=with_token_texts,
+        columns=columns,
     )
 
 
-def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
+def prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
+    """One group of a call. Raises InvalidInput when it has no prompt, or two."""
     group = teacher_pb2.PromptGroup(
         group_id=request.group_id,
         rollouts=[_rollout_tokens(str(k), response) for k, response in enumerate(request.responses)],
@@ -90,6 +94,19 @@ def tokens_of(group: teacher_pb2.PromptGroup) -> int:
     return prompt_tokens_of(group) + sum(responses)
 
 
+def columns_to_pb(columns: Mapping[str, np.ndarray], score: teacher_pb2.GroupScore) -> None:
+    """Puts columns (M,) into a score: those of every score into their own fields, the others by name."""
+    for name, values in columns.items():
+        place = score.columns[name] if t.COLUMNS[name].on_request else getattr(score, name)
+        place.CopyFrom(tensor_to_pb(values))
+
+
+def columns_from_pb(score: teacher_pb2.GroupScore) -> dict[str, common_pb2.Tensor]:
+    """The columns of a score by name, as they came: dtype and shape are not checked. Unknown names are left out."""
+    sent = {name: getattr(score, name) for name, column in t.COLUMNS.items() if not column.on_request}
+    return sent | {name: tensor for name, tensor in score.columns.items() if name in t.COLUMNS}
+
+
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:
     """Raises KeyError for a number that is no payload; unspecified means none."""
     return _PAYLOAD_NAMES[kind or teacher_pb2.PAYLOAD_KIND_NONE]  # type: ignore[index]
@@ -121,6 +138,7 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
         ),
         payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
         degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
+        columns=d.columns,
     )
 
 
@@ -146,4 +164,5 @@ def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDes
         # A newer teacher may know kinds that this client doesn't; they are left out.
         payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),
         degradations=tuple(_DEGRADATION_NAMES[kind] for kind in message.degradations if kind in _DEGRADATION_NAMES),
+        columns=tuple(message.columns),
     )

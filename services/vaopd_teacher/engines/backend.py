@@ -18,13 +18,17 @@ from vaopd_teacher.engines.vision_cache import VisionCache
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Backend:
-    """`payloads`: what it can send. `head` (V, D): None where the weights are out of reach, as under vLLM."""
+    """`payloads`: what it can send; `columns`: what it computes on request (`vaopd.types.COLUMNS`).
+
+    `head` (V, D): None where the weights are out of reach, as under vLLM.
+    """
 
     reader: PromptReader
     engine: Engine
     revision: str
     dtype: str
     payloads: tuple[PayloadKind, ...]
+    columns: tuple[str, ...] = ()
     head: torch.Tensor | None = None
     vision_cache: VisionCache | None = None
     close: Callable[[], None] = lambda: None

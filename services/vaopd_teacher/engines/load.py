@@ -12,6 +12,7 @@ from vaopd import payloads
 from vaopd.config import Config, ServiceConfig
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
+from vaopd_teacher.engines.columns import COMPUTED
 from vaopd_teacher.engines.engine import Engine
 from vaopd_teacher.engines.revision import revision_of
 from vaopd_teacher.engines.transformers_engine import GroupEngine
@@ -27,6 +28,7 @@ def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engi
         revision=revision_of(vlm.model),
         dtype=str(vlm.head.dtype).removeprefix("torch."),
         payloads=payloads.PAYLOADS,
+        columns=tuple(COMPUTED),
         head=vlm.head,
         vision_cache=cache,
     )

@@ -21,7 +21,8 @@ from vaopd import payloads
 from vaopd.divergence import token_logprobs
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
 from vaopd.vlm.model import Segment, Vlm
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, View
+from vaopd_teacher.engines import columns
+from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ class _Part:
 class _Progress:
     """What is known of a group so far; parts arrive in order, original view first."""
 
-    logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {"original": [], "degraded": []})
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {view: [] for view in VIEWS})
+    hidden: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {view: [] for view in VIEWS})
     error: VaopdError | None = None
 
 
@@ -96,8 +97,8 @@ class GroupEngine:
         for part in batch:
             state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
             state.logprobs[part.view].append(logprobs[start:end])
-            if part.view == "original" and groups[part.group].payload in ("hidden", "hidden_int8", "top_k"):
-                state.hidden.append(hidden[start:end])
+            if part.view in _views_kept(groups[part.group]):
+                state.hidden[part.view].append(hidden[start:end])
             start = end
 
     def _run_smaller(
@@ -132,22 +133,28 @@ class GroupEngine:
     def _finish(self, group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
         if state.error is not None:
             return state.error
-        original = torch.cat(state.logprobs["original"]).cpu().numpy()
-        degraded = torch.cat(state.logprobs["degraded"]).cpu().numpy()
-        for view, logprobs in (("original", original), ("degraded", degraded)):
-            if bad := int((~np.isfinite(logprobs)).sum()):
-                return NumericalError(
-                    f"group {group.group_id!r}: {bad} of {logprobs.size} log-probs of the {view} view are not finite; "
-                    "check the teacher's weights and dtype"
-                )
-        hidden = torch.cat(state.hidden) if state.hidden else torch.empty(0)
-        # The extremes are NaN where anything is; on a CPU they take a tenth of the time of asking each number.
-        if hidden.numel() and not torch.stack(hidden.aminmax()).isfinite().all():
-            return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+        original, degraded = (torch.cat(state.logprobs[view]).cpu().numpy() for view in VIEWS)
+        hidden = {view: torch.cat(rows) for view, rows in state.hidden.items() if rows}
+        for rows in hidden.values():
+            # The extremes are NaN where anything is; on a CPU they take a tenth of the time of asking each number.
+            if not torch.stack(rows.aminmax()).isfinite().all():
+                return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+        head = self._vlm.head
+        asked = columns.compute(group.columns, hidden, head, chunk_tokens=HEAD_CHUNK_TOKENS)
         payload = payloads.encode(
-            group.payload, hidden, self._vlm.head, top_k=group.top_k, chunk_tokens=HEAD_CHUNK_TOKENS
+            group.payload,
+            hidden.get("original", torch.empty(0)),
+            head,
+            top_k=group.top_k,
+            chunk_tokens=HEAD_CHUNK_TOKENS,
         )
-        return EngineResult(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+        return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded, **asked}, payload)
+
+
+def _views_kept(group: PreparedGroup) -> set[View]:
+    """Returns the views whose hidden states are needed beyond the log-probs."""
+    kept = columns.views_of(group.columns)
+    return kept | {"original"} if group.payload in ("hidden", "hidden_int8", "top_k") else kept
 
 
 def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
@@ -155,11 +162,8 @@ def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tup
     batch: list[_Part] = []
     tokens = 0
     for index, group in enumerate(groups):
-        parts = [
-            _Part(index, "original", Segment(prompt=group.original, responses=group.responses)),
-            _Part(index, "degraded", Segment(prompt=group.degraded, responses=group.responses)),
-        ]
-        cost = sum(part.tokens for part in parts)
+        parts = [_Part(index, view, group.segment(view)) for view in VIEWS]
+        cost = group.tokens
         if batch and tokens + cost > batch_tokens:
             yield batch, index
             batch, tokens = [], 0

@@ -19,19 +19,18 @@ import PIL.Image
 import torch
 
 from vaopd.config import Config
-from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, NumericalError, VaopdError
+from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
 from vaopd.files.hub import model_folder
 from vaopd.types import Payload, PayloadKind, Tensor
 from vaopd.vlm import vllm_start
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd_teacher.engines.backend import Backend
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, View
+from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
 from vaopd_teacher.engines.revision import revision_of_folder
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
 """What vLLM's outputs allow: they hold log-probs, no hidden states."""
-VIEWS: tuple[View, View] = ("original", "degraded")
 _OURS = (
     *("model", "dtype", "generation_config", "logprobs_mode", "max_logprobs"),
     *("worker_extension_cls", "mm_processor_kwargs"),
@@ -98,7 +97,7 @@ class VllmTeacherEngine:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        prompt: PreparedPrompt = getattr(group, view)
+        prompt = group.prompt(view)
         if len(prompt.images) > self._max_images:
             raise LimitExceeded(
                 f"group {group.group_id!r} has {len(prompt.images)} images, the limit is {self._max_images}; raise "
@@ -149,7 +148,7 @@ def _asked(group: PreparedGroup, view: View, vocab_size: int) -> int:
 
 def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progress) -> None:
     """Takes the response's rows out of a request's prompt log-probs: each (token itself, likeliest, second, …)."""
-    prompt: PreparedPrompt = getattr(group, view)
+    prompt = group.prompt(view)
     response = group.responses[k]
     if output.prompt_token_ids != [*prompt.token_ids.tolist(), *response.tolist()]:
         state.error = Mismatch(
@@ -186,19 +185,13 @@ def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np
 
 def _result(group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
     original, degraded = (np.concatenate(state.logprobs[view]) for view in VIEWS)
-    for view, logprobs in zip(VIEWS, (original, degraded), strict=True):
-        if bad := int((~np.isfinite(logprobs)).sum()):
-            return NumericalError(
-                f"group {group.group_id!r}: {bad} of {logprobs.size} log-probs of the {view} view are not finite; "
-                "check the teacher's weights and dtype"
-            )
     tensors = {}
     if group.payload == "top_k":
         names = ("token_ids", "logprobs", "tail_logprobs")
-        columns = map(np.concatenate, zip(*state.top, strict=True))
-        tensors = {name: Tensor.from_numpy(column) for name, column in zip(names, columns, strict=True)}
+        parts = map(np.concatenate, zip(*state.top, strict=True))
+        tensors = {name: Tensor.from_numpy(part) for name, part in zip(names, parts, strict=True)}
     payload = Payload(kind=group.payload, tensors=tensors)
-    return EngineResult(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+    return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded}, payload)
 
 
 def load(config: Config, options: Mapping[str, Any]) -> Backend:

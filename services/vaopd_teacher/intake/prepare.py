@@ -53,6 +53,7 @@ class CallSettings:
     payload: PayloadKind
     top_k: int
     degradation: Degradation
+    columns: tuple[str, ...] = ()
 
 
 def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> CallSettings:
@@ -76,7 +77,10 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         )
     _refuse_duplicates("group_id", ids, "the request", path="groups")
     return CallSettings(
-        payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
+        payload=_payload(request, teacher),
+        top_k=request.top_k,
+        degradation=_degradation(request.degradation),
+        columns=_columns(request.columns, teacher),
     )
 
 
@@ -142,6 +146,16 @@ def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescriptio
             f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary", field="top_k"
         )
     return payload
+
+
+def _columns(names: Sequence[str], teacher: TeacherDescription) -> tuple[str, ...]:
+    for name in names:
+        if name not in teacher.columns:
+            raise Mismatch(
+                f"this teacher can't compute column {name[:80]!r}; on request it computes "
+                f"{', '.join(teacher.columns) or 'none'}: leave it out, or ask a teacher with another backend"
+            )
+    return tuple(dict.fromkeys(names))
 
 
 def _degradation(message: teacher_pb2.Degradation) -> Degradation:
@@ -213,6 +227,7 @@ class Preparer:
             responses=tuple(responses),
             payload=settings.payload,
             top_k=settings.top_k,
+            columns=settings.columns,
         )
 
     def token_texts(self, token_ids: np.ndarray) -> list[str]:

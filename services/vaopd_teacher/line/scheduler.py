@@ -20,32 +20,17 @@ from dataclasses import dataclass, field
 
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.telemetry import tracing
-from vaopd.vlm.model import Segment
+from vaopd.types import GroupFailure
 from vaopd_teacher.engines.engine import Engine, EngineResult, PreparedGroup
 from vaopd_teacher.line.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
-Result = EngineResult | VaopdError
+Answer = EngineResult | GroupFailure
 
 JOBS_REMEMBERED = 1024
 """Jobs whose counts are kept; names come from outside and must not pile up."""
 _SMOOTHING = 0.1
-
-
-def group_tokens(group: PreparedGroup) -> int:
-    """What a group costs: the tokens that a forward computes for it, the prompt once in each view."""
-    views = (group.original, group.degraded)
-    return sum(Segment(prompt=prompt, responses=group.responses).tokens for prompt in views)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
-    """The result of one group of a unit."""
-
-    unit: Unit
-    group: PreparedGroup
-    result: Result
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +45,7 @@ class Unit:
     job: str
     groups: tuple[PreparedGroup, ...]
     room: int
-    on_delivery: Callable[[Delivery], None]
+    on_delivery: Callable[[Answer], None]
     loop: asyncio.AbstractEventLoop
     expires: float | None = None
     cancelled: bool = False
@@ -69,18 +54,21 @@ class Unit:
     delivered: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(group_tokens(group) for group in self.groups)
+        self.tokens = sum(group.tokens for group in self.groups)
 
     @property
     def unwanted(self) -> bool:
         return self.cancelled or (self.expires is not None and time.monotonic() >= self.expires)
 
-    def deliver(self, result: Result) -> None:
+    def deliver(self, result: EngineResult | VaopdError) -> None:
         """Hands on the next group's result; called from the scheduler's thread."""
         group = self.groups[self.delivered]
         self.delivered += 1
+        answer: Answer = (
+            result if isinstance(result, EngineResult) else GroupFailure(group_id=group.group_id, error=result)
+        )
         try:
-            self.loop.call_soon_threadsafe(self.on_delivery, Delivery(self, group, result))
+            self.loop.call_soon_threadsafe(self.on_delivery, answer)
         except RuntimeError:  # the loop is closed: the server has stopped and nobody waits any more
             self.cancelled = True
 
@@ -227,7 +215,7 @@ class Scheduler:
         try:
             for owner, group, result in zip(owners, groups, self._engine.score(groups), strict=True):
                 self._busy_since = time.monotonic()
-                self._count(owner.job, group_tokens(group))
+                self._count(owner.job, group.tokens)
                 owner.deliver(result)
                 if all(unit.cancelled for unit in units):
                     return  # the next forward is somebody else's

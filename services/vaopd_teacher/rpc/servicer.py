@@ -23,21 +23,20 @@ from vaopd import payloads
 from vaopd.errors import LimitExceeded, Mismatch, VaopdError
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.scoring.weights import visual_advantage
 from vaopd.telemetry import logs
 from vaopd.types import TeacherDescription
 from vaopd.wire import errors as wire_errors
-from vaopd.wire.common import image_from_pb, tensor_to_pb
+from vaopd.wire.common import image_from_pb
 from vaopd.wire.errors import status_of
-from vaopd.wire.teacher import description_to_pb
+from vaopd.wire.teacher import columns_to_pb, description_to_pb
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore
 from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, read_call_settings
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.prepare_ahead import Ahead
-from vaopd_teacher.line.scheduler import Delivery, Scheduler
+from vaopd_teacher.line.scheduler import Scheduler
 from vaopd_teacher.metrics import TeacherMetrics
-from vaopd_teacher.rpc.call import Call, Refusal
+from vaopd_teacher.rpc.call import Call
 
 log = logging.getLogger(__name__)
 
@@ -140,19 +139,15 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         started, failed = time.monotonic(), 0
         try:
             while unanswered:
-                match await call.next():
-                    case Delivery(group=group, result=EngineResult() as scored):
-                        self._metrics.scored(job, group, scored, latency_s=time.monotonic() - started)
-                        for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
-                            yield message
-                    case Delivery(group=group, result=VaopdError() as error):
-                        failed += 1
-                        self._metrics.failed(job)
-                        yield _group_error(group.group_id, error)
-                    case Refusal(group_id=group_id, error=error):
-                        failed += 1
-                        self._metrics.failed(job)
-                        yield _group_error(group_id, error)
+                answer = await call.next()
+                if isinstance(answer, EngineResult):
+                    self._metrics.scored(job, answer, latency_s=time.monotonic() - started)
+                    for message in await self._answer(answer, with_token_texts=request.with_token_texts):
+                        yield message
+                else:
+                    failed += 1
+                    self._metrics.failed(job)
+                    yield _group_error(answer.group_id, answer.error)
                 unanswered -= 1
                 self._admission.release(job)
         finally:
@@ -197,23 +192,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         except VaopdError as error:
             return error
 
-    async def _answer(
-        self, group: PreparedGroup, scored: EngineResult, *, with_token_texts: bool
-    ) -> Iterator[pb.ScoreGroupsResponse]:
+    async def _answer(self, scored: EngineResult, *, with_token_texts: bool) -> Iterator[pb.ScoreGroupsResponse]:
         """The group's score and its payload in chunks, or an error when the score is too large for one message."""
-        advantage = visual_advantage(scored.teacher_logprobs, scored.degraded_logprobs)
+        group = scored.group
         score = pb.GroupScore(
             group_id=group.group_id,
             lengths=[len(ids) for ids in group.responses],
-            teacher_logprobs=tensor_to_pb(scored.teacher_logprobs),
-            degraded_logprobs=tensor_to_pb(scored.degraded_logprobs),
-            visual_advantage=tensor_to_pb(advantage),
             prompt_tokens=len(group.original.token_ids),
             payload=[
                 pb.PayloadTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
                 for name, tensor in scored.payload.tensors.items()
             ],
         )
+        columns_to_pb(scored.columns, score)
         if with_token_texts:
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
