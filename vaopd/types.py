@@ -222,6 +222,11 @@ COLUMNS: dict[str, Column] = {
         Column(name="teacher_logprobs", meaning="log-prob of the token in the original view"),
         Column(name="degraded_logprobs", meaning="log-prob of the token in the degraded view"),
         Column(name="visual_advantage", meaning="max(teacher_logprobs − degraded_logprobs, 0)"),
+        Column(
+            name="teacher_entropy_nats",
+            meaning="entropy of the teacher's next-token distribution, original view",
+            on_request=True,
+        ),
     )
 }
 """Every column by its name, which it has in the engine, on the wire, in `GroupScore` and in the API's JSON.

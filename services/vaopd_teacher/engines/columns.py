@@ -26,7 +26,15 @@ class Computation:
     of: Callable[[Logprobs], Tensor]
 
 
-COMPUTED: dict[str, Computation] = {}
+def entropy(logprobs: Tensor) -> Tensor:
+    """−Σ p·log p in nats: (m, V) -> (m,)."""
+    return logprobs.exp().mul_(logprobs).sum(-1).neg_()
+
+
+COMPUTED: dict[str, Computation] = {
+    "teacher_entropy_nats": Computation(views=("original",), of=lambda p: entropy(p["original"])),
+}
+"""How each column on request is computed."""
 
 
 def views_of(names: Iterable[str]) -> set[View]:
