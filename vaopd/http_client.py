@@ -42,6 +42,7 @@ from vaopd.http_types import (
     TeacherModel,
     TeachersReply,
 )
+from vaopd.net.backoff import Backoff
 
 try:
     import httpx
@@ -54,7 +55,6 @@ ImageSource = bytes | Path
 """A PNG, JPEG or WEBP file: its bytes, or where it lies."""
 M = TypeVar("M", bound=pydantic.BaseModel)
 
-_LONGEST_DELAY_S = 2.0
 _KINDS: dict[int, type[errors.VaopdError]] = {
     400: errors.InvalidInput,
     401: errors.Unauthenticated,
@@ -182,7 +182,7 @@ class ScoringClient:
         return answer
 
     def _sent(self, request: httpx.Request) -> httpx.Response:
-        patience = _Patience(self._patience_s)
+        backoff = Backoff(self._patience_s)
         while True:
             try:
                 answer = self._http.send(request, stream=True)
@@ -192,9 +192,9 @@ class ScoringClient:
                     answer.read()
                 raise _refusal(answer)
             except httpx.TransportError as error:
-                time.sleep(patience.delay(_lost(error)))
+                time.sleep(backoff.delay_s(_lost(error)))
             except (errors.Busy, errors.Unavailable) as refused:
-                time.sleep(patience.delay(refused))
+                time.sleep(backoff.delay_s(refused))
 
 
 class AsyncScoringClient:
@@ -288,7 +288,7 @@ class AsyncScoringClient:
         return answer
 
     async def _sent(self, request: httpx.Request) -> httpx.Response:
-        patience = _Patience(self._patience_s)
+        backoff = Backoff(self._patience_s)
         while True:
             try:
                 answer = await self._http.send(request, stream=True)
@@ -298,26 +298,12 @@ class AsyncScoringClient:
                 await answer.aclose()
                 raise _refusal(answer)
             except httpx.TransportError as error:
-                await asyncio.sleep(patience.delay(_lost(error)))
+                await asyncio.sleep(backoff.delay_s(_lost(error)))
             except (errors.Busy, errors.Unavailable) as refused:
-                await asyncio.sleep(patience.delay(refused))
+                await asyncio.sleep(backoff.delay_s(refused))
 
 
 # ------------------------------------------------------------------------------------------- what both share
-
-
-class _Patience:
-    def __init__(self, patience_s: float) -> None:
-        self._deadline = time.monotonic() + patience_s
-        self._next_s = 0.1
-
-    def delay(self, error: errors.VaopdError) -> float:
-        """How long to wait before the next attempt. Raises `error` when the time is over."""
-        delay_s = error.retry_after_s if isinstance(error, errors.Busy) else self._next_s
-        if time.monotonic() + delay_s > self._deadline:
-            raise error
-        self._next_s = min(2 * self._next_s, _LONGEST_DELAY_S)
-        return delay_s
 
 
 class _Events:

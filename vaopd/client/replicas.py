@@ -16,8 +16,9 @@ from typing import Any
 
 import grpc
 
-from vaopd.client.channel import Patience, channel_options, typed
+from vaopd.client.channel import channel_options, typed
 from vaopd.errors import Busy, ConfigError, InvalidInput, LimitExceeded, TeacherFault, Unavailable, VaopdError
+from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import EncodedImage, TeacherDescription, TeacherLimits
@@ -202,7 +203,7 @@ class Replicas:
         in_turn = [candidates[(self._turn + index) % len(candidates)] for index in range(len(candidates))]
         return min(in_turn, key=lambda replica: (replica.state() is not ready, replica.groups))
 
-    async def after(self, failures: Failures, patience: Patience) -> None:
+    async def after(self, failures: Failures, backoff: Backoff) -> None:
         """Returns when it makes sense to ask again: at once while a replica is left, else after a pause.
 
         Raises what came of it when the patience is over.
@@ -213,7 +214,7 @@ class Replicas:
         busy = [error for error in failures.values() if isinstance(error, Busy)]
         error = min(busy, key=lambda hint: hint.retry_after_s) if busy else list(failures.values())[-1]
         failures.clear()
-        await patience.wait(error)
+        await asyncio.sleep(backoff.delay_s(error))
 
 
 async def _until_one_is_connected(replicas: Sequence[Replica]) -> None:

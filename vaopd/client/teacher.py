@@ -26,7 +26,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 
 from vaopd.client.answers import GroupAssembly, TensorAssembly
-from vaopd.client.channel import Patience, carried
+from vaopd.client.channel import carried
 from vaopd.client.replicas import Failures, Replica, Replicas
 from vaopd.errors import (
     Busy,
@@ -37,6 +37,7 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
+from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
     Degradation,
@@ -166,7 +167,7 @@ class TeacherClient:
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
         uploaded_again: set[tuple[Replica, str]] = set()
-        patience, failures = Patience(self._patience_s), Failures()
+        backoff, failures = Backoff(self._patience_s), Failures()
         while waiting:
             replica = await self._replicas.pick(failures)
             try:
@@ -184,9 +185,9 @@ class TeacherClient:
                             continue
                         del waiting[result.group_id]
                         yield result
-                        patience.renew()
+                        backoff.renew()
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, patience)
+                await self._after(replica, error, failures, backoff)
 
     async def _attempt(
         self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
@@ -276,20 +277,20 @@ class TeacherClient:
             raise TeacherFault(f"the teacher at {replica.target} ended a call without an answer for {missing}")
 
     async def _until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
-        patience, failures = Patience(self._patience_s), Failures()
+        backoff, failures = Backoff(self._patience_s), Failures()
         while True:
             replica = await self._replicas.pick(failures)
             try:
                 return await ask(replica)
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, patience)
+                await self._after(replica, error, failures, backoff)
 
-    async def _after(self, replica: Replica, error: VaopdError, failures: Failures, patience: Patience) -> None:
+    async def _after(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
         """What a failed attempt leaves: returns when it makes sense to try the next one."""
         if isinstance(error, Unavailable):
             replica.was_lost(error)
         failures[replica] = error
-        await self._replicas.after(failures, patience)
+        await self._replicas.after(failures, backoff)
 
     async def _messages(self, call: Any, target: str) -> AsyncIterator[Any]:
         """The messages of a streaming call, whose end the caller may not wait for; errors as the tree's."""

@@ -1,0 +1,1 @@
+"""Addresses that this host can listen on. Standard library only."""
