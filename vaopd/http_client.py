@@ -82,7 +82,7 @@ def ask(
 ) -> ScoreBody:
     """Makes one request to score; a response is a text, or token ids.
 
-    `top_k`: alternatives to name at each place; `columns`: further numbers to compute, see `vaopd.types.COLUMNS`.
+    `top_k`: alternatives to name at each place; `columns`: further numbers to compute, see `vaopd.columns.COLUMNS`.
     """
     return ScoreBody(
         question=question,

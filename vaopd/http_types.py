@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from vaopd.types import DegradationKind, columns_on_request
+from vaopd.columns import columns_on_request
+from vaopd.types import DegradationKind
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]

@@ -16,12 +16,13 @@ from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
 from vaopd.client import SyncTeacherClient
 from vaopd.client.answers import GroupAssembly
+from vaopd.columns import COLUMNS, Column
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput, Mismatch, NumericalError
 from vaopd.http_types import DegradationModel, ScoreBody
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.scoring.reply import make_reply
-from vaopd.types import COLUMNS, Column, GroupScore
+from vaopd.types import GroupScore
 from vaopd.wire.teacher import columns_to_pb
 from vaopd_teacher.engines import columns
 from vaopd_teacher.engines.load import transformers_backend

@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from vaopd.columns import COLUMNS
 from vaopd.errors import Mismatch, NumericalError
 from vaopd.pb import common_pb2
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
-    COLUMNS,
     ITEMSIZE_BYTES,
     GroupFailure,
     GroupScore,

@@ -28,6 +28,7 @@ import grpc
 from vaopd.client.answers import GroupAssembly, TensorAssembly
 from vaopd.client.channel import carried
 from vaopd.client.replicas import Failures, Replica, Replicas
+from vaopd.columns import columns_on_request
 from vaopd.errors import (
     Busy,
     InvalidInput,
@@ -48,7 +49,6 @@ from vaopd.types import (
     TeacherDescription,
     TeacherLimits,
     Tensor,
-    columns_on_request,
 )
 from vaopd.wire.errors import error_of, group_error_of
 from vaopd.wire.teacher import prompt_group_to_pb, score_request_to_pb, tokens_of
@@ -156,7 +156,7 @@ class TeacherClient:
         """Yields one result per group, as soon as it has arrived. Raises an error that concerns all groups.
 
         Images that the teacher lacks are uploaded first. What doesn't fit into one call is sent in several.
-        `columns`: names of further columns to compute, see `vaopd.types.COLUMNS`. Raises Mismatch when the teacher
+        `columns`: names of further columns to compute, see `vaopd.columns.COLUMNS`. Raises Mismatch when the teacher
         can't compute one of them.
         """
         for name in columns:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vaopd import types as t
+from vaopd.columns import COLUMNS
 from vaopd.errors import InvalidInput
 from vaopd.pb import common_pb2, teacher_pb2
 from vaopd.wire.common import messages_to_pb, tensor_to_pb
@@ -97,14 +98,14 @@ def tokens_of(group: teacher_pb2.PromptGroup) -> int:
 def columns_to_pb(columns: Mapping[str, np.ndarray], score: teacher_pb2.GroupScore) -> None:
     """Puts columns (M,) into a score: those of every score into their own fields, the others by name."""
     for name, values in columns.items():
-        place = score.columns[name] if t.COLUMNS[name].on_request else getattr(score, name)
+        place = score.columns[name] if COLUMNS[name].on_request else getattr(score, name)
         place.CopyFrom(tensor_to_pb(values))
 
 
 def columns_from_pb(score: teacher_pb2.GroupScore) -> dict[str, common_pb2.Tensor]:
     """The columns of a score by name, as they came: dtype and shape are not checked. Unknown names are left out."""
-    sent = {name: getattr(score, name) for name, column in t.COLUMNS.items() if not column.on_request}
-    return sent | {name: tensor for name, tensor in score.columns.items() if name in t.COLUMNS}
+    sent = {name: getattr(score, name) for name, column in COLUMNS.items() if not column.on_request}
+    return sent | {name: tensor for name, tensor in score.columns.items() if name in COLUMNS}
 
 
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:

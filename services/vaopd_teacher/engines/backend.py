@@ -18,7 +18,7 @@ from vaopd_teacher.engines.vision_cache import VisionCache
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Backend:
-    """`payloads`: what it can send; `columns`: what it computes on request (`vaopd.types.COLUMNS`).
+    """`payloads`: what it can send; `columns`: what it computes on request (`vaopd.columns.COLUMNS`).
 
     `head` (V, D): None where the weights are out of reach, as under vLLM.
     """

@@ -1,6 +1,6 @@
 """The columns that are computed on request only, from both views' distributions over the logical vocabulary.
 
-A new column takes a line in `vaopd.types.COLUMNS`, and here a function and its line in `COMPUTED`.
+A new column takes a line in `vaopd.columns.COLUMNS`, and here a function and its line in `COMPUTED`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ VIEWS: tuple[View, View] = ("original", "degraded")
 class PreparedGroup:
     """A checked prompt group that waits for the device only; responses: K arrays (T_k,) int64.
 
-    `columns`: names of the columns that were asked for, see `vaopd.types.COLUMNS`.
+    `columns`: names of the columns that were asked for, see `vaopd.columns.COLUMNS`.
     """
 
     group_id: str
