@@ -1,4 +1,4 @@
-"""The teacher's client: prompt groups go out, scores come in, from one replica or several. Torch-free."""
+"""The teacher's client: sends prompt groups to one replica or several, receives their scores. Torch-free."""
 
 from vaopd.client.credentials import from_environment
 from vaopd.client.teacher import ClientOptions, SyncTeacherClient, TeacherClient

@@ -1,6 +1,6 @@
-"""What a client makes of a teacher's stream: chunks become tensors, a score and its tensors become a GroupScore.
+"""Puts a teacher's stream together: chunks become tensors, a score and its tensors become a GroupScore.
 
-Every number that was promised has to be there, in order and finite; nothing is filled in.
+Every number that was announced has to arrive, in order and finite; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from vaopd.wire.teacher import columns_from_pb
 
 
 class TensorAssembly:
-    """One tensor out of its chunks."""
+    """Collects the chunks of one tensor."""
 
     def __init__(self, declared: pb.PayloadTensor) -> None:
+        """Raises Mismatch for an unknown dtype."""
         if declared.dtype not in ITEMSIZE_BYTES:
             raise Mismatch(f"the teacher sends tensor {declared.name!r} as {declared.dtype!r}, which is unknown here")
         self._declared = declared
@@ -41,9 +42,11 @@ class TensorAssembly:
 
     @property
     def complete(self) -> bool:
+        """Whether all bytes have arrived."""
         return self._received_bytes == self._size_bytes
 
     def add(self, chunk: pb.TensorChunk) -> None:
+        """Adds the next chunk. Raises Mismatch for one out of order, or beyond the tensor's end."""
         end = chunk.offset_bytes + len(chunk.data)
         if chunk.offset_bytes != self._received_bytes or end > self._size_bytes or not chunk.data:
             raise Mismatch(
@@ -54,11 +57,12 @@ class TensorAssembly:
         self._received_bytes = end
 
     def tensor(self) -> Tensor:
+        """Returns the tensor, once it is complete."""
         return checked_tensor(self._declared.dtype, tuple(self._declared.shape), b"".join(self._chunks))
 
 
 class GroupAssembly:
-    """One group's answer."""
+    """Collects one group's answer: its score, then the chunks of its payload."""
 
     def __init__(
         self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind, columns: Iterable[str] = ()
@@ -72,14 +76,20 @@ class GroupAssembly:
 
     @property
     def complete(self) -> bool:
+        """Whether every tensor that the score announced has arrived."""
         return all(tensor.complete for tensor in self._tensors.values())
 
     def add(self, chunk: pb.TensorChunk) -> None:
+        """Adds the next chunk of a tensor. Raises Mismatch for a tensor that was not announced."""
         if chunk.name not in self._tensors:
             raise Mismatch(f"group {chunk.group_id!r}: a chunk of tensor {chunk.name!r}, which wasn't announced")
         self._tensors[chunk.name].add(chunk)
 
     def result(self) -> GroupScore | GroupFailure:
+        """Returns the score, or a failure when one of its numbers is not finite.
+
+        Raises Mismatch when a column is missing, or has another shape or dtype than the responses ask for.
+        """
         score = self._score
         lengths = list(score.lengths)
         self._check_lengths(lengths)
@@ -114,7 +124,7 @@ class GroupAssembly:
         )
 
     def _check_lengths(self, lengths: list[int]) -> None:
-        """A response that was sent as ids has as many scores as ids."""
+        """Raises Mismatch when a response that was sent as ids has not as many scores as ids."""
         responses = self._request.responses
         sent = [None if isinstance(response, str) else len(response) for response in responses]
         if len(sent) != len(lengths) or any(s not in (None, n) for s, n in zip(sent, lengths, strict=True)):

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 
 def channel_options() -> list[tuple[str, Any]]:
+    """Returns gRPC's options for a channel to one replica: message size, keep-alive, reconnection."""
     size = TeacherLimits().max_message_bytes
     policy: dict[str, Any] = {"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}
     return [
@@ -30,19 +31,19 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.use_local_subchannel_pool", 1),
-        # Where a name resolves to several servers a client stays with one, as its images do; `replicas.py` balances.
+        # If a name resolves to several servers, a client stays with one, as its images do; `replicas.py` balances.
         ("grpc.service_config", json.dumps(policy)),
     ]
 
 
-def carried() -> tuple[tuple[str, str], ...]:
-    """The metadata by which a call is found again on the other side: the request that it belongs to, and the trace."""
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """Returns the metadata that links a call to its request and its trace in the teacher's logs."""
     name = logs.request_id.get()
     return (*(() if name is None else ((logs.REQUEST_ID_KEY, name),)), *tracing.metadata())
 
 
-async def typed(answer: Awaitable[T], target: str) -> T:
-    """An answer, or the tree's error for gRPC's."""
+async def await_answer(answer: Awaitable[T], target: str) -> T:
+    """Awaits an answer of the teacher at `target`; raises the error tree's error for gRPC's."""
     try:
         return await answer
     except grpc.aio.AioRpcError as error:

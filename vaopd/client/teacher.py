@@ -7,9 +7,9 @@
                 case GroupScore(): ...
                 case GroupFailure(group_id=group_id, error=error): ...
 
-Scoring is pure, so whatever was lost with a server or a connection is asked again, of another replica if there is one,
-until `timeout_s` pass without a result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a
-GroupFailure when one group.
+Scoring is pure: requests lost with a server or a connection are sent again, to another replica if there is one, until
+`patience_s` pass without a result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a
+GroupFailure when they concern one group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 
 from vaopd.client.answers import GroupAssembly, TensorAssembly
-from vaopd.client.channel import carried
+from vaopd.client.channel import trace_metadata
 from vaopd.client.replicas import Failures, Replica, Replicas
 from vaopd.columns import columns_on_request
 from vaopd.errors import (
@@ -95,10 +95,10 @@ class TeacherClient:
     ) -> None:
         """`target`: host:port, or several with commas between them: replicas, among which calls are balanced.
 
-        `timeout_s`: the longest time without any result before it gives up.
-        `patience_s`: how long it asks a teacher again that is busy or away, `timeout_s` unless it is given.
-        `job`: whose work it is; None: the API key's own job, or "default" without a key. `api_key` and `tls`: see
-        `vaopd.client.credentials.from_environment`; without `tls` all of it, the key too, travels in plain text.
+        `timeout_s`: the longest time without a message of a call before it counts as lost.
+        `patience_s`: how long calls to a busy or unreachable teacher are repeated; `timeout_s` unless it is given.
+        `job`: the job's name; None means the API key's own job, or "default" without a key. `api_key` and `tls`: see
+        `vaopd.client.from_environment`; without `tls` everything, the key too, travels in plain text.
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
         """
         self._job = job if job is not None else "" if api_key is not None else "default"
@@ -120,12 +120,14 @@ class TeacherClient:
         await self.close()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._replicas.close()
 
     async def describe(self) -> TeacherDescription:
-        """Asks the teacher who it is. From then on another revision is refused, until the next describe.
+        """Returns the teacher's description. From then on another revision is refused, until the next `describe`.
 
-        Replicas that are up have to be alike; the others are compared when their turn comes.
+        Replicas that are up have to match; the others are compared when their turn comes. Raises TeacherFault for one
+        that differs, and Unavailable or Busy when no replica answers.
         """
         self._replicas.forget()
         description = await self._until_answered(self._replicas.introduce)
@@ -133,7 +135,7 @@ class TeacherClient:
         return description
 
     async def head(self) -> Tensor:
-        """The LM head over the logical vocabulary, (V, D), in the teacher's dtype; what the hidden payload needs."""
+        """Returns the LM head over the logical vocabulary, (V, D), in the teacher's dtype; hidden payloads need it."""
 
         async def fetch(replica: Replica) -> Tensor:
             description = await self._replicas.introduce(replica)
@@ -179,7 +181,7 @@ class TeacherClient:
                             raise failure
                         again = (replica, result.group_id)
                         if isinstance(failure, NotFound) and again not in uploaded_again:
-                            # It restarted, or dropped the image to make room: once more, with its images.
+                            # It restarted, or dropped the image to make room: upload the images once more.
                             uploaded_again.add(again)
                             replica.stored.difference_update(i.sha256 for i in waiting[result.group_id].images)
                             continue
@@ -187,7 +189,7 @@ class TeacherClient:
                         yield result
                         backoff.renew()
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, backoff)
+                await self._recover(replica, error, failures, backoff)
 
     async def _attempt(
         self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
@@ -228,7 +230,7 @@ class TeacherClient:
         limits: TeacherLimits,
         settings: pb.ScoreGroupsRequest,
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """Groups that fit into one call, and their images before them; `settings`: the call without its groups."""
+        """Uploads the images of groups that fit into one call, then sends them; `settings`: the call without groups."""
         refused = await replica.upload({i.sha256: i for m in part for i in groups[m.group_id].images}, limits)
         request = pb.ScoreGroupsRequest()
         request.CopyFrom(settings)
@@ -248,15 +250,15 @@ class TeacherClient:
     async def _call(
         self, replica: Replica, request: pb.ScoreGroupsRequest, groups: Mapping[str, ScoreRequest]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """One ScoreGroups call."""
+        """Makes one ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
-        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *carried()))
+        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *trace_metadata()))
         async for message in self._messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
                 raise TeacherFault(
-                    f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked"
+                    f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked for"
                 )
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
@@ -283,17 +285,20 @@ class TeacherClient:
             try:
                 return await ask(replica)
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, backoff)
+                await self._recover(replica, error, failures, backoff)
 
-    async def _after(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
-        """What a failed attempt leaves: returns when it makes sense to try the next one."""
+    async def _recover(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
+        """Notes a failed attempt and waits until the next one."""
         if isinstance(error, Unavailable):
-            replica.was_lost(error)
+            replica.mark_lost(error)
         failures[replica] = error
-        await self._replicas.after(failures, backoff)
+        await self._replicas.pause(failures, backoff)
 
     async def _messages(self, call: Any, target: str) -> AsyncIterator[Any]:
-        """The messages of a streaming call, whose end the caller may not wait for; errors as the tree's."""
+        """Yields the messages of a streaming call; raises the tree's errors, and Unavailable after a silence.
+
+        Cancels the call when its consumer stops early.
+        """
         try:
             while True:
                 try:
@@ -314,6 +319,7 @@ class SyncTeacherClient:
     """`TeacherClient` for code without an event loop: the same methods, run on a thread of its own."""
 
     def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
+        """See `TeacherClient`."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
         self._thread.start()
@@ -330,7 +336,7 @@ class SyncTeacherClient:
         self.close()
 
     def close(self) -> None:
-        """Whoever still waits for an answer, on another thread, gets Unavailable now."""
+        """Closes the connections; calls in progress on other threads raise Unavailable."""
         with self._lock:
             if self._closed:
                 return
@@ -348,9 +354,11 @@ class SyncTeacherClient:
         await self._client.close()
 
     def describe(self) -> TeacherDescription:
+        """Returns the teacher's description. See `TeacherClient.describe`."""
         return self._run(self._client.describe())
 
     def head(self) -> Tensor:
+        """Returns the LM head, (V, D). See `TeacherClient.head`."""
         return self._run(self._client.head())
 
     def score(
@@ -382,7 +390,7 @@ class SyncTeacherClient:
 
 
 def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[list[pb.PromptGroup]]:
-    """Consecutive groups that fit into one call together; a group that doesn't fit goes alone and is refused later."""
+    """Yields consecutive groups that fit into one call; a group that fits into none goes alone and is refused later."""
     part: list[pb.PromptGroup] = []
     size, tokens = _ENVELOPE_BYTES, 0
     for group in groups:
@@ -399,7 +407,7 @@ def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[
 
 
 def _too_large(group: pb.PromptGroup, limits: TeacherLimits) -> LimitExceeded | None:
-    """Why a group fits into no call at all, if so."""
+    """Returns an error for a group that fits into no call."""
     if (size := group.ByteSize() + _ENVELOPE_BYTES) > limits.max_message_bytes:
         return LimitExceeded(
             f"group {group.group_id!r} takes {size} bytes, the limit of a message is {limits.max_message_bytes}; "

@@ -1,4 +1,4 @@
-"""Types ↔ protobuf, in both directions; used by the client, the servicer and the queue. Torch-free."""
+"""Score requests, scores and descriptions to protobuf (teacher.proto) and back. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
     "noise": teacher_pb2.DEGRADATION_KIND_NOISE,
 }
 _IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
-"""Guesses for prompts and responses that come as texts."""
+"""Tokens of an image and letters of a token, for prompts and responses that come as texts: guesses."""
 _PAYLOAD_NAMES = {value: name for name, value in PAYLOAD_KINDS.items()}
 _DEGRADATION_NAMES = {value: name for name, value in DEGRADATION_KINDS.items()}
 
@@ -82,7 +82,7 @@ def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.
 
 
 def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
-    """P: exact for token ids, a guess for messages, which only the teacher can read."""
+    """Returns P: exact for token ids, a guess for messages, which only the teacher can tokenise."""
     if group.WhichOneof("prompt") != "messages":
         return len(group.tokens.token_ids)
     parts = [part for message in group.messages.messages for part in message.content]
@@ -90,7 +90,7 @@ def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
 
 
 def tokens_of(group: teacher_pb2.PromptGroup) -> int:
-    """What counts towards `max_tokens_per_request`: the prompt once, and the responses."""
+    """Counts a group's tokens towards `max_tokens_per_request`: the prompt once, and the responses."""
     responses = (len(r.response_ids) + len(r.response_text) // TOKEN_LETTERS for r in group.rollouts)
     return prompt_tokens_of(group) + sum(responses)
 
@@ -109,18 +109,19 @@ def columns_from_pb(score: teacher_pb2.GroupScore) -> dict[str, common_pb2.Tenso
 
 
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:
-    """Raises KeyError for a number that is no payload; unspecified means none."""
+    """Returns a payload's name; unspecified means "none". Raises KeyError for an unknown number."""
     return _PAYLOAD_NAMES[kind or teacher_pb2.PAYLOAD_KIND_NONE]  # type: ignore[index]
 
 
 def degradation_from_pb(message: teacher_pb2.Degradation) -> t.Degradation:
-    """Unspecified means the paper's pixelation. Raises KeyError for a number that is no degradation."""
+    """Decodes a degradation; unspecified means the paper's pixelation. Raises KeyError for an unknown kind."""
     if message.kind == teacher_pb2.DEGRADATION_KIND_UNSPECIFIED:
         return t.Degradation()
     return t.Degradation(kind=_DEGRADATION_NAMES[message.kind], strength=message.strength)
 
 
 def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription:
+    """Encodes what Describe answers."""
     return teacher_pb2.TeacherDescription(
         model=d.model,
         revision=d.revision,
@@ -144,6 +145,7 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
 
 
 def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDescription:
+    """Decodes what Describe answered, also by a teacher of another version."""
     limits = message.limits
     return t.TeacherDescription(
         model=message.model,
