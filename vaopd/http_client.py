@@ -7,7 +7,7 @@
             print(result.index, result.score or result.problem)
 
 Answers are the models of `vaopd.http_types`. Refusals are raised as the errors of `vaopd.errors`. Scoring is pure, so
-an API that is down or has no room is asked again until `patience_s` are over.
+requests to an API that is down or busy are repeated until `patience_s` have passed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ except ModuleNotFoundError:
 __all__ = ["AsyncScoringClient", "ImageSource", "ScoringClient", "ask"]
 
 ImageSource = bytes | Path
-"""A PNG, JPEG or WEBP file: its bytes, or where it lies."""
+"""A PNG, JPEG or WEBP file: its bytes or its path."""
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 _KINDS: dict[int, type[errors.VaopdError]] = {
@@ -96,7 +96,11 @@ def ask(
 
 
 class ScoringClient:
-    """`transport` is httpx's, for proxies and tests; `patience_s`: how long it asks an API that is down or busy."""
+    """Calls a scoring API from code without an event loop.
+
+    Its methods raise InvalidInput, NotFound, Mismatch, … for refusals, and Unavailable or Busy when the API still can't
+    answer after `patience_s`. `transport` is httpx's, for proxies and tests.
+    """
 
     def __init__(
         self,
@@ -119,16 +123,19 @@ class ScoringClient:
         self.close()
 
     def close(self) -> None:
+        """Closes the connections."""
         self._http.close()
 
     def teachers(self) -> list[TeacherModel]:
+        """Returns the teachers that the API scores with."""
         return _read(TeachersReply, self._ask("GET", "/v1/teachers")).teachers
 
     def students(self) -> list[StudentModel]:
+        """Returns the students that `sample` asks: at most one."""
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
 
     def runs(self) -> list[RunModel]:
-        """The runs whose reports the API serves."""
+        """Returns the runs with a report at the API."""
         return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
@@ -155,7 +162,7 @@ class ScoringClient:
         return _read(ScoreReply, self._ask("POST", "/v1/score", body))
 
     def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
-        """A result for each request as soon as it is there, in any order; `index` says which. Long lists are split."""
+        """Yields a result for each request when it arrives, in any order; `index` is its place."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -168,11 +175,11 @@ class ScoringClient:
             reader.end()
 
     def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
-        """The degraded view that the teacher sees, a PNG."""
+        """Returns the degraded view that the teacher sees, a PNG."""
         return self._ask("POST", "/v1/degrade", DegradeBody(image=_encoded(image), degradation=degradation)).content
 
     def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
-        """Lets the API's student answer; `settings` are those of `vaopd.http_types.SampleBody`."""
+        """Samples the student's answers to a question; `settings` are those of `vaopd.http_types.SampleBody`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, self._ask("POST", "/v1/sample", body))
 
@@ -223,15 +230,19 @@ class AsyncScoringClient:
         await self.close()
 
     async def close(self) -> None:
+        """See `ScoringClient.close`."""
         await self._http.aclose()
 
     async def teachers(self) -> list[TeacherModel]:
+        """See `ScoringClient.teachers`."""
         return _read(TeachersReply, await self._ask("GET", "/v1/teachers")).teachers
 
     async def students(self) -> list[StudentModel]:
+        """See `ScoringClient.students`."""
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
 
     async def runs(self) -> list[RunModel]:
+        """See `ScoringClient.runs`."""
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
@@ -245,6 +256,7 @@ class AsyncScoringClient:
         top_k: int = 0,
         columns: Sequence[str] = (),
     ) -> ScoreReply:
+        """See `ScoringClient.score`."""
         body = ask(
             question,
             responses,
@@ -257,6 +269,7 @@ class AsyncScoringClient:
         return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
 
     async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
+        """See `ScoringClient.score_batch`."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -272,10 +285,12 @@ class AsyncScoringClient:
             reader.end()
 
     async def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
+        """See `ScoringClient.degrade`."""
         body = DegradeBody(image=_encoded(image), degradation=degradation)
         return (await self._ask("POST", "/v1/degrade", body)).content
 
     async def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
+        """See `ScoringClient.sample`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, await self._ask("POST", "/v1/sample", body))
 
@@ -303,11 +318,11 @@ class AsyncScoringClient:
                 await asyncio.sleep(backoff.delay_s(refused))
 
 
-# ------------------------------------------------------------------------------------------- what both share
+# ------------------------------------------------------------------------------------------- for both clients
 
 
 class _Events:
-    """Results out of the lines of server-sent events."""
+    """Reads results from the lines of server-sent events."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -315,6 +330,7 @@ class _Events:
         self._done = False
 
     def read(self, line: str) -> Iterator[BatchResult]:
+        """Yields the result that the line completes, if any."""
         name, _, value = line.partition(": ")
         if name == "event":
             self._event = value
@@ -324,6 +340,7 @@ class _Events:
             yield result.model_copy(update={"index": self._start + result.index})
 
     def end(self) -> None:
+        """Raises Unavailable when the stream ended before its last event."""
         if not self._done:
             raise errors.Unavailable("the API ended a batch in the middle; ask again for what is missing")
 
@@ -361,17 +378,17 @@ def _read(model: type[M], answer: httpx.Response) -> M:
 
 
 def _refusal(answer: httpx.Response) -> errors.VaopdError:
-    """What the API's problem is here. The request's id goes along: the API's log has it."""
+    """Returns the error for an answer that is no success. It names the request's id, which is in the API's log."""
     try:
         problem = Problem.model_validate_json(answer.content)
-        told = f"{problem.detail} (request {problem.request_id})"
+        detail = f"{problem.detail} (request {problem.request_id})"
     except pydantic.ValidationError:
-        told = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
+        detail = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
     if answer.status_code == 429:
-        return errors.Busy(told, float(answer.headers.get("Retry-After", "1")))
+        return errors.Busy(detail, float(answer.headers.get("Retry-After", "1")))
     if "numerical_error" in answer.text:
-        return errors.NumericalError(told)
-    return _KINDS.get(answer.status_code, errors.VaopdError)(told)
+        return errors.NumericalError(detail)
+    return _KINDS.get(answer.status_code, errors.VaopdError)(detail)
 
 
 def _lost(error: httpx.TransportError) -> errors.Unavailable:

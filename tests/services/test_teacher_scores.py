@@ -225,7 +225,7 @@ def test_what_vllm_can_not_send_is_not_offered_and_refused_by_name(on_vllm: Teac
     for payload in ("hidden", "hidden_int8"):
         with pytest.raises(Mismatch, match=f"can't send payload {payload}; it has none, top_k, sampled"):
             score(on_vllm.target, request, payload=payload)
-    with SyncTeacherClient(on_vllm.target) as client, pytest.raises(Mismatch, match="doesn't give its head away"):
+    with SyncTeacherClient(on_vllm.target) as client, pytest.raises(Mismatch, match="can't send its head"):
         client.head()
 
 

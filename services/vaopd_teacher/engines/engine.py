@@ -57,6 +57,7 @@ class EngineResult:
 
     @property
     def group_id(self) -> str:
+        """The id of the group."""
         return self.group.group_id
 
 

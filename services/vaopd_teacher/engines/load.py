@@ -20,7 +20,7 @@ from vaopd_teacher.engines.vision_cache import VisionCache
 
 
 def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
-    """The transformers backend over a loaded model."""
+    """Makes the transformers backend over a loaded model; `vision_bytes`: the budget for the vision tower's outputs."""
     cache = VisionCache(vlm, capacity_bytes=vision_bytes)
     return Backend(
         reader=vlm,
@@ -35,7 +35,10 @@ def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engi
 
 
 def load(config: Config, service: ServiceConfig) -> Backend:
-    """The teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them."""
+    """Loads the teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them.
+
+    Raises ConfigError when the configuration's backend can't run here.
+    """
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""One ScoreGroups call between its feeder (which prepares groups), the scheduler (which scores them) and its reader."""
+"""Connects the parts of one ScoreGroups call: its feeder prepares groups, the scheduler scores, its reader answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.line.scheduler import Answer, Scheduler, Unit
 
 UNITS_AHEAD = 2
-"""Units that may be prepared before the reader has taken the first of them: one on the device, one behind it."""
+"""Units of a call that may be prepared and unread: one on the device, one behind it."""
 
 
 class Call:
-    """Lives on the event loop. After `expires` (of time.monotonic) its work is dropped."""
+    """One call's units and answers. Runs on the event loop; `expires` (of time.monotonic): its work is dropped then."""
 
     def __init__(self, scheduler: Scheduler, *, job: str, expires: float | None) -> None:
         self.job = job
@@ -28,7 +28,7 @@ class Call:
         self._unit_read = asyncio.Event()
 
     async def room_for_a_unit(self) -> None:
-        """Waits until fewer than UNITS_AHEAD are on their way."""
+        """Waits until fewer than UNITS_AHEAD units are unread."""
         while len(set(self._unread.values())) >= UNITS_AHEAD:
             self._unit_read.clear()
             await self._unit_read.wait()
@@ -48,10 +48,11 @@ class Call:
         self._scheduler.submit(unit)
 
     def refuse(self, group_id: str, error: VaopdError) -> None:
+        """Answers a group that never reaches the device."""
         self._results.put_nowait(GroupFailure(group_id=group_id, error=error))
 
     def fail(self, error: Exception) -> None:
-        """Ends the call: its reader gets the error."""
+        """Ends the call: `next` raises the error."""
         self._results.put_nowait(error)
 
     async def next(self) -> Answer:
@@ -64,7 +65,7 @@ class Call:
         return item
 
     def cancel(self) -> None:
-        """Nobody reads any more: what hasn't reached the device never will."""
+        """Ends the feeder and withdraws the units that are not on the device yet: the reader has gone."""
         if self.feeder is not None:
             self.feeder.cancel()
         if self._unread:

@@ -1,8 +1,8 @@
-"""The Teacher service's RPCs: a call is checked, prepared on threads, queued for the device and streamed back.
+"""The Teacher service's RPCs: calls are checked, prepared on threads, queued for the device, and answered in a stream.
 
-Images come in by content; a ScoreGroups call is cut into units of about one forward each, at most two of which are
-prepared ahead of the device or of a slow reader, and of all calls of a job little more than one (`Ahead`). Errors are
-raised as they are; the interceptor maps them to statuses.
+In: images by content, and ScoreGroups calls, which are cut into units of about one forward each. Out: one answer per
+group. At most two units of a call are prepared ahead of the device or of a slow reader, and little more than one of all
+calls of a job together (`Ahead`). Errors are raised as they are; the interceptor maps them to statuses.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 2**20
 _MESSAGE_OVERHEAD_BYTES = 1024
 _ADMITTED_AHEAD = 4
-"""Images of one upload that are decoded at the same time."""
+"""The most images of one upload that are decoded at the same time."""
 
 T = TypeVar("T")
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
+    """Answers the RPCs of proto/vaopd/pb/teacher.proto, which documents them. Runs on the event loop."""
+
     def __init__(
         self,
         *,
@@ -77,11 +79,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._metrics = metrics
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
+        """Returns the teacher's description."""
         return description_to_pb(self._description)
 
     async def PutImages(
         self, request_iterator: AsyncIterator, context: grpc.aio.ServicerContext
     ) -> pb.PutImagesResponse:
+        """Decodes and stores images. Raises InvalidInput or LimitExceeded for the first one that is refused."""
         received: list[str] = []
         admitting: deque[asyncio.Task[str]] = deque()
         try:
@@ -105,16 +109,18 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def MissingImages(
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
+        """Returns those of the images that are not stored."""
         return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
 
     async def GetHead(
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.TensorChunk]:
+        """Sends the LM head, (V, D), in chunks of rows. Raises Mismatch when the backend has none to give."""
         check_revision(request.revision, self._description)
         head = self._head
         if head is None:
             kinds = ", ".join(self._description.payloads)
-            raise Mismatch(f"this teacher doesn't give its head away, since its payloads ({kinds}) need none")
+            raise Mismatch(f"this teacher can't send its head; its payloads ({kinds}) don't need it")
         rows, width = head.shape
         dtype = str(head.dtype).removeprefix("torch.")
         described: pb.PayloadTensor | None = pb.PayloadTensor(name="head", dtype=dtype, shape=(rows, width))
@@ -128,12 +134,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def ScoreGroups(
         self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ScoreGroupsResponse]:
+        """Scores groups and answers each when it is done. Raises the error that concerns the whole call."""
         settings = read_call_settings(request, self._description)
         job, unanswered = request.job, len(request.groups)
         self._admission.admit(job, unanswered)
         remaining_s = context.time_remaining()
         call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
-        # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
+        # Not at the generator's end only: when the reader goes away, the generator may stay suspended for a while.
         context.add_done_callback(lambda _: self._give_up(call))
         call.feeder = asyncio.create_task(self._feed(request, settings, call))
         started, failed = time.monotonic(), 0
@@ -141,12 +148,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             while unanswered:
                 answer = await call.next()
                 if isinstance(answer, EngineResult):
-                    self._metrics.scored(job, answer, latency_s=time.monotonic() - started)
+                    self._metrics.count_scored(job, answer, latency_s=time.monotonic() - started)
                     for message in await self._answer(answer, with_token_texts=request.with_token_texts):
                         yield message
                 else:
                     failed += 1
-                    self._metrics.failed(job)
+                    self._metrics.count_failed(job)
                     yield _group_error(answer.group_id, answer.error)
                 unanswered -= 1
                 self._admission.release(job)
@@ -169,7 +176,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._ahead.look()
 
     async def _feed(self, request: pb.ScoreGroupsRequest, settings: CallSettings, call: Call) -> None:
-        """Prepares the groups and submits them in units of about one forward, as far ahead as is allowed.
+        """Prepares the groups and submits them in units of about one forward, as far ahead as `Ahead` allows.
 
         The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
         """
@@ -183,7 +190,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                             call.refuse(group.group_id, outcome)
                     if ready := [outcome for outcome in outcomes if isinstance(outcome, PreparedGroup)]:
                         call.submit(ready, room=room)
-        except Exception as error:  # whoever waits for results has to hear of it
+        except Exception as error:  # raised where the results are awaited
             call.fail(error)
 
     async def _prepared(self, group: pb.PromptGroup, settings: CallSettings) -> PreparedGroup | VaopdError:
@@ -193,7 +200,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             return error
 
     async def _answer(self, scored: EngineResult, *, with_token_texts: bool) -> Iterator[pb.ScoreGroupsResponse]:
-        """The group's score and its payload in chunks, or an error when the score is too large for one message."""
+        """Returns the group's score and its payload in chunks, or an error when the score exceeds one message."""
         group = scored.group
         score = pb.GroupScore(
             group_id=group.group_id,
@@ -240,5 +247,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
     code = status_of(error).value[0]
-    told = pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=wire_errors.pack(code, error))
-    return pb.ScoreGroupsResponse(error=told)
+    details = wire_errors.pack(code, error)
+    return pb.ScoreGroupsResponse(
+        error=pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=details)
+    )
