@@ -32,7 +32,7 @@ CHUNK_LOGITS = 2**25
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, vocab_size: int | None = None) -> Tensor:
     """KL_t = KL(p_S ‖ p_T) over the first `vocab_size` ids (default: all): (..., V) -> (...)."""
     student = torch.log_softmax(_widened(student_logits[..., :vocab_size]), dim=-1)
-    teacher = torch.log_softmax(_widened(teacher_logits[..., :vocab_size]), dim=-1)
+    teacher = torch.log_softmax(_widened(teacher_logits[..., :vocab_size].detach()), dim=-1)
     return (student.exp() * (student - teacher)).sum(-1)
 
 
