@@ -66,7 +66,7 @@ def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
 def test_rollouts_before_and_after_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
     """1 nat and more has the full colour; what a model or a data set wrote is text, never markup."""
     page = write_report([make_run(tmp_path / "first")]).read_text()
-    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the student as it came", "After 10 steps"]
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the initial student", "After 10 steps"]
     assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 4
     assert (
         page.count('<span class="high" style="background:rgb(255 140 0/1.00)" title="VA 9.000, teacher -0.300">') == 4
