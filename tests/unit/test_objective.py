@@ -187,6 +187,13 @@ def test_torch_and_numpy_agree(group: Views, fraction: float) -> None:
     assert math.isnan(in_torch) if share is None else in_torch == pytest.approx(share, rel=1e-12)
 
 
+def test_the_high_group_in_numpy_by_hand() -> None:
+    """⌈0.2·6⌉ = 2 of six tokens; of the three equal ones the earliest."""
+    high = in_numpy.high_group(np.array([0.5, 0.1, 2.0, 0.5, 0.5, 0.0]))
+    assert high.tolist() == [True, False, True, False, False, False]
+    assert in_numpy.high_group(np.array([0.0])).tolist() == [True]
+
+
 def test_of_no_tokens_there_is_neither_va_nor_a_share() -> None:
     nothing = np.zeros(0, np.float32)
     assert in_numpy.visual_advantage(nothing, nothing).tolist() == []
