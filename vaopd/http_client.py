@@ -6,8 +6,8 @@
         for result in api.score_batch([ask("2+2?", ["4"]), ask("3+3?", ["6"])]):
             print(result.index, result.score or result.problem)
 
-Answers are the models of `vaopd.http_types`. Refusals are raised as the errors of `vaopd.errors`. Scoring is pure, so
-requests to an API that is down or busy are repeated until `patience_s` have passed.
+Replies are the models of `vaopd.http_types`; refusals are raised as the errors of `vaopd.errors`. Scoring changes
+nothing on the server, so requests to an API that is down or busy are repeated for `patience_s`.
 """
 
 from __future__ import annotations
@@ -80,9 +80,14 @@ def ask(
     top_k: int = 0,
     columns: Sequence[str] = (),
 ) -> ScoreBody:
-    """Makes one request to score; a response is a text, or token ids.
+    """Builds one request to score.
 
-    `top_k`: alternatives to name at each place; `columns`: further numbers to compute, see `vaopd.columns.COLUMNS`.
+    responses: K texts or lists of token ids, compared as one group.
+    teacher: the model to score with; None: the API's first.
+    top_k: the number of alternatives to list at each place.
+    columns: further numbers to compute for each token, see `vaopd.columns`.
+
+    Raises InvalidInput for an image that can't be read, pydantic.ValidationError for values that the API would refuse.
     """
     return ScoreBody(
         question=question,
@@ -96,10 +101,11 @@ def ask(
 
 
 class ScoringClient:
-    """Calls a scoring API from code without an event loop.
+    """A client of the scoring API, for one thread. Methods raise the errors of `vaopd.errors`.
 
-    Its methods raise InvalidInput, NotFound, Mismatch, … for refusals, and Unavailable or Busy when the API still can't
-    answer after `patience_s`. `transport` is httpx's, for proxies and tests.
+    timeout_s: for each request.
+    patience_s: how long requests to an API that is down or busy are repeated.
+    transport: httpx's, for proxies and tests.
     """
 
     def __init__(
@@ -127,15 +133,15 @@ class ScoringClient:
         self._http.close()
 
     def teachers(self) -> list[TeacherModel]:
-        """Returns the teachers that the API scores with."""
+        """Returns the teachers that score for this API."""
         return _read(TeachersReply, self._ask("GET", "/v1/teachers")).teachers
 
     def students(self) -> list[StudentModel]:
-        """Returns the students that `sample` asks: at most one."""
+        """Returns the API's student, if it has one."""
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
 
     def runs(self) -> list[RunModel]:
-        """Returns the runs with a report at the API."""
+        """Returns the runs whose reports the API serves."""
         return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
@@ -162,7 +168,7 @@ class ScoringClient:
         return _read(ScoreReply, self._ask("POST", "/v1/score", body))
 
     def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
-        """Yields a result for each request when it arrives, in any order; `index` is its place."""
+        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -175,11 +181,11 @@ class ScoringClient:
             reader.end()
 
     def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
-        """Returns the degraded view that the teacher sees, a PNG."""
+        """Returns the degraded view that the teacher sees, as PNG."""
         return self._ask("POST", "/v1/degrade", DegradeBody(image=_encoded(image), degradation=degradation)).content
 
     def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
-        """Samples the student's answers to a question; `settings` are those of `vaopd.http_types.SampleBody`."""
+        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, self._ask("POST", "/v1/sample", body))
 
@@ -230,19 +236,19 @@ class AsyncScoringClient:
         await self.close()
 
     async def close(self) -> None:
-        """See `ScoringClient.close`."""
+        """Closes the connections."""
         await self._http.aclose()
 
     async def teachers(self) -> list[TeacherModel]:
-        """See `ScoringClient.teachers`."""
+        """Returns the teachers that score for this API."""
         return _read(TeachersReply, await self._ask("GET", "/v1/teachers")).teachers
 
     async def students(self) -> list[StudentModel]:
-        """See `ScoringClient.students`."""
+        """Returns the API's student, if it has one."""
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
 
     async def runs(self) -> list[RunModel]:
-        """See `ScoringClient.runs`."""
+        """Returns the runs whose reports the API serves."""
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
@@ -256,7 +262,7 @@ class AsyncScoringClient:
         top_k: int = 0,
         columns: Sequence[str] = (),
     ) -> ScoreReply:
-        """See `ScoringClient.score`."""
+        """Scores the responses as one group. See `ask` for the arguments."""
         body = ask(
             question,
             responses,
@@ -269,7 +275,7 @@ class AsyncScoringClient:
         return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
 
     async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
-        """See `ScoringClient.score_batch`."""
+        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -285,12 +291,12 @@ class AsyncScoringClient:
             reader.end()
 
     async def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
-        """See `ScoringClient.degrade`."""
+        """Returns the degraded view that the teacher sees, as PNG."""
         body = DegradeBody(image=_encoded(image), degradation=degradation)
         return (await self._ask("POST", "/v1/degrade", body)).content
 
     async def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
-        """See `ScoringClient.sample`."""
+        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, await self._ask("POST", "/v1/sample", body))
 
@@ -318,7 +324,7 @@ class AsyncScoringClient:
                 await asyncio.sleep(backoff.delay_s(refused))
 
 
-# ------------------------------------------------------------------------------------------- for both clients
+# ------------------------------------------------------------------------------------------- what both share
 
 
 class _Events:
@@ -330,7 +336,6 @@ class _Events:
         self._done = False
 
     def read(self, line: str) -> Iterator[BatchResult]:
-        """Yields the result that the line completes, if any."""
         name, _, value = line.partition(": ")
         if name == "event":
             self._event = value
@@ -340,9 +345,8 @@ class _Events:
             yield result.model_copy(update={"index": self._start + result.index})
 
     def end(self) -> None:
-        """Raises Unavailable when the stream ended before its last event."""
         if not self._done:
-            raise errors.Unavailable("the API ended a batch in the middle; ask again for what is missing")
+            raise errors.Unavailable("the API ended a batch early; send the requests without a result again")
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
@@ -372,23 +376,23 @@ def _read(model: type[M], answer: httpx.Response) -> M:
         return model.model_validate_json(answer.content)
     except pydantic.ValidationError:
         raise errors.Mismatch(
-            f"the answer from {answer.request.url.copy_with(query=None)} is no {model.__name__}; is that a scoring "
-            "API, and of this version?"
+            f"the answer from {answer.request.url.copy_with(query=None)} is no {model.__name__}; is it a scoring API "
+            "of this version?"
         ) from None
 
 
 def _refusal(answer: httpx.Response) -> errors.VaopdError:
-    """Returns the error for an answer that is no success. It names the request's id, which is in the API's log."""
+    """Returns the API's problem as an error, with the request's id, which is in the API's log."""
     try:
         problem = Problem.model_validate_json(answer.content)
-        detail = f"{problem.detail} (request {problem.request_id})"
+        message = f"{problem.detail} (request {problem.request_id})"
     except pydantic.ValidationError:
-        detail = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
+        message = f"{answer.request.url.host} answered {answer.status_code}, but not as a scoring API"
     if answer.status_code == 429:
-        return errors.Busy(detail, float(answer.headers.get("Retry-After", "1")))
+        return errors.Busy(message, float(answer.headers.get("Retry-After", "1")))
     if "numerical_error" in answer.text:
-        return errors.NumericalError(detail)
-    return _KINDS.get(answer.status_code, errors.VaopdError)(detail)
+        return errors.NumericalError(message)
+    return _KINDS.get(answer.status_code, errors.VaopdError)(message)
 
 
 def _lost(error: httpx.TransportError) -> errors.Unavailable:

@@ -18,6 +18,17 @@ from vaopd.errors import VaopdError
 
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
+DEGRADATIONS: Mapping[DegradationKind, str | None] = {
+    "pixelate": "the ratio",
+    "blur": "the radius as a fraction of the shorter side",
+    "mean_colour": None,
+    "black": None,
+    "noise": None,
+}
+"""What the strength of each kind means; None where it is ignored. `vaopd.degradation` has each kind's function, and
+`proto/vaopd/pb/teacher.proto` its number; everything else is derived from here."""
+STRENGTH_MEANINGS = "; ".join(f"{kind}: {meaning}" for kind, meaning in DEGRADATIONS.items() if meaning).capitalize()
+"""For help texts, e.g. "Pixelate: the ratio; blur: …"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +188,7 @@ class PolicyVersion:
 class Degradation:
     """How the degraded view is made, by default as in the paper: pixelation with ratio 0.1.
 
-    `vaopd.degradation` says what `strength` means for each kind.
+    strength: in (0, 1]; `DEGRADATIONS` says what it means for each kind, and which kinds ignore it.
 
     >>> Degradation(kind="blur", strength=0.05).kind
     'blur'

@@ -27,7 +27,7 @@ def visual_advantage(teacher_logprobs: np.ndarray, degraded_logprobs: np.ndarray
 
 
 def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float = 1e-6) -> np.ndarray:
-    """(K,) -> (K,), method.md "Rollout weights": softmax of the standardised means; they add up to 1.
+    """Returns the softmax of the standardised means, which adds up to 1; (K,) -> (K,), method.md "Rollout weights".
 
     >>> rollout_weights(np.array([0.5, 0.5])).tolist()
     [0.5, 0.5]
@@ -38,7 +38,7 @@ def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float
 
 
 def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.ndarray:
-    """(T,) -> (T,) bool, method.md "Token groups": the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first.
+    """Marks the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first; (T,) -> (T,), method.md "Token groups".
 
     >>> high_group(np.array([0.0, 2.0, 0.0, 2.0, 1.0, 0.0])).tolist()
     [False, True, False, True, False, False]
@@ -49,7 +49,7 @@ def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.nd
 
 
 def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
-    """(M,) -> the share of all VA that the top `fraction` of these tokens carry; None when there is no VA at all.
+    """Returns the share of all VA that the top `fraction` of the tokens (M,) carry; None where all VA is 0.
 
     >>> va_share_of_top(np.array([3.0, 0.0, 1.0, 0.0, 0.0]), fraction=0.2)
     0.75
@@ -60,5 +60,5 @@ def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
 
 
 def _top(tokens: int, fraction: float) -> int:
-    """⌈fraction·tokens⌉, exactly: 0.1 of 30 tokens are 3."""
+    """Returns ⌈fraction·tokens⌉ without rounding errors: 0.1 of 30 tokens are 3."""
     return math.ceil(Fraction(str(fraction)) * tokens)
