@@ -25,7 +25,7 @@ DEGRADATIONS: Mapping[DegradationKind, str | None] = {
     "black": None,
     "noise": None,
 }
-"""What the strength of each kind means; None where it is ignored. `vaopd.degradation` has each kind's function, and
+"""The meaning of each kind's strength; None if it is ignored. `vaopd.degradation` has each kind's function, and
 `proto/vaopd/pb/teacher.proto` its number; everything else is derived from here."""
 STRENGTH_MEANINGS = "; ".join(f"{kind}: {meaning}" for kind, meaning in DEGRADATIONS.items() if meaning).capitalize()
 """For help texts, e.g. "Pixelate: the ratio; blur: …"."""

@@ -74,7 +74,7 @@ def finish(group: PreparedGroup, columns: Mapping[str, np.ndarray], payload: Pay
 
 
 class Engine(Protocol):
-    """What the scheduler needs of an engine; it calls it from one thread."""
+    """An engine, as the scheduler uses it from one thread."""
 
     def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """Yields one result per group, in the order of the groups; an error concerns that group alone.

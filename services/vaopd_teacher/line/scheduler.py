@@ -189,7 +189,7 @@ class Scheduler:
                 with _span(units):
                     self._score(units)
         except Exception:
-            log.exception("the engine failed; the process can't go on")
+            log.exception("the engine failed; the process has to end")
             self._on_failure()
         with self._changed:
             self._stopping = True

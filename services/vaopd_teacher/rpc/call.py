@@ -56,7 +56,7 @@ class Call:
         self._results.put_nowait(error)
 
     async def next(self) -> Answer:
-        """Waits for the next group's answer, in the order in which they are ready. Raises what `fail` was given."""
+        """Waits for the next group's answer, in the order in which they are ready. Raises the error of `fail`."""
         item = await self._results.get()
         if isinstance(item, Exception):
             raise item
