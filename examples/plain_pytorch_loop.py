@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.data.loaders import load_prompts
 from vaopd.divergence import fused_reverse_kl
 from vaopd.images import decode
-from vaopd.objective import mean_visual_advantage, rollout_weights, token_weights
+from vaopd.objective import group_weights, pad_rows, visual_advantage
 from vaopd.payloads import decode as decode_payload
 from vaopd.payloads import to_torch
 from vaopd.types import GroupScore, Prompt, ScoreRequest, images_in_order
@@ -40,11 +39,10 @@ def request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[T
 
 def weights(score: GroupScore) -> Tensor:
     """(M,): the weight of every token of a group, its rollouts one after the other. They sum to about 1."""
-    advantages = [torch.from_numpy(np.array(va)) for va in score.visual_advantage]
-    va_KT = pad_sequence(advantages, batch_first=True)
-    mask_KT = pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
-    by_va_K = rollout_weights(mean_visual_advantage(va_KT, mask_KT)[None])[0]
-    return token_weights(va_KT, mask_KT, by_va_K)[mask_KT]
+    teacher_KT, mask_KT = pad_rows(score.teacher_logprobs)
+    degraded_KT, _ = pad_rows(score.degraded_logprobs)
+    va_KT = visual_advantage(teacher_KT, degraded_KT, mask_KT)
+    return group_weights(va_KT, mask_KT).token_weights[mask_KT]
 
 
 def divergence(hidden_MD: Tensor, head: Tensor, score: GroupScore, teacher_head: Tensor) -> Tensor:

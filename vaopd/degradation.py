@@ -45,7 +45,7 @@ def check_strength(degradation: Degradation) -> None:
     """Raises InvalidInput for a strength outside (0, 1], where the kind has one."""
     if has_strength(degradation) and not 0.0 < degradation.strength <= 1.0:  # refuses NaN too
         raise InvalidInput(
-            f"{degradation.kind} strength ({DEGRADATIONS[degradation.kind]}) must be above 0 and at most 1, "
+            f"{degradation.kind} strength ({DEGRADATIONS[degradation.kind]}) must be in (0, 1], "
             f"got {degradation.strength}",
             field="degradation.strength",
         )

@@ -1,4 +1,4 @@
-"""Who may ask, and how often: API keys and a quota of requests per minute. State in memory, of this process only."""
+"""Checks API keys, and limits requests per minute. State in this process's memory only."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vaopd.access.keys import bearer
 from vaopd.access.quota import WINDOW_S, TokenBuckets
 from vaopd_api.problems import ApiError
 
-# Load balancers ask for health, and the page has to be there before its user can type a key into it.
+# Open to all: health for load balancers, and the page, into which its user types the key.
 OPEN = ("/", "/docs", "/runs", "/healthz", "/readyz")
 OPEN_FOLDER = "/page/"
-# Routes that cost the teacher, the student or this process work; a batch costs one request per item.
+# Routes that count towards the quota, since they take work; a batch counts one request per item.
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
 
 JobOfKey = Callable[[str], str]
-"""The job that a key belongs to; raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
+"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
 
 
 class Quota:
-    """Limits each client to `per_minute` requests, and tells in headers what is left."""
+    """Limits each client to `per_minute` requests, and reports in headers how many are left."""
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
@@ -53,14 +53,17 @@ class Quota:
 
 
 class Access:
-    """Without `job_of_key` everybody may ask, and a client is an address; with it, a client is a job."""
+    """Admits requests. Clients are jobs where `job_of_key` checks keys, else network addresses, without keys."""
 
     def __init__(self, *, job_of_key: JobOfKey | None = None, quota: Quota | None = None) -> None:
         self._job_of_key = job_of_key
         self._quota = quota
 
     def admit(self, scope: Scope) -> None:
-        """Notes the job and what is left of its quota in the scope. Raises what refuses the request."""
+        """Notes the request's job and quota in the scope.
+
+        Raises Unauthenticated or Unavailable for the key, and ApiError (413, 429) for the quota.
+        """
         path = scope["path"]
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return
@@ -70,6 +73,7 @@ class Access:
             self.charge(scope)
 
     def charge(self, scope: Scope, requests: int = 1) -> None:
+        """Takes `requests` from the client's quota. Raises ApiError: 413 or 429."""
         if self._quota is not None and requests:
             client = scope.get("job") or (scope.get("client") or ("",))[0]
             scope["rate_limit"] = self._quota.take(client, requests)

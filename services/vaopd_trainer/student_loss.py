@@ -45,31 +45,18 @@ class WeightedGroup:
 
 
 def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> WeightedGroup:
-    """The weights of one complete group under `settings.variant`. They depend on nothing outside the group."""
-    advantages = [torch.from_numpy(np.array(va)) for va in scored.score.visual_advantage]
-    va_KT = nn.utils.rnn.pad_sequence(advantages, batch_first=True)
-    mask_KT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
-    uniform_K = torch.full((len(advantages),), 1 / len(advantages))
-    by_va_K = objective.rollout_weights(
-        objective.mean_visual_advantage(va_KT, mask_KT)[None], temperature=settings.temperature
-    )[0]
-    grouped = {"high_fraction": settings.high_fraction, "high_weight": settings.high_weight}
-    match settings.variant:
-        case "va_opd":
-            weights_KT = objective.token_weights(va_KT, mask_KT, by_va_K, **grouped)
-        case "token_groups":
-            weights_KT = objective.token_weights(va_KT, mask_KT, uniform_K, **grouped)
-        case "rollout_weights":
-            weights_KT = objective.mean_weights(mask_KT, by_va_K)
-        case "standard":
-            weights_KT = objective.mean_weights(mask_KT, uniform_K)
-        case "masked":
-            kept_KT = objective.masked_response(
-                va_KT, mask_KT, which=settings.mask, fraction=settings.mask_fraction, seed=seed
-            )
-            weights_KT = objective.mean_weights(kept_KT, uniform_K)
-    rollout_weights = by_va_K if settings.variant in ("va_opd", "rollout_weights") else uniform_K
-    return WeightedGroup(scored=scored, rollout_weights=rollout_weights, token_weights=weights_KT[mask_KT])
+    """Weights one complete group by `objective.group_weights`; nothing outside the group has an effect."""
+    teacher_KT, mask_KT = objective.pad_rows(scored.score.teacher_logprobs)
+    degraded_KT, _ = objective.pad_rows(scored.score.degraded_logprobs)
+    weights = objective.group_weights(
+        objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
+        mask_KT,
+        **settings.model_dump(exclude={"sampled_estimator"}),
+        seed=seed,
+    )
+    return WeightedGroup(
+        scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
+    )
 
 
 class StudentLoss(nn.Module):

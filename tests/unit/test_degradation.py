@@ -169,7 +169,7 @@ def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
     ],
 )
 def test_a_strength_outside_its_range_is_refused(degradation: Degradation) -> None:
-    with pytest.raises(InvalidInput, match="at most 1"):
+    with pytest.raises(InvalidInput, match=r"strength \(.*\) must be in \(0, 1\], got"):
         degrade(noisy("RGB"), degradation, seed=0)
 
 

@@ -22,7 +22,6 @@ from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
 from vaopd.report.plots import band_over, complete, running_mean, seed_band
-from vaopd.report.rollouts import high_tokens
 from vaopd.run.records import read_run
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
@@ -113,10 +112,13 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
     return degraded
 
 
-def test_the_high_group_by_hand() -> None:
-    """⌈0.2 · 6⌉ = 2 of six tokens; of the three equal ones the earliest."""
-    assert high_tokens([0.5, 0.1, 2.0, 0.5, 0.5, 0.0], 0.2) == {2, 0}
-    assert high_tokens([0.0], 0.2) == {0}
+def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
+    """⌈0.5 · 3⌉ = 2 of the VA 0.5, 0 and 9."""
+    run = make_run(tmp_path / "first")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("[objective]\n", "[objective]\nhigh_fraction = 0.5\n"))
+    marked = re.findall(r'<span class="high"[^>]* title="VA ([\d.]+),', write_report([run]).read_text())
+    assert marked == ["0.500", "9.000"] * 4
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Addresses that this host can listen on. Standard library only."""
+"""Ports that this host can listen on, and the delays between a client's attempts. Standard library only."""

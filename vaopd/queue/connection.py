@@ -7,7 +7,6 @@ may be repeated after a lost reply: the scripts check what exists before they wr
 
 from __future__ import annotations
 
-import random
 import re
 import socket
 import time
@@ -21,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from vaopd.errors import ConfigError, InvalidInput, Unavailable, VaopdError
+from vaopd.net.backoff import Backoff
 from vaopd.queue import scripts
 from vaopd.types import PolicyVersion
 from vaopd.wire.queue import policy_version_from_bytes
@@ -126,8 +126,7 @@ class Connection:
         refuses the credentials, VaopdError when it refuses the command.
         """
         patience_s = self.patience_s if patience_s is None else patience_s
-        deadline = time.monotonic() + patience_s
-        pause_s = 0.05
+        backoff = Backoff(patience_s, first_s=0.05, longest_s=1.0)
         while True:
             try:
                 return operation()
@@ -141,11 +140,11 @@ class Connection:
                     f"Redis at {self.where} refuses these credentials; check the URL's user and password"
                 ) from None
             except _TRANSIENT as error:
-                if time.monotonic() + pause_s > deadline:
-                    raise Unavailable(
-                        f"Redis at {self.where} did not answer for {patience_s:g} s ({type(error).__name__}); "
-                        "is it up, and reachable from here?"
-                    ) from None
+                silence = Unavailable(
+                    f"Redis at {self.where} did not answer for {patience_s:g} s ({type(error).__name__}); "
+                    "is it up, and reachable from here?"
+                )
+                time.sleep(backoff.delay_s(silence))
             except redis.ResponseError as error:
                 text = str(error)
                 if "NOGROUP" in text:
@@ -153,9 +152,6 @@ class Connection:
                 if text.startswith("MISCONF"):
                     raise Unavailable(f"Redis at {self.where} can't write to its disk; free some space there") from None
                 raise VaopdError(f"Redis at {self.where} refused a command: {text}") from None
-            # Jittered, so that many workers don't return at the same instant.
-            time.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(2 * pause_s, 1.0)
 
     def run(self, name: str, *args: str | int | bytes) -> Any:
         """Runs NAME.lua on this job's keys; `vaopd.queue.scripts` has its signature."""

@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from vaopd.files.durable import atomic_file
-from vaopd.report.rollouts import FULL_COLOUR_NATS, sampled_groups
+from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
 from vaopd.run.records import Evaluation, Run, read_run
 
 __all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
@@ -102,7 +102,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
         "figures": [Markup(svg) for svg in plots.run_svgs(run)],
-        "samples": sampled_groups(run),
+        "samples": select_groups(run),
         "settings": [(f"{section}.{key}", _value(value)) for section, key, value in _settings(run.config)],
     }
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from vaopd.degradation import degrade, view_seed
 from vaopd.images import decode
 from vaopd.run.records import Run, json_lines
+from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
 
 GROUPS_SHOWN = 3  # of each step
@@ -59,7 +60,7 @@ class ShownGroup(NamedTuple):
     rollouts: list[ShownRollout]
 
 
-def sampled_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
+def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
     """Returns the first and the last step with samples, and up to GROUPS_SHOWN groups of each, with images first."""
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
@@ -68,38 +69,28 @@ def sampled_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
             steps[line["step"]][line["group_id"]].append(line)
     shown = []
     for step in dict.fromkeys((min(steps), max(steps))) if steps else ():
-        groups = sorted(steps[step].values(), key=lambda group: _image_of(group) is None)
-        shown.append((step, [_group(group, run) for group in groups[:GROUPS_SHOWN]]))
+        groups = sorted(steps[step].values(), key=lambda group: _find_image(group) is None)
+        shown.append((step, [_show_group(group, run) for group in groups[:GROUPS_SHOWN]]))
     return shown
 
 
-def high_tokens(advantages: Sequence[float], fraction: float) -> set[int]:
-    """The ⌈fraction · T⌉ tokens of largest VA, of equal ones the earlier (method.md, "Token groups").
-
-    >>> sorted(high_tokens([0.0, 2.0, 0.5, 0.5], 0.5))
-    [1, 2]
-    """
-    order = sorted(range(len(advantages)), key=lambda index: (-advantages[index], index))
-    return set(order[: math.ceil(round(fraction * len(advantages), 9))])
-
-
-def _group(rollouts: Sequence[Rollout], run: Run) -> ShownGroup:
-    data = _image_of(rollouts)
-    fraction = float(run.config.get("objective", {}).get("high_fraction", 0.2))
+def _show_group(rollouts: Sequence[Rollout], run: Run) -> ShownGroup:
+    data = _find_image(rollouts)
+    fraction = float(run.config.get("objective", {}).get("high_fraction", HIGH_FRACTION))
     return ShownGroup(
         question=rollouts[0]["question"],
         answer=str(rollouts[0]["answer"]),
-        pictures=list(_pictures(data, run)) if data is not None else [],
+        pictures=list(_draw_views(data, run)) if data is not None else [],
         rollouts=[
-            ShownRollout(_tokens(rollout, fraction), rollout["rollout_weight"], rollout.get("correct"))
+            ShownRollout(_show_tokens(rollout, fraction), rollout["rollout_weight"], rollout.get("correct"))
             for rollout in rollouts
         ],
     )
 
 
-def _tokens(rollout: Rollout, high_fraction: float) -> list[Token]:
+def _show_tokens(rollout: Rollout, high_fraction: float) -> list[Token]:
     advantages = rollout["visual_advantage"]
-    high = high_tokens(advantages, high_fraction)
+    high = high_group(np.array(advantages), high_fraction=high_fraction)
     others = {
         "teacher": rollout["teacher_logprobs"],
         "degraded": rollout.get("degraded_logprobs"),
@@ -109,27 +100,27 @@ def _tokens(rollout: Rollout, high_fraction: float) -> list[Token]:
     tokens = []
     for index, (text, va) in enumerate(zip(rollout["tokens"], advantages, strict=True)):
         numbers = [f"VA {va:.3f}", *(f"{name} {v[index]:.3f}" for name, v in others.items() if v is not None)]
-        tokens.append(Token(text, min(va / FULL_COLOUR_NATS, 1.0), index in high, ", ".join(numbers)))
+        tokens.append(Token(text, min(va / FULL_COLOUR_NATS, 1.0), bool(high[index]), ", ".join(numbers)))
     return tokens
 
 
-def _image_of(rollouts: Sequence[Rollout]) -> str | None:
+def _find_image(rollouts: Sequence[Rollout]) -> str | None:
     # Only one rollout of a group carries the image.
     return next((rollout["image_base64"] for rollout in rollouts if rollout.get("image_base64")), None)
 
 
-def _pictures(data: str, run: Run) -> Iterator[Picture]:
+def _draw_views(data: str, run: Run) -> Iterator[Picture]:
     """Yields the image and the degraded view that the teacher sees; large ones are scaled down for the page."""
     settings = run.config.get("degradation", {})
     degradation = Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
     encoded = EncodedImage(data=base64.b64decode(data))
     image = decode(encoded)
-    yield _picture(image, "the image")
+    yield _draw(image, "the image")
     degraded = degrade(image, degradation, seed=view_seed(encoded.sha256))
-    yield _picture(degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
+    yield _draw(degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
 
 
-def _picture(image: Image.Image, name: str) -> Picture:
+def _draw(image: Image.Image, name: str) -> Picture:
     shown = image.convert("RGB")
     if max(shown.size) > SHOWN_PX:
         shown.thumbnail((SHOWN_PX, SHOWN_PX))

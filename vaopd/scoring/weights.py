@@ -1,4 +1,4 @@
-"""`vaopd.objective` in numpy for one group, for the API and `vaopd score`. Torch-free."""
+"""`vaopd.objective` in numpy, for one group or one response: what the teacher, the API and `vaopd score` compute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from fractions import Fraction
 
 import numpy as np
 
+from vaopd.errors import NumericalError
+
 HIGH_FRACTION = 0.2  # method.md, "Token groups"
+
+
+def visual_advantage(teacher_logprobs: np.ndarray, degraded_logprobs: np.ndarray) -> np.ndarray:
+    """(M,), (M,) -> (M,) float32 nats: max(teacher − degraded, 0), method.md "Visual advantage".
+
+    Raises NumericalError when a log-prob is not finite.
+
+    >>> visual_advantage(np.array([-0.5, -2.0]), np.array([-2.0, -0.5])).tolist()
+    [1.5, 0.0]
+    """
+    teacher, degraded = np.asarray(teacher_logprobs, np.float32), np.asarray(degraded_logprobs, np.float32)
+    if not (np.isfinite(teacher).all() and np.isfinite(degraded).all()):
+        raise NumericalError("a token has a teacher log-prob that is not finite in one of the views")
+    return np.maximum(teacher - degraded, np.float32(0))
 
 
 def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float = 1e-6) -> np.ndarray:
