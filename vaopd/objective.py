@@ -1,4 +1,4 @@
-"""The objective of VA-OPD (arXiv 2605.21924): which rollouts to learn from, how to weight their tokens. Pure functions.
+"""The objective of VA-OPD (arXiv 2605.21924): weights of rollouts and of their tokens. Pure functions on tensors.
 
 Shapes: N = B·K rollouts, siblings adjacent; T response tokens, padded; response_mask (N, T) is true, or 1, on valid
 ones. The loss is `(token_weights * kl).sum() / B`, where kl (N, T) is the per-token divergence of `vaopd.divergence`.
@@ -89,7 +89,7 @@ def pad_rows(rows: Sequence[Tensor | np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """a_t = max(log p_T(y_t | v) − log p_T(y_t | ṽ), 0) in nats, 0 on masked tokens: (N, T). Detached.
+    """Returns VA, a_t = max(log p_T(y_t | v) − log p_T(y_t | ṽ), 0), in nats, 0 on masked tokens: (N, T). Detached.
 
     Raises NumericalError when a valid token's log-prob is not finite.
     """
@@ -103,14 +103,17 @@ def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, respon
 
 
 def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Tensor:
-    """m_k, the mean of a_t over a rollout's valid tokens: (N, T) -> (N,). Raises InvalidInput for an empty response."""
+    """Returns m_k, the mean of a_t over each rollout's valid tokens: (N, T) -> (N,).
+
+    Raises InvalidInput for an empty response.
+    """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     lengths = _count_tokens(response_mask)
     return torch.where(response_mask, _widen(visual_advantage), 0.0).sum(-1) / lengths
 
 
 def rollout_weights(mean_va: Tensor, *, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """w_k = softmax_k(z_k / τ) with z_k the standardised mean VA within the group: (B, K) -> (B, K), rows sum to 1.
+    """Returns w_k = softmax_k(z_k / τ), z_k the standardised mean VA in the group: (B, K) -> (B, K), rows sum to 1.
 
     Needs complete groups. Equal means give uniform weights, a group of one weight 1. Detached.
     """
@@ -124,7 +127,7 @@ def rollout_weights(mean_va: Tensor, *, temperature: float = 1.0, eps: float = 1
 
 
 def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
-    """V: the ⌈high_fraction·T⌉ tokens of largest VA of each rollout, ties: earlier first; (N, T) bool."""
+    """Marks V, each rollout's ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (N, T) bool."""
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 < high_fraction <= 1.0:
         raise InvalidInput(f"high_fraction must be above 0 and at most 1 (the paper: 0.2), got {high_fraction}")
@@ -141,7 +144,7 @@ def token_weights(
     high_fraction: float = 0.2,
     high_weight: float = 0.5,
 ) -> Tensor:
-    """The weight of each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's weights sum to its rollout weight.
+    """Weights each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's tokens sum to its rollout weight.
 
     The `high_group` shares `high_weight`, the other tokens the rest. Where there are no others (T = 1), the high group
     takes all of it.
@@ -159,7 +162,7 @@ def token_weights(
 
 
 def mean_weights(response_mask: Tensor, rollout_weights: Tensor) -> Tensor:
-    """The plain token mean of each rollout, times its weight: (N, T), (N,) -> (N, T). Uniform 1/K is Standard OPD."""
+    """Weights each token by the plain mean of its rollout: (N, T), (N,) -> (N, T). Uniform 1/K is Standard OPD."""
     response_mask = _read_mask(response_mask, response_mask.shape)
     return response_mask * (_one_per_rollout(rollout_weights, response_mask) / _count_tokens(response_mask))[:, None]
 
@@ -167,7 +170,7 @@ def mean_weights(response_mask: Tensor, rollout_weights: Tensor) -> Tensor:
 def masked_response(
     visual_advantage: Tensor, response_mask: Tensor, *, which: str, fraction: float, seed: int = 0
 ) -> Tensor:
-    """The response mask without ⌊fraction·T⌋ tokens per rollout: the "top" or "bottom" ones by VA, or "random" ones.
+    """Drops ⌊fraction·T⌋ tokens of each rollout from the mask: the "top" or "bottom" ones by VA, or "random" ones.
 
     The masking ablation of the paper. Rounding down keeps at least one token of every rollout as long as fraction < 1.
     """
@@ -189,7 +192,7 @@ def masked_response(
 
 
 def va_share_of_top(visual_advantage: Tensor, response_mask: Tensor, *, fraction: float = 0.1) -> float:
-    """The share of all VA that the top `fraction` of the valid tokens of all rollouts carries; NaN without any VA."""
+    """Returns the share of all VA that the top `fraction` of all valid tokens carries; NaN when there is no VA."""
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     values = visual_advantage[response_mask].double().sort(descending=True).values
     count = math.ceil(_read_decimal(fraction) * len(values))
@@ -223,7 +226,7 @@ def _widen(values: Tensor) -> Tensor:
 
 
 def _one_per_rollout(rollout_weights: Tensor, response_mask: Tensor) -> Tensor:
-    """Checks that there is one weight per rollout: a (B, K) tensor would be spread over tokens without an error."""
+    """Refuses weights of another shape than (N,): a (B, K) tensor would be spread over tokens without an error."""
     if rollout_weights.shape != response_mask.shape[:1]:
         raise InvalidInput(
             f"rollout_weights have shape {tuple(rollout_weights.shape)}, expected one per rollout, "
@@ -245,7 +248,7 @@ def _read_decimal(fraction: float) -> Fraction:
 
 
 def _rank(values: Tensor, response_mask: Tensor) -> Tensor:
-    """(N, T): 0 for a rollout's largest value, earlier tokens first among equals; padding comes last."""
+    """Ranks each rollout's tokens, (N, T): 0 is the largest value, the earlier of equals first, padding last."""
     order = torch.sort(
         torch.where(response_mask, _widen(values), -math.inf), stable=True, dim=-1, descending=True
     ).indices

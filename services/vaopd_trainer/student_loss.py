@@ -1,4 +1,4 @@
-"""The student's forward pass and the loss of method.md over a few prompt groups.
+"""Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
 In: scored groups and their token weights. Out: the scalar loss, whose gradient is the step's, and each token's KL.
 """
@@ -23,7 +23,7 @@ from vaopd.vlm.prompts import PreparedPrompt
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoredGroup:
-    """A prompt group with everything that the loss needs. `index` is its place in the step, 0 … B − 1."""
+    """A prompt group with its prompt and score, as the loss needs them; `index` is its place in the step, 0 … B − 1."""
 
     index: int
     group: RolloutGroup
@@ -32,6 +32,7 @@ class ScoredGroup:
 
     @property
     def responses(self) -> list[np.ndarray]:
+        """The token ids of each rollout, (T_k,)."""
         return [rollout.response_ids for rollout in self.group.rollouts]
 
 
@@ -71,8 +72,10 @@ class StudentLoss(nn.Module):
         objective: ObjectiveConfig,
         checkpoint_activations: bool | None = None,
     ) -> None:
-        """`checkpoint_activations`: layers keep their input only and are computed again in the backward pass, a third
-        more work for a fraction of the memory; None means on a GPU, where memory is what bounds the batch.
+        """Takes over `student`, which it may switch to checkpointing; `teacher_head` (V, D_T) is for hidden payloads.
+
+        checkpoint_activations: layers keep their input only and are computed again in the backward pass, a third more
+        work for a fraction of the memory. None: on a GPU, where memory bounds the batch.
         """
         super().__init__()
         if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
@@ -87,7 +90,7 @@ class StudentLoss(nn.Module):
         self._estimator = objective.sampled_estimator
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """-> loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
+        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
         segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.response_hidden(segments)
@@ -95,18 +98,18 @@ class StudentLoss(nn.Module):
         return divergence.fused_loss(
             hidden,
             self._student.head,
-            self._target(groups, responses, hidden.device),
+            self._read_target(groups, responses, hidden.device),
             weights,
             chunk_tokens=self._chunk_tokens,
         )
 
-    def _target(
+    def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
     ) -> divergence.Target:
-        """What the teacher said of these tokens, as the job's payload has it."""
+        """Reads the teacher's distribution at these tokens from the job's payload."""
         payloads = [group.scored.score.payload for group in groups]
 
-        def column(name: str) -> Tensor:
+        def concatenate(name: str) -> Tensor:
             return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
 
         match payloads[0].kind:
@@ -116,9 +119,9 @@ class StudentLoss(nn.Module):
                 return divergence.FullTarget(hidden=hidden.to(device), head=self._teacher_head)
             case "top_k":
                 return divergence.TopKTarget(
-                    token_ids=column("token_ids"),
-                    logprobs=column("logprobs"),
-                    tail_logprobs=column("tail_logprobs"),
+                    token_ids=concatenate("token_ids"),
+                    logprobs=concatenate("logprobs"),
+                    tail_logprobs=concatenate("tail_logprobs"),
                 )
             case kind:
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"

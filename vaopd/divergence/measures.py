@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, vocab_size: int | None = None) -> Tensor:
-    """KL_t = KL(p_S ‖ p_T) over the first `vocab_size` ids (default: all): (..., V) -> (...).
+    """Returns KL_t = KL(p_S ‖ p_T) over the first `vocab_size` ids (default: all): (..., V) -> (...).
 
     Gradients flow into the student only. In float32, or in float64 for float64 logits.
     """
@@ -27,10 +27,11 @@ class Divergence(Protocol):
     """Compares two distributions over b outcomes, for each of m tokens."""
 
     def __call__(self, log_p: Tensor, log_q: Tensor, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        """Student's and teacher's log-probs (m, b) -> divergence (m,), and its gradient by the student's logits (m, b).
+        """Compares log-probs (m, b), (m, b): -> divergence (m,), and its gradient by the student's logits (m, b).
 
-        The gradient only to `differentiate`. May overwrite both arguments and return one: nothing else here is as
-        large. Where p is 0, log_p may be a large negative number in place of −∞, and must then give a finite result.
+        log_p is the student's, log_q the teacher's. The gradient is None unless `differentiate`. May overwrite both
+        arguments and return one: nothing else here is as large. Where p is 0, log_p may be a large negative number in
+        place of −∞, and must then give a finite result.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What the student is compared with at each token: a `Target`, one class for each payload of the teacher.
+"""Targets: the teacher's side of a divergence, one class for each payload.
 
 Shapes: M response tokens, m of them in a chunk, V logical vocabulary, D_T the teacher's hidden size.
 """
@@ -16,7 +16,7 @@ from vaopd.errors import InvalidInput
 
 
 class Target(Protocol):
-    """What the student's distribution is compared with at each of M tokens. Nothing in it gets a gradient."""
+    """The teacher's distribution at each of M tokens. Nothing in it gets a gradient."""
 
     def __len__(self) -> int:
         """Returns M."""
@@ -31,9 +31,9 @@ class Target(Protocol):
         ...
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        """The student's log-probs (m, V) of these tokens -> divergence (m,), and its gradient by the logits (m, V).
+        """Compares the student's log-probs (m, V) of these tokens: -> divergence (m,), gradient by the logits (m, V).
 
-        The gradient only to `differentiate`. May overwrite log_p and return it: nothing else here is as large.
+        The gradient is None unless `differentiate`. May overwrite log_p and return it: nothing else here is as large.
         """
         ...
 
@@ -53,16 +53,19 @@ class FullTarget:
         return len(self.hidden)
 
     def check(self, vocabulary: int) -> None:
+        """Raises InvalidInput when the heads' numbers of rows differ."""
         if vocabulary != len(self.head):
             raise InvalidInput(
                 f"student's head has {vocabulary} rows, teacher's {len(self.head)}; give the shared vocab_size"
             )
 
     def in_precision(self, autocast: torch.dtype | None) -> FullTarget:
+        """Returns it with hidden states and head in the dtype of their product."""
         dtype = product_dtype(self.hidden, self.head, autocast)
         return replace(self, hidden=self.hidden.detach().to(dtype), head=self.head.detach().to(dtype))
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """Compares over the whole vocabulary."""
         log_q = torch.log_softmax(self.hidden[rows] @ self.head.T, dim=-1, dtype=log_p.dtype)
         return _find(self.divergence)(log_p, log_q, differentiate=differentiate)
 
@@ -86,14 +89,17 @@ class TopKTarget:
         return len(self.token_ids)
 
     def check(self, vocabulary: int) -> None:
+        """Raises InvalidInput when k exceeds the vocabulary."""
         if (k := self.token_ids.shape[-1]) > vocabulary:
             raise InvalidInput(f"the teacher's top k = {k} exceeds the student's vocabulary of {vocabulary}")
 
     def in_precision(self, autocast: torch.dtype | None) -> TopKTarget:
+        """Returns it with ids as indices; there is no product."""
         ids = self.token_ids.long()
         return replace(self, token_ids=ids, logprobs=self.logprobs.detach(), tail_logprobs=self.tail_logprobs.detach())
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """Compares over the k ids and the bucket of the others."""
         ids, log_q = self.token_ids[rows], self.logprobs[rows].to(log_p.dtype)
         log_q_tail = self.tail_logprobs[rows].to(log_p.dtype)
         log_p_top = log_p.gather(-1, ids)
@@ -139,9 +145,11 @@ class SampledTarget:
         """Does nothing: a token outside the vocabulary is an error of the gather itself."""
 
     def in_precision(self, autocast: torch.dtype | None) -> SampledTarget:
+        """Returns it with ids as indices; there is no product."""
         return replace(self, token_ids=self.token_ids.long(), logprobs=self.logprobs.detach())
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """Estimates the reverse KL from the sampled token."""
         ids = self.token_ids[rows, None]
         log_ratio = log_p.gather(-1, ids)[:, 0] - self.logprobs[rows].to(log_p.dtype)
         r_minus_1 = torch.expm1(-log_ratio)
@@ -151,7 +159,7 @@ class SampledTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LogProbTarget:
-    """No divergence, but computed alike: log p of the given ids (M,)."""
+    """The given ids (M,): no divergence but their log p, which is computed alike."""
 
     token_ids: Tensor
 
@@ -162,9 +170,11 @@ class LogProbTarget:
         """Does nothing: a token outside the vocabulary is an error of the gather itself."""
 
     def in_precision(self, autocast: torch.dtype | None) -> LogProbTarget:
+        """Returns it with ids as indices; there is no product."""
         return LogProbTarget(token_ids=self.token_ids.long())
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns log p of the ids."""
         ids = self.token_ids[rows, None]
         values = log_p.gather(-1, ids)[:, 0]
         return values, _differentiate_logprob(log_p, ids, torch.ones_like(values)) if differentiate else None
