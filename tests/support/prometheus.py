@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.waiting import wait_until
-from vaopd.launch import free_port
+from vaopd.launch.checks import free_port
 
 
 def binary(name: str) -> str:
