@@ -66,14 +66,14 @@ def log_softmax(logits: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype 
 
 
 def rollout_weights(means: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Error of the weights softmax(z), z = (m − mean m) / deviation, of mean advantages (..., K) off by up to `error`.
+    """Error of the weights softmax(z), z = (m − mean m) / (deviation + ε), of means m (..., K) off by up to `error`.
 
     A difference is off by twice error + γ_K+2·max m, for that is what it is made of; the deviation, their root mean
     square, by no more; z by both over the deviation, and by γ_K+6·|z|. Softmax takes twice the largest of these.
     """
     m, siblings = means.detach().double(), means.shape[-1]
     centred = m - m.mean(-1, keepdim=True)
-    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    deviation = centred.square().mean(-1, keepdim=True).sqrt() + 1e-6  # the method's ε
     z = centred / deviation
     difference = 2 * (torch.as_tensor(error, dtype=torch.float64) + gamma(siblings + 2, dtype) * m.abs()).amax(-1, True)
     of_z = difference / deviation * (1 + z.abs()) + gamma(siblings + 6, dtype) * z.abs()
@@ -111,10 +111,14 @@ def forward(config: Any, *, sides: int = 2, dtype: torch.dtype = torch.float32) 
 
     The logits are the hidden states' images under one head, errors included: the same factor bounds a row's largest
     error relative to its largest magnitude. So it does for log-probs, which are logits too.
+
+    In float64 transformers' norms still go through float32: once in 10^8 elements two forwards that agree to 10^-16
+    round to neighbours there, hence γ_10 of float32 in addition. Forwards of two implementations are best compared so.
     """
     towers = [(config.text_config, "num_hidden_layers"), (config.vision_config, "depth")]
     widths = sum(getattr(c, name if hasattr(c, name) else "num_hidden_layers") * c.hidden_size for c, name in towers)
-    return 3 * math.sqrt(sides * TERMS_PER_WIDTH * widths) * torch.finfo(dtype).eps / 2
+    own = 3 * math.sqrt(sides * TERMS_PER_WIDTH * widths) * torch.finfo(dtype).eps / 2
+    return own + gamma(10) if dtype == torch.float64 else own
 
 
 def assert_within(found: Any, expected: Any, bound: Any, what: str = "") -> None:

@@ -13,7 +13,7 @@ from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import tiny_vlm
 from tests.support.teacher import drawing
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.model import Segment, Vlm
 
 pytestmark = pytest.mark.numeric
 
