@@ -56,20 +56,9 @@ def plain_gradients(vlm: Vlm) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-def error(vlm: Vlm, gradients: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of each parameter's gradient, in the 2-norm: what two forwards and backwards differ by, the latter twice as long.
-
-    A parameter's own gradient may be the rest of terms that cancel (a constant added to all scores changes no softmax,
-    so that key biases have none at all), which are no larger than its share of the norm of all gradients.
-    """
-    relative = 3 * tolerance.forward(vlm.config, dtype=torch.float64)
-    total = float(torch.stack([g.norm() for g in gradients.values()]).norm())
-    return {name: relative * max(float(g.norm()), 0.01 * total) for name, g in gradients.items()}
-
-
 def assert_equal(vlm: Vlm, mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert mine.keys() == theirs.keys()
-    for name, bound in error(vlm, theirs).items():
+    for name, bound in tolerance.backward(vlm.config, theirs, dtype=torch.float64).items():
         assert_within((mine[name] - theirs[name]).norm(), 0.0, bound, name)
 
 
@@ -85,7 +74,8 @@ def test_a_token_that_weighs_one_percent_more_is_noticed_in_nearly_every_paramet
     (segment, _), (picture, _) = prompts_and_responses(student), PICTURES
     (0.01 * plain_logprobs(model, student, [picture], segment.responses[2])[16]).backward()
     off = {name: g - expected[name] for name, g in gradients(model).items()}
-    noticed = [name for name, bound in error(student, expected).items() if off[name].norm() > 2 * bound]
+    errors = tolerance.backward(student.config, expected, dtype=torch.float64)
+    noticed = [name for name, bound in errors.items() if off[name].norm() > 2 * bound]
     assert len(noticed) > 0.9 * len(expected)
 
 
