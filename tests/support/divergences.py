@@ -45,6 +45,22 @@ def sampled(ids: Tensor, estimator: str) -> Terms:
     return terms
 
 
+def rest_error(log_probs: Tensor, k: int, n: int) -> Tensor:
+    """Of the log-mass after the k likeliest ids, when n log-probs are known: the mass of k … n, and what n leave of 1.
+
+    float32 moves that rest by up to 2^-22 of the entropy, and it is left out when it isn't larger than that: lost where
+    it is small (with twice the bound, for what is seen of it is moved as well), never made up of rounding alone, whose
+    errors cancel to less than half the bound. -> (M,)
+    """
+    mass = log_probs.exp().sort(-1, descending=True).values
+    tail, known, rest = mass[:, k:].sum(-1), mass[:, k:n].sum(-1), mass[:, n:].sum(-1)
+    bound = 2**-22 * -(log_probs.exp() * log_probs).sum(-1)
+    most = torch.where(rest > bound / 2, tail + bound, tail)
+    least = torch.maximum(known, tail - 2 * bound)
+    # And every log-prob of the known ones is itself rounded.
+    return torch.maximum(most / tail, tail / least).log() + tolerance.gamma(4) * log_probs.abs().amax(-1)
+
+
 def value(terms: Terms, student: Tensor, teacher: Tensor) -> Tensor:
     """(M,) of both sides' logits (M, V)."""
     return terms(student.double().log_softmax(-1), teacher.double().log_softmax(-1)).sum(-1)

@@ -165,9 +165,14 @@ def reference_kl() -> list[np.ndarray]:
     return [(np.exp(p) * (p - q)).sum(-1) for p, q in pairs]
 
 
-def logprobs_error(name: str) -> torch.Tensor:
-    """(M, 1): how far two float32 forwards of a model may differ in a token's log-probs, the reference being one."""
+def logits_error(name: str) -> torch.Tensor:
+    """(M, 1): how far two float32 forwards of a model may differ at a token, the reference being one."""
     return tolerance.forward(vlm(name).config) * reference_rows(name).abs().amax(-1, keepdim=True)
+
+
+def logprobs_error(name: str) -> torch.Tensor:
+    """(M,): and hence in the log-prob of the sampled token."""
+    return tolerance.log_softmax(reference_rows(name), logits_error(name)).gather(-1, sampled_ids()[:, None])[:, 0]
 
 
 def sampled_ids() -> torch.Tensor:
@@ -179,7 +184,7 @@ def sampled_ids() -> torch.Tensor:
 def divergence_error(terms: divergences.Terms = divergences.full, teacher: str = "teacher") -> torch.Tensor:
     """(M,): of a divergence, through whole forwards of both models and then log-softmax and sum in float32."""
     names = ("student", teacher)
-    return divergences.error(terms, *map(reference_rows, names), *map(logprobs_error, names))
+    return divergences.error(terms, *map(reference_rows, names), *map(logits_error, names))
 
 
 def _policy(name: str) -> PolicyVersion:

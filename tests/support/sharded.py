@@ -55,7 +55,7 @@ def main(how: str, folder: str, store: str) -> None:
     expected = Scores(whole)(segments)
     if how == "tensor_parallel":
         shared = Vlm.load(folder, dtype="float64", tensor_parallel=True)
-        projection = shared.model.model.language_model.layers[0].self_attn.q_proj.weight
+        projection = shared.family.language_model(shared.model).layers[0].self_attn.q_proj.weight
         assert projection.to_local().shape[0] * 2 == projection.shape[0], "the layers aren't split"
         with torch.inference_mode():
             assert_same_scores(whole, Scores(shared)(segments), expected)

@@ -48,13 +48,14 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> 
 def log_softmax(logits: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Error of each log-prob of `logits` (..., V) whose elements are off by up to `error` already.
 
-    log p_j = z_j − max − log Σ exp(z − max) is off by error_j + Σ p·error (its derivative), by γ_V and an exp in the
-    sum, by one rounding of each difference, and by four of numbers the size of max and log V: the sum's logarithm, and
-    the differences of an implementation that takes log Σ exp z from z_j.
+    log p_j = z_j − max − log Σ exp(z − max) is off by (1 − p_j)·error_j + Σ p_i·error_i, i ≠ j (its derivatives: what
+    is almost certain hardly moves), by γ_V and an exp in the sum, by one rounding of each difference, and by four of
+    numbers the size of max and log V: the sum's logarithm, and the differences of an implementation that takes
+    log Σ exp z from z_j.
     """
     z = logits.detach().double()
-    moved = torch.as_tensor(error, dtype=torch.float64).expand_as(z)
-    moved = moved + (z.softmax(-1) * moved).sum(-1, keepdim=True)
+    errors, p = torch.as_tensor(error, dtype=torch.float64).expand_as(z), z.softmax(-1)
+    moved = (1 - 2 * p) * errors + (p * errors).sum(-1, keepdim=True)
     vocabulary, largest = z.shape[-1], z.amax(-1, keepdim=True)
     differences = gamma(1, dtype) * (largest - z + z.log_softmax(-1).abs())
     sums = (
