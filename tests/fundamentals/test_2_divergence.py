@@ -77,6 +77,13 @@ def test_the_padding_of_a_head_is_outside_the_distribution() -> None:
     assert_noticed(expected + math.log1p(math.exp(-7) / 4), expected, error)
 
 
+def test_no_gradient_flows_into_the_teacher() -> None:
+    student, teacher = (torch.randn(4, 3).requires_grad_() for _ in range(2))
+    divergence.reverse_kl(student, teacher).sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
 def test_equal_distributions_have_no_divergence() -> None:
     hidden, head, *_ = hidden_and_heads()
     kl = divergence.fused_reverse_kl(hidden, head, hidden, head)
