@@ -23,9 +23,9 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
-from services.teacher.engine import GroupEngine
-from vaopd.torchvision_compat import ensure_torchvision
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 SHAPES = [
     HEADLINE,

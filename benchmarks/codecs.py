@@ -27,15 +27,17 @@ import tables
 import torch
 from torch import Tensor
 
-from services.teacher.server import TeacherServer
-from vaopd import divergence, wire
-from vaopd.assembly import GroupAssembly
+from vaopd import divergence
+from vaopd.client.answers import GroupAssembly
 from vaopd.divergence import FullTarget, SampledTarget, Target, TopKTarget
 from vaopd.payloads import PAYLOADS, decode, hidden_states
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.prompts import PreparedPrompt
 from vaopd.types import GroupScore, PayloadKind, ScoreRequest
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.wire.common import image_to_pb
+from vaopd.wire.teacher import score_request_to_pb
+from vaopd_teacher.server import TeacherServer
 
 ROLLOUTS, RESPONSE, TOP_K = 4, 128, 64
 LOGPROB_BYTES = 12
@@ -97,10 +99,10 @@ def pair(name: str, folder: Path, student_folder: Path | None) -> Pair:
 
 async def ask(server: str, request: ScoreRequest, payload: PayloadKind) -> tuple[GroupScore, int]:
     """One group's answer, and the bytes of its messages."""
-    message = wire.score_request_to_pb([request], job="", payload=payload, top_k=TOP_K)
+    message = score_request_to_pb([request], job="", payload=payload, top_k=TOP_K)
     async with grpc.aio.insecure_channel(server) as channel:
         stub: Any = teacher_pb2_grpc.TeacherStub(channel)
-        await stub.PutImages(wire.image_to_pb(image) for image in request.images)
+        await stub.PutImages(image_to_pb(image) for image in request.images)
         assembly, size = None, 0
         async for answer in stub.ScoreGroups(message):
             size += answer.ByteSize()

@@ -14,8 +14,8 @@ import numpy as np
 import timing
 import torch
 
-from services.teacher.engine import PreparedGroup
-from vaopd.prompts import PreparedPrompt
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_teacher.engines.engine import PreparedGroup
 
 
 def model_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[np.ndarray]) -> dict[str, Any]:

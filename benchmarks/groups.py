@@ -20,15 +20,16 @@ import PIL.Image
 import torch
 from timing import DEVICE, DTYPE
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
-from services.teacher.vision_cache import VisionCache
 from vaopd.degradation import degrade
-from vaopd.families import PreparedImage
-from vaopd.prompts import PreparedPrompt
 from vaopd.tiny.tokenizer import SPECIAL_TOKENS, assemble_tokenizer, build_processor
-from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import Degradation, ImagePart, Message, TextPart
-from vaopd.vlm import Vlm
+from vaopd.vlm.families import PreparedImage
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.engines.vision_cache import VisionCache
 
 PATCH_PX, MERGE = 16, 2
 MAX_POSITIONS = 8192

@@ -330,7 +330,7 @@ ranks.
 
 def measure() -> None:
     """Counts the bytes that autograd keeps on the real layers, by differences in layers and tokens."""
-    from vaopd.torchvision_compat import ensure_torchvision
+    from vaopd.vlm.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     import torch

@@ -1,7 +1,7 @@
 """Paired scoring: the group engine against what one would write instead, in time and in memory.
 
 One command, its tables: `python benchmarks/paired_scoring.py`. Every side scores the same prompt group in both views
-and must come to the same log-probs. *engine* is `services.teacher.engine.GroupEngine` on an image that it meets for the
+and must come to the same log-probs. *engine* is the teacher's `GroupEngine` on an image that it meets for the
 first time, *known image* the same on one whose features it remembers; the others are those of `competitors.py`.
 """
 
@@ -23,10 +23,11 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
-from services.teacher.engine import GroupEngine, PreparedGroup
-from services.teacher.vision_cache import VisionCache
-from vaopd.families import PreparedImage
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.families import PreparedImage
+from vaopd.vlm.model import Segment, Vlm
+from vaopd_teacher.engines.engine import PreparedGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.engines.vision_cache import VisionCache
 
 SHAPES = [
     HEADLINE,

@@ -18,7 +18,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vaopd.report_plots import COLOURS, RC
+from vaopd.report.plots import COLOURS, RC
 
 ROOT = Path(__file__).parents[1]
 SIDE_COLOURS = {

@@ -20,15 +20,16 @@ import timing
 import torch
 from serving import encoded, print_table, teacher_server, tokens_of
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
-from services.teacher.images import ImageStore, PreparedImages
-from services.teacher.prepare import Envelope, Preparer
-from services.teacher.scheduler import group_tokens
-from services.teacher.vision_cache import VisionCache
-from vaopd import wire
 from vaopd.client import TeacherClient
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.wire.teacher import score_request_to_pb
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.engines.vision_cache import VisionCache
+from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
+from vaopd_teacher.intake.prepare import Envelope, Preparer
+from vaopd_teacher.line.scheduler import group_tokens
 
 CLIENTS = 4
 
@@ -52,7 +53,7 @@ def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
     for request in requests:
         for image in request.images:
             preparer.admit_image(image)
-    message = wire.score_request_to_pb(requests, job="", payload="hidden")
+    message = score_request_to_pb(requests, job="", payload="hidden")
     envelope = Envelope(payload="hidden", top_k=0, degradation=Degradation())
     return [preparer.prepare(group, envelope) for group in message.groups]
 

@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 
 from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TextPart
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
 
 ROOT = Path(__file__).parents[1]
 TINY_TEACHER = ROOT / "models" / "tiny-teacher"
@@ -83,7 +83,7 @@ def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout
             f'address = "127.0.0.1:0"\nbatch_tokens = {batch_tokens}\n'
         )
         announce = folder / "address"
-        command = [sys.executable, "-m", "services.teacher", "--config", str(folder / "run.toml")]
+        command = [sys.executable, "-m", "vaopd_teacher", "--config", str(folder / "run.toml")]
         command += ["--service", str(folder / "service.toml"), "--announce", str(announce)]
         with (folder / "log").open("w") as output:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}

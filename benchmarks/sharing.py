@@ -22,11 +22,11 @@ from pathlib import Path
 import grpc
 from serving import TINY_TEACHER, group, percentile, print_table, teacher_server, tokens_of
 
-from vaopd import wire
 from vaopd.client import TeacherClient
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.wire.teacher import score_request_to_pb
 
 SERVICE = "[sharing]\nmax_waiting_groups = 128\nmax_waiting_groups_per_job = 96\nweights = { heavy = 3.0 }\n"
 _NAMES = itertools.count()
@@ -139,7 +139,7 @@ async def overload(target: str, request: ScoreRequest, per_second: float, window
         fill_s = 2.0  # until the queue is full
         while (now := time.monotonic() - started) < fill_s + window_s:
             while sent < now * per_second:
-                message = wire.score_request_to_pb([renamed(request)], job=f"job{sent % 4}", payload="hidden")
+                message = score_request_to_pb([renamed(request)], job=f"job{sent % 4}", payload="hidden")
                 task = asyncio.create_task(call(message))
                 calls.add(task)
                 task.add_done_callback(calls.discard)

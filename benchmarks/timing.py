@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vaopd.progress import Progress
+from vaopd.telemetry.progress_line import Progress
 
 ROOT = Path(__file__).parents[1]
 ON_GPU = torch.cuda.is_available()

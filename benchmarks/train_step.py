@@ -1,6 +1,6 @@
 """Forward and backward of the student's loss with prompts shared among siblings, against one row per rollout.
 
-One command, its tables: `python benchmarks/train_step.py`. *shared* is `services.trainer.student.StudentLoss` as the
+One command, its tables: `python benchmarks/train_step.py`. *shared* is `vaopd_trainer.student_loss.StudentLoss` as the
 trainer calls it. *per sequence* is what one would write: the siblings in one right-padded batch, each row with its
 image, the same fused divergence over the response rows. *image shared* runs the vision tower once for the siblings.
 All start from the same weights and must come to the same gradients.
@@ -23,12 +23,12 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
-from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.divergence import FullTarget, fused_loss
 from vaopd.payloads import from_torch, to_torch
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
 
 SHAPES = [
     HEADLINE,

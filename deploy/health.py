@@ -17,7 +17,7 @@ def grpc_serving(address: str) -> bool:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from vaopd.credentials import from_environment
+    from vaopd.client import from_environment
 
     tls = from_environment().get("tls")
     with grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls) as channel:

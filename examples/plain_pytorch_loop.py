@@ -23,9 +23,9 @@ from vaopd.images import decode
 from vaopd.objective import mean_visual_advantage, rollout_weights, token_weights
 from vaopd.payloads import decode as decode_payload
 from vaopd.payloads import to_torch
-from vaopd.prompts import chat, tokenizer_fingerprint
-from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import GroupScore, Prompt, ScoreRequest, images_in_order
+from vaopd.vlm.prompts import chat, tokenizer_fingerprint
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
 def request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[Tensor]) -> ScoreRequest:

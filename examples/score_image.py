@@ -14,7 +14,7 @@ from vaopd.http_client import ScoringClient, ask
 from vaopd.http_types import DegradationModel
 
 URL = next((argument for argument in sys.argv[1:] if argument.startswith("http")), "http://127.0.0.1:8080")
-IMAGE = Path(__file__).parents[1] / "services" / "api" / "page" / "examples" / "triangle.png"
+IMAGE = Path(__file__).parents[1] / "services" / "vaopd_api" / "page" / "examples" / "triangle.png"
 QUESTION = "Find the perimeter of the triangle."
 RIGHT = r"The sides are 3, 4 and 5. The perimeter is 3+4+5=12. So the answer is \boxed{12}."
 MISREAD = r"The sides are 3, 4 and 6. The perimeter is 3+4+6=13. So the answer is \boxed{13}."

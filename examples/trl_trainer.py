@@ -27,9 +27,9 @@ from vaopd.divergence import fused_reverse_kl
 from vaopd.images import decode
 from vaopd.payloads import decode as decode_payload
 from vaopd.payloads import to_torch
-from vaopd.prompts import tokenizer_fingerprint
-from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import EncodedImage, Prompt, ScoreRequest, TextPart, images_in_order
+from vaopd.vlm.prompts import tokenizer_fingerprint
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()  # TRL imports torchvision, and a CUDA build beside a CPU torch needs help; else it does nothing
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402

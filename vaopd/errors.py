@@ -4,18 +4,24 @@
     ├── InvalidInput            the request itself is wrong; sending it again is pointless
     │   └── ImageRefused        the image can't be read, is of another format, or is over a cap
     ├── LimitExceeded           too large, too many, or no room now
-    │   └── Busy                no room now, or a quota is used up: says when to ask again
+    │   └── Busy                a quota is used up: says when to ask again
+    │       └── QueueFull       no room in the teacher's queue now
     ├── Unauthenticated         no key, or one that isn't valid here
     ├── PermissionDenied        a valid key, but not for this job; whether there is such a job is not told
     ├── Mismatch                two sides disagree: tokenizer, model revision, policy version, image grid, weights
+    │   └── TeacherFault        the teacher is to blame: it differs from its replicas, or breaks the protocol
     ├── NotFound                an image, run or snapshot that the other side doesn't have
     ├── LeaseLost               somebody else owns this queue entry or this job now; nothing was committed
     ├── Unavailable             the other side is starting, draining, or can't be reached; try again
     ├── NumericalError          a number that must be finite isn't
-    └── ConfigError             the configuration can't be run as it is
+    ├── ConfigError             the configuration can't be run as it is
+    ├── ChildFailed             a process that `vaopd up` started has ended, or never became ready
+    └── Interrupted             a signal asked for the end
 
-`services.teacher` maps them to gRPC status codes and `services.api` to HTTP; nothing else does.
+`vaopd.wire.errors` maps them to gRPC statuses and `vaopd_api.problems` to HTTP; nothing else does.
 """
+
+import signal
 
 
 class VaopdError(Exception):
@@ -77,3 +83,23 @@ class NumericalError(VaopdError):
 
 class ConfigError(VaopdError):
     """A configuration that can't be run; the message names the key."""
+
+
+class QueueFull(Busy):
+    """No room now; the same request may be sent again a little later."""
+
+
+class TeacherFault(Mismatch):
+    """What a teacher is to blame for, not the request: it differs from its fellows, or breaks the protocol."""
+
+
+class ChildFailed(VaopdError):
+    """A child ended, or never became ready, and can't be restarted; the message holds the end of its log."""
+
+
+class Interrupted(VaopdError):
+    """SIGINT, SIGTERM or SIGHUP asked for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number

@@ -7,7 +7,7 @@ response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -251,3 +251,17 @@ class TeacherDescription:
     limits: TeacherLimits
     payloads: tuple[PayloadKind, ...]
     degradations: tuple[DegradationKind, ...]
+
+
+def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:
+    """One user message: the images in order, then the question, as the data sets have it."""
+    parts: tuple[ImagePart | TextPart, ...] = (
+        *(ImagePart(sha256=image.sha256) for image in images),
+        TextPart(text=question),
+    )
+    return (Message(role="user", content=parts),)
+
+
+def unique_images(images: Sequence[EncodedImage]) -> tuple[EncodedImage, ...]:
+    """Each image once, in order of first appearance."""
+    return tuple({image.sha256: image for image in images}.values())

@@ -30,8 +30,7 @@ NOTE = "<!-- Made by `make reference`; don't edit. -->\n"
 
 def pages() -> dict[str, str]:
     """File name -> text, for the whole folder."""
-    from vaopd.config import Config
-    from vaopd.service_config import ServiceConfig
+    from vaopd.config import Config, ServiceConfig
 
     return {
         "configuration.md": configuration(
@@ -119,7 +118,7 @@ def bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def metrics() -> str:
-    from services.trainer import metrics as trainer
+    from vaopd_trainer import step_numbers as trainer
 
     def rows(descriptions: dict[str, str]) -> str:
         lines = ["| key | meaning |", "| --- | --- |"]
@@ -148,10 +147,10 @@ def metrics() -> str:
 
 def registries() -> dict[str, CollectorRegistry]:
     """One per kind of process."""
-    from services.api.metrics import Metrics
-    from services.rollout.metrics import WorkerMetrics
-    from services.teacher.metrics import TeacherMetrics
-    from services.trainer.monitoring import TrainerMetrics
+    from vaopd_api.metrics import Metrics
+    from vaopd_rollout.metrics import WorkerMetrics
+    from vaopd_teacher.metrics import TeacherMetrics
+    from vaopd_trainer.metrics import TrainerMetrics
 
     return {
         "Teacher": TeacherMetrics().registry,
@@ -202,8 +201,8 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def http_api() -> str:
-    from services.api.app import create_app
-    from services.api.teachers import Teachers
+    from vaopd_api.app import create_app
+    from vaopd_api.teachers import Teachers
 
     document = create_app(teachers=Teachers(["127.0.0.1:1"], options={})).openapi()  # asks nobody before it is asked
     parts = [

@@ -26,7 +26,7 @@ import numpy as np
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherProcess, drawing, teacher_process, token_request
 from vaopd.client import TeacherClient
-from vaopd.launch import free_port
+from vaopd.launch.checks import free_port
 from vaopd.types import GroupScore, ScoreRequest
 
 CALLERS, GROUPS_PER_CALL, PICTURES = 4, 3, 12

@@ -32,8 +32,8 @@ from tests.faults.chaos.world import JOB, World
 from tests.faults.soak_load import Load
 from tests.support.teacher import teacher_process
 from tests.support.waiting import wait_until
-from vaopd.embedded_redis import EmbeddedRedis
-from vaopd.launch import free_port
+from vaopd.launch.checks import free_port
+from vaopd.queue.embedded import EmbeddedRedis
 
 SERVICE = "[images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
 FIRST_PART, LONGEST_FIRST_PART_S = 0.4, 120.0
@@ -158,7 +158,7 @@ def run(folder: Path, *, minutes: float, say: Callable[[str], None] = print) -> 
     (folder / "service.toml").write_text(SERVICE)
     result = Result(minutes=minutes)
     first_s = min(FIRST_PART * 60 * minutes, LONGEST_FIRST_PART_S)
-    launch = ("-m", "services.teacher", "--service", str(folder / "service.toml"))
+    launch = ("-m", "vaopd_teacher", "--service", str(folder / "service.toml"))
     with ExitStack() as stack:
         teacher = stack.enter_context(teacher_process(folder, launch=launch, batch_tokens=2000))
         queue = Queue(folder / "queue", stack)

@@ -16,11 +16,12 @@ import grpc
 
 from tests.support.models import tiny_vlm
 from tests.support.teacher import drawing, token_request
-from vaopd import wire
 from vaopd.client import TeacherClient
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest
+from vaopd.wire.common import image_to_pb
+from vaopd.wire.teacher import score_request_to_pb
 
 CODE = grpc.StatusCode
 PICTURES = 64
@@ -104,7 +105,7 @@ class Load:
         sound = self._dice.choice(self._groups).images[0].data
         place = self._dice.randrange(60, len(sound) // 2)
         bad = self._dice.choice((b"", b"x", self._dice.randbytes(1000), sound[:place]))
-        message = wire.image_to_pb(EncodedImage(data=bad))
+        message = image_to_pb(EncodedImage(data=bad))
         await teacher_pb2_grpc.TeacherStub(channel).PutImages(iter([message]))
         return "stored"
 
@@ -171,4 +172,4 @@ class Load:
 
 
 def _message(*groups: ScoreRequest) -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(groups, job="soak", payload="none")
+    return score_request_to_pb(groups, job="soak", payload="none")

@@ -17,10 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support import pictures
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process, token_request
-from vaopd import wire
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import EncodedImage, TeacherLimits
+from vaopd.wire.common import image_to_pb
+from vaopd.wire.teacher import score_request_to_pb
 
 LIMITS = TeacherLimits(max_groups_per_request=4, max_rollouts_per_group=3, max_image_bytes=200_000)
 PICTURE = encoded(drawing(1))
@@ -47,7 +48,7 @@ def channel(teacher: TeacherInProcess) -> Iterator[grpc.Channel]:
 @pytest.fixture(scope="module")
 def stub(channel: grpc.Channel) -> teacher_pb2_grpc.TeacherStub:
     stub = teacher_pb2_grpc.TeacherStub(channel)
-    stub.PutImages(iter([wire.image_to_pb(PICTURE)]))
+    stub.PutImages(iter([image_to_pb(PICTURE)]))
     return stub
 
 
@@ -72,7 +73,7 @@ def same_afterwards(
 
 
 def good_request() -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
+    return score_request_to_pb(
         [token_request(tiny_vlm(), name, pictures=[drawing(1)]) for name in ("good", "changed")],
         job="test",
         payload="hidden",
@@ -260,7 +261,7 @@ def test_a_bad_image_is_refused_where_it_is_sent_and_not_kept(
 ) -> None:
     image = EncodedImage(data=data)
     with pytest.raises(grpc.RpcError, match=f"{image.sha256[:12]}….*({words})") as caught:
-        stub.PutImages(iter([wire.image_to_pb(image)]))
+        stub.PutImages(iter([image_to_pb(image)]))
     assert caught.value.code() is status  # type: ignore[attr-defined]
     assert "0x" not in caught.value.details()  # type: ignore[attr-defined]
     assert list(stub.MissingImages(pb.MissingImagesRequest(sha256=[image.sha256])).sha256) == [image.sha256]

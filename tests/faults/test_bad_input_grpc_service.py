@@ -20,24 +20,26 @@ import torch
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process, token_request
 from tests.support.waiting import wait_until
-from vaopd import wire
+from vaopd.access.keys import add_key
+from vaopd.config import KeysConfig, QuotasConfig, ServiceConfig, SharingConfig
 from vaopd.errors import VaopdError
-from vaopd.keys import add_key
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.service_config import KeysConfig, QuotasConfig, ServiceConfig, SharingConfig
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.wire.common import tensor_from_pb
+from vaopd.wire.teacher import score_request_to_pb
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 CODE = grpc.StatusCode
 Metadata = tuple[tuple[str, str], ...]
 
 
 def request(*names: str, job: str = "geometry") -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
+    return score_request_to_pb(
         [token_request(tiny_vlm(), name, responses=["12"]) for name in names], job=job, payload="none"
     )
 
@@ -254,4 +256,4 @@ def test_an_answer_that_is_not_finite_is_an_error_of_its_group(tmp_path: Path) -
         answers = {getattr(item, item.WhichOneof("item")).group_id: item for item in stub.ScoreGroups(message)}
     assert answers["bad"].error.code == CODE.INTERNAL.value[0]
     assert "not finite" in answers["bad"].error.message
-    assert np.isfinite(wire.tensor_from_pb(answers["good"].score.teacher_logprobs).numpy()).all()
+    assert np.isfinite(tensor_from_pb(answers["good"].score.teacher_logprobs).numpy()).all()

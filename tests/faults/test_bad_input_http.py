@@ -19,23 +19,24 @@ import pytest
 from fastapi.routing import APIRoute
 from starlette.routing import Route
 
-from services.api.access import OPEN, Access
-from services.api.app import create_app
-from services.api.errors import describe
-from services.api.teachers import Teachers
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
-from services.teacher.errors import status_of
 from tests.support import pictures
 from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd import errors
+from vaopd.access.keys import KeyStore, add_key
 from vaopd.client import SyncTeacherClient
+from vaopd.config import ServiceConfig, SharingConfig
 from vaopd.errors import NumericalError, VaopdError
-from vaopd.keys import KeyStore, add_key
-from vaopd.service_config import ServiceConfig, SharingConfig
 from vaopd.types import TeacherLimits
+from vaopd.wire.errors import status_of
+from vaopd_api.access import OPEN, Access
+from vaopd_api.app import create_app
+from vaopd_api.problems import describe
+from vaopd_api.teachers import Teachers
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 ROOT = Path(__file__).parents[2]
 

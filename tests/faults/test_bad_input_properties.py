@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
-from vaopd import images, wire
+from vaopd import images
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
@@ -34,6 +34,16 @@ from vaopd.types import (
     SamplingSettings,
     TeacherLimits,
 )
+from vaopd.wire.common import image_to_pb, tensor_from_pb
+from vaopd.wire.queue import (
+    policy_version_from_bytes,
+    policy_version_to_bytes,
+    rollout_group_from_bytes,
+    rollout_group_to_bytes,
+    rollout_request_from_bytes,
+    rollout_request_to_bytes,
+)
+from vaopd.wire.teacher import score_request_to_pb
 
 LIMITS = TeacherLimits(max_groups_per_request=4, max_rollouts_per_group=4)
 PICTURES = [encoded(drawing(seed), kind) for seed, kind in ((1, "PNG"), (2, "JPEG"), (3, "WEBP"))]
@@ -53,12 +63,12 @@ def teacher() -> Iterator[TeacherInProcess]:
 @pytest.fixture(scope="module")
 def channel(teacher: TeacherInProcess) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(teacher.target) as channel:
-        teacher_pb2_grpc.TeacherStub(channel).PutImages(iter(map(wire.image_to_pb, PICTURES)))
+        teacher_pb2_grpc.TeacherStub(channel).PutImages(iter(map(image_to_pb, PICTURES)))
         yield channel
 
 
 def good_request() -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb(
+    return score_request_to_pb(
         [token_request(tiny_vlm(), f"g{n}", pictures=[drawing(1)]) for n in range(2)],
         job="test",
         payload="top_k",
@@ -161,7 +171,7 @@ def test_every_group_of_any_request_is_scored_or_refused_by_name(
             assert item.message
         else:
             for tensor in (item.teacher_logprobs, item.degraded_logprobs, item.visual_advantage):
-                values = wire.tensor_from_pb(tensor).numpy()
+                values = tensor_from_pb(tensor).numpy()
                 assert values.shape == (sum(item.lengths),)
                 assert np.isfinite(values).all()
 
@@ -197,7 +207,7 @@ def test_mutated_requests_are_scored_or_refused_and_change_nothing(channel: grpc
 
 def test_mutated_uploads_are_stored_or_refused(channel: grpc.Channel) -> None:
     method = channel.stream_stream("/vaopd.v1.Teacher/PutImages")
-    uploads = [wire.image_to_pb(picture).SerializeToString() for picture in PICTURES]
+    uploads = [image_to_pb(picture).SerializeToString() for picture in PICTURES]
     rng = random.Random(1)
     codes = {score(method, iter([mutated(uploads[n % 3], rng)]))[0] for n in range(MUTATIONS)}
     assert CODE.INVALID_ARGUMENT in codes
@@ -242,9 +252,9 @@ def queue_messages() -> dict[str, tuple[bytes, Callable[[bytes], object]]]:
     )
     policy = PolicyVersion(version=3, path="/runs/x/policy/3", sha256="a" * 64)
     return {
-        "request": (wire.rollout_request_to_bytes(request), wire.rollout_request_from_bytes),
-        "group": (wire.rollout_group_to_bytes(group), wire.rollout_group_from_bytes),
-        "policy": (wire.policy_version_to_bytes(policy), wire.policy_version_from_bytes),
+        "request": (rollout_request_to_bytes(request), rollout_request_from_bytes),
+        "group": (rollout_group_to_bytes(group), rollout_group_from_bytes),
+        "policy": (policy_version_to_bytes(policy), policy_version_from_bytes),
     }
 
 
@@ -274,7 +284,7 @@ def test_a_mutated_queue_message_is_read_or_refused(kind: str) -> None:
 )
 def test_rollouts_that_cant_be_trained_on_are_refused_when_they_are_read(change: dict[str, Any], words: str) -> None:
     """Where log-probs cross a boundary: on their way from a worker to the trainer."""
-    group = wire.rollout_group_from_bytes(queue_messages()["group"][0])
+    group = rollout_group_from_bytes(queue_messages()["group"][0])
     broken = replace(group, rollouts=(replace(group.rollouts[0], **change),))
     with pytest.raises(InvalidInput, match=words):
-        wire.rollout_group_from_bytes(wire.rollout_group_to_bytes(broken))
+        rollout_group_from_bytes(rollout_group_to_bytes(broken))

@@ -12,8 +12,8 @@ PROMPTS = 4  # in a step, by `tests.support.system`
 
 BROKEN = """
 import sys
-from services.trainer import loop
-from services.trainer.__main__ import main
+from vaopd_trainer import loop
+from vaopd_trainer.__main__ import main
 
 train = loop.Trainer._train
 

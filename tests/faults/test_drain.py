@@ -14,22 +14,23 @@ from tests.support.teacher import teacher_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import SyncTeacherClient
 from vaopd.errors import Unavailable
-from vaopd.ledger import FILE
+from vaopd.run.checkpoints import FILE
 
 PROMPTS = 4  # in a step, by `tests.support.system`
 
-# With a grace of a second; the real one, services.teacher.server.GRACE_S, is a minute.
+# With a grace of a second; the real one, vaopd_teacher.server.GRACE_S, is a minute.
 HANGING = """
 import functools, sys, threading
-from services.teacher import engine, server
-from services.teacher.__main__ import main
+from vaopd_teacher import server
+from vaopd_teacher.__main__ import main
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 def hang(self, groups):
     print("the device hangs", flush=True)
     threading.Event().wait()
     yield
 
-engine.GroupEngine.score = hang
+GroupEngine.score = hang
 server.serve = functools.partial(server.serve, grace_s=1.0)
 sys.exit(main(sys.argv[1:]))
 """

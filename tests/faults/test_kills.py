@@ -14,9 +14,9 @@ from collections import Counter
 
 import pytest
 
-from services.trainer.kill_points import KILL_POINTS
 from tests.support.system import Job, System
-from vaopd.ledger import audit
+from vaopd.run.ledger import audit
+from vaopd_trainer.kill_points import KILL_POINTS
 
 STEPS, PROMPTS = 8, 4
 SETTINGS = {"trainer__steps": STEPS, "trainer__prompts_per_step": PROMPTS, "evaluation__every": 2}

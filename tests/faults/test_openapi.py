@@ -23,11 +23,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from services.api.app import create_app
-from services.api.teachers import Teachers
 from tests.support.api import Api, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import teacher_in_process
+from vaopd_api.app import create_app
+from vaopd_api.teachers import Teachers
 
 EXAMPLES = int(os.environ.get("VAOPD_OPENAPI_EXAMPLES", "25"))
 """Of each route, of requests that fit and of requests that don't."""

@@ -23,14 +23,13 @@ from tests.support.teacher import (
     token_request,
 )
 from tests.support.waiting import wait_until
-from vaopd.certificates import make_certificates
-from vaopd.client import SyncTeacherClient, TeacherClient
-from vaopd.credentials import from_environment
-from vaopd.errors import ConfigError, Mismatch, Unavailable
-from vaopd.replicas import TeacherFault, _until_one_is_connected, addresses
-from vaopd.service_config import ServiceConfig, TlsConfig
+from vaopd.access.certificates import make_certificates
+from vaopd.client import SyncTeacherClient, TeacherClient, from_environment
+from vaopd.client.replicas import _until_one_is_connected, addresses
+from vaopd.config import ServiceConfig, TlsConfig
+from vaopd.errors import ConfigError, Mismatch, TeacherFault, Unavailable
 from vaopd.types import GroupScore, ScoreRequest
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
 
 
 def group(name: str, seed: int = 1) -> ScoreRequest:

@@ -22,9 +22,19 @@ from google.protobuf.message import DecodeError
 from vaopd.pb import teacher_pb2
 
 with atheris.instrument_imports(include=["vaopd"]):
-    from vaopd import images, keys, status, wire
+    from vaopd import images
+    from vaopd.access import keys
     from vaopd.errors import InvalidInput, LimitExceeded, Unauthenticated, VaopdError
     from vaopd.types import EncodedImage, ImagePart, Message, PolicyVersion, RolloutRequest, SamplingSettings, TextPart
+    from vaopd.wire import errors as wire_errors
+    from vaopd.wire.common import messages_from_pb
+    from vaopd.wire.queue import (
+        policy_version_from_bytes,
+        policy_version_to_bytes,
+        rollout_group_from_bytes,
+        rollout_request_from_bytes,
+        rollout_request_to_bytes,
+    )
 
 
 def image(data: bytes) -> None:
@@ -39,16 +49,16 @@ def image(data: bytes) -> None:
 
 def message(data: bytes) -> None:
     """What the queue and the teacher read, and the details that a client reads from a server."""
-    for read in (wire.rollout_request_from_bytes, wire.rollout_group_from_bytes, wire.policy_version_from_bytes):
+    for read in (rollout_request_from_bytes, rollout_group_from_bytes, policy_version_from_bytes):
         try:
             read(data)
         except InvalidInput as error:
             check_words(error)
-    status.unpack([(status.KEY, data)], message="refused", default=InvalidInput)
+    wire_errors.unpack([(wire_errors.KEY, data)], message="refused", default=InvalidInput)
     with contextlib.suppress(DecodeError):
         for group in teacher_pb2.ScoreGroupsRequest.FromString(data).groups:
             with contextlib.suppress(InvalidInput):
-                wire.messages_from_pb(group.messages.messages)
+                messages_from_pb(group.messages.messages)
 
 
 def key(data: bytes) -> None:
@@ -79,7 +89,7 @@ def seeds(target: Callable[[bytes], None]) -> list[bytes]:
             policy_version=1,
         )
         policy = PolicyVersion(version=1, path="/runs/x", sha256="a" * 64)
-        return [wire.rollout_request_to_bytes(request), wire.policy_version_to_bytes(policy)]
+        return [rollout_request_to_bytes(request), policy_version_to_bytes(policy)]
     return [b"Bearer vaopd_0123456789ab_" + b"A" * 43]
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 NOT_RUN = {
     r"^make (demo|test)\b": "`vaopd demo` is run below, and these are the tests",
     r"^make (chaos|fuzz)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
-    r"docker compose|deploy/hardening": "there is no engine here; tests/unit/test_compose.py reads the files",
+    r"docker compose|deploy/hardening": "there is no engine here; tests/services/test_compose.py reads the files",
     r"localhost:8080": "of the containers",
     r"configs/geometry3k|--gpus|VISIBLE_DEVICES": "wants GPUs and the hub's models; test_docs.py takes a dry run",
     r"teacher-host|teacher-0|teacher\.example:|10\.0\.0\.5:": "wants another host",
@@ -68,7 +68,7 @@ prompts = 4
 [queue]
 url = "embedded"
 """
-EXAMPLES = Path("services/api/page/examples")
+EXAMPLES = Path("services/vaopd_api/page/examples")
 COMMANDS = [(block, command) for block in blocks("bash") for command in shell_commands(block)]
 # The others are parts of a program; test_docs.py sees that what they import is there.
 SCRIPTS = [block for block in blocks("python") if re.search(r"^with .*127\.0\.0\.1:", block.text, re.M)]

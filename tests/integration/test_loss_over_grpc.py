@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.student import ScoredGroup, StudentLoss, WeightedGroup, weigh
 from tests.support.models import model_folder
 from tests.support.rollouts import MAX_PIXELS
 from tests.support.scored import Scored, reference_kl, reference_logprobs, sampled_groups, score, vlm
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.types import Degradation
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
 
 K = 3
 

@@ -16,7 +16,7 @@ from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import teacher_in_process
 from vaopd.data import handwritten_geometry
 from vaopd.data.loaders import load_prompts
-from vaopd.vlm import Segment
+from vaopd.vlm.model import Segment
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_pytorch_loop.py"
 

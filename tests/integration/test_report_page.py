@@ -13,7 +13,7 @@ from playwright.sync_api import Browser
 from tests.support.api import Api, start_api
 from tests.support.runs import make_run
 from tests.support.viewer import PHONE, chromium, serious_findings, viewer
-from vaopd.keys import add_key
+from vaopd.access.keys import add_key
 
 
 @pytest.fixture(scope="module")

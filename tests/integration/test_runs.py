@@ -14,10 +14,10 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.trainer.order import PromptOrder
 from tests.support.models import model_folder
 from tests.support.system import Job, System
 from tests.support.teacher import drawing, encoded
+from vaopd_trainer.prompt_order import PromptOrder
 
 pytestmark = pytest.mark.slow
 

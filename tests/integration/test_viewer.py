@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser
 
-from services.api.app import PAGE
 from tests.support.api import Api, start_api
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess
 from tests.support.viewer import PHONE, Viewer, chromium, serious_findings, viewer
-from vaopd.keys import add_key
+from vaopd.access.keys import add_key
+from vaopd_api.app import PAGE
 
 EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
 

@@ -17,13 +17,13 @@ import httpx
 import numpy as np
 import pytest
 
-from services.api.scoring import decode_images, score_request
 from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
 from tests.support.teacher import TeacherInProcess, drawing, encoded
 from vaopd.client import SyncTeacherClient
 from vaopd.http_types import ScoreBody
-from vaopd.scoring import rollout_weights
+from vaopd.scoring.weights import rollout_weights
 from vaopd.types import GroupScore
+from vaopd_api.scorer import decode_images, score_request
 
 
 @pytest.fixture
@@ -153,6 +153,6 @@ def test_sigterm_ends_it_cleanly(orphan: Api) -> None:
 
 def test_it_loads_no_torch() -> None:
     """The scoring API is small: it runs where only the client is installed."""
-    code = "import sys, services.api.app, services.api.__main__; print('torch' in sys.modules)"
+    code = "import sys, vaopd_api.app, vaopd_api.__main__; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert json.loads(done.stdout.lower()) is False

@@ -16,15 +16,15 @@ import PIL.Image
 import pytest
 import torch
 
-from services.api.access import Quota
-from services.api.errors import ApiError
 from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, start_api
 from tests.support.teacher import TeacherInProcess
 from tests.support.waiting import wait_until
 from vaopd import objective
-from vaopd.certificates import make_certificates
+from vaopd.access.certificates import make_certificates
+from vaopd.access.keys import add_key, revoke_key
 from vaopd.degradation import pixelate
-from vaopd.keys import add_key, revoke_key
+from vaopd_api.access import Quota
+from vaopd_api.problems import ApiError
 
 BATCH = "/v1/score/batch"
 
@@ -209,7 +209,7 @@ def test_the_page_names_no_other_host(api: Api) -> None:
     """Not even as a link; namespaces of SVG are no addresses."""
     names = re.findall(r'(?:href|src)="(page/[^"]+)"', api.http.get("/").text)
     assert "page/main.js" in names
-    scripts = [path.name for path in Path("services/api/page").glob("*.js")]
+    scripts = [path.name for path in Path("services/vaopd_api/page").glob("*.js")]
     for path in ["/", "/docs", *names, *(f"/page/{name}" for name in scripts)]:
         assert not re.search(r"https?://(?!www\.w3\.org)", api.http.get(path).text), path
 

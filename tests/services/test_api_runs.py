@@ -13,8 +13,8 @@ import pytest
 
 from tests.support.api import Api, error_of, start_api
 from tests.support.runs import make_run
+from vaopd.access.keys import add_key
 from vaopd.http_client import ScoringClient
-from vaopd.keys import add_key
 
 
 @pytest.fixture(scope="module")

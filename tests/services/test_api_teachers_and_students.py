@@ -12,8 +12,8 @@ import pytest
 from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
 from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process, write_config
-from vaopd.keys import add_key
-from vaopd.service_config import KeysConfig, ServiceConfig
+from vaopd.access.keys import add_key
+from vaopd.config import KeysConfig, ServiceConfig
 
 
 def test_a_teacher_that_refuses_the_api_s_own_key_is_no_fault_of_its_clients(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_teacher_that_is_down_does_not_hide_the_others(teacher: TeacherInProce
 
 def test_a_student_that_is_no_model_is_told_before_anything_serves(tmp_path: Path) -> None:
     config = write_config(tmp_path, model=tmp_path, address="127.0.0.1:1")
-    command = [sys.executable, "-m", "services.api", "--config", str(config), "--student", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "vaopd_api", "--config", str(config), "--student", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "none' is no folder here, and no hub id of the form ORG/NAME" in done.stderr

@@ -12,10 +12,10 @@ import pytest
 from tests.support.api import BODY, IMAGE, QUESTION, Api, start_api
 from tests.support.http_server import Answer, http_server
 from tests.support.teacher import TeacherInProcess
+from vaopd.access.keys import add_key
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, NotFound, Unauthenticated, Unavailable
 from vaopd.http_client import AsyncScoringClient, ScoringClient, ask
 from vaopd.http_types import DegradationModel, ScoreBody
-from vaopd.keys import add_key
 
 RESPONSES = ["It is 12.", [70, 71, 72]]
 

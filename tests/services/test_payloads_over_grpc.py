@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.student import StudentLoss, weigh
 from tests.support.scored import reference_kl, reference_logprobs, sampled_groups, score, vlm
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.payloads import PAYLOADS
 from vaopd.types import PayloadKind
+from vaopd_trainer.student_loss import StudentLoss, weigh
 
 TOP_K = 64
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from services.rollout.engine import RolloutEngine
 from tests.support.rollouts import MAX_PIXELS, PlainStudent, ask, noise_image, random_student
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
+from vaopd.sampling.engine import RolloutEngine
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
 
 VOCAB_SIZE = 479
@@ -34,12 +34,12 @@ def references(policies: list[PolicyVersion]) -> list[PlainStudent]:
 def started(request: pytest.FixtureRequest, policies: list[PolicyVersion]) -> Iterator[RolloutEngine]:
     base = policies[0].path
     if request.param == "transformers":
-        from services.rollout.transformers_engine import TransformersEngine
+        from vaopd.sampling.transformers_engine import TransformersEngine
 
         engine: RolloutEngine = TransformersEngine(base, worker="w", dtype="float32", max_pixels=MAX_PIXELS)
     else:
         pytest.importorskip("vllm")
-        from services.rollout.vllm_engine import VllmEngine
+        from vaopd.sampling.vllm_engine import VllmEngine
 
         options = {"max_model_len": 256}
         engine = VllmEngine(base, worker="w", dtype="float32", max_pixels=MAX_PIXELS, options=options)

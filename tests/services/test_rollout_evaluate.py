@@ -16,8 +16,8 @@ from vaopd.cli import main
 from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
 from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct
+from vaopd.run.snapshots import snapshot_of
 from vaopd.types import PolicyVersion
-from vaopd.weights import snapshot_of
 
 CONFIG = """
 [run]

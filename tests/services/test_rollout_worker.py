@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from services.rollout.engine import Outcome
-from services.rollout.worker import RolloutWorker, Stop
 from tests.support.groups import an_answer
 from tests.support.redis import job, redis_server  # noqa: F401
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
 from tests.support.waiting import wait_until
 from vaopd.queue import TrainerQueue, WorkerQueue
+from vaopd.sampling.engine import Outcome
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd_rollout.worker import RolloutWorker, Stop
 
 CONFIG = """
 [run]
@@ -59,7 +59,7 @@ def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Cal
     """Starts the process and returns once it is ready; whatever a test leaves is killed."""
     config = tmp_path / "run.toml"
     config.write_text(CONFIG.format(job=job, model=policies[0].path, url=redis_server.url))
-    command = [sys.executable, "-m", "services.rollout", "--config", str(config), "--worker", "w1"]
+    command = [sys.executable, "-m", "vaopd_rollout", "--config", str(config), "--worker", "w1"]
     started: list[subprocess.Popen[bytes]] = []
 
     def start() -> subprocess.Popen[bytes]:
@@ -196,7 +196,7 @@ def test_a_request_that_kills_engines_counts_its_deliveries_and_the_others_are_h
 
 def test_help_needs_nothing_heavy():
     code = (
-        "import sys, services.rollout.__main__; "
+        "import sys, vaopd_rollout.__main__; "
         "sys.exit([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules] or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

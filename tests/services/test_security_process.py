@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from services.teacher.__main__ import main as teacher_main
 from tests.support.models import tiny_vlm
 from tests.support.teacher import teacher_process, token_request, write_config
 from vaopd.cli import main
-from vaopd.client import SyncTeacherClient
-from vaopd.credentials import from_environment
+from vaopd.client import SyncTeacherClient, from_environment
 from vaopd.types import GroupScore
+from vaopd_teacher.__main__ import main as teacher_main
 
 ROOT = Path(__file__).parents[2]
 SERVICE = """
@@ -43,7 +42,7 @@ def test_a_secured_teacher_serves_its_jobs_and_the_health_check(
         "VAOPD_TLS_CERT": str(tmp_path / "client.pem"),
         "VAOPD_TLS_KEY": str(tmp_path / "client.key"),
     }
-    launch = ("-m", "services.teacher", "--service", str(tmp_path / "service.toml"))
+    launch = ("-m", "vaopd_teacher", "--service", str(tmp_path / "service.toml"))
     with teacher_process(tmp_path, launch=launch) as teacher:
         with SyncTeacherClient(teacher.target, job="geometry", **from_environment(variables)) as client:
             (result,) = client.score([token_request(tiny_vlm(), "g")])

@@ -17,19 +17,18 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from services.teacher.server import SERVICE
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
-from vaopd import wire
-from vaopd.certificates import make_certificates
-from vaopd.client import SyncTeacherClient
-from vaopd.credentials import from_environment
+from vaopd.access.certificates import make_certificates
+from vaopd.access.keys import add_key, revoke_key
+from vaopd.client import SyncTeacherClient, from_environment
+from vaopd.config import KeysConfig, QuotasConfig, ServiceConfig, TlsConfig
 from vaopd.errors import Busy, ConfigError, LimitExceeded, PermissionDenied, Unauthenticated, Unavailable
-from vaopd.keys import add_key, revoke_key
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.service_config import KeysConfig, QuotasConfig, ServiceConfig, TlsConfig
 from vaopd.types import GroupScore, ScoreRequest
+from vaopd.wire.teacher import score_request_to_pb
+from vaopd_teacher.server import SERVICE
 
 UNAUTHENTICATED, DENIED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
 
@@ -63,7 +62,7 @@ def group(name: str = "g") -> ScoreRequest:
 
 
 def score_request(job: str) -> pb.ScoreGroupsRequest:
-    return wire.score_request_to_pb([token_request(tiny_vlm(), "g")], job=job, payload="none")
+    return score_request_to_pb([token_request(tiny_vlm(), "g")], job=job, payload="none")
 
 
 def with_key(key: str) -> tuple[tuple[str, str], ...]:

@@ -17,14 +17,14 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, question, teacher_in_process, token_request
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
+from vaopd.client.replicas import Replica
+from vaopd.config import ImagesConfig, ServiceConfig
 from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from vaopd.payloads import to_torch
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.replicas import Replica
-from vaopd.service_config import ImagesConfig, ServiceConfig
-from vaopd.transport import group_error_of
 from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
+from vaopd.wire.errors import group_error_of
 
 
 @pytest.fixture

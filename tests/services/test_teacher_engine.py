@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from services.teacher.engine import PreparedGroup, ScoredGroup
 from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import drawing, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
+from vaopd.config import ServiceConfig, SharingConfig
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
-from vaopd.service_config import ServiceConfig, SharingConfig
 from vaopd.types import GroupScore, Payload, ScoreRequest
-from vaopd.vlm import Encode, Segment, Vlm
+from vaopd.vlm.model import Encode, Segment, Vlm
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
 
 
 class SmallDevice(Vlm):

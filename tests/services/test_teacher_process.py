@@ -34,7 +34,7 @@ def serving(target: str) -> bool:
 
 
 def test_a_wrong_configuration_is_named_and_ends_the_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "services.teacher", "--config", str(tmp_path / "none.toml")]
+    command = [sys.executable, "-m", "vaopd_teacher", "--config", str(tmp_path / "none.toml")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert "none.toml" in ended.stderr
@@ -86,7 +86,7 @@ def test_a_teacher_that_vllm_holds_serves_and_drains(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     service = tmp_path / "service.toml"
     service.write_text('[engine]\nbackend = "vllm"\noptions = { max_num_batched_tokens = 512 }\n')
-    launch = ("-m", "services.teacher", "--service", str(service))
+    launch = ("-m", "vaopd_teacher", "--service", str(service))
     with teacher_process(tmp_path, launch=launch) as teacher:
         with SyncTeacherClient(teacher.target, payload="sampled") as client:
             results = list(client.score(groups(3)))
@@ -98,13 +98,13 @@ def test_a_teacher_that_vllm_holds_serves_and_drains(tmp_path: Path) -> None:
 
 BROKEN = """
 import sys
-from services.teacher import engine
-from services.teacher.__main__ import main
+from vaopd_teacher.__main__ import main
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 def broken(self, batch):
     raise RuntimeError("CUDA error: device-side assert triggered")
 
-engine.GroupEngine._forward = broken
+GroupEngine._forward = broken
 sys.exit(main(sys.argv[1:]))
 """
 

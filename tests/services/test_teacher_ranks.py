@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from services.teacher.ranks import LeadingVlm, Link, compute, lead, packed
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import tiny_vlm
 from tests.support.teacher import (
@@ -29,7 +28,8 @@ from vaopd.config import load_config
 from vaopd.errors import ConfigError
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, ScoreRequest
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.model import Segment, Vlm
+from vaopd_teacher.engines.tensor_parallel import LeadingVlm, Link, compute, lead, packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +104,7 @@ def shared_by_two(folder: Path) -> Iterator[tuple[TeacherProcess, list[int]]]:
     service = folder / "service.toml"
     service.write_text("[engine]\nprocesses = 2\n")
     # Small forwards, so that there are several.
-    launch = ("-m", "services.teacher", "--service", str(service))
+    launch = ("-m", "vaopd_teacher", "--service", str(service))
     with teacher_process(folder, launch=launch, batch_tokens=200) as teacher:
         pid = teacher.process.pid
         ranks = [int(rank) for rank in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -27,9 +27,9 @@ from vaopd.config import load_config
 from vaopd.degradation import pixelate
 from vaopd.errors import Mismatch
 from vaopd.payloads import decode, to_torch
-from vaopd.prompts import chat
 from vaopd.types import Degradation, GroupScore, ScoreRequest
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.prompts import chat
 
 QUESTION = "What is the perimeter?"
 
@@ -37,7 +37,7 @@ QUESTION = "What is the perimeter?"
 @pytest.fixture(scope="module")
 def on_vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TeacherInProcess]:
     pytest.importorskip("vllm")
-    from services.teacher.vllm_engine import load
+    from vaopd_teacher.engines.vllm_engine import load
 
     backend = load(load_config(write_config(tmp_path_factory.mktemp("vllm"))), {"max_num_batched_tokens": 512})
     try:

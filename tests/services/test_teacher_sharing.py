@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from services.teacher.ahead import AT_ONCE, FEW_TOKENS
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
-from services.teacher.scheduler import group_tokens
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
 from tests.support.waiting import wait_until
-from vaopd import wire
 from vaopd.client import GroupFailure, SyncTeacherClient
+from vaopd.config import ImagesConfig, ServiceConfig, SharingConfig
 from vaopd.errors import LimitExceeded, VaopdError
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.service_config import ImagesConfig, ServiceConfig, SharingConfig
 from vaopd.types import Degradation, GroupScore, ScoreRequest
+from vaopd.wire.common import image_to_pb
+from vaopd.wire.teacher import score_request_to_pb
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.line.prepare_ahead import AT_ONCE, FEW_TOKENS
+from vaopd_teacher.line.scheduler import group_tokens
 
 ONE_GROUP_A_FORWARD = 50
 
@@ -189,7 +191,7 @@ def test_work_whose_deadline_is_over_leaves_the_line() -> None:
     with held_teacher() as held, grpc.insecure_channel(held.teacher.target) as channel:
         image = encoded(drawing(1))
         stub = teacher_pb2_grpc.TeacherStub(channel)
-        stub.PutImages(iter([wire.image_to_pb(image)]))
+        stub.PutImages(iter([image_to_pb(image)]))
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.ScoreGroups(score_request(group("late")), timeout=0.5))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
@@ -270,7 +272,7 @@ def test_without_room_for_views_every_group_gets_the_same_answer() -> None:
 
 
 def count_decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from services.teacher import prepare
+    from vaopd_teacher.intake import prepare
 
     decoded: list[int] = []
     decode = prepare.image_files.decode
@@ -284,4 +286,4 @@ def count_decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def score_request(*groups: ScoreRequest) -> object:
-    return wire.score_request_to_pb(groups, job="plain", payload="none")
+    return score_request_to_pb(groups, job="plain", payload="none")

@@ -10,14 +10,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from tests.support.models import tiny_vlm
 from tests.support.teacher import teacher_in_process, teacher_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import SyncTeacherClient
+from vaopd.config import ServiceConfig
 from vaopd.errors import Unavailable, VaopdError
-from vaopd.service_config import ServiceConfig
 from vaopd.types import GroupScore
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 
 class HangingEngine:
@@ -87,14 +88,14 @@ class QuickEngine:
 
 HANGING = """
 import ctypes, sys, threading
-from services.teacher import engine
-from services.teacher.__main__ import main
+from vaopd_teacher.__main__ import main
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 def hang(self, groups):
     {how}
     yield
 
-engine.GroupEngine.score = hang
+GroupEngine.score = hang
 sys.exit(main([*sys.argv[1:], "--service", "{service}"]))
 """
 

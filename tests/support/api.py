@@ -37,11 +37,11 @@ class Api:
 
 
 def start_api(folder: Path, teacher: str, *arguments: str, **environment: str) -> Iterator[Api]:
-    """`python -m services.api` as a process of its own, on a free port, with these arguments and variables."""
+    """`python -m vaopd_api` as a process of its own, on a free port, with these arguments and variables."""
     announce = folder / "api.address"
     announce.unlink(missing_ok=True)
     config = write_config(folder, model=folder, address=teacher)
-    command = [sys.executable, "-m", "services.api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
+    command = [sys.executable, "-m", "vaopd_api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
     command += [*arguments, "--announce", str(announce)]
     with (folder / "api.log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, text=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.collector import Collector
-from vaopd.ledger import Ledger
 from vaopd.queue import TrainerQueue
+from vaopd.run.ledger import Ledger
 from vaopd.types import PolicyVersion
+from vaopd_trainer.collector import Collector
 
 MakeCollector = Callable[[TrainerQueue], Collector]
 

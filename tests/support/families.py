@@ -18,11 +18,11 @@ import torch
 
 from tests.support.models import save_untrained
 from tests.support.teacher import encoded, question
-from vaopd.prompts import PreparedPrompt, chat
 from vaopd.tiny.tokenizer import SPECIAL_TOKENS, build_processor, build_tokenizer
-from vaopd.torchvision_compat import ensure_torchvision
 from vaopd.types import Message
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.prompts import PreparedPrompt, chat
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl")
 _FOLDERS = tempfile.TemporaryDirectory(prefix="vaopd-families-")  # emptied when the interpreter ends

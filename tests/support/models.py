@@ -11,7 +11,7 @@ import torch
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import named
 from vaopd.tiny.tokenizer import build_processor
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
 
 _SHIPPED = Path(__file__).parents[2] / "models"
 # Emptied when the interpreter ends.

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support.programs import find_program
 from tests.support.waiting import wait_until
-from vaopd.launch import free_port
+from vaopd.launch.checks import free_port
 
 
 def binary(name: str) -> str:

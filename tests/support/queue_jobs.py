@@ -10,8 +10,8 @@ import redis
 
 from tests.support.groups import an_answer
 from tests.support.redis import job, redis_server  # noqa: F401
-from vaopd.embedded_redis import EmbeddedRedis
 from vaopd.queue import DeadLetters, Delivered, Lease, TrainerQueue, WorkerQueue
+from vaopd.queue.embedded import EmbeddedRedis
 from vaopd.types import RolloutRequest
 
 

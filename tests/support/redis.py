@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from vaopd.embedded_redis import EmbeddedRedis
+from vaopd.queue.embedded import EmbeddedRedis
 
 
 @pytest.fixture(scope="session")

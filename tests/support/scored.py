@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.rollout.transformers_engine import TransformersEngine
-from services.trainer.scoring import Refused, Scorer
-from services.trainer.student import ScoredGroup
 from tests.support.models import model_folder
 from tests.support.rollouts import MAX_PIXELS, PlainStudent
 from tests.support.teacher import drawing, encoded, question, teacher_in_process
 from vaopd.client import SyncTeacherClient
 from vaopd.payloads import to_torch
+from vaopd.run.snapshots import WEIGHTS_FILE
+from vaopd.sampling.transformers_engine import TransformersEngine
 from vaopd.types import (
     Degradation,
     EncodedImage,
@@ -31,8 +30,9 @@ from vaopd.types import (
     RolloutRequest,
     SamplingSettings,
 )
-from vaopd.vlm import Vlm
-from vaopd.weights import WEIGHTS_FILE
+from vaopd.vlm.model import Vlm
+from vaopd_trainer.scorer import Refused, Scorer
+from vaopd_trainer.student_loss import ScoredGroup
 
 
 def prompts() -> list[Prompt]:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.support.families import ask
 from tests.support.teacher import drawing
 from vaopd.divergence import token_logprobs
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.model import Segment, Vlm
 
 
 class Scores(nn.Module):

@@ -23,8 +23,8 @@ import redis
 
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
-from vaopd.embedded_redis import EmbeddedRedis
-from vaopd.launch import service_argv
+from vaopd.launch.up import service_argv
+from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
 _TIMEOUT_S = 300.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
@@ -103,9 +103,9 @@ class Job:
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
 
     def start_trainer(self, *, resume: bool = False, kill_at: str = "", launch: tuple[str, ...] = ()) -> Process:
-        """`kill_at`: POINT:STEP at which it dies, see `services.trainer.kill_points`.
+        """`kill_at`: POINT:STEP at which it dies, see `vaopd_trainer.kill_points`.
 
-        `launch`: what Python is given in place of `-m services.trainer`.
+        `launch`: what Python is given in place of `-m vaopd_trainer`.
         """
         arguments = ("--resume",) if resume else ()
         environment = {"VAOPD_KILL_AT": kill_at}

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from services.teacher.backend import Backend
-from services.teacher.server import TeacherServer
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
 from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TeacherDescription, TextPart
-from vaopd.vlm import Vlm
+from vaopd.vlm.model import Vlm
+from vaopd_teacher.engines.backend import Backend
+from vaopd_teacher.server import TeacherServer
 
 _ROOT = Path(__file__).parents[2]
 
@@ -92,9 +92,9 @@ def write_config(folder: Path, *, model: Path | None = None, **teacher: Any) -> 
 
 @contextmanager
 def teacher_process(
-    folder: Path, *, address: str = "127.0.0.1:0", launch: Sequence[str] = ("-m", "services.teacher"), **teacher: Any
+    folder: Path, *, address: str = "127.0.0.1:0", launch: Sequence[str] = ("-m", "vaopd_teacher"), **teacher: Any
 ) -> Iterator[TeacherProcess]:
-    """`python -m services.teacher` with files in `folder`; killed at the end when it still runs."""
+    """`python -m vaopd_teacher` with files in `folder`; killed at the end when it still runs."""
     announce = folder / "address"
     announce.unlink(missing_ok=True)
     config = write_config(folder, address=address, **teacher)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from vaopd.certificates import FILES, make_certificates
-from vaopd.credentials import from_environment
+from vaopd.access.certificates import FILES, make_certificates
+from vaopd.client import from_environment
+from vaopd.config import load_service_config
 from vaopd.errors import ConfigError
-from vaopd.service_config import load_service_config
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ import pytest
 
 from tests.support.documents import PAGES, ROOT, Block, blocks, script
 from vaopd.cli import build_parser, main
-from vaopd.config import validate
-from vaopd.service_config import ServiceConfig
+from vaopd.config import ServiceConfig, validate
 
 STARTS = ("up", "train", "teacher", "rollout", "api")
 

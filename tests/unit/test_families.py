@@ -11,8 +11,8 @@ from tests.support.families import FAMILIES, ask, family_vlm, plain_inputs, plai
 from tests.support.teacher import drawing, encoded, question
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.families import family_for
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.families import family_for
+from vaopd.vlm.model import Segment, Vlm
 
 PICTURES = {
     "no image": [],

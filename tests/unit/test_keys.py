@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vaopd.access.keys import KeyStore, add_key, bearer, read_keys, revoke_key
 from vaopd.cli import main
 from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
-from vaopd.keys import KeyStore, add_key, bearer, read_keys, revoke_key
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.progress import Progress, write_progress
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
-from vaopd.ledger import Audit, Ledger, LedgerLine, audit
+from vaopd.run.checkpoints import LedgerLine, Progress, write_progress
+from vaopd.run.ledger import Audit, Ledger, audit
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from vaopd import logs
+from vaopd.client.channel import carried
 from vaopd.errors import ConfigError
-from vaopd.transport import carried
+from vaopd.telemetry import logs
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "memory_table.py"
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.support.models import model_folder
-from vaopd import preflight
 from vaopd.cli import main
+from vaopd.launch import checks
+from vaopd.process.failures import as_config_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +47,7 @@ def test_a_sound_configuration_has_no_problem(config: Path, capsys: pytest.Captu
 
 
 def test_no_gpu(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "GPU_FILES", (Path("/nowhere/nvidiactl"),))
+    monkeypatch.setattr(checks, "GPU_FILES", (Path("/nowhere/nvidiactl"),))
     told = refusal(capsys, "teacher", str(config), "--set", "teacher.device_map=cuda:0")
     assert "teacher.device_map = cuda:0: this host shows no GPU" in told
     assert "--set teacher.device_map=cpu" in told
@@ -73,7 +74,7 @@ def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: 
 
 
 def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_installed", lambda package: False)
+    monkeypatch.setattr(checks, "_installed", lambda package: False)
     told = refusal(capsys, "rollout", str(config))
     assert "vLLM is not installed" in told
     assert "--set rollout.engine=transformers" in told
@@ -110,14 +111,14 @@ def test_a_process_that_waited_for_redis_in_vain_says_where() -> None:
     ],
 )  # fmt: skip
 def test_what_libraries_raise_in_words(role: str, error: Exception, what: str, remedy: str) -> None:
-    told = str(preflight.told(error, role))
+    told = str(as_config_error(error, role))
     assert what in told
     assert remedy in told
 
 
 def test_an_unknown_error_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match="something else"):
-        preflight.told(RuntimeError("something else"), "trainer")
+        as_config_error(RuntimeError("something else"), "trainer")
 
 
 def test_a_trainer_out_of_memory_ends_with_one_line(
@@ -126,10 +127,10 @@ def test_a_trainer_out_of_memory_ends_with_one_line(
     def run(*_: object, **__: object) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("services.trainer.compose.run", run)
+    monkeypatch.setattr("vaopd_trainer.compose.run", run)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["trainer", "--config", str(config)])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("services.trainer", run_name="__main__")
+        runpy.run_module("vaopd_trainer", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("trainer: out of memory (CUDA out of memory.")

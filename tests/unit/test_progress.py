@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from tests.support.terminal import Terminal
-from vaopd.progress import Progress, draw, duration
+from vaopd.telemetry.progress_line import Progress, draw, duration
 
 
 class Clock:

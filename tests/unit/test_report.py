@@ -15,9 +15,9 @@ from tests.support.runs import make_run
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.report import report_html, write_report
-from vaopd.report_plots import band_over, complete, running_mean, seed_band
-from vaopd.report_rollouts import high_tokens
-from vaopd.run_records import read_run
+from vaopd.report.plots import band_over, complete, running_mean, seed_band
+from vaopd.report.rollouts import high_tokens
+from vaopd.run.records import read_run
 
 
 def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vaopd.errors import ConfigError
-from vaopd.shared_attention import BUCKET_FILL, Layout, attention
+from vaopd.vlm.shared_attention import BUCKET_FILL, Layout, attention
 
 SEGMENTS = [(5, (3, 3, 3)), (7, (9, 2, 0, 8)), (4, ()), (3, (1,))]
 HEADS, KV_HEADS, DIM = 4, 2, 8

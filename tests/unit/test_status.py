@@ -6,7 +6,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from vaopd import errors
-from vaopd.status import KEY, pack, unpack
+from vaopd.wire.errors import KEY, pack, unpack
 
 
 def there_and_back(error: errors.VaopdError, default: type[errors.VaopdError]) -> errors.VaopdError:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer.student import StudentLoss
 from tests.support.families import ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
 from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.divergence import token_logprobs
-from vaopd.vlm import Segment, Vlm
+from vaopd.vlm.model import Segment, Vlm
+from vaopd_trainer.student_loss import StudentLoss
 
 PICTURES = [drawing(0), drawing(1, (128, 64))]
 LENGTHS = (9, 1, 17, 9, 16)

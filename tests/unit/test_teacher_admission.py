@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.teacher.admission import Admission
-from services.teacher.errors import QueueFull
-from services.teacher.scheduler import Served
-from vaopd.service_config import SharingConfig
+from vaopd.config import SharingConfig
+from vaopd.errors import QueueFull
+from vaopd_teacher.line.admission import Admission
+from vaopd_teacher.line.scheduler import Served
 
 
 class Pace:

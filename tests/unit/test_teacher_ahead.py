@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from services.teacher.ahead import AT_ONCE, FEW_TOKENS, Ahead
+from vaopd_teacher.line.prepare_ahead import AT_ONCE, FEW_TOKENS, Ahead
 
 
 class Calls:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
 from tests.support.families import ask
 from tests.support.models import tiny_vlm
 from tests.support.teacher import drawing
 from vaopd.degradation import pixelate
 from vaopd.payloads import to_torch
-from vaopd.vlm import Encode, Segment, Vlm
+from vaopd.vlm.model import Encode, Segment, Vlm
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 LENGTHS = [(20, 33, 7, 1), (12, 12), (5,), (40, 11, 12)]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.teacher.fairness import JOBS_KNOWN, FairQueue
+from vaopd_teacher.line.fair_queue import JOBS_KNOWN, FairQueue
 
 
 def queue_of(weights: Mapping[str, float] | None = None, **jobs: tuple[int, float]) -> FairQueue[tuple[str, float]]:

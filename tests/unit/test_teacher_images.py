@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from services.teacher.images import ImageStore, PreparedImages
 from vaopd.errors import ImageRefused, LimitExceeded, NotFound
-from vaopd.families import PreparedImage
 from vaopd.types import EncodedImage
+from vaopd.vlm.families import PreparedImage
+from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 
 
 def encoded(number: int, size: int = 10) -> EncodedImage:

@@ -9,16 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.teacher.revision import revision_of_folder
-from services.teacher.vllm_engine import load, top_k, unexpanded
-from services.teacher.vllm_extension import log_probs
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import save_untrained
 from tests.support.teacher import drawing, encoded, question, write_config
-from vaopd.config import load_config
+from vaopd.config import load_config, load_service_config
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.prompts import PreparedPrompt
-from vaopd.service_config import load_service_config
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_teacher.engines.revision import revision_of_folder
+from vaopd_teacher.engines.vllm_engine import load, top_k, unexpanded
+from vaopd_teacher.engines.vllm_extension import log_probs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

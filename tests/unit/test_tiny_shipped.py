@@ -12,7 +12,7 @@ import torch
 from vaopd.tiny.config import MODELS
 from vaopd.tiny.measure import held_out_accuracy
 from vaopd.tiny.tokenizer import build_tokenizer
-from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 FOLDER = Path(__file__).parents[2] / "models"
 

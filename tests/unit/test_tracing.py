@@ -11,8 +11,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from vaopd import tracing
 from vaopd.errors import ConfigError
+from vaopd.telemetry import tracing
 
 VARIABLES = ("OTEL_SDK_DISABLED", tracing.EXPORTER, *tracing.PROTOCOLS, *tracing.ENDPOINTS)
 

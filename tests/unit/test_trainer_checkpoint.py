@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from services.trainer import checkpoint
-from services.trainer.checkpoint import LedgerLine, Progress
 from vaopd.errors import InvalidInput, LimitExceeded
+from vaopd_trainer import checkpoint
+from vaopd_trainer.checkpoint import LedgerLine, Progress
 
 
 class Run:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from services.trainer import metrics
-from services.trainer.scoring import BusyTime
-from services.trainer.student import ScoredGroup, WeightedGroup
-from vaopd.prompts import PreparedPrompt
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_trainer import step_numbers
+from vaopd_trainer.scorer import BusyTime
+from vaopd_trainer.student_loss import ScoredGroup, WeightedGroup
 
 
 def a_group(index: int, va: list[list[float]], *, weights: list[float], finish: str = "stop") -> WeightedGroup:
@@ -76,33 +76,36 @@ def expected() -> dict[str, Any]:
 
 
 def test_one_rank() -> None:
-    found = metrics.of_step([metrics.of_rank([FIRST, SECOND], [FIRST_KL, SECOND_KL], loss=0.75)])
+    found = step_numbers.of_step([step_numbers.of_rank([FIRST, SECOND], [FIRST_KL, SECOND_KL], loss=0.75)])
     assert found.pop("va_top10_share") == pytest.approx(4 / 7)  # the top ⌈0.8⌉ = 1 of 8 tokens
     assert found == pytest.approx(expected())
 
 
 def test_two_ranks_make_the_same_means_of_their_sums() -> None:
     """But for the share of the top tokens, which is the mean over ranks of each rank's own."""
-    parts = [metrics.of_rank([FIRST], [FIRST_KL], loss=0.5), metrics.of_rank([SECOND], [SECOND_KL], loss=0.25)]
-    found = metrics.of_step(parts)
+    parts = [
+        step_numbers.of_rank([FIRST], [FIRST_KL], loss=0.5),
+        step_numbers.of_rank([SECOND], [SECOND_KL], loss=0.25),
+    ]
+    found = step_numbers.of_step(parts)
     assert found.pop("va_top10_share") == pytest.approx((4 / 5 + 1) / 2)
     assert found == pytest.approx(expected())
 
 
 def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
-    found = metrics.of_step([metrics.of_rank([SECOND], [SECOND_KL], loss=1.0)])
+    found = step_numbers.of_step([step_numbers.of_rank([SECOND], [SECOND_KL], loss=1.0)])
     assert math.isnan(found["kl_low"])
 
 
 def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
     timings = {"publish_s": 0.5, "wait_s": 2.0, "score_s": 0.5, "forward_backward_s": 1.0, "scoring_s": 2.0}
-    values = metrics.of_times(timings, rollouts=8)
+    values = step_numbers.of_times(timings, rollouts=8)
     assert values == {"step_s": 4.0, "rollouts_per_s": 2.0, "score_overlap": 0.75}
 
 
 def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr("services.trainer.scoring.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("vaopd_trainer.scorer.time.monotonic", lambda: next(clock))
     busy = BusyTime()
     with busy.measured(), busy.measured():
         pass
@@ -114,8 +117,8 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
 
 def test_every_number_of_a_step_is_described() -> None:
     """The trainer adds the norm, the rate, the times and what the collector counted; "rollouts" it only divides by."""
-    written = set(metrics.of_step([metrics.of_rank([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
-    timings = dict.fromkeys((*metrics.STEP_TIMES, "scoring_s"), 1.0)
-    written |= set(timings) | set(metrics.of_times(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
-    counted = {name for name in metrics.DESCRIPTIONS if name.startswith("groups_")}
-    assert written == set(metrics.DESCRIPTIONS) - counted
+    written = set(step_numbers.of_step([step_numbers.of_rank([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
+    timings = dict.fromkeys((*step_numbers.STEP_TIMES, "scoring_s"), 1.0)
+    written |= set(timings) | set(step_numbers.of_times(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
+    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
+    assert written == set(step_numbers.DESCRIPTIONS) - counted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.trainer.order import PromptOrder
+from vaopd_trainer.prompt_order import PromptOrder
 
 
 def epoch(order: PromptOrder, number: int) -> list[int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services.trainer.records import JsonLines, ProgressLine
 from tests.support.terminal import Terminal
 from vaopd.errors import LimitExceeded
+from vaopd_trainer.records import JsonLines, ProgressLine
 
 METRICS = {"loss": 1.25, "mean_va": 0.5, "rollouts_per_s": 20.0}
 

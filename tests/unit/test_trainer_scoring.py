@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from services.trainer.scoring import answers
 from vaopd.client import GroupFailure
 from vaopd.errors import InvalidInput, Unavailable
 from vaopd.types import ScoreRequest
+from vaopd_trainer.scorer import answers
 
 
 def a_request(group_id: str) -> ScoreRequest:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from services.teacher.engine import GroupEngine, PreparedGroup, ScoredGroup
-from services.teacher.vision_cache import VisionCache
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.teacher import drawing
 from vaopd.degradation import pixelate
-from vaopd.families import PreparedImage
-from vaopd.vlm import Vlm
+from vaopd.vlm.families import PreparedImage
+from vaopd.vlm.model import Vlm
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.engines.vision_cache import VisionCache
 
 PLENTY = 2**30
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.terminal import Terminal
 from vaopd.cli import main
-from vaopd.watch import sparkline, watch
+from vaopd.report.watch import sparkline, watch
 
 
 def make_run(folder: Path, *, steps: int, evaluated: tuple[int, ...] = (0,)) -> Path:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vaopd import durable
-from vaopd.durable import atomic_folder
 from vaopd.errors import InvalidInput, Mismatch, NotFound
-from vaopd.torchvision_compat import ensure_torchvision
-from vaopd.weights import prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.files import durable
+from vaopd.files.durable import atomic_folder
+from vaopd.run.snapshots import prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
 def a_model(*, tied: bool) -> torch.nn.Module:

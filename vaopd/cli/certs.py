@@ -26,7 +26,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _make(arguments: argparse.Namespace) -> int:
-    from vaopd.certificates import make_certificates
+    from vaopd.access.certificates import make_certificates
 
     for path in make_certificates(
         arguments.folder, hosts=arguments.host, days=arguments.days, replace=arguments.replace

@@ -44,8 +44,7 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """What would stop a process that needs these things, each with the key and the remedy."""
-    from vaopd import preflight
-    from vaopd.launch import port_problem
+    from vaopd.launch.checks import engine_problem, gpu_problem, port_problem, redis_problem, tokenizer_problem
 
     for need in needs:
         match need:
@@ -56,11 +55,11 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
             case "data":
                 yield from _data_problems(config)
             case "engine":
-                yield from filter(None, [preflight.engine_problem(config)])
+                yield from filter(None, [engine_problem(config)])
             case "redis":
-                yield from filter(None, [preflight.redis_problem(config)])
+                yield from filter(None, [redis_problem(config)])
             case "device":
-                yield from filter(None, [preflight.gpu_problem(config), preflight.tokenizer_problem(config)])
+                yield from filter(None, [gpu_problem(config), tokenizer_problem(config)])
             case "teacher port" | "api port":
                 key = need.replace(" port", ".address")
                 address = config.teacher.address if need == "teacher port" else config.api.address
@@ -77,7 +76,7 @@ def check(config: Config, needs: Iterable[Needs]) -> None:
 
 
 def _model_problems(key: str, name: str) -> Iterator[str]:
-    from vaopd.preflight import is_hub_id
+    from vaopd.files.hub import is_hub_id
 
     folder = Path(name)
     if folder.is_dir():
@@ -94,7 +93,7 @@ def _model_problems(key: str, name: str) -> Iterator[str]:
 
 
 def _data_problems(config: Config) -> Iterator[str]:
-    from vaopd.preflight import is_hub_id
+    from vaopd.files.hub import is_hub_id
 
     source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
     folder = Path(source)

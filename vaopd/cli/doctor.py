@@ -137,7 +137,7 @@ def _torch_companions() -> Iterator[Finding]:
     """torchvision as the processors load it, and the two packages that stop vLLM beside a CPU torch."""
     import torch
 
-    from vaopd.torchvision_compat import ensure_torchvision
+    from vaopd.vlm.torchvision_compat import ensure_torchvision
 
     try:
         ensure_torchvision()
@@ -166,8 +166,8 @@ def _torch_companions() -> Iterator[Finding]:
 
 
 def _redis() -> Finding:
-    from vaopd.embedded_redis import server_binary
     from vaopd.errors import ConfigError
+    from vaopd.queue.embedded import server_binary
 
     try:
         return Finding(status="ok", what="Redis server", detail=server_binary())
@@ -215,7 +215,7 @@ def _models_and_data() -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     from vaopd.config import ApiConfig
-    from vaopd.launch import port_problem
+    from vaopd.launch.checks import port_problem
 
     for name, key, address in (
         ("teacher port", "teacher.address", "127.0.0.1:50051"),

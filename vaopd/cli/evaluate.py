@@ -39,9 +39,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return dry_run(config, NEEDS)
     if problems := list(find_problems(config, NEEDS)):
         raise ConfigError("\n  ".join(["nothing can be evaluated:", *problems]))
-    from services.rollout.evaluate import evaluate_model
     from vaopd.evaluation import held_out_prompts
-    from vaopd.progress import Progress
+    from vaopd.sampling.evaluate import evaluate_model
+    from vaopd.telemetry.progress_line import Progress
 
     prompts = held_out_prompts(config)
     print(f"vaopd: loading {config.student.model} into {config.rollout.engine}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def _days(text: str) -> float | None:
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    from vaopd.keys import add_key
+    from vaopd.access.keys import add_key
 
     print(add_key(arguments.file, arguments.job, expires_days=arguments.expires))
     print(
@@ -51,7 +51,7 @@ def _add(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from vaopd.keys import read_keys
+    from vaopd.access.keys import read_keys
 
     print(f"{'id':<12}  {'job':<24}  {'state':<8}  {'created':<25}  expires")
     for entry in read_keys(arguments.file):
@@ -60,7 +60,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _revoke(arguments: argparse.Namespace) -> int:
-    from vaopd.keys import revoke_key
+    from vaopd.access.keys import revoke_key
 
     entry = revoke_key(arguments.file, arguments.id)
     print(f"key {entry.id} of job {entry.job} is revoked")

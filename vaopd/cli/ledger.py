@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
-    from vaopd.ledger import Audit, Fate
+    from vaopd.run.ledger import Audit, Fate
 
 SHOWN_PROBLEMS = 20
 
@@ -22,7 +22,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
-    from vaopd.ledger import audit
+    from vaopd.run.ledger import audit
 
     books = audit(arguments.run)
     if arguments.groups:

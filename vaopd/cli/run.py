@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.cli.services import add_service_argument
-from vaopd.logs import FORMAT_VARIABLE, FORMATS
+from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
@@ -61,9 +61,8 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from vaopd.config import load_config
-    from vaopd.launch import UpOptions, parse_gpus, up
-    from vaopd.service_config import load_service_config
+    from vaopd.config import load_config, load_service_config
+    from vaopd.launch.up import UpOptions, parse_gpus, up
 
     load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
     gpus = parse_gpus(arguments.gpus)
@@ -92,7 +91,7 @@ def _up(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
-    from vaopd.launch import UpOptions, new_run_name, up
+    from vaopd.launch.up import UpOptions, new_run_name, up
 
     if not DEMO_CONFIG.exists():
         raise ConfigError(f"{DEMO_CONFIG} is not here; run the demo in the root of the repository")
@@ -146,13 +145,13 @@ def _tell_result(folder: Path) -> None:
 
 
 def _say(line: str) -> None:
-    from vaopd.progress import draw
+    from vaopd.telemetry.progress_line import draw
 
     draw(sys.stderr, f"vaopd: {line}", stays=True)
 
 
 def _show() -> Callable[[str], None] | None:
     """Draws a line that the next one may cover; only a terminal can."""
-    from vaopd.progress import draw
+    from vaopd.telemetry.progress_line import draw
 
     return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

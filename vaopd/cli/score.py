@@ -47,8 +47,8 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _score(arguments: argparse.Namespace) -> int:
     from typing import get_args
 
-    from vaopd import score_views
     from vaopd.errors import ConfigError
+    from vaopd.scoring.views import terminal_lines
     from vaopd.types import Degradation, DegradationKind, EncodedImage
 
     if arguments.degradation not in get_args(DegradationKind):
@@ -66,7 +66,7 @@ def _score(arguments: argparse.Namespace) -> int:
         print(reply.model_dump_json(indent=2, exclude_none=True))
     else:
         colour = wants_colour(sys.stdout.isatty())
-        print("\n".join(score_views.terminal_lines(reply, colour=colour, table=arguments.table)))
+        print("\n".join(terminal_lines(reply, colour=colour, table=arguments.table)))
     return 0
 
 
@@ -81,12 +81,10 @@ def ask(
     """One group's score. Raises what the teacher refuses."""
     import numpy as np
 
-    from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient
-    from vaopd.credentials import from_environment
+    from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient, from_environment
     from vaopd.http_types import DegradationModel
-    from vaopd.replies import make_reply
-    from vaopd.scoring import unique_images, user_turn
-    from vaopd.types import ScoreRequest
+    from vaopd.scoring.reply import make_reply
+    from vaopd.types import ScoreRequest, unique_images, user_turn
 
     request = ScoreRequest(
         group_id="score",
@@ -117,12 +115,12 @@ def _generated(arguments: argparse.Namespace, images: Sequence[EncodedImage]) ->
 
     if arguments.student is None:
         raise ConfigError("--generate needs --student MODEL, the folder or hub id of who is to answer")
-    from services.api.student import Student
+    from vaopd.sampling.adhoc import AdHocStudent
     from vaopd.types import SamplingSettings
 
     print(f"loading {arguments.student}", file=sys.stderr)
     settings = SamplingSettings(max_new_tokens=512, seed=arguments.seed)
-    answer = Student(arguments.student).answer(arguments.question, images, settings, arguments.generate)
+    answer = AdHocStudent(arguments.student).answer(arguments.question, images, settings, arguments.generate)
     return [response.token_ids for response in answer.responses]
 
 
@@ -131,20 +129,18 @@ def _write_files(
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
-    from vaopd import score_views
     from vaopd.degradation import degrade
     from vaopd.errors import ConfigError
     from vaopd.images import decode
+    from vaopd.scoring.views import Views, html_page, picture
 
     decoded = [(decode(image), int(image.sha256[:16], 16)) for image in images]
-    views = [
-        score_views.Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded
-    ]
+    views = [Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded]
     try:
         if arguments.png is not None:
-            score_views.picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
+            picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
         if arguments.html is not None:
-            arguments.html.write_text(score_views.html_page(reply, question=arguments.question, views=views))
+            arguments.html.write_text(html_page(reply, question=arguments.question, views=views))
     except OSError as error:
         raise ConfigError(f"{error.filename} can't be written ({error.strerror})") from None
 

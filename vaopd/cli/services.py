@@ -63,9 +63,8 @@ def add_service_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vaopd.config import load_config
-    from vaopd.launch import service_argv
-    from vaopd.service_config import load_service_config
+    from vaopd.config import load_config, load_service_config
+    from vaopd.launch.up import service_argv
 
     config = load_config(arguments.config, arguments.overrides)
     load_service_config(getattr(arguments, "service_file", None))  # what is wrong with it is told before anything else

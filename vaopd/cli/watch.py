@@ -20,7 +20,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    from vaopd.watch import watch
+    from vaopd.report.watch import watch
 
     watch(arguments.run, stream=sys.stdout, every_s=arguments.every, once=arguments.once)
     return 0

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vaopd.errors import InvalidInput
-from vaopd.progress import Progress
+from vaopd.telemetry.progress_line import Progress
 
 if TYPE_CHECKING:
     import pyarrow as pa

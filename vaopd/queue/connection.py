@@ -20,9 +20,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from vaopd import wire
 from vaopd.errors import ConfigError, InvalidInput, Unavailable, VaopdError
 from vaopd.types import PolicyVersion
+from vaopd.wire.queue import policy_version_from_bytes
 
 # The order in which keys.lua names them.
 KEY_NAMES = (
@@ -76,7 +76,7 @@ def check_key(key: bytes, group_id: str, policy_version: int) -> None:
 
 
 def script_text(name: str) -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent / "lua"
     return INCLUDE.sub(lambda match: (folder / match[1]).read_text(), (folder / f"{name}.lua").read_text())
 
 
@@ -167,7 +167,7 @@ class Connection:
 
     def policy(self, version: int) -> PolicyVersion | None:
         found = self.call(lambda: self.redis.hget(self.key["policies"], str(version)))
-        return wire.policy_version_from_bytes(found) if found else None
+        return policy_version_from_bytes(found) if found else None
 
     def close(self) -> None:
         self.redis.close()

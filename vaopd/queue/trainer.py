@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vaopd import wire
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
 from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
 from vaopd.queue.dead_letters import DeadLetter, letter_bytes, read_letters
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd.wire.queue import policy_version_to_bytes, rollout_group_from_bytes, rollout_request_to_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ class TrainerQueue:
         Raises Unavailable when Redis is full: acknowledge what is durable, and try again.
         """
         key = dedupe_key(request.group_id, request.policy_version)
-        return bool(self._run("enqueue", key, wire.rollout_request_to_bytes(request))[1])
+        return bool(self._run("enqueue", key, rollout_request_to_bytes(request))[1])
 
     def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
         """Those that Redis has no record of, though they were enqueued: it lost its last writes."""
@@ -158,7 +158,7 @@ class TrainerQueue:
         Raises Unavailable when Redis is full; the group is still there then.
         """
         keys = [dedupe_key(item.group_id, item.policy_version) for item in (group, request)]
-        self._run("ask_again", entry_id, *keys, wire.rollout_request_to_bytes(request))
+        self._run("ask_again", entry_id, *keys, rollout_request_to_bytes(request))
 
     def dead_letters(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Requests and groups that were given up since the letter `after`: nothing will come of them."""
@@ -166,7 +166,7 @@ class TrainerQueue:
 
     def publish_policy(self, policy: PolicyVersion) -> None:
         """Announces a snapshot as the latest; higher versions, left by a run resumed earlier, are withdrawn."""
-        self._run("publish_policy", policy.version, wire.policy_version_to_bytes(policy))
+        self._run("publish_policy", policy.version, policy_version_to_bytes(policy))
 
     def policy(self, version: int) -> PolicyVersion | None:
         """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
@@ -226,7 +226,7 @@ class TrainerQueue:
                 self._bury(entry_id, reason, deliveries=deliveries - 1, key=key, body=body)
             else:
                 try:
-                    group = wire.rollout_group_from_bytes(body)
+                    group = rollout_group_from_bytes(body)
                     check_key(key, group.group_id, group.policy_version)
                 except InvalidInput as error:
                     self._bury(entry_id, str(error), deliveries=deliveries, key=key, body=body)

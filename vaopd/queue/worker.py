@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vaopd import wire
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
 from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
 from vaopd.queue.dead_letters import letter_bytes
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd.wire.queue import rollout_group_to_bytes, rollout_request_from_bytes
 
 SUSPECT_AFTER = 2
 """Deliveries without a commit after which a request is suspected to kill whoever works on it."""
@@ -118,7 +118,7 @@ class WorkerQueue:
                 f"{lease.request.group_id!r} of policy version {lease.request.policy_version}"
             )
         reply = self._connection.run(
-            "complete", self.worker, lease.entry_id, lease.deliveries, key, wire.rollout_group_to_bytes(group)
+            "complete", self.worker, lease.entry_id, lease.deliveries, key, rollout_group_to_bytes(group)
         )
         self._committed(lease, reply)
         return bool(reply[1])
@@ -205,7 +205,7 @@ class WorkerQueue:
     def _sort(self, entries: Iterable[tuple[bytes, int, bytes, bytes]], leases: list[Lease]) -> None:
         for entry_id, deliveries, key, body in entries:
             try:
-                request = wire.rollout_request_from_bytes(body)
+                request = rollout_request_from_bytes(body)
                 check_key(key, request.group_id, request.policy_version)
             except InvalidInput as error:
                 self._bury_raw(entry_id.decode(), deliveries, str(error), key=key, body=body)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.data.handwritten_geometry import SIZE_PX
 from vaopd.tiny.config import HEAD_DIM, MAX_POSITIONS, MERGE, PATCH_PX, TinySize
-from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration

@@ -28,7 +28,7 @@ from vaopd.data.handwritten_geometry import (
 )
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
-from vaopd.progress import Progress
+from vaopd.telemetry.progress_line import Progress
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, named
 from vaopd.tiny.measure import held_out_accuracy

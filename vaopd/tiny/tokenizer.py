@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.data.handwritten_geometry import KINDS, PHRASINGS, READ_QUESTION, Question
 from vaopd.tiny.config import MAX_POSITIONS, MERGE, PATCH_PX
-from vaopd.torchvision_compat import ensure_torchvision
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen3VLProcessor

@@ -29,9 +29,10 @@ from tests.faults.chaos import proxy, roles
 from tests.faults.chaos import world as w
 from tests.faults.chaos.faults import Fault, Kind, plan
 from tests.faults.chaos.world import JOB, World
-from vaopd.embedded_redis import EmbeddedRedis
-from vaopd.launch import free_port
-from vaopd.ledger import Audit, audit, latest_checkpoint, read_checkpoint
+from vaopd.launch.checks import free_port
+from vaopd.queue.embedded import EmbeddedRedis
+from vaopd.run.checkpoints import latest_checkpoint, read_checkpoint
+from vaopd.run.ledger import Audit, audit
 
 STEPS = 40
 FEWEST_STEPS, FULL_STEP = 8, 250

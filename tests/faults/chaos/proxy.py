@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from vaopd.embedded_redis import HOST
+from vaopd.queue.embedded import HOST
 
 Order = tuple[Literal["latency", "cut", "lose"], float]
 """latency: seconds added each way from now on; cut: no connection for that long; lose: that many replies to come."""

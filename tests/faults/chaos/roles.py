@@ -19,18 +19,26 @@ from typing import Any
 
 import redis
 
-from services.rollout.engine import Outcome
-from services.rollout.worker import RolloutWorker, Stop
-from services.trainer.collector import Collector
-from services.trainer.progress import Progress, load_progress, write_progress
 from tests.faults.chaos import world as w
 from tests.faults.chaos.world import JOB, World
-from vaopd import wire
-from vaopd.durable import atomic_folder
 from vaopd.errors import InvalidInput, Mismatch, VaopdError
-from vaopd.ledger import FILE, Ledger, LedgerLine, checkpoints_in, latest_checkpoint
+from vaopd.files.durable import atomic_folder
 from vaopd.queue import LeaseKeeper, TrainerQueue, WorkerQueue
+from vaopd.run.checkpoints import (
+    FILE,
+    LedgerLine,
+    Progress,
+    checkpoints_in,
+    latest_checkpoint,
+    load_progress,
+    write_progress,
+)
+from vaopd.run.ledger import Ledger
+from vaopd.sampling.engine import Outcome
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd.wire.queue import rollout_group_to_bytes, rollout_request_to_bytes
+from vaopd_rollout.worker import RolloutWorker, Stop
+from vaopd_trainer.collector import Collector
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +117,7 @@ class _Engine:
         if self._world.has_a_corrupt_neighbour("groups", name):
             self._outside.put("corrupt", "groups", f"corrupt-{key}", b"\xff\xff")
         if self._world.is_duplicated("groups", name):
-            self._outside.put("duplicate", "groups", key, wire.rollout_group_to_bytes(group))
+            self._outside.put("duplicate", "groups", key, rollout_group_to_bytes(group))
         return group
 
     def close(self) -> None: ...
@@ -193,7 +201,7 @@ class _Trainer:
         for request in requests:
             key = f"{request.group_id}@{step}"
             if world.is_duplicated("requests", request.group_id):
-                self._outside.put("duplicate", "requests", key, wire.rollout_request_to_bytes(request))
+                self._outside.put("duplicate", "requests", key, rollout_request_to_bytes(request))
             if world.has_a_corrupt_neighbour("requests", request.group_id):
                 self._outside.put("corrupt", "requests", f"corrupt-{key}", b"\xff\xff")
         logprobs: dict[str, list[float]] = {}
@@ -213,7 +221,7 @@ class _Trainer:
         self._progress.step = step + 1
 
     def _checkpoint(self) -> None:
-        """In the order of `services.trainer.loop`: durable first, then acknowledged."""
+        """In the order of `vaopd_trainer.loop`: durable first, then acknowledged."""
         step = self._progress.step
         self._collector.confirm()
         self._ledger.sync()

@@ -9,11 +9,12 @@ from contextlib import AbstractContextManager
 import grpc
 
 from tests.faults.chaos.world import JOB, scores_of
-from vaopd import wire
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import RolloutGroup, ScoreRequest, TeacherDescription, TeacherLimits
+from vaopd.wire.common import tensor_to_pb
+from vaopd.wire.teacher import description_to_pb
 
 # As the real server's: the client's pings are welcome.
 OPTIONS = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_interval_without_data_ms", 5000)]
@@ -21,7 +22,7 @@ OPTIONS = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_int
 
 class _Teacher(teacher_pb2_grpc.TeacherServicer):
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.TeacherDescription:
-        return wire.description_to_pb(
+        return description_to_pb(
             TeacherDescription(
                 model="chaos",
                 revision="0" * 64,
@@ -45,9 +46,9 @@ class _Teacher(teacher_pb2_grpc.TeacherServicer):
                 score=pb.GroupScore(
                     group_id=group.group_id,
                     lengths=[len(ids) for ids in responses],
-                    teacher_logprobs=wire.tensor_to_pb(original),
-                    degraded_logprobs=wire.tensor_to_pb(degraded),
-                    visual_advantage=wire.tensor_to_pb((original - degraded).clip(min=0)),
+                    teacher_logprobs=tensor_to_pb(original),
+                    degraded_logprobs=tensor_to_pb(degraded),
+                    visual_advantage=tensor_to_pb((original - degraded).clip(min=0)),
                     prompt_tokens=len(group.tokens.token_ids),
                 )
             )

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from services.trainer.kill_points import KILL_POINTS
 from tests.support.system import Job, System
-from vaopd.ledger import audit
+from vaopd.run.ledger import audit
+from vaopd_trainer.kill_points import KILL_POINTS
 
 STEPS, PROMPTS = 4, 4
 SETTINGS = {

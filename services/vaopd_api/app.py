@@ -1,0 +1,257 @@
+"""The scoring API. What arrives: images, a question and responses. What leaves: each token's log-probs in both views
+and its VA; the viewer page, which asks the same API; and the reports of the runs in a folder. It waits for: the
+teachers, over gRPC, and the student where there is one. It keeps no state, and until a student is asked it needs no
+torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+
+import vaopd
+from vaopd.degradation import degrade
+from vaopd.errors import NotFound
+from vaopd.http_types import (
+    BatchReply,
+    DegradeBody,
+    Health,
+    RunsReply,
+    SampleBody,
+    SampleReply,
+    ScoreReply,
+    StudentModel,
+    StudentsReply,
+    TeachersReply,
+)
+from vaopd.images import decode
+from vaopd.report import content_security_policy
+from vaopd.types import Degradation, EncodedImage, SamplingSettings
+from vaopd_api import batch, openapi, problems
+from vaopd_api.access import Access
+from vaopd_api.bodies import json_only, read_batch, read_score
+from vaopd_api.metrics import Metrics
+from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
+from vaopd_api.problems import ApiError
+from vaopd_api.runs import Runs
+from vaopd_api.scorer import Scorer, decode_images, degradation_of, teacher_model
+from vaopd_api.teachers import Teachers
+from vaopd_api.uploads import image_from_text
+
+logger = logging.getLogger("vaopd.api")
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 MiB as base64
+DEGRADED_AT_ONCE = 2  # decoding takes memory
+PAGE = Path(__file__).parent / "page"
+JSON_ONLY = [Depends(json_only)]
+REVALIDATE = {"Cache-Control": "no-cache"}  # asked again each time, answered 304 while it is the same
+
+
+class Sampler(Protocol):
+    """A student that answers; `vaopd_api.student` is the real one."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def loaded(self) -> bool: ...
+
+    async def sample(
+        self, question: str, images: list[EncodedImage], sampling: SamplingSettings, *, num_responses: int
+    ) -> SampleReply: ...
+
+
+def create_app(
+    *,
+    teachers: Teachers,
+    student: Sampler | None = None,
+    runs: Path | None = None,
+    metrics: Metrics | None = None,
+    metrics_route: bool = True,
+    access: Access | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The application; `services/vaopd_api/__main__.py` serves it. Without `access` everybody may ask anything.
+
+    runs: the folder of the runs whose reports are shown.
+    """
+    metrics = metrics or Metrics()
+    access = access or Access()
+    app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
+    problems.install(app)
+    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(Gate, access=access)
+    app.add_middleware(Envelope, metrics=metrics)  # the last one added is the outermost
+    openapi.install(app)
+    _add_health(app, teachers)
+    if metrics_route:
+        _add_metrics(app, metrics)
+    _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
+    _add_sampling(app, student)
+    _add_runs(app, Runs(runs))
+    _add_pages(app)
+    return app
+
+
+def _add_health(app: FastAPI, teachers: Teachers) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> Health:
+        """The process is alive."""
+        return Health(status="ok")
+
+    @app.get("/readyz", tags=["health"], responses=openapi.problems(503))
+    async def readyz() -> Health:
+        """A teacher answers too."""
+        await teachers.describe()
+        return Health(status="ready")
+
+
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", tags=["health"], response_class=Response)
+    async def prometheus() -> Response:
+        """What was counted since the start, for Prometheus."""
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Access) -> None:
+    decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
+
+    @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
+    async def list_teachers() -> TeachersReply:
+        """The teachers that score here, with their limits."""
+        return TeachersReply(teachers=[teacher_model(found) for found in (await teachers.describe()).values()])
+
+    @app.post("/v1/score", tags=["scoring"], responses=openapi.PROBLEMS, openapi_extra=openapi.SCORE_BODY)
+    async def score(request: Request) -> ScoreReply:
+        """Scores one response, or a group of them, to a question about no, one or several images."""
+        body, images = await read_score(request)
+        return await unless_disconnected(request, scorer.score(body, images))
+
+    @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
+    async def score_batch(request: Request) -> Any:
+        """Scores each request by itself; those that are refused have a problem in place of a score.
+
+        With `Accept: text/event-stream` each result is sent as soon as it is there, as an event `result`; then `done`.
+        """
+        items = await read_batch(request)
+        access.charge(request.scope, len(items) - 1)
+        if batch.EVENT_STREAM in request.headers.get("accept", ""):
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(batch.events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
+
+        async def collected() -> BatchReply:
+            results = sorted([result async for result in batch.results(scorer, items)], key=lambda found: found.index)
+            return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
+
+        return await unless_disconnected(request, collected())
+
+    @app.post(
+        "/v1/degrade",
+        tags=["scoring"],
+        dependencies=JSON_ONLY,
+        response_class=Response,
+        responses=openapi.PROBLEMS | {200: {"content": {"image/png": {}}, "description": "the degraded view, a PNG"}},
+    )
+    async def degraded_view(body: DegradeBody) -> Response:
+        """The image as the teacher sees it in the degraded view, before its own scaling."""
+        image = image_from_text(body.image, field="image")
+        async with decoding:
+            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation))
+        return Response(png, media_type="image/png")
+
+
+def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
+    @app.get("/v1/students", tags=["sampling"])
+    async def list_students() -> StudentsReply:
+        """The student that answers here, if the API was started with one."""
+        found = [] if student is None else [student]
+        return StudentsReply(students=[StudentModel(model=each.model, loaded=each.loaded) for each in found])
+
+    @app.post("/v1/sample", tags=["sampling"], responses=openapi.PROBLEMS, dependencies=JSON_ONLY)
+    async def sample(body: SampleBody) -> SampleReply:
+        """Lets the student answer a question; what it says can be scored as token ids."""
+        if student is None:
+            raise NotFound("this API has no student; start it with vaopd api CONFIG --student MODEL")
+        sampling = SamplingSettings(
+            temperature=body.temperature, top_p=body.top_p, max_new_tokens=body.max_new_tokens, seed=body.seed
+        )
+        images = decode_images(body.image, body.images)
+        return await student.sample(body.question, images, sampling, num_responses=body.num_responses)
+
+
+def _add_runs(app: FastAPI, runs: Runs) -> None:
+    policy = f"{content_security_policy(live=True)}; {NO_FRAMES}"
+
+    @app.get("/v1/runs", tags=["runs"])
+    async def list_runs(request: Request) -> RunsReply:
+        """The runs whose reports are served here; with a key, the run of the key's job."""
+        return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
+
+    @app.get(
+        "/runs/{name}/report",
+        tags=["runs"],
+        response_class=HTMLResponse,
+        responses=openapi.problems(401, 403, 404, 500) | {304: {"description": "it is as If-None-Match has it"}},
+    )
+    async def report(name: str, request: Request) -> Response:
+        """A run's report, one self-contained page; while the run goes on, it follows it."""
+        found = await runs.report(name, job=request.scope.get("job"))
+        headers = {**REVALIDATE, "ETag": found.tag, "Content-Security-Policy": policy}
+        if request.headers.get("if-none-match") == found.tag:
+            return Response(status_code=304, headers=headers)
+        return HTMLResponse(found.html, headers=headers)
+
+
+def _add_pages(app: FastAPI) -> None:
+    headers = REVALIDATE
+
+    @app.get("/", include_in_schema=False)
+    async def viewer() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def reference() -> FileResponse:
+        return FileResponse(PAGE / "docs.html", headers=headers)
+
+    @app.get("/runs", include_in_schema=False)
+    async def runs_page() -> FileResponse:
+        return FileResponse(PAGE / "runs.html", headers=headers)
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+
+def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
+    """Exactly what the teacher makes: decoded under the same caps, noise seeded by the content."""
+    decoded = decode(image)
+    if degradation.kind in ("pixelate", "blur") and degradation.strength == 0:
+        raise ApiError(422, f"{degradation.kind} needs a strength above 0", field="degradation.strength")
+    written = io.BytesIO()
+    degrade(decoded, degradation, seed=int(image.sha256[:16], 16)).save(written, "PNG")
+    return written.getvalue()
+
+
+async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+    """The work's result; when the client goes away first, the work is cancelled, and with it the teacher's."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client went away")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,120 @@
+"""Bodies that FastAPI doesn't read by itself: a request to score as JSON or as a form with files, and a batch.
+
+A form has the keys of the JSON body, `image` a file and repeatable, `response` repeatable; `degradation` is the kind
+and `strength` stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
+from vaopd.types import EncodedImage
+from vaopd_api.problems import ApiError, parsed
+from vaopd_api.scorer import decode_images
+from vaopd_api.uploads import image_from_bytes, image_from_text
+
+FORM = "multipart/form-data"
+MAX_FORM_PARTS = 256
+MAX_FORM_FIELD_BYTES = 8 * 2**20
+
+
+class _InMemory(MultiPartParser):
+    """Files stay in memory: the body's size is capped already, and the container's file system is read-only."""
+
+    spool_max_size = 2**40
+
+
+async def read_score(request: Request) -> tuple[ScoreBody, list[EncodedImage]]:
+    if content_type(request) == FORM:
+        return _from_form(await _form(request))
+    body = parsed(ScoreBody, await read_json(request))
+    return body, decode_images(body.image, body.images)
+
+
+async def read_batch(request: Request) -> list[Any]:
+    """The requests of a batch as they came; each is looked at by itself later."""
+    body = await read_json(request)
+    if not isinstance(body, dict) or set(body) != {"requests"} or not isinstance(body["requests"], list):
+        raise ApiError(422, 'the body must be {"requests": [ … ]} and nothing else', field="requests")
+    items = body["requests"]
+    if not items:
+        raise ApiError(422, "requests is empty; give at least one", field="requests")
+    if len(items) > MAX_BATCH_ITEMS:
+        raise ApiError(413, f"{len(items)} requests, the limit is {MAX_BATCH_ITEMS}; split them", field="requests")
+    return items
+
+
+async def json_only(request: Request) -> None:
+    kind = content_type(request)
+    if kind != "application/json":
+        raise ApiError(415, f"content type {kind or 'none'!r} is not application/json")
+
+
+async def read_json(request: Request) -> Any:
+    kind = content_type(request)
+    if kind != "application/json":
+        raise ApiError(415, f"content type {kind or 'none'!r} is neither application/json nor {FORM}")
+    content = await request.body()
+    if not content:
+        raise RequestValidationError([{"type": "missing", "loc": (), "msg": "the body is empty"}])
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # their texts quote nothing but places
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8, or nested too deep"
+        raise ApiError(400, f"the body is not valid JSON: {reason}") from None
+
+
+def content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _form(request: Request) -> FormData:
+    try:
+        return await _InMemory(
+            request.headers,
+            request.stream(),
+            max_files=MAX_FORM_PARTS,
+            max_fields=MAX_FORM_PARTS,
+            max_part_size=MAX_FORM_FIELD_BYTES,
+        ).parse()
+    except (MultiPartException, KeyError, ValueError):
+        raise ApiError(
+            400,
+            f"the body is not a sound {FORM} with a boundary, at most {MAX_FORM_PARTS} parts and "
+            f"{MAX_FORM_FIELD_BYTES} bytes in a field",
+        ) from None
+
+
+def _from_form(form: FormData) -> tuple[ScoreBody, list[EncodedImage]]:
+    values: dict[str, Any] = {}
+    images: list[EncodedImage] = []
+    responses: list[Any] = []
+    degradation: dict[str, Any] = {}
+    for key, value in form.multi_items():
+        if key == "image":
+            images.append(_image(value, field=f"image.{len(images)}"))
+        elif isinstance(value, UploadFile):
+            raise ApiError(422, f"{key[:64]}: only image is a file", field=key[:64])
+        elif key == "response":
+            responses.append(value)
+        elif key in ("degradation", "strength"):
+            degradation[{"degradation": "kind"}.get(key, key)] = value
+        elif key in values:
+            raise ApiError(422, f"{key[:64]}: stands twice in the form", field=key[:64])
+        else:
+            values[key] = value
+    values |= {"response": responses[0]} if len(responses) == 1 else {"responses": responses} if responses else {}
+    return parsed(ScoreBody, values | ({"degradation": degradation} if degradation else {})), images
+
+
+def _image(value: UploadFile | str, *, field: str) -> EncodedImage:
+    if isinstance(value, str):
+        return image_from_text(value, field=field)
+    return image_from_bytes(value.file.read(), field=field)

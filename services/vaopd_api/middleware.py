@@ -1,0 +1,141 @@
+"""What happens around every request, from the outside in: `Envelope`, `Gate`, `BodyLimit`. Plain ASGI.
+
+`Envelope` gives the request its id, the answer its headers, and the log its one line; `Gate` asks for a key and counts
+quotas; `BodyLimit` refuses large bodies before anything parses them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.logs import REQUEST_ID
+from vaopd_api import problems
+from vaopd_api.access import Access
+from vaopd_api.metrics import Metrics
+from vaopd_api.problems import ApiError
+
+logger = logging.getLogger("vaopd.api")
+
+# The viewer needs its own files, its own API, and the images that the user chose; nothing else may be loaded or run.
+NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    f"{NO_FRAMES}"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; not logged while they succeed
+
+
+class Envelope:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        token = logs.request_id.set(name)
+        traced = tracing.begin(f"HTTP {scope['method']}", parent=tracing.parent_of(_sent(scope)), path=scope["path"])
+        started, status = time.monotonic(), 0
+
+        async def with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                headers["X-Request-Id"] = name
+                headers.update(scope.get("rate_limit", {}))
+                for key, value in SECURITY_HEADERS.items():
+                    headers.setdefault(key, value)
+            await send(message)
+
+        try:
+            with self._metrics.in_flight.track_inprogress():
+                await self._app(scope, receive, with_headers)
+        except Exception as error:
+            if status:
+                raise  # half an answer is out: the connection has to end
+            await problems.error_response(error)(scope, receive, with_headers)
+        finally:
+            self._record(scope, name, status, time.monotonic() - started)
+            traced()
+            logs.request_id.reset(token)
+
+    def _record(self, scope: Scope, name: str, status: int, elapsed_s: float) -> None:
+        route = getattr(scope.get("route"), "path", "unknown")
+        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other"
+        self._metrics.requests.labels(method, route, status).inc()
+        self._metrics.duration.labels(method, route).observe(elapsed_s)
+        if status != 200 or route not in QUIET:
+            job = scope.get("job") or "-"
+            told = (name, method, route, status, job, elapsed_s)
+            logger.info("request %s: %s %s %d, job %s, %.3f s", *told, extra=logs.fields(job=scope.get("job")))
+
+
+def _sent(scope: Scope) -> list[tuple[str, str]]:
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+
+
+class Gate:
+    """Lets a request through, or answers 401, 403 or 429."""
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._access.admit(scope)
+            except Exception as error:
+                await problems.error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body above the limit: by its declared length, or while it arrives."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = int(Headers(scope=scope).get("content-length", "0"))  # the HTTP server refuses what isn't a number
+        if declared > self._max_bytes:
+            error = ApiError(413, self._message(declared), headers={"Connection": "close"})
+            await problems.error_response(error)(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise ApiError(413, self._message(received))
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _message(self, size: int) -> str:
+        return f"the body has {size} bytes or more, the limit is {self._max_bytes}; send fewer or smaller images"

@@ -1,0 +1,45 @@
+"""Images out of requests: base64, data URL or bytes. Nothing is fetched, opened or decoded here."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from vaopd.types import EncodedImage
+from vaopd_api.problems import ApiError
+
+# Formats that people do send; anything that is neither these nor one of ours is not an image at all.
+OTHER_FORMATS = re.compile(
+    rb"GIF8|BM....\x00\x00|II\*\x00|MM\x00\*|%!PS|\xc5\xd0\xd3\xc6|%PDF|\x00\x00\x01\x00|\x00\x00\x00.(ftyp|jP  )|8BPS"
+    rb"|\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
+    re.DOTALL,
+)
+BEGINNING_BYTES = 2048  # where a format shows
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def image_from_text(text: str, *, field: str) -> EncodedImage:
+    """Raises ApiError: 415 for a format other than PNG, JPEG and WEBP, 422 for what is no image."""
+    if ADDRESS.match(text):
+        raise ApiError(422, f"{field} is an address; nothing is fetched: send the file's bytes as base64", field=field)
+    if text.startswith("data:"):
+        header, separator, text = text.partition(",")
+        if not separator or not header.endswith(";base64"):
+            raise ApiError(422, f"{field} is a data URL without base64; use data:image/png;base64,…", field=field)
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(
+            422, f"{field} is not base64 ({len(text)} characters); send a file's bytes", field=field
+        ) from None
+    return image_from_bytes(data, field=field)
+
+
+def image_from_bytes(data: bytes, *, field: str) -> EncodedImage:
+    """Raises ApiError, as `image_from_text` does."""
+    if OTHER_FORMATS.match(data[:BEGINNING_BYTES]):
+        raise ApiError(415, f"{field} is of another format than PNG, JPEG and WEBP; re-encode it", field=field)
+    if not (data.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
+        raise ApiError(422, f"{field} ({len(data)} bytes) is not a PNG, JPEG or WEBP image; re-encode it", field=field)
+    return EncodedImage(data=data)

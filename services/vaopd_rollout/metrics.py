@@ -1,0 +1,86 @@
+"""What a rollout worker counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from vaopd.sampling.engine import Outcome
+from vaopd.types import RolloutGroup
+
+JOB = "vaopd_job"
+BATCH_BUCKETS_S = (0.3, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+ERRORS = ("lease_lost", "redis_unavailable", "refused_request")
+
+
+class WorkerMetrics:
+    """`watch` once there is a queue."""
+
+    def __init__(self, *, job: str) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"vaopd_rollout_{name}", text, (JOB, *labels), registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"vaopd_rollout_{name}", text, [JOB], registry=self.registry)
+
+        self._groups = counter("groups", "Prompt groups that were sampled").labels(job)
+        self._rollouts = counter("rollouts", "Rollouts in them").labels(job)
+        self._tokens = counter("tokens", "Response tokens in them").labels(job)
+        self._truncated = counter("truncated_rollouts", "Of those, cut at the length limit").labels(job)
+        self._errors = counter(
+            "errors",
+            "Leases lost to another worker, attempts that Redis did not take, requests that went to the dead letters",
+            "kind",
+        )
+        self._job = job
+        for kind in ERRORS:  # so that the first one is an increase
+            self._errors.labels(job, kind)
+        self._batch = Histogram(
+            "vaopd_rollout_batch_duration_seconds",
+            "Time in which the engine sampled a batch of requests; its sum is the time that it was busy",
+            [JOB],
+            buckets=BATCH_BUCKETS_S,
+            registry=self.registry,
+        ).labels(job)
+        self._loads = Histogram(
+            "vaopd_rollout_policy_load_duration_seconds",
+            "Time to load a policy version's weights",
+            [JOB],
+            buckets=BATCH_BUCKETS_S,
+            registry=self.registry,
+        ).labels(job)
+        self._version = gauge("policy_version", "Version of the loaded weights; -1 before the first").labels(job)
+        self._version.set(-1)
+        self._leases = gauge("leases", "Requests that this worker holds now").labels(job)
+
+    def watch(self, *, leases: Callable[[], int]) -> None:
+        self._leases.set_function(leases)
+
+    @contextmanager
+    def loading(self, version: int) -> Iterator[None]:
+        with self._loads.time():
+            yield
+        self._version.set(version)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        with self._batch.time():
+            yield
+
+    def sampled(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, RolloutGroup):
+                self._groups.inc()
+                self._rollouts.inc(len(outcome.rollouts))
+                self._tokens.inc(sum(len(rollout.response_ids) for rollout in outcome.rollouts))
+                self._truncated.inc(sum(rollout.finish_reason == "length" for rollout in outcome.rollouts))
+            else:
+                self.error("refused_request")
+
+    def error(self, kind: str) -> None:
+        """`kind` is one of ERRORS."""
+        self._errors.labels(self._job, kind).inc()

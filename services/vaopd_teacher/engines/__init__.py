@@ -1,0 +1,1 @@
+"""Computes the log-probs of both views."""

@@ -1,0 +1,193 @@
+"""Scores prepared prompt groups on the device: log-probs of both views and the payload. Synchronous, one thread.
+
+What arrives: groups whose prompts and images are ready. What leaves: one result per group, in order, as soon as its
+last part is done. A view of a group is computed at once: its prompt, then its K responses against the prompt's keys
+and values. A forward takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split
+into its views, and a larger view into parts of its siblings, the prompt repeated. The vision tower runs once per image
+and view, or not at all when its output is still known (`vision_cache`). The LM head is applied to response rows only,
+in chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vaopd import payloads
+from vaopd.divergence import token_logprobs
+from vaopd.errors import LimitExceeded, NumericalError, VaopdError
+from vaopd.vlm.model import Segment, Vlm
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup, View
+from vaopd_teacher.engines.vision_cache import VisionCache
+
+log = logging.getLogger(__name__)
+HEAD_CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """One view of a group, or some siblings of it."""
+
+    group: int
+    view: View
+    segment: Segment
+
+    @property
+    def tokens(self) -> int:
+        return self.segment.tokens
+
+    def halves(self) -> list[_Part]:
+        """Each with half of the siblings; of a single rollout, itself."""
+        responses = self.segment.responses
+        middle = (len(responses) + 1) // 2
+        return [self.of(half) for half in (responses[:middle], responses[middle:]) if half]
+
+    def of(self, responses: Sequence[np.ndarray]) -> _Part:
+        return _Part(self.group, self.view, Segment(prompt=self.segment.prompt, responses=tuple(responses)))
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """What is known of a group so far; parts arrive in order, original view first."""
+
+    logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {"original": [], "degraded": []})
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    error: VaopdError | None = None
+
+
+class GroupEngine:
+    """The engine over one loaded model; `vision_cache` remembers the vision tower's output between forwards."""
+
+    def __init__(self, vlm: Vlm, *, batch_tokens: int, vision_cache: VisionCache | None = None) -> None:
+        self._vlm = vlm
+        self._batch_tokens = batch_tokens
+        self._vision_cache = vision_cache or VisionCache(vlm, capacity_bytes=0)
+
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+        progress = [_Progress() for _ in groups]
+        done = 0
+        for batch, finished in _batches(groups, self._batch_tokens):
+            self._run(batch, groups, progress)
+            for index in range(done, finished):
+                yield self._finish(groups[index], progress[index])
+                progress[index] = _Progress()  # lets the hidden states go
+            done = finished
+
+    @torch.inference_mode()
+    def _run(
+        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool = True
+    ) -> None:
+        """One forward; out of memory, two of half the size; still so, each group by itself; at last, its error."""
+        try:
+            hidden, logprobs = self._forward(batch)
+        except torch.OutOfMemoryError:
+            log.warning("out of memory with %d tokens in a forward", sum(part.tokens for part in batch))
+            hidden = None
+        if hidden is None:  # outside the handler, whose traceback would keep the tensors of the failed forward alive
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._run_smaller(batch, groups, progress, halve)
+            return
+        start = 0
+        for part in batch:
+            state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
+            state.logprobs[part.view].append(logprobs[start:end])
+            if part.view == "original" and groups[part.group].payload in ("hidden", "hidden_int8", "top_k"):
+                state.hidden.append(hidden[start:end])
+            start = end
+
+    def _run_smaller(
+        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool
+    ) -> None:
+        if halve:
+            for half in _halves(batch):
+                self._run(half, groups, progress, halve=False)
+            return
+        indices = list(dict.fromkeys(part.group for part in batch))
+        if len(indices) > 1:
+            for index in indices:
+                self._run([part for part in batch if part.group == index], groups, progress, halve=False)
+            return
+        group = groups[indices[0]]
+        longest = max(len(ids) for ids in group.responses)
+        progress[indices[0]].error = LimitExceeded(
+            f"group {group.group_id!r} ({len(group.responses)} rollouts of up to {longest} tokens after a prompt of "
+            f"{len(group.original.token_ids)}) does not fit into the teacher's memory; send less, or lower "
+            "teacher.batch_tokens"
+        )
+
+    def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
+        hidden = self._vlm.response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
+        head = self._vlm.head
+        hidden = hidden.to(head.device)
+        ids = torch.from_numpy(np.concatenate([ids for part in batch for ids in part.segment.responses]))
+        return hidden, token_logprobs(hidden, head, ids.to(head.device), chunk_tokens=HEAD_CHUNK_TOKENS)
+
+    @torch.inference_mode()
+    def _finish(self, group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
+        if state.error is not None:
+            return state.error
+        original = torch.cat(state.logprobs["original"]).cpu().numpy()
+        degraded = torch.cat(state.logprobs["degraded"]).cpu().numpy()
+        for view, logprobs in (("original", original), ("degraded", degraded)):
+            if bad := int((~np.isfinite(logprobs)).sum()):
+                return NumericalError(
+                    f"group {group.group_id!r}: {bad} of {logprobs.size} log-probs of the {view} view are not finite; "
+                    "check the teacher's weights and dtype"
+                )
+        hidden = torch.cat(state.hidden) if state.hidden else torch.empty(0)
+        # The extremes are NaN where anything is; on a CPU they take a tenth of the time of asking each number.
+        if hidden.numel() and not torch.stack(hidden.aminmax()).isfinite().all():
+            return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+        payload = payloads.encode(
+            group.payload, hidden, self._vlm.head, top_k=group.top_k, chunk_tokens=HEAD_CHUNK_TOKENS
+        )
+        return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+
+
+def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
+    """The forwards, each with the number of groups that are complete after it."""
+    batch: list[_Part] = []
+    tokens = 0
+    for index, group in enumerate(groups):
+        parts = [
+            _Part(index, "original", Segment(prompt=group.original, responses=group.responses)),
+            _Part(index, "degraded", Segment(prompt=group.degraded, responses=group.responses)),
+        ]
+        cost = sum(part.tokens for part in parts)
+        if batch and tokens + cost > batch_tokens:
+            yield batch, index
+            batch, tokens = [], 0
+        if cost > batch_tokens:
+            *first, last = [[piece] for part in parts for piece in _split(part, batch_tokens)]
+            yield from ((piece, index) for piece in first)
+            yield last, index + 1
+        else:
+            batch += parts
+            tokens += cost
+    if batch:
+        yield batch, len(groups)
+
+
+def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
+    """Siblings in their order, as many at a time as fit behind their prompt; at least one."""
+    siblings: list[np.ndarray] = []
+    for response in part.segment.responses:
+        if siblings and part.of([*siblings, response]).tokens > batch_tokens:
+            yield part.of(siblings)
+            siblings = []
+        siblings.append(response)
+    yield part.of(siblings)
+
+
+def _halves(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
+    """Half of the parts each; of a single part, half of its siblings each."""
+    if len(batch) == 1:
+        return [[half] for half in batch[0].halves()]
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]]

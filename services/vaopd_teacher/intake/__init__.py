@@ -1,0 +1,1 @@
+"""From a request to prompt groups that are ready for the device."""

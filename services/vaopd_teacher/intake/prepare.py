@@ -1,0 +1,308 @@
+"""From a request to groups that are ready for the device; every refusal that doesn't need the device happens here.
+
+`read_envelope` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes both of
+its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import PIL.Image
+
+from vaopd import images as image_files
+from vaopd.degradation import degrade
+from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
+from vaopd.pb import teacher_pb2
+from vaopd.types import (
+    Degradation,
+    EncodedImage,
+    ImagePart,
+    PayloadKind,
+    TeacherDescription,
+    TeacherLimits,
+)
+from vaopd.vlm.families import PreparedImage
+from vaopd.vlm.prompts import PreparedPrompt, PromptReader, check_same_tokenizer
+from vaopd.wire.common import messages_from_pb
+from vaopd.wire.teacher import (
+    DEGRADATION_KINDS,
+    PAYLOAD_KINDS,
+    TOKEN_LETTERS,
+    degradation_from_pb,
+    payload_kind_from_pb,
+    prompt_tokens_of,
+    tokens_of,
+)
+from vaopd_teacher.engines.engine import PreparedGroup
+from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Envelope:
+    """What holds for every group of a call."""
+
+    payload: PayloadKind
+    top_k: int
+    degradation: Degradation
+
+
+def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> Envelope:
+    """Raises the call's error: InvalidInput, LimitExceeded or Mismatch."""
+    if request.tokenizer_fingerprint:
+        check_same_tokenizer(student=request.tokenizer_fingerprint, teacher=teacher.tokenizer_fingerprint)
+    check_revision(request.revision, teacher)
+    groups, limit = len(request.groups), teacher.limits.max_groups_per_request
+    if groups == 0:
+        raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
+    if groups > limit:
+        raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
+    tokens, limit = sum(map(tokens_of, request.groups)), teacher.limits.max_tokens_per_request
+    if tokens > limit:
+        raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
+    ids = [group.group_id for group in request.groups]
+    if "" in ids:
+        unnamed = ids.index("")
+        raise InvalidInput(
+            f"group {unnamed} of the request has an empty group_id; name it", field=f"groups[{unnamed}].group_id"
+        )
+    _refuse_duplicates("group_id", ids, "the request", path="groups")
+    return Envelope(
+        payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
+    )
+
+
+def view_name(degradation: Degradation) -> str:
+    """Names a degraded view; equal names mean equal pixels of the same image.
+
+    >>> view_name(Degradation())
+    'pixelate:0.1'
+    """
+    return f"{degradation.kind}:{degradation.strength!r}" if has_strength(degradation) else degradation.kind
+
+
+def has_strength(degradation: Degradation) -> bool:
+    return degradation.kind in ("pixelate", "blur")
+
+
+def check_revision(revision: str, teacher: TeacherDescription) -> None:
+    """Raises Mismatch for a revision other than the teacher's; empty is not checked."""
+    if revision and revision != teacher.revision:
+        raise Mismatch(
+            f"the client expects teacher revision {revision[:12]!r}…, this teacher has {teacher.revision[:12]}…; "
+            "describe the teacher again and fetch its head again"
+        )
+
+
+def cut(
+    groups: Sequence[teacher_pb2.PromptGroup], batch_tokens: int
+) -> Iterator[tuple[list[teacher_pb2.PromptGroup], int]]:
+    """Consecutive groups that fill a forward, and the tokens that they take of it; a larger group goes alone."""
+    unit: list[teacher_pb2.PromptGroup] = []
+    room = 0
+    for group in groups:
+        tokens = _tokens(group)
+        if unit and room + tokens > batch_tokens:
+            yield unit, room
+            unit, room = [], 0
+        unit.append(group)
+        room += tokens
+    if unit:
+        yield unit, room
+
+
+def _tokens(group: teacher_pb2.PromptGroup) -> int:
+    """What a forward computes for both views of a group: exact for token ids, about so for messages and texts."""
+    prompt = prompt_tokens_of(group)
+    texts = sum(len(rollout.response_text) // TOKEN_LETTERS for rollout in group.rollouts)
+    return 2 * (prompt + texts + sum(max(0, len(rollout.response_ids) - 1) for rollout in group.rollouts))
+
+
+def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> PayloadKind:
+    try:
+        payload = payload_kind_from_pb(request.payload)
+    except KeyError:
+        known = ", ".join(f"{name} ({PAYLOAD_KINDS[name]})" for name in teacher.payloads)
+        raise Mismatch(f"payload {request.payload} is unknown to this teacher; it has {known}") from None
+    if payload not in teacher.payloads:
+        raise Mismatch(
+            f"this teacher can't send payload {payload}; it has {', '.join(teacher.payloads)}: choose one of them in "
+            "teacher.payload, or ask a teacher with another backend"
+        )
+    if payload == "top_k" and not 1 <= request.top_k <= teacher.vocab_size:
+        raise InvalidInput(
+            f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary", field="top_k"
+        )
+    return payload
+
+
+def _degradation(message: teacher_pb2.Degradation) -> Degradation:
+    try:
+        degradation = degradation_from_pb(message)
+    except KeyError:
+        known = ", ".join(f"{name} ({number})" for name, number in DEGRADATION_KINDS.items())
+        raise InvalidInput(
+            f"degradation {message.kind} is unknown to this teacher; it has {known}", field="degradation.kind"
+        ) from None
+    if has_strength(degradation) and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
+        raise InvalidInput(
+            f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}", field="degradation.strength"
+        )
+    return degradation
+
+
+def _refuse_duplicates(field: str, ids: Sequence[str], place: str, *, path: str) -> None:
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    for index, name in enumerate(ids):
+        if name in seen:
+            raise InvalidInput(
+                f"{field} {name[:80]!r} stands twice in {place}; ids must be unique there",
+                field=f"{path}[{index}].{field}",
+            )
+        seen.add(name)
+
+
+class Preparer:
+    """Reads groups with one model's tokenizer and image processor."""
+
+    def __init__(
+        self, reader: PromptReader, *, store: ImageStore, views: PreparedImages, limits: TeacherLimits
+    ) -> None:
+        self._reader = reader
+        self._store = store
+        self._prepared = views
+        self._limits = limits
+        self._usual = Degradation()  # an upload doesn't say which view will be asked for: most likely the last one was
+        self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
+        # Fast tokenizers fail with "Already borrowed" when two threads use one.
+        self._tokenizer = threading.Lock()
+
+    def admit_image(self, image: EncodedImage) -> None:
+        """Decodes it, so that a bad image is refused where it is sent, keeps its bytes and makes its views."""
+        decoded = self._decode(image)
+        self._store.put(image)
+        self._both_views(image.sha256, self._usual, lambda: decoded)
+
+    def prepare(self, group: teacher_pb2.PromptGroup, envelope: Envelope) -> PreparedGroup:
+        """Raises the group's error."""
+        self._check_rollouts(group)
+        self._usual = envelope.degradation
+        original, degraded = self._prompts(group, envelope.degradation)
+        responses = []
+        for rollout in group.rollouts:
+            ids = self._response_ids(rollout)
+            try:
+                self._reader.check_response(ids, original, max_tokens=self._max_tokens)
+            except InvalidInput as error:
+                raise InvalidInput(f"rollout {rollout.rollout_id!r} of group {group.group_id!r}: {error}") from None
+            responses.append(ids)
+        return PreparedGroup(
+            group_id=group.group_id,
+            original=original,
+            degraded=degraded,
+            responses=tuple(responses),
+            payload=envelope.payload,
+            top_k=envelope.top_k,
+        )
+
+    def token_texts(self, token_ids: np.ndarray) -> list[str]:
+        """The text of each token by itself; a part of a character shows as U+FFFD."""
+        with self._tokenizer:
+            return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
+
+    def _check_rollouts(self, group: teacher_pb2.PromptGroup) -> None:
+        rollouts, limit = len(group.rollouts), self._limits.max_rollouts_per_group
+        if rollouts == 0:
+            raise InvalidInput(f"group {group.group_id!r} holds no rollouts; it needs at least one")
+        if rollouts > limit:
+            raise LimitExceeded(f"group {group.group_id!r} holds {rollouts} rollouts, the limit is {limit}; split it")
+        ids = [rollout.rollout_id for rollout in group.rollouts]
+        _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}", path="rollouts")
+
+    def _prompts(
+        self, group: teacher_pb2.PromptGroup, degradation: Degradation
+    ) -> tuple[PreparedPrompt, PreparedPrompt]:
+        """The prompt in the original and in the degraded view."""
+        kind = group.WhichOneof("prompt")
+        if kind == "tokens":
+            token_ids = np.fromiter(group.tokens.token_ids, dtype=np.int64, count=len(group.tokens.token_ids))
+            if token_ids.size > self._max_tokens:  # before any image is decoded
+                raise InvalidInput(
+                    f"the prompt has {token_ids.size} tokens, the limit is {self._max_tokens}; shorten it or scale the "
+                    "images down"
+                )
+            names = list(group.tokens.image_sha256)
+            views = self._views(names, degradation)
+            return tuple(  # type: ignore[return-value]
+                self._reader.from_token_ids(token_ids, [view[sha] for sha in names]) for view in views
+            )
+        if kind == "messages":
+            messages = messages_from_pb(group.messages.messages)
+            if not messages:
+                raise InvalidInput(f"group {group.group_id!r} has an empty prompt; it needs at least one message")
+            names = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
+            views = self._views(names, degradation)
+            with self._tokenizer:
+                return tuple(self._reader.render(messages, view) for view in views)  # type: ignore[return-value]
+        raise InvalidInput(f"group {group.group_id!r} has no prompt; give tokens or messages")
+
+    def _views(
+        self, names: Sequence[str], degradation: Degradation
+    ) -> tuple[dict[str, PreparedImage], dict[str, PreparedImage]]:
+        """Each image in both views, by SHA-256."""
+        original, degraded = {}, {}
+        for sha256 in dict.fromkeys(names):
+            if not _SHA256.fullmatch(sha256):
+                raise InvalidInput(
+                    f"image {sha256[:80]!r} is no SHA-256 in hex digits; upload the image with PutImages and name it so"
+                )
+            original[sha256], degraded[sha256] = self._both_views(
+                sha256, degradation, partial(self._decode_stored, sha256)
+            )
+        return original, degraded
+
+    def _both_views(
+        self, sha256: str, degradation: Degradation, decode: Callable[[], PIL.Image.Image]
+    ) -> tuple[PreparedImage, PreparedImage]:
+        """From the cache; what isn't there is made from one decoding."""
+        decoded = cache(decode)
+        # Noise is seeded by the content, so that a group that is scored again gets the same answer.
+        seed = int(sha256[:16], 16)
+        original = self._view(f"{sha256}:original", decoded)
+        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(decoded(), degradation, seed=seed))
+        if original.grid != degraded.grid:
+            raise Mismatch(
+                f"image {sha256[:12]}… has grid {original.grid} in the original and {degraded.grid} in the degraded "
+                "view; the views must differ in pixels only"
+            )
+        return original, degraded
+
+    def _view(self, key: str, pixels: Callable[[], PIL.Image.Image]) -> PreparedImage:
+        return self._prepared.get(key, lambda: replace(self._reader.prepare_image(pixels()), key=key))
+
+    def _decode_stored(self, sha256: str) -> PIL.Image.Image:
+        return self._decode(self._store.get(sha256))
+
+    def _decode(self, image: EncodedImage) -> PIL.Image.Image:
+        limits = self._limits
+        return image_files.decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+
+    def _response_ids(self, rollout: teacher_pb2.RolloutTokens) -> np.ndarray:
+        if rollout.response_text and rollout.response_ids:
+            raise InvalidInput(f"rollout {rollout.rollout_id!r} has ids and a text; give one of the two")
+        if not rollout.response_text:
+            return np.fromiter(rollout.response_ids, dtype=np.int64, count=len(rollout.response_ids))
+        with self._tokenizer:
+            tokenizer = self._reader.tokenizer
+            ids = tokenizer(rollout.response_text, add_special_tokens=False)["input_ids"]
+            return np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Decides which prepared groups the device takes next."""

@@ -1,0 +1,86 @@
+"""How many groups may wait, of all jobs and of one, and when it makes sense to ask again.
+
+A refusal's retry hint is the time in which enough of the backlog will have been scored: of all of it at the device's
+measured pace, of one job's part at that job's share of the pace. Lives on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vaopd.config import SharingConfig
+from vaopd.errors import QueueFull
+from vaopd_teacher.line.scheduler import Scheduler
+from vaopd_teacher.rpc.access import Quotas
+
+_UNMEASURED_S = 1.0
+_SHORTEST_S, _LONGEST_S = 0.05, 60.0
+
+
+class Admission:
+    """`admit` a call's groups, then `release` each as it is answered or given up."""
+
+    def __init__(self, sharing: SharingConfig, scheduler: Scheduler, quotas: Quotas | None = None) -> None:
+        self._sharing = sharing
+        self._scheduler = scheduler
+        self._quotas = quotas
+        self._waiting: Counter[str] = Counter()
+        self.refused = 0
+        """Calls that found no room."""
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting.total()
+
+    @property
+    def limit(self) -> int:
+        return self._sharing.max_waiting_groups
+
+    def waiting_of(self, job: str) -> int:
+        return self._waiting[job]
+
+    def waiting_by_job(self) -> dict[str, int]:
+        """May be asked from any thread."""
+        return dict(self._waiting)
+
+    def check_any_room(self) -> None:
+        """Raises QueueFull when not even one group of anybody fits: such a call needn't be read to be refused."""
+        self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
+
+    def admit(self, job: str, groups: int) -> None:
+        """Raises QueueFull, with a hint, when there is no room now. More than ever fits is refused before."""
+        self._check(self.waiting, groups, self._sharing.max_waiting_groups, job, of_job=False)
+        self._check(self._waiting[job], groups, self._sharing.max_waiting_groups_per_job, job, of_job=True)
+        if self._quotas is not None:
+            self._quotas.take(job, groups)  # last, since what it counts has to be accepted
+        self._waiting[job] += groups
+
+    def release(self, job: str, groups: int = 1) -> None:
+        self._waiting[job] -= groups
+        if not self._waiting[job]:
+            del self._waiting[job]
+
+    def _check(self, waiting: int, groups: int, limit: int, job: str, *, of_job: bool) -> None:
+        if (over := waiting + groups - limit) <= 0:
+            return
+        self.refused += 1
+        retry_after_s = min(max(self._seconds(over, job, of_job=of_job), _SHORTEST_S), _LONGEST_S)
+        whose = f" of job {job[:64]!r}" if of_job else ""
+        raise QueueFull(
+            f"{waiting} groups{whose} wait already, with {groups} more they are over the limit of {limit}; "
+            f"try again in {retry_after_s:.2g} s",
+            retry_after_s=retry_after_s,
+        )
+
+    def _seconds(self, groups: int, job: str, *, of_job: bool) -> float:
+        """Until so many groups of the backlog are scored."""
+        pace = self._scheduler.seconds_per_token
+        history = [self._scheduler.served(job)] if of_job else list(self._scheduler.served_by_job().values())
+        served = sum(part.groups for part in history)
+        if pace is None or not served:
+            return _UNMEASURED_S
+        seconds = groups * pace * sum(part.tokens for part in history) / served
+        if of_job:
+            weights = sum(self._scheduler.weight(other) for other in self._waiting)
+            seconds *= weights / self._scheduler.weight(job)
+        return seconds

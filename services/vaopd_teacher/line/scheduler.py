@@ -1,0 +1,269 @@
+"""The one thread that drives the device, and the line before it in which the requests of all jobs meet.
+
+What arrives: units of prepared groups, from many calls of many jobs. What leaves: each group's result, on the event
+loop of its call. The thread takes units in the fair queue's order while they fit into one forward together, so a
+forward mixes jobs. The work of a call that was cancelled, or whose deadline is over, leaves the line before it reaches
+the device. An exception of the engine itself ends the thread: every waiting group gets Unavailable, and `on_failure`
+lets the process end, so that its supervisor restarts it with a sound device. A watchdog reads `busy_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from vaopd.errors import Unavailable, VaopdError
+from vaopd.telemetry import tracing
+from vaopd.vlm.model import Segment
+from vaopd_teacher.engines.engine import Engine, PreparedGroup, ScoredGroup
+from vaopd_teacher.line.fair_queue import FairQueue
+
+log = logging.getLogger(__name__)
+
+Result = ScoredGroup | VaopdError
+
+JOBS_REMEMBERED = 1024
+"""Jobs whose counts are kept; names come from outside and must not pile up."""
+_SMOOTHING = 0.1
+
+
+def group_tokens(group: PreparedGroup) -> int:
+    """What a group costs: the tokens that a forward computes for it, the prompt once in each view."""
+    views = (group.original, group.degraded)
+    return sum(Segment(prompt=prompt, responses=group.responses).tokens for prompt in views)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """The result of one group of a unit."""
+
+    unit: Unit
+    group: PreparedGroup
+    result: Result
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """Groups of one call that go to the device together.
+
+    `room` is what it takes of a forward, as it was cut from the request; `tokens` is what it costs its job.
+    `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more;
+    after `expires` (of time.monotonic) nobody does either. `trace`: of the call, for the device's span.
+    """
+
+    job: str
+    groups: tuple[PreparedGroup, ...]
+    room: int
+    on_delivery: Callable[[Delivery], None]
+    loop: asyncio.AbstractEventLoop
+    expires: float | None = None
+    cancelled: bool = False
+    trace: tracing.Context | None = None
+    tokens: int = field(init=False)
+    delivered: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(group_tokens(group) for group in self.groups)
+
+    @property
+    def unwanted(self) -> bool:
+        return self.cancelled or (self.expires is not None and time.monotonic() >= self.expires)
+
+    def deliver(self, result: Result) -> None:
+        """Hands on the next group's result; called from the scheduler's thread."""
+        group = self.groups[self.delivered]
+        self.delivered += 1
+        try:
+            self.loop.call_soon_threadsafe(self.on_delivery, Delivery(self, group, result))
+        except RuntimeError:  # the loop is closed: the server has stopped and nobody waits any more
+            self.cancelled = True
+
+
+@dataclass(slots=True)
+class Served:
+    """What a job has had of the device since the server started."""
+
+    groups: int = 0
+    tokens: int = 0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        batch_tokens: int,
+        on_failure: Callable[[], object],
+        on_taken: Callable[[], object] = lambda: None,
+        on_batch: Callable[[float], object] = lambda fill: None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """`on_failure` and, after each batch that leaves the line, `on_taken` are called on the device's thread.
+
+        So is `on_batch`, with what the batch takes of `batch_tokens`: above 1 for a unit that needs several forwards.
+        """
+        self.seconds_per_token: float | None = None
+        """Of the last forwards, smoothed; None before the first."""
+        self.busy_seconds = 0.0
+        """Time inside the engine since the start; against the clock, how busy the device is."""
+        self.forwards = 0
+        self._engine = engine
+        self._batch_tokens = batch_tokens
+        self._on_failure = on_failure
+        self._on_taken = on_taken
+        self._on_batch = on_batch
+        self._line: FairQueue[Unit] = FairQueue(weights or {})
+        self._served: OrderedDict[str, Served] = OrderedDict()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._main, name="teacher-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy_s(self) -> float:
+        """How long the thread has been inside the engine without a result; 0 while it waits for work."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def waiting_units(self) -> int:
+        with self._changed:
+            return len(self._line)
+
+    def waiting_tokens(self, job: str) -> float:
+        with self._changed:
+            return self._line.cost(job)
+
+    def waiting_tokens_by_job(self) -> dict[str, float]:
+        with self._changed:
+            return self._line.costs()
+
+    def weight(self, job: str) -> float:
+        return self._line.weight(job)
+
+    def served(self, job: str) -> Served:
+        with self._changed:
+            return self._served.get(job, Served())
+
+    def served_by_job(self) -> dict[str, Served]:
+        with self._changed:
+            return dict(self._served)
+
+    def submit(self, unit: Unit) -> None:
+        with self._changed:
+            if self._stopping:
+                raise _stopped()
+            self._line.push(unit.job, unit, cost=unit.tokens)
+            self._changed.notify()
+
+    def withdraw(self, units: Sequence[Unit]) -> None:
+        """Nobody wants these any more; what isn't on the device yet leaves the line now."""
+        for unit in units:
+            unit.cancelled = True
+        with self._changed:
+            self._line.remove(lambda unit: unit.cancelled)
+
+    def stop(self, longest_s: float | None = None) -> bool:
+        """Ends the thread after the forward in progress; what still waits gets Unavailable.
+
+        Returns whether the thread has ended: after `longest_s`, if given, it isn't waited for any more.
+        """
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(longest_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        units: list[Unit] = []
+        try:
+            while units := self._take():
+                self._on_taken()
+                self._on_batch(sum(unit.room for unit in units) / self._batch_tokens)
+                with _span(units):
+                    self._score(units)
+        except Exception:
+            log.exception("the engine failed; the process can't go on")
+            self._on_failure()
+        with self._changed:
+            self._stopping = True
+            waiting = list(units)
+            while self._line:
+                waiting.append(self._line.pop())
+        for unit in waiting:
+            for _ in range(len(unit.groups) - unit.delivered):
+                unit.deliver(_stopped())
+
+    def _take(self) -> list[Unit]:
+        """The units of the next forward; empty when the thread is to end."""
+        with self._changed:
+            while not self._stopping:
+                self._line.remove(lambda unit: unit.unwanted)
+                if self._line:
+                    break
+                self._line.rest()
+                self._changed.wait()
+            else:
+                return []
+            units = [self._line.pop()]
+            room = self._batch_tokens - units[0].room
+            # Strictly in order: a smaller unit that would still fit doesn't overtake the one whose turn it is.
+            while self._line and self._line.head().room <= room:
+                units.append(self._line.pop())
+                room -= units[-1].room
+            return units
+
+    def _score(self, units: Sequence[Unit]) -> None:
+        owners = [unit for unit in units for _ in unit.groups]
+        groups = [group for unit in units for group in unit.groups]
+        started = self._busy_since = time.monotonic()
+        try:
+            for owner, group, result in zip(owners, groups, self._engine.score(groups), strict=True):
+                self._busy_since = time.monotonic()
+                self._count(owner.job, group_tokens(group))
+                owner.deliver(result)
+                if all(unit.cancelled for unit in units):
+                    return  # the next forward is somebody else's
+            self._pace(time.monotonic() - started, sum(unit.tokens for unit in units))
+        finally:
+            self._busy_since = None
+            self.busy_seconds += time.monotonic() - started
+            self.forwards += 1
+
+    def _count(self, job: str, tokens: int) -> None:
+        with self._changed:
+            served = self._served.setdefault(job, Served())
+            served.groups += 1
+            served.tokens += tokens
+            self._served.move_to_end(job)
+            while len(self._served) > JOBS_REMEMBERED:
+                self._served.popitem(last=False)
+
+    def _pace(self, elapsed_s: float, tokens: int) -> None:
+        now, before = elapsed_s / max(1, tokens), self.seconds_per_token
+        self.seconds_per_token = now if before is None else before + _SMOOTHING * (now - before)
+
+
+def _span(units: Sequence[Unit]) -> AbstractContextManager[None]:
+    """Part of the first call's trace; the other calls that share the batch are linked."""
+    if units[0].trace is None:
+        return nullcontext()
+    return tracing.span(
+        "teacher batch",
+        parent=units[0].trace,
+        links=[unit.trace for unit in units[1:]],
+        jobs=list(dict.fromkeys(unit.job for unit in units)),
+        groups=[group.group_id for unit in units for group in unit.groups],
+        tokens=sum(unit.tokens for unit in units),
+    )
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the teacher is stopping; try again, another replica may answer")

@@ -1,0 +1,1 @@
+"""The edge of the teacher: bytes in, bytes out."""

@@ -1,0 +1,241 @@
+"""The error tree ↔ gRPC statuses, in the one place that maps it: an interceptor that every call passes.
+
+A handler raises; the interceptor aborts the call with the status, the error's own message and its details. What isn't
+of the tree is a fault of ours: it is logged with its traceback and the client reads "internal error", nothing more.
+Callers are told apart here too, before anything of their request is parsed. Each refused call is a line of the audit
+log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from vaopd.errors import (
+    Busy,
+    InvalidInput,
+    QueueFull,
+    VaopdError,
+)
+from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.logs import REQUEST_ID, REQUEST_ID_KEY
+from vaopd.wire import errors as wire_errors
+from vaopd.wire.errors import status_of
+from vaopd_teacher.rpc.access import Access
+
+log = logging.getLogger(__name__)
+audit = logging.getLogger("vaopd.audit")
+"""One line per refused call: the job, what it called, the status, from where. Never a key, nor what was sent."""
+
+_OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+"""What probes and balancers ask without a key."""
+
+
+def reason_of(error: Exception) -> str:
+    """Of a refused call, out of a fixed set of words."""
+    if isinstance(error, QueueFull):
+        return "queue_full"
+    if isinstance(error, Busy):
+        return "quota"
+    return status_of(error).name.lower() if isinstance(error, VaopdError) else "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Bytes that are not the message that the method takes."""
+
+    size_bytes: int
+    message_name: str
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler, its request's parsing included: gRPC itself would answer malformed bytes with INTERNAL.
+
+    It also counts the calls of `service` in progress, so that a server that drains knows when they are done; a health
+    Watch, which never ends by itself, is no reason to wait.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        access: Access,
+        *,
+        check_room: Callable[[], object] = lambda: None,
+        on_refused: Callable[[str | None, str], object] = lambda job, reason: None,
+    ) -> None:
+        """`check_room` raises what a call with work is refused for before it is read, however large it is.
+
+        `on_refused` is told the job, where it is known, and the reason of every call that is refused.
+        """
+        self._access = access
+        self._check_room = check_room
+        self._with_work = f"/{service}/ScoreGroups"
+        self._on_refused = on_refused
+        self._counted = f"/{service}/"
+        self._in_progress = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        await self._idle.wait()
+
+    @contextmanager
+    def _count(self, method: str) -> Iterator[None]:
+        one = method.startswith(self._counted)
+        self._in_progress += one
+        if one:
+            self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_progress -= one
+            if self._in_progress == 0:
+                self._idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
+            return handler
+        method = handler_call_details.method
+        caller: str | None = None
+        if method not in _OPEN:
+            try:
+                caller = self._access.caller(handler_call_details.invocation_metadata)
+                if method == self._with_work:
+                    self._check_room()
+            except VaopdError as error:
+                return self._refusing(method, error, job=caller)
+        call = _Call(handler_call_details, caller, self._access)
+        parse = _tolerant(handler.request_deserializer)
+        serialise = handler.response_serializer
+        if handler.stream_stream:
+            stream = self._guard_stream(handler.stream_stream, call)
+            return grpc.stream_stream_rpc_method_handler(stream, parse, serialise)
+        if handler.unary_stream:
+            stream = self._guard_stream(handler.unary_stream, call)
+            return grpc.unary_stream_rpc_method_handler(stream, parse, serialise)
+        if handler.stream_unary:
+            unary = self._guard_unary(handler.stream_unary, call)
+            return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
+        return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
+
+    def _refusing(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
+        """Answers a call of any kind with a status, without reading a message of it."""
+
+        async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            await self._abort(context, method, error, job=job)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def _abort(
+        self, context: grpc.aio.ServicerContext, method: str, error: Exception, *, job: str | None
+    ) -> None:
+        if isinstance(error, grpc.aio.AbortError):  # a handler that has answered with a status itself
+            raise error
+        self._on_refused(job, reason_of(error))
+        metadata: tuple[tuple[str, bytes], ...] = ()
+        if isinstance(error, VaopdError):
+            code, message = status_of(error), str(error)
+            metadata = ((wire_errors.KEY, wire_errors.pack(code.value[0], error)),)
+        else:
+            log.error("%s failed", method, exc_info=error)
+            code, message = grpc.StatusCode.INTERNAL, "internal error"
+        # The message stays out of the log: it may quote what the client sent.
+        job = job[:64] if job else None
+        refused = (repr(job) if job else "-", method, code.name, context.peer())
+        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
+        return await context.abort(code, message, metadata)
+
+    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Awaitable[Any]]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            end = call.begin()
+            with self._count(call.method):
+                try:
+                    return await behaviour(call.incoming(request), context)
+                except Exception as error:
+                    return await self._abort(context, call.method, call.located(error), job=call.job)
+                finally:
+                    end()
+
+        return answer
+
+    def _guard_stream(self, behaviour: Callable[..., Any], call: _Call) -> Callable[..., AsyncIterator[Any]]:
+        async def answer(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            end = call.begin()
+            with self._count(call.method):
+                try:
+                    answers = behaviour(call.incoming(request), context)
+                    if hasattr(answers, "__aiter__"):
+                        async with aclosing(answers) as items:
+                            async for item in items:
+                                yield item
+                    else:  # a handler that writes to the context itself, as the health service's Watch does
+                        await answers
+                except Exception as error:
+                    await self._abort(context, call.method, call.located(error), job=call.job)
+                finally:
+                    end()
+
+        return answer
+
+
+class _Call:
+    """What is known of one call before its handler sees it."""
+
+    def __init__(self, details: grpc.HandlerCallDetails, caller: str | None, access: Access) -> None:
+        self.method = details.method
+        self.job = caller
+        self._metadata = details.invocation_metadata
+        self._read = 0
+        self._access = access
+
+    def begin(self) -> Callable[[], None]:
+        """Gives the task that answers the call its request's id, for its log lines, and a span, which it has to end."""
+        sent = dict(self._metadata or ())
+        if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
+            logs.request_id.set(name)
+        return tracing.begin(self.method, parent=tracing.parent_of(self._metadata), job=self.job)
+
+    def incoming(self, request: Any) -> Any:
+        """The handler's request, or stream of them, that raises what is wrong with it."""
+        return self._each(request) if hasattr(request, "__aiter__") else self._checked(request)
+
+    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            self._read += 1
+            yield self._checked(request)
+
+    def located(self, error: Exception) -> Exception:
+        """Says which message of a stream is wrong, where nobody has said it better; streams are handled in order."""
+        if isinstance(error, InvalidInput) and error.field is None and self._read:
+            error.field = f"[{self._read - 1}]"
+        return error
+
+    def _checked(self, request: Any) -> Any:
+        if isinstance(request, _Malformed):
+            raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
+        self._access.check_job(self.job, request)
+        self.job = getattr(request, "job", None) or self.job
+        return request
+
+
+def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError:
+            owner = getattr(deserializer, "__self__", None)
+            return _Malformed(len(data), getattr(owner, "__name__", "request"))
+
+    return parse

@@ -1,0 +1,252 @@
+"""The Teacher service's RPCs: a call is checked, prepared on threads, queued for the device and streamed back.
+
+Images come in by content; a ScoreGroups call is cut into units of about one forward each, at most two of which are
+prepared ahead of the device or of a slow reader, and of all calls of a job little more than one (`Ahead`). Errors are
+raised as they are; the interceptor maps them to statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grpc
+import numpy as np
+import torch
+
+from vaopd import payloads
+from vaopd.errors import LimitExceeded, Mismatch, VaopdError
+from vaopd.pb import common_pb2, teacher_pb2_grpc
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.telemetry import logs
+from vaopd.types import TeacherDescription
+from vaopd.wire import errors as wire_errors
+from vaopd.wire.common import image_from_pb, tensor_to_pb
+from vaopd.wire.errors import status_of
+from vaopd.wire.teacher import description_to_pb
+from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.intake.image_stores import ImageStore
+from vaopd_teacher.intake.prepare import Envelope, Preparer, check_revision, cut, read_envelope
+from vaopd_teacher.line.admission import Admission
+from vaopd_teacher.line.prepare_ahead import Ahead
+from vaopd_teacher.line.scheduler import Delivery, Scheduler
+from vaopd_teacher.metrics import TeacherMetrics
+from vaopd_teacher.rpc.call import Call, Refusal
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 2**20
+_MESSAGE_OVERHEAD_BYTES = 1024
+_ADMITTED_AHEAD = 4
+"""Images of one upload that are decoded at the same time."""
+
+T = TypeVar("T")
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
+    def __init__(
+        self,
+        *,
+        description: TeacherDescription,
+        head: torch.Tensor | None,
+        preparer: Preparer,
+        store: ImageStore,
+        scheduler: Scheduler,
+        admission: Admission,
+        ahead: Ahead,
+        threads: ThreadPoolExecutor,
+        batch_tokens: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        metrics: TeacherMetrics,
+    ) -> None:
+        self._description = description
+        self._head = head
+        self._preparer = preparer
+        self._store = store
+        self._scheduler = scheduler
+        self._admission = admission
+        self._ahead = ahead
+        self._threads = threads
+        self._batch_tokens = batch_tokens
+        self._chunk_bytes = chunk_bytes
+        self._metrics = metrics
+
+    async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
+        return description_to_pb(self._description)
+
+    async def PutImages(
+        self, request_iterator: AsyncIterator, context: grpc.aio.ServicerContext
+    ) -> pb.PutImagesResponse:
+        received: list[str] = []
+        admitting: deque[asyncio.Task[str]] = deque()
+        try:
+            async for message in request_iterator:
+                admitting.append(asyncio.create_task(self._admit_image(message)))
+                if len(admitting) > _ADMITTED_AHEAD:
+                    received.append(await admitting.popleft())
+            while admitting:
+                received.append(await admitting.popleft())
+        finally:
+            for task in admitting:
+                task.cancel()
+        return pb.PutImagesResponse(sha256=received)
+
+    async def _admit_image(self, message: common_pb2.EncodedImage) -> str:
+        image = await self._on_thread(image_from_pb, message)
+        await self._on_thread(self._preparer.admit_image, image)
+        log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
+        return image.sha256
+
+    async def MissingImages(
+        self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
+    ) -> pb.MissingImagesResponse:
+        return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
+
+    async def GetHead(
+        self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TensorChunk]:
+        check_revision(request.revision, self._description)
+        head = self._head
+        if head is None:
+            kinds = ", ".join(self._description.payloads)
+            raise Mismatch(f"this teacher doesn't give its head away, since its payloads ({kinds}) need none")
+        rows, width = head.shape
+        dtype = str(head.dtype).removeprefix("torch.")
+        described: pb.PayloadTensor | None = pb.PayloadTensor(name="head", dtype=dtype, shape=(rows, width))
+        row_bytes = width * head.element_size()
+        step = max(1, self._chunk_bytes // row_bytes)
+        for start in range(0, rows, step):
+            part = await self._on_thread(payloads.from_torch, head[start : start + step])
+            yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=part.data, tensor=described)
+            described = None
+
+    async def ScoreGroups(
+        self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ScoreGroupsResponse]:
+        envelope = read_envelope(request, self._description)
+        job, unanswered = request.job, len(request.groups)
+        self._admission.admit(job, unanswered)
+        remaining_s = context.time_remaining()
+        call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
+        # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
+        context.add_done_callback(lambda _: self._give_up(call))
+        call.feeder = asyncio.create_task(self._feed(request, envelope, call))
+        started, failed = time.monotonic(), 0
+        try:
+            while unanswered:
+                match await call.next():
+                    case Delivery(group=group, result=ScoredGroup() as scored):
+                        self._metrics.scored(job, group, scored, latency_s=time.monotonic() - started)
+                        for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
+                            yield message
+                    case Delivery(group=group, result=VaopdError() as error):
+                        failed += 1
+                        self._metrics.failed(job)
+                        yield _group_error(group.group_id, error)
+                    case Refusal(group_id=group_id, error=error):
+                        failed += 1
+                        self._metrics.failed(job)
+                        yield _group_error(group_id, error)
+                unanswered -= 1
+                self._admission.release(job)
+        finally:
+            self._give_up(call)
+            self._admission.release(job, unanswered)
+            elapsed_s, groups = time.monotonic() - started, len(request.groups)
+            log.info(
+                "job %r: %d groups, %d refused, %d given up, %.3f s",
+                job[:64],
+                groups,
+                failed,
+                unanswered,
+                elapsed_s,
+                extra=logs.fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
+            )
+
+    def _give_up(self, call: Call) -> None:
+        call.cancel()
+        self._ahead.look()
+
+    async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
+        """Prepares the groups and submits them in units of about one forward, as far ahead as is allowed.
+
+        The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
+        """
+        try:
+            for unit, room in cut(request.groups, self._batch_tokens):
+                await call.room_for_a_unit()
+                async with self._ahead.turn(call.job):
+                    outcomes = await asyncio.gather(*(self._prepared(group, envelope) for group in unit))
+                    for group, outcome in zip(unit, outcomes, strict=True):
+                        if isinstance(outcome, VaopdError):
+                            call.refuse(group.group_id, outcome)
+                    if ready := [outcome for outcome in outcomes if isinstance(outcome, PreparedGroup)]:
+                        call.submit(ready, room=room)
+        except Exception as error:  # whoever waits for results has to hear of it
+            call.fail(error)
+
+    async def _prepared(self, group: pb.PromptGroup, envelope: Envelope) -> PreparedGroup | VaopdError:
+        try:
+            return await self._on_thread(self._preparer.prepare, group, envelope)
+        except VaopdError as error:
+            return error
+
+    async def _answer(
+        self, group: PreparedGroup, scored: ScoredGroup, *, with_token_texts: bool
+    ) -> Iterator[pb.ScoreGroupsResponse]:
+        """The group's score and its payload in chunks, or an error when the score is too large for one message."""
+        advantage = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, np.float32(0))
+        score = pb.GroupScore(
+            group_id=group.group_id,
+            lengths=[len(ids) for ids in group.responses],
+            teacher_logprobs=tensor_to_pb(scored.teacher_logprobs),
+            degraded_logprobs=tensor_to_pb(scored.degraded_logprobs),
+            visual_advantage=tensor_to_pb(advantage),
+            prompt_tokens=len(group.original.token_ids),
+            payload=[
+                pb.PayloadTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
+                for name, tensor in scored.payload.tensors.items()
+            ],
+        )
+        if with_token_texts:
+            ids = np.concatenate(group.responses)
+            score.response_ids.extend(ids.tolist())
+            score.token_texts.extend(await self._on_thread(self._preparer.token_texts, ids))
+            if group.payload == "top_k":
+                alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
+                texts = await self._on_thread(self._preparer.token_texts, alternatives)
+                score.payload_texts.update(zip(alternatives.tolist(), texts, strict=True))
+        size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
+        if size > limit:
+            error = LimitExceeded(
+                f"the score of group {group.group_id!r} takes {size} bytes, the limit of a message is {limit}; "
+                "send fewer rollouts in a group"
+            )
+            return iter([_group_error(group.group_id, error)])
+        return self._messages(score, scored)
+
+    def _messages(self, score: pb.GroupScore, scored: ScoredGroup) -> Iterator[pb.ScoreGroupsResponse]:
+        yield pb.ScoreGroupsResponse(score=score)
+        for name, tensor in scored.payload.tensors.items():
+            for offset in range(0, len(tensor.data), self._chunk_bytes):
+                chunk = pb.TensorChunk(
+                    group_id=score.group_id,
+                    name=name,
+                    offset_bytes=offset,
+                    data=tensor.data[offset : offset + self._chunk_bytes],
+                )
+                yield pb.ScoreGroupsResponse(payload=chunk)
+
+    async def _on_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+
+def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
+    code = status_of(error).value[0]
+    told = pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=wire_errors.pack(code, error))
+    return pb.ScoreGroupsResponse(error=told)

@@ -1,0 +1,91 @@
+"""TLS of the teacher's port: certificates from files, read again when they change; plaintext only where it is meant."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import ssl
+
+import grpc
+
+from vaopd.config import TlsConfig
+from vaopd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def server_credentials(tls: TlsConfig, address: str) -> grpc.ServerCredentials | None:
+    """None for plaintext. Raises ConfigError where that would be open to other hosts, and for unusable files."""
+    if tls.cert is None:
+        if tls.plaintext or is_loopback(address):
+            return None
+        raise ConfigError(
+            f"teacher.address = {address!r} can be reached from other hosts: give [tls] cert and key in the service's "
+            "file (`vaopd certs FOLDER` makes some), or [tls] plaintext = true if nobody else is on that network"
+        )
+    files = _Files(tls)
+    return grpc.dynamic_ssl_server_credentials(
+        files.first(), files.changed, require_client_authentication=tls.client_ca is not None
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Of host:port.
+
+    >>> is_loopback("[::1]:50051"), is_loopback("0.0.0.0:50051")
+    (True, False)
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _Files:
+    """gRPC asks at every handshake whether the certificate changed; so a renewed one needs no restart."""
+
+    def __init__(self, tls: TlsConfig) -> None:
+        self._tls = tls
+        self._content: tuple[bytes, bytes, bytes | None] | None = None
+
+    def first(self) -> grpc.ServerCertificateConfiguration:
+        self._content = self._read()
+        return _configuration(*self._content)
+
+    def changed(self) -> grpc.ServerCertificateConfiguration | None:
+        try:
+            content = self._read()
+        except ConfigError as error:  # e.g. the certificate is renewed already, and its key not yet
+            log.error("the certificate of before stays in use: %s", error)
+            return None
+        if content == self._content:
+            return None
+        self._content = content
+        return _configuration(*content)
+
+    def _read(self) -> tuple[bytes, bytes, bytes | None]:
+        """Raises ConfigError for files that can't be read or don't belong together: gRPC itself only tells its log."""
+        tls = self._tls
+        assert tls.cert is not None
+        assert tls.key is not None
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(
+                tls.cert, tls.key, password=""
+            )  # an encrypted key would be asked for on the terminal
+            if tls.client_ca is not None:
+                context.load_verify_locations(tls.client_ca)
+            return tls.key.read_bytes(), tls.cert.read_bytes(), tls.client_ca.read_bytes() if tls.client_ca else None
+        except ssl.SSLError:
+            raise ConfigError(
+                f"[tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} (and client_ca) must be PEM files that "
+                "belong together, the key without a pass phrase; `vaopd certs FOLDER` makes a set"
+            ) from None
+        except OSError as error:
+            names = ", ".join(repr(str(path)) for path in (tls.cert, tls.key, tls.client_ca) if path is not None)
+            raise ConfigError(f"[tls] one of {names} can't be read ({error.strerror})") from None
+
+
+def _configuration(key: bytes, cert: bytes, client_ca: bytes | None) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)

@@ -1,0 +1,280 @@
+"""The teacher's process from the loaded model to the drained server.
+
+Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
+within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+Whatever the device does, the process is gone GRACE_S + 7 s after the signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vaopd.access.keys import KeyStore
+from vaopd.config import Config, ServiceConfig
+from vaopd.errors import ConfigError
+from vaopd.pb import teacher_pb2, teacher_pb2_grpc
+from vaopd.process import entry
+from vaopd.types import TeacherDescription, TeacherLimits
+from vaopd.vlm.model import Vlm
+from vaopd.wire.teacher import DEGRADATION_KINDS
+from vaopd_teacher.engines.backend import Backend
+from vaopd_teacher.engines.engine import Engine
+from vaopd_teacher.engines.load import load, over
+from vaopd_teacher.hang_watch import Watchdog
+from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
+from vaopd_teacher.intake.prepare import Preparer
+from vaopd_teacher.line.admission import Admission
+from vaopd_teacher.line.prepare_ahead import Ahead
+from vaopd_teacher.line.scheduler import Scheduler
+from vaopd_teacher.metrics import Cache, TeacherMetrics
+from vaopd_teacher.rpc.access import Access, Quotas
+from vaopd_teacher.rpc.interceptor import ErrorInterceptor
+from vaopd_teacher.rpc.servicer import CHUNK_BYTES, TeacherServicer
+from vaopd_teacher.rpc.tls import server_credentials
+
+log = logging.getLogger(__name__)
+
+SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
+GRACE_S = 60.0
+_LAST_BYTES_S = 1.0
+_LAST_FORWARD_S = 5.0
+"""How long a forward that nobody waits for any more may keep a drained process from its end."""
+_MESSAGE_OVERHEAD_BYTES = 1024
+
+
+def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherDescription:
+    """What Describe answers. An image travels in one message, so it can't be larger than a message."""
+    reader = backend.reader
+    return TeacherDescription(
+        # A folder's place on this host is nobody's business.
+        model=Path(model).name if Path(model).is_dir() else model,
+        revision=backend.revision,
+        tokenizer_fingerprint=reader.fingerprint,
+        vocab_size=reader.vocab_size,
+        hidden_size=reader.hidden_size,
+        dtype=backend.dtype,
+        limits=replace(
+            limits,
+            max_tokens_per_rollout=min(limits.max_tokens_per_rollout, reader.max_tokens),
+            max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
+        ),
+        payloads=backend.payloads,
+        degradations=tuple(DEGRADATION_KINDS),
+    )
+
+
+def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        # Clients ping every 10 s to notice a frozen server; without these two the server would call that abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that vanished without a word is noticed within 15 s too, and its waiting work is dropped.
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.http2.ping_timeout_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # A second server on the same port must fail to start, not share the port silently.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+class TeacherServer:
+    """One listening server; `start`, then `stop`. All of it lives on the event loop that starts it."""
+
+    def __init__(
+        self,
+        teacher: Vlm | Backend,
+        *,
+        model: str,
+        batch_tokens: int,
+        limits: TeacherLimits = TeacherLimits(),
+        engine: Engine | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        service: ServiceConfig = ServiceConfig(),
+        ends_process: bool = False,
+        metrics: TeacherMetrics | None = None,
+    ) -> None:
+        """`teacher`: a loaded model means the transformers backend over it, with `engine` if given.
+
+        `ends_process`: whether the watchdog may end the process when its event loop stands still.
+        """
+        if isinstance(teacher, Backend):
+            backend = teacher
+        else:
+            vision_bytes = service.images.vision_bytes
+            backend = over(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+        metrics = metrics or TeacherMetrics()
+        self.serving = False
+        """Whether health checks are told so."""
+        self.failed = asyncio.Event()
+        """Set when the engine broke or hangs; the process has to end."""
+        sharing = service.sharing
+        ever_fits = min(sharing.max_waiting_groups, sharing.max_waiting_groups_per_job)
+        limits = replace(limits, max_groups_per_request=min(limits.max_groups_per_request, ever_fits))
+        self.description = describe(backend, model=model, limits=limits)
+        limits = self.description.limits
+        loop = asyncio.get_running_loop()
+        self.images = ImageStore(service.images.encoded_bytes)
+        self.prepared_images = PreparedImages(service.images.prepared_bytes)
+        self.vision_cache = backend.vision_cache
+        self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
+        ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
+        self.scheduler = Scheduler(
+            backend.engine,
+            batch_tokens=batch_tokens,
+            on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
+            on_taken=lambda: loop.call_soon_threadsafe(ahead.look),
+            on_batch=metrics.batch,
+            weights=sharing.weights,
+        )
+        self.admission = Admission(sharing, self.scheduler, Quotas(service.quotas))
+        self._watchdog = Watchdog(
+            lambda: self.scheduler.busy_s,
+            stuck_after_s=service.stuck_after_s,
+            on_stuck=self._give_up,
+            ends_process=ends_process,
+        )
+        self._health = health.aio.HealthServicer()
+        self._tls = service.tls
+        keys = KeyStore.load(service.keys.file) if service.keys.file else None
+        self._calls = ErrorInterceptor(
+            SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.refused
+        )
+        self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
+        servicer = TeacherServicer(
+            description=self.description,
+            head=backend.head,
+            preparer=Preparer(backend.reader, store=self.images, views=self.prepared_images, limits=limits),
+            store=self.images,
+            scheduler=self.scheduler,
+            admission=self.admission,
+            ahead=ahead,
+            threads=self._threads,
+            batch_tokens=batch_tokens,
+            chunk_bytes=chunk_bytes,
+            metrics=metrics,
+        )
+        metrics.watch(self)
+        teacher_pb2_grpc.add_TeacherServicer_to_server(servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    @property
+    def caches(self) -> dict[str, Cache]:
+        """By what they hold."""
+        found: dict[str, Cache | None] = {
+            "encoded": self.images,
+            "prepared": self.prepared_images,
+            "vision": self.vision_cache,
+        }
+        return {name: cache for name, cache in found.items() if cache is not None}
+
+    async def start(self, address: str) -> str:
+        """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        credentials = server_credentials(self._tls, address)
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise ConfigError(f"teacher.address = {address!r} can't be listened on; is the port taken?") from None
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watchdog.start()
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Drains: health first, so that balancers turn away, then no new calls, then the accepted ones' ends."""
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        draining = asyncio.create_task(self._server.stop(grace_s))
+        idle = asyncio.create_task(self._calls.wait_idle())
+        await asyncio.wait((draining, idle), return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
+        await self._server.stop(min(grace_s, _LAST_BYTES_S))
+        await draining
+        longest_s = 0.0 if self.failed.is_set() else _LAST_FORWARD_S
+        if not await asyncio.get_running_loop().run_in_executor(None, self.scheduler.stop, longest_s):
+            self.failed.set()  # the device hangs, which must not be taken for an end in order
+        self._watchdog.stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _give_up(self) -> None:
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.failed.set()
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        self.serving = status == health_pb2.HealthCheckResponse.SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+async def serve(
+    config: Config,
+    *,
+    service: ServiceConfig = ServiceConfig(),
+    announce: Path | None = None,
+    grace_s: float = GRACE_S,
+    metrics: TeacherMetrics | None = None,
+) -> int:
+    """Serves until a signal or a failed engine; returns the exit status."""
+    # What is wrong with address, certificates and keys is told before the model is read, which may take half an hour.
+    if "," in config.teacher.address:
+        raise ConfigError(
+            f"teacher.address = {config.teacher.address!r} lists several; that is for clients, a teacher listens on one"
+        )
+    server_credentials(service.tls, config.teacher.address)
+    if service.keys.file is not None:
+        KeyStore.load(service.keys.file)
+    backend = load(config, service)
+    server = TeacherServer(
+        backend,
+        model=config.teacher.model,
+        batch_tokens=config.teacher.batch_tokens,
+        service=service,
+        ends_process=True,
+        metrics=metrics,
+    )
+    # What the libraries and the model have made stays for good: looking through it again and again for what may go held
+    # every call up for 0.3 s (torch and transformers make a million objects).
+    gc.collect()
+    gc.freeze()
+    address = await server.start(config.teacher.address)
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    if announce is not None:
+        entry.announce(address, announce)
+    print(f"teacher ready on {address}", flush=True)
+    ends = [asyncio.create_task(event.wait()) for event in (told, server.failed)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    log.info("teacher stops: %s", "its engine failed or hangs" if server.failed.is_set() else "it was told to")
+    # After a failure nothing accepted can be answered; the waiting calls have their UNAVAILABLE already.
+    await server.stop(1.0 if server.failed.is_set() else grace_s)
+    if not server.failed.is_set():
+        backend.close()
+        return 0
+    # Not by way of the interpreter's end, where the libraries would wait for a device that may never answer.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,49 @@
+"""`python -m vaopd_trainer --config FILE`: composes one trainer rank and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from vaopd import process
+from vaopd.config import Config
+from vaopd.telemetry import logs, metrics_port
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = process.parser("vaopd_trainer", "Trains a student; one job.")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    given = sys.argv[1:] if argv is None else argv
+    return process.main(lambda arguments, config: _run(arguments, config, given), parser, given)
+
+
+def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) -> int:
+    logs.share(job=config.run.name)
+    if config.trainer.processes > 1 and "RANK" not in os.environ:
+        from vaopd.process.ranks import die_as, launch
+
+        ranks = (sys.executable, "-m", "vaopd_trainer", *given)
+        return die_as(launch(ranks, processes=config.trainer.processes))
+    if "RANK" in os.environ:
+        from vaopd.process.ranks import end_with_the_launcher
+
+        end_with_the_launcher()
+    from vaopd_trainer.compose import run
+    from vaopd_trainer.metrics import TrainerMetrics
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    metrics = TrainerMetrics(job=config.run.name, steps=config.trainer.steps)
+    # The coordinator has the numbers of all ranks.
+    address = metrics_port.metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
+    with metrics_port.serve_metrics(metrics.registry, address):
+        return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

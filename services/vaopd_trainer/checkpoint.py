@@ -1,0 +1,90 @@
+"""Checkpoints: everything that a resumed run needs, in one folder that appears whole or not at all.
+
+RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step and schedule) and
+ledger.jsonl (each trained group once, with the step that trained it). No pickles.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vaopd.errors import InvalidInput, LimitExceeded
+from vaopd.files.durable import atomic_folder
+from vaopd.run.checkpoints import LedgerLine, Progress, checkpoints_in, latest_checkpoint, load_progress, write_progress
+from vaopd_trainer import kill_points
+
+__all__ = ["LedgerLine", "Progress", "latest", "load_optimizer", "load_progress", "load_student", "save"]
+
+latest = latest_checkpoint
+"""The newest checkpoint; None for a run that was ended before its first: it resumes at step 0."""
+
+
+def save(
+    folder: Path, progress: Progress, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
+    """Writes a checkpoint, fsynced and renamed into place, and removes all but the newest `keep`.
+
+    Raises LimitExceeded when the disk is full; what was there is intact then.
+    """
+    target = folder / f"step_{progress.step:06d}"
+    try:
+        with atomic_folder(target) as part:
+            save_file(student, part / "student.safetensors")
+            save_file(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
+            save_file({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
+            write_progress(part, progress)
+            kill_points.reached("written", progress.step)
+    except (OSError, SafetensorError) as error:
+        raise LimitExceeded(
+            f"checkpoint {target} can't be written ({error}); nothing of it was acknowledged and the one before it is "
+            "intact: make room, and resume"
+        ) from None
+    kill_points.reached("renamed", progress.step)
+    for old in checkpoints_in(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
+    with _reading(checkpoint):
+        return load_file(checkpoint / "student.safetensors")
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restores AdamW's moments and the process's random state in place."""
+    with _reading(checkpoint):
+        moments = load_file(checkpoint / "optimizer.safetensors")
+        rng = load_file(checkpoint / "rng.safetensors")
+    state = optimizer.state_dict()
+    state["state"] = _unflatten(moments)
+    optimizer.load_state_dict(state)
+    torch.set_rng_state(rng["cpu"])
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InvalidInput(
+            f"checkpoint {checkpoint} can't be read ({error}); remove that folder to resume from the one before it"
+        ) from None
+
+
+def _flatten(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
+
+
+def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    return state

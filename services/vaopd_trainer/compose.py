@@ -1,0 +1,177 @@
+"""Puts a trainer rank together: models, queue, teacher client, accelerate. Called once the configuration is read."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+
+from vaopd import client
+from vaopd.client import SyncTeacherClient
+from vaopd.config import Config, to_toml
+from vaopd.data.loaders import load_prompts
+from vaopd.errors import ConfigError, Mismatch
+from vaopd.evaluation import held_out_prompts
+from vaopd.payloads import to_torch
+from vaopd.queue import LeaseKeeper, TrainerQueue
+from vaopd.queue.depth import DepthGauge
+from vaopd.run.checkpoints import FILE
+from vaopd.run.ledger import Ledger
+from vaopd.run.snapshots import load_state
+from vaopd.types import Degradation
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.prompts import check_same_tokenizer
+from vaopd_trainer import checkpoint
+from vaopd_trainer.collector import Collector
+from vaopd_trainer.coordinator import Coordinator
+from vaopd_trainer.loop import Interrupted, Trainer
+from vaopd_trainer.metrics import TrainerMetrics
+from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.records import ProgressLine
+from vaopd_trainer.scorer import Scorer
+from vaopd_trainer.student_loss import StudentLoss
+
+log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
+
+
+def run(config: Config, *, resume: bool, stop: threading.Event, metrics: TrainerMetrics) -> int:
+    """Runs this process's rank to the end of the job; returns the exit status."""
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
+        # A step of text-only prompts leaves the vision tower without a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=list(config.trainer.trackers),
+        project_dir=str(config.run_folder / "trackers"),
+    )
+    ranks = Ranks()
+    set_seed(config.run.seed)
+    if ranks.is_coordinator:
+        _prepare_folder(config, resume=resume)
+    ranks.barrier()
+    start = checkpoint.latest(config.run_folder / "checkpoints") if resume else None
+
+    # float32 weights whatever the compute precision: steps of 1e-6 would vanish in bfloat16.
+    student = Vlm.load(
+        config.student.model,
+        dtype="float32",
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+    if start is not None:
+        load_state(student.model, checkpoint.load_student(start))
+    if not config.student.train_vision_tower:
+        student.family.vision_tower(student.model).requires_grad_(False)
+    prompts = load_prompts(
+        config.data.source, split=config.data.train_split, instruction=config.data.instruction or None
+    )
+
+    with contextlib.ExitStack() as stack:
+        teacher = stack.enter_context(
+            SyncTeacherClient(
+                config.teacher.address,
+                job=config.run.name,
+                payload=config.teacher.payload,
+                top_k=config.teacher.top_k,
+                degradation=Degradation(kind=config.degradation.kind, strength=config.degradation.strength),
+                tokenizer_fingerprint=student.fingerprint,
+                **client.from_environment(),
+            )
+        )
+        description = teacher.describe()
+        check_same_tokenizer(student=student.fingerprint, teacher=description.tokenizer_fingerprint)
+        if config.teacher.payload not in description.payloads:
+            raise Mismatch(
+                f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
+                f"not {config.teacher.payload}; change teacher.payload"
+            )
+        needs_head = config.teacher.payload in ("hidden", "hidden_int8")
+        head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
+        coordinator = _coordinator(config, stack, metrics, resume=resume) if ranks.is_coordinator else None
+        trainer = Trainer(
+            config=config,
+            accelerator=accelerator,
+            ranks=ranks,
+            student=student,
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, objective=config.objective),
+            prompts=prompts,
+            coordinator=coordinator,
+            stop=stop,
+        )
+        if start is not None:
+            trainer.resume(start)
+        elif coordinator is not None:
+            trainer.forget_records()
+        accelerator.init_trackers(config.run.name)
+        scorer = Scorer(
+            teacher=teacher,
+            student=student,
+            prompt_of=trainer.prompt_of,
+            max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
+        )
+        stack.callback(scorer.close)
+        try:
+            trainer.run(scorer)
+        except Interrupted:
+            log.warning("stopped at step %d; go on with --resume", trainer.progress.step)
+            return EXIT_INTERRUPTED
+        finally:
+            accelerator.end_training()
+    return 0
+
+
+def _prepare_folder(config: Config, *, resume: bool) -> None:
+    """Makes RUN with its configuration; one that holds a run already is left alone unless that run goes on."""
+    folder = config.run_folder
+    if not resume and (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"run folder {folder} is in use; pass --resume to go on, or choose another run.name")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume or not (folder / "config.toml").exists():  # a trainer may die before it has written anything
+        (folder / "config.toml").write_text(to_toml(config))
+    if not resume:
+        shutil.rmtree(folder / "policy", ignore_errors=True)
+
+
+def _coordinator(config: Config, stack: contextlib.ExitStack, metrics: TrainerMetrics, *, resume: bool) -> Coordinator:
+    queue = TrainerQueue(
+        url=config.queue.url,
+        job=config.run.name,
+        lease_s=config.queue.lease_s,
+        max_deliveries=config.queue.max_deliveries,
+    )
+    stack.callback(queue.close)
+    # A trainer that was killed holds the job until its lease runs out.
+    queue.acquire(wait_s=config.queue.lease_s + 5)
+    if not resume:
+        # What an earlier run of this name left would keep this one's requests from being published.
+        queue.purge()
+        queue.acquire()
+    stack.callback(queue.release)
+
+    def renew() -> None:
+        # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+        with contextlib.suppress(Mismatch):
+            queue.renew()
+
+    keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
+    ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
+    stack.callback(ledger.close)
+    collector = Collector(queue=queue, ledger=ledger)
+    gauge = DepthGauge(url=config.queue.url, job=config.run.name)
+    stack.callback(gauge.close)
+    metrics.watch(depth=gauge.read, counts=collector.counts)
+    return Coordinator(
+        collector=collector,
+        ledger=ledger,
+        keeper=keeper,
+        validation=held_out_prompts(config),
+        progress_line=ProgressLine(steps=config.trainer.steps),
+        metrics=metrics,
+    )

@@ -1,0 +1,42 @@
+"""Held-out evaluation of one policy version in mid-run: avg@n over the validation prompts, sampled by the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vaopd.config import Config
+from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result, is_correct
+from vaopd.types import Prompt
+from vaopd_trainer.collector import Collector
+
+
+def evaluate(
+    collector: Collector,
+    prompts: Sequence[Prompt],
+    *,
+    version: int,
+    config: Config,
+    decode: Callable[[np.ndarray], str],
+    check: Callable[[], None],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[HeldOutResult, tuple[str, ...]]:
+    """Blocks until every prompt has been answered with this policy version, or given up (which counts as wrong).
+
+    `tell` hears how many have been answered, of how many. Returns the ids of the groups that it read, too. They stay
+    unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.
+    """
+    requests = list(held_out_requests(prompts, version=version, config=config))
+    answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
+    collector.enqueue(requests, oldest_version=version, step=None, check=check)
+    correct = {group_id: [False] * config.evaluation.samples for group_id in answers}
+    done = 0
+    for groups in collector.groups(list(answers), check=check):
+        done += len(groups)
+        tell(done, len(answers))
+        for group in groups:
+            correct[group.group_id] = [
+                is_correct(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
+            ]
+    return held_out_result(correct), tuple(answers)

@@ -1,0 +1,164 @@
+"""What the trainer shows Prometheus: the numbers of its last step, and counters over the steps since it started.
+
+On the coordinator only, which has the numbers of all ranks. `vaopd_trainer.step_numbers` makes the numbers. The queue's
+depth is read from Redis whenever somebody asks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vaopd.errors import VaopdError
+from vaopd.queue.depth import Depth
+from vaopd_trainer.step_numbers import DESCRIPTIONS, STEP_TIMES
+
+JOB = "vaopd_job"
+GAUGES = {
+    "loss": "loss_nats",
+    "mean_va": "visual_advantage_nats",
+    "va_top10_share": "visual_advantage_top10_ratio",
+    "weights_entropy": "rollout_weights_entropy_nats",
+    "response_tokens_mean": "response_length_tokens",
+    "truncated_fraction": "truncated_ratio",
+    "grad_norm": "gradient_norm",
+    "learning_rate": "learning_rate",
+    "score_overlap": "scoring_overlap_ratio",
+}
+"""Key in metrics.jsonl -> name here, after vaopd_trainer_."""
+KL_TOKENS = {"kl_mean": "all", "kl_high": "high", "kl_low": "low"}
+FATES = ("stale", "duplicate", "other_weights", "dead")
+DEPTHS = {
+    "queue_requests": ("requests", "Requests in Redis that are not answered"),
+    "queue_groups": ("groups", "Groups in Redis that are in no durable checkpoint yet"),
+    "queue_dead_letters": ("dead_letters", "Dead letters in Redis; `vaopd queue dead` lists them"),
+    "rollout_workers": ("workers", "Rollout workers seen in the last 30 s"),
+}
+"""Name here -> field of the queue's Depth, meaning."""
+LAG_BUCKETS = (0, 1, 2, 4, 8, 16)
+
+
+class TrainerMetrics:
+    """`watch` once there is a queue. The main thread writes; scrapes read on threads of their own."""
+
+    def __init__(self, *, job: str, steps: int) -> None:
+        self.registry = CollectorRegistry()
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"vaopd_trainer_{name}", text, (JOB, *labels), registry=self.registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"vaopd_trainer_{name}", text, (JOB, *labels), registry=self.registry)
+
+        self._job = job
+        self._step = gauge("step", "Optimizer steps that were taken, those before a resume too").labels(job)
+        gauge("steps_planned", "Optimizer steps in all").labels(job).set(steps)
+        self._progress = gauge(
+            "last_progress_timestamp_seconds",
+            "When a group last arrived, or a step or an evaluation was last finished, since 1970",
+        ).labels(job)
+        # What isn't known before the first step isn't there before it: 0 would be a lie.
+        texts = {key: "Last step: " + DESCRIPTIONS[key].replace(" of the step", "") for key in GAUGES}
+        self._gauges = {key: gauge(name, texts[key]) for key, name in GAUGES.items()}
+        self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
+        self._accuracy = gauge("held_out_accuracy_ratio", "Last evaluation: avg@n on the held-out problems")
+        self._accuracy_error = gauge("held_out_accuracy_standard_error_ratio", "Its standard error, over problems")
+        self._parts = counter(
+            "step_seconds",
+            "Time by part of a step: publish (the policy), wait (for groups), score (for scores after the last group "
+            "has come), forward_backward",
+            "part",
+        )
+        self._rollouts = counter("rollouts", "Rollouts that were trained on").labels(job)
+        self._tokens = counter("tokens", "Response tokens in them").labels(job)
+        self._lag = Histogram(
+            "vaopd_trainer_group_lag_versions",
+            "How many policy versions old each group was when it was trained on",
+            [JOB],
+            buckets=LAG_BUCKETS,
+            registry=self.registry,
+        ).labels(job)
+        for part in STEP_TIMES:
+            self._parts.labels(job, part.removesuffix("_s"))
+        self._state = _State(job)
+        self.registry.register(self._state)
+        self.progressed()
+
+    def watch(self, *, depth: Callable[[], Depth], counts: Mapping[str, int]) -> None:
+        """`depth`: of the queue, at each scrape. `counts`: groups that were not used, by reason; read then too."""
+        self._state.depth, self._state.counts = depth, counts
+
+    def progressed(self) -> None:
+        self._progress.set(time.time())
+
+    def resumed(self, step: int) -> None:
+        self._step.set(step)
+
+    def stepped(self, steps: int, values: Mapping[str, float], *, rollouts: float, lags: Sequence[int]) -> None:
+        """`values`: of a line of metrics.jsonl. `lags`: of each group that was trained on, in versions."""
+        self.progressed()
+        self._step.set(steps)
+        for key, metric in self._gauges.items():
+            if key in values:
+                metric.labels(self._job).set(values[key])
+        for key, tokens in KL_TOKENS.items():
+            if key in values:
+                self._kl.labels(self._job, tokens).set(values[key])
+        for part in STEP_TIMES:
+            self._parts.labels(self._job, part.removesuffix("_s")).inc(values[part])
+        self._rollouts.inc(rollouts)
+        self._tokens.inc(rollouts * values["response_tokens_mean"])
+        for lag in lags:
+            self._lag.observe(lag)
+        self._state.trained += len(lags)
+
+    def evaluated(self, accuracy: float, standard_error: float) -> None:
+        self.progressed()
+        self._accuracy.labels(self._job).set(accuracy)
+        self._accuracy_error.labels(self._job).set(standard_error)
+
+
+class _State(Collector):
+    """What is asked for at each scrape."""
+
+    def __init__(self, job: str) -> None:
+        self.depth: Callable[[], Depth] | None = None
+        self.counts: Mapping[str, int] = {}
+        self.trained = 0
+        self._job = job
+
+    def collect(self) -> Iterator[Metric]:
+        if self.depth is None:
+            return self._families(None)
+        try:
+            return self._families(self.depth())
+        except VaopdError:  # redis_up says so; the trainer's log says why
+            return self._families(None)
+
+    def describe(self) -> Iterator[Metric]:
+        return self._families(None)
+
+    def _families(self, depth: Depth | None) -> Iterator[Metric]:
+        groups = CounterMetricFamily(
+            "vaopd_trainer_groups",
+            "Groups by fate: trained; stale, duplicate and other_weights were dropped; dead will never come",
+            labels=(JOB, "fate"),
+        )
+        groups.add_metric([self._job, "trained"], self.trained)
+        for fate in FATES:
+            groups.add_metric([self._job, fate], self.counts.get(fate, 0))
+        yield groups
+        up = "1 when Redis answered this scrape; the next four are missing when it didn't"
+        yield self._gauge("redis_up", up, 0 if depth is None else 1)
+        for name, (key, text) in DEPTHS.items():
+            yield self._gauge(name, text, None if depth is None else getattr(depth, key))
+
+    def _gauge(self, name: str, text: str, value: int | None) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"vaopd_trainer_{name}", text, labels=[JOB])
+        if value is not None:
+            family.add_metric([self._job], value)
+        return family

@@ -1,0 +1,143 @@
+"""The numbers of a step: sums on each rank, means over all of them, and the rollouts that the report shows."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vaopd import objective
+from vaopd.evaluation import is_correct
+from vaopd.types import Prompt, TextPart
+from vaopd_trainer.student_loss import WeightedGroup
+
+STEP_TIMES = ("publish_s", "wait_s", "score_s", "forward_backward_s")
+"""A step's parts, one after the other: publishing the policy, waiting for its groups, waiting for scores after the last
+group has come, loss and step. Beside the waiting run `generation_s`, the slowest answer of a worker, and `scoring_s`,
+the time in which groups were prepared or at the teacher."""
+DESCRIPTIONS = {
+    "loss": "loss of the step, nats",
+    "mean_va": "visual advantage, mean over all response tokens, nats",
+    "kl_mean": "reverse KL, mean over all response tokens, nats",
+    "kl_high": "the same over the high group: the tokens of largest VA of each rollout",
+    "kl_low": "the same over the other tokens; left out when there are none",
+    "va_top10_share": "share of all VA that the top 10 % of tokens carry, mean over ranks",
+    "weights_entropy": "entropy of the rollout weights, mean over groups, nats; log K when they are uniform",
+    "response_tokens_mean": "length of the responses, mean, tokens",
+    "truncated_fraction": "share of the responses that were cut at the length limit",
+    "grad_norm": "norm of the gradient before clipping",
+    "learning_rate": "learning rate of the step",
+    "publish_s": "publishing the policy, seconds",
+    "wait_s": "waiting for the step's groups, seconds",
+    "score_s": "waiting for scores after the last group has come, seconds",
+    "forward_backward_s": "loss, backward and optimizer step, seconds",
+    "step_s": "the four parts above together, seconds; an evaluation between two steps is not in it",
+    "generation_s": "the slowest answer of a rollout worker, seconds; runs beside the waiting",
+    "scoring_s": "time in which groups were prepared or at the teacher, seconds; runs beside the waiting",
+    "score_overlap": "share of the scoring that nobody had to wait for",
+    "rollouts_per_s": "rollouts trained on per second of step_s",
+    "groups_duplicate": "groups that came twice and were dropped, since the trainer started; as the next three, only "
+    "once there is one",
+    "groups_stale": "groups of a policy that was too old, dropped and asked for again",
+    "groups_other_weights": "groups sampled with other weights than this policy's, dropped and asked for again",
+    "groups_dead": "groups that were given up and will never come; `vaopd queue` tells why",
+}
+"""The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
+EVALUATION_DESCRIPTIONS = {
+    "accuracy": "avg@n: mean correctness over all answers to the held-out problems",
+    "standard_error": "of the accuracy, over problems",
+    "prompts": "held-out problems",
+    "samples": "answers to each, the n of avg@n",
+}
+"""The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
+_IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
+
+
+def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
+    """Sums over this rank's groups; `of_step` turns the ranks' sums into means."""
+    advantages = [va for group in groups for va in group.scored.score.visual_advantage]
+    va_NT = nn.utils.rnn.pad_sequence([torch.from_numpy(np.array(va)) for va in advantages], batch_first=True)
+    mask_NT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
+    high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
+    kl_M = np.concatenate(kl)
+    rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]
+    entropy = [float(-(w * w.clamp_min(1e-30).log()).sum()) for w in (group.rollout_weights for group in groups)]
+    return {
+        "loss": loss,
+        "groups": len(groups),
+        "rollouts": len(rollouts),
+        "tokens": len(kl_M),
+        "high_tokens": int(high_M.sum()),
+        "va": float(va_NT.sum()),
+        "kl": float(kl_M.sum()),
+        "kl_high": float(kl_M[high_M].sum()),
+        "va_top10_share": objective.va_share_of_top(va_NT, mask_NT, fraction=0.1),
+        "weights_entropy": sum(entropy),
+        "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts),
+        "generation_s": max(group.scored.group.generation_s for group in groups),
+    }
+
+
+def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over all ranks. KL and VA per token in nats; weights' entropy in nats, log K when uniform."""
+    total = {key: sum(part[key] for part in parts) for key in parts[0]}
+    low_tokens = total["tokens"] - total["high_tokens"]
+    return {
+        "loss": total["loss"],
+        "rollouts": total["rollouts"],
+        "mean_va": total["va"] / total["tokens"],
+        "kl_mean": total["kl"] / total["tokens"],
+        "kl_high": total["kl_high"] / total["high_tokens"],
+        "kl_low": (total["kl"] - total["kl_high"]) / low_tokens if low_tokens else float("nan"),
+        "va_top10_share": total["va_top10_share"] / len(parts),
+        "weights_entropy": total["weights_entropy"] / total["groups"],
+        "response_tokens_mean": total["tokens"] / total["rollouts"],
+        "truncated_fraction": total["truncated"] / total["rollouts"],
+        "generation_s": max(part["generation_s"] for part in parts),
+    }
+
+
+def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
+    """What follows from a step's times; score_overlap is the part of the scoring that nobody had to wait for."""
+    step_s = sum(timings[part] for part in STEP_TIMES)
+    return {
+        "step_s": step_s,
+        "rollouts_per_s": rollouts / step_s,
+        "score_overlap": max(0.0, 1 - timings["score_s"] / timings["scoring_s"]) if timings["scoring_s"] else 0.0,
+    }
+
+
+def samples_of(group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """One record per rollout: its tokens with their VA, log-probs and KL, its weight, and the question it answers."""
+    score = group.scored.score
+    question = " ".join(
+        part.text for message in prompt.messages for part in message.content if isinstance(part, TextPart)
+    )
+    start = 0
+    for k, rollout in enumerate(group.scored.group.rollouts):
+        record: dict[str, Any] = {
+            "group_id": group.scored.group.group_id,
+            "rollout_id": rollout.rollout_id,
+            "question": question.strip(),
+            "answer": prompt.answer,
+            "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
+            "visual_advantage": _rounded(score.visual_advantage[k]),
+            "teacher_logprobs": _rounded(score.teacher_logprobs[k]),
+            "degraded_logprobs": _rounded(score.degraded_logprobs[k]),
+            "rollout_logprobs": _rounded(rollout.rollout_logprobs),
+            "kl": _rounded(kl_M[start : start + len(rollout.response_ids)]),
+            "rollout_weight": round(float(group.rollout_weights[k]), 6),
+            "correct": is_correct(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer),
+        }
+        if k == 0 and prompt.images and group.scored.index < _IMAGES_SHOWN:
+            record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
+        start += len(rollout.response_ids)
+        yield record
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 5) for value in values]

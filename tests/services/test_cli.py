@@ -1,0 +1,167 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vaopd.cli import main
+
+COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "eval", "data", "models", "report"]
+COMMANDS += ["ledger", "queue", "keys", "certs", "doctor"]
+CONFIG = """
+[run]
+name = "first"
+folder = "{folder}/runs"
+[data]
+source = "{folder}/data"
+[student]
+model = "{folder}/tiny-student"
+[teacher]
+model = "{folder}/tiny-teacher"
+address = "127.0.0.1:0"
+[api]
+address = "127.0.0.1:0"
+[trainer]
+steps = 10
+[queue]
+url = "embedded"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG.format(folder=tmp_path))
+    return path
+
+
+def make_everything(folder: Path) -> None:
+    """What --dry-run looks for: model folders and Parquet files."""
+    for model in ("tiny-student", "tiny-teacher"):
+        (folder / model).mkdir()
+        for name in ("config.json", "tokenizer_config.json"):
+            (folder / model / name).write_text("{}")
+    (folder / "data").mkdir()
+    for split in ("train", "validation"):
+        (folder / "data" / f"{split}.parquet").touch()
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert [name for name in COMMANDS if not re.search(rf"^    {name} ", shown, re.MULTILINE)] == []
+
+
+NESTED = ["data handwritten-geometry", "models make", "keys add", "queue retry"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, *NESTED])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    """So it answers at once, and works where torch is not installed."""
+    code = (
+        "import sys\nfrom vaopd.cli import main\n"
+        "try:\n    main(sys.argv[1:] + ['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'grpc', 'numpy', 'pydantic', 'matplotlib', 'fastapi', 'redis'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded: []\n")
+
+
+def test_an_error_is_one_clear_line_without_a_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", str(tmp_path / "nowhere.toml")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("vaopd: configuration ")
+    assert "Traceback" not in told
+    assert main(["--verbose", "train", str(tmp_path / "nowhere.toml")]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["up", "train", "teacher", "rollout", "api"])
+def test_dry_run_prints_the_resolved_configuration(
+    command: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_everything(tmp_path)
+    assert main([command, str(config), "--set", "trainer.steps=99", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "steps = 99\n" in shown.out
+    assert "learning_rate = 1e-06\n" in shown.out  # a default
+    assert shown.err == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_names_all_that_is_missing_with_the_remedy(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny-student").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["up", str(config), "--set", f"api.address={address}", "--dry-run"]) == 1
+    student, data, teacher, port = capsys.readouterr().err.splitlines()
+    assert re.search(r"student\.model = .*: the folder has no config\.json", student)
+    assert re.search(r"data\.source = .*: no such folder", data)
+    assert re.search(r"teacher\.model = .*`vaopd models make teacher .*` makes it", teacher)
+    assert re.search(rf"api\.address = {address}: Address already in use", port)
+
+
+def test_a_taken_port_is_named_before_anything_starts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["up", str(config), "--set", f"teacher.address={address}"]) == 2
+    assert "--set teacher.address=127.0.0.1:0 takes a free one" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_is_there_already_is_not_overwritten(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "metrics.jsonl").touch()
+    assert main(["up", str(config)]) == 2
+    assert "--resume, or name another one: --set run.name=NAME" in capsys.readouterr().err
+
+
+def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vaopd.launch.up import parse_gpus
+
+    assert parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"]) == {"teacher": ("0,1",), "rollout": ("2", "3")}
+    assert main(["up", str(config), "--gpus", "student=1"]) == 2
+    assert "ROLE out of teacher, rollout, trainer" in capsys.readouterr().err
+
+
+def test_data_are_made_with_the_sizes_asked_for(tmp_path: Path) -> None:
+    sizes = ["--train", "3", "--validation", "2", "--test", "1"]
+    assert main(["data", "handwritten-geometry", str(tmp_path / "set"), "--seed", "7", *sizes]) == 0
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [
+        "test.parquet",
+        "train.parquet",
+        "validation.parquet",
+    ]
+
+
+def test_an_unknown_tiny_model_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "make", "giant", "unused"]) == 2
+    assert "choose one of" in capsys.readouterr().err
+
+
+def test_doctor_tells_what_is_missing_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run where there is no configuration and no model, it says so and how to mend it."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"^ok +torch +\d", told, re.MULTILINE)
+    assert re.search(r"^MISS +demo configuration", told, re.MULTILINE)
+    assert "run this in the repository's root" in told
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,169 @@
+"""Supervision: what a launcher owes its children, tried on small real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.waiting import wait_until
+from vaopd.errors import ChildFailed
+from vaopd.launch.supervisor import Child, Supervisor
+
+SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(600)"
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code, *arguments)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, said: list[str]) -> Supervisor:
+    return Supervisor(logs=tmp_path / "logs", grace_s=5, backoff_s=0.01, say=said.append)
+
+
+def test_the_main_child_s_exit_code_is_the_answer_and_the_others_end(supervisor: Supervisor) -> None:
+    with supervisor:
+        other = supervisor.start(Child(name="other", argv=python(SLEEPER)))
+        supervisor.start(Child(name="main", argv=python("raise SystemExit(7)"), stop_order=0))
+        assert supervisor.run_until_exit("main") == 7
+    assert gone(other)
+
+
+def test_a_child_that_dies_before_it_is_ready_is_reported_with_the_end_of_its_log(supervisor: Supervisor) -> None:
+    code = "print('no such model'); raise SystemExit(3)"
+    with supervisor:
+        supervisor.start(Child(name="teacher", argv=python(code), is_ready=lambda: False))
+        with pytest.raises(ChildFailed, match=r"ended with code 3 before it was ready(.|\n)*no such model"):
+            supervisor.wait_ready("teacher", timeout_s=60)
+
+
+def test_who_is_still_starting_is_told_now_and_then(
+    supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaopd.launch.supervisor.TELL_EVERY_S", 0.01)
+    with supervisor:
+        supervisor.start(Child(name="teacher", argv=python(SLEEPER), is_ready=lambda: len(said) >= 2))
+        supervisor.wait_ready("teacher", timeout_s=60)
+    assert re.match(r"still starting: teacher \(\d+ s\); logs in ", said[0])
+    assert said[-1].startswith("teacher is ready after ")
+
+
+def test_in_a_terminal_they_are_shown_with_what_they_said_last(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's progress bar is a line that is written again and again; the last state of it counts."""
+    monkeypatch.setattr("vaopd.launch.supervisor.SHOW_EVERY_S", 0.01)
+    shown: list[str] = []
+    code = "print('loading: 10 %\\rloading: 40 %', flush=True); import time; time.sleep(600)"
+    with Supervisor(logs=tmp_path, grace_s=5, say=said.append, show=shown.append) as supervisor:
+        is_ready = lambda: any("40 %" in line for line in shown)  # noqa: E731
+        supervisor.start(Child(name="teacher", argv=python(code), is_ready=is_ready))
+        supervisor.wait_ready("teacher", timeout_s=60)
+    assert re.fullmatch(r"starting: teacher \d+ s  loading: 40 %", shown[-1])
+    assert [line.split(" after")[0] for line in said] == ["teacher is ready"]
+
+
+def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: Path, said: list[str]) -> None:
+    log = tmp_path / "logs" / "worker.log"
+    with supervisor:
+        first = supervisor.start(Child(name="worker", argv=python(SLEEPER), is_ready=lambda: "up" in log.read_text()))
+        supervisor.wait_ready("worker", timeout_s=60)
+        os.kill(first, signal.SIGKILL)
+        wait_until("the second one is up", lambda: supervisor.check() or log.read_text().count("up") == 2)
+    assert any("worker was killed by SIGKILL; it is restarted" in line for line in said)
+
+
+def test_restarts_are_bounded(supervisor: Supervisor) -> None:
+    with supervisor:
+        supervisor.start(Child(name="worker", argv=python("raise SystemExit(1)"), restarts=2))
+        with pytest.raises(ChildFailed, match="restarted 2 times"):
+            wait_until("the supervisor gives up", supervisor.check)
+
+
+def test_a_restart_may_run_with_other_arguments(supervisor: Supervisor, tmp_path: Path) -> None:
+    """The teacher keeps the port that it was given: those who know its address go on using it."""
+    log = tmp_path / "logs" / "teacher.log"
+    code = "import sys; print('port', sys.argv[1])"
+    with supervisor:
+        supervisor.start(Child(name="teacher", argv=python(code, "0")))
+        supervisor.set_restart_argv("teacher", python(code, "50051"))
+        wait_until("it ran again", lambda: supervisor.check() or "port 50051" in log.read_text())
+
+
+def test_what_a_child_started_itself_ends_with_it(supervisor: Supervisor, tmp_path: Path) -> None:
+    """vLLM's engine is a process of its own: it must not outlive a worker that was killed."""
+    note = tmp_path / "grandchild"
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(sys.argv[1], 'w').write(str(child.pid))\n"
+        "time.sleep(600)"
+    )
+    with supervisor:
+        worker = supervisor.start(Child(name="worker", argv=python(code, str(note)), restarts=1))
+        wait_until("the grandchild runs", lambda: note.exists() and note.read_text())
+        grandchild = int(note.read_text())
+        os.kill(worker, signal.SIGKILL)
+        wait_until("the grandchild is gone", lambda: supervisor.check() or gone(grandchild))
+
+
+def test_a_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    log = tmp_path / "deaf.log"
+    with Supervisor(logs=tmp_path, grace_s=0.1, say=print) as supervisor:
+        code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPER
+        deaf = supervisor.start(Child(name="deaf", argv=python(code)))
+        wait_until("it is up", lambda: "up" in log.read_text())
+    assert gone(deaf)
+
+
+# A launcher as a process of its own, so that it can be signalled: two children, the second one the main one.
+LAUNCHER = f"""
+import sys
+from pathlib import Path
+from vaopd.launch.supervisor import Child, Interrupted, Supervisor
+code = {SLEEPER!r}
+try:
+    with Supervisor(logs=Path(sys.argv[1]), say=print) as supervisor:
+        pids = [supervisor.start(Child(name=name, argv=(sys.executable, "-c", code))) for name in ("other", "main")]
+        print(*pids, flush=True)
+        supervisor.run_until_exit("main")
+except Interrupted as stop:
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_no_process_is_left_behind_however_the_launcher_ends(
+    tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    """SIGKILL included: then the watchdog, a process of its own, ends the children."""
+    launcher = subprocess.Popen(python(LAUNCHER, str(tmp_path)), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    with launcher.stdout:
+        children = [int(pid) for pid in launcher.stdout.readline().split()]
+        watchers = psutil.Process(launcher.pid).children()
+        launcher.send_signal(number)
+        assert launcher.wait() == exit_code
+        wait_until("launcher, children and watchdog are gone", lambda: all(map(gone, children)))
+        wait_until("the watchdog is gone", lambda: not any(watcher.is_running() for watcher in watchers))

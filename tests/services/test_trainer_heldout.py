@@ -1,0 +1,102 @@
+"""Held-out evaluation through a real queue: avg@n by hand, and what a resumed run makes of it."""
+# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.support.collectors import MakeCollector, make_collector
+from tests.support.groups import an_answer
+from tests.support.queue_jobs import Job, a_job
+from tests.support.redis import job, redis_server
+from vaopd.config import Config, validate
+from vaopd.queue import WorkerQueue
+from vaopd.types import Message, Prompt, TextPart
+from vaopd_trainer.collector import Collector
+from vaopd_trainer.heldout import HeldOutResult, evaluate
+
+ANSWERS = {5: r"It is \boxed{12}.", 7: r"So the answer is \boxed{13}."}
+PROMPTS = [
+    Prompt(
+        prompt_id=str(index),
+        messages=(Message(role="user", content=(TextPart(text="How long?"),)),),
+        images=(),
+        answer=answer,
+    )
+    for index, answer in enumerate(["12", "13", "14"])
+]
+
+
+@pytest.fixture
+def config() -> Config:
+    values = {
+        "run": {"name": "r"},
+        "data": {"source": "unused"},
+        "student": {"model": "unused"},
+        "teacher": {"model": "unused"},
+        "trainer": {"steps": 1},
+        "evaluation": {"samples": 2, "temperature": 1.0},
+    }
+    return validate(Config, values, origin="test")
+
+
+def served_by(worker: WorkerQueue, first_tokens: tuple[int, int]) -> Callable[[], None]:
+    """Called while the trainer waits: answers what is there; the siblings' first tokens say which text they are."""
+
+    def serve() -> None:
+        for lease in worker.take(block_s=0.05, max_requests=8):
+            group = an_answer(lease.request)
+            rollouts = tuple(
+                dataclasses.replace(rollout, response_ids=np.array([token, 0, 0], np.int32))
+                for rollout, token in zip(group.rollouts, first_tokens, strict=True)
+            )
+            worker.complete(lease, dataclasses.replace(group, rollouts=rollouts))
+
+    return serve
+
+
+def run(collector: Collector, config: Config, check: Callable[[], None]) -> HeldOutResult:
+    result, _ = evaluate(
+        collector, PROMPTS, version=0, config=config, decode=lambda ids: ANSWERS[int(ids[0])], check=check
+    )
+    return result
+
+
+def test_accuracy_is_the_mean_over_samples_and_problems(
+    make_collector: MakeCollector, a_job: Job, config: Config
+) -> None:
+    """Every problem is answered with 12 and 13: half right, half right, never right."""
+    result = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
+    assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert result.standard_error == pytest.approx(np.std([0.5, 0.5, 0]) / np.sqrt(3))
+    assert (result.prompts, result.samples) == (3, 2)
+
+
+def test_a_problem_that_was_given_up_counts_as_wrong(make_collector: MakeCollector, a_job: Job, config: Config) -> None:
+    worker = a_job.worker("w1")
+    serve = served_by(worker, (5, 5))
+    refused: list[str] = []
+
+    def refuse_the_first() -> None:
+        if not refused:
+            [lease] = worker.take(block_s=10)
+            refused.append(lease.request.group_id)
+            worker.fail(lease, "no such image")
+        serve()
+
+    result = run(make_collector(a_job.trainer()), config, refuse_the_first)
+    assert refused == ["eval-000000-00000"]  # of the problem whose answer is 12
+    assert result.accuracy == 0.0
+
+
+def test_a_resumed_run_evaluates_again_out_of_the_same_groups(
+    make_collector: MakeCollector, a_job: Job, config: Config
+) -> None:
+    """The trainer died after its evaluation, before a checkpoint beyond it: no worker is asked a second time."""
+    first = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
+    a_job.trainer_dies()
+    assert run(make_collector(a_job.trainer()), config, lambda: None) == first

@@ -1,0 +1,58 @@
+"""What a client of the teacher proves itself with, from files that environment variables name.
+
+    VAOPD_API_KEY_FILE              the job's API key, as `vaopd keys add` printed it
+    VAOPD_TLS_CA                    the authority that signed the teacher's certificate, PEM; turns TLS on
+    VAOPD_TLS_CERT, VAOPD_TLS_KEY   the client's own certificate and its key, PEM, where the teacher asks for one
+
+Files, not values: an environment is inherited, and shown by tools. Trainer, API and command line read them here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
+import grpc
+
+from vaopd.errors import ConfigError
+
+API_KEY_FILE, CA, CERT, KEY = "VAOPD_API_KEY_FILE", "VAOPD_TLS_CA", "VAOPD_TLS_CERT", "VAOPD_TLS_KEY"
+
+
+class Credentials(TypedDict, total=False):
+    """Keyword arguments of `TeacherClient`."""
+
+    api_key: str
+    tls: grpc.ChannelCredentials
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials:
+    """`TeacherClient(target, **from_environment())`. Raises ConfigError with the variable for what can't be read."""
+    found: Credentials = {}
+    if (key := _read(environment, API_KEY_FILE)) is not None:
+        found["api_key"] = api_key_from(key, origin=f"the file of {API_KEY_FILE}")
+    ca, cert, cert_key = (_read(environment, name) for name in (CA, CERT, KEY))
+    if (cert is None) != (cert_key is None):
+        raise ConfigError(f"{CERT} and {KEY} go together; set both, or neither")
+    if ca is not None or cert is not None:
+        found["tls"] = grpc.ssl_channel_credentials(ca, cert_key, cert)
+    return found
+
+
+def api_key_from(content: bytes, *, origin: str) -> str:
+    """The key in a file's content: one word of visible ASCII, since it travels in a header."""
+    words = content.split()
+    if len(words) != 1 or not words[0].isascii() or not words[0].decode("ascii").isprintable():
+        raise ConfigError(f"{origin} must hold one API key and nothing else; `vaopd keys add JOB` prints one")
+    return words[0].decode()
+
+
+def _read(environment: Mapping[str, str], name: str) -> bytes | None:
+    if not (path := environment.get(name)):
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} = {path!r} can't be read ({error.strerror})") from None

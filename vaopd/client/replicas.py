@@ -1,0 +1,227 @@
+"""The replicas of one teacher, as a client sees them: a channel for each, whose turn it is, which images each one has.
+
+Listed by their addresses, "host1:50051,host2:50051". Each is asked by itself, since an image that was uploaded to one
+is not at the others. A name that resolves to several addresses is one replica here: the client stays with one of them
+for as long as it answers. Lives on the event loop of its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import grpc
+
+from vaopd.client.channel import Patience, channel_options, typed
+from vaopd.errors import Busy, ConfigError, InvalidInput, LimitExceeded, TeacherFault, Unavailable, VaopdError
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.pb import teacher_pb2_grpc
+from vaopd.types import EncodedImage, TeacherDescription, TeacherLimits
+from vaopd.wire.common import image_to_pb
+from vaopd.wire.teacher import description_from_pb
+
+log = logging.getLogger(__name__)
+
+_CONNECT_S = 5.0
+"""How long it waits for the first of several replicas to be connected before it asks one all the same."""
+_POLL_S = 0.01
+
+
+def addresses(target: str) -> list[str]:
+    """The replicas that a target names. Raises ConfigError when it names none, or one twice.
+
+    >>> addresses("first:50051, second:50051")
+    ['first:50051', 'second:50051']
+    >>> addresses("ipv4:10.0.0.1:50051,10.0.0.2:50051")  # gRPC's own way of listing them
+    ['10.0.0.1:50051', '10.0.0.2:50051']
+    """
+    found = [part.strip() for part in re.sub(r"^ipv[46]:", "", target).split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(f"teacher {target!r} must list addresses host:port, each once, with commas between them")
+    return found
+
+
+class Replica:
+    """One of them."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: grpc.ChannelCredentials | None,
+        metadata: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        self.target = target
+        self.stored: set[str] = set()
+        """Images that it has, as far as is known."""
+        self.description: TeacherDescription | None = None
+        """None until it has been compared with the others."""
+        self.groups = 0
+        """Groups of this client that it is working on."""
+        self._tls = tls
+        self._metadata = metadata
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            options = channel_options()
+            if self._tls is None:
+                self._channel = grpc.aio.insecure_channel(self.target, options=options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.target, self._tls, options=options)
+        return self._channel
+
+    @property
+    def stub(self) -> Any:
+        return teacher_pb2_grpc.TeacherStub(self.channel)
+
+    def state(self) -> grpc.ChannelConnectivity:
+        """Of its connection, which is made or made again meanwhile. A server that drains ends its connections."""
+        return self.channel.get_state(try_to_connect=True)
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    def was_lost(self, error: Unavailable) -> None:
+        """Who answers at its address next may be another server: without its images, perhaps of another revision."""
+        if self.description is not None:  # told once, not at every attempt until it is back
+            log.warning("%s", error)
+        self.stored.clear()
+        self.description = None
+
+    async def describe(self, timeout_s: float | None = None) -> TeacherDescription:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        call = self.stub.Describe(pb.DescribeRequest(), metadata=self._metadata, timeout=timeout_s)
+        return description_from_pb(await typed(call, self.target))
+
+    async def upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
+        """Makes sure that it has these images. Returns why it refuses those that it refuses, by SHA-256."""
+        refused: dict[str, VaopdError] = {}
+        unknown = [sha256 for sha256 in images if sha256 not in self.stored]
+        if not unknown:
+            return refused
+        asked = pb.MissingImagesRequest(sha256=unknown)
+        call = self.stub.MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s)
+        missing = (await typed(call, self.target)).sha256
+        self.stored.update(set(unknown) - set(missing))
+        sendable = []
+        for sha256 in missing:
+            if (size := len(images[sha256].data)) > limits.max_image_bytes:
+                refused[sha256] = LimitExceeded(
+                    f"image {sha256[:12]}… has {size} bytes, the limit is {limits.max_image_bytes}; "
+                    "send a smaller encoding"
+                )
+            else:
+                sendable.append(images[sha256])
+        try:
+            await self._put(sendable)
+        except (InvalidInput, LimitExceeded):
+            for image in sendable:  # one of them is refused: find out which
+                try:
+                    await self._put([image])
+                except (InvalidInput, LimitExceeded) as error:
+                    refused[image.sha256] = error
+        return refused
+
+    async def _put(self, images: Sequence[EncodedImage]) -> None:
+        if images:
+            messages = iter([image_to_pb(image) for image in images])
+            call = self.stub.PutImages(messages, metadata=self._metadata, timeout=self._timeout_s)
+            self.stored.update((await typed(call, self.target)).sha256)
+
+
+Failures = dict[Replica, VaopdError]
+"""Who has been asked in vain since the last pause, and what came of it."""
+
+
+class Replicas:
+    def __init__(
+        self,
+        target: str,
+        *,
+        tls: grpc.ChannelCredentials | None,
+        metadata: Sequence[tuple[str, str]],
+        timeout_s: float,
+    ) -> None:
+        self._all = [Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in addresses(target)]
+        self._turn = 0
+        self.description: TeacherDescription | None = None
+        """Of the first that was asked; the others must be like it, until `forget`."""
+        self._first = ""
+
+    async def introduce(self, replica: Replica, *, timeout_s: float | None = None) -> TeacherDescription:
+        """Asks who it is, once. Raises TeacherFault, which names both, for one that would answer differently."""
+        if replica.description is None:
+            description = await replica.describe(timeout_s)
+            if self.description is None:
+                self.description, self._first = description, replica.target
+            for field in ("revision", "tokenizer_fingerprint", "dtype"):
+                known, found = getattr(self.description, field), getattr(description, field)
+                if known != found:
+                    raise TeacherFault(
+                        f"the teacher at {replica.target} has {field} {found[:12]}, the one at {self._first} had "
+                        f"{known[:12]}; replicas must serve the same model in the same precision, and to go on with "
+                        "another one it must be described, and its head fetched, again"
+                    )
+            replica.description = description
+        return replica.description
+
+    async def introduce_others(self, timeout_s: float) -> None:
+        """So that one that differs is told at once; those that don't answer in time are left for later."""
+        asked = [self.introduce(replica, timeout_s=timeout_s) for replica in self._all]
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(answer, BaseException) and not isinstance(answer, Unavailable | Busy):
+                raise answer
+
+    def forget(self) -> None:
+        self.description = None
+        for replica in self._all:
+            replica.description = None
+
+    async def close(self) -> None:
+        for replica in self._all:
+            await replica.close()
+
+    async def pick(self, failed: Collection[Replica] = ()) -> Replica:
+        """The connected one with the least to do, in turns; not one that has failed while another is left."""
+        candidates = [replica for replica in self._all if replica not in failed] or self._all
+        if len(candidates) == 1:
+            return candidates[0]
+        await _until_one_is_connected(candidates)
+        self._turn += 1
+        ready = grpc.ChannelConnectivity.READY
+        in_turn = [candidates[(self._turn + index) % len(candidates)] for index in range(len(candidates))]
+        return min(in_turn, key=lambda replica: (replica.state() is not ready, replica.groups))
+
+    async def after(self, failures: Failures, patience: Patience) -> None:
+        """Returns when it makes sense to ask again: at once while a replica is left, else after a pause.
+
+        Raises what came of it when the patience is over.
+        """
+        if len(failures) < len(self._all):
+            return
+        # The first that said when it will have room, or else whoever failed last.
+        busy = [error for error in failures.values() if isinstance(error, Busy)]
+        error = min(busy, key=lambda hint: hint.retry_after_s) if busy else list(failures.values())[-1]
+        failures.clear()
+        await patience.wait(error)
+
+
+async def _until_one_is_connected(replicas: Sequence[Replica]) -> None:
+    """Or until it is known that none can be, or for as long as is sensible."""
+    deadline = time.monotonic() + _CONNECT_S
+    down = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+    while True:
+        states = {replica.state() for replica in replicas}
+        if grpc.ChannelConnectivity.READY in states or states == {down} or time.monotonic() > deadline:
+            return
+        await asyncio.sleep(_POLL_S)

@@ -1,0 +1,233 @@
+"""The configuration of a run: one TOML file, one pydantic model, under sixty fields in all (a test counts them).
+
+`load_config(path, overrides)` reads it; `--set section.key=value` on the command line overrides a field. Wrong keys,
+types and paths are named with the remedy. Importing this module loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from vaopd.config.toml import Section, apply_override, read_toml, validate
+from vaopd.types import DegradationKind, PayloadKind
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+_ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
+Address = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
+Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's folder and, in Redis and at the teacher, its job."""
+    folder: Path = Path("runs")
+    """Where run folders are made; metrics, checkpoints, policy snapshots and logs lie in FOLDER/NAME."""
+    seed: int = 0
+    """Seeds the order of the prompts and the sampling of the rollouts."""
+
+
+class DataConfig(Section):
+    source: str
+    """A local folder of Parquet files, or a hub id such as hiyouga/geometry3k."""
+    train_split: str = "train"
+    """The split to train on."""
+    validation_source: str = ""
+    """Where held-out problems come from; empty: `source`."""
+    validation_split: str = "validation"
+    """The split that evaluation reads."""
+    instruction: str = ""
+    """Appended to every question, e.g. how to state the final answer."""
+    min_pixels: int | None = None
+    """Images are scaled up to at least this many pixels; empty: the processor's own (paper: 262144)."""
+    max_pixels: int | None = None
+    """Images are scaled down to at most this many pixels; empty: the processor's own (paper: 4194304)."""
+
+
+class StudentConfig(Section):
+    model: str
+    """Folder or hub id of the student."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision; log-softmax, KL and reductions are always float32."""
+    train_vision_tower: bool = True
+    """Whether the vision tower learns too (paper: yes)."""
+
+
+class TeacherConfig(Section):
+    model: str
+    """Folder or hub id of the teacher; only the teacher server reads it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute precision of the teacher server; the hidden payload travels in it."""
+    device_map: str = "auto"
+    """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
+    address: Addresses = "127.0.0.1:50051"
+    """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
+    payload: PayloadKind = "hidden"
+    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
+    top_k: int = Field(64, ge=1)
+    """k of the top_k payload."""
+    batch_tokens: int = Field(16_384, ge=1)
+    """Tokens (padding included) of one forward of the teacher."""
+
+
+class DegradationConfig(Section):
+    kind: DegradationKind = "pixelate"
+    """The degraded view (paper: pixelate). The others are for experiments."""
+    strength: float = Field(0.1, ge=0, le=1)
+    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side."""
+
+
+class ObjectiveConfig(Section):
+    variant: Literal["va_opd", "standard", "rollout_weights", "token_groups", "masked"] = "va_opd"
+    """The loss: the paper's, the baseline, either component alone, or the baseline with tokens masked out."""
+    temperature: float = Field(1.0, gt=0)
+    """tau of the rollout weights (method.md, "Rollout weights")."""
+    high_fraction: float = Field(0.2, gt=0, le=1)
+    """Fraction of a rollout's tokens that form the high group V."""
+    high_weight: Fraction = 0.5
+    """lambda: the share of the loss that the high group gets."""
+    mask: Literal["top", "bottom", "random"] = "top"
+    """Which tokens the masked variant drops, by VA."""
+    mask_fraction: Fraction = 0.1
+    """How many of a rollout's tokens the masked variant drops."""
+    sampled_estimator: Literal["k1", "k3"] = "k3"
+    """The single-sample estimator that the sampled payload allows."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "transformers"] = "vllm"
+    """What samples the rollouts."""
+    workers: int = Field(1, ge=1)
+    """How many workers `vaopd up` starts."""
+    temperature: float = Field(0.7, ge=0)
+    """Sampling temperature (paper: 0.7)."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling (paper: 0.95)."""
+    max_new_tokens: int = Field(4096, ge=1)
+    """Responses are cut here and kept (paper: 4096)."""
+    requests_per_batch: int = Field(16, ge=1)
+    """How many prompt groups a worker samples at once."""
+    engine_options: dict[str, Any] = Field({})
+    """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
+
+
+class TrainerConfig(Section):
+    steps: int = Field(ge=1)
+    """Optimizer steps in all; the schedule ends there."""
+    prompts_per_step: int = Field(16, ge=1)
+    """B (paper: 16)."""
+    rollouts_per_prompt: int = Field(4, ge=1)
+    """K (paper: 4)."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate of AdamW (paper: 1e-6)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's (paper: 0.9, 0.95)."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW's (paper: 0.1)."""
+    warmup_fraction: Fraction = 0.05
+    """Linear warm-up, then cosine to zero (paper: 5 %)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradient clipping (paper: 1.0)."""
+    groups_per_forward: int = Field(1, ge=1)
+    """Prompt groups in one forward and backward; siblings always stay together."""
+    chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose (tokens, vocabulary) logits exist at once in the fused divergence."""
+    max_policy_lag: int = Field(0, ge=0)
+    """How many versions old a group's policy may be (paper: 0). Above 0, generation overlaps with training."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints; groups are acknowledged only then."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay on disk, the best one aside."""
+    processes: int = Field(1, ge=1)
+    """Ranks of the trainer on this host, through accelerate."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Besides metrics.jsonl, which is always written."""
+
+
+class EvaluationConfig(Section):
+    every: int = Field(50, ge=0)
+    """Steps between evaluations on the validation split; 0 = never."""
+    prompts: int = Field(200, ge=1)
+    """Held-out problems (paper: 200)."""
+    samples: int = Field(8, ge=1)
+    """n of avg@n (paper: 8)."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature (paper: 1); 0 = greedy."""
+
+
+class QueueConfig(Section):
+    url: str = Field("redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://|^embedded$")
+    """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own."""
+    lease_s: float = Field(60, gt=0)
+    """A worker or trainer that is silent for this long loses its work to another."""
+    max_deliveries: int = Field(5, ge=1)
+    """Deliveries after which an entry becomes a dead letter."""
+
+
+class ApiConfig(Section):
+    address: Address = "127.0.0.1:8080"
+    """host:port where the API listens."""
+
+
+class Config(Section):
+    """A whole run. Sections without required keys may be left out."""
+
+    run: RunConfig
+    data: DataConfig
+    student: StudentConfig
+    teacher: TeacherConfig
+    degradation: DegradationConfig = DegradationConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    trainer: TrainerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    queue: QueueConfig = QueueConfig()
+    api: ApiConfig = ApiConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.trainer.prompts_per_step % self.trainer.processes:
+            raise ValueError(
+                f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
+                f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
+            )
+        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
+            raise ValueError(
+                f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "
+                "set evaluation.samples = 1 or evaluation.temperature > 0"
+            )
+        if self.teacher.payload == "none":
+            raise ValueError('teacher.payload = "none" carries no distribution; use hidden, top_k or sampled')
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.folder / self.run.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
+    values = read_toml(path)
+    for override in overrides:
+        apply_override(values, override)
+    return validate(Config, values, origin=str(path))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
+    sections = []
+    for name, section in config.model_dump(mode="json").items():
+        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items() if value is not None]
+        sections.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers, booleans and lists are TOML's

@@ -1,0 +1,31 @@
+"""Finds a model by its folder or its hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vaopd.errors import NotFound
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here can be a hub id: ORG/NAME, and ORG is no folder here either."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
+
+
+def model_folder(name: str, *, role: str) -> Path:
+    """Returns the folder of a model, downloading a hub id first.
+
+    role: the model's part in messages, such as "student". Raises NotFound when it is in neither place.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        raise NotFound(f"{role} {name!r} is no folder here and can't be had from the hub; give a folder") from None

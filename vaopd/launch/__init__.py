@@ -1,0 +1,1 @@
+"""`vaopd up`: starts the processes of a run on one host, and ends them together."""

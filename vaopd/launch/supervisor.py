@@ -1,0 +1,273 @@
+"""Child processes that live and die together: each in a session of its own, with a log, restarts and a clean end.
+
+What arrives: `Child`s to start. What leaves: the exit code of the main child. What it waits for: the main child's exit,
+a signal, or a child that can't be kept alive. Knows nothing of teachers and trainers; `vaopd.launch.up` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from vaopd.errors import ChildFailed, Interrupted
+from vaopd.launch import orphan_guard
+
+POLL_S = 0.1
+STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
+LOG_TAIL_LINES = 15
+TELL_EVERY_S = 10.0  # how often it says who is still starting
+SHOW_EVERY_S = 1.0  # the same where it can be drawn over
+LAST_WORDS = 70  # characters of a log's last line, without what stands before its message
+LOG_PREFIX = re.compile(r"^.*?\b(?:INFO|WARNING|ERROR)\b[\d:, -]*(?:\S+: |\[\S+:\d+\] )?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """How to start a process, and whether to start it again."""
+
+    name: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_ready: Callable[[], bool] | None = None
+    """Asked until it says yes; a child that dies before that has a wrong set-up and is not restarted."""
+    restarts: int = 5
+    """How often in a row it is restarted after it was ready."""
+    restart_argv: tuple[str, ...] | None = None
+    """What a restart runs, where it differs."""
+    stop_order: int = 1
+    """Children are ended in this order, those with the same number together."""
+    grace_s: float | None = None
+    """From SIGTERM to SIGKILL, where it needs longer or less than the supervisor's."""
+    to_terminal: bool = False
+    """Whether its standard output goes to the terminal; standard error always goes to the log."""
+
+
+@dataclass(kw_only=True)
+class _Running:
+    child: Child
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+    started: float
+    ready: bool
+    restarts: int = 0
+    restart_at: float | None = None
+
+
+class Supervisor:
+    """Use as a context manager; leaving it, by whatever way, ends every child and what it started itself.
+
+    logs: folder for NAME.log; an earlier run's log is appended to. grace_s: from SIGTERM to SIGKILL. show: like say, of
+    what the next line may be drawn over, where there is a terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        logs: Path,
+        grace_s: float = 20.0,
+        backoff_s: float = 1.0,
+        say: Callable[[str], None],
+        show: Callable[[str], None] | None = None,
+    ) -> None:
+        self._logs = logs
+        self._grace_s = grace_s
+        self._backoff_s = backoff_s
+        self._say = say
+        self._show = show
+        self._running: dict[str, _Running] = {}
+        self._signals: list[int] = []
+        self._previous_handlers: dict[int, Any] = {}
+        self._told = time.monotonic()
+
+    def __enter__(self) -> Supervisor:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-I", "-S", orphan_guard.__file__], stdin=subprocess.PIPE, start_new_session=True
+        )
+        # Only noted here and acted upon in `check`: an exception in mid-start could lose a child.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._previous_handlers[number] = signal.signal(number, self._note_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self._stop_all()
+        finally:
+            assert self._watchdog.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._watchdog.stdin.close()
+            self._watchdog.wait()
+            for number, handler in self._previous_handlers.items():
+                signal.signal(number, handler)
+
+    def start(self, child: Child) -> int:
+        """Starts a child and returns its process id."""
+        self._running[child.name] = running = self._launch(child, child.argv)
+        return running.process.pid
+
+    def set_restart_argv(self, name: str, argv: Sequence[str]) -> None:
+        """What a restart of the child runs, once its first run has shown (e.g. the port that it got)."""
+        running = self._running[name]
+        running.child = dataclasses.replace(running.child, restart_argv=tuple(argv))
+
+    def wait_ready(self, name: str, *, timeout_s: float) -> None:
+        """Returns once the child is ready. Raises ChildFailed when it dies, or isn't ready in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._running[name].ready:
+            self.check()
+            if time.monotonic() > deadline:
+                raise ChildFailed(f"{name} was not ready after {timeout_s:g} s\n{self.log_tail(name)}")
+            time.sleep(POLL_S)
+
+    def run_until_exit(self, name: str) -> int:
+        """Keeps the other children alive until this one exits; its exit code, −n for a death by signal n."""
+        while True:
+            self.check(except_for=name)
+            code = self._running[name].process.poll()
+            if code is not None:
+                return code
+            time.sleep(POLL_S)
+
+    def check(self, *, except_for: str | None = None) -> None:
+        """One look at everything: signals, readiness, deaths, due restarts. Raises Interrupted or ChildFailed."""
+        if self._signals:
+            raise Interrupted(self._signals[0])
+        for name, running in self._running.items():
+            if name == except_for:
+                continue
+            if running.restart_at is not None:
+                self._restart_if_due(name, running)
+            elif (code := running.process.poll()) is not None:
+                self._died(running, code)
+            elif not running.ready and running.child.is_ready is not None and running.child.is_ready():
+                running.ready = True
+                self._say(f"{name} is ready after {time.monotonic() - running.started:.0f} s")
+        self._tell_who_is_starting()
+
+    def _tell_who_is_starting(self) -> None:
+        now = time.monotonic()
+        if now - self._told < (SHOW_EVERY_S if self._show else TELL_EVERY_S):
+            return
+        self._told = now
+        starting = {
+            name: running
+            for name, running in self._running.items()
+            if running.child.is_ready is not None and not running.ready
+        }
+        if starting and self._show:
+            names = ", ".join(f"{name} {now - running.started:.0f} s" for name, running in starting.items())
+            last = max(starting.values(), key=lambda running: running.log.stat().st_mtime)
+            self._show(f"starting: {names}  {self._last_words(last)}")
+        elif starting:
+            names = ", ".join(f"{name} ({now - running.started:.0f} s)" for name, running in starting.items())
+            self._say(f"still starting: {names}; logs in {self._logs}")
+
+    @staticmethod
+    def _last_words(running: _Running) -> str:
+        """What the child logged last: of a model that is loaded, how far that is."""
+        with running.log.open("rb") as file:
+            file.seek(max(running.log_start, running.log.stat().st_size - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        said = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
+        return next((words[:LAST_WORDS] for words in said if words), "")
+
+    def log_tail(self, name: str) -> str:
+        """The last lines that the child wrote since it was started, with the log's path."""
+        running = self._running[name]
+        with running.log.open("rb") as file:
+            file.seek(running.log_start)
+            lines = file.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return f"the end of {running.log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+    def _launch(self, child: Child, argv: Sequence[str]) -> _Running:
+        log = self._logs / f"{child.name}.log"
+        with log.open("ab") as file:
+            start = file.tell()
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=None if child.to_terminal else file,
+                stderr=file,
+                env={**os.environ, **child.environment},
+                start_new_session=True,
+            )
+        self._tell_watchdog("+", process.pid)
+        return _Running(
+            child=child,
+            process=process,
+            log=log,
+            log_start=start,
+            started=time.monotonic(),
+            ready=child.is_ready is None,
+        )
+
+    def _died(self, running: _Running, code: int) -> None:
+        child = running.child
+        how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        # What the dead child itself started (vLLM's engine) would hold its memory and its port.
+        self._end_group(running.process.pid)
+        if not running.ready and running.restarts == 0:
+            raise ChildFailed(f"{child.name} {how} before it was ready; {self.log_tail(child.name)}")
+        if time.monotonic() - running.started > STEADY_S:
+            running.restarts = 0
+        if running.restarts >= child.restarts:
+            raise ChildFailed(
+                f"{child.name} {how} and was restarted {running.restarts} times; {self.log_tail(child.name)}"
+            )
+        delay = self._backoff_s * 2**running.restarts
+        running.restart_at = time.monotonic() + delay
+        self._say(f"{child.name} {how}; it is restarted in {delay:g} s ({running.log})")
+
+    def _restart_if_due(self, name: str, running: _Running) -> None:
+        assert running.restart_at is not None
+        if time.monotonic() < running.restart_at:
+            return
+        fresh = self._launch(running.child, running.child.restart_argv or running.child.argv)
+        fresh.restarts = running.restarts + 1
+        # It was ready once; what says so (an address file, a heartbeat) may still be the dead one's.
+        fresh.ready = True
+        self._running[name] = fresh
+
+    def _stop_all(self) -> None:
+        """Wave by wave: SIGTERM, then SIGKILL after the grace, or at once when a second signal comes."""
+        signals_before = len(self._signals)
+        for order in sorted({running.child.stop_order for running in self._running.values()}):
+            wave = [running for running in self._running.values() if running.child.stop_order == order]
+            for running in wave:
+                if running.process.poll() is None:
+                    running.process.terminate()
+            graces = (running.child.grace_s for running in wave)
+            deadline = time.monotonic() + max(self._grace_s if grace is None else grace for grace in graces)
+            while any(running.process.poll() is None for running in wave):
+                if time.monotonic() > deadline or len(self._signals) > signals_before:
+                    break
+                time.sleep(POLL_S / 4)
+            for running in wave:
+                self._end_group(running.process.pid)
+                running.process.wait()
+
+    def _end_group(self, group: int) -> None:
+        orphan_guard.signal_groups({group}, signal.SIGKILL)
+        self._tell_watchdog("-", group)
+
+    def _tell_watchdog(self, sign: str, group: int) -> None:
+        assert self._watchdog.stdin is not None
+        # Without its watchdog a run is as good as before, only less safe against SIGKILL.
+        with contextlib.suppress(BrokenPipeError):
+            self._watchdog.stdin.write(f"{sign}{group}\n".encode())
+            self._watchdog.stdin.flush()
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)

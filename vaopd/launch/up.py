@@ -1,0 +1,306 @@
+"""`vaopd up`: every process of a run on one host, started in the order in which they need each other.
+
+    Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teacher
+    teacher's address, once it serves ──► trainer and API
+    trainer's exit ──► everything ends, with the trainer's exit code
+
+Each process is one of `services/`, given the same configuration and the addresses that came out. The supervision itself
+(restarts, signals, no process left behind) is `vaopd.launch.supervisor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vaopd.config import Config, load_config
+from vaopd.errors import ConfigError, Interrupted, VaopdError
+from vaopd.launch.checks import free_port, has_gpu, port_problem
+from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.process import entry
+
+TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
+API_TIMEOUT_S = 60.0
+REDIS_TIMEOUT_S = 30.0
+TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
+ROLES = ("teacher", "rollout", "trainer")
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpOptions:
+    """What a launch needs beside the configuration."""
+
+    config_path: Path
+    overrides: tuple[str, ...] = ()
+    resume: bool = False
+    restart_trainer: bool = False
+    """Start a trainer that was killed by a signal again, from its last checkpoint."""
+    teacher: str | None = None
+    """host:port of a running teacher, which this run then shares; None starts one."""
+    service: str | None = None
+    """The configuration of the teacher service (`vaopd.config.service`), where this launch starts one."""
+    api: bool = True
+    gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
+    metrics_port: int | None = None
+    """Serve Prometheus metrics on the loopback from this port on; 0: on free ones; None: not at all."""
+
+
+def up(
+    options: UpOptions,
+    *,
+    say: Callable[[str], None] = print,
+    show: Callable[[str], None] | None = None,
+    check: Callable[[Config], None] = lambda config: None,
+) -> int:
+    """Runs everything until the trainer exits; returns its exit code, or 128 + n after signal n.
+
+    `show` is told what may be drawn over, where there is a terminal. `check` raises what else stands in the way, before
+    anything is started. Raises ConfigError for what can't be started, ChildFailed when a process can't be kept alive.
+    """
+    config = load_config(options.config_path, options.overrides)
+    folder = config.run_folder
+    if (folder / "metrics.jsonl").exists() and not options.resume:
+        raise ConfigError(
+            f"run {config.run.name!r} is there already, in {folder}; go on with it by --resume, or name another one: "
+            "--set run.name=NAME"
+        )
+    check_ports(config, options)
+    check(config)
+    try:
+        with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
+            return _Launch(config, options, supervisor, say).run()
+    except Interrupted as interrupted:
+        say(f"{interrupted}; every process is down")
+        return interrupted.exit_code
+    finally:
+        if options.metrics_port is not None:
+            targets_file(config).unlink(missing_ok=True)
+
+
+class _Launch:
+    """One launch, step by step."""
+
+    def __init__(self, config: Config, options: UpOptions, supervisor: Supervisor, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._options = options
+        self._supervisor = supervisor
+        self._say = say
+        self._logs = config.run_folder / "logs"
+        self._overrides = list(options.overrides)
+        self._metrics: dict[str, str] = {}  # process -> host:port
+
+    def run(self) -> int:
+        if self._config.queue.url == "embedded":
+            self._set("queue.url", self._start_redis())
+        self._start_workers()
+        if self._options.teacher is not None:
+            self._set("teacher.address", self._options.teacher)
+        else:
+            self._set("teacher.address", self._start_teacher())
+        if self._options.api:
+            self._start_api()
+        return self._run_trainer()
+
+    def _set(self, key: str, value: str) -> None:
+        self._overrides.append(f"{key}={value}")
+
+    def _start_redis(self) -> str:
+        """Keeps an append-only file in the run's folder, so that a run goes on where it was after any restart."""
+        from vaopd.queue.embedded import HOST, server_binary
+
+        folder = self._config.run_folder / "queue"
+        if not self._options.resume and folder.exists():
+            shutil.rmtree(folder)  # of a launch that never came to train
+        folder.mkdir(parents=True, exist_ok=True)
+        port = free_port(HOST)
+        argv = [server_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
+        argv += ["--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
+        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: redis_answers(HOST, port), stop_order=2)
+        self._supervisor.start(child)
+        self._supervisor.wait_ready("redis", timeout_s=REDIS_TIMEOUT_S)
+        return f"redis://{HOST}:{port}/0"
+
+    def _start_workers(self) -> None:
+        from vaopd.queue import TrainerQueue
+
+        url = load_config(self._options.config_path, self._overrides).queue.url
+        # Only asks who is alive; without patience, since the supervisor asks again anyway.
+        queue = TrainerQueue(url=url, job=self._config.run.name, patience_s=0.0)
+        devices = self._options.gpus.get("rollout", ())
+        for index in range(self._config.rollout.workers):
+            name = f"rollout-{index}"
+
+            def is_alive(name: str = name) -> bool:
+                try:
+                    return name in queue.workers_alive()
+                except VaopdError:
+                    return False  # Redis itself is being restarted
+
+            visible = devices[index % len(devices)] if devices else None
+            child = self._service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
+            self._supervisor.start(child)
+
+    def _start_teacher(self) -> str:
+        announce = self._announce_file("teacher")
+        devices = self._options.gpus.get("teacher", (None,))[0]
+        arguments: tuple[str, ...] = ("--announce", str(announce))
+        if self._options.service is not None:
+            arguments += ("--service", self._options.service)
+        self._supervisor.start(
+            self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
+        )
+        self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
+        address = announce.read_text().strip()
+        # A restart takes the same port again: trainer and API know no other.
+        again = self._service("teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices)
+        self._supervisor.set_restart_argv("teacher", again.argv)
+        return address
+
+    def _start_api(self) -> None:
+        announce = self._announce_file("api")
+        arguments: tuple[str, ...] = ("--announce", str(announce), "--runs", str(self._config.run.folder))
+        if Path(self._config.student.model).is_dir():  # nothing that is clicked on a page shall download a model
+            arguments += ("--student", self._config.student.model)
+        self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
+        self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
+        address = announce.read_text().strip()
+        if self._options.metrics_port is not None:
+            self._tell_prometheus("api", address)  # it has them beside all else
+        again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
+        self._supervisor.set_restart_argv("api", again.argv)
+        name = self._config.run.name
+        self._say(f"see what the teacher looks at: http://{address}/ (the viewer; its API: http://{address}/docs)")
+        self._say(f"follow the run: http://{address}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
+
+    def _run_trainer(self) -> int:
+        devices = self._options.gpus.get("trainer", (None,))[0]
+        resume, restarts = self._options.resume, 0
+        while True:
+            arguments = ("--resume",) if resume else ()
+            child = dataclasses.replace(
+                self._service("trainer", "trainer", *arguments, devices=devices),
+                to_terminal=True,
+                stop_order=0,
+                grace_s=TRAINER_GRACE_S,
+            )
+            self._supervisor.start(child)
+            code = self._supervisor.run_until_exit("trainer")
+            if code >= 0 or not self._options.restart_trainer or restarts == child.restarts:
+                break
+            restarts += 1
+            resume = True
+            self._say(f"the trainer was killed by signal {-code}; it goes on from its last checkpoint")
+        if code:
+            self._say(f"the trainer ended with code {code}; {self._supervisor.log_tail('trainer')}")
+        return code if code >= 0 else 128 - code
+
+    def _service(
+        self,
+        role: str,
+        name: str,
+        *arguments: str,
+        devices: str | None,
+        is_ready: Callable[[], bool] | None = None,
+    ) -> Child:
+        if role != "api" and self._options.metrics_port is not None:
+            arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
+        return Child(
+            name=name,
+            argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
+            environment=environment(self._config, devices=devices),
+            is_ready=is_ready,
+        )
+
+    def _metrics_address(self, name: str) -> str:
+        """Of a process that is started for the first time; a restart takes the same again."""
+        port = self._options.metrics_port
+        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port(LOOPBACK)}"
+        self._tell_prometheus(name, address)
+        self._say(f"metrics of {name}: http://{address}/metrics")
+        return address
+
+    def _tell_prometheus(self, name: str, address: str) -> None:
+        """Keeps a list of targets that Prometheus reads by itself (file_sd_configs)."""
+        self._metrics[name] = address
+        targets = [
+            {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
+            for name, address in self._metrics.items()
+        ]
+        entry.announce(json.dumps(targets, indent=1), targets_file(self._config))
+
+    def _announce_file(self, name: str) -> Path:
+        path = self._logs / f"{name}.address"
+        path.unlink(missing_ok=True)
+        return path
+
+
+def targets_file(config: Config) -> Path:
+    """Where Prometheus finds a run's processes; not in its folder, since patterns may be in a file's name only."""
+    return config.run.folder / f"{config.run.name}.targets.json"
+
+
+def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
+    """The command line of one service's process."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    return (sys.executable, "-m", f"vaopd_{role}", "--config", str(config_path), *settings, *arguments)
+
+
+def environment(config: Config, *, devices: str | None) -> dict[str, str]:
+    """What a child gets beside the launcher's own environment; what is set there already stays."""
+    added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not has_gpu():
+        # Two OpenMP threads per process under contention ran up to ten times slower than one.
+        processes = 2 + config.rollout.workers
+        added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    added = {key: value for key, value in added.items() if key not in os.environ}
+    if devices is not None:
+        added["CUDA_VISIBLE_DEVICES"] = devices
+    return added
+
+
+def check_ports(config: Config, options: UpOptions) -> None:
+    """Raises ConfigError for an address that something else listens on already."""
+    wanted = {} if options.teacher is not None else {"teacher.address": config.teacher.address}
+    if options.api:
+        wanted["api.address"] = config.api.address
+    for key, address in wanted.items():
+        problem = port_problem(address)
+        if problem:
+            raise ConfigError(
+                f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
+            )
+
+
+def redis_answers(host: str, port: int) -> bool:
+    """PING; while a server reads its append-only file it answers -LOADING."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """["teacher=0,1", "rollout=2", "rollout=3"] -> {"teacher": ("0,1",), "rollout": ("2", "3")}"""
+    placed: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        role, separator, devices = value.partition("=")
+        if not separator or role not in ROLES:
+            raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
+        placed[role] = (*placed.get(role, ()), devices)
+    return placed
+
+
+def new_run_name(prefix: str) -> str:
+    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,0 +1,38 @@
+"""Explains errors of torch, vLLM and the import system, with the remedy."""
+
+from __future__ import annotations
+
+from vaopd.errors import ConfigError, VaopdError
+
+NO_VLLM = (
+    "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without: "
+    "--set rollout.engine=transformers"
+)
+LESS_MEMORY = {
+    "trainer": "lower data.max_pixels, trainer.chunk_tokens or rollout.max_new_tokens, or give it a device of its own",
+    "teacher": "spread it over more devices (--gpus teacher=0,1), or lower teacher.batch_tokens or data.max_pixels",
+    "api": "do without --student, or give it a device of its own",
+    "rollout": "lower gpu_memory_utilization or max_model_len in rollout.engine_options, or rollout.requests_per_batch",
+}
+
+
+def in_words(error: BaseException, role: str) -> str | None:
+    """What an exception of torch, vLLM or the import system means for someone who starts `role`; None if unknown."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory ({text.splitlines()[0]}); {LESS_MEMORY[role]}. docs/real_models.md computes what fits"
+    if "not compiled with CUDA" in text or "No CUDA GPUs are available" in text or "no NVIDIA driver" in text:
+        return f"no GPU can be used ({text.splitlines()[0]}); `vaopd doctor` tells what torch sees"
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "vllm":
+        return NO_VLLM
+    if "Engine core initialization failed" in text:
+        return f"vLLM did not start; its own lines above say why. Most often it is memory: {LESS_MEMORY['rollout']}"
+    return None
+
+
+def as_config_error(error: Exception, role: str) -> VaopdError:
+    """The error in words; re-raises what has none, so that its traceback stays."""
+    words = in_words(error, role)
+    if words is None:
+        raise error
+    return ConfigError(words)

@@ -1,0 +1,295 @@
+"""The report's curves, by matplotlib: inline SVG that follows the page's light or dark colours, or image files."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vaopd.errors import InvalidInput
+from vaopd.run.records import Run
+
+# matplotlib knows no currentColor: this stands for it until the SVG is text.
+FOREGROUND = "#010203"
+VARIANT_NAMES = {
+    "va_opd": "VA-OPD",
+    "standard": "Standard OPD",
+    "rollout_weights": "rollout weights only",
+    "token_groups": "token groups only",
+    "masked": "masked",
+}
+# Distinguishable on white and on black, and by people who see red and green alike.
+COLOURS = {
+    "va_opd": "#e07b00",
+    "standard": "#2f86d6",
+    "rollout_weights": "#9a60c8",
+    "token_groups": "#1f9e89",
+    "masked": "#d04a86",
+}
+RC: Any = {  # matplotlib types the keys one by one
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.2,
+    "legend.frameon": False,
+}
+TIMES = {
+    "wait_s": ("waiting for rollouts", "#2f86d6"),
+    "score_s": ("waiting for scores", "#e07b00"),
+    "forward_backward_s": ("forward, backward, step", "#1f9e89"),
+    "publish_s": ("publishing the policy", "#9a60c8"),
+}
+SMOOTHING_STEPS = 9
+Band = tuple[list[int], list[float], list[float], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One curve of metrics.jsonl: its key, what it is called, and its unit."""
+
+    key: str
+    title: str
+    unit: str
+    colour: str = "#e07b00"
+    top: float | None = None
+
+
+HIGH = Metric(key="kl_high", title="KL, high-VA tokens", unit="nats", colour="#e07b00")
+LOW = Metric(key="kl_low", title="KL, other tokens", unit="nats", colour="#2f86d6")
+# What a page shows of one run, one figure each, and the pairs that share one.
+OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
+    ("Reverse KL by token group", (HIGH, LOW)),
+    ("Loss", (Metric(key="loss", title="loss", unit="nats"),)),
+    ("Mean visual advantage", (Metric(key="mean_va", title="mean VA", unit="nats"),)),
+    (
+        "Share of all VA in the top 10 % of tokens",
+        (Metric(key="va_top10_share", title="share", unit="share", top=1.05),),
+    ),
+    ("Entropy of the rollout weights", (Metric(key="weights_entropy", title="entropy", unit="nats"),)),
+)
+OF_A_COMPARISON: tuple[Metric, ...] = (
+    HIGH,
+    LOW,
+    Metric(key="mean_va", title="Mean visual advantage", unit="nats"),
+    Metric(key="va_top10_share", title="Share of all VA in the top 10 % of tokens", unit="share", top=1.05),
+    Metric(key="weights_entropy", title="Entropy of the rollout weights", unit="nats"),
+    Metric(key="grad_norm", title="Norm of the gradient", unit="norm"),
+)
+
+
+def run_svgs(run: Run) -> Iterator[str]:
+    """One figure for each thing worth a look; what the run didn't record is left out."""
+    if run.evaluations:
+        yield _svg(lambda axes: draw_comparison(axes, [run], band="range"), salt=f"{run.name}-accuracy")
+    for title, metrics in OF_A_RUN:
+        present = [metric for metric in metrics if run.series(metric.key)[0]]
+        if present:
+            draw = partial(_draw_metrics, run=run, metrics=present, title=title)
+            yield _svg(draw, salt=f"{run.name}-{title}")
+    if any(run.series(key)[0] for key in TIMES):
+        yield _svg(lambda axes: _draw_times(axes, run), salt=f"{run.name}-times")
+
+
+def comparison_svgs(runs: Sequence[Run], *, band: str) -> Iterator[str]:
+    """Accuracy first, then each metric that all runs recorded, then where the time went."""
+    runs = complete(runs)
+    if any(run.evaluations for run in runs):
+        yield _svg(lambda axes: draw_comparison(axes, runs, band=band), salt="comparison")
+    for metric in OF_A_COMPARISON:
+        if all(run.series(metric.key)[0] for run in runs):
+            draw = partial(_draw_compared_metric, runs=runs, metric=metric, band=band)
+            yield _svg(draw, salt=f"comparison-{metric.key}")
+    if all(run.series(key)[0] for run in runs for key in TIMES):
+        yield _svg(lambda axes: _draw_compared_times(axes, runs), salt="comparison-times")
+
+
+def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        draw_comparison(figure.subplots(), runs, band=band)
+        try:
+            figure.savefig(path, dpi=160)
+        except ValueError:
+            raise InvalidInput(f"{path} has no suffix that matplotlib can write; use .png, .svg or .pdf") from None
+
+
+def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
+    """Held-out accuracy by objective. One seed: error bars of its standard error. Several: mean and band."""
+    variants = _by_variant([run for run in complete(runs) if run.evaluations])
+    if not variants:
+        raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
+    notes = []
+    for variant, members in variants.items():
+        colour, name = _colour(variant), _name(variant)
+        if len(members) == 1:
+            evaluations = members[0].evaluations
+            axes.errorbar(
+                [e.step for e in evaluations],
+                [100 * e.accuracy for e in evaluations],
+                yerr=[100 * e.standard_error for e in evaluations],
+                color=colour, label=name, marker="o", markersize=3, capsize=2,
+            )  # fmt: skip
+            notes.append("bars: one standard error over problems")
+        else:
+            steps, means, lows, highs = seed_band(members, band=band)
+            axes.plot(steps, means, color=colour, label=f"{name}, {len(members)} seeds", marker="o", markersize=3)
+            axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            notes.append(f"line: mean; {_band_words(band)}")
+    axes.set(xlabel="optimizer step", ylabel="%")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Held-out accuracy\n" + "\n".join(dict.fromkeys(notes)), fontsize=9)
+    axes.legend()
+
+
+def seed_band(runs: Sequence[Run], *, band: str) -> Band:
+    """Steps that all seeds evaluated; at each the mean accuracy, the band's lower and upper edge, in percent."""
+    return band_over([{e.step: 100 * e.accuracy for e in run.evaluations} for run in runs], band=band)
+
+
+def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
+    """Steps that all curves have; at each the mean, and the band's lower and upper edge."""
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    means, lows, highs = [], [], []
+    for step in steps:
+        values = [curve[step] for curve in curves]
+        mean = sum(values) / len(values)
+        if band == "range" or len(values) == 1:
+            low, high = min(values), max(values)
+        else:
+            variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+            error = math.sqrt(variance / len(values))
+            low, high = mean - error, mean + error
+        means.append(mean)
+        lows.append(low)
+        highs.append(high)
+    return steps, means, lows, highs
+
+
+def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
+    """Centred; at either end over what there is.
+
+    >>> running_mean([1, 2, 6, 3], width=3)
+    [1.5, 3.0, 3.6666666666666665, 4.5]
+    """
+    half = width // 2
+    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def complete(runs: Sequence[Run]) -> list[Run]:
+    """Without the unfinished runs of an objective that has finished ones: they would cut its curve short."""
+    done = {run.variant for run in runs if run.finished}
+    return [run for run in runs if run.finished or run.variant not in done]
+
+
+def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    variants: dict[str, list[Run]] = {}
+    for run in runs:
+        variants.setdefault(run.variant, []).append(run)
+    return variants
+
+
+def _name(variant: str) -> str:
+    return VARIANT_NAMES.get(variant, variant)
+
+
+def _colour(variant: str) -> str:
+    return COLOURS.get(variant, "#888888")
+
+
+def _band_words(band: str) -> str:
+    return "band: lowest to highest seed" if band == "range" else "band: ± one standard error over seeds"
+
+
+def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str) -> None:
+    """Each step faintly, and the running mean."""
+    for metric in metrics:
+        steps, values = run.series(metric.key)
+        axes.plot(steps, values, color=metric.colour, linewidth=0.8, alpha=0.35)
+        label = metric.title.partition(", ")[2] or None
+        axes.plot(steps, running_mean(values), color=metric.colour, linewidth=1.6, label=label)
+    axes.set(xlabel="optimizer step", ylabel=metrics[0].unit, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0, top=metrics[0].top)
+    if len(metrics) > 1:
+        axes.legend()
+
+
+def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
+    variants = _by_variant(runs)
+    for variant, members in variants.items():
+        curves = [dict(zip(steps, running_mean(values), strict=True)) for steps, values in
+                  (run.series(metric.key) for run in members)]  # fmt: skip
+        steps, means, lows, highs = band_over(curves, band=band)
+        axes.plot(steps, means, color=_colour(variant), label=_name(variant), linewidth=1.6)
+        axes.fill_between(steps, lows, highs, color=_colour(variant), alpha=0.2, linewidth=0)
+    axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0, top=metric.top)
+    axes.legend()
+
+
+def _draw_times(axes: Axes, run: Run) -> None:
+    keys = [key for key in TIMES if len(run.series(key)[0]) == len(run.train)]
+    steps = [line["step"] for line in run.train]
+    axes.stackplot(
+        steps,
+        [running_mean(run.series(key)[1]) for key in keys],
+        labels=[TIMES[key][0] for key in keys],
+        colors=[TIMES[key][1] for key in keys],
+        alpha=0.85,
+    )
+    axes.set(xlabel="optimizer step", ylabel="seconds", title="Where a step's time goes")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(axes)
+
+
+def _draw_compared_times(axes: Axes, runs: Sequence[Run]) -> None:
+    names = [run.name for run in runs]
+    left = [0.0] * len(runs)
+    for key, (label, colour) in TIMES.items():
+        means = [run.mean(key) or 0.0 for run in runs]
+        axes.barh(names, means, left=left, label=label, color=colour, alpha=0.85)
+        left = [before + mean for before, mean in zip(left, means, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="seconds per step, mean", title="Where a step's time goes")
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
+def _svg(draw: Callable[[Axes], None], *, salt: str, size: tuple[float, float] = (4.6, 3.1)) -> str:
+    coloured = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    foreground: Any = dict.fromkeys(coloured, FOREGROUND)
+    # A salt of its own keeps the ids of several figures in one page apart.
+    with matplotlib.rc_context({**RC, **foreground, "svg.hashsalt": salt}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        title = axes.get_title(loc="left") or axes.get_title()
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(FOREGROUND, "currentColor")
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # every figure has the same ones, and nothing refers to them
+    return text.replace("<svg", f'<svg role="img" aria-label="{title.splitlines()[0]}, curves"', 1)

@@ -1,0 +1,156 @@
+"""`vaopd watch`: a run's folder, read again and again, as a few lines that a terminal keeps up to date.
+
+In: RUN/metrics.jsonl and RUN/config.toml, through `vaopd.run.records`. Out: a block of lines that is drawn over itself
+in a terminal; elsewhere one plain line whenever the run has gone on. Ends when the run has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from vaopd.errors import NotFound
+from vaopd.run.records import Run, read_run
+from vaopd.telemetry.progress_line import duration
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 40
+QUIET_S = 120.0  # a step that takes longer than this, and three times the usual, is worth a word
+CURVES = (
+    ("loss", "loss"),
+    ("kl_high", "KL, high group"),
+    ("kl_low", "KL, others"),
+    ("mean_va", "mean VA"),
+    ("rollouts_per_s", "rollouts/s"),
+)
+
+
+def watch(
+    folder: Path,
+    *,
+    stream: TextIO,
+    every_s: float = 2.0,
+    once: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Follows the run in `folder` until it is finished; with `once`, tells how it stands. Raises NotFound.
+
+    A run that is interrupted and resumed is followed on; Ctrl-C ends the watching, never the run.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is no folder; RUN is a run's folder, e.g. runs/demo-…")
+    terminal = stream.isatty() and not once
+    drawn, last_line = 0, ""
+    while True:
+        run = read_run(folder) if (folder / "metrics.jsonl").exists() else None
+        if terminal or once:
+            width = shutil.get_terminal_size().columns if terminal else 100
+            lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else starting(folder))]
+            # Up to the block's first line, then each line anew, then whatever was longer before.
+            stream.write((f"\x1b[{drawn}F" if drawn else "") if terminal else "")
+            stream.write("".join(f"{line}\x1b[K\n" if terminal else f"{line}\n" for line in lines))
+            stream.write("\x1b[J" if terminal else "")
+            drawn = len(lines)
+        else:
+            line = plain_line(run) if run else starting(folder)[0]
+            if line != last_line:
+                stream.write(line + "\n")
+                last_line = line
+        stream.flush()
+        if once or (run is not None and run.finished):
+            return
+        sleep(every_s)
+
+
+def starting(folder: Path) -> list[str]:
+    """What can be told before the first step: who has logged what last."""
+    lines = [f"{folder.resolve().name}: no step yet; what its processes say is in {folder / 'logs'}"]
+    for log in sorted((folder / "logs").glob("*.log")):
+        text = log.read_text(errors="replace").rstrip().splitlines()
+        if text:
+            lines.append(f"  {log.stem:<10} {text[-1].strip()}")
+    return lines
+
+
+def block(run: Run, *, now_s: float) -> list[str]:
+    """The run as a few lines; `now_s` is the time of day in seconds, as metrics.jsonl has it."""
+    lines = [f"{run.name}   {run.variant}, seed {run.seed}", _progress(run)]
+    for key, name in CURVES:
+        _, values = run.series(key)
+        if values:
+            lines.append(f"{name:<16}{values[-1]:>9.4g}  {sparkline(values)}")
+    if run.evaluations:
+        last = run.evaluations[-1]
+        curve = sparkline([evaluation.accuracy for evaluation in run.evaluations])
+        lines.append(f"{'accuracy':<16}{last.accuracy:>9.1%}  {curve}  ± {last.standard_error:.1%}, step {last.step}")
+    if quiet := _quiet(run, now_s):
+        lines.append(quiet)
+    return lines
+
+
+def plain_line(run: Run) -> str:
+    """The same in one line, for logs and pipes."""
+    parts = [f"step {run.steps_done}/{run.steps_planned or '?'}"]
+    for key, name, form in (
+        ("loss", "loss", ".4f"),
+        ("mean_va", "mean VA", ".3f"),
+        ("rollouts_per_s", "", ".1f"),
+    ):
+        _, values = run.series(key)
+        if values:
+            parts.append(f"{name} {values[-1]:{form}}" if name else f"{values[-1]:{form}} rollouts/s")
+    if run.evaluations:
+        last = run.evaluations[-1]
+        parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}")
+    parts.append(_left(run))
+    return "  ".join(part for part in parts if part)
+
+
+def sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
+    """The values between their own lowest and highest; more than `width` of them are averaged in equal stretches.
+
+    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+    '▁▂▃▄▅▆▇█'
+    >>> sparkline([0, 0, 7, 7], width=2)
+    '▁█'
+    """
+    count = min(width, len(values))
+    edges = [index * len(values) // count for index in range(count + 1)]
+    means = [statistics.fmean(values[start:end]) for start, end in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return BARS[0] * count
+    return "".join(BARS[round((mean - low) / (high - low) * (len(BARS) - 1))] for mean in means)
+
+
+def _progress(run: Run) -> str:
+    if run.steps_planned is None:
+        return f"step {run.steps_done}"
+    share = run.steps_done / run.steps_planned
+    filled = round(share * CURVE_WIDTH)
+    bar = "█" * filled + "░" * (CURVE_WIDTH - filled)
+    return f"step {run.steps_done}/{run.steps_planned}  {bar} {share:.0%}  {_left(run)}"
+
+
+def _left(run: Run) -> str:
+    if run.finished:
+        return "finished"
+    return f"{duration(run.time_left.total_seconds())} left" if run.time_left else ""
+
+
+def _quiet(run: Run, now_s: float) -> str:
+    _, times = run.series("time_s")
+    if run.finished or len(times) < 2:
+        return ""
+    since, usual = now_s - times[-1], (times[-1] - times[0]) / (len(times) - 1)
+    if since < max(QUIET_S, 3 * usual):
+        return ""
+    return (
+        f"no step for {duration(since)}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
+    )

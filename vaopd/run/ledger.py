@@ -1,0 +1,224 @@
+"""The books of a run: what became of every prompt group, and the proof that none was lost or trained twice.
+
+RUN/ledger.jsonl is appended by the trainer, one JSON object per event:
+
+    published   group, step (null: evaluation), policy   what a worker was asked for
+    delivered   group, policy, worker, deliveries        a group came, and is the one to use
+    dropped     group, policy, reason                    a group came, and is not: stale, duplicate, other_weights
+    dead        group, reason                            it was given up, unless it is delivered later
+    checkpoint  step                                     a checkpoint is durable
+    resumed     step                                     a trainer went on from that checkpoint
+
+What is trained stands in the checkpoints themselves (RUN/checkpoints/step_*/ledger.jsonl), so that it is true exactly
+when the weights beside it are. Events reach the disk before the checkpoint that they belong to does; those after it may
+be lost with the machine, together with the work they tell of. RUN/ledger.owner names the trainer that keeps the books,
+by which one that was taken for dead knows it, even when the Redis that held its lease came back empty. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
+from vaopd.run.checkpoints import FILE, LedgerLine, latest_checkpoint, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """The trainer's pen. A disk that is full holds up no event: they wait in memory until `sync`, which raises."""
+
+    def __init__(self, path: Path, *, owner: str, fresh: bool) -> None:
+        """`owner`: the trainer, which holds the job's lease; `fresh`: the run begins, without what was there."""
+        if fresh:
+            path.unlink(missing_ok=True)
+        self._path = path
+        self._owner = owner
+        self._owner_file = path.with_suffix(".owner")
+        aside = self._owner_file.with_suffix(f".{owner}")
+        aside.write_text(owner)
+        aside.replace(self._owner_file)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._drop_torn_line()
+        self._pending = b""
+        self._told = False
+
+    def check_owner(self) -> None:
+        """Raises LeaseLost when another trainer has opened the books since: the run is its to go on with."""
+        owner = self._owner_file.read_text()
+        if owner != self._owner:
+            raise LeaseLost(
+                f"trainer {self._owner!r} was taken for dead, and {owner!r} has gone on with {self._path.parent}; "
+                "nothing was committed. Resume from the last checkpoint"
+            )
+
+    def write(self, event: str, **values: Any) -> None:
+        self._pending += json.dumps({"event": event, **values}, separators=(",", ":")).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._told:
+                log.warning("%s can't be written (%s); its events are kept until there is room", self._path, error)
+            self._told = True
+
+    def sync(self) -> None:
+        """On disk, before the checkpoint that stands on it is. Raises LimitExceeded when the disk is full."""
+        try:
+            self._flush()
+            os.fsync(self._handle)
+        except OSError as error:
+            raise LimitExceeded(
+                f"{self._path} can't be written ({error}); nothing was acknowledged: make room, and resume"
+            ) from None
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def _flush(self) -> None:
+        while self._pending:
+            self._pending = self._pending[os.write(self._handle, self._pending) :]
+
+    def _drop_torn_line(self) -> None:
+        """Ends the file after its last whole line, where a crash cut one short."""
+        with self._path.open("rb") as file:
+            size = len(file.read().rpartition(b"\n")[0])
+        os.ftruncate(self._handle, size + 1 if size else 0)
+
+
+@dataclass(kw_only=True)
+class Fate:
+    """What became of one prompt group. `step` is None for evaluation."""
+
+    group_id: str
+    step: int | None = None
+    policy: int = 0
+    published: bool = False
+    deliveries: int = 0
+    delivered_policy: int | None = None
+    worker: str = ""
+    dropped: Counter[str] = field(default_factory=Counter)
+    dead: str | None = None
+    """Why it was given up, unless it was delivered after that."""
+    trained: list[LedgerLine] = field(default_factory=list)
+    checkpoint: int | None = None
+    """The first checkpoint that holds it."""
+
+    def outcome(self, done: int) -> Literal["trained", "evaluated", "dead-lettered", "in flight", "lost"]:
+        """`done`: the steps that the newest checkpoint holds."""
+        if self.trained:
+            return "trained"
+        if self.dead is not None:
+            return "dead-lettered"
+        if self.step is None and self.deliveries:
+            return "evaluated"
+        due = self.policy if self.step is None else self.step
+        return "lost" if due < done else "in flight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """A run's books, closed at its newest checkpoint. `problems` is empty when they balance."""
+
+    run: Path
+    step: int
+    """Steps that the newest checkpoint holds; 0 without one."""
+    fates: list[Fate]
+    problems: list[str]
+
+    def counts(self, *, training: bool) -> dict[str, int]:
+        """How many groups were published and delivered, and how they ended; drops count every delivery dropped."""
+        fates = [fate for fate in self.fates if (fate.step is not None) == training]
+        counts = {
+            "published": sum(fate.published for fate in fates),
+            "delivered": sum(fate.deliveries > 0 for fate in fates),
+        }
+        outcomes = Counter(fate.outcome(self.step) for fate in fates)
+        names = ("trained" if training else "evaluated", "dead-lettered", "in flight", "lost")
+        counts |= {name: outcomes[name] for name in names}  # type: ignore[index]
+        dropped = sum((fate.dropped for fate in fates), Counter[str]())
+        return counts | {f"dropped, {reason}": number for reason, number in sorted(dropped.items())}
+
+
+def audit(run: Path) -> Audit:
+    """Reads the books of a run folder; of one that still runs too. Raises NotFound when there are none."""
+    path = run / FILE
+    if not path.is_file():
+        raise NotFound(f"{run} has no {FILE}: it is no run folder, or the run was made before there were ledgers")
+    newest = latest_checkpoint(run / "checkpoints")
+    step, lines = read_checkpoint(newest) if newest is not None else (0, [])
+    fates, checkpoints = _read_events(path)
+    problems = []
+    for line in lines:
+        if line.group_id not in fates:
+            problems.append(f"{line.group_id} was trained in step {line.step} and never published")
+        fate = fates.setdefault(line.group_id, Fate(group_id=line.group_id, step=line.step))
+        fate.trained.append(line)
+        fate.checkpoint = min((done for done in checkpoints if done > line.step), default=step)
+    for fate in fates.values():
+        problems += _problems(fate, step)
+    return Audit(run=run, step=step, fates=sorted(fates.values(), key=lambda fate: fate.group_id), problems=problems)
+
+
+def _problems(fate: Fate, done: int) -> Iterator[str]:
+    name = fate.group_id
+    if not fate.published and not fate.trained:
+        yield f"{name} was delivered and never published"
+    if len(fate.trained) > 1:
+        yield f"{name} was trained {len(fate.trained)} times, in steps {[line.step for line in fate.trained]}"
+    for line in fate.trained[:1]:
+        if fate.published and line.step != fate.step:
+            yield f"{name} was published for step {fate.step} and trained in step {line.step}"
+        if fate.published and not fate.deliveries:
+            yield f"{name} was trained in step {line.step} and never delivered"
+        elif fate.published and line.policy_version != fate.delivered_policy:
+            yield (
+                f"{name} was delivered with policy version {fate.delivered_policy} and trained as {line.policy_version}"
+            )
+        if fate.dead is not None:
+            yield f"{name} was trained in step {line.step}, though it was dead-lettered: {fate.dead}"
+    if fate.outcome(done) == "lost":
+        yield f"{name} was published for step {fate.step} and neither trained nor dead-lettered: it is lost"
+
+
+def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
+    """-> fates by group, and the steps of the checkpoints that the newest one goes back to."""
+    fates: dict[str, Fate] = {}
+    checkpoints: list[int] = []
+    for number, text in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not text.endswith("\n"):
+            break  # the line that a crash cut short, or that is being written
+        try:
+            event = json.loads(text)
+            kind = event["event"]
+            if kind == "checkpoint":
+                checkpoints.append(event["step"])
+            elif kind == "resumed":
+                checkpoints = [step for step in checkpoints if step <= event["step"]]
+            else:
+                fate = fates.setdefault(event["group"], Fate(group_id=event["group"]))
+                _apply(fate, kind, event)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{path}, line {number}, is no ledger event ({error}); the file was damaged") from None
+    return fates, checkpoints
+
+
+def _apply(fate: Fate, kind: str, event: dict[str, Any]) -> None:
+    match kind:
+        case "published":
+            fate.published, fate.step, fate.policy = True, event["step"], event["policy"]
+        case "delivered":
+            fate.deliveries += 1
+            fate.delivered_policy, fate.worker, fate.dead = event["policy"], event["worker"], None
+        case "dropped":
+            fate.dropped[event["reason"]] += 1
+        case "dead":
+            fate.dead = event["reason"]
+        case _:
+            raise ValueError(f"unknown event {kind!r}")

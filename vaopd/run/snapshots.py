@@ -1,0 +1,166 @@
+"""Policy snapshots: the student's weights as folders that transformers and vLLM load as they are.
+
+    run/policy/v000042/model.safetensors     (written aside, fsynced, renamed: a reader sees all of it or nothing)
+    run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
+
+`vaopd.files.durable` does the writing aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vaopd.errors import InvalidInput, Mismatch, NotFound
+from vaopd.files.durable import atomic_folder
+from vaopd.types import PolicyVersion
+
+WEIGHTS_FILE = "model.safetensors"
+HEAD = "lm_head.weight"
+# Everything that a model folder holds beside its weights; an index belongs to weights in several files.
+MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+VERSION_FOLDER = re.compile(r"v(\d{6,})")
+
+
+def publish_snapshot(
+    folder: Path, version: int, state: Mapping[str, torch.Tensor], *, model_files_from: Path
+) -> PolicyVersion:
+    """Writes `folder`/policy/v{version}; one that exists is replaced in one step.
+
+    state: the model's whole `state_dict()`, on any device; its names are those that `save_pretrained` writes, but for
+    the tied LM head, left out as there. model_files_from: the student's folder, for configuration and tokenizer.
+    """
+    if version < 0:
+        raise InvalidInput(f"policy version is {version}; it must be 0 or more")
+    path = snapshot_path(folder, version)
+    tensors = without_tied_head(state, tied=ties_head(model_files_from))
+    with atomic_folder(path) as aside:
+        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        digest = _sha256(aside / WEIGHTS_FILE)
+        for source in model_files(model_files_from):
+            _link_or_copy(source, aside / source.name)
+    return PolicyVersion(version=version, path=str(path), sha256=digest)
+
+
+def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
+    """A model folder as policy version 0; one whose weights are in several files is written to `scratch` in one."""
+    if (model / WEIGHTS_FILE).is_file():
+        return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
+    parts = sorted(model.glob("*.safetensors"))
+    if not parts:
+        raise NotFound(f"{model} holds no safetensors files; save the model with `save_pretrained`")
+    state = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    return publish_snapshot(scratch, 0, state, model_files_from=model)
+
+
+def link_snapshot(policy: PolicyVersion, target: Path) -> None:
+    """Keeps a snapshot under another name, as a model folder that pruning doesn't touch; replaces `target`."""
+    with atomic_folder(target) as aside:
+        for source in Path(policy.path).iterdir():
+            _link_or_copy(source, aside / source.name)
+
+
+def snapshot_path(folder: Path, version: int) -> Path:
+    return folder / "policy" / f"v{version:06d}"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Configuration, tokenizer, processor and chat template of a model folder: all but its weights."""
+    if not (folder / "config.json").is_file():
+        raise NotFound(f"{folder} is no model folder: it has no config.json")
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and not path.name.endswith(".index.json"))
+
+
+def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> list[int]:
+    """Removes all snapshots but the newest `keep`, and what was left half-written; returns the versions removed.
+
+    `current`: versions beyond it are left over from a run that was then resumed earlier; they go too, and don't count.
+    """
+    if keep < 1:
+        raise InvalidInput(f"keep is {keep}; keep at least 1 snapshot, the one that the workers sample from")
+    policies = folder / "policy"
+    versions = sorted(int(match[1]) for path in policies.glob("v*") if (match := VERSION_FOLDER.fullmatch(path.name)))
+    valid = [version for version in versions if current is None or version <= current]
+    removed = [version for version in versions if version not in valid[-keep:]]
+    for version in removed:
+        # First out of sight, so that nobody begins to read a folder that is half gone.
+        doomed = policies / f".v{version:06d}.tmp-pruned"
+        snapshot_path(folder, version).rename(doomed)
+    for leftover in policies.glob(".v*.tmp-*"):
+        shutil.rmtree(leftover)
+    return removed
+
+
+def verify_snapshot(policy: PolicyVersion) -> None:
+    """Raises NotFound or Mismatch unless the snapshot is here and has the weights that were announced."""
+    weights = Path(policy.path) / WEIGHTS_FILE
+    try:
+        digest = _sha256(weights)
+    except FileNotFoundError:
+        raise NotFound(
+            f"policy version {policy.version}: no {weights}; it was pruned (take the latest version), or the trainer's "
+            "folder is not mounted here under the same path"
+        ) from None
+    if digest != policy.sha256:
+        raise Mismatch(
+            f"policy version {policy.version}: {weights} has SHA-256 {digest[:12]}…, not {policy.sha256[:12]}…; "
+            "it was replaced or damaged: take the latest version"
+        )
+
+
+def ties_head(model_folder: Path) -> bool:
+    config = json.loads((model_folder / "config.json").read_text()) if (model_folder / "config.json").is_file() else {}
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write: the tied LM head left out, all contiguous. `load_state` is its inverse.
+
+    The configuration decides, not the storage: a state gathered from shards holds the tied tensor twice.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if not (tied and name == HEAD)}
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+        if owner != name:
+            raise InvalidInput(
+                f"{name} and {owner} share storage, though config.json does not tie them (tie_word_embeddings); "
+                "clone one, or correct config.json"
+            )
+    return tensors
+
+
+def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Loads what `without_tied_head` left. Raises Mismatch when others are missing or strange."""
+    missing, strange = model.load_state_dict(dict(tensors), strict=False)
+    if strange or set(missing) - {HEAD}:
+        raise Mismatch(
+            f"the weights lack {sorted(set(missing) - {HEAD})[:3]} and bring {strange[:3]}, unknown to the model; "
+            "they belong to another model"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A hard link where the file system allows it: a tokenizer of 11 MB is then stored once, not per snapshot."""
+    # Hub caches hold symbolic links; a link to one would break when the folder is mounted elsewhere.
+    source = source.resolve()
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,88 @@
+"""Answers one question now with a student in this process: for the API's `--student` and `vaopd score --generate`.
+
+The student is loaded when the first question comes; until then it costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaopd.errors import NotFound
+from vaopd.files.hub import is_hub_id, model_folder
+from vaopd.http_types import SampledResponse, SampleReply
+from vaopd.types import EncodedImage, PolicyVersion, RolloutRequest, SamplingSettings, unique_images, user_turn
+
+if TYPE_CHECKING:
+    from vaopd.sampling.transformers_engine import TransformersEngine
+
+log = logging.getLogger("vaopd.api")
+
+
+class AdHocStudent:
+    """`model`: a folder or hub id. Used by one thread, the engine's."""
+
+    def __init__(self, model: str, *, dtype: str = "float32") -> None:
+        """Raises NotFound for a name that can't be a model."""
+        if not Path(model).is_dir() and not is_hub_id(model):
+            raise NotFound(f"student {model!r} is no folder here, and no hub id of the form ORG/NAME")
+        self.model = Path(model).name
+        self._source = model
+        self._dtype = dtype
+        self._loaded: _Loaded | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._loaded is not None
+
+    def answer(
+        self, question: str, images: Sequence[EncodedImage], sampling: SamplingSettings, num_responses: int
+    ) -> SampleReply:
+        """Samples `num_responses` answers. Raises what the engine refuses."""
+        student = self._loaded = self._loaded or _Loaded(self._source, dtype=self._dtype)
+        request = RolloutRequest(
+            group_id=uuid.uuid4().hex,
+            messages=user_turn(question, images),
+            images=unique_images(images),
+            num_rollouts=num_responses,
+            sampling=sampling,
+            policy_version=student.policy.version,
+        )
+        (outcome,) = student.engine.generate([request])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return SampleReply(
+            model=self.model,
+            tokenizer_fingerprint=student.fingerprint,
+            responses=[
+                SampledResponse(
+                    text=student.tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+                    token_ids=rollout.response_ids.tolist(),
+                    finish_reason=rollout.finish_reason,
+                )
+                for rollout in outcome.rollouts
+            ],
+        )
+
+
+class _Loaded:
+    """The model in memory; belongs to the thread that made it."""
+
+    def __init__(self, model: str, *, dtype: str) -> None:
+        from vaopd.run.snapshots import snapshot_of
+        from vaopd.sampling.transformers_engine import TransformersEngine  # torch
+        from vaopd.vlm.prompts import load_processor, tokenizer_fingerprint
+
+        log.info("loading the student %s", model)
+        folder = model_folder(model, role="student")
+        self.tokenizer: Any = load_processor(folder).tokenizer
+        self.fingerprint = tokenizer_fingerprint(self.tokenizer)
+        self.engine: TransformersEngine = TransformersEngine(folder, worker="api", dtype=dtype)
+        with tempfile.TemporaryDirectory(prefix="vaopd-student-") as scratch:
+            self.policy: PolicyVersion = snapshot_of(folder, Path(scratch))
+            self.engine.load_policy(self.policy)
+        log.info("the student %s is loaded", model)

@@ -1,0 +1,173 @@
+"""What a rollout engine is, and what all engines share: reading a request, seeds, bans, checked numbers.
+
+In: requests of one policy version. Out: one outcome per request, a finished group or the error of that request alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import PIL.Image
+
+from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, NumericalError
+from vaopd.images import decode
+from vaopd.types import ImagePart, PolicyVersion, Rollout, RolloutGroup, RolloutRequest
+from vaopd.vlm.prompts import PromptReader
+
+# What is the request's own fault, and leaves the engine as it was.
+RefusedRequest = (InvalidInput, LimitExceeded, Mismatch)
+Outcome = RolloutGroup | InvalidInput | LimitExceeded | Mismatch
+FinishReason = Literal["stop", "length"]
+
+
+class RolloutEngine(Protocol):
+    """Samples responses with one set of weights at a time. Used by one thread."""
+
+    @property
+    def policy(self) -> PolicyVersion | None:
+        """The snapshot whose weights are loaded; None before the first one, and after one that failed half-way."""
+        ...
+
+    def load_policy(self, policy: PolicyVersion) -> None:
+        """Loads a snapshot without a restart and forgets all that the old weights computed.
+
+        Raises Mismatch for a snapshot whose digest is not the announced one; the old weights then stay.
+        """
+        ...
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        """Outcome i answers request i. An engine that fails as a whole raises: then it must not be used any more."""
+        ...
+
+    def close(self) -> None:
+        """Gives back the memory and ends child processes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """Turns requests into what engines read, through the reader that the trainer uses too."""
+
+    reader: PromptReader
+    eos_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Prompting:
+        reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        return cls(reader=reader, eos_ids=_eos_ids(path, reader.tokenizer))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, logical: the tokenizer's ids."""
+        return self.reader.vocab_size
+
+    @property
+    def vision_token_ids(self) -> tuple[int, ...]:
+        return tuple(sorted(self.reader.vision_token_ids))
+
+    def read(self, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
+        """The prompt's token ids, one placeholder per image, and the RGB images in that order.
+
+        Raises InvalidInput for a request that no worker can answer.
+        """
+        check_settings(request)
+        by_sha = {image.sha256: image for image in request.images}
+        named = [part.sha256 for m in request.messages for part in m.content if isinstance(part, ImagePart)]
+        if missing := [sha for sha in named if sha not in by_sha]:
+            raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
+        decoded = {sha: decode(by_sha[sha]) for sha in set(named)}
+        return self.reader.rendered_ids(request.messages), [decoded[sha] for sha in named]
+
+
+def check_settings(request: RolloutRequest) -> None:
+    """Raises InvalidInput for sampling settings out of range; NaN is out of every range."""
+    sampling = request.sampling
+    if not request.messages:
+        raise InvalidInput(f"group {request.group_id!r} has no messages; a prompt needs at least one")
+    if not 0 <= sampling.temperature <= 100:
+        raise InvalidInput(f"temperature is {sampling.temperature}; it must be 0 (greedy) or more, at most 100")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidInput(f"top_p is {sampling.top_p}; it must be above 0 and at most 1")
+    if request.num_rollouts < 1 or sampling.max_new_tokens < 1:
+        raise InvalidInput(
+            f"num_rollouts is {request.num_rollouts} and max_new_tokens {sampling.max_new_tokens}; "
+            "both must be at least 1"
+        )
+
+
+def check_version(request: RolloutRequest, policy: PolicyVersion) -> None:
+    """Raises Mismatch for a request that wants other weights than those loaded."""
+    if request.policy_version != policy.version:
+        raise Mismatch(
+            f"group {request.group_id!r} wants policy version {request.policy_version}, "
+            f"version {policy.version} is loaded; load that one first"
+        )
+
+
+def sibling_seed(request: RolloutRequest) -> int:
+    """The seed of sibling 0; sibling k has this plus k (as vLLM does by itself).
+
+    Made of the run's seed and the group, so that groups differ, and a request that is delivered again draws the same
+    numbers. 62 bits, so that adding k never leaves a signed 64-bit integer.
+    """
+    digest = hashlib.sha256(f"{request.sampling.seed}:{request.group_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def make_rollout(
+    request: RolloutRequest, index: int, *, response_ids: Sequence[int], logprobs: Sequence[float], finish: FinishReason
+) -> Rollout:
+    """Raises NumericalError for a log-prob that isn't finite: such weights must not sample on."""
+    values = np.asarray(logprobs, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise NumericalError(
+            f"group {request.group_id!r}, rollout {index}: the student's log-probs are not all finite; its weights of "
+            f"policy version {request.policy_version} are damaged or have diverged"
+        )
+    return Rollout(
+        rollout_id=f"{request.group_id}/{index}",
+        response_ids=np.asarray(response_ids, dtype=np.int32),
+        rollout_logprobs=np.minimum(values, 0.0),  # rounding may leave a certain token's at +1e-8
+        finish_reason=finish,
+    )
+
+
+def make_group(
+    request: RolloutRequest,
+    policy: PolicyVersion,
+    *,
+    prompt_token_ids: Sequence[int],
+    rollouts: Sequence[Rollout],
+    worker: str,
+    generation_s: float,
+) -> RolloutGroup:
+    return RolloutGroup(
+        group_id=request.group_id,
+        policy_version=policy.version,
+        policy_sha256=policy.sha256,
+        prompt_token_ids=np.asarray(prompt_token_ids, dtype=np.int32),
+        rollouts=tuple(rollouts),
+        worker=worker,
+        generation_s=generation_s,
+    )
+
+
+def _eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Where a response ends: generation_config.json's EOS ids; without that file, the tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the file is optional
+        declared = None
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    if not ids:
+        raise InvalidInput(f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id")
+    return tuple(ids)

@@ -1,0 +1,49 @@
+"""Held-out accuracy of one model, with the rollout engine in this process: no queue, no trainer, no teacher."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vaopd.config import Config
+from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result, is_correct
+from vaopd.files.hub import model_folder
+from vaopd.run.snapshots import snapshot_of
+from vaopd.sampling.build import build_engine
+from vaopd.sampling.engine import Outcome
+from vaopd.types import Prompt, RolloutGroup
+from vaopd.vlm.prompts import load_processor
+
+
+def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Callable[[int], None]) -> HeldOutResult:
+    """avg@n of `config.student.model` over `prompts`; a prompt that the engine refuses counts as wrong.
+
+    on_progress: called with the number of prompts answered so far.
+    """
+    name = config.student.model
+    folder = model_folder(name, role="student")
+    tokenizer = load_processor(folder).tokenizer
+
+    def grade(outcome: Outcome, answer: str) -> list[bool]:
+        if not isinstance(outcome, RolloutGroup):
+            return [False] * config.evaluation.samples
+        texts = (tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in outcome.rollouts)
+        return [is_correct(text, answer) for text in texts]
+
+    with tempfile.TemporaryDirectory(prefix="vaopd-eval-") as scratch:
+        policy = snapshot_of(folder, Path(scratch))
+        engine = build_engine(config, worker="eval")
+        try:
+            engine.load_policy(policy)
+            correct: dict[str, list[bool]] = {}
+            requests = list(held_out_requests(prompts, version=policy.version, config=config))
+            size = config.rollout.requests_per_batch
+            for start in range(0, len(requests), size):
+                batch = requests[start : start + size]
+                for request, outcome, prompt in zip(batch, engine.generate(batch), prompts[start:], strict=False):
+                    correct[request.group_id] = grade(outcome, prompt.answer)
+                on_progress(len(correct))
+            return held_out_result(correct)
+        finally:
+            engine.close()

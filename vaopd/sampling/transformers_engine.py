@@ -1,0 +1,181 @@
+"""transformers' `generate` as a rollout engine, for hosts without vLLM. One request after the other, K rows each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from vaopd.errors import InvalidInput, Mismatch
+from vaopd.run.snapshots import verify_snapshot
+from vaopd.sampling.engine import (
+    FinishReason,
+    Outcome,
+    Prompting,
+    RefusedRequest,
+    check_version,
+    make_group,
+    make_rollout,
+    sibling_seed,
+)
+from vaopd.types import PolicyVersion, Rollout, RolloutGroup, RolloutRequest
+from vaopd.vlm.model import Vlm
+from vaopd.vlm.prompts import PreparedPrompt
+
+
+class TransformersEngine:
+    """`model` is a folder or hub id, whose processor and EOS ids hold for all its snapshots."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        worker: str,
+        dtype: str = "float32",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        self._worker = worker
+        self._dtype = dtype
+        self._min_pixels = min_pixels
+        self._max_pixels = max_pixels
+        self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._vlm: Vlm | None = None
+        self._policy: PolicyVersion | None = None
+
+    @property
+    def policy(self) -> PolicyVersion | None:
+        return self._policy
+
+    def load_policy(self, policy: PolicyVersion) -> None:
+        verify_snapshot(policy)
+        self._policy = None
+        self._vlm = None  # before the new weights arrive, so that both are never in memory
+        vlm = Vlm.load(
+            policy.path,
+            dtype=self._dtype,
+            device=str(self._device),
+            min_pixels=self._min_pixels,
+            max_pixels=self._max_pixels,
+        )
+        # Empty, so that nothing of the model's own (top_k, repetition_penalty, …) is mixed into a request's settings.
+        vlm.model.generation_config = GenerationConfig()
+        self._vlm = vlm
+        self._policy = policy
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        vlm, policy = self._vlm, self._policy
+        if vlm is None or policy is None:
+            raise Mismatch("no policy is loaded; call load_policy first")
+        outcomes: list[Outcome] = []
+        for request in requests:
+            try:
+                check_version(request, policy)
+                outcomes.append(self._group(vlm, policy, request))
+            except RefusedRequest as error:
+                outcomes.append(error)
+        return outcomes
+
+    def close(self) -> None:
+        self._vlm = None
+        self._policy = None
+
+    def _group(self, vlm: Vlm, policy: PolicyVersion, request: RolloutRequest) -> RolloutGroup:
+        start = time.monotonic()
+        prompt = self._prompt(vlm, request)
+        ids_KT, logprobs_KT = self._sample(vlm, request, prompt)
+        if request.sampling.temperature == 0:
+            ids_KT = np.repeat(ids_KT, request.num_rollouts, axis=0)
+            logprobs_KT = np.repeat(logprobs_KT, request.num_rollouts, axis=0)
+        return make_group(
+            request,
+            policy,
+            prompt_token_ids=prompt.token_ids.tolist(),
+            rollouts=[self._cut(request, k, ids_KT[k], logprobs_KT[k]) for k in range(request.num_rollouts)],
+            worker=self._worker,
+            generation_s=time.monotonic() - start,
+        )
+
+    def _prompt(self, vlm: Vlm, request: RolloutRequest) -> PreparedPrompt:
+        ids, images = self._prompting.read(request)
+        prepared = [vlm.prepare_image(image) for image in images]
+        expanded = vlm.expand(ids, prepared)
+        if len(expanded) >= vlm.max_tokens:
+            raise InvalidInput(
+                f"the prompt of group {request.group_id!r} has {len(expanded)} tokens, the model's limit is "
+                f"{vlm.max_tokens} with the response; shorten it or scale its images down"
+            )
+        return vlm.from_token_ids(expanded, prepared)
+
+    @torch.inference_mode()
+    def _sample(self, vlm: Vlm, request: RolloutRequest, prompt: PreparedPrompt) -> tuple[np.ndarray, np.ndarray]:
+        """Response ids and log-probs, (K, T) each, or (1, T) when greedy; what follows the first EOS means nothing."""
+        sampling = request.sampling
+        greedy = sampling.temperature == 0
+        settings: dict[str, Any] = {"do_sample": False}
+        if not greedy:
+            settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            settings["num_return_sequences"] = request.num_rollouts
+        recorder = _BanAndRecord(vlm.vocab_size, self._prompting.vision_token_ids)
+        input_ids = torch.from_numpy(prompt.token_ids)[None].to(self._device)
+        with torch.random.fork_rng():
+            torch.manual_seed(sibling_seed(request))
+            sequences = vlm.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=GenerationConfig(
+                    max_new_tokens=min(sampling.max_new_tokens, vlm.max_tokens - input_ids.shape[1]),
+                    eos_token_id=list(self._prompting.eos_ids),
+                    pad_token_id=self._prompting.eos_ids[0],
+                    **settings,
+                ),
+                logits_processor=LogitsProcessorList([recorder]),
+                **vlm.family.generation_inputs(vlm.model, input_ids, prompt.images),
+            )
+        response_KT = sequences[:, input_ids.shape[1] :]
+        return response_KT.cpu().numpy(), recorder.logprobs(response_KT).cpu().numpy()
+
+    def _cut(self, request: RolloutRequest, index: int, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
+        ends = np.flatnonzero(np.isin(ids, self._prompting.eos_ids))
+        length = int(ends[0]) + 1 if ends.size else len(ids)
+        finish: FinishReason = "stop" if ends.size else "length"
+        return make_rollout(
+            request, index, response_ids=ids[:length].tolist(), logprobs=logprobs[:length].tolist(), finish=finish
+        )
+
+
+class _BanAndRecord(LogitsProcessor):
+    """Stands before temperature and top-p: keeps the student's own log-probs, then bans what must not be sampled.
+
+    Only one step's (K, V) log-probs exist at a time: which token was sampled from them shows at the next step.
+    """
+
+    def __init__(self, vocab_size: int, banned: Sequence[int]) -> None:
+        self._vocab_size = vocab_size
+        self._banned = list(banned)
+        self._pending: torch.Tensor | None = None
+        self._recorded: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self._pending is not None:
+            self._record(input_ids[:, -1])
+        self._pending = scores[:, : self._vocab_size].float().log_softmax(dim=-1)
+        allowed = scores.clone()
+        allowed[:, self._vocab_size :] = float("-inf")
+        allowed[:, self._banned] = float("-inf")
+        return allowed  # type: ignore[return-value]
+
+    def logprobs(self, response_KT: torch.Tensor) -> torch.Tensor:
+        """(K, T) float32, once generation is over."""
+        self._record(response_KT[:, -1])
+        return torch.stack(self._recorded, dim=1)
+
+    def _record(self, sampled_K: torch.Tensor) -> None:
+        assert self._pending is not None
+        self._recorded.append(self._pending.gather(1, sampled_K[:, None])[:, 0])

@@ -1,0 +1,165 @@
+"""vLLM as a rollout engine; `vllm_extension` runs inside vLLM.
+
+In: requests. Out: groups, K siblings from one vLLM request each, so that prompt and image are computed once. New
+weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says what was measured and what did not work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
+from vaopd.run.snapshots import verify_snapshot
+from vaopd.sampling.engine import (
+    Outcome,
+    Prompting,
+    RefusedRequest,
+    check_version,
+    make_group,
+    make_rollout,
+    sibling_seed,
+)
+from vaopd.types import PolicyVersion, Rollout, RolloutRequest
+from vaopd.vlm import vllm_start
+
+# The engine would no longer be what the trainer takes it for.
+_OURS = ("model", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "mm_processor_kwargs")
+
+
+class VllmEngine:
+    """`model` is a folder or hub id; its own weights are never sampled from: `load_policy` comes first."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        worker: str,
+        dtype: str = "bfloat16",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        options = dict(options or {})
+        if taken := sorted(set(options) & set(_OURS) - {"dtype"}):
+            raise ConfigError(f"rollout.engine_options.{taken[0]} is what the worker sets itself; leave it out")
+        if options.pop("dtype", dtype) != dtype:
+            raise ConfigError(f"rollout.engine_options.dtype must be student.dtype, which is {dtype}; leave it out")
+        self._worker = worker
+        self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._policy: PolicyVersion | None = None
+        self._llm = vllm_start.start(
+            model,
+            dtype=dtype,
+            options=options,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            extension="vaopd.sampling.vllm_extension.RolloutExtension",
+            logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: the student's own at temperature 1
+        )
+        self._max_images = vllm_start.max_images(self._llm)
+        self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._prompting.vocab_size,))
+
+    @property
+    def policy(self) -> PolicyVersion | None:
+        return self._policy
+
+    def load_policy(self, policy: PolicyVersion) -> None:
+        verify_snapshot(policy)
+        self._policy = None
+        self._llm.collective_rpc("load_snapshot", args=(policy.path,))
+        # Keys, values and image features of the old weights must not be met again. The encoder cache has two halves:
+        # the runner's is emptied by reload_weights, the scheduler's is not, and would promise features that are gone.
+        self._llm.llm_engine.reset_encoder_cache()
+        if not self._llm.reset_prefix_cache():
+            raise VaopdError("vLLM did not reset its prefix cache, since requests still run; start the worker anew")
+        self._policy = policy
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        policy = self._policy
+        if policy is None:
+            raise Mismatch("no policy is loaded; call load_policy first")
+        start = time.monotonic()
+        outcomes: dict[int, Outcome] = {}
+        accepted: list[int] = []
+        for index, request in enumerate(requests):
+            try:
+                self._enqueue(request, policy)
+                accepted.append(index)
+            except RefusedRequest as error:
+                outcomes[index] = error
+        # In the order of their arrival; the ids that enqueue returns are internal ones, which outputs don't bear.
+        finished = self._llm.wait_for_completion(use_tqdm=False)
+        generation_s = time.monotonic() - start
+        if len(finished) != len(accepted):
+            raise VaopdError(f"vLLM answered {len(finished)} of {len(accepted)} requests; its log says why")
+        for index, output in zip(accepted, finished, strict=True):
+            request = requests[index]
+            outcomes[index] = make_group(
+                request,
+                policy,
+                prompt_token_ids=output.prompt_token_ids,
+                rollouts=_rollouts(request, output),
+                worker=self._worker,
+                generation_s=generation_s,
+            )
+        return [outcomes[index] for index in range(len(requests))]
+
+    def close(self) -> None:
+        vllm_start.stop(self._llm)
+
+    def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
+        check_version(request, policy)
+        token_ids, images = self._prompting.read(request)
+        if len(images) > self._max_images:
+            raise LimitExceeded(
+                f"group {request.group_id!r} has {len(images)} images, the limit is {self._max_images}; "
+                "raise rollout.engine_options.limit_mm_per_prompt"
+            )
+        from vllm.exceptions import VLLMClientError
+
+        prompt: dict[str, Any] = {"prompt_token_ids": token_ids}
+        if images:
+            prompt["multi_modal_data"] = {"image": images}
+        try:
+            # One at a time, so that a refused request does not take the others with it.
+            self._llm.enqueue(prompt, self._sampling(request), use_tqdm=False)
+        except (VLLMClientError, ValueError) as error:
+            raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
+
+    def _sampling(self, request: RolloutRequest) -> Any:
+        from vllm import SamplingParams
+
+        sampling = request.sampling
+        greedy = sampling.temperature == 0
+        return SamplingParams(
+            # Greedy siblings are equal, and vLLM refuses to compute them K times.
+            n=1 if greedy else request.num_rollouts,
+            temperature=sampling.temperature,
+            top_p=1.0 if greedy else sampling.top_p,
+            top_k=0,
+            max_tokens=sampling.max_new_tokens,
+            seed=None if greedy else sibling_seed(request),
+            logprobs=0,  # the sampled token's own, nothing else
+            logit_bias={token_id: float("-inf") for token_id in self._prompting.vision_token_ids},
+            # Exactly the EOS ids that the model declares; vLLM's own idea of EOS is switched off.
+            ignore_eos=True,
+            stop_token_ids=list(self._prompting.eos_ids),
+            detokenize=False,
+        )
+
+
+def _rollouts(request: RolloutRequest, output: Any) -> list[Rollout]:
+    siblings = sorted(output.outputs, key=lambda sibling: sibling.index)
+    if len(siblings) == 1:
+        siblings *= request.num_rollouts  # greedy
+    rollouts = []
+    for index, sibling in enumerate(siblings):
+        if sibling.finish_reason not in ("stop", "length"):
+            raise VaopdError(f"vLLM ended group {request.group_id!r} with {sibling.finish_reason!r}; its log says why")
+        ids = list(sibling.token_ids)
+        # (T,) dicts, each with the sampled token's log-prob.
+        logprobs = [step[token_id].logprob for step, token_id in zip(sibling.logprobs, ids, strict=True)]
+        rollouts.append(make_rollout(request, index, response_ids=ids, logprobs=logprobs, finish=sibling.finish_reason))
+    return rollouts

@@ -1,0 +1,50 @@
+"""Runs inside vLLM's worker processes (`worker_extension_cls`); its methods are called through `collective_rpc`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+
+# vLLM imports this module early in each of its worker processes, which may import a processor later on.
+ensure_torchvision()
+
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
+
+
+class RolloutExtension:
+    """What vLLM's worker must do beyond its own, for rollouts that train."""
+
+    model_runner: Any  # vLLM's worker, whose base class this becomes, has both
+    reload_weights: Any
+
+    def narrow_to_logical_vocabulary(self, vocab_size: int) -> None:
+        """Narrows the model's output to the tokenizer's ids.
+
+        LM heads are padded (Qwen3-VL: 151 936 rows for 151 669 ids). With the padding at minus infinity it is never
+        sampled, and the raw log-probs are normalised over the logical vocabulary, as the trainer's are. Doing it here
+        costs one assignment per step; `allowed_token_ids` would cost a list of the whole vocabulary with every request,
+        and `logit_bias` would leave the padding's mass in the log-probs.
+        """
+        model = self.model_runner.get_model()
+        compute_logits = model.compute_logits
+
+        def narrowed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            logits = compute_logits(*args, **kwargs)
+            # None on tensor-parallel ranks that don't sample.
+            if logits is not None:
+                logits[..., vocab_size:] = float("-inf")
+            return logits
+
+        model.compute_logits = narrowed
+
+    def load_snapshot(self, folder: str) -> None:
+        """New weights in place, the tied LM head included."""
+        self.reload_weights(weights_path=folder)
+        # On a CPU, vLLM computes with a packed copy of each matrix. A tied head is not in the snapshot, so reloading
+        # leaves its copy as it was: the new layers would be read through the old head.
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,84 @@
+"""Log lines for people or for machines: `text`, or `json` with one object per line.
+
+    {"time": "2026-11-24T13:05:14.482Z", "level": "INFO", "process": "teacher", "logger": "vaopd_teacher.rpc.servicer",
+     "message": "job 'geometry': 2 groups, …", "job": "geometry", "groups": ["train-000003-0001", "train-000003-0002"]}
+
+Ids are fields in JSON and are left out of the text, so that a group can be followed through all processes without a
+line per group in a terminal: `log.info("…", extra=fields(job=job, groups=ids))`. The request's id and, where traces are
+on, those of trace and span are added to every line by themselves. Standard library only.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from vaopd.errors import ConfigError
+from vaopd.telemetry import tracing
+
+FORMATS = ("text", "json")
+FORMAT_VARIABLE = "VAOPD_LOG_FORMAT"
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+REQUEST_ID_KEY = "x-request-id"
+"""The gRPC metadata that carries it."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""Of the request that is being answered. The API's middleware sets it, the teacher's client hands it on."""
+
+_shared: dict[str, Any] = {}
+
+
+def fields(**values: Any) -> dict[str, dict[str, Any]]:
+    """The `extra` of a log call: `job`, `group` or `groups`, `step`, `policy_version`. Ids and numbers, never texts."""
+    return {"fields": values}
+
+
+def set_up(format: str, **shared: Any) -> None:
+    """Where log lines of this process go, which is standard error, and how they look. `shared`: see `share`."""
+    if format not in FORMATS:
+        raise ConfigError(f"log format {format!r}; use {' or '.join(FORMATS)} (--log-format, {FORMAT_VARIABLE})")
+    share(**shared)
+    if format == "text":
+        logging.basicConfig(level=logging.INFO, format=TEXT)
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    # vLLM's own lines then come through here too; progress bars have no place between objects.
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def share(**values: Any) -> None:
+    """Fields of every line of this process from here on: its role, and its job where it has one; None is left out."""
+    _shared.update({key: value for key, value in values.items() if value is not None})
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname,
+            **_shared,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (name := request_id.get()) is not None:
+            line["request"] = name
+        line |= tracing.ids()
+        given: Mapping[str, Any] = getattr(record, "fields", {})
+        line |= {key: value for key, value in given.items() if value is not None}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)

@@ -1,0 +1,64 @@
+"""InternVL (2.5, 3, 3.5 in transformers' own format): tiles of one size, marks around an image's tokens, plain RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+
+from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
+from vaopd.vlm.shared_attention import Layout
+
+
+class InternVL:
+    tp_plan: TpPlan = "auto"
+
+    def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
+        features = processor.image_processor(images=[image], crop_to_patches=True, return_tensors="pt")
+        tiles = int(features["num_patches"][0])
+        height, width = features["pixel_values"].shape[-2:]
+        return PreparedImage(
+            pixel_values=features["pixel_values"],
+            grid=(tiles, height, width),
+            num_tokens=tiles * processor.image_seq_length,
+        )
+
+    def image_token_id(self, config: Any) -> int:
+        return int(config.image_token_id)
+
+    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        inside = [self.image_token_id(config)] * image.num_tokens
+        return [processor.start_image_token_id, *inside, processor.end_image_token_id]
+
+    def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
+        video = processor.tokenizer.get_vocab().get(processor.video_token)
+        return frozenset(processor.image_token_ids) | (frozenset() if video is None else {video})
+
+    def vision_tower(self, model: Any) -> torch.nn.Module:
+        return model.model.vision_tower
+
+    def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        pixels = torch.cat([image.pixel_values for image in images]).to(model.model.vision_tower.device)
+        tiles = model.model.get_image_features(pixels, return_dict=True).pooler_output
+        return [(part.flatten(0, 1),) for part in tiles.split([image.grid[0] for image in images])]
+
+    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
+        if not images:
+            return {}
+        return {"pixel_values": torch.cat([image.pixel_values for image in images]).to(input_ids.device)}
+
+    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        return torch.arange(len(token_ids))[None]
+
+    def hidden(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        features: Sequence[ImageFeatures],
+        layout: Layout,
+    ) -> torch.Tensor:
+        embeddings = [part for (part,) in features]
+        return packed_hidden(model, self.image_token_id(model.config), input_ids[None], positions, embeddings, layout)

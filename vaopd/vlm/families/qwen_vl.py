@@ -1,0 +1,117 @@
+"""Qwen2.5-VL and Qwen3-VL: patches and grids, multimodal RoPE; Qwen3-VL adds deepstack features to the first layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+
+from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
+from vaopd.vlm.shared_attention import Layout
+
+_SPLIT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+_SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+
+
+class Qwen25VL:
+    tp_plan: TpPlan = "auto"
+
+    def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
+        features = processor.image_processor(images=[image], return_tensors="pt")
+        grid = tuple(int(n) for n in features["image_grid_thw"][0])
+        merge = processor.image_processor.merge_size
+        return PreparedImage(
+            pixel_values=features["pixel_values"],
+            grid=grid,  # type: ignore[arg-type]
+            num_tokens=grid[0] * grid[1] * grid[2] // merge**2,
+        )
+
+    def image_token_id(self, config: Any) -> int:
+        return int(config.image_token_id)
+
+    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        return [self.image_token_id(config)] * image.num_tokens
+
+    def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
+        # <|vision_pad|> is in the tokenizer only, the configuration has no field for it.
+        pad = processor.tokenizer.get_vocab().get("<|vision_pad|>")
+        ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        return frozenset(ids) | (frozenset() if pad is None else {pad})
+
+    def vision_tower(self, model: Any) -> torch.nn.Module:
+        return model.model.visual
+
+    def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        return [(embeddings,) for embeddings in self._encode(model, images).pooler_output]
+
+    @staticmethod
+    def _encode(model: Any, images: Sequence[PreparedImage]) -> Any:
+        device = model.model.visual.device
+        return model.model.get_image_features(
+            torch.cat([image.pixel_values for image in images]).to(device), _grids(images, device), return_dict=True
+        )
+
+    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
+        if not images:
+            return {}
+        return {
+            "pixel_values": torch.cat([image.pixel_values for image in images]).to(input_ids.device),
+            "image_grid_thw": _grids(images, input_ids.device),
+            "mm_token_type_ids": (input_ids == self.image_token_id(model.config)).int(),
+        }
+
+    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        positions, _ = model.model.get_rope_index(
+            token_ids[None],
+            mm_token_type_ids=(token_ids == self.image_token_id(model.config)).int()[None],
+            image_grid_thw=_grids(images, token_ids.device) if images else None,
+        )
+        return positions[:, 0]
+
+    def hidden(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        features: Sequence[ImageFeatures],
+        layout: Layout,
+    ) -> torch.Tensor:
+        return packed_hidden(
+            model,
+            self.image_token_id(model.config),
+            input_ids[None],
+            positions[:, None],
+            [embeddings for embeddings, *_ in features],
+            layout,
+            **self._deeper(model, input_ids[None], features),
+        )
+
+    def _deeper(self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
+        """What the text model takes besides embeddings."""
+        return {}
+
+
+class Qwen3VL(Qwen25VL):
+    # transformers 5.19 has none for it; this is Qwen2.5-VL's. The norms of queries and keys go over one head each.
+    tp_plan: TpPlan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
+        f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
+    }
+
+    def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        features = self._encode(model, images)
+        return list(zip(features.pooler_output, *features.deepstack_features, strict=True))
+
+    def _deeper(self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
+        if not features:
+            return {}
+        _, *deepstack = zip(*features, strict=True)
+        return {
+            "visual_pos_masks": input_ids == self.image_token_id(model.config),
+            "deepstack_visual_embeds": [torch.cat(layer) for layer in deepstack],
+        }
+
+
+def _grids(images: Sequence[PreparedImage], device: torch.device) -> torch.Tensor:
+    return torch.tensor([image.grid for image in images], device=device)

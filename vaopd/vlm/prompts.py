@@ -1,0 +1,185 @@
+"""Prompts as models read them: chat template, placeholders, vision ids, checks. No weights are needed for any of it.
+
+What arrives: messages or token ids, decoded images. What leaves: token ids with every image's placeholders in place.
+Teacher, trainer and rollout worker all read prompts through `PromptReader`. Nothing here is specific to a family: see
+`vaopd.vlm.families`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from vaopd.errors import ConfigError, InvalidInput, Mismatch
+from vaopd.types import ImagePart, Message
+from vaopd.vlm.families import Family, PreparedImage, family_for
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedPrompt:
+    """A prompt as a model reads it: token_ids (P,) int64, placeholders expanded, and one image per placeholder run."""
+
+    token_ids: np.ndarray
+    images: tuple[PreparedImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReader:
+    """A model's processor, configuration and family."""
+
+    processor: Any
+    config: Any
+    family: Family
+
+    @classmethod
+    def open(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> PromptReader:
+        """Of a model folder or hub id."""
+        processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path)
+        return cls(processor=processor, config=config, family=family_for(config.model_type))
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """V, logical: the tokenizer's ids. The LM head may be padded to more rows."""
+        return len(self.tokenizer)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """Prompt and response together."""
+        return int(self.config.get_text_config().max_position_embeddings)
+
+    @cached_property
+    def vision_token_ids(self) -> frozenset[int]:
+        """Never sampled and never scored: inside a response they would be taken for places of image features."""
+        return self.family.vision_token_ids(self.processor, self.config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
+        return self.family.prepare_image(self.processor, image)
+
+    def render(self, messages: Sequence[Message], images: Mapping[str, PreparedImage]) -> PreparedPrompt:
+        """The prompt of `messages` in the chat template; `images` by SHA-256, each used as often as it is named."""
+        named = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
+        if missing := [sha for sha in named if sha not in images]:
+            raise InvalidInput(f"the messages name image {missing[0][:12]}…, which was not sent along")
+        prepared = tuple(images[sha] for sha in named)
+        return PreparedPrompt(token_ids=self.expand(self.rendered_ids(messages), prepared), images=prepared)
+
+    def rendered_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt of `messages` with one placeholder per image, as inference engines take it beside the images."""
+        text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
+        if (found := ids.count(self.family.image_token_id(self.config))) != images:
+            raise InvalidInput(
+                f"the rendered prompt holds {found} image placeholders for {images} images; "
+                "a text must not contain the placeholder itself"
+            )
+        return ids
+
+    def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:
+        """(P,) int64: puts each image's tokens in the place of its one placeholder."""
+        placeholder = self.family.image_token_id(self.config)
+        tokens = (self.family.image_tokens(self.processor, self.config, image) for image in images)
+        return np.array([t for i in ids for t in (next(tokens) if i == placeholder else (i,))], dtype=np.int64)
+
+    def from_token_ids(self, token_ids: np.ndarray, images: Sequence[PreparedImage]) -> PreparedPrompt:
+        """A prompt that somebody else rendered; every placeholder run must fit its image's grid."""
+        ids = np.asarray(token_ids, dtype=np.int64)
+        if ids.size == 0:
+            raise InvalidInput("the prompt is empty; it needs at least one token")
+        self._check_ids(ids, "prompt")
+        is_image = np.concatenate(([False], ids == self.family.image_token_id(self.config), [False]))
+        edges = np.flatnonzero(is_image[1:] != is_image[:-1])
+        runs = [int(end - start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+        wanted = [image.num_tokens for image in images]
+        if runs != wanted:
+            grids = [image.grid for image in images]
+            raise InvalidInput(
+                f"the prompt holds placeholder runs of {runs} tokens, the images' grids {grids} need {wanted}; "
+                "student and teacher must use the same image processor settings"
+            )
+        return PreparedPrompt(token_ids=ids, images=tuple(images))
+
+    def _check_ids(self, ids: np.ndarray, name: str) -> None:
+        if (bad := ids[(ids < 0) | (ids >= self.vocab_size)]).size:
+            raise InvalidInput(f"{name} token id {bad[0]} is outside the vocabulary [0, {self.vocab_size})")
+
+    def check_response(self, response_ids: np.ndarray, prompt: PreparedPrompt, *, max_tokens: int) -> None:
+        """Raises InvalidInput for a response that can't be scored after `prompt`."""
+        ids = np.asarray(response_ids)
+        if ids.size == 0:
+            raise InvalidInput("the response is empty; it needs at least one token (the EOS counts)")
+        self._check_ids(ids, "response")
+        if (vision := ids[np.isin(ids, list(self.vision_token_ids))]).size:
+            raise InvalidInput(f"response token id {vision[0]} is a vision placeholder; ban it when sampling")
+        if (total := len(prompt.token_ids) + ids.size) > max_tokens:
+            raise InvalidInput(
+                f"prompt ({len(prompt.token_ids)}) and response ({ids.size}) have {total} tokens, "
+                f"the limit is {max_tokens}; shorten the response or scale the image down"
+            )
+
+
+def load_processor(path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """The processor of a folder or hub id. Pixel bounds override its own; all processes of a job must use the same."""
+    ensure_torchvision()
+    from transformers import AutoProcessor
+
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    try:
+        return AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
+    except OSError:
+        raise ConfigError(
+            f"no model with a processor at {str(path)!r}; give a folder that exists or a hub id that can be reached"
+        ) from None
+
+
+def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates read."""
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+                for part in message.content
+            ],
+        }
+        for message in messages
+    ]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex SHA-256 over the logical vocabulary, id by id, added tokens included. Equal means: ids mean the same."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
+
+
+def check_same_tokenizer(*, student: str, teacher: str) -> None:
+    """Raises Mismatch, naming both fingerprints, when they differ."""
+    if student != teacher:
+        raise Mismatch(
+            f"student's tokenizer {student[:12]}… and teacher's {teacher[:12]}… have different vocabularies; "
+            "token ids can't be shared. Use models of one family"
+        )

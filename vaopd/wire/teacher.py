@@ -1,0 +1,149 @@
+"""Types ↔ protobuf, in both directions; used by the client, the servicer and the queue. Torch-free."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from vaopd import types as t
+from vaopd.errors import InvalidInput
+from vaopd.pb import teacher_pb2
+from vaopd.wire.common import messages_to_pb
+
+PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
+    "none": teacher_pb2.PAYLOAD_KIND_NONE,
+    "hidden": teacher_pb2.PAYLOAD_KIND_HIDDEN,
+    "hidden_int8": teacher_pb2.PAYLOAD_KIND_HIDDEN_INT8,
+    "top_k": teacher_pb2.PAYLOAD_KIND_TOP_K,
+    "sampled": teacher_pb2.PAYLOAD_KIND_SAMPLED,
+}
+DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
+    "pixelate": teacher_pb2.DEGRADATION_KIND_PIXELATE,
+    "blur": teacher_pb2.DEGRADATION_KIND_BLUR,
+    "mean_colour": teacher_pb2.DEGRADATION_KIND_MEAN_COLOUR,
+    "black": teacher_pb2.DEGRADATION_KIND_BLACK,
+    "noise": teacher_pb2.DEGRADATION_KIND_NOISE,
+}
+_IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
+"""Guesses for prompts and responses that come as texts."""
+_PAYLOAD_NAMES = {value: name for name, value in PAYLOAD_KINDS.items()}
+_DEGRADATION_NAMES = {value: name for name, value in DEGRADATION_KINDS.items()}
+
+
+def score_request_to_pb(
+    requests: Sequence[t.ScoreRequest],
+    *,
+    job: str,
+    payload: t.PayloadKind,
+    top_k: int = 0,
+    degradation: t.Degradation = t.Degradation(),
+    tokenizer_fingerprint: str = "",
+    revision: str = "",
+    with_token_texts: bool = False,
+) -> teacher_pb2.ScoreGroupsRequest:
+    return teacher_pb2.ScoreGroupsRequest(
+        job=job,
+        groups=[_prompt_group_to_pb(request) for request in requests],
+        payload=PAYLOAD_KINDS[payload],
+        top_k=top_k,
+        degradation=teacher_pb2.Degradation(kind=DEGRADATION_KINDS[degradation.kind], strength=degradation.strength),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        revision=revision,
+        with_token_texts=with_token_texts,
+    )
+
+
+def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
+    group = teacher_pb2.PromptGroup(
+        group_id=request.group_id,
+        rollouts=[_rollout_tokens(str(k), response) for k, response in enumerate(request.responses)],
+    )
+    if (request.prompt_token_ids is None) == (request.messages is None):
+        raise InvalidInput(f"group {request.group_id!r} needs exactly one of prompt_token_ids and messages")
+    if request.messages is not None:
+        group.messages.messages.extend(messages_to_pb(request.messages))
+    else:
+        group.tokens.token_ids.extend(request.prompt_token_ids)
+        group.tokens.image_sha256.extend(image.sha256 for image in request.images)
+    return group
+
+
+def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.RolloutTokens:
+    if isinstance(response, str):
+        return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_text=response)
+    return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_ids=response)
+
+
+def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
+    """P: exact for token ids, a guess for messages, which only the teacher can read."""
+    if group.WhichOneof("prompt") != "messages":
+        return len(group.tokens.token_ids)
+    parts = [part for message in group.messages.messages for part in message.content]
+    return sum(_IMAGE_TOKENS if part.image_sha256 else len(part.text) // TOKEN_LETTERS for part in parts)
+
+
+def tokens_of(group: teacher_pb2.PromptGroup) -> int:
+    """What counts towards `max_tokens_per_request`: the prompt once, and the responses."""
+    responses = (len(r.response_ids) + len(r.response_text) // TOKEN_LETTERS for r in group.rollouts)
+    return prompt_tokens_of(group) + sum(responses)
+
+
+def payload_kind_from_pb(kind: int) -> t.PayloadKind:
+    """Raises KeyError for a number that is no payload; unspecified means none."""
+    return _PAYLOAD_NAMES[kind or teacher_pb2.PAYLOAD_KIND_NONE]  # type: ignore[index]
+
+
+def degradation_from_pb(message: teacher_pb2.Degradation) -> t.Degradation:
+    """Unspecified means the paper's pixelation. Raises KeyError for a number that is no degradation."""
+    if message.kind == teacher_pb2.DEGRADATION_KIND_UNSPECIFIED:
+        return t.Degradation()
+    return t.Degradation(kind=_DEGRADATION_NAMES[message.kind], strength=message.strength)
+
+
+def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription:
+    return teacher_pb2.TeacherDescription(
+        model=d.model,
+        revision=d.revision,
+        tokenizer_fingerprint=d.tokenizer_fingerprint,
+        vocab_size=d.vocab_size,
+        hidden_size=d.hidden_size,
+        dtype=d.dtype,
+        limits=teacher_pb2.Limits(
+            max_groups_per_request=d.limits.max_groups_per_request,
+            max_rollouts_per_group=d.limits.max_rollouts_per_group,
+            max_tokens_per_rollout=d.limits.max_tokens_per_rollout,
+            max_image_bytes=d.limits.max_image_bytes,
+            max_image_pixels=d.limits.max_image_pixels,
+            max_message_bytes=d.limits.max_message_bytes,
+            max_tokens_per_request=d.limits.max_tokens_per_request,
+        ),
+        payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
+        degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
+    )
+
+
+def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDescription:
+    limits = message.limits
+    return t.TeacherDescription(
+        model=message.model,
+        revision=message.revision,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        vocab_size=message.vocab_size,
+        hidden_size=message.hidden_size,
+        dtype=message.dtype,
+        limits=t.TeacherLimits(
+            max_groups_per_request=limits.max_groups_per_request,
+            max_rollouts_per_group=limits.max_rollouts_per_group,
+            max_tokens_per_rollout=limits.max_tokens_per_rollout,
+            max_image_bytes=limits.max_image_bytes,
+            max_image_pixels=limits.max_image_pixels,
+            max_message_bytes=limits.max_message_bytes,
+            # An older teacher has no such limit.
+            max_tokens_per_request=limits.max_tokens_per_request or sys.maxsize,
+        ),
+        # A newer teacher may know kinds that this client doesn't; they are left out.
+        payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),
+        degradations=tuple(_DEGRADATION_NAMES[kind] for kind in message.degradations if kind in _DEGRADATION_NAMES),
+    )
