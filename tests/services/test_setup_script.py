@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 TORCH = re.findall(r'"torch==([\d.]+)"', (ROOT / "pyproject.toml").read_text())[0]
 PYTORCH = "https://download.pytorch.org/whl/cpu"
 
-# Called with `-c CODE`, with `-m venv --clear FOLDER`, and then as FOLDER/bin/python with `-m pip …`, which it writes down.
+# Called with `-c CODE`, `-m venv --clear FOLDER` and then, as FOLDER/bin/python, with `-m pip …`, which it writes down.
 PYTHON = """#!/bin/sh
 case "$*" in
   *version_info*) echo {version} ;;
