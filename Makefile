@@ -35,9 +35,9 @@ chaos: $(STAMP)
 chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
-# Two at a time: many tests wait for a process or for a deadline. A file's tests stay together, with their servers.
+# Three at a time on two cores: many tests wait for a process or a deadline. A file stays together, with its servers.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 # The numeric tests with the kernels of lesser processors: without AVX-512, without AVX2.
 numerics: $(STAMP)
