@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 DRAIN_S = 10
 JOB = "api"
 STUCK_AFTER_S = 60.0
-"""An event loop that stands still for so long never goes on: the process ends, to be restarted."""
+"""After this long without a turn of the event loop, the process ends itself, to be restarted."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the API and returns its exit code."""
     parser = process.parser("vaopd_api", "Serves the scoring API over HTTP.")
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once listening")
     parser.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher")
@@ -54,7 +55,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             tls=_tls_files(arguments.tls_cert, arguments.tls_key),
             announce=arguments.announce,
             metrics=metrics,
-            metrics_route=address is None,  # else they are for those only who reach that address
+            metrics_route=address is None,  # else only that address serves them
         )
     return 0
 
@@ -72,7 +73,7 @@ def serve(
     metrics: Metrics,
     metrics_route: bool,
 ) -> None:
-    """Listens first, so that the address is known, then serves until a signal."""
+    """Listens, announces the address, and serves until a signal. Raises ConfigError."""
     import uvicorn
 
     from vaopd.access.keys import KeyStore
@@ -88,7 +89,7 @@ def serve(
     if keys is not None and tls is None and host not in LOOPBACK:
         logging.warning("API keys travel in plain text on %s: use --tls-cert, or a proxy that adds TLS", host)
     credentials = from_environment()
-    # With a key the API is the job that the key belongs to.
+    # With a key, the API's job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": JOB}
     settings = uvicorn.Config(
         create_app(
@@ -119,7 +120,7 @@ def serve(
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None
-    listener.listen()  # uvicorn only binds here: without it, who reads the address at once would be turned away
+    listener.listen()  # uvicorn only binds here, and a client may read the announced address at once
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
         entry.announce(address, announce)
@@ -127,7 +128,7 @@ def serve(
 
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
-            """Ten times a second, while the event loop goes round."""
+            """Resets the hang timer; called ten times a second while the event loop runs."""
             hang_timer.expect_life_within(STUCK_AFTER_S)
             return await super().on_tick(counter)
 

@@ -19,10 +19,11 @@ from vaopd.telemetry import logs, metrics_port
 if TYPE_CHECKING:
     from vaopd_rollout.metrics import WorkerMetrics
 
-DRAIN_S = 10.0  # half of what `vaopd up` grants between SIGTERM and SIGKILL
+DRAIN_S = 10.0  # half of the time that `vaopd up` leaves between SIGTERM and SIGKILL
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the worker with these options; returns its exit code."""
     parser = process.parser("vaopd_rollout", "Samples responses with the student's newest weights.")
     own_name = f"{socket.gethostname()}-{os.getpid()}"
     parser.add_argument("--worker", default=own_name, help="name in the queue (default: host and process id)")
@@ -52,8 +53,8 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def run(config: Config, *, worker: str, metrics: WorkerMetrics, stuck_after_s: float) -> None:
-    """Composes and runs the worker; the heavy imports come here, after the arguments have been read."""
-    # Nothing is held while the engine starts, so that the end may come at once.
+    """Puts the worker together and runs it; heavy imports come here, after the options were read."""
+    # No lease is held while the engine starts, so the process may end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from vaopd.queue import WorkerQueue
     from vaopd_rollout.worker import RolloutWorker, Stop

@@ -15,6 +15,7 @@ from vaopd.telemetry import metrics_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the service; returns the exit status."""
     parser = process.parser("vaopd_teacher", "Serves a frozen teacher over gRPC.")
     parser.add_argument("--service", type=Path, metavar="FILE", help="who may use it and how it is shared, a TOML file")
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once serving")
@@ -34,7 +35,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _as_one_of(processes: int, config: Config) -> int | None:
-    """Starts the ranks, unless somebody has (`torchrun`), or is one; None for rank 0, which goes on to serve."""
+    """Starts the ranks, unless `torchrun` has, or runs one. Returns the exit status, None for rank 0, which serves."""
     if "RANK" not in os.environ:
         from vaopd.process.ranks import die_as, launch
 

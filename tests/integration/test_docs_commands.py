@@ -98,7 +98,12 @@ class World:
 def environment() -> dict[str, str]:
     """`vaopd` and `python` are those that run the tests; the modules are found from another folder, too."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | {
+        "PATH": path,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'services'}",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @contextmanager

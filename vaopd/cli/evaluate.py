@@ -24,7 +24,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     evaluate.add_argument("--split", help="of the data (default: data.validation_split)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, extra="trainer")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     prompts = held_out_prompts(config)
     print(f"vaopd: loading {config.student.model} into {config.rollout.engine}", file=sys.stderr, flush=True)
     progress = Progress("vaopd: evaluating", total=len(prompts), unit="problems")
-    result = evaluate_model(config, prompts, on_progress=progress.at)
+    result = evaluate_model(config, prompts, on_progress=progress.report)
     if arguments.json:
         print(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
     else:

@@ -6,16 +6,16 @@ types and paths are named with the remedy. Importing this module loads nothing h
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
+import tomli_w
 from pydantic import Field
 
 from vaopd.config.toml import Section, apply_override, read_toml, validate
-from vaopd.types import DegradationKind, PayloadKind
+from vaopd.types import STRENGTH_MEANINGS, DegradationKind, PayloadKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
@@ -78,8 +78,7 @@ class TeacherConfig(Section):
 class DegradationConfig(Section):
     kind: DegradationKind = "pixelate"
     """The degraded view (paper: pixelate). The others are for experiments."""
-    strength: float = Field(0.1, ge=0, le=1)
-    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side."""
+    strength: float = Field(0.1, ge=0, le=1, description=f"{STRENGTH_MEANINGS}.")
 
 
 class ObjectiveConfig(Section):
@@ -219,15 +218,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
-    sections = []
-    for name, section in config.model_dump(mode="json").items():
-        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items() if value is not None]
-        sections.append("\n".join([f"[{name}]", *lines]))
-    return "\n\n".join(sections) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers, booleans and lists are TOML's
+    """Returns the resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

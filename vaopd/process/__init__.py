@@ -1,4 +1,4 @@
-"""How every process begins, and ends when it hangs."""
+"""Starts processes alike, and ends those that hang."""
 
 from vaopd.process.entry import add_monitoring_arguments, main, parser
 

@@ -1,10 +1,10 @@
-"""How every process of the system opens: the options that all have, its log lines, its traces, and its metrics' port.
+"""Opens every process of the system: common options, log lines, traces and the metrics' port.
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = process.parser("vaopd_teacher", "Serves a frozen teacher over gRPC.")
-        return process.main(_run, parser, argv)     # _run(arguments, config) imports what is heavy
+        return process.main(_run, parser, argv)     # _run(arguments, config) imports torch, gRPC and the like
 
-Importing this loads nothing heavy, so that `--help` answers at once.
+Importing this module loads no such library, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.errors import VaopdError
+from vaopd.files.durable import atomic_file
 from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.metrics_port import METRICS_VARIABLE
 
@@ -30,7 +31,7 @@ FAILED = 2
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-    """With the options that all processes have; `module` is what `python -m` runs."""
+    """Returns a parser with the options that all processes have; `python -m MODULE` runs the process."""
     made = argparse.ArgumentParser(prog=module, description=description)
     made.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a field")
@@ -39,7 +40,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `vaopd ROLE` passes on to the process as it is."""
+    """Adds the options that `vaopd ROLE` passes on unchanged to the process."""
     parser.add_argument(
         "--metrics-address",
         metavar="HOST:PORT",
@@ -55,7 +56,10 @@ def main(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses, opens, runs; an error of the tree, or a library's that has words, is told in a line: exit code 2."""
+    """Parses the options, sets up logs and traces, and returns `run`'s exit code.
+
+    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line.
+    """
     arguments = parser.parse_args(argv)
     role = parser.prog.removeprefix("vaopd_")
     log_format = arguments.log_format or os.environ.get(logs.FORMAT_VARIABLE) or "text"
@@ -79,7 +83,6 @@ def main(
 
 
 def announce(text: str, path: Path) -> None:
-    """Writes a file for another process; whoever reads it sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    """Writes a file for another process, which sees all of the text or no file."""
+    with atomic_file(path) as file:
+        file.write(text.encode())

@@ -1,21 +1,17 @@
-// The form: what is to be scored. Its fields hold the state, and `image` beside them.
+// The form. The state is in its fields, and in `image`.
 import { $, h } from "./dom.js";
 import { Problem } from "./api.js";
 
-export const VIEW_NAMES = {
-  pixelate: "pixelated",
-  blur: "blurred",
-  mean_colour: "mean colour",
-  black: "black",
-  noise: "noise",
-};
-const WITH_STRENGTH = ["pixelate", "blur"];
 const ALTERNATIVES = 6;
 
 let image = null; // { dataUrl, name, example? }
+let strengths = {}; // of the chosen teacher: kind of degradation -> what its strength means
 const answers = () => [...$("#responses .list").children];
+const inWords = (kind) => kind.replaceAll("_", " ");
 
-export const usesStrength = (kind) => WITH_STRENGTH.includes(kind);
+/** Names the degraded view for people, e.g. "blur 0.05". */
+export const viewName = ({ degradation, strength }) =>
+  inWords(degradation) + (degradation in strengths ? ` ${strength}` : "");
 
 export function setImage(next) {
   image = next;
@@ -28,7 +24,7 @@ export function setImage(next) {
   $("#chosen span").textContent = next.name;
 }
 
-/** Raises a Problem for a file that is no image of a known kind. `example`: the name of one that came with the page. */
+/** Takes a file as the image. Throws a Problem for other types. `example`: the name, if it is one of the page's. */
 export async function takeFile(file, example) {
   if (!file) return;
   if (!/^image\/(png|jpeg|webp)$/.test(file.type)) {
@@ -44,7 +40,7 @@ export async function takeFile(file, example) {
   setImage({ dataUrl, name: file.name || "pasted image", example });
 }
 
-/** `ids`: the tokens that a student sampled; they hold as long as nobody edits what they say. */
+/** Adds a response. `ids`: the tokens that a student sampled, valid until the text is edited. */
 export function addAnswer(text = "", ids = null, student = null) {
   const area = h("textarea", { rows: "2" });
   area.value = text;
@@ -91,14 +87,14 @@ export function readView() {
   };
 }
 
-/** What is missing before anything can be asked, as a Problem; null when nothing is. */
-export function missing(view) {
+/** Returns a Problem that names what is missing in the form, or null. */
+export function findMissing(view) {
   if (!view.question) return new Problem(422, "Type a question", "question");
   const empty = view.responses.findIndex((text) => !text.trim());
   return empty < 0 ? null : new Problem(422, "Type a response, or remove the empty one", `responses.${empty}`);
 }
 
-/** The body of a request to score. Token ids are sent only where student and teacher (`known`) have one tokenizer. */
+/** Returns the body of a request to score; with token ids only if student and teacher (`known`) share a tokenizer. */
 export function requestBody(view, known) {
   const teacher = known.teachers.find((each) => each.model === view.teacher);
   const sameTokens = known.student?.tokenizer_fingerprint === teacher?.tokenizer_fingerprint;
@@ -119,21 +115,24 @@ export function fillTeachers(teachers) {
   fillDegradations(teachers);
 }
 
-export function fillDegradations(teachers) {
-  const kinds = teachers.find((each) => each.model === $("#teacher").value)?.degradations ?? Object.keys(VIEW_NAMES);
-  const chosen = $("#degradation").value || "pixelate";
-  const option = (kind) =>
-    h("option", { value: kind, selected: kind === chosen }, VIEW_NAMES[kind] ?? kind.replaceAll("_", " "));
-  $("#degradation").replaceChildren(...kinds.map(option));
+/** Lists the chosen teacher's degradations; until a teacher answers, only the one that is `wanted`. */
+export function fillDegradations(teachers, wanted = $("#degradation").value || "pixelate") {
+  const teacher = teachers.find((each) => each.model === $("#teacher").value);
+  strengths = teacher?.strengths ?? {};
+  const option = (kind) => h("option", { value: kind, selected: kind === wanted }, inWords(kind));
+  $("#degradation").replaceChildren(...(teacher?.degradations ?? [wanted]).map(option));
   settleStrength();
 }
 
+/** Shows the strength, or that the chosen degradation has none. */
 export function settleStrength() {
-  $("#strength").disabled = !usesStrength($("#degradation").value);
-  $("#strength-value").textContent = $("#strength").disabled ? "unused" : Number($("#strength").value).toFixed(2);
+  const meaning = strengths[$("#degradation").value];
+  $("#strength").disabled = !meaning;
+  $("#strength").title = meaning ?? "";
+  $("#strength-value").textContent = meaning ? Number($("#strength").value).toFixed(2) : "unused";
 }
 
-/** Marks the field that a problem belongs to, by the API's name for it. */
+/** Marks the field that caused a problem, by the API's name for it. */
 export function mark(field) {
   const response = /^response(?:s\.(\d+)|_token_ids)?/.exec(field ?? "");
   const place = field?.startsWith("image")

@@ -1,5 +1,6 @@
-// The heat map as a PNG: what is on the page, drawn again on a canvas.
+// Saves the heat map as a PNG: draws what the page shows on a canvas.
 import { $, percent, save } from "./dom.js";
+import { viewName } from "./form.js";
 
 const WIDTH = 1200,
   MARGIN = 32,
@@ -16,7 +17,7 @@ export async function savePng(view, reply, labels) {
   const pen = canvas.getContext("2d");
   pen.scale(SCALE, SCALE);
   const style = getComputedStyle(document.documentElement);
-  const colour = (name) => resolved(`var(${name})`);
+  const colour = (name) => resolveColour(`var(${name})`);
   pen.fillStyle = colour("--card");
   pen.fillRect(0, 0, WIDTH, height);
   pen.textBaseline = "middle";
@@ -24,8 +25,8 @@ export async function savePng(view, reply, labels) {
   canvas.toBlob((blob) => save(blob, "visual-advantage.png"), "image/png");
 }
 
-/** A CSS colour as the canvas understands it, light-dark() and color-mix() worked out. */
-function resolved(css) {
+/** Returns a CSS colour as the canvas understands it, with light-dark() and color-mix() evaluated. */
+function resolveColour(css) {
   const probe = $("#details");
   const before = probe.style.color;
   probe.style.color = css;
@@ -55,9 +56,8 @@ function plan(measure, view, reply, labels) {
     }
   };
   text(view.question, `600 22px ${UI}`, "--ink", 34);
-  const strength = ["pixelate", "blur"].includes(view.degradation) ? ` ${view.strength}` : "";
   text(
-    `${reply.model} · degraded view: ${view.degradation}${strength} · the top 10 % of tokens carry ` +
+    `${reply.model} · degraded view: ${viewName(view)} · the top 10 % of tokens carry ` +
       `${percent(reply.share_of_top_10)} of VA, the top 20 % ${percent(reply.share_of_top_20)}`,
     `14px ${UI}`,
     "--muted",
