@@ -15,7 +15,9 @@ from typing import Literal
 import numpy as np
 
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
-DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
+ScaledDegradationKind = Literal["pixelate", "blur"]
+PlainDegradationKind = Literal["mean_colour", "black", "noise"]
+DegradationKind = Literal[ScaledDegradationKind, PlainDegradationKind]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
-from vaopd.types import Degradation
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd_trainer import checkpoint
@@ -78,10 +77,9 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             SyncTeacherClient(
                 config.teacher.address,
                 job=config.run.name,
-                payload=config.teacher.payload,
-                top_k=config.teacher.top_k,
-                degradation=Degradation(kind=config.degradation.kind, strength=config.degradation.strength),
+                degradation=config.degradation.as_degradation(),
                 tokenizer_fingerprint=student.fingerprint,
+                **config.teacher.payload_keywords(),
                 **client.from_environment(),
             )
         )
@@ -100,7 +98,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             accelerator=accelerator,
             ranks=ranks,
             student=student,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, objective=config.objective),
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
             prompts=prompts,
             coordinator=coordinator,
             stop=stop,

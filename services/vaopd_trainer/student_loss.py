@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,10 +51,11 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     va_KT = nn.utils.rnn.pad_sequence(advantages, batch_first=True)
     mask_KT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
     uniform_K = torch.full((len(advantages),), 1 / len(advantages))
+    own = settings.as_keywords()
     by_va_K = objective.rollout_weights(
-        objective.mean_visual_advantage(va_KT, mask_KT)[None], temperature=settings.temperature
+        objective.mean_visual_advantage(va_KT, mask_KT)[None], temperature=own.get("temperature", 1.0)
     )[0]
-    grouped = {"high_fraction": settings.high_fraction, "high_weight": settings.high_weight}
+    grouped = {key: own[key] for key in ("high_fraction", "high_weight") if key in own}
     match settings.variant:
         case "va_opd":
             weights_KT = objective.token_weights(va_KT, mask_KT, by_va_K, **grouped)
@@ -65,7 +67,7 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
             weights_KT = objective.mean_weights(mask_KT, uniform_K)
         case "masked":
             kept_KT = objective.masked_response(
-                va_KT, mask_KT, which=settings.mask, fraction=settings.mask_fraction, seed=seed
+                va_KT, mask_KT, which=own["mask"], fraction=own["mask_fraction"], seed=seed
             )
             weights_KT = objective.mean_weights(kept_KT, uniform_K)
     rollout_weights = by_va_K if settings.variant in ("va_opd", "rollout_weights") else uniform_K
@@ -81,11 +83,13 @@ class StudentLoss(nn.Module):
         *,
         teacher_head: Tensor | None,
         trainer: TrainerConfig,
-        objective: ObjectiveConfig,
+        estimator: Literal["k1", "k3"] = "k3",
         checkpoint_activations: bool | None = None,
     ) -> None:
-        """`checkpoint_activations`: layers keep their input only and are computed again in the backward pass, a third
-        more work for a fraction of the memory; None means on a GPU, where memory is what bounds the batch.
+        """`estimator`: of the KL where the payload is sampled.
+
+        `checkpoint_activations`: layers keep their input only and are computed again in the backward pass, a third more
+        work for a fraction of the memory; None means on a GPU, where memory is what bounds the batch.
         """
         super().__init__()
         if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
@@ -97,7 +101,7 @@ class StudentLoss(nn.Module):
         self._student = student
         self._teacher_head = teacher_head
         self._chunk_tokens = trainer.chunk_tokens
-        self._estimator = objective.sampled_estimator
+        self._estimator = estimator
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
         """-> loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
-from vaopd.cli.services import add_service_argument
+from vaopd.process.flags import add_service_flag, service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
     )
     up.add_argument("--teacher", metavar="HOST:PORT[,…]", help="share this running teacher, or replicas; start none")
-    add_service_argument(up)
+    add_service_flag(up)
     up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
     up.add_argument(
         "--gpus",
@@ -61,10 +61,10 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from vaopd.config import load_config, load_service_config
+    from vaopd.config import load_config
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
-    load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
+    service_config(arguments)  # raises for what is wrong with it, before anything is started
     gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
@@ -78,7 +78,7 @@ def _up(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
-        service=arguments.service_file,
+        service=arguments.service,
         api=arguments.api,
         gpus=gpus,
         metrics_port=arguments.metrics_port,

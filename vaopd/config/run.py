@@ -1,21 +1,24 @@
-"""The configuration of a run: one TOML file, one pydantic model, under sixty fields in all (a test counts them).
+"""The configuration of a run: one TOML file, one pydantic model, a section for each concern.
 
-`load_config(path, overrides)` reads it; `--set section.key=value` on the command line overrides a field. Wrong keys,
-types and paths are named with the remedy. Importing this module loads nothing heavy.
+A section with variants is a discriminated union: each variant is a class with the fields that it alone knows, and
+refuses the others'. `load_config(path, overrides)` reads a file; `--set section.key=value` on the command line
+overrides a field. Wrong keys, types and paths are named with the remedy. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import Discriminator, Field
 
-from vaopd.config.toml import Section, apply_override, read_toml, validate
-from vaopd.types import DegradationKind, PayloadKind
+from vaopd.config.old_names import Warn, accept_run_keys, warn_once
+from vaopd.config.toml import Section, apply_override, default_tag, read_toml, validate, variants_of
+from vaopd.types import Degradation, PlainDegradationKind, ScaledDegradationKind
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
@@ -58,7 +61,7 @@ class StudentConfig(Section):
     """Whether the vision tower learns too (paper: yes)."""
 
 
-class TeacherConfig(Section):
+class _Teacher(Section):
     model: str
     """Folder or hub id of the teacher; only the teacher server reads it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -67,41 +70,143 @@ class TeacherConfig(Section):
     """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
     address: Addresses = "127.0.0.1:50051"
     """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
-    payload: PayloadKind = "hidden"
-    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
-    top_k: int = Field(64, ge=1)
-    """k of the top_k payload."""
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
 
+    def payload_keywords(self) -> dict[str, Any]:
+        """Returns what the teacher's client takes of this section: `payload`, and `top_k` where it has an effect."""
+        return self.model_dump(include={"payload", "top_k"})
 
-class DegradationConfig(Section):
-    kind: DegradationKind = "pixelate"
+    def loss_keywords(self) -> dict[str, Any]:
+        """Returns what the student's loss takes of this section: `estimator`, where the payload needs one."""
+        return {}
+
+
+class HiddenTeacher(_Teacher):
+    """Hidden states of the teacher travel: the exact KL, or at int8 half of the bytes."""
+
+    payload: Literal["hidden", "hidden_int8"] = "hidden"
+    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
+
+
+class TopKTeacher(_Teacher):
+    """The likeliest tokens travel, and the rest as one tail."""
+
+    payload: Literal["top_k"] = "top_k"
+    """How the teacher's distribution travels."""
+    top_k: int = Field(64, ge=1)
+    """k: how many tokens of each position."""
+
+
+class SampledTeacher(_Teacher):
+    """Only the log-prob of the sampled token travels."""
+
+    payload: Literal["sampled"] = "sampled"
+    """How the teacher's distribution travels."""
+    sampled_estimator: Literal["k1", "k3"] = "k3"
+    """The single-sample estimator of the KL."""
+
+    def loss_keywords(self) -> dict[str, Any]:
+        return {"estimator": self.sampled_estimator}
+
+
+TeacherConfig = Annotated[
+    HiddenTeacher | TopKTeacher | SampledTeacher, Discriminator("payload"), default_tag("payload", "hidden")
+]
+
+
+class _Degradation(Section):
+    def as_degradation(self) -> Degradation:
+        """Returns it as the teacher's client takes it."""
+        return Degradation(**self.model_dump())
+
+
+class ScaledDegradation(_Degradation):
+    """A degradation that can be weaker or stronger."""
+
+    kind: ScaledDegradationKind = "pixelate"
     """The degraded view (paper: pixelate). The others are for experiments."""
-    strength: float = Field(0.1, ge=0, le=1)
+    strength: float = Field(0.1, gt=0, le=1)
     """Pixelate: the ratio; blur: the radius as a fraction of the shorter side."""
 
 
-class ObjectiveConfig(Section):
-    variant: Literal["va_opd", "standard", "rollout_weights", "token_groups", "masked"] = "va_opd"
-    """The loss: the paper's, the baseline, either component alone, or the baseline with tokens masked out."""
+class PlainDegradation(_Degradation):
+    """A degradation that leaves nothing to choose."""
+
+    kind: PlainDegradationKind
+    """The degraded view."""
+
+
+DegradationConfig = Annotated[
+    ScaledDegradation | PlainDegradation, Discriminator("kind"), default_tag("kind", "pixelate")
+]
+
+
+class _Objective(Section):
+    def as_keywords(self) -> dict[str, Any]:
+        """Returns `variant` and its own fields, as keyword arguments of `objective.group_weights`."""
+        return self.model_dump()
+
+
+class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
     """tau of the rollout weights (method.md, "Rollout weights")."""
+
+
+class _TokenGrouping(_Objective):
     high_fraction: float = Field(0.2, gt=0, le=1)
     """Fraction of a rollout's tokens that form the high group V."""
     high_weight: Fraction = 0.5
     """lambda: the share of the loss that the high group gets."""
+
+
+class VaOpd(_RolloutWeighting, _TokenGrouping):
+    """The paper's loss: rollout weights and token groups."""
+
+    variant: Literal["va_opd"] = "va_opd"
+    """The loss: the paper's, the baseline, either component alone, or the baseline with tokens masked out."""
+
+
+class StandardOpd(_Objective):
+    """The baseline: every token of every rollout weighs the same."""
+
+    variant: Literal["standard"] = "standard"
+    """The loss."""
+
+
+class RolloutWeightsOnly(_RolloutWeighting):
+    """The paper's rollout weights alone."""
+
+    variant: Literal["rollout_weights"] = "rollout_weights"
+    """The loss."""
+
+
+class TokenGroupsOnly(_TokenGrouping):
+    """The paper's token groups alone."""
+
+    variant: Literal["token_groups"] = "token_groups"
+    """The loss."""
+
+
+class MaskedOpd(_Objective):
+    """The baseline without some of the tokens."""
+
+    variant: Literal["masked"] = "masked"
+    """The loss."""
     mask: Literal["top", "bottom", "random"] = "top"
-    """Which tokens the masked variant drops, by VA."""
+    """Which tokens are dropped, by VA."""
     mask_fraction: Fraction = 0.1
-    """How many of a rollout's tokens the masked variant drops."""
-    sampled_estimator: Literal["k1", "k3"] = "k3"
-    """The single-sample estimator that the sampled payload allows."""
+    """How many of a rollout's tokens are dropped."""
 
 
-class RolloutConfig(Section):
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """What samples the rollouts."""
+ObjectiveConfig = Annotated[
+    VaOpd | StandardOpd | RolloutWeightsOnly | TokenGroupsOnly | MaskedOpd,
+    Discriminator("variant"),
+    default_tag("variant", "va_opd"),
+]
+
+
+class _Rollout(Section):
     workers: int = Field(1, ge=1)
     """How many workers `vaopd up` starts."""
     temperature: float = Field(0.7, ge=0)
@@ -112,8 +217,25 @@ class RolloutConfig(Section):
     """Responses are cut here and kept (paper: 4096)."""
     requests_per_batch: int = Field(16, ge=1)
     """How many prompt groups a worker samples at once."""
+
+
+class VllmRollout(_Rollout):
+    """vLLM samples."""
+
+    engine: Literal["vllm"] = "vllm"
+    """What samples the rollouts."""
     engine_options: dict[str, Any] = Field({})
     """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
+
+
+class TransformersRollout(_Rollout):
+    """transformers' own `generate` samples: slower, and for every model that transformers knows."""
+
+    engine: Literal["transformers"] = "transformers"
+    """What samples the rollouts."""
+
+
+RolloutConfig = Annotated[VllmRollout | TransformersRollout, Discriminator("engine"), default_tag("engine", "vllm")]
 
 
 class TrainerConfig(Section):
@@ -181,9 +303,9 @@ class Config(Section):
     data: DataConfig
     student: StudentConfig
     teacher: TeacherConfig
-    degradation: DegradationConfig = DegradationConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    degradation: DegradationConfig = ScaledDegradation()
+    objective: ObjectiveConfig = VaOpd()
+    rollout: RolloutConfig = VllmRollout()
     trainer: TrainerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     queue: QueueConfig = QueueConfig()
@@ -201,8 +323,6 @@ class Config(Section):
                 f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "
                 "set evaluation.samples = 1 or evaluation.temperature > 0"
             )
-        if self.teacher.payload == "none":
-            raise ValueError('teacher.payload = "none" carries no distribution; use hidden, top_k or sampled')
         return self
 
     @property
@@ -210,12 +330,32 @@ class Config(Section):
         return self.run.folder / self.run.name
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, warn: Warn = warn_once) -> Config:
+    """Reads a TOML file and applies overrides such as "trainer.steps=10".
+
+    An override that chooses another variant takes its section's keys of the file's variant away. `warn` gets the line
+    that names old keys, if there are any. Raises ConfigError with key and remedy.
+    """
     values = read_toml(path)
-    for override in overrides:
-        apply_override(values, override)
+    written = copy.deepcopy(values)
+    overridden = {apply_override(values, override) for override in overrides}
+    _leave_variants(values, written, keep=overridden)
+    accept_run_keys(Config, values, origin=str(path), warn=warn)
     return validate(Config, values, origin=str(path))
+
+
+def _leave_variants(values: dict[str, Any], written: dict[str, Any], *, keep: set[str]) -> None:
+    """Drops keys of the variant in the file, `written`, where `values` choose another one."""
+    for name, field in Config.model_fields.items():
+        variants, section, before = variants_of(field), values.get(name), written.get(name)
+        if variants is None or not isinstance(section, dict) or not isinstance(before, dict):
+            continue
+        old, new = variants.member(before), variants.member(section)
+        if old is None or new is None or old is new:
+            continue
+        for key in set(before) & set(old.model_fields) - set(new.model_fields):
+            if f"{name}.{key}" not in keep:
+                del section[key]
 
 
 def to_toml(config: Config) -> str:

@@ -46,8 +46,8 @@ class UpOptions:
     """Start a trainer that was killed by a signal again, from its last checkpoint."""
     teacher: str | None = None
     """host:port of a running teacher, which this run then shares; None starts one."""
-    service: str | None = None
-    """The configuration of the teacher service (`vaopd.config.service`), where this launch starts one."""
+    service: Path | None = None
+    """The service file (`vaopd.config.service`) of the processes that this launch starts."""
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
@@ -154,8 +154,6 @@ class _Launch:
         announce = self._announce_file("teacher")
         devices = self._options.gpus.get("teacher", (None,))[0]
         arguments: tuple[str, ...] = ("--announce", str(announce))
-        if self._options.service is not None:
-            arguments += ("--service", self._options.service)
         self._supervisor.start(
             self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
         )
@@ -212,6 +210,8 @@ class _Launch:
         devices: str | None,
         is_ready: Callable[[], bool] | None = None,
     ) -> Child:
+        if role != "trainer" and self._options.service is not None:
+            arguments += ("--service", str(self._options.service))
         if role != "api" and self._options.metrics_port is not None:
             arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
         return Child(

@@ -1,5 +1,6 @@
-"""How every process begins, and ends when it hangs."""
+"""Starts every process in the same way, and ends one that hangs."""
 
-from vaopd.process.entry import add_monitoring_arguments, main, parser
+from vaopd.process.entry import main, parser
+from vaopd.process.flags import add_flags, service_config
 
-__all__ = ["add_monitoring_arguments", "main", "parser"]
+__all__ = ["add_flags", "main", "parser", "service_config"]

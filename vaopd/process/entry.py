@@ -1,7 +1,7 @@
-"""How every process of the system opens: the options that all have, its log lines, its traces, and its metrics' port.
+"""Starts a process of the system: its flags, its log lines, its traces and its configuration.
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = process.parser("vaopd_teacher", "Serves a frozen teacher over gRPC.")
+        parser = process.parser("teacher", "Serves a frozen teacher over gRPC.")
         return process.main(_run, parser, argv)     # _run(arguments, config) imports what is heavy
 
 Importing this loads nothing heavy, so that `--help` answers at once.
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.errors import VaopdError
+from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
-from vaopd.telemetry.metrics_port import METRICS_VARIABLE
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -29,25 +29,13 @@ log = logging.getLogger(__name__)
 FAILED = 2
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
-    """With the options that all processes have; `module` is what `python -m` runs."""
-    made = argparse.ArgumentParser(prog=module, description=description)
+def parser(role: Role, description: str) -> argparse.ArgumentParser:
+    """Returns the parser of `python -m vaopd_ROLE`."""
+    made = argparse.ArgumentParser(prog=f"vaopd_{role}", description=description)
     made.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a field")
-    add_monitoring_arguments(made)
+    add_flags(made, role)
     return made
-
-
-def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `vaopd ROLE` passes on to the process as it is."""
-    parser.add_argument(
-        "--metrics-address",
-        metavar="HOST:PORT",
-        help=f"serve Prometheus metrics there, to whoever can reach it; port 0: a free one (also {METRICS_VARIABLE})",
-    )
-    parser.add_argument(
-        "--log-format", choices=logs.FORMATS, help=f"of the lines on standard error (also {logs.FORMAT_VARIABLE})"
-    )
 
 
 def main(
@@ -55,7 +43,10 @@ def main(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses, opens, runs; an error of the tree, or a library's that has words, is told in a line: exit code 2."""
+    """Parses the arguments, sets up logs and traces, reads the configuration and returns `run`'s exit code.
+
+    An error of the tree, or a library's that `failures` can explain, is printed as one line: exit code 2.
+    """
     arguments = parser.parse_args(argv)
     role = parser.prog.removeprefix("vaopd_")
     log_format = arguments.log_format or os.environ.get(logs.FORMAT_VARIABLE) or "text"

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from vaopd import payloads
-from vaopd.config import Config, ServiceConfig
+from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import Engine
@@ -31,19 +31,20 @@ def over(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | Non
     )
 
 
-def load(config: Config, service: ServiceConfig) -> Backend:
+def load(config: Config, service: TeacherServiceConfig) -> Backend:
     """The teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them."""
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)
-    if service.engine.backend == "vllm":
+    engine = service.engine
+    if engine.backend == "vllm":
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
-        return load_vllm(config, service.engine.options)
-    if service.engine.processes > 1:
+        return load_vllm(config, engine.options)
+    if engine.processes > 1:
         from vaopd_teacher.engines.tensor_parallel import lead
 
-        leading = lead(config, processes=service.engine.processes)
+        leading = lead(config, processes=engine.processes)
         shared = over(leading, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)
         return replace(shared, close=leading.let_go)
     vlm = Vlm.load(
