@@ -24,7 +24,7 @@ from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.access.keys import add_key
-from vaopd.config import KeysConfig, QuotasConfig, TeacherServiceConfig, SharingConfig
+from vaopd.config import KeysConfig, QuotasConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import VaopdError
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc

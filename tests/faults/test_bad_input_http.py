@@ -27,7 +27,7 @@ from tests.support.waiting import wait_until
 from vaopd import errors
 from vaopd.access.keys import KeyStore, add_key
 from vaopd.client import SyncTeacherClient
-from vaopd.config import TeacherServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.types import TeacherLimits
 from vaopd.wire.errors import status_of

@@ -16,7 +16,7 @@ from tests.support.api import BODY, error_of, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.config import TeacherServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc

@@ -11,13 +11,14 @@ import math
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 
 from tests.support.models import model_folder
 from tests.support.rollouts import MAX_PIXELS
 from tests.support.scored import Scored, reference_kl, reference_logprobs, sampled_groups, score, vlm
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import MaskedOpd, ObjectiveConfig, TrainerConfig, VaOpd
 from vaopd.types import Degradation
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
@@ -30,22 +31,21 @@ def scored() -> Scored:
     return score()
 
 
-def student_loss(scored: Scored, *, student: Vlm | None = None, **objective: Any) -> StudentLoss:
+def student_loss(scored: Scored, *, student: Vlm | None = None, **of_payload: Any) -> StudentLoss:
     """7 tokens per chunk, so that a group takes several chunks and the last one is not full."""
     trainer = TrainerConfig(steps=1, chunk_tokens=7)
-    settings = ObjectiveConfig(**objective)
-    head = scored.teacher_head
-    return StudentLoss(student or vlm("student"), teacher_head=head, trainer=trainer, objective=settings)
+    return StudentLoss(student or vlm("student"), teacher_head=scored.teacher_head, trainer=trainer, **of_payload)
 
 
 def weighed(groups: list[ScoredGroup], **objective: Any) -> list[WeightedGroup]:
-    return [weigh(group, ObjectiveConfig(**objective), seed=group.index) for group in groups]
+    settings: ObjectiveConfig = pydantic.TypeAdapter(ObjectiveConfig).validate_python(objective)
+    return [weigh(group, settings, seed=group.index) for group in groups]
 
 
-def kl_of(scored: Scored, **objective: Any) -> np.ndarray:
+def kl_of(scored: Scored, **of_payload: Any) -> np.ndarray:
     """(M,) over all groups."""
     with torch.no_grad():
-        _, kl = student_loss(scored, **objective)(weighed(scored.groups))
+        _, kl = student_loss(scored, **of_payload)(weighed(scored.groups))
     return kl.numpy()
 
 
@@ -55,7 +55,7 @@ def test_a_teacher_that_is_the_student_has_no_divergence_and_at_ratio_1_no_advan
     for group in same.groups:
         assert all((va == 0.0).all() for va in group.score.visual_advantage)
         # Without any advantage all siblings weigh the same.
-        torch.testing.assert_close(weigh(group, ObjectiveConfig(), seed=0).rollout_weights, torch.full((K,), 1 / K))
+        torch.testing.assert_close(weigh(group, VaOpd(), seed=0).rollout_weights, torch.full((K,), 1 / K))
 
 
 def test_what_the_teacher_says_over_grpc_is_what_the_student_would_say_of_itself() -> None:
@@ -90,7 +90,7 @@ def test_top_k_and_tail_never_exceed_the_exact_divergence(top_k: int) -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_sampled_payload_gives_the_single_sample_estimators(estimator: str) -> None:
-    found = kl_of(score(payload="sampled"), sampled_estimator=estimator)
+    found = kl_of(score(payload="sampled"), estimator=estimator)
     ids = [rollout.response_ids for group in sampled_groups() for rollout in group.rollouts]
     log_ratio = np.concatenate(
         [
@@ -169,7 +169,7 @@ def test_the_loss_of_every_variant(scored: Scored, objective: dict[str, str]) ->
 
 
 def test_masking_at_random_drops_as_many_and_depends_on_the_seed_only(scored: Scored) -> None:
-    settings = ObjectiveConfig(variant="masked", mask="random")
+    settings = MaskedOpd(mask="random")
     for group in scored.groups:
         dropped = sum(len(response) // 10 for response in group.responses)
         one, again, other = (weigh(group, settings, seed=seed).token_weights for seed in (1, 1, 2))

@@ -15,7 +15,7 @@ from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import drawing, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
-from vaopd.config import TeacherServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.types import GroupScore, Payload, ScoreRequest
 from vaopd.vlm.model import Encode, Segment, Vlm

@@ -20,7 +20,7 @@ from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.config import ImagesConfig, TeacherServiceConfig, SharingConfig
+from vaopd.config import ImagesConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, VaopdError
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import Degradation, GroupScore, ScoreRequest

@@ -112,7 +112,7 @@ sys.exit(main([*sys.argv[1:], "--service", "{service}"]))
 )
 def test_a_process_whose_device_hangs_ends(tmp_path: Path, how: str, words: str) -> None:
     service = tmp_path / "service.toml"
-    service.write_text("stuck_after_s = 1.0\n")
+    service.write_text("[teacher]\nstuck_after_s = 1.0\n")
     code = HANGING.format(how=how, service=service)
     with teacher_process(tmp_path, launch=("-c", code)) as teacher:
         with pytest.raises(Unavailable):

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.families import ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import TrainerConfig
 from vaopd.divergence import token_logprobs
 from vaopd.vlm.model import Segment, Vlm
 from vaopd_trainer.student_loss import StudentLoss
@@ -72,8 +72,7 @@ def test_gradients_equal_those_of_one_rollout_at_a_time(student: Vlm) -> None:
 def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(student: Vlm) -> None:
     kept = shared_gradients(student)
     student.model.zero_grad()
-    settings = {"trainer": TrainerConfig(steps=1), "objective": ObjectiveConfig()}
-    StudentLoss(student, teacher_head=None, checkpoint_activations=True, **settings)  # type: ignore[arg-type]
+    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1), checkpoint_activations=True)
     runs: list[str] = []
     last = student.model.model.language_model.layers[-1]
     last.mlp.register_forward_pre_hook(lambda *_: runs.append("mlp"))
@@ -83,5 +82,5 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(
 
 
 def test_on_a_cpu_activations_are_kept_unless_asked(student: Vlm) -> None:
-    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1), objective=ObjectiveConfig())
+    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))
     assert not student.model.is_gradient_checkpointing

@@ -84,7 +84,7 @@ def accept_flags(values: dict[str, Any], given: Mapping[str, Any], *, warn: Warn
         target[key] = value
         warn(
             f"{flag} is now {key} in [{'.'.join(sections)}] of the service file (--service FILE); "
-            "the next release refuses the flag"
+            "the next release refuses this"
         )
 
 
@@ -117,4 +117,4 @@ def _parent(values: dict[str, Any], key: str, *, make: bool = False) -> dict[str
 
 def _warn(warn: Warn, origin: str, notes: Sequence[str]) -> None:
     if notes:
-        warn(f"{origin}: {'; '.join(notes)}. The next release refuses {'it' if len(notes) == 1 else 'them'}")
+        warn(f"{origin}: {'; '.join(notes)}; the next release refuses this")
