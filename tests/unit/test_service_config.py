@@ -13,12 +13,16 @@ from vaopd.config import (
     ServiceConfig,
     TransformersBackend,
     VllmBackend,
+    load_config,
     load_service_config,
     old_names,
 )
 from vaopd.errors import ConfigError
+from vaopd.launch.supervisor import Supervisor
+from vaopd.launch.up import UpOptions, _Launch
 from vaopd.process.flags import Role, add_flags, service_config, to_argv
 
+TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 EVERY_SECTION = """
 [teacher]
 stuck_after_s = 120
@@ -201,3 +205,26 @@ def test_flags_are_passed_on_as_they_were_given(role: Role, argv: list[str]) -> 
     passed = to_argv(arguments, role)
     assert sorted(passed) == sorted(argv)
     assert parsed(role, *passed) == arguments
+
+
+# -- `vaopd up` --------------------------------------------------------------------------------------------------------
+
+
+def test_a_launch_gives_the_file_to_each_process_that_has_a_section(service: Path, tmp_path: Path) -> None:
+    """A worker that may drain for 5 s is killed after 15 s. An API with keys has its metrics on a port of their own."""
+    service.write_text("[rollout]\ndrain_s = 5\n[api.keys]\nfile = 'keys.json'\n")
+    config = load_config(TINY, [f"run.folder={tmp_path}"])
+    options = UpOptions(config_path=TINY, service=service, metrics_port=9091)
+    supervisor = Supervisor(logs=tmp_path / "logs", say=lambda line: None)  # starts nothing by itself
+    launch = _Launch(config, options, supervisor, lambda line: None)
+    roles = ("teacher", "rollout", "api", "trainer")
+    children = {role: launch._service(role, role, devices=None) for role in roles}
+    given = {role for role, child in children.items() if str(service) in child.argv}
+    assert given == {"teacher", "rollout", "api"}
+    assert {role: child.grace_s for role, child in children.items()} == {
+        "teacher": None,
+        "rollout": 15,
+        "api": None,
+        "trainer": None,
+    }
+    assert "--metrics-address" in children["api"].argv
