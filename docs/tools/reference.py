@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -15,12 +14,15 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import annotated_types
 import pydantic
 from prometheus_client import CollectorRegistry
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from vaopd.config.toml import Variants
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
@@ -40,8 +42,10 @@ def pages() -> dict[str, str]:
             Config,
         ),
         "service.md": configuration(
-            "Configuration of a teacher service",
-            "For `vaopd teacher CONFIG --service SERVICE.toml`: what whoever runs a teacher for several jobs decides.",
+            "Configuration of the services",
+            "`vaopd teacher CONFIG --service FILE`, and so `rollout`, `api` and `up`: settings of the processes, "
+            "whatever the job. Each process reads its own section; the trainer has none. Paths are from the file's "
+            "folder.",
             ServiceConfig,
         ),
         "metrics.md": metrics(),
@@ -55,15 +59,48 @@ def pages() -> dict[str, str]:
 
 
 def configuration(title: str, text: str, model: type[pydantic.BaseModel]) -> str:
-    own, sections = [], []
-    for name, field in model.model_fields.items():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, pydantic.BaseModel):
-            rows = [row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
-            sections.append(f"## [{name}]\n\n{table(rows)}")
-        else:
-            own.append(row(name, field))
-    top = [f"## At the top\n\n{table(own)}"] if own else []
-    return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *top, *sections])
+    """The page of a file: a table for each section, and one for each variant of a section."""
+    return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *section("", model, dict(model.model_fields))])
+
+
+def section(
+    name: str, model: type[pydantic.BaseModel], fields: dict[str, FieldInfo], *, heading: str = "", words: str = ""
+) -> Iterator[str]:
+    """A section's own keys, then the sections in it."""
+    from vaopd.config.toml import section_of, variants_of
+
+    below = {key: field for key, field in fields.items() if section_of(field) or variants_of(field)}
+    rows = [row(f"{name}.{key}".lstrip("."), field) for key, field in fields.items() if key not in below]
+    if rows or words:
+        yield heading or (f"## [{name}]\n" if name else "## At the top\n")
+        yield from [f"{words}\n"] if words else []
+        yield from [table(rows)] if rows else []
+    for key, field in below.items():
+        inner = f"{name}.{key}".lstrip(".")
+        if kind := section_of(field):
+            yield from section(inner, kind, dict(kind.model_fields), words=first_paragraph(kind))
+        elif variants := variants_of(field):
+            yield from union(inner, variants)
+
+
+def union(name: str, variants: Variants) -> Iterator[str]:
+    """The keys that all variants have, then each variant with those that it has beside them."""
+    tag, members = variants.tag, variants.members
+    common = [key for key in members[0].model_fields if all(key in member.model_fields for member in members)]
+    values = ", ".join(code(value) for member in members for value in variants.names(member))
+    words = " ".join((members[0].model_fields[tag].description or "").split())
+    shared = [row(f"{name}.{key}", members[0].model_fields[key]) for key in common if key != tag]
+    yield f"## [{name}]\n"
+    yield table([(code(f"{name}.{tag}"), values, code(f'"{variants.default}"'), words), *shared])
+    for member in members:
+        chosen = " or ".join(code(f'{tag} = "{value}"') for value in variants.names(member))
+        own = {key: field for key, field in member.model_fields.items() if key not in common}
+        words = first_paragraph(member) + ("" if own else " It has no keys of its own.")
+        yield from section(name, member, own, heading=f"### With {chosen}\n", words=words.strip())
+
+
+def first_paragraph(model: type[pydantic.BaseModel]) -> str:
+    return " ".join((vars(model).get("__doc__") or "").partition("\n\n")[0].split())
 
 
 def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:

@@ -71,7 +71,7 @@ class TlsConfig(Section):
 
 
 class TeacherTlsConfig(TlsConfig):
-    """Renewed files are taken up without a restart."""
+    """Files in PEM; `vaopd certs FOLDER` makes a set. Renewed ones are taken up without a restart."""
 
     client_ca: ServicePath | None = None
     """Asks every client for a certificate that this authority signed (mTLS)."""
@@ -105,16 +105,16 @@ class ApiQuotasConfig(Section):
 
 
 class TransformersBackend(Section):
-    """The weights are in this process, or spread over ranks of it; all payloads."""
+    """Sends all payloads."""
 
     backend: Literal["transformers"] = "transformers"
-    """The library that holds the weights. vllm: for teachers that only vLLM can hold; it sends no hidden states."""
+    """The library that holds the weights; vllm is for teachers that only vLLM can hold."""
     processes: int = Field(1, ge=1)
     """Ranks that share every text layer among them (tensor parallelism), one device each."""
 
 
 class VllmBackend(Section):
-    """vLLM holds the weights; log-probs and top-k, no hidden states."""
+    """Sends log-probs and top-k, no hidden states."""
 
     backend: Literal["vllm"] = "vllm"
     """The library that holds the weights."""
@@ -146,7 +146,7 @@ class TeacherServiceConfig(Section):
     stuck_after_s: PositiveFloat = 300.0
     """A forward that takes longer than this is taken for a hanging device: the process ends, to be restarted."""
     drain_s: PositiveFloat = 60.0
-    """How long accepted calls may take after SIGTERM."""
+    """Seconds that accepted calls may take after SIGTERM."""
 
     @model_validator(mode="after")
     def _quotas_need_keys(self) -> Self:
@@ -161,7 +161,7 @@ class RolloutServiceConfig(Section):
     stuck_after_s: PositiveFloat = 1800.0
     """An engine that takes longer than this for a batch hangs: the process ends, and another worker takes over."""
     drain_s: PositiveFloat = 10.0
-    """How long the batch in progress may take after SIGTERM; what isn't finished then is handed back."""
+    """Seconds that the batch in progress may take after SIGTERM; unfinished requests are handed back."""
 
 
 class ApiServiceConfig(Section):
@@ -173,7 +173,7 @@ class ApiServiceConfig(Section):
     stuck_after_s: PositiveFloat = 60.0
     """An event loop that stands still for longer than this hangs: the process ends, to be restarted."""
     drain_s: PositiveFloat = 10.0
-    """How long accepted requests may take after SIGTERM."""
+    """Seconds that accepted requests may take after SIGTERM."""
 
 
 class ServiceConfig(Section):
