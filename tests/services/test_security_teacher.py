@@ -304,7 +304,7 @@ def test_certificates_that_cant_be_used_are_told_at_the_start(certificates: Path
     if broken == "another key":
         key.write_bytes((certificates / "client.key").read_bytes())
     service = tls(certificates)
-    with pytest.raises(ConfigError, match=r"\[tls\] .*server\.key"):
+    with pytest.raises(ConfigError, match=r"\[teacher\.tls\] .*server\.key"):
         start(service.model_copy(update={"tls": service.tls.model_copy(update={"key": key})}))
 
 

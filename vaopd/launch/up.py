@@ -216,7 +216,9 @@ class _Launch:
         settings = getattr(self._services, role, None)  # the trainer has none
         if settings is not None and self._options.service is not None:
             arguments += ("--service", str(self._options.service))
-        drains = settings is not None and "drain_s" in settings.model_fields_set
+        grace_s = None
+        if settings is not None and "drain_s" in settings.model_fields_set:
+            grace_s = settings.drain_s + AFTER_DRAIN_S
         if (role != "api" or self._api_is_guarded) and self._options.metrics_port is not None:
             arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
         return Child(
@@ -224,7 +226,7 @@ class _Launch:
             argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
             environment=environment(self._config, devices=devices),
             is_ready=is_ready,
-            grace_s=settings.drain_s + AFTER_DRAIN_S if drains else None,
+            grace_s=grace_s,
         )
 
     @property
