@@ -24,13 +24,19 @@ from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt, chat
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm")
 _FOLDERS = tempfile.TemporaryDirectory(prefix="vaopd-families-")  # emptied when the interpreter ends
 _INTERNVL_SPECIAL = {
     "<|vision_start|>": ("start_image_token", "<img>"),
     "<|vision_end|>": ("end_image_token", "</img>"),
     "<|image_pad|>": ("context_image_token", "<IMG_CONTEXT>"),
     "<|video_pad|>": ("video_token", "<video>"),
+}
+_SMOLVLM_SPECIAL = {
+    "<|vision_start|>": "<fake_token_around_image>",
+    "<|vision_end|>": "<global-img>",
+    "<|image_pad|>": "<image>",
+    "<|video_pad|>": "<video>",
 }
 
 
@@ -40,7 +46,7 @@ def family_folder(family: str, *, sliding_window: int | None = None) -> Path:
     folder = Path(_FOLDERS.name) / f"{family}-{sliding_window}"
     if family == "qwen3_vl":
         return save_untrained(folder)
-    processor, model = (_qwen25vl if family == "qwen2_5_vl" else _internvl)(sliding_window)
+    processor, model = {"qwen2_5_vl": _qwen25vl, "internvl": _internvl, "smolvlm": _smolvlm}[family](sliding_window)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -135,36 +141,23 @@ def _qwen25vl(sliding_window: int | None) -> tuple[Any, Any]:
 
 def _internvl(sliding_window: int | None) -> tuple[Any, Any]:
     ensure_torchvision()
-    from tokenizers import AddedToken
     from transformers import (
         GotOcr2ImageProcessor,
         InternVLConfig,
         InternVLForConditionalGeneration,
         InternVLProcessor,
         InternVLVideoProcessor,
-        Qwen2Tokenizer,
     )
 
-    learned = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
-    special = [_INTERNVL_SPECIAL.get(token, (None, token))[1] for token in SPECIAL_TOKENS]
-    first = len(learned["vocab"])
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
-        added_tokens_decoder={first + i: AddedToken(t, normalized=False, special=True) for i, t in enumerate(special)},
-        unk_token=None,  # type: ignore[arg-type]
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=dict(_INTERNVL_SPECIAL.values()),
+    tokenizer = _tokenizer(
+        {token: name for token, (_, name) in _INTERNVL_SPECIAL.items()}, dict(_INTERNVL_SPECIAL.values())
     )
-    template = build_processor().chat_template
-    assert template is not None
     processor = InternVLProcessor(
         image_processor=GotOcr2ImageProcessor(size={"height": 64, "width": 64}, max_patches=4),
         tokenizer=tokenizer,
         video_processor=InternVLVideoProcessor(),
         image_seq_length=4,  # (64 px / 16 px per patch)² · 0.5²
-        chat_template=template.replace("<|vision_start|><|image_pad|><|vision_end|>", r"<IMG_CONTEXT>\n"),
+        chat_template=_template(r"<IMG_CONTEXT>\n"),
     )
     config = InternVLConfig(
         text_config={"model_type": "qwen2", **_text_config(sliding_window)},
@@ -182,6 +175,70 @@ def _internvl(sliding_window: int | None) -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     return processor, _random(InternVLForConditionalGeneration, config)
+
+
+def _smolvlm(sliding_window: int | None) -> tuple[Any, Any]:
+    ensure_torchvision()
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    assert sliding_window is None, "its text model, Llama, has none"
+    marks = [f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)]
+    tokenizer = _tokenizer(_SMOLVLM_SPECIAL, {"image_token": "<image>"}, further=marks)
+    size = {"longest_edge": 128}
+    tile = {"longest_edge": 64}
+    processor = SmolVLMProcessor(
+        image_processor=SmolVLMImageProcessor(size=size, max_image_size=tile),
+        tokenizer=tokenizer,
+        video_processor=SmolVLMVideoProcessor(size=size, max_image_size=tile),
+        image_seq_len=4,  # (64 px / 16 px per patch)² / 2²
+        chat_template=_template("<image>"),
+    )
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **_text_config(None)},
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 16,
+            "initializer_range": 0.06,
+        },
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        pad_token_id=0,
+    )
+    return processor, _random(SmolVLMForConditionalGeneration, config)
+
+
+def _tokenizer(renamed: Mapping[str, str], extra: dict[str, str], further: Sequence[str] = ()) -> Any:
+    """The tiny models' own tokenizer with another family's special tokens: some renamed, further ones at the end."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    learned = json.loads(build_tokenizer().backend_tokenizer.to_str())["model"]
+    special = [*(renamed.get(token, token) for token in SPECIAL_TOKENS), *further]
+    first = len(learned["vocab"])
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]
+        added_tokens_decoder={first + i: AddedToken(t, normalized=False, special=True) for i, t in enumerate(special)},
+        unk_token=None,  # type: ignore[arg-type]
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=extra,
+    )
+
+
+def _template(image: str) -> str:
+    template = build_processor().chat_template
+    assert template is not None
+    return template.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
 
 
 def _text_config(sliding_window: int | None) -> dict[str, Any]:

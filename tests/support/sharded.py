@@ -54,7 +54,7 @@ def main(how: str, folder: str, store: str) -> None:
     expected = Scores(whole)(segments)
     if how == "tensor_parallel":
         shared = Vlm.load(folder, tensor_parallel=True)
-        projection = shared.model.model.language_model.layers[0].self_attn.q_proj.weight
+        projection = shared.family.language_model(shared.model).layers[0].self_attn.q_proj.weight
         assert projection.to_local().shape[0] * 2 == projection.shape[0], "the layers aren't split"
         with torch.inference_mode():
             torch.testing.assert_close(Scores(shared)(segments), expected.detach(), atol=2e-5, rtol=0)

@@ -44,6 +44,23 @@ def test_a_prompt_is_read_as_the_processor_reads_it(family: str, pictures: list[
     assert vlm.from_token_ids(prompt.token_ids, prompt.images).images == prompt.images
 
 
+def test_an_image_in_tiles_has_a_run_of_placeholders_for_each_tile() -> None:
+    """128 × 64 px in tiles of 64 px: two beside each other and one of the whole, 4 tokens each."""
+    vlm = family_vlm("smolvlm")
+    (image,) = ask(vlm, [drawing(1, (128, 64))]).images
+    assert image.grid == (3, 1, 2)
+    assert vlm.family.runs(image) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_with_a_placeholder_too_few_is_refused(family: str) -> None:
+    vlm = family_vlm(family)
+    prompt = ask(vlm, PICTURES["one image"])
+    last = np.flatnonzero(prompt.token_ids == vlm.family.image_token_id(vlm.config))[-1]
+    with pytest.raises(InvalidInput, match="placeholder runs"):
+        vlm.from_token_ids(np.delete(prompt.token_ids, last), prompt.images)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 @torch.no_grad()
@@ -122,5 +139,7 @@ def test_the_model_generates_from_a_prepared_prompt_what_transformers_does(
 
 
 def test_a_family_without_an_adapter_is_named_with_those_that_have_one() -> None:
-    with pytest.raises(ConfigError, match=r"'llava' has no adapter; known: internvl, qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(
+        ConfigError, match=r"'llava' has no adapter; known: idefics3, internvl, qwen2_5_vl, qwen3_vl, sm"
+    ):
         family_for("llava")

@@ -114,7 +114,7 @@ class PromptReader:
         is_image = np.concatenate(([False], ids == self.family.image_token_id(self.config), [False]))
         edges = np.flatnonzero(is_image[1:] != is_image[:-1])
         runs = [int(end - start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-        wanted = [image.num_tokens for image in images]
+        wanted = [run for image in images for run in self.family.runs(image)]
         if runs != wanted:
             grids = [image.grid for image in images]
             raise InvalidInput(
@@ -154,6 +154,8 @@ def load_processor(path: str | Path, *, min_pixels: int | None = None, max_pixel
         raise ConfigError(
             f"no model with a processor at {str(path)!r}; give a folder that exists or a hub id that can be reached"
         ) from None
+    except ImportError as error:  # SmolVLM's needs num2words
+        raise ConfigError(f"the processor of {str(path)!r} can't be loaded: {error}") from None
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:

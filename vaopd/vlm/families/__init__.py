@@ -13,6 +13,7 @@ import torch
 
 from vaopd.errors import ConfigError
 from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan
+from vaopd.vlm.families.idefics import Idefics3
 from vaopd.vlm.families.internvl import InternVL
 from vaopd.vlm.families.qwen_vl import Qwen3VL, Qwen25VL
 from vaopd.vlm.shared_attention import Layout
@@ -40,12 +41,20 @@ class Family(Protocol):
         """What stands for an image in the tokens that the model reads: its placeholders and any marks around them."""
         ...
 
+    def runs(self, image: PreparedImage) -> list[int]:
+        """The lengths of the image's runs of placeholders, in order: one run, or one for each tile."""
+        ...
+
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
         """Every id that announces vision input; none of them may stand inside a response."""
         ...
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
         """The part that `student.train_vision_tower = false` freezes."""
+        ...
+
+    def language_model(self, model: Any) -> torch.nn.Module:
+        """The text model without its LM head; takes `inputs_embeds`, `position_ids` and the attention's `layout`."""
         ...
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
@@ -72,7 +81,13 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: dict[str, Family] = {"qwen3_vl": Qwen3VL(), "qwen2_5_vl": Qwen25VL(), "internvl": InternVL()}
+_FAMILIES: dict[str, Family] = {
+    "idefics3": Idefics3(),
+    "internvl": InternVL(),
+    "qwen2_5_vl": Qwen25VL(),
+    "qwen3_vl": Qwen3VL(),
+    "smolvlm": Idefics3(),
+}
 
 
 def family_for(model_type: str) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -32,9 +32,16 @@ class PreparedImage:
     key: str | None = None
 
 
+class TextModelOf(Protocol):
+    """The part of a family that `packed_hidden` needs."""
+
+    def image_token_id(self, config: Any) -> int: ...
+    def language_model(self, model: Any) -> torch.nn.Module: ...
+
+
 def packed_hidden(
+    family: TextModelOf,
     model: Any,
-    image_token_id: int,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     images: Sequence[torch.Tensor],
@@ -48,8 +55,8 @@ def packed_hidden(
     embeddings = model.get_input_embeddings()(input_ids)
     if images:
         features = torch.cat(list(images)).to(embeddings.device, embeddings.dtype)
-        embeddings = embeddings.masked_scatter((input_ids == image_token_id)[..., None], features)
-    outputs = model.model.language_model(
+        embeddings = embeddings.masked_scatter((input_ids == family.image_token_id(model.config))[..., None], features)
+    outputs = family.language_model(model)(
         inputs_embeds=embeddings,
         position_ids=position_ids,
         attention_mask=no_mask(embeddings.device),

@@ -32,12 +32,18 @@ class InternVL:
         inside = [self.image_token_id(config)] * image.num_tokens
         return [processor.start_image_token_id, *inside, processor.end_image_token_id]
 
+    def runs(self, image: PreparedImage) -> list[int]:
+        return [image.num_tokens]
+
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
         video = processor.tokenizer.get_vocab().get(processor.video_token)
         return frozenset(processor.image_token_ids) | (frozenset() if video is None else {video})
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
         return model.model.vision_tower
+
+    def language_model(self, model: Any) -> torch.nn.Module:
+        return model.model.language_model
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         pixels = torch.cat([image.pixel_values for image in images]).to(model.model.vision_tower.device)
@@ -61,4 +67,4 @@ class InternVL:
         layout: Layout,
     ) -> torch.Tensor:
         embeddings = [part for (part,) in features]
-        return packed_hidden(model, self.image_token_id(model.config), input_ids[None], positions, embeddings, layout)
+        return packed_hidden(self, model, input_ids[None], positions, embeddings, layout)

@@ -34,6 +34,9 @@ class Qwen25VL:
     def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
         return [self.image_token_id(config)] * image.num_tokens
 
+    def runs(self, image: PreparedImage) -> list[int]:
+        return [image.num_tokens]
+
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
         # <|vision_pad|> is in the tokenizer only, the configuration has no field for it.
         pad = processor.tokenizer.get_vocab().get("<|vision_pad|>")
@@ -42,6 +45,9 @@ class Qwen25VL:
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
         return model.model.visual
+
+    def language_model(self, model: Any) -> torch.nn.Module:
+        return model.model.language_model
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         return [(embeddings,) for embeddings in self._encode(model, images).pooler_output]
@@ -79,8 +85,8 @@ class Qwen25VL:
         layout: Layout,
     ) -> torch.Tensor:
         return packed_hidden(
+            self,
             model,
-            self.image_token_id(model.config),
             input_ids[None],
             positions[:, None],
             [embeddings for embeddings, *_ in features],
