@@ -1,9 +1,10 @@
-"""VA-OPD in a plain PyTorch loop: transformers samples, a running teacher scores, AdamW steps. No Redis, no workers.
+"""VA-OPD in a plain PyTorch loop: transformers samples, a running teacher scores, AdamW steps.
 
     vaopd teacher configs/tiny.toml                                                     # in another terminal
     python examples/plain_pytorch_loop.py --student models/tiny-student --data data/handwritten-geometry --steps 20
 
-What to carry over into another trainer are the three functions in the middle: `request`, `weights` and `divergence`.
+There is no Redis and no rollout worker. For another trainer, copy the three functions in the middle: `make_request`,
+`weigh` and `compare`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.data.loaders import load_prompts
 from vaopd.divergence import fused_reverse_kl
 from vaopd.images import decode
-from vaopd.objective import mean_visual_advantage, rollout_weights, token_weights
+from vaopd.objective import group_weights, pad_rows, visual_advantage
 from vaopd.payloads import decode as decode_payload
 from vaopd.payloads import to_torch
 from vaopd.types import GroupScore, Prompt, ScoreRequest, images_in_order
@@ -28,8 +28,8 @@ from vaopd.vlm.prompts import chat, tokenizer_fingerprint
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
-def request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[Tensor]) -> ScoreRequest:
-    """One prompt group for the teacher: the very token ids that the student read and sampled."""
+def make_request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[Tensor]) -> ScoreRequest:
+    """Makes one prompt group for the teacher, of the very token ids that the student read and sampled."""
     return ScoreRequest(
         group_id=group_id,
         prompt_token_ids=prompt_ids.cpu().numpy().astype(np.int32),
@@ -38,29 +38,29 @@ def request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[T
     )
 
 
-def weights(score: GroupScore) -> Tensor:
-    """(M,): the weight of every token of a group, its rollouts one after the other. They sum to about 1."""
-    advantages = [torch.from_numpy(np.array(va)) for va in score.visual_advantage]
-    va_KT = pad_sequence(advantages, batch_first=True)
-    mask_KT = pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
-    by_va_K = rollout_weights(mean_visual_advantage(va_KT, mask_KT)[None])[0]
-    return token_weights(va_KT, mask_KT, by_va_K)[mask_KT]
+def weigh(score: GroupScore) -> Tensor:
+    """Returns the weight of every token of a group, its rollouts one after the other: (M,), which sum to 1."""
+    teacher_KT, mask_KT = pad_rows(score.teacher_logprobs)
+    degraded_KT, _ = pad_rows(score.degraded_logprobs)
+    va_KT = visual_advantage(teacher_KT, degraded_KT, mask_KT)
+    return group_weights(va_KT, mask_KT).token_weights[mask_KT]
 
 
-def divergence(hidden_MD: Tensor, head: Tensor, score: GroupScore, teacher_head: Tensor) -> Tensor:
-    """(M,): the exact reverse KL over the whole vocabulary, from both sides' final hidden states."""
+def compare(hidden_MD: Tensor, head: Tensor, score: GroupScore, teacher_head: Tensor) -> Tensor:
+    """Returns the exact reverse KL over the whole vocabulary, from the final hidden states of both models: (M,)."""
     teacher_hidden = decode_payload(score.payload)["hidden"].to(hidden_MD.device)
     return fused_reverse_kl(hidden_MD, head[: len(teacher_head)], teacher_hidden, teacher_head)
 
 
-def inputs_of(prompt: Prompt, processor: Any) -> Any:
+def prepare_inputs(prompt: Prompt, processor: Any) -> Any:
+    """Renders the prompt by the student's chat template and processes its images."""
     images = [decode(image) for image in images_in_order(prompt.messages, prompt.images)]
     text = processor.apply_chat_template(chat(prompt.messages), tokenize=False, add_generation_prompt=True)
     return processor(text=[text], images=images or None, return_tensors="pt")
 
 
 def sample(model: Any, inputs: Any, *, count: int, max_new_tokens: int, forbidden: list[int]) -> list[Tensor]:
-    """`count` responses, each up to and with its end-of-turn token."""
+    """Samples `count` responses, each up to its end-of-turn token, which is included."""
     ends = torch.tensor(model.generation_config.eos_token_id).flatten()
     with torch.no_grad():
         sequences = model.generate(
@@ -74,14 +74,14 @@ def sample(model: Any, inputs: Any, *, count: int, max_new_tokens: int, forbidde
     return responses
 
 
-def response_hidden(model: Any, inputs: Any, responses: list[Tensor]) -> Tensor:
-    """(M, D): the hidden states that predict each response token; one sequence after the other keeps it simple."""
+def compute_hidden(model: Any, inputs: Any, responses: list[Tensor]) -> Tensor:
+    """Returns the hidden states that predict each response token: (M, D). One sequence at a time, for simplicity."""
     rows = []
     length = inputs["input_ids"].shape[1]
     for response in responses:
         ids = torch.cat([inputs["input_ids"][0], response])[None]
         extra = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        if "mm_token_type_ids" in extra:  # newer processors tell text from images by it
+        if "mm_token_type_ids" in extra:  # newer processors distinguish text and images by it
             extra["mm_token_type_ids"] = torch.nn.functional.pad(extra["mm_token_type_ids"], (0, len(response)))
         hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra)
         rows.append(hidden.last_hidden_state[0, length - 1 : -1])
@@ -89,6 +89,7 @@ def response_hidden(model: Any, inputs: Any, responses: list[Tensor]) -> Tensor:
 
 
 def main() -> None:
+    """Trains the student on the command line's data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT")
     parser.add_argument("--student", default="models/tiny-student", metavar="MODEL")
@@ -107,7 +108,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(options.student)
     model: Any = AutoModelForImageTextToText.from_pretrained(options.student, dtype=torch.float32)
     model.to(device)
-    # A response must not hold what stands for an image: neither model could read it.
+    # A response must not contain image placeholders: neither model could read it.
     config = model.config
     forbidden = [config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -118,22 +119,22 @@ def main() -> None:
         teacher_head = to_torch(teacher.head()).to(device)
         for step in range(options.steps):
             batch = [prompts[(step * options.prompts + index) % len(prompts)] for index in range(options.prompts)]
-            inputs = [inputs_of(prompt, processor).to(device) for prompt in batch]
+            inputs = [prepare_inputs(prompt, processor).to(device) for prompt in batch]
             sampled = [
                 sample(model, each, count=options.rollouts, max_new_tokens=64, forbidden=forbidden) for each in inputs
             ]
             groups = [
-                request(str(index), prompt, inputs[index]["input_ids"][0], sampled[index])
+                make_request(str(index), prompt, inputs[index]["input_ids"][0], sampled[index])
                 for index, prompt in enumerate(batch)
             ]
             total, mean_va = 0.0, 0.0
-            for score in teacher.score(groups):  # in the order in which the teacher is done
+            for score in teacher.score(groups):  # in the order in which the teacher finishes them
                 if isinstance(score, GroupFailure):
                     raise score.error
                 index = int(score.group_id)
-                hidden = response_hidden(model, inputs[index], sampled[index])
-                kl = divergence(hidden, model.get_output_embeddings().weight, score, teacher_head)
-                loss = (weights(score).to(device) * kl).sum() / options.prompts
+                hidden = compute_hidden(model, inputs[index], sampled[index])
+                kl = compare(hidden, model.get_output_embeddings().weight, score, teacher_head)
+                loss = (weigh(score).to(device) * kl).sum() / options.prompts
                 loss.backward()
                 total += float(loss.detach())
                 mean_va += float(np.concatenate(score.visual_advantage).mean()) / options.prompts

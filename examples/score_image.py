@@ -1,10 +1,10 @@
-"""Which tokens of an answer does the teacher owe to seeing? A notebook in cells, and a script.
+"""Which tokens of an answer depend on seeing the image? A notebook in cells, and a script.
 
 Run it beside a running system (`vaopd demo` or `vaopd up CONFIG`), cell by cell in an editor that knows `# %%`, or as
 `python examples/score_image.py [URL]`. It needs the client only: pip install 'vaopd[http]'.
 """
 
-# %% The API, and who scores there
+# %% The API and its teachers
 from __future__ import annotations
 
 import sys
@@ -42,7 +42,7 @@ assert expected is not None
 print(f"\n{rollout.tokens[worst].text!r} was read, the teacher sees {expected.text!r}: seeing costs the misread digit")
 print(f"{-differences[worst]:.1f} nats. VA is cut off at 0, so such a token counts as if it had none.")
 
-# %% How much detail does it take? One request per degradation, answered as they are done
+# %% How much detail does it take? One request per degradation, answered in the order of completion
 strengths = (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 requests = [
     ask(QUESTION, [RIGHT], images=[IMAGE], degradation=DegradationModel(strength=strength)) for strength in strengths

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from plain_pytorch_loop import weights
+from plain_pytorch_loop import weigh
 from torch import Tensor
 
 from vaopd.client import GroupFailure, SyncTeacherClient
@@ -36,12 +36,12 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:
-    """What GRPO would learn from; here the teacher's distribution takes its place."""
+    """Returns rewards of 0: GRPO asks for some, but here the teacher's distribution takes their place."""
     return [0.0] * len(completions)
 
 
 class VisualAdvantageTrainer(GRPOTrainer):
-    """`teacher` is asked once for each prompt group; `teacher_head` (V, D) turns its hidden states into logits."""
+    """Asks `teacher` once for each prompt group; `teacher_head` (V, D) turns its hidden states into logits."""
 
     def __init__(self, *, teacher: SyncTeacherClient, teacher_head: Tensor, **options: Any) -> None:
         super().__init__(reward_funcs=no_reward, **options)
@@ -49,7 +49,7 @@ class VisualAdvantageTrainer(GRPOTrainer):
         self._teacher_head = teacher_head.to(self.accelerator.device)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch of N completions, with their weights and the teacher's hidden states, padded to C tokens.
+        """Adds token weights and the teacher's hidden states, padded to C tokens, to TRL's batch of N completions.
 
         The rollout weights compare siblings, so they are computed here, before TRL shuffles and splits the batch.
         """
@@ -66,9 +66,11 @@ class VisualAdvantageTrainer(GRPOTrainer):
         requests = [
             ScoreRequest(
                 group_id=str(start),
-                prompt_token_ids=ids(batch["prompt_ids"][start], batch["prompt_mask"][start]),
-                responses=tuple(ids(batch["completion_ids"][n], mask_NC[n]) for n in range(start, start + count)),
-                images=tuple(encoded(image) for image in inputs[start].get("images") or ()),
+                prompt_token_ids=select_ids(batch["prompt_ids"][start], batch["prompt_mask"][start]),
+                responses=tuple(
+                    select_ids(batch["completion_ids"][n], mask_NC[n]) for n in range(start, start + count)
+                ),
+                images=tuple(encode(image) for image in inputs[start].get("images") or ()),
             )
             for start in range(0, len(inputs), count)
         ]
@@ -77,7 +79,7 @@ class VisualAdvantageTrainer(GRPOTrainer):
                 raise score.error
             rows = slice(int(score.group_id), int(score.group_id) + count)
             mask_KC = mask_NC[rows]
-            weights_NC[rows] = weights_NC[rows].masked_scatter(mask_KC, weights(score).to(weights_NC))
+            weights_NC[rows] = weights_NC[rows].masked_scatter(mask_KC, weigh(score).to(weights_NC))
             hidden_NCD[rows] = hidden_NCD[rows].masked_scatter(
                 mask_KC[..., None], decode_payload(score.payload)["hidden"].to(hidden_NCD)
             )
@@ -85,7 +87,7 @@ class VisualAdvantageTrainer(GRPOTrainer):
         return {**batch, "token_weights": weights_NC, "teacher_hidden": hidden_NCD}
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """This microbatch's share of (1/B) Σ weights · KL over the step's B groups; TRL adds the shares up."""
+        """Returns the microbatch's share of (1/B) Σ weights · KL over the step's B groups; TRL adds the shares up."""
         ids_NT = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         seen = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
         outputs = model(
@@ -106,26 +108,29 @@ class VisualAdvantageTrainer(GRPOTrainer):
         return (inputs["token_weights"][mask_NC] * kl_M).sum() / groups
 
 
-def ids(padded: Tensor, mask: Tensor) -> np.ndarray:
+def select_ids(padded: Tensor, mask: Tensor) -> np.ndarray:
+    """Returns the token ids without their padding, as the teacher's client takes them."""
     return padded[mask.bool()].cpu().numpy().astype(np.int32)
 
 
-def encoded(image: PIL.Image.Image) -> EncodedImage:
-    """The very pixels that the student sees."""
+def encode(image: PIL.Image.Image) -> EncodedImage:
+    """Encodes the very pixels that the student sees."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return EncodedImage(data=file.getvalue())
 
 
-def row(prompt: Prompt) -> dict[str, Any]:
-    """As TRL reads it: a conversation, and its images beside it."""
+def make_row(prompt: Prompt) -> dict[str, Any]:
+    """Returns the prompt as TRL reads it: a conversation, and its images beside it."""
     question = "".join(p.text for m in prompt.messages for p in m.content if isinstance(p, TextPart)).strip()
     images = [decode(image).convert("RGB") for image in images_in_order(prompt.messages, prompt.images)]
     return {"prompt": [{"role": "user", "content": question}], "images": images}
 
 
-def config(folder: str, *, steps: int, prompts: int, rollouts: int, learning_rate: float, forbidden: list[int]) -> Any:
-    """One optimizer step per `prompts` whole groups, each group a microbatch; the sampling of the paper."""
+def configure(
+    folder: str, *, steps: int, prompts: int, rollouts: int, learning_rate: float, forbidden: list[int]
+) -> Any:
+    """Takes one optimizer step per `prompts` whole groups, each group a microbatch; samples as the paper does."""
     return GRPOConfig(
         output_dir=folder,
         max_steps=steps,
@@ -136,7 +141,7 @@ def config(folder: str, *, steps: int, prompts: int, rollouts: int, learning_rat
         temperature=0.7,
         top_p=0.95,
         top_k=0,
-        # A response must not hold what stands for an image: neither model could read it.
+        # A response must not contain image placeholders: neither model could read it.
         generation_kwargs={"suppress_tokens": forbidden},
         beta=0.0,  # no reference model
         learning_rate=learning_rate,
@@ -153,6 +158,7 @@ def config(folder: str, *, steps: int, prompts: int, rollouts: int, learning_rat
 
 
 def main() -> None:
+    """Trains the student on the command line's data and saves it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT")
     parser.add_argument("--student", default="models/tiny-student", metavar="MODEL")
@@ -178,8 +184,8 @@ def main() -> None:
             teacher_head=to_torch(teacher.head()),
             model=model,
             processing_class=processor,
-            train_dataset=datasets.Dataset.from_list([row(prompts[index]) for index in needed]),
-            args=config(
+            train_dataset=datasets.Dataset.from_list([make_row(prompts[index]) for index in needed]),
+            args=configure(
                 options.output,
                 steps=options.steps,
                 prompts=options.prompts,

@@ -6,8 +6,8 @@
         for result in api.score_batch([ask("2+2?", ["4"]), ask("3+3?", ["6"])]):
             print(result.index, result.score or result.problem)
 
-Answers are the models of `vaopd.http_types`. Refusals are raised as the errors of `vaopd.errors`. Scoring is pure, so
-an API that is down or has no room is asked again until `patience_s` are over.
+Replies are the models of `vaopd.http_types`; refusals are raised as the errors of `vaopd.errors`. Scoring changes
+nothing on the server, so requests to an API that is down or busy are repeated for `patience_s`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ except ModuleNotFoundError:
 __all__ = ["AsyncScoringClient", "ImageSource", "ScoringClient", "ask"]
 
 ImageSource = bytes | Path
-"""A PNG, JPEG or WEBP file: its bytes, or where it lies."""
+"""A PNG, JPEG or WEBP file: its bytes or its path."""
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 _LONGEST_DELAY_S = 2.0
@@ -79,7 +79,14 @@ def ask(
     teacher: str | None = None,
     top_k: int = 0,
 ) -> ScoreBody:
-    """One request to score; a response is a text, or token ids. `top_k`: alternatives to name at each place."""
+    """Builds one request to score.
+
+    responses: K texts or lists of token ids, compared as one group.
+    teacher: the model to score with; None: the API's first.
+    top_k: the number of alternatives to list at each place.
+
+    Raises InvalidInput for an image that can't be read, pydantic.ValidationError for values that the API would refuse.
+    """
     return ScoreBody(
         question=question,
         images=[_encoded(image) for image in images],
@@ -91,7 +98,12 @@ def ask(
 
 
 class ScoringClient:
-    """`transport` is httpx's, for proxies and tests; `patience_s`: how long it asks an API that is down or busy."""
+    """A client of the scoring API, for one thread. Methods raise the errors of `vaopd.errors`.
+
+    timeout_s: for each request.
+    patience_s: how long requests to an API that is down or busy are repeated.
+    transport: httpx's, for proxies and tests.
+    """
 
     def __init__(
         self,
@@ -114,16 +126,19 @@ class ScoringClient:
         self.close()
 
     def close(self) -> None:
+        """Closes the connections."""
         self._http.close()
 
     def teachers(self) -> list[TeacherModel]:
+        """Returns the teachers that score for this API."""
         return _read(TeachersReply, self._ask("GET", "/v1/teachers")).teachers
 
     def students(self) -> list[StudentModel]:
+        """Returns the API's student, if it has one."""
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
 
     def runs(self) -> list[RunModel]:
-        """The runs whose reports the API serves."""
+        """Returns the runs whose reports the API serves."""
         return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
@@ -141,7 +156,7 @@ class ScoringClient:
         return _read(ScoreReply, self._ask("POST", "/v1/score", body))
 
     def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
-        """A result for each request as soon as it is there, in any order; `index` says which. Long lists are split."""
+        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -154,11 +169,11 @@ class ScoringClient:
             reader.end()
 
     def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
-        """The degraded view that the teacher sees, a PNG."""
+        """Returns the degraded view that the teacher sees, as PNG."""
         return self._ask("POST", "/v1/degrade", DegradeBody(image=_encoded(image), degradation=degradation)).content
 
     def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
-        """Lets the API's student answer; `settings` are those of `vaopd.http_types.SampleBody`."""
+        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, self._ask("POST", "/v1/sample", body))
 
@@ -209,15 +224,19 @@ class AsyncScoringClient:
         await self.close()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._http.aclose()
 
     async def teachers(self) -> list[TeacherModel]:
+        """Returns the teachers that score for this API."""
         return _read(TeachersReply, await self._ask("GET", "/v1/teachers")).teachers
 
     async def students(self) -> list[StudentModel]:
+        """Returns the API's student, if it has one."""
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
 
     async def runs(self) -> list[RunModel]:
+        """Returns the runs whose reports the API serves."""
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
@@ -230,10 +249,12 @@ class AsyncScoringClient:
         teacher: str | None = None,
         top_k: int = 0,
     ) -> ScoreReply:
+        """Scores the responses as one group. See `ask` for the arguments."""
         body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
         return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
 
     async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
+        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
             request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
@@ -249,10 +270,12 @@ class AsyncScoringClient:
             reader.end()
 
     async def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
+        """Returns the degraded view that the teacher sees, as PNG."""
         body = DegradeBody(image=_encoded(image), degradation=degradation)
         return (await self._ask("POST", "/v1/degrade", body)).content
 
     async def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
+        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
         body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
         return _read(SampleReply, await self._ask("POST", "/v1/sample", body))
 
@@ -289,7 +312,7 @@ class _Patience:
         self._next_s = 0.1
 
     def delay(self, error: errors.VaopdError) -> float:
-        """How long to wait before the next attempt. Raises `error` when the time is over."""
+        """Returns the seconds to wait before the next attempt. Raises `error` when the patience is over."""
         delay_s = error.retry_after_s if isinstance(error, errors.Busy) else self._next_s
         if time.monotonic() + delay_s > self._deadline:
             raise error
@@ -298,7 +321,7 @@ class _Patience:
 
 
 class _Events:
-    """Results out of the lines of server-sent events."""
+    """Reads results from the lines of server-sent events."""
 
     def __init__(self, start: int) -> None:
         self._start = start
@@ -316,7 +339,7 @@ class _Events:
 
     def end(self) -> None:
         if not self._done:
-            raise errors.Unavailable("the API ended a batch in the middle; ask again for what is missing")
+            raise errors.Unavailable("the API ended a batch early; send the requests without a result again")
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
@@ -346,23 +369,23 @@ def _read(model: type[M], answer: httpx.Response) -> M:
         return model.model_validate_json(answer.content)
     except pydantic.ValidationError:
         raise errors.Mismatch(
-            f"the answer from {answer.request.url.copy_with(query=None)} is no {model.__name__}; is that a scoring "
-            "API, and of this version?"
+            f"the answer from {answer.request.url.copy_with(query=None)} is no {model.__name__}; is it a scoring API "
+            "of this version?"
         ) from None
 
 
 def _refusal(answer: httpx.Response) -> errors.VaopdError:
-    """What the API's problem is here. The request's id goes along: the API's log has it."""
+    """Returns the API's problem as an error, with the request's id, which is in the API's log."""
     try:
         problem = Problem.model_validate_json(answer.content)
-        told = f"{problem.detail} (request {problem.request_id})"
+        message = f"{problem.detail} (request {problem.request_id})"
     except pydantic.ValidationError:
-        told = f"{answer.request.url.host} answered {answer.status_code} and not as a scoring API does"
+        message = f"{answer.request.url.host} answered {answer.status_code}, but not as a scoring API"
     if answer.status_code == 429:
-        return errors.Busy(told, float(answer.headers.get("Retry-After", "1")))
+        return errors.Busy(message, float(answer.headers.get("Retry-After", "1")))
     if "numerical_error" in answer.text:
-        return errors.NumericalError(told)
-    return _KINDS.get(answer.status_code, errors.VaopdError)(told)
+        return errors.NumericalError(message)
+    return _KINDS.get(answer.status_code, errors.VaopdError)(message)
 
 
 def _lost(error: httpx.TransportError) -> errors.Unavailable:

@@ -1,5 +1,7 @@
-"""What the scoring API takes and gives, as JSON: the server validates with these models, `vaopd.http_client` returns
-them. T response tokens of one rollout, K rollouts of the group; log-probs and VA in nats. Torch-free.
+"""The scoring API's requests and replies as JSON. Torch-free.
+
+The server validates requests with these models, and `vaopd.http_client` returns the replies. T response tokens of one
+rollout, K rollouts of the group; log-probs and VA in nats.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
-from vaopd.types import DegradationKind
+from vaopd.types import STRENGTH_MEANINGS, DegradationKind
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -23,20 +25,23 @@ MAX_BATCH_ITEMS = 256
 
 
 class Model(pydantic.BaseModel):
+    """A request: unknown keys are refused."""
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Reply(pydantic.BaseModel):
-    """A client of today reads a newer server's answers: keys that it doesn't know are left out."""
+    """A reply: unknown keys are ignored, so that clients can read the replies of newer servers."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
 
 class DegradationModel(Model):
+    """How the degraded view is made from the image."""
+
     kind: DegradationKind = "pixelate"
-    """How the degraded view is made (paper: pixelate)."""
-    strength: float = Field(0.1, ge=0, le=1, allow_inf_nan=False)
-    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side; else unused."""
+    """The kind of degradation (paper: pixelate)."""
+    strength: float = Field(0.1, ge=0, le=1, allow_inf_nan=False, description=f"{STRENGTH_MEANINGS}; else unused.")
 
 
 class ScoreBody(Model):
@@ -61,23 +66,23 @@ class ScoreBody(Model):
     )
 
     question: Text
-    """The user's turn; the images stand before it."""
+    """The user's turn; the images come before it."""
     image: ImageText | None = None
-    """A PNG, JPEG or WEBP file as base64, or as a data URL. Nothing is ever fetched: a web address is refused."""
+    """A PNG, JPEG or WEBP file as base64, or as a data URL. Web addresses are refused: nothing is fetched."""
     images: list[ImageText] = []
     """Several images, in the order in which the model reads them."""
     response: Text | None = None
     """A text that the teacher tokenises as a finished turn."""
     response_token_ids: TokenIds | None = None
-    """The response as token ids, scored just as they are."""
+    """The response as token ids, scored as they are."""
     responses: Annotated[list[Text | TokenIds], Field(min_length=1)] | None = None
     """The K responses of a group, each a text or token ids; the rollout weights compare them."""
     degradation: DegradationModel = DegradationModel()
     """The degraded view."""
     teacher: str | None = None
-    """The model to score with, as GET /v1/teachers names it; empty: the first one there is."""
+    """The model to score with, by its name in GET /v1/teachers; empty: the first one."""
     top_k: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
-    """How many tokens to name that the teacher finds most likely at each place; also gives each token's rank."""
+    """The number of most likely tokens to list at each place; above 0 each token's rank is given too."""
 
     @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> ScoreBody:
@@ -92,12 +97,14 @@ class ScoreBody(Model):
 
 
 class Token(Reply):
+    """One token of a response."""
+
     id: int
     text: str
 
 
 class Alternative(Reply):
-    """A token that the teacher finds likely in the original view."""
+    """A token that the teacher finds likely with the original image."""
 
     id: int
     text: str
@@ -113,7 +120,7 @@ class RolloutScore(Reply):
     degraded_logprobs: list[float]
     """The teacher's, with the degraded image."""
     visual_advantage: list[float]
-    """max(teacher_logprobs − degraded_logprobs, 0): what seeing the image is worth for this token."""
+    """max(teacher_logprobs − degraded_logprobs, 0): how much seeing the image helps to predict the token."""
     high_group: list[bool]
     """Whether the token is among the `high_fraction` of the response's tokens with the largest VA."""
     mean_visual_advantage: float
@@ -126,6 +133,8 @@ class RolloutScore(Reply):
 
 
 class ScoreReply(Reply):
+    """The scores of a group of responses."""
+
     model: str
     revision: str
     prompt_tokens: int
@@ -135,12 +144,12 @@ class ScoreReply(Reply):
     share_of_top_10: float | None
     """The share of all VA that the top 10 % of the group's tokens carry, 0 to 1; null when there is no VA at all."""
     share_of_top_20: float | None
-    """Likewise of the top 20 %."""
+    """The same for the top 20 %."""
     rollouts: list[RolloutScore]
 
 
 class Problem(Reply):
-    """An error, as RFC 9457 has it (application/problem+json), and which key of the request is at fault, if one is."""
+    """An error in the form of RFC 9457 (application/problem+json); `field` is the key that caused it, if any."""
 
     type: str
     """urn:vaopd:problem:CODE"""
@@ -154,29 +163,35 @@ class Problem(Reply):
 
 
 class BatchBody(Model):
+    """Several requests to score."""
+
     requests: Annotated[list[ScoreBody], Field(min_length=1, max_length=MAX_BATCH_ITEMS)]
-    """Each is scored by itself: one that is refused doesn't concern the others."""
+    """Each is scored by itself; if one is refused, the others are still scored."""
 
 
 class BatchResult(Reply):
-    """What became of one request of a batch: a score or a problem."""
+    """The result of one request of a batch: a score or a problem."""
 
     index: int
-    """Its place in `requests`, from 0."""
+    """The request's place in `requests`, from 0."""
     score: ScoreReply | None = None
     problem: Problem | None = None
 
 
 class BatchReply(Reply):
+    """The results of a batch; `failed` counts the problems."""
+
     results: list[BatchResult]
     failed: int
 
 
 class DegradeBody(Model):
+    """An image whose degraded view is wanted."""
+
     model_config = pydantic.ConfigDict(json_schema_extra={"examples": [{"image": PIXEL}]})
 
     image: ImageText
-    """As in a request to score."""
+    """A PNG, JPEG or WEBP file as base64, as in a request to score."""
     degradation: DegradationModel = DegradationModel()
 
 
@@ -198,34 +213,44 @@ class SampleBody(Model):
 
 
 class SampledResponse(Reply):
+    """One response of the student."""
+
     text: str
     token_ids: list[int]
-    """Score these rather than the text: tokens that were sampled need not be those that their text is made of."""
+    """Score these rather than the text, which may be tokenised into other tokens than those that were sampled."""
     finish_reason: Literal["stop", "length"]
 
 
 class SampleReply(Reply):
+    """The student's responses."""
+
     model: str
     tokenizer_fingerprint: str
-    """The token ids are a teacher's too where its fingerprint is the same."""
+    """A teacher with the same fingerprint uses the same token ids."""
     responses: list[SampledResponse]
 
 
 class StudentModel(Reply):
+    """A student that answers questions."""
+
     model: str
     loaded: bool
-    """Whether it is in memory already; else the first question waits for it."""
+    """Whether it is in memory; if not, the first question waits while it is loaded."""
 
 
 class StudentsReply(Reply):
+    """The students of this API."""
+
     students: list[StudentModel]
-    """At most one; none where the API was started without."""
+    """At most one; none if the API was started without --student."""
 
 
 class TeacherModel(Reply):
+    """A teacher and its limits."""
+
     model: str
     revision: str
-    """Hex SHA-256 over the weights and the configuration."""
+    """SHA-256 over the weights and the configuration, in hex."""
     tokenizer_fingerprint: str
     vocab_size: int
     hidden_size: int
@@ -233,14 +258,18 @@ class TeacherModel(Reply):
     limits: dict[str, int]
     payloads: list[str]
     degradations: list[str]
+    strengths: dict[str, str] = {}
+    """The meaning of `strength` for each of `degradations` that has one."""
 
 
 class TeachersReply(Reply):
+    """The teachers that score here."""
+
     teachers: list[TeacherModel]
 
 
 class RunModel(Reply):
-    """A run as its folder has it; accuracies are held-out, from 0 to 1, and null before the first evaluation."""
+    """A run; accuracies are held-out, from 0 to 1, and null before the first evaluation."""
 
     name: str
     objective: str
@@ -249,17 +278,21 @@ class RunModel(Reply):
     steps_planned: int | None
     finished: bool
     accuracy_before: float | None
-    """Of the student as it came."""
+    """Accuracy of the initial student."""
     accuracy: float | None
-    """The last one."""
+    """Accuracy at the last evaluation."""
     changed: datetime
-    """When the run last wrote something."""
+    """Time of the last change in the run's folder."""
 
 
 class RunsReply(Reply):
+    """The runs whose reports are served here."""
+
     runs: list[RunModel]
-    """The one that changed last first; none where the API was started without a folder of runs."""
+    """Latest change first; none if the API was started without --runs."""
 
 
 class Health(Reply):
+    """The state of the API."""
+
     status: Literal["ok", "ready"]

@@ -1,6 +1,6 @@
-"""Decoding images that somebody else made, under caps that hold before a pixel is decoded.
+"""Decodes images from clients, under caps that are checked before a pixel is decoded.
 
-Bytes, pixels and scans bound the time too, which can't be capped by itself: nothing stops a decoder that has begun.
+Bytes, pixels and scans bound the time too, which can't be capped by itself: a decoder that has begun can't be stopped.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT_RATIO = 200  # the image processors of the Qwen family refuse more
 # Encoders make about ten. A scan of 51 bytes took 0.1 s at 31 megapixels: without a cap, 5 MB kept a core for hours.
 MAX_JPEG_SCANS = 32
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # none of those that stand inside a scan
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not those that occur inside a scan
 _TEM, _EOI, _SOS = 0x01, 0xD9, 0xDA
 
 
 def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int = 32_000_000) -> PIL.Image.Image:
-    """The RGB image. Transparency is laid over white, so that all processes see the same.
+    """Decodes an image to RGB; transparency is laid over white, so that all processes see the same.
 
-    Raises LimitExceeded above `max_bytes`, ImageRefused for all that is not a sound PNG, JPEG or WEBP within bounds.
-    Library texts are left out on purpose: they hold heap addresses.
+    Raises LimitExceeded above `max_bytes`, ImageRefused unless it is a sound PNG, JPEG or WEBP within the caps.
+    The libraries' messages are left out on purpose: they hold heap addresses.
     """
     name = f"image {image.sha256[:12]}…"
     if len(image.data) > max_bytes:
@@ -35,7 +35,7 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own cap is checked just below
             opened = PIL.Image.open(io.BytesIO(image.data), formats=FORMATS)
-    except PIL.Image.DecompressionBombError:  # Pillow's own cap, which is far above ours, is checked in `open`
+    except PIL.Image.DecompressionBombError:  # Pillow checks its own cap, far above ours, in `open`
         raise ImageRefused(f"{name} claims far more than {max_pixels} pixels, the limit; scale it down") from None
     except Exception:
         raise ImageRefused(f"{name} ({len(image.data)} bytes) is not a PNG, JPEG or WEBP image; re-encode it") from None
@@ -46,7 +46,7 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
         raise ImageRefused(f"{name} is {width}×{height}, the limit is an aspect ratio of {MAX_ASPECT_RATIO}; crop it")
     if opened.format in ("PNG", "WEBP") and (frames := getattr(opened, "n_frames", 1)) > 1:
         raise ImageRefused(f"{name} is an animation of {frames} frames, the limit is 1; send one of them")
-    if opened.format not in ("PNG", "WEBP") and _jpeg_scans(image.data) > MAX_JPEG_SCANS:
+    if opened.format not in ("PNG", "WEBP") and _count_jpeg_scans(image.data) > MAX_JPEG_SCANS:
         raise ImageRefused(f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit; re-encode it")
     try:
         opened.load()
@@ -59,8 +59,8 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
         raise ImageRefused(f"{name} ({width}×{height} {opened.format}) is damaged; re-encode it") from None
 
 
-def _jpeg_scans(data: bytes) -> int:
-    """How often a decoder would go over the image: the SOS markers before the first EOI. Stops above the limit."""
+def _count_jpeg_scans(data: bytes) -> int:
+    """Counts a decoder's passes over the image: the SOS markers before the first EOI. Stops above the limit."""
     scans, position = 0, 2
     while scans <= MAX_JPEG_SCANS and (found := _JPEG_MARKER.search(data, position)):
         if (marker := data[found.end() - 1]) == _EOI:

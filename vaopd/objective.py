@@ -1,26 +1,100 @@
-"""The objective of VA-OPD (arXiv 2605.21924): which rollouts to learn from, how to weight their tokens. Pure functions.
+"""The objective of VA-OPD (arXiv 2605.21924): weights of rollouts and of their tokens. Pure functions on tensors.
 
-Shapes: N = B·K rollouts, siblings adjacent; T response tokens, padded, response_mask (N, T) true on valid ones.
-The loss is `(token_weights * kl).sum() / B`, where kl (N, T) is the per-token divergence of `vaopd.divergence`.
+Shapes: N = B·K rollouts, siblings adjacent; T response tokens, padded; response_mask (N, T) is true, or 1, on valid
+ones. The loss is `(token_weights * kl).sum() / B`, where kl (N, T) is the per-token divergence of `vaopd.divergence`.
+`group_weights` does all of it for one prompt group; the other functions are its parts.
+
+Results are float32, or float64 for float64 inputs. A mask is bool, or integers 0 and 1. `vaopd.scoring.weights` has the
+parts that are needed without torch, in numpy.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vaopd.errors import InvalidInput, NumericalError
 
+VARIANTS = ("va_opd", "standard", "rollout_weights", "token_groups", "masked")
+"""The paper's loss, the baseline, either component alone, and the baseline with tokens masked out."""
+
+
+class GroupWeights(NamedTuple):
+    """The weights of one prompt group: rollout_weights (K,), which sum to 1, and token_weights (K, T)."""
+
+    rollout_weights: Tensor
+    token_weights: Tensor
+
+
+def group_weights(
+    visual_advantage_KT: Tensor,
+    mask_KT: Tensor,
+    *,
+    variant: str = "va_opd",
+    temperature: float = 1.0,
+    high_fraction: float = 0.2,
+    high_weight: float = 0.5,
+    mask: str = "top",
+    mask_fraction: float = 0.1,
+    seed: int = 0,
+) -> GroupWeights:
+    """Weights one complete prompt group under a variant of the loss: (K, T), (K, T) -> (K,) and (K, T), float32.
+
+    variant: one of `VARIANTS`. temperature: of `rollout_weights`. high_fraction, high_weight: of `token_weights`.
+    mask, mask_fraction, seed: of `masked_response`. Settings that a variant doesn't use have no effect.
+
+    Raises InvalidInput for an empty group, an empty response, a mask or a setting out of range; NumericalError for a
+    valid token whose VA is not finite.
+    """
+    if variant not in VARIANTS:
+        raise InvalidInput(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
+    valid_KT = _read_mask(mask_KT, visual_advantage_KT.shape)
+    _refuse_empty(len(valid_KT))
+    # In float64: siblings' means may differ by less than float32's rounding of them, and z divides by that difference.
+    va_KT = visual_advantage_KT.detach().double()
+    if not bool((va_KT.isfinite() | ~valid_KT).all()):
+        raise NumericalError("a valid token's visual advantage is not finite")
+
+    means_K = mean_visual_advantage(va_KT, valid_KT)
+    if variant in ("va_opd", "rollout_weights"):
+        rollouts_K = rollout_weights(means_K[None], temperature=temperature)[0]
+    else:
+        rollouts_K = torch.full_like(means_K, 1 / len(means_K))
+
+    if variant in ("va_opd", "token_groups"):
+        tokens_KT = token_weights(va_KT, valid_KT, rollouts_K, high_fraction=high_fraction, high_weight=high_weight)
+    elif variant == "masked":
+        kept_KT = masked_response(va_KT, valid_KT, which=mask, fraction=mask_fraction, seed=seed)
+        tokens_KT = mean_weights(kept_KT, rollouts_K)
+    else:
+        tokens_KT = mean_weights(valid_KT, rollouts_K)
+    return GroupWeights(rollouts_K.float(), tokens_KT.float())
+
+
+def pad_rows(rows: Sequence[Tensor | np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Stacks K rows of different lengths: -> values (K, T), padded with 0, and their mask (K, T) bool."""
+    _refuse_empty(len(rows))
+    # Copied, since arrays that came over the wire are read-only, which torch can't represent.
+    tensors = [row if isinstance(row, Tensor) else torch.from_numpy(np.array(row)) for row in rows]
+    values = pad_sequence(tensors, batch_first=True)
+    lengths = torch.tensor([len(row) for row in tensors], device=values.device)
+    return values, torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+
 
 def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """a_t = max(log p_T(y_t | v) − log p_T(y_t | ṽ), 0) in nats, 0 on masked tokens: (N, T). Detached.
+    """Returns VA, a_t = max(log p_T(y_t | v) − log p_T(y_t | ṽ), 0), in nats, 0 on masked tokens: (N, T). Detached.
 
     Raises NumericalError when a valid token's log-prob is not finite.
     """
-    advantage = (teacher_logprobs.detach().float() - degraded_logprobs.detach().float()).clamp_min(0)
+    response_mask = _read_mask(response_mask, teacher_logprobs.shape)
+    advantage = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min(0)
     # clamp hides the NaN of inf − inf on some devices and turns −inf into 0: look at the inputs.
     finite = teacher_logprobs.isfinite() & degraded_logprobs.isfinite()
     if not bool((finite | ~response_mask).all()):
@@ -29,26 +103,37 @@ def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, respon
 
 
 def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Tensor:
-    """m_k, the mean of a_t over a rollout's valid tokens: (N, T) -> (N,). An empty response is an error."""
-    lengths = _lengths(response_mask)
-    return torch.where(response_mask, visual_advantage, 0.0).sum(-1) / lengths
+    """Returns m_k, the mean of a_t over each rollout's valid tokens: (N, T) -> (N,).
+
+    Raises InvalidInput for an empty response.
+    """
+    response_mask = _read_mask(response_mask, visual_advantage.shape)
+    lengths = _count_tokens(response_mask)
+    return torch.where(response_mask, _widen(visual_advantage), 0.0).sum(-1) / lengths
 
 
 def rollout_weights(mean_va: Tensor, *, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
-    """w_k = softmax_k(z_k / τ) with z_k the standardised mean VA within the group: (B, K) -> (B, K), rows sum to 1.
+    """Returns w_k = softmax_k(z_k / τ), z_k the standardised mean VA in the group: (B, K) -> (B, K), rows sum to 1.
 
-    Needs complete groups. Equal means give uniform weights, a group of one weight 1.
+    Needs complete groups. Equal means give uniform weights, a group of one weight 1. Detached.
     """
-    mean_va = mean_va.detach().float()
+    _refuse_empty(mean_va.shape[-1])
+    if not temperature > 0:
+        raise InvalidInput(f"the temperature of the rollout weights must be above 0 (the paper: 1), got {temperature}")
+    mean_va = _widen(mean_va.detach())
     centred = mean_va - mean_va.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()  # population: divided by K
     return torch.softmax(centred / (deviation + eps) / temperature, dim=-1)
 
 
 def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
-    """V: the ⌈high_fraction·T⌉ tokens of largest VA of each rollout, ties: earlier first; (N, T) bool."""
-    count = _count(_lengths(response_mask), high_fraction, math.ceil)
-    return response_mask & (_ranks(visual_advantage, response_mask) < count[:, None])
+    """Marks V, each rollout's ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (N, T) bool."""
+    response_mask = _read_mask(response_mask, visual_advantage.shape)
+    if not 0.0 < high_fraction <= 1.0:
+        raise InvalidInput(f"high_fraction must be above 0 and at most 1 (the paper: 0.2), got {high_fraction}")
+    exact = _read_decimal(high_fraction)
+    count = -(-_count_tokens(response_mask) * exact.numerator // exact.denominator)  # rounded up
+    return response_mask & (_rank(visual_advantage, response_mask) < count[:, None])
 
 
 def token_weights(
@@ -59,38 +144,46 @@ def token_weights(
     high_fraction: float = 0.2,
     high_weight: float = 0.5,
 ) -> Tensor:
-    """The weight of each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's weights sum to its rollout weight.
+    """Weights each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's tokens sum to its rollout weight.
 
     The `high_group` shares `high_weight`, the other tokens the rest. Where there are no others (T = 1), the high group
     takes all of it.
     """
+    response_mask = _read_mask(response_mask, visual_advantage.shape)
+    if not 0.0 <= high_weight <= 1.0:
+        raise InvalidInput(f"high_weight must be in [0, 1] (the paper: 0.5), got {high_weight}")
     high = high_group(visual_advantage, response_mask, high_fraction=high_fraction)
     low = response_mask & ~high
     high_count, low_count = high.sum(-1), low.sum(-1)
-    high_share = torch.where(low_count > 0, high_weight, 1.0) / high_count
-    low_share = torch.where(low_count > 0, 1.0 - high_weight, 0.0) / low_count.clamp_min(1)
-    return (high * high_share[:, None] + low * low_share[:, None]) * rollout_weights.float()[:, None]
+    weights = _one_per_rollout(rollout_weights, response_mask)
+    high_mass = torch.where(low_count > 0, high_weight * weights, weights)
+    high_share, low_share = high_mass / high_count, (weights - high_mass) / low_count.clamp_min(1)
+    return high * high_share[:, None] + low * low_share[:, None]
 
 
 def mean_weights(response_mask: Tensor, rollout_weights: Tensor) -> Tensor:
-    """The plain token mean of each rollout, times its weight: (N, T), (N,) -> (N, T). Uniform 1/K is Standard OPD."""
-    return response_mask * (rollout_weights.float() / _lengths(response_mask))[:, None]
+    """Weights each token by the plain mean of its rollout: (N, T), (N,) -> (N, T). Uniform 1/K is Standard OPD."""
+    response_mask = _read_mask(response_mask, response_mask.shape)
+    return response_mask * (_one_per_rollout(rollout_weights, response_mask) / _count_tokens(response_mask))[:, None]
 
 
 def masked_response(
     visual_advantage: Tensor, response_mask: Tensor, *, which: str, fraction: float, seed: int = 0
 ) -> Tensor:
-    """The response mask without ⌊fraction·T⌋ tokens per rollout: the "top" or "bottom" ones by VA, or "random" ones.
+    """Drops ⌊fraction·T⌋ tokens of each rollout from the mask: the "top" or "bottom" ones by VA, or "random" ones.
 
     The masking ablation of the paper. Rounding down keeps at least one token of every rollout as long as fraction < 1.
     """
-    lengths = _lengths(response_mask)
-    dropped = _count(lengths, fraction, math.floor)[:, None]
+    response_mask = _read_mask(response_mask, visual_advantage.shape)
+    if not 0.0 <= fraction < 1.0:
+        raise InvalidInput(f"the masked fraction must be at least 0 and below 1 (the paper: 0.1), got {fraction}")
+    lengths, exact = _count_tokens(response_mask), _read_decimal(fraction)
+    dropped = (lengths * exact.numerator // exact.denominator)[:, None]
     if which == "random":
         generator = torch.Generator().manual_seed(seed)
         noise = torch.rand(response_mask.shape, generator=generator).to(response_mask.device)
-        return response_mask & (_ranks(noise, response_mask) >= dropped)
-    ranks = _ranks(visual_advantage, response_mask)
+        return response_mask & (_rank(noise, response_mask) >= dropped)
+    ranks = _rank(visual_advantage, response_mask)
     if which == "top":
         return response_mask & (ranks >= dropped)
     if which == "bottom":
@@ -99,30 +192,65 @@ def masked_response(
 
 
 def va_share_of_top(visual_advantage: Tensor, response_mask: Tensor, *, fraction: float = 0.1) -> float:
-    """The share of all VA that the top `fraction` of the valid tokens of all rollouts carries; NaN without any VA."""
+    """Returns the share of all VA that the top `fraction` of all valid tokens carries; NaN when there is no VA."""
+    response_mask = _read_mask(response_mask, visual_advantage.shape)
     values = visual_advantage[response_mask].double().sort(descending=True).values
-    count = math.ceil(Fraction(str(fraction)) * len(values))
+    count = math.ceil(_read_decimal(fraction) * len(values))
     return float(values[:count].sum() / values.sum())
 
 
-def _lengths(response_mask: Tensor) -> Tensor:
+def _refuse_empty(num_rollouts: int) -> None:
+    if not num_rollouts:
+        raise InvalidInput("the prompt group has no rollouts; it needs at least one")
+
+
+def _read_mask(response_mask: Tensor, shape: torch.Size) -> Tensor:
+    """Returns the mask as bool, after its shape and values were checked.
+
+    Floats are refused even as 0.0 and 1.0: an additive mask, 0 and −∞, would be read as its opposite.
+    """
+    if response_mask.shape != shape:
+        raise InvalidInput(f"response_mask has shape {tuple(response_mask.shape)}, the tokens have {tuple(shape)}")
+    if response_mask.dtype == torch.bool:
+        return response_mask
+    if response_mask.is_floating_point() or response_mask.is_complex():
+        raise InvalidInput(f"response_mask is {response_mask.dtype}; make it bool, or integers 0 and 1")
+    other = response_mask[(response_mask != 0) & (response_mask != 1)]
+    if len(other):
+        raise InvalidInput(f"response_mask holds {int(other[0])}; make it bool, or integers 0 and 1")
+    return response_mask.bool()
+
+
+def _widen(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _one_per_rollout(rollout_weights: Tensor, response_mask: Tensor) -> Tensor:
+    """Refuses weights of another shape than (N,): a (B, K) tensor would be spread over tokens without an error."""
+    if rollout_weights.shape != response_mask.shape[:1]:
+        raise InvalidInput(
+            f"rollout_weights have shape {tuple(rollout_weights.shape)}, expected one per rollout, "
+            f"({len(response_mask)},)"
+        )
+    return _widen(rollout_weights)
+
+
+def _count_tokens(response_mask: Tensor) -> Tensor:
     lengths = response_mask.sum(-1)
     if bool((lengths == 0).any()):
         raise InvalidInput(f"rollout {int((lengths == 0).nonzero()[0])} is empty; it needs at least one response token")
     return lengths
 
 
-def _count(lengths: Tensor, fraction: float, rounding: object) -> Tensor:
-    """fraction·T, rounded exactly: as a decimal, so that 0.1 of 30 tokens is 3 and never ⌈3.0000000000000004⌉ = 4."""
-    exact = Fraction(str(fraction))
-    product = lengths * exact.numerator
-    return -(-product // exact.denominator) if rounding is math.ceil else product // exact.denominator
+def _read_decimal(fraction: float) -> Fraction:
+    """Reads it as the decimal that was written: 0.1 of 30 tokens is 3, never ⌈3.0000000000000004⌉ = 4."""
+    return Fraction(str(fraction))
 
 
-def _ranks(values: Tensor, response_mask: Tensor) -> Tensor:
-    """(N, T): 0 for a rollout's largest value, earlier tokens first among equals; padding comes last."""
+def _rank(values: Tensor, response_mask: Tensor) -> Tensor:
+    """Ranks each rollout's tokens, (N, T): 0 is the largest value, the earlier of equals first, padding last."""
     order = torch.sort(
-        torch.where(response_mask, values.float(), -math.inf), stable=True, dim=-1, descending=True
+        torch.where(response_mask, _widen(values), -math.inf), stable=True, dim=-1, descending=True
     ).indices
     ranks = torch.empty_like(order)
     return ranks.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))

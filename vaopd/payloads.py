@@ -1,6 +1,7 @@
-"""The teacher's payload as torch tensors: made on the server, read by the trainer. Everything else of a score is numpy.
+"""Encodes and decodes the teacher's payload: torch tensors made on the server and read by the trainer.
 
-What travels is `vaopd.types.Tensor`: dtype, shape and little-endian bytes, so bfloat16 arrives bit for bit.
+What travels is `vaopd.types.Tensor`: dtype, shape and little-endian bytes, so bfloat16 arrives bit for bit. Everything
+else of a score is numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "top_k", "sampled")
-"""What a teacher of this version can send."""
+"""The payloads that a teacher of this version can send."""
 
 _NAMES: dict[PayloadKind, tuple[str, ...]] = {
     "none": (),
@@ -28,7 +29,10 @@ _INT8_MAX = 127
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
-    """The same values as a CPU tensor that shares the bytes: read it, or copy it elsewhere, but don't write into it."""
+    """Returns the values as a CPU tensor that shares the bytes: read or copy it, but don't write into it.
+
+    Raises InvalidInput when the bytes don't fit dtype and shape.
+    """
     expected = math.prod(tensor.shape) * ITEMSIZE_BYTES[tensor.dtype]
     if len(tensor.data) != expected:
         raise InvalidInput(
@@ -44,7 +48,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
-    """The bytes of a tensor from any device. Raises InvalidInput for a dtype that doesn't travel."""
+    """Returns the bytes of a tensor from any device. Raises InvalidInput for a dtype that doesn't travel."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype} doesn't travel; use one of {', '.join(ITEMSIZE_BYTES)}")
@@ -56,7 +60,10 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
 def encode(
     kind: PayloadKind, hidden: torch.Tensor, head: torch.Tensor, *, top_k: int, chunk_tokens: int = 1024
 ) -> Payload:
-    """The payload of M response tokens from hidden states (M, D) and the LM head (V, D). `top_k` matters to "top_k"."""
+    """Makes the payload of M response tokens from hidden states (M, D) and the LM head (V, D).
+
+    Only the "top_k" payload uses `top_k`. Raises NumericalError for hidden states that aren't finite ("hidden_int8").
+    """
     if kind == "hidden":
         return Payload(kind=kind, tensors={"hidden": from_torch(hidden)})
     if kind == "hidden_int8":
@@ -71,7 +78,10 @@ def encode(
 
 
 def decode(payload: Payload) -> dict[str, torch.Tensor]:
-    """A payload's tensors by name (see `vaopd.types.Payload`). Raises InvalidInput when one is missing or misshapen."""
+    """Returns a payload's tensors by name (see `vaopd.types.Payload`).
+
+    Raises InvalidInput when one is missing or misshapen.
+    """
     expected = _NAMES[payload.kind]
     if set(payload.tensors) != set(expected):
         raise InvalidInput(
@@ -85,7 +95,10 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
 
 
 def quantised(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, D) -> (M, D) int8 and scales (M,) float32: value ≈ int8·scale, off by at most scale / 2 = max|row| / 254."""
+    """Rounds to 8 bits: (M, D) -> (M, D) int8 and scales (M,) float32, value ≈ int8·scale.
+
+    The error is at most scale / 2 = max|row| / 254. Raises NumericalError for values that aren't finite.
+    """
     wide = hidden.float()
     if bad := int((~torch.isfinite(wide)).sum()):
         raise NumericalError(
@@ -98,9 +111,9 @@ def quantised(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hidden_states(payload: Payload, dtype: torch.dtype) -> torch.Tensor:
-    """The (M, D) hidden states of a "hidden" or "hidden_int8" payload, in the precision of the head that follows.
+    """Returns the (M, D) hidden states of a "hidden" or "hidden_int8" payload, in the head's `dtype`.
 
-    Raises InvalidInput for another payload, or scales that can't be.
+    Raises InvalidInput for another payload or other dtypes and shapes, NumericalError for scales that aren't finite.
     """
     tensors = decode(payload)
     if payload.kind == "hidden":

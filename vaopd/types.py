@@ -15,9 +15,18 @@ from typing import Literal
 import numpy as np
 
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
-ScaledDegradationKind = Literal["pixelate", "blur"]
-PlainDegradationKind = Literal["mean_colour", "black", "noise"]
-DegradationKind = Literal[ScaledDegradationKind, PlainDegradationKind]
+DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
+DEGRADATIONS: Mapping[DegradationKind, str | None] = {
+    "pixelate": "the ratio",
+    "blur": "the radius as a fraction of the shorter side",
+    "mean_colour": None,
+    "black": None,
+    "noise": None,
+}
+"""What the strength of each kind means; None where it is ignored. `vaopd.degradation` has each kind's function, and
+`proto/vaopd/pb/teacher.proto` its number; everything else is derived from here."""
+STRENGTH_MEANINGS = "; ".join(f"{kind}: {meaning}" for kind, meaning in DEGRADATIONS.items() if meaning).capitalize()
+"""For help texts, e.g. "Pixelate: the ratio; blur: …"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +148,7 @@ class PolicyVersion:
 class Degradation:
     """How the degraded view is made. The paper's: pixelation with ratio 0.1 (method.md; `vaopd.degradation`).
 
-    strength: pixelate: ratio in (0, 1]; blur: Gaussian radius as a fraction of the shorter side; else unused.
+    strength: in (0, 1]; `DEGRADATIONS` says what it means for each kind, and which kinds ignore it.
     """
 
     kind: DegradationKind = "pixelate"

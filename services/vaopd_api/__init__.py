@@ -1,0 +1,1 @@
+"""The scoring API over HTTP, with its viewer page and the runs' reports."""

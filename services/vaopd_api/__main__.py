@@ -24,6 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the API and returns its exit code."""
     return process.main(_run, process.parser("api", "Serves the scoring API over HTTP."), argv)
 
 
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             service=process.service_config(arguments).api,
             announce=arguments.announce,
             metrics=metrics,
-            metrics_route=address is None,  # else they are for those only who reach that address
+            metrics_route=address is None,  # else only that address serves them
         )
     return 0
 
@@ -57,7 +58,7 @@ def serve(
     metrics: Metrics,
     metrics_route: bool,
 ) -> None:
-    """Listens first, so that the address is known, then serves until a signal."""
+    """Listens, announces the address, and serves until a signal. Raises ConfigError."""
     import uvicorn
 
     from vaopd.access.keys import KeyStore
@@ -72,7 +73,7 @@ def serve(
     if keys is not None and tls.cert is None and host not in LOOPBACK:
         logging.warning("API keys travel in plain text on %s: set [api.tls], or use a proxy that adds TLS", host)
     credentials = from_environment()
-    # With a key the API is the job that the key belongs to.
+    # With a key, the API's job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": JOB}
     settings = uvicorn.Config(
         create_app(
@@ -106,7 +107,7 @@ def serve(
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None
-    listener.listen()  # uvicorn only binds here: without it, who reads the address at once would be turned away
+    listener.listen()  # uvicorn only binds here, and a client may read the announced address at once
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
         entry.announce(address, announce)
@@ -114,7 +115,7 @@ def serve(
 
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
-            """Ten times a second, while the event loop goes round."""
+            """Resets the hang timer; called ten times a second while the event loop runs."""
             hang_timer.expect_life_within(service.stuck_after_s)
             return await super().on_tick(counter)
 

@@ -1,4 +1,4 @@
-"""Who may ask, and how often: API keys and a quota of requests per minute. State in memory, of this process only."""
+"""Checks API keys, and limits requests per minute. State in this process's memory only."""
 
 from __future__ import annotations
 
@@ -10,68 +10,60 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from vaopd.access.keys import bearer
+from vaopd.access.quota import WINDOW_S, TokenBuckets
 from vaopd_api.problems import ApiError
 
-# Load balancers ask for health, and the page has to be there before its user can type a key into it.
+# Open to all: health for load balancers, and the page, into which its user types the key.
 OPEN = ("/", "/docs", "/runs", "/healthz", "/readyz")
 OPEN_FOLDER = "/page/"
-# Routes that cost the teacher, the student or this process work; a batch costs one request per item.
+# Routes that count towards the quota, since they take work; a batch counts one request per item.
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
-WINDOW_S = 60.0
-MAX_CLIENTS = 10_000
 
 JobOfKey = Callable[[str], str]
-"""The job that a key belongs to; raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
+"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
 
 
 class Quota:
-    """A token bucket per client: `per_minute` requests at once, refilled evenly over a minute."""
+    """Limits each client to `per_minute` requests, and reports in headers how many are left."""
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.per_minute = per_minute
-        self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # client -> (requests left, when that was so)
+        self._buckets = TokenBuckets(clock=clock)
 
     def take(self, client: str, requests: int = 1) -> dict[str, str]:
-        """The headers that tell what is left; raises 429 with Retry-After where there is too little."""
-        now = self._clock()
-        left, since = self._buckets.pop(client, (float(self.per_minute), now))
-        left = min(self.per_minute, left + (now - since) * self.per_minute / WINDOW_S)
-        enough = left >= requests
-        self._buckets[client] = (left - requests if enough else left, now)
-        while len(self._buckets) > MAX_CLIENTS:
-            del self._buckets[next(iter(self._buckets))]  # the one that has been silent for longest
-        headers = self._headers(self._buckets[client][0])
-        if enough:
-            return headers
+        """Returns the `RateLimit-*` headers. Raises ApiError: 429 with Retry-After, or 413 for more than fits ever."""
         if requests > self.per_minute:
             raise ApiError(
                 413, f"{requests} requests at once, the quota is {self.per_minute} a minute; send a smaller batch"
             )
-        wait_s = math.ceil((requests - left) * WINDOW_S / self.per_minute)
-        raise ApiError(
-            429,
-            f"the quota of {self.per_minute} requests a minute is used up; try again in {wait_s} s",
-            headers={**headers, "Retry-After": str(wait_s)},
-        )
-
-    def _headers(self, left: float) -> dict[str, str]:
-        return {
+        balance = self._buckets.take(client, requests, per_minute=self.per_minute)
+        headers = {
             "RateLimit-Limit": str(self.per_minute),
-            "RateLimit-Remaining": str(math.floor(left)),
-            "RateLimit-Reset": str(math.ceil((self.per_minute - left) * WINDOW_S / self.per_minute)),
+            "RateLimit-Remaining": str(math.floor(balance.left)),
+            "RateLimit-Reset": str(math.ceil((self.per_minute - balance.left) * WINDOW_S / self.per_minute)),
         }
+        if balance.wait_s:
+            wait_s = math.ceil(balance.wait_s)
+            raise ApiError(
+                429,
+                f"the quota of {self.per_minute} requests a minute is used up; try again in {wait_s} s",
+                headers={**headers, "Retry-After": str(wait_s)},
+            )
+        return headers
 
 
 class Access:
-    """Without `job_of_key` everybody may ask, and a client is an address; with it, a client is a job."""
+    """Admits requests. Clients are jobs where `job_of_key` checks keys, else network addresses, without keys."""
 
     def __init__(self, *, job_of_key: JobOfKey | None = None, quota: Quota | None = None) -> None:
         self._job_of_key = job_of_key
         self._quota = quota
 
     def admit(self, scope: Scope) -> None:
-        """Notes the job and what is left of its quota in the scope. Raises what refuses the request."""
+        """Notes the request's job and quota in the scope.
+
+        Raises Unauthenticated or Unavailable for the key, and ApiError (413, 429) for the quota.
+        """
         path = scope["path"]
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return
@@ -81,6 +73,7 @@ class Access:
             self.charge(scope)
 
     def charge(self, scope: Scope, requests: int = 1) -> None:
+        """Takes `requests` from the client's quota. Raises ApiError: 413 or 429."""
         if self._quota is not None and requests:
             client = scope.get("job") or (scope.get("client") or ("",))[0]
             scope["rate_limit"] = self._quota.take(client, requests)

@@ -1,7 +1,8 @@
-"""The scoring API. What arrives: images, a question and responses. What leaves: each token's log-probs in both views
-and its VA; the viewer page, which asks the same API; and the reports of the runs in a folder. It waits for: the
-teachers, over gRPC, and the student where there is one. It keeps no state, and until a student is asked it needs no
-torch.
+"""The scoring API: its routes.
+
+In: images, a question and responses. Out: each token's log-probs in both views and its VA; the viewer page, which calls
+the same API; the reports of the runs in a folder. It waits for the teachers, over gRPC, and for the student if it has
+one. It keeps no state, and needs no torch until a student is asked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.degradation import degrade
+from vaopd.degradation import degrade, view_seed
 from vaopd.errors import NotFound
 from vaopd.http_types import (
     BatchReply,
@@ -37,12 +38,12 @@ from vaopd.report import content_security_policy
 from vaopd.types import Degradation, EncodedImage, SamplingSettings
 from vaopd_api import batch, openapi, problems
 from vaopd_api.access import Access
-from vaopd_api.bodies import json_only, read_batch, read_score
+from vaopd_api.bodies import read_batch, read_score, require_json
 from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
 from vaopd_api.runs import Runs
-from vaopd_api.scorer import Scorer, decode_images, degradation_of, teacher_model
+from vaopd_api.scorer import AdHocScorer, decode_images, degradation_of, teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -50,23 +51,27 @@ logger = logging.getLogger("vaopd.api")
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 MiB as base64
-DEGRADED_AT_ONCE = 2  # decoding takes memory
+DEGRADED_AT_ONCE = 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
-JSON_ONLY = [Depends(json_only)]
-REVALIDATE = {"Cache-Control": "no-cache"}  # asked again each time, answered 304 while it is the same
+JSON_ONLY = [Depends(require_json)]
+REVALIDATE = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 while nothing has changed
 
 
 class Sampler(Protocol):
-    """A student that answers; `vaopd_api.student` is the real one."""
+    """A student that answers; `vaopd_api.student` implements it."""
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        """The model's name or folder."""
+
     @property
-    def loaded(self) -> bool: ...
+    def loaded(self) -> bool:
+        """Whether the model is in memory."""
 
     async def sample(
         self, question: str, images: list[EncodedImage], sampling: SamplingSettings, *, num_responses: int
-    ) -> SampleReply: ...
+    ) -> SampleReply:
+        """Samples `num_responses` responses to one question."""
 
 
 def create_app(
@@ -79,9 +84,12 @@ def create_app(
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
-    """The application; `services/vaopd_api/__main__.py` serves it. Without `access` everybody may ask anything.
+    """Builds the application that `vaopd_api.__main__` serves.
 
+    student: None: /v1/sample answers 404.
     runs: the folder of the runs whose reports are shown.
+    metrics_route: whether /metrics is a route here, rather than on a port of its own.
+    access: None: no keys and no quota.
     """
     metrics = metrics or Metrics()
     access = access or Access()
@@ -94,7 +102,7 @@ def create_app(
     _add_health(app, teachers)
     if metrics_route:
         _add_metrics(app, metrics)
-    _add_scoring(app, teachers, Scorer(teachers=teachers, metrics=metrics), access)
+    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
     _add_pages(app)
@@ -104,12 +112,12 @@ def create_app(
 def _add_health(app: FastAPI, teachers: Teachers) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Health:
-        """The process is alive."""
+        """Returns 200 while the process is alive."""
         return Health(status="ok")
 
     @app.get("/readyz", tags=["health"], responses=openapi.problems(503))
     async def readyz() -> Health:
-        """A teacher answers too."""
+        """Returns 200 while a teacher answers."""
         await teachers.describe()
         return Health(status="ready")
 
@@ -117,38 +125,40 @@ def _add_health(app: FastAPI, teachers: Teachers) -> None:
 def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
-        """What was counted since the start, for Prometheus."""
+        """Returns the API's metrics in Prometheus' text format."""
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Access) -> None:
+def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
     @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
     async def list_teachers() -> TeachersReply:
-        """The teachers that score here, with their limits."""
+        """Lists the teachers that score here, with their limits."""
         return TeachersReply(teachers=[teacher_model(found) for found in (await teachers.describe()).values()])
 
     @app.post("/v1/score", tags=["scoring"], responses=openapi.PROBLEMS, openapi_extra=openapi.SCORE_BODY)
     async def score(request: Request) -> ScoreReply:
-        """Scores one response, or a group of them, to a question about no, one or several images."""
+        """Scores one response or a group of responses to a question about no, one or several images."""
         body, images = await read_score(request)
         return await unless_disconnected(request, scorer.score(body, images))
 
     @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
     async def score_batch(request: Request) -> Any:
-        """Scores each request by itself; those that are refused have a problem in place of a score.
+        """Scores each request by itself; a request that is refused has a problem in place of a score.
 
-        With `Accept: text/event-stream` each result is sent as soon as it is there, as an event `result`; then `done`.
+        With `Accept: text/event-stream` each result is sent when it is done, as an event `result`; then `done`.
         """
         items = await read_batch(request)
         access.charge(request.scope, len(items) - 1)
         if batch.EVENT_STREAM in request.headers.get("accept", ""):
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(batch.events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
+            return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
 
         async def collected() -> BatchReply:
-            results = sorted([result async for result in batch.results(scorer, items)], key=lambda found: found.index)
+            results = sorted(
+                [result async for result in batch.score_items(scorer, items)], key=lambda found: found.index
+            )
             return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
         return await unless_disconnected(request, collected())
@@ -161,7 +171,7 @@ def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Acces
         responses=openapi.PROBLEMS | {200: {"content": {"image/png": {}}, "description": "the degraded view, a PNG"}},
     )
     async def degraded_view(body: DegradeBody) -> Response:
-        """The image as the teacher sees it in the degraded view, before its own scaling."""
+        """Returns the degraded view as the teacher sees it, before the model's own scaling."""
         image = image_from_text(body.image, field="image")
         async with decoding:
             png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation))
@@ -171,13 +181,13 @@ def _add_scoring(app: FastAPI, teachers: Teachers, scorer: Scorer, access: Acces
 def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
     @app.get("/v1/students", tags=["sampling"])
     async def list_students() -> StudentsReply:
-        """The student that answers here, if the API was started with one."""
+        """Lists the student that answers here, if the API was started with one."""
         found = [] if student is None else [student]
         return StudentsReply(students=[StudentModel(model=each.model, loaded=each.loaded) for each in found])
 
     @app.post("/v1/sample", tags=["sampling"], responses=openapi.PROBLEMS, dependencies=JSON_ONLY)
     async def sample(body: SampleBody) -> SampleReply:
-        """Lets the student answer a question; what it says can be scored as token ids."""
+        """Samples responses from the student; they can be scored as token ids."""
         if student is None:
             raise NotFound("this API has no student; start it with vaopd api CONFIG --student MODEL")
         sampling = SamplingSettings(
@@ -192,17 +202,17 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
 
     @app.get("/v1/runs", tags=["runs"])
     async def list_runs(request: Request) -> RunsReply:
-        """The runs whose reports are served here; with a key, the run of the key's job."""
+        """Lists the runs whose reports are served here; with a key, only the run of the key's job."""
         return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
 
     @app.get(
         "/runs/{name}/report",
         tags=["runs"],
         response_class=HTMLResponse,
-        responses=openapi.problems(401, 403, 404, 500) | {304: {"description": "it is as If-None-Match has it"}},
+        responses=openapi.problems(401, 403, 404, 500) | {304: {"description": "not changed since If-None-Match"}},
     )
     async def report(name: str, request: Request) -> Response:
-        """A run's report, one self-contained page; while the run goes on, it follows it."""
+        """Returns a run's report, one self-contained page, which updates itself until the run is finished."""
         found = await runs.report(name, job=request.scope.get("job"))
         headers = {**REVALIDATE, "ETag": found.tag, "Content-Security-Policy": policy}
         if request.headers.get("if-none-match") == found.tag:
@@ -229,23 +239,20 @@ def _add_pages(app: FastAPI) -> None:
 
 
 def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
-    """Exactly what the teacher makes: decoded under the same caps, noise seeded by the content."""
-    decoded = decode(image)
-    if degradation.kind in ("pixelate", "blur") and degradation.strength == 0:
-        raise ApiError(422, f"{degradation.kind} needs a strength above 0", field="degradation.strength")
+    """Returns the degraded view exactly as the teacher makes it: same caps, noise seeded by the content."""
     written = io.BytesIO()
-    degrade(decoded, degradation, seed=int(image.sha256[:16], 16)).save(written, "PNG")
+    degrade(decode(image), degradation, seed=view_seed(image.sha256)).save(written, "PNG")
     return written.getvalue()
 
 
 async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The work's result; when the client goes away first, the work is cancelled, and with it the teacher's."""
+    """Returns the work's result; if the client disconnects first, cancels the work, and with it the teacher's."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client went away")
+            raise ApiError(499, "the client disconnected")
         return task.result()
     finally:
         gone.cancel()

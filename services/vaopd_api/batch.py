@@ -1,4 +1,4 @@
-"""Several requests at once: each is scored by itself, a few at a time, and told as soon as it is done."""
+"""Scores the requests of a batch, each by itself and a few at a time, and yields the results as they are done."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from vaopd.http_types import BatchResult, ScoreBody
 from vaopd_api import problems
-from vaopd_api.scorer import Scorer, decode_images
+from vaopd_api.scorer import AdHocScorer, decode_images
 
 IN_FLIGHT = 8
 EVENT_STREAM = "text/event-stream"
-SILENCE_S = 15.0  # after that long a comment is sent, so that proxies keep the connection
+SILENCE_S = 15.0  # after this time without an event a comment is sent, so that proxies keep the connection
 
 
-async def results(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[BatchResult]:
-    """One result per item, in the order in which they are done. Ends the work when it is closed early."""
+async def score_items(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[BatchResult]:
+    """Yields one result per item, as they are done. Closing it early cancels the rest."""
     slots = asyncio.Semaphore(IN_FLIGHT)
 
     async def one(index: int, item: Any) -> BatchResult:
         async with slots:
             try:
-                body = problems.parsed(ScoreBody, item)
+                body = problems.parse(ScoreBody, item)
                 score = await scorer.score(body, decode_images(body.image, body.images), suffix=f"/{index}")
                 return BatchResult(index=index, score=score)
-            except Exception as error:  # whatever it is, it concerns this item only
+            except Exception as error:  # any error concerns this item only
                 return BatchResult(index=index, problem=problems.describe(error)[0])
 
     tasks = [asyncio.create_task(one(index, item)) for index, item in enumerate(items)]
@@ -37,12 +37,12 @@ async def results(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[BatchRe
             task.cancel()
 
 
-async def events(scorer: Scorer, items: Sequence[Any]) -> AsyncIterator[str]:
-    """The results as server-sent events: `result` for each, then `done`."""
+async def stream_events(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[str]:
+    """Yields the results as server-sent events: `result` for each, then `done`."""
     arrived: asyncio.Queue[BatchResult | None] = asyncio.Queue()
 
     async def follow() -> None:
-        async for result in results(scorer, items):
+        async for result in score_items(scorer, items):
             arrived.put_nowait(result)
         arrived.put_nowait(None)
 

@@ -1,7 +1,7 @@
-"""Bodies that FastAPI doesn't read by itself: a request to score as JSON or as a form with files, and a batch.
+"""Reads the bodies that FastAPI doesn't: a request to score as JSON or as a form with files, and a batch.
 
-A form has the keys of the JSON body, `image` a file and repeatable, `response` repeatable; `degradation` is the kind
-and `strength` stands beside it.
+A form has the keys of the JSON body. `image` is a file, and may be repeated, as may `response`; `degradation` is the
+kind, and `strength` a key of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
 from vaopd.types import EncodedImage
-from vaopd_api.problems import ApiError, parsed
+from vaopd_api.problems import ApiError, parse
 from vaopd_api.scorer import decode_images
 from vaopd_api.uploads import image_from_bytes, image_from_text
 
@@ -26,20 +26,21 @@ MAX_FORM_FIELD_BYTES = 8 * 2**20
 
 
 class _InMemory(MultiPartParser):
-    """Files stay in memory: the body's size is capped already, and the container's file system is read-only."""
+    """Keeps files in memory: the body's size is capped already, and the container's file system is read-only."""
 
     spool_max_size = 2**40
 
 
 async def read_score(request: Request) -> tuple[ScoreBody, list[EncodedImage]]:
+    """Returns a request to score with its images. Raises ApiError or RequestValidationError."""
     if content_type(request) == FORM:
         return _from_form(await _form(request))
-    body = parsed(ScoreBody, await read_json(request))
+    body = parse(ScoreBody, await read_json(request))
     return body, decode_images(body.image, body.images)
 
 
 async def read_batch(request: Request) -> list[Any]:
-    """The requests of a batch as they came; each is looked at by itself later."""
+    """Returns the requests of a batch, not yet validated, since each is by itself. Raises ApiError."""
     body = await read_json(request)
     if not isinstance(body, dict) or set(body) != {"requests"} or not isinstance(body["requests"], list):
         raise ApiError(422, 'the body must be {"requests": [ … ]} and nothing else', field="requests")
@@ -51,13 +52,15 @@ async def read_batch(request: Request) -> list[Any]:
     return items
 
 
-async def json_only(request: Request) -> None:
+async def require_json(request: Request) -> None:
+    """Raises ApiError (415) for a body that is not JSON."""
     kind = content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"content type {kind or 'none'!r} is not application/json")
 
 
 async def read_json(request: Request) -> Any:
+    """Returns the body's JSON. Raises ApiError: 415 for another content type, 400 for malformed JSON."""
     kind = content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"content type {kind or 'none'!r} is neither application/json nor {FORM}")
@@ -66,12 +69,13 @@ async def read_json(request: Request) -> Any:
         raise RequestValidationError([{"type": "missing", "loc": (), "msg": "the body is empty"}])
     try:
         return json.loads(content)
-    except (ValueError, RecursionError) as error:  # their texts quote nothing but places
+    except (ValueError, RecursionError) as error:  # the messages contain positions, never the body's text
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8, or nested too deep"
         raise ApiError(400, f"the body is not valid JSON: {reason}") from None
 
 
 def content_type(request: Request) -> str:
+    """Returns the content type in lower case, without parameters; "" where there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -87,7 +91,7 @@ async def _form(request: Request) -> FormData:
     except (MultiPartException, KeyError, ValueError):
         raise ApiError(
             400,
-            f"the body is not a sound {FORM} with a boundary, at most {MAX_FORM_PARTS} parts and "
+            f"the body is not a valid {FORM} with a boundary, at most {MAX_FORM_PARTS} parts and "
             f"{MAX_FORM_FIELD_BYTES} bytes in a field",
         ) from None
 
@@ -107,11 +111,11 @@ def _from_form(form: FormData) -> tuple[ScoreBody, list[EncodedImage]]:
         elif key in ("degradation", "strength"):
             degradation[{"degradation": "kind"}.get(key, key)] = value
         elif key in values:
-            raise ApiError(422, f"{key[:64]}: stands twice in the form", field=key[:64])
+            raise ApiError(422, f"{key[:64]}: occurs twice in the form", field=key[:64])
         else:
             values[key] = value
     values |= {"response": responses[0]} if len(responses) == 1 else {"responses": responses} if responses else {}
-    return parsed(ScoreBody, values | ({"degradation": degradation} if degradation else {})), images
+    return parse(ScoreBody, values | ({"degradation": degradation} if degradation else {})), images
 
 
 def _image(value: UploadFile | str, *, field: str) -> EncodedImage:

@@ -1,4 +1,4 @@
-"""What the API counts, for Prometheus at GET /metrics. One registry per application, so that tests don't share any."""
+"""The API's metrics for Prometheus. One registry per application, so that tests share none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ VA_BUCKETS_NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
 class Metrics:
+    """Counts requests, scored tokens and visual advantage."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -35,4 +37,5 @@ class Metrics:
         )
 
     def exposition(self) -> bytes:
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,7 +1,7 @@
-"""What happens around every request, from the outside in: `Envelope`, `Gate`, `BodyLimit`. Plain ASGI.
+"""Middleware around every request, from the outside in: `Envelope`, `Gate`, `BodyLimit`. Plain ASGI.
 
-`Envelope` gives the request its id, the answer its headers, and the log its one line; `Gate` asks for a key and counts
-quotas; `BodyLimit` refuses large bodies before anything parses them.
+`Envelope` sets the request's id and the reply's headers, and writes the log's line; `Gate` checks keys and quotas;
+`BodyLimit` refuses large bodies before they are parsed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vaopd_api.problems import ApiError
 
 logger = logging.getLogger("vaopd.api")
 
-# The viewer needs its own files, its own API, and the images that the user chose; nothing else may be loaded or run.
+# The viewer needs its own files, its own API and the user's images; nothing else may be loaded or run.
 NO_FRAMES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -36,22 +36,25 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
-QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; not logged while they succeed
+QUIET = ("/healthz", "/readyz", "/metrics")  # requested every few seconds; not logged while they succeed
 
 
 class Envelope:
+    """Gives each request an id, a span, metrics and a log line, and each reply its headers."""
+
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request, with a problem where the application raises an unexpected error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         token = logs.request_id.set(name)
-        traced = tracing.begin(f"HTTP {scope['method']}", parent=tracing.parent_of(_sent(scope)), path=scope["path"])
+        traced = tracing.begin(f"HTTP {scope['method']}", parent=tracing.parent_of(_headers(scope)), path=scope["path"])
         started, status = time.monotonic(), 0
 
         async def with_headers(message: Message) -> None:
@@ -70,7 +73,7 @@ class Envelope:
                 await self._app(scope, receive, with_headers)
         except Exception as error:
             if status:
-                raise  # half an answer is out: the connection has to end
+                raise  # part of the reply is sent, so the connection has to be closed
             await problems.error_response(error)(scope, receive, with_headers)
         finally:
             self._record(scope, name, status, time.monotonic() - started)
@@ -84,22 +87,23 @@ class Envelope:
         self._metrics.duration.labels(method, route).observe(elapsed_s)
         if status != 200 or route not in QUIET:
             job = scope.get("job") or "-"
-            told = (name, method, route, status, job, elapsed_s)
-            logger.info("request %s: %s %s %d, job %s, %.3f s", *told, extra=logs.fields(job=scope.get("job")))
+            values = (name, method, route, status, job, elapsed_s)
+            logger.info("request %s: %s %s %d, job %s, %.3f s", *values, extra=logs.fields(job=scope.get("job")))
 
 
-def _sent(scope: Scope) -> list[tuple[str, str]]:
+def _headers(scope: Scope) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
 
 
 class Gate:
-    """Lets a request through, or answers 401, 403 or 429."""
+    """Admits a request, or answers with the problem of its key or quota."""
 
     def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request, or refuses it."""
         if scope["type"] == "http":
             try:
                 self._access.admit(scope)
@@ -110,13 +114,14 @@ class Gate:
 
 
 class BodyLimit:
-    """Refuses a body above the limit: by its declared length, or while it arrives."""
+    """Refuses a body above the limit, by its declared length or while it arrives."""
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the request, or refuses it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

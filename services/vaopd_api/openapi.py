@@ -1,4 +1,4 @@
-"""The OpenAPI schema: which problems a route may answer with, and the bodies that FastAPI doesn't read by itself."""
+"""Completes the OpenAPI schema: the problems of each route, and the bodies that FastAPI doesn't read itself."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from vaopd_api.problems import PROBLEM_JSON
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """Visual advantage (VA) of every token of a response: how much seeing the image helps to predict it.
 
-Every answer has `X-Request-Id`, the request's own if it brought one. Errors are problem details (RFC 9457). Where the
-API was started with keys, send `Authorization: Bearer KEY`; where it has a quota, `RateLimit-*` tells what is left."""
+Every reply has `X-Request-Id`, the request's own if it sent one. Errors are problem details (RFC 9457). Where the API
+was started with keys, send `Authorization: Bearer KEY`; where it has a quota, `RateLimit-*` says how much is left."""
 MEANINGS = {
-    400: "the body is not JSON, or not a sound form",
+    400: "the body is not JSON, or not a valid form",
     401: "no key, or one that isn't valid",
     403: "a key that may not do this",
     404: "no such teacher or run, or no student",
-    409: "the teacher is another one than before",
+    409: "the teacher has changed",
     413: "over a size limit",
     415: "another content type, or an image that is not PNG, JPEG or WEBP",
     422: "a value that can't be scored; `field` names it",
-    429: "no room now, or the quota is used up; see Retry-After",
-    500: "a number that is not finite, or a fault of the API",
+    429: "busy, or the quota is used up; see Retry-After",
+    500: "a number that is not finite, or an error of the API",
     502: "the teacher failed",
     503: "the teacher is down, starting or draining; see Retry-After",
 }
@@ -41,6 +41,7 @@ EXAMPLE = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describes the problems with these statuses for a route's `responses`."""
     content = {PROBLEM_JSON: {"schema": {"$ref": REF.format(model=Problem.__name__)}, "example": EXAMPLE}}
     return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
@@ -50,7 +51,7 @@ BATCH_REPLIES: dict[int | str, dict[str, Any]] = PROBLEMS | {
     200: {
         "model": BatchReply,
         "content": {"text/event-stream": {"example": "event: result\nid: 0\ndata: {…}\n\nevent: done\ndata: {…}\n\n"}},
-        "description": "a result for each request, in their order; as events, in the order in which they are done",
+        "description": "a result for each request, in the requests' order; as events, in the order of completion",
     }
 }
 _FORM: dict[str, Any] = {
@@ -92,7 +93,7 @@ BATCH_BODY: dict[str, Any] = {
 
 
 def install(app: FastAPI) -> None:
-    """Makes /openapi.json whole."""
+    """Makes /openapi.json return the completed schema."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,10 +1,10 @@
-"""Every error of the API in one JSON shape, problem details (RFC 9457), made in one place.
+"""Turns every error of the API into one JSON shape, problem details (RFC 9457).
 
     {"type": "urn:vaopd:problem:invalid_input", "title": "Unprocessable Content", "status": 422,
      "detail": "…", "code": "invalid_input", "field": "images.0", "request_id": "…"}
 
-`field` is null where the fault belongs to no single field. Details never hold what a client sent beyond names and
-numbers, nor texts of libraries.
+`field` is null where the error belongs to no single field. Of the request, details contain names and numbers only; they
+never contain texts of libraries.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger("vaopd.api")
 RETRY_AFTER_S = 1
 PROBLEM_JSON = "application/problem+json"
 
-# The first class that matches decides, so subclasses stand before their parents.
+# The first class that matches decides, so subclasses come before their parents.
 STATUS_OF: tuple[tuple[type[errors.VaopdError], int, str], ...] = (
     (errors.InvalidInput, 422, "invalid_input"),
     (errors.LimitExceeded, 413, "too_large"),
@@ -59,7 +59,7 @@ TITLES = {413: "Content Too Large", 422: "Unprocessable Content", 499: "Client C
 
 
 class ApiError(HTTPException):
-    """An answer other than 2xx that is known where it is raised. FastAPI lets HTTPExceptions pass."""
+    """An error with its HTTP status, and the field of the request that caused it. FastAPI lets HTTPExceptions pass."""
 
     def __init__(
         self, status: int, message: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
@@ -69,7 +69,7 @@ class ApiError(HTTPException):
 
 
 def install(app: FastAPI) -> None:
-    """Registers the one handler for what is raised on purpose; `vaopd_api.middleware` answers for all else."""
+    """Registers the handler of expected errors; `vaopd_api.middleware` handles all others."""
     for kind in (ApiError, errors.VaopdError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)
 
@@ -78,8 +78,8 @@ async def _handle(request: Request, error: Exception) -> JSONResponse:
     return error_response(error)
 
 
-def parsed(model: type[pydantic.BaseModel], value: Any) -> Any:
-    """`value` as a `model`; a ValidationError is raised as FastAPI raises its own."""
+def parse(model: type[pydantic.BaseModel], value: Any) -> Any:
+    """Returns `value` as a `model`. Raises FastAPI's RequestValidationError."""
     try:
         return model.model_validate(value)
     except pydantic.ValidationError as error:
@@ -87,6 +87,7 @@ def parsed(model: type[pydantic.BaseModel], value: Any) -> Any:
 
 
 def error_response(error: Exception) -> JSONResponse:
+    """Returns the HTTP response for an error."""
     answer, headers = describe(error)
     if answer.status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_S))
@@ -94,7 +95,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 
 def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
-    """The problem and the headers that go with it."""
+    """Returns an error's problem, and the headers that go with it."""
     match error:
         case HTTPException():
             problem = make_problem(error.status_code, str(error.detail), field=getattr(error, "field", None))
@@ -103,7 +104,7 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
             seconds = max(1, math.ceil(error.retry_after_s))
             return make_problem(429, str(error)), {"Retry-After": str(seconds)}
         case errors.Unavailable():
-            # The message would tell everybody where the teacher runs.
+            # The message contains the teacher's address, which clients must not see.
             logger.warning("%s", error)
             return make_problem(503, "the teacher can't be reached, is starting or is draining; try again"), {}
         case errors.Unauthenticated():
@@ -114,10 +115,11 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
             return _validation(error), {}
         case _:
             logger.error("unexpected error", exc_info=error)
-            return make_problem(500, "the API failed unexpectedly; its log tells why"), {}
+            return make_problem(500, "the API failed unexpectedly; see its log"), {}
 
 
 def make_problem(status: int, detail: str, *, field: str | None = None, code: str | None = None) -> Problem:
+    """Returns a problem with the current request's id; `code` is the status's own unless given."""
     phrase = TITLES.get(status) or HTTPStatus(status).phrase
     code = code or CODE_OF_STATUS.get(status) or phrase.lower().replace(" ", "_")
     return Problem(
@@ -136,22 +138,26 @@ def _vaopd(error: errors.VaopdError) -> Problem:
         if isinstance(error, kind):
             return make_problem(status, str(error), code=code, field=getattr(error, "field", None))
     logger.error("the teacher failed: %s", error)
-    return make_problem(502, "the teacher failed; its log tells why")
+    return make_problem(502, "the teacher failed; see its log")
 
 
 def _validation(error: RequestValidationError) -> Problem:
-    """The first fault found; clients mend one thing at a time, and one shape stays one shape."""
+    """Returns the problem of the first error only, so that all problems have one shape."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return make_problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'unreadable')}")
     field = field_name(first["loc"])
     if first["type"] == "extra_forbidden":
-        return make_problem(422, f"{field}: no such key; /docs lists the keys that are known", field=field)
+        return make_problem(422, f"{field}: no such key; /docs lists the known keys", field=field)
     message = first["msg"].removeprefix("Value error, ")
     return make_problem(422, f"{field}: {message}" if field else message, field=field)
 
 
 def field_name(location: tuple[Any, ...]) -> str | None:
-    """("body", "responses", 0, "list[constrained-int]", 3) -> "responses.0.3": names of a union's arms are left out."""
+    """Returns a location as a field's name, without a union's arms.
+
+    >>> field_name(("body", "responses", 0, "list[constrained-int]", 3))
+    'responses.0.3'
+    """
     parts = [str(part) for part in location if part not in ("body", "str", "constrained-str") and "[" not in str(part)]
     return ".".join(parts) or None

@@ -1,7 +1,7 @@
-"""The runs in a folder: a list, and each one's report, also while it goes on. State: what was read, until it changes.
+"""Lists the runs in a folder, and makes their reports, also of unfinished runs.
 
-Reports are drawn by matplotlib, whose settings are global: one thread of its own draws them all, and the event loop
-goes on meanwhile. What was drawn holds as long as the run's files are the same.
+Reports are drawn by matplotlib, which has global settings, so one thread draws them all, beside the event loop.
+Summaries and reports are kept until the run's files change.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import asyncio
 import hashlib
 import logging
 import re
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from cachetools import LRUCache
 
 from vaopd.errors import NotFound, PermissionDenied, VaopdError
 from vaopd.http_types import RunModel
@@ -24,45 +25,45 @@ from vaopd_api.problems import ApiError
 logger = logging.getLogger("vaopd.api")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""As `run.name`; nothing that leads out of the folder has this form."""
+"""The form of `run.name`; no path that leads out of the folder has it."""
 FILES = ("config.toml", "metrics.jsonl", "samples.jsonl")
 LOOK_AGAIN_S = 15
 REPORTS_KEPT = 8
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, time of the last change in ns and size of each file that is there."""
+"""Name, time of the last change in ns and size in bytes of each file that exists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """A page, and the tag by which a browser asks whether it is still the same."""
+    """A page and its ETag."""
 
     html: bytes
     tag: str
 
 
 class Runs:
-    """`folder` None: there are none. A client with a key sees the run of its key's job, and no other."""
+    """The runs in `folder`; None: none. A client with a key sees only the run of its job."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runs")
         self._summaries: dict[str, tuple[Signature, RunModel]] = {}
-        self._reports: OrderedDict[str, tuple[Signature, Report]] = OrderedDict()
+        self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
 
     async def summaries(self, *, job: str | None) -> list[RunModel]:
-        """Those that can be read, the one that changed last first."""
+        """Returns the runs that can be read, latest change first; with `job`, only that job's run."""
         if self._folder is None:
             return []
         found = await asyncio.get_running_loop().run_in_executor(self._thread, self._summarise, self._folder)
         return [run for run in found if job in (None, run.name)]
 
     async def report(self, name: str, *, job: str | None) -> Report:
-        """Raises NotFound, and PermissionDenied for any name but the job's own, whether or not there is such a run."""
+        """Returns a run's report. Raises NotFound; PermissionDenied for any run, real or not, but the job's own."""
         if job not in (None, name):
-            raise PermissionDenied("this key is for another job's run; ask whoever runs the service")
+            raise PermissionDenied("this key is for another job's run; ask the service's operator")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._report, name)
 
-    # What follows runs on the thread.
+    # The methods below run on the thread.
 
     def _summarise(self, folder: Path) -> list[RunModel]:
         runs = []
@@ -78,26 +79,22 @@ class Runs:
         signature = _signature(path)
         known = self._summaries.get(path.name)
         if known is None or known[0] != signature:
-            known = self._summaries[path.name] = (signature, _summarised(path, signature))
+            known = self._summaries[path.name] = (signature, _summarise(path, signature))
         return known[1]
 
     def _report(self, name: str) -> Report:
         if self._folder is None or not NAME.fullmatch(name) or not _is_run(self._folder / name):
-            raise NotFound(f"there is no run {name[:128]!r} here; GET /v1/runs names those there are")
+            raise NotFound(f"there is no run {name[:128]!r} here; GET /v1/runs lists the runs")
         path = self._folder / name
         signature = _signature(path)
         known = self._reports.get(name)
         if known is None or known[0] != signature:
-            known = (signature, _drawn(path))
-            self._reports[name] = known
-        self._reports.move_to_end(name)
-        while len(self._reports) > REPORTS_KEPT:
-            self._reports.popitem(last=False)
+            known = self._reports[name] = (signature, _draw(path))
         return known[1]
 
 
 def _is_run(path: Path) -> bool:
-    """A folder of its own, under a run's name; a link could lead anywhere."""
+    """Returns whether `path` is a run's folder; not a link, which could lead anywhere."""
     return bool(NAME.fullmatch(path.name)) and not path.is_symlink() and (path / "config.toml").is_file()
 
 
@@ -106,7 +103,7 @@ def _signature(path: Path) -> Signature:
     return tuple((name, file.stat().st_mtime_ns, file.stat().st_size) for name, file in files if file.is_file())
 
 
-def _summarised(path: Path, signature: Signature) -> RunModel:
+def _summarise(path: Path, signature: Signature) -> RunModel:
     run = read_run(path)
     first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
     return RunModel(
@@ -122,14 +119,14 @@ def _summarised(path: Path, signature: Signature) -> RunModel:
     )
 
 
-def _drawn(path: Path) -> Report:
+def _draw(path: Path) -> Report:
     from vaopd.report import report_html  # matplotlib
 
     try:
         run = read_run(path)
         html = report_html([run], again_s=None if run.finished else LOOK_AGAIN_S).encode()
     except (VaopdError, KeyError, ValueError, TypeError) as error:
-        # The files are the trainer's; what is wrong in one is told where the API runs.
+        # What is wrong with the trainer's files is for the API's log, not for its clients.
         logger.exception("the report of run %s can't be made: %s", path.name, error)
-        raise ApiError(500, f"the report of run {path.name!r} can't be made; the API's log tells why") from None
+        raise ApiError(500, f"the report of run {path.name!r} can't be made; see the API's log") from None
     return Report(html=html, tag=f'"{hashlib.sha256(html).hexdigest()[:32]}"')

@@ -1,4 +1,4 @@
-"""From a request's body to the teacher's question, and from its answer to the reply."""
+"""Turns a request's body into the teacher's score request, and the teacher's answer into the reply."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
 from vaopd.scoring.reply import make_reply
 from vaopd.telemetry import logs
-from vaopd.types import Degradation, EncodedImage, ScoreRequest, TeacherDescription, unique_images, user_turn
+from vaopd.types import (
+    DEGRADATIONS,
+    Degradation,
+    EncodedImage,
+    ScoreRequest,
+    TeacherDescription,
+    unique_images,
+    user_turn,
+)
 from vaopd_api.metrics import Metrics
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
@@ -19,21 +27,26 @@ from vaopd_api.uploads import image_from_text
 ROLLOUT = re.compile(r"rollout '(\d+)' of group '[^']*': ")
 
 
-class Scorer:
+class AdHocScorer:
+    """Scores one request at a time with one of the teachers."""
+
     def __init__(self, *, teachers: Teachers, metrics: Metrics) -> None:
         self._teachers = teachers
         self._metrics = metrics
 
     async def score(self, body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> ScoreReply:
-        """`suffix` tells the requests of a batch apart in the teacher's log."""
+        """Scores one request; `suffix` distinguishes the requests of a batch in the teacher's log.
+
+        Raises the errors of `vaopd.errors`, InvalidInput with the request's field.
+        """
         address, description = await self._teachers.find(body.teacher)
-        # A rank is told further down than alternatives are named.
+        # Ranks go down to MAX_ALTERNATIVES even where fewer alternatives are listed.
         top_k = min(MAX_ALTERNATIVES, description.vocab_size) if body.top_k else 0
         request = score_request(body, images, suffix=suffix)
         try:
             score = await self._teachers.score(address, request, degradation_of(body.degradation), top_k=top_k)
         except InvalidInput as error:
-            raise in_the_request_s_words(error, body, images) from None
+            raise in_terms_of_the_request(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
@@ -41,37 +54,39 @@ class Scorer:
         return answer
 
 
-def in_the_request_s_words(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
-    """The teacher names images by their digests and responses by its own ids; clients of the API know keys."""
-    told = str(error)
+def in_terms_of_the_request(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
+    """Returns the teacher's error with the request's keys in place of the teacher's digests and ids."""
+    message = str(error)
     for index, image in enumerate(images):
-        if (name := f"image {image.sha256[:12]}…") in told:
+        if (name := f"image {image.sha256[:12]}…") in message:
             field = "image" if body.image is not None else f"images.{index}" if body.images else f"image.{index}"
-            return InvalidInput(told.replace(name, field), field=field)
-    if match := ROLLOUT.match(told):
+            return InvalidInput(message.replace(name, field), field=field)
+    if match := ROLLOUT.match(message):
         field = f"responses.{match[1]}" if body.responses else "response" if body.response else "response_token_ids"
-        return InvalidInput(f"{field}: {told[match.end() :]}", field=field)
+        return InvalidInput(f"{field}: {message[match.end() :]}", field=field)
     return error
 
 
 def degradation_of(model: DegradationModel) -> Degradation:
+    """Returns the request's degradation as the teacher's client takes it."""
     return Degradation(kind=model.kind, strength=model.strength)
 
 
 def decode_images(image: str | None, images: list[str]) -> list[EncodedImage]:
+    """Returns a request's images, of which `image` is the only one if given. Raises ApiError: 415 or 422."""
     if image is not None:
         return [image_from_text(image, field="image")]
     return [image_from_text(text, field=f"images.{index}") for index, text in enumerate(images)]
 
 
 def score_request(body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> ScoreRequest:
+    """Returns the prompt group to score. Its id is the request's, so that the logs of API and teacher match."""
     given: list[str | list[int]] = list(body.responses or [])
     if body.response is not None:
         given = [body.response]
     if body.response_token_ids is not None:
         given = [body.response_token_ids]
     return ScoreRequest(
-        # So that one name follows a request through the logs of API and teacher.
         group_id=(logs.request_id.get() or uuid.uuid4().hex) + suffix,
         responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in given),
         images=unique_images(images),
@@ -80,6 +95,7 @@ def score_request(body: ScoreBody, images: list[EncodedImage], *, suffix: str = 
 
 
 def teacher_model(description: TeacherDescription) -> TeacherModel:
+    """Returns a teacher's description as the API sends it."""
     return TeacherModel(
         model=description.model,
         revision=description.revision,
@@ -90,4 +106,5 @@ def teacher_model(description: TeacherDescription) -> TeacherModel:
         limits={name: getattr(description.limits, name) for name in description.limits.__slots__},
         payloads=list(description.payloads),
         degradations=list(description.degradations),
+        strengths={kind: meaning for kind in description.degradations if (meaning := DEGRADATIONS[kind])},
     )

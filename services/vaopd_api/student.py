@@ -1,4 +1,4 @@
-"""The student of `--student`, for the event loop: answers one question after another on its own thread."""
+"""Lets the student of `--student` answer the event loop's questions, one after another on its own thread."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from vaopd.types import EncodedImage, SamplingSettings
 
 
 class Student:
-    """`model`: a folder or hub id. An engine belongs to one thread."""
+    """A student by folder or hub id, on one thread, since an engine belongs to one."""
 
     def __init__(self, model: str, *, dtype: str = "float32") -> None:
-        """Raises NotFound for a name that can't be a model."""
+        """Raises NotFound for a name that is neither a folder nor a hub id."""
         self._student = AdHocStudent(model, dtype=dtype)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="student")
 
     @property
     def model(self) -> str:
+        """The model's name or folder."""
         return self._student.model
 
     @property
     def loaded(self) -> bool:
+        """Whether the model is in memory."""
         return self._student.loaded
 
     async def sample(
         self, question: str, images: Sequence[EncodedImage], sampling: SamplingSettings, *, num_responses: int
     ) -> SampleReply:
-        """Raises what the engine refuses."""
+        """Samples `num_responses` responses to one question. Raises InvalidInput and other errors of the engine."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._student.answer, question, images, sampling, num_responses)

@@ -1,4 +1,4 @@
-"""The API's way to its teachers. A client per request: none outlives a teacher that is replaced by another."""
+"""Calls the API's teachers, each time with a new client, so that a teacher may be replaced by another."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SCORE_TIMEOUT_S = 120.0
 
 
 class Teachers:
-    """`options`: what every client is made with (job, key, TLS)."""
+    """The teachers by address; `options` are those of every client (job, key, TLS)."""
 
     def __init__(self, addresses: Sequence[str], *, options: ClientOptions) -> None:
         self._addresses = addresses
         self._options = options
 
     async def describe(self) -> dict[str, TeacherDescription]:
-        """Those that answer, by address. Raises Unavailable when none does, and soon."""
+        """Returns the teachers that answer, by address. Raises Unavailable if none does within CONNECT_TIMEOUT_S."""
         answers = await asyncio.gather(*map(self._describe, self._addresses), return_exceptions=True)
         described = {}
         for address, answer in zip(self._addresses, answers, strict=True):
@@ -39,9 +39,10 @@ class Teachers:
         return described
 
     async def find(self, model: str | None) -> tuple[str, TeacherDescription]:
-        """Address and description of a teacher by name, of the first one when there is no name.
+        """Returns address and description of the teacher of `model`; None: of the first that answers.
 
-        It waits for no other teacher than those before it, so that one that is down costs the others little.
+        Waits only for the teachers before it, so that one that is down delays the others little. Raises NotFound for a
+        name that no teacher has, Unavailable where that can't be known.
         """
         asked = [asyncio.create_task(self._describe(address)) for address in self._addresses]
         unavailable: Unavailable | None = None
@@ -59,9 +60,10 @@ class Teachers:
                 task.cancel()
         if unavailable is not None and (model is None or len(asked) == 1):
             raise unavailable
-        raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers names those there are")
+        raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers lists the teachers")
 
     async def score(self, address: str, request: ScoreRequest, degradation: Degradation, *, top_k: int) -> GroupScore:
+        """Scores one group with the teacher at `address`. Raises the client's errors, and ApiError (502)."""
         options: ClientOptions = {
             **self._options,
             "timeout_s": SCORE_TIMEOUT_S,
@@ -87,16 +89,14 @@ class Teachers:
 
 @contextmanager
 def _own_credentials() -> Iterator[None]:
-    """A key that the teacher refuses is the API's, not that of whoever asks the API; so are teachers that differ."""
+    """Turns errors that are the operator's to fix into 502: the API's key is refused, or replicas differ."""
     try:
         yield
     except TeacherFault as error:
-        logger.error("%s", error)  # the message would tell everybody where the teacher runs
-        raise ApiError(
-            502, "the teacher behind this API doesn't answer as it should; the API's log tells more"
-        ) from None
+        logger.error("%s", error)  # only here: the message contains the teacher's address
+        raise ApiError(502, "the teacher behind this API doesn't answer as expected; see the API's log") from None
     except (Unauthenticated, PermissionDenied) as error:
         logger.error("the teacher refuses this API: %s", error)
         raise ApiError(
-            502, "the teacher refuses this API; whoever runs it has to give it a key (VAOPD_API_KEY_FILE)"
+            502, "the teacher refuses this API; its operator has to give it a key (VAOPD_API_KEY_FILE)"
         ) from None

@@ -1,4 +1,4 @@
-"""Images out of requests: base64, data URL or bytes. Nothing is fetched, opened or decoded here."""
+"""Reads the images of requests: base64, data URL or bytes. Nothing is fetched or decoded here."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import re
 from vaopd.types import EncodedImage
 from vaopd_api.problems import ApiError
 
-# Formats that people do send; anything that is neither these nor one of ours is not an image at all.
+# Common formats other than ours, answered 415; all else is no image, answered 422.
 OTHER_FORMATS = re.compile(
     rb"GIF8|BM....\x00\x00|II\*\x00|MM\x00\*|%!PS|\xc5\xd0\xd3\xc6|%PDF|\x00\x00\x01\x00|\x00\x00\x00.(ftyp|jP  )|8BPS"
     rb"|\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
     re.DOTALL,
 )
-BEGINNING_BYTES = 2048  # where a format shows
+BEGINNING_BYTES = 2048  # enough to recognise a format
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def image_from_text(text: str, *, field: str) -> EncodedImage:
-    """Raises ApiError: 415 for a format other than PNG, JPEG and WEBP, 422 for what is no image."""
+    """Returns an image from base64 or a data URL. Raises ApiError: 415 for another format, 422 for no image."""
     if ADDRESS.match(text):
         raise ApiError(422, f"{field} is an address; nothing is fetched: send the file's bytes as base64", field=field)
     if text.startswith("data:"):
@@ -37,9 +37,9 @@ def image_from_text(text: str, *, field: str) -> EncodedImage:
 
 
 def image_from_bytes(data: bytes, *, field: str) -> EncodedImage:
-    """Raises ApiError, as `image_from_text` does."""
+    """Returns an image from its file's bytes. Raises ApiError as `image_from_text` does."""
     if OTHER_FORMATS.match(data[:BEGINNING_BYTES]):
-        raise ApiError(415, f"{field} is of another format than PNG, JPEG and WEBP; re-encode it", field=field)
+        raise ApiError(415, f"{field} is in another format than PNG, JPEG and WEBP; re-encode it", field=field)
     if not (data.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
         raise ApiError(422, f"{field} ({len(data)} bytes) is not a PNG, JPEG or WEBP image; re-encode it", field=field)
     return EncodedImage(data=data)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
+from vaopd.files.durable import atomic_file
 from vaopd.telemetry.progress_line import Progress, draw, duration
 
 
@@ -34,9 +35,8 @@ class JsonLines:
 
     def drop_from(self, step: int) -> None:
         kept = [record for record in self.read() if record["step"] < step]
-        aside = self.path.with_name(self.path.name + ".new")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        aside.replace(self.path)  # a crash leaves the one or the other
+        with atomic_file(self.path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 EVALUATION_EVERY_S = 30.0

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from vaopd import objective
 from vaopd.evaluation import is_correct
@@ -59,9 +57,7 @@ _IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without t
 
 def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
     """Sums over this rank's groups; `of_step` turns the ranks' sums into means."""
-    advantages = [va for group in groups for va in group.scored.score.visual_advantage]
-    va_NT = nn.utils.rnn.pad_sequence([torch.from_numpy(np.array(va)) for va in advantages], batch_first=True)
-    mask_NT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
+    va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
     high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
     rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]

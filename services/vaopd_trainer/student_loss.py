@@ -1,4 +1,4 @@
-"""The student's forward pass and the loss of method.md over a few prompt groups.
+"""Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
 In: scored groups and their token weights. Out: the scalar loss, whose gradient is the step's, and each token's KL.
 """
@@ -24,7 +24,7 @@ from vaopd.vlm.prompts import PreparedPrompt
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ScoredGroup:
-    """A prompt group with everything that the loss needs. `index` is its place in the step, 0 … B − 1."""
+    """A prompt group with its prompt and score, as the loss needs them; `index` is its place in the step, 0 … B − 1."""
 
     index: int
     group: RolloutGroup
@@ -33,6 +33,7 @@ class ScoredGroup:
 
     @property
     def responses(self) -> list[np.ndarray]:
+        """The token ids of each rollout, (T_k,)."""
         return [rollout.response_ids for rollout in self.group.rollouts]
 
 
@@ -46,32 +47,18 @@ class WeightedGroup:
 
 
 def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> WeightedGroup:
-    """The weights of one complete group under `settings.variant`. They depend on nothing outside the group."""
-    advantages = [torch.from_numpy(np.array(va)) for va in scored.score.visual_advantage]
-    va_KT = nn.utils.rnn.pad_sequence(advantages, batch_first=True)
-    mask_KT = nn.utils.rnn.pad_sequence([torch.ones(len(va), dtype=torch.bool) for va in advantages], batch_first=True)
-    uniform_K = torch.full((len(advantages),), 1 / len(advantages))
-    own = settings.as_keywords()
-    by_va_K = objective.rollout_weights(
-        objective.mean_visual_advantage(va_KT, mask_KT)[None], temperature=own.get("temperature", 1.0)
-    )[0]
-    grouped = {key: own[key] for key in ("high_fraction", "high_weight") if key in own}
-    match settings.variant:
-        case "va_opd":
-            weights_KT = objective.token_weights(va_KT, mask_KT, by_va_K, **grouped)
-        case "token_groups":
-            weights_KT = objective.token_weights(va_KT, mask_KT, uniform_K, **grouped)
-        case "rollout_weights":
-            weights_KT = objective.mean_weights(mask_KT, by_va_K)
-        case "standard":
-            weights_KT = objective.mean_weights(mask_KT, uniform_K)
-        case "masked":
-            kept_KT = objective.masked_response(
-                va_KT, mask_KT, which=own["mask"], fraction=own["mask_fraction"], seed=seed
-            )
-            weights_KT = objective.mean_weights(kept_KT, uniform_K)
-    rollout_weights = by_va_K if settings.variant in ("va_opd", "rollout_weights") else uniform_K
-    return WeightedGroup(scored=scored, rollout_weights=rollout_weights, token_weights=weights_KT[mask_KT])
+    """Weights one complete group by `objective.group_weights`; nothing outside the group has an effect."""
+    teacher_KT, mask_KT = objective.pad_rows(scored.score.teacher_logprobs)
+    degraded_KT, _ = objective.pad_rows(scored.score.degraded_logprobs)
+    weights = objective.group_weights(
+        objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
+        mask_KT,
+        **settings.as_keywords(),
+        seed=seed,
+    )
+    return WeightedGroup(
+        scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
+    )
 
 
 class StudentLoss(nn.Module):
@@ -86,10 +73,11 @@ class StudentLoss(nn.Module):
         estimator: Literal["k1", "k3"] = "k3",
         checkpoint_activations: bool | None = None,
     ) -> None:
-        """`estimator`: of the KL where the payload is sampled.
+        """Takes over `student`, which it may switch to checkpointing; `teacher_head` (V, D_T) is for hidden payloads.
 
-        `checkpoint_activations`: layers keep their input only and are computed again in the backward pass, a third more
-        work for a fraction of the memory; None means on a GPU, where memory is what bounds the batch.
+        estimator: of the KL of the sampled payload. checkpoint_activations: layers keep their input only and are
+        computed again in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where
+        memory bounds the batch.
         """
         super().__init__()
         if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
@@ -104,7 +92,7 @@ class StudentLoss(nn.Module):
         self._estimator = estimator
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """-> loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
+        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
         segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.response_hidden(segments)
@@ -112,18 +100,18 @@ class StudentLoss(nn.Module):
         return divergence.fused_loss(
             hidden,
             self._student.head,
-            self._target(groups, responses, hidden.device),
+            self._read_target(groups, responses, hidden.device),
             weights,
             chunk_tokens=self._chunk_tokens,
         )
 
-    def _target(
+    def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
     ) -> divergence.Target:
-        """What the teacher said of these tokens, as the job's payload has it."""
+        """Reads the teacher's distribution at these tokens from the job's payload."""
         payloads = [group.scored.score.payload for group in groups]
 
-        def column(name: str) -> Tensor:
+        def concatenate(name: str) -> Tensor:
             return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
 
         match payloads[0].kind:
@@ -133,9 +121,9 @@ class StudentLoss(nn.Module):
                 return divergence.FullTarget(hidden=hidden.to(device), head=self._teacher_head)
             case "top_k":
                 return divergence.TopKTarget(
-                    token_ids=column("token_ids"),
-                    logprobs=column("logprobs"),
-                    tail_logprobs=column("tail_logprobs"),
+                    token_ids=concatenate("token_ids"),
+                    logprobs=concatenate("logprobs"),
+                    tail_logprobs=concatenate("tail_logprobs"),
                 )
             case kind:
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"

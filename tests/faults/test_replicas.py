@@ -212,5 +212,5 @@ def test_an_api_before_replicas_that_differ_says_so_without_saying_where_they_ar
         for api in start_api(tmp_path, listed(one, other)):
             answer = api.score(**BODY)
             assert answer.status_code == 502
-            assert "doesn't answer as it should" in error_of(answer)["detail"]
+            assert "doesn't answer as expected" in error_of(answer)["detail"]
             assert "127.0.0.1" not in answer.text

@@ -129,6 +129,37 @@ def test_the_whole_loss_by_hand() -> None:
     assert float(loss) == pytest.approx(w * 0.45 + (1 - w) * 0.30, abs=1e-5)
 
 
+GROUP_VA = tensor([[0.0, 3.0, 0.0], [0.1, 0.3, 0.0]])  # means 1.0 and 0.2 over the valid tokens
+W = math.e / (math.e + 1 / math.e)  # the first sibling's weight: z = ±1
+
+
+@pytest.mark.parametrize(
+    ("variant", "rollouts", "tokens"),
+    [
+        # ⌈0.2·3⌉ = 1 token of each sibling is high, the second one, and has half of the sibling's weight.
+        ("va_opd", [W, 1 - W], [[W / 4, W / 2, W / 4], [(1 - W) / 2, (1 - W) / 2, 0]]),
+        ("token_groups", [1 / 2, 1 / 2], [[1 / 8, 1 / 4, 1 / 8], [1 / 4, 1 / 4, 0]]),
+        ("rollout_weights", [W, 1 - W], [[W / 3, W / 3, W / 3], [(1 - W) / 2, (1 - W) / 2, 0]]),
+        ("standard", [1 / 2, 1 / 2], [[1 / 6, 1 / 6, 1 / 6], [1 / 4, 1 / 4, 0]]),
+        # ⌊0.4·3⌋ = 1 of the first sibling's tokens is dropped, ⌊0.4·2⌋ = 0 of the second's.
+        ("masked", [1 / 2, 1 / 2], [[1 / 4, 0, 1 / 4], [1 / 4, 1 / 4, 0]]),
+    ],
+)
+def test_the_five_variants_of_a_group_by_hand(variant: str, rollouts: list[float], tokens: list[list[float]]) -> None:
+    found = objective.group_weights(GROUP_VA, MASK, variant=variant, mask_fraction=0.4)
+    torch.testing.assert_close(found.rollout_weights, tensor(rollouts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.token_weights, tensor(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_variant_s_settings_reach_it() -> None:
+    plain = objective.group_weights(GROUP_VA, MASK)
+    for changed in ({"temperature": 0.5}, {"high_fraction": 0.5}, {"high_weight": 0.7}):
+        assert not torch.allclose(objective.group_weights(GROUP_VA, MASK, **changed).token_weights, plain.token_weights)
+    bottom = objective.group_weights(GROUP_VA, MASK, variant="masked", mask="bottom", mask_fraction=0.4)
+    # Of the two tokens without VA the later one is the last in rank.
+    torch.testing.assert_close(bottom.token_weights[0], tensor([1 / 4, 1 / 4, 0]))
+
+
 def test_standard_opd_is_the_mean_over_tokens_and_siblings() -> None:
     kl = tensor([[0.2, 0.6, 0.4], [0.1, 0.5, 9.9]])
     loss = (objective.mean_weights(MASK, tensor([0.5, 0.5])) * kl).sum() / 1

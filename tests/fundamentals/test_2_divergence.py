@@ -52,6 +52,13 @@ def test_the_padding_of_a_head_is_outside_the_distribution() -> None:
     assert float(kl) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
 
 
+def test_no_gradient_flows_into_the_teacher() -> None:
+    student, teacher = (torch.randn(4, 3).requires_grad_() for _ in range(2))
+    divergence.reverse_kl(student, teacher).sum().backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
 def test_equal_distributions_have_no_divergence() -> None:
     hidden, head, *_ = hidden_and_heads()
     kl = divergence.fused_reverse_kl(hidden, head, hidden, head)

@@ -40,7 +40,7 @@ def test_a_report_follows_its_run_where_the_reader_is(browser: Browser, api: Api
         seen.page.clock.install()
         seen.open(path="/runs")
         seen.page.click("text=begun")
-        assert seen.page.locator("#live").inner_text() == "The run goes on: this page follows it."
+        assert seen.page.locator("#live").inner_text() == "Running; this page updates every 15 s."
         seen.page.locator("summary", has_text="Configuration").click()
         line = {"kind": "eval", "step": 10, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}
         with (runs / "begun" / "metrics.jsonl").open("a") as file:

@@ -119,6 +119,10 @@ def test_another_degradation_is_scored_at_once(seen: Viewer) -> None:
     assert answer.value.json()["degradation"]["kind"] == "black"
     assert seen.page.locator("#strength").is_disabled()
     seen.wait_for("the black view is shown", "document.querySelector('#degraded').alt.endsWith('black')")
+    seen.page.select_option("#degradation", "blur")
+    seen.wait_for("the blurred view is shown", "document.querySelector('#degraded').alt.endsWith(': blur 0.1')")
+    assert seen.page.locator("#strength").is_enabled()
+    assert "radius" in (seen.page.get_attribute("#strength", "title") or "")
 
 
 def test_the_table_says_what_the_colours_say(seen: Viewer) -> None:

@@ -95,7 +95,7 @@ def test_something_else_than_a_scoring_api_is_named() -> None:
     with (
         http_server(Answer(body="hello")) as address,
         ScoringClient(address) as client,
-        pytest.raises(Mismatch, match="is that a scoring API"),
+        pytest.raises(Mismatch, match="is it a scoring API"),
     ):
         client.teachers()
 
@@ -105,7 +105,7 @@ def test_a_batch_that_ends_early_is_an_error() -> None:
     with (
         http_server(cut) as address,
         ScoringClient(address) as client,
-        pytest.raises(Unavailable, match="in the middle"),
+        pytest.raises(Unavailable, match="ended a batch early"),
     ):
         list(client.score_batch([ask("?", ["a"])]))
 

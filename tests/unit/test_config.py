@@ -137,7 +137,11 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
 
 def test_a_resolved_configuration_can_be_read_again(minimal: Path, tmp_path: Path) -> None:
     config = load_config(
-        minimal, ['data.instruction=Say "so" — and\\no more.', 'rollout.engine_options={"a b" = [1, 2], c = true}']
+        minimal,
+        [
+            'data.instruction="Say \\"so\\" — and\\\\no more\\u007f."',
+            'rollout.engine_options={"a b" = [1, 2], c = true}',
+        ],
     )
     (tmp_path / "resolved.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "resolved.toml") == config

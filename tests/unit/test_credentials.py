@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import ssl
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -83,6 +85,31 @@ def test_only_the_authority_may_sign_and_its_key_is_not_kept(folder: Path) -> No
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
+def test_a_client_can_not_pass_for_the_server(folder: Path) -> None:
+    """Both may be used on either side of a call, but the client's goes by a name that no server can have."""
+    names = certificate(folder, "client.pem").extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [name.value for name in names] == ["client.invalid"]
+
+
+def test_the_strictest_of_clients_accepts_them(folder: Path) -> None:
+    """Python 3.13 verifies so by default: all the extensions that RFC 5280 asks for."""
+    server_side, client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    server_side.load_cert_chain(folder / "server.pem", folder / "server.key")
+    client_side.load_cert_chain(folder / "client.pem", folder / "client.key")
+    for context in (server_side, client_side):
+        context.load_verify_locations(folder / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_side.wrap_bio(to_server, to_client, server_side=True)
+    client = client_side.wrap_bio(to_client, to_server, server_hostname="teacher")
+    for side in (client, server, client, server):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    assert server.getpeercert()
+    assert client.getpeercert()
+
+
 def test_private_keys_are_for_their_owner_only(folder: Path) -> None:
     for name in ("server.key", "client.key"):
         assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
@@ -90,12 +117,12 @@ def test_private_keys_are_for_their_owner_only(folder: Path) -> None:
 
 def test_certificates_are_not_overwritten_by_accident(folder: Path) -> None:
     before = (folder / "server.pem").read_bytes()
-    with pytest.raises(ConfigError, match=r"holds ca\.pem, .* already; --replace"):
+    with pytest.raises(ConfigError, match=r"already holds ca\.pem, .*; --replace"):
         make_certificates(folder)
     assert (folder / "server.pem").read_bytes() == before
 
 
-@pytest.mark.parametrize("host", ["", "host:50051", "https://host", "müller.example"])
+@pytest.mark.parametrize("host", ["", "host:50051", "https://host", "müller.example", "10.0.0.0/8", "me@host", "a b"])
 def test_a_host_that_is_no_name_is_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="is no name or address"):
         make_certificates(tmp_path / "new", hosts=[host])

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from vaopd.degradation import degrade, pixelate
+from vaopd.degradation import degrade, has_strength, pixelate, view_name
 from vaopd.errors import InvalidInput
-from vaopd.types import Degradation
+from vaopd.pb import teacher_pb2
+from vaopd.types import DEGRADATIONS, Degradation, DegradationKind
+from vaopd.wire.teacher import DEGRADATION_KINDS
 
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")
-KINDS = ("pixelate", "blur", "mean_colour", "black", "noise")
+KINDS = tuple(DEGRADATIONS)
 
 
 def noisy(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, size=(size[1], size[0], 4), dtype=np.uint8)
     image = Image.fromarray(pixels)
     return image.convert("RGB").convert(mode) if mode in ("P", "1", "CMYK") else image.convert(mode)
+
+
+def test_every_kind_has_a_type_a_number_on_the_wire_and_a_function() -> None:
+    """The last one is shown by every test of all KINDS."""
+    assert get_args(DegradationKind) == KINDS
+    assert {0, *DEGRADATION_KINDS.values()} == set(teacher_pb2.DegradationKind.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_view_s_name_tells_strengths_apart_where_they_matter(kind: DegradationKind) -> None:
+    weak, strong = Degradation(kind=kind, strength=0.9), Degradation(kind=kind, strength=0.1)
+    image = noisy("RGB")
+    same_pixels = degrade(image, weak, seed=0).tobytes() == degrade(image, strong, seed=0).tobytes()
+    assert same_pixels == (view_name(weak) == view_name(strong)) == (not has_strength(weak))
 
 
 def test_constant_halves_become_constant_blocks() -> None:
@@ -66,11 +84,11 @@ def test_ratio_one_is_the_identity(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_size_and_mode_are_kept_and_the_input_is_left_alone(kind: str, mode: str) -> None:
+def test_size_and_mode_are_kept_and_the_input_is_left_alone(kind: DegradationKind, mode: str) -> None:
     image = noisy(mode)
     before = image.tobytes()
 
-    degraded = degrade(image, Degradation(kind=kind), seed=0)  # type: ignore[arg-type]
+    degraded = degrade(image, Degradation(kind=kind), seed=0)
 
     assert (degraded.size, degraded.mode) == (image.size, mode)
     assert image.tobytes() == before
@@ -144,10 +162,14 @@ def test_a_ratio_outside_its_range_is_refused(ratio: float) -> None:
 
 @pytest.mark.parametrize(
     "degradation",
-    [Degradation(kind="blur", strength=0.0), Degradation(kind="pixelate", strength=2.0)],
+    [
+        Degradation(kind="blur", strength=0.0),
+        Degradation(kind="blur", strength=float("nan")),
+        Degradation(kind="pixelate", strength=2.0),
+    ],
 )
 def test_a_strength_outside_its_range_is_refused(degradation: Degradation) -> None:
-    with pytest.raises(InvalidInput, match="at most 1"):
+    with pytest.raises(InvalidInput, match=r"strength \(.*\) must be in \(0, 1\], got"):
         degrade(noisy("RGB"), degradation, seed=0)
 
 

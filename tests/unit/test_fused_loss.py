@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vaopd.divergence import (
+    DIVERGENCES,
     FullTarget,
     SampledTarget,
     Target,
@@ -112,6 +114,40 @@ def test_gradcheck(kind: str, loss: bool) -> None:
         return fused_divergence(hidden, head, target, chunk_tokens=5)
 
     assert torch.autograd.gradcheck(function, student())
+
+
+def compare_by_forward_kl(log_p: Tensor, log_q: Tensor, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    """KL(teacher ‖ student), whose gradient by the student's logits is p − q."""
+    p, q = log_p.exp(), log_q.exp()
+    return (q * (log_q - log_p)).sum(-1), p - q if differentiate else None
+
+
+@pytest.mark.parametrize("kind", ["full", "top_k"])
+def test_another_divergence_takes_one_function(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DIVERGENCES, "forward_kl", compare_by_forward_kl)  # type: ignore[arg-type]
+    target: Any = target_of(kind)
+    hidden, head = student()
+    loss, found = fused_loss(hidden, head, replace(target, divergence="forward_kl"), weights(), chunk_tokens=7)
+    log_p = torch.log_softmax(hidden @ head.T, -1)
+    log_q = torch.log_softmax(made(2, M, D_T) @ made(3, V, D_T).T, -1)
+    if kind == "top_k":  # k ids and the mass of the others
+        ids = log_q.topk(K).indices
+        log_p, log_q = (
+            torch.cat([x.gather(-1, ids), x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)], -1)
+            for x in (log_p, log_q)
+        )
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1)
+    close(found, expected.detach())
+    close(
+        torch.autograd.grad(loss, (hidden, head)),
+        torch.autograd.grad((weights() * expected).sum(), (hidden, head)),
+    )
+
+
+def test_an_unknown_divergence_is_named() -> None:
+    target: Any = target_of("full")
+    with pytest.raises(InvalidInput, match="divergence 'chi2' is unknown; use one of reverse_kl"):
+        replace(target, divergence="chi2")
 
 
 @pytest.mark.parametrize("kind", TARGETS)

@@ -105,7 +105,7 @@ def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | 
         file.unlink()
     else:
         file.write_text(content)
-    with pytest.raises(Unavailable, match="mend the key file"):
+    with pytest.raises(Unavailable, match="fix the key file"):
         store.job_of(key)
     file.write_text(good)
     assert store.job_of(key) == "geometry"

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
-from tests.support.runs import make_run
+from tests.support.runs import jpeg, make_run
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
+from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
 from vaopd.report.plots import band_over, complete, running_mean, seed_band
-from vaopd.report.rollouts import high_tokens
 from vaopd.run.records import read_run
+from vaopd.types import Degradation, EncodedImage, TeacherLimits
+from vaopd.vlm.families import PreparedImage
+from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
+from vaopd_teacher.intake.prepare import Envelope, Preparer
 
 
 def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
@@ -56,7 +65,7 @@ def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
 def test_rollouts_before_and_after_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
     """1 nat and more has the full colour; what a model or a data set wrote is text, never markup."""
     page = write_report([make_run(tmp_path / "first")]).read_text()
-    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the student as it came", "After 10 steps"]
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the initial student", "After 10 steps"]
     assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 4
     assert (
         page.count('<span class="high" style="background:rgb(255 140 0/1.00)" title="VA 9.000, teacher -0.300">') == 4
@@ -70,10 +79,46 @@ def test_the_image_stands_beside_its_degraded_view(tmp_path: Path) -> None:
     assert re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page) == ["the image", "degraded: pixelate"]
 
 
-def test_the_high_group_by_hand() -> None:
-    """⌈0.2 · 6⌉ = 2 of six tokens; of the three equal ones the earliest."""
-    assert high_tokens([0.5, 0.1, 2.0, 0.5, 0.5, 0.0], 0.2) == {2, 0}
-    assert high_tokens([0.0], 0.2) == {0}
+def test_the_noise_shown_is_the_noise_that_the_teacher_saw(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    with (run / "config.toml").open("a") as file:
+        file.write('[degradation]\nkind = "noise"\n')
+    shown = re.findall(r'alt="degraded: noise" src="data:image/png;base64,([^"]*)"', write_report([run]).read_text())
+    image = EncodedImage(data=base64.b64decode(jpeg()))
+    assert Image.open(io.BytesIO(base64.b64decode(shown[0]))).tobytes() == teacher_s_noise(image).tobytes()
+
+
+def teacher_s_noise(image: EncodedImage) -> Image.Image:
+    """The degraded view as the teacher's intake hands it to its image processor."""
+    seen: list[Image.Image] = []
+
+    def prepare_image(pixels: Image.Image) -> PreparedImage:
+        seen.append(pixels)
+        return PreparedImage(pixel_values=torch.zeros(1), grid=(1, 1, 1), num_tokens=1)
+
+    reader: Any = SimpleNamespace(
+        max_tokens=9, prepare_image=prepare_image, from_token_ids=lambda *_: None, check_response=lambda *_, **__: None
+    )
+    store = ImageStore(10_000)
+    store.put(image)
+    preparer = Preparer(reader, store=store, views=PreparedImages(10_000), limits=TeacherLimits())
+    group = teacher_pb2.PromptGroup(
+        group_id="g",
+        tokens=teacher_pb2.TokenPrompt(token_ids=[1], image_sha256=[image.sha256]),
+        rollouts=[teacher_pb2.RolloutTokens(rollout_id="0", response_ids=[2])],
+    )
+    preparer.prepare(group, Envelope(payload="none", top_k=0, degradation=Degradation(kind="noise")))
+    _original, degraded = seen
+    return degraded
+
+
+def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
+    """⌈0.5 · 3⌉ = 2 of the VA 0.5, 0 and 9."""
+    run = make_run(tmp_path / "first")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("[objective]\n", "[objective]\nhigh_fraction = 0.5\n"))
+    marked = re.findall(r'<span class="high"[^>]* title="VA ([\d.]+),', write_report([run]).read_text())
+    assert marked == ["0.500", "9.000"] * 4
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:

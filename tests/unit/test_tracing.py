@@ -10,6 +10,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import NoOpTracerProvider
 
 from vaopd.errors import ConfigError
 from vaopd.telemetry import tracing
@@ -30,15 +31,26 @@ def spans() -> Iterator[InMemorySpanExporter]:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracing.use(provider)
     yield exporter
-    tracing.use(None)
+    tracing.use(NoOpTracerProvider())
 
 
 def test_off_nothing_is_made_and_nothing_travels() -> None:
     with tracing.span("step", step=1):
         assert tracing.metadata() == ()
         assert tracing.ids() == {}
-        assert tracing.current() is None
-    tracing.begin("call", parent=tracing.parent_of([("traceparent", "00-" + "1" * 32 + "-" + "2" * 16 + "-01")]))()
+
+
+def test_off_a_caller_s_trace_is_handed_on_and_is_not_ours() -> None:
+    """So that one process without traces doesn't cut the trace of those around it; its log lines have no ids."""
+    received = [("traceparent", "00-" + "1" * 32 + "-" + "2" * 16 + "-01")]
+
+    def answer() -> None:
+        end = tracing.begin("call", parent=tracing.parent_of(received))
+        assert list(tracing.metadata()) == received
+        assert tracing.ids() == {}
+        end()
+
+    contextvars.copy_context().run(answer)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Who may use a shared service: API keys, quotas, certificates for development."""
+"""Access to a shared service: API keys, quotas, certificates for development."""

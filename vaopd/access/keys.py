@@ -1,10 +1,10 @@
-"""API keys, one per job and holder: a JSON file that holds their digests, never the keys. Loads nothing heavy.
+"""API keys, one per job and holder, in a JSON file that holds their digests, never the keys. Loads nothing heavy.
 
-    key = add_key(Path("keys.json"), "geometry", expires_days=90)          # told once, kept nowhere
+    key = add_key(Path("keys.json"), "geometry", expires_days=90)          # shown once, stored nowhere
     KeyStore.load("keys.json").job_of(key)                                 # "geometry"
 
 A key is `vaopd_ID_SECRET`. ID names its entry, in logs too; SECRET is 256 random bits. Plain SHA-256 is enough for
-such secrets: salts and slow hashes protect what people choose and an attacker can guess, and nobody tries 2^256 values.
+such secrets: salts and slow hashes protect passwords that can be guessed, and 2^256 values can't be tried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
+from vaopd.files.durable import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """A job's name: the name of its run."""
 _KEY = re.compile(r"vaopd_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _VERSION = 1
-_NOBODY = hashlib.sha256(b"").hexdigest()
+_NO_SECRET = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyEntry:
-    """One key as the file holds it; times are ISO 8601 in UTC.
+    """One key as it is in the file; times are ISO 8601 in UTC.
 
     >>> KeyEntry(id="0a1b2c3d4e5f", job="geometry", sha256="9f…", created="2026-11-24T10:00:00+00:00").state()
     'valid'
@@ -49,13 +49,13 @@ class KeyEntry:
     id: str
     job: str
     sha256: str
-    """Of the secret's ASCII characters, in hex."""
+    """SHA-256 of the secret's ASCII characters, in hex."""
     created: str
     expires: str | None = None
     revoked: str | None = None
 
     def state(self, now: datetime | None = None) -> str:
-        """ "valid", "expired" or "revoked"."""
+        """Returns "valid", "expired" or "revoked", as of `now`."""
         if self.revoked is not None:
             return "revoked"
         if self.expires is not None and datetime.fromisoformat(self.expires) <= (now or datetime.now(UTC)):
@@ -65,14 +65,14 @@ class KeyEntry:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who holds a key that was found valid."""
+    """The job of a valid key, and the key's id for logs."""
 
     key_id: str
     job: str
 
 
 def bearer(header: str | None) -> str:
-    """The key of an `Authorization` header or metadata entry. Raises Unauthenticated when there is none."""
+    """Returns the key of an `Authorization` header or metadata entry. Raises Unauthenticated when there is none."""
     scheme, _, key = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         raise Unauthenticated("an API key is needed here: send `authorization: Bearer KEY`")
@@ -80,11 +80,11 @@ def bearer(header: str | None) -> str:
 
 
 class KeyStore:
-    """The keys of a file, read again whenever the file changes. Safe to use from several threads."""
+    """Checks keys against a file, which is read again whenever it changes. Thread-safe."""
 
     @classmethod
     def load(cls, path: str | Path) -> KeyStore:
-        """Raises ConfigError for a file that is missing, malformed, or that others may write."""
+        """Reads the file. Raises ConfigError where it is missing, malformed, or writable by others."""
         return cls(Path(path))
 
     def __init__(self, path: Path) -> None:
@@ -94,11 +94,14 @@ class KeyStore:
         self._entries: dict[str, KeyEntry] | None = _by_id(read_keys(path))
 
     def job_of(self, key: str) -> str:
-        """The job that a key belongs to. Raises Unauthenticated for any key that isn't valid now."""
+        """Returns the job that a key belongs to. Raises as `identify` does."""
         return self.identify(key).job
 
     def identify(self, key: str) -> Identity:
-        """Raises Unauthenticated for any key that isn't valid now, Unavailable while the file can't be read."""
+        """Returns job and id of a key.
+
+        Raises Unauthenticated for a key that isn't valid now, Unavailable while the file can't be read.
+        """
         entries = self._current()
         match = _KEY.fullmatch(key)
         if match is None:
@@ -106,12 +109,12 @@ class KeyStore:
         key_id, secret = match.groups()
         entry = entries.get(key_id)
         digest = hashlib.sha256(secret.encode()).hexdigest()
-        # Compared even when there is nothing to compare with, so that an unknown id takes as long as a wrong secret.
-        same = hmac.compare_digest(digest, entry.sha256 if entry else _NOBODY)
+        # An unknown id is compared too, so that it takes as long as a wrong secret.
+        same = hmac.compare_digest(digest, entry.sha256 if entry else _NO_SECRET)
         if entry is None or not same:
-            raise Unauthenticated("the API key is not known here; ask whoever runs the service for one")
+            raise Unauthenticated("the API key is not known here; ask the service's operator for one")
         if (state := entry.state()) != "valid":
-            raise Unauthenticated(f"API key {entry.id} is {state}; ask whoever runs the service for a new one")
+            raise Unauthenticated(f"API key {entry.id} is {state}; ask the service's operator for a new one")
         return Identity(key_id=entry.id, job=entry.job)
 
     def _current(self) -> dict[str, KeyEntry]:
@@ -122,16 +125,16 @@ class KeyStore:
                 try:
                     self._entries = _by_id(read_keys(self._path))
                 except ConfigError as error:
-                    # Not the old keys: one of them may just have been revoked.
+                    # The old keys are not kept: one of them may just have been revoked.
                     self._entries = None
-                    log.error("no key is accepted until the key file is mended: %s", error)
+                    log.error("no key is accepted until the key file is fixed: %s", error)
             if self._entries is None:
-                raise Unavailable("the service can't read its API keys now; whoever runs it has to mend the key file")
+                raise Unavailable("the service can't read its API keys now; its operator has to fix the key file")
             return self._entries
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Changes when the file is replaced or written."""
+    """Returns a value that changes when the file is replaced or written; None where there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -147,7 +150,7 @@ def _by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
 
 
 def read_keys(path: Path) -> list[KeyEntry]:
-    """Raises ConfigError for a file that is missing, malformed, or that others may write."""
+    """Reads the entries of a key file. Raises ConfigError where it is missing, malformed, or writable by others."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -170,7 +173,7 @@ def read_keys(path: Path) -> list[KeyEntry]:
 
 
 def _check(entry: KeyEntry) -> None:
-    """Raises ValueError or TypeError for what `add_key` would not have written."""
+    """Raises ValueError or TypeError for an entry that `add_key` can't have written."""
     if not re.fullmatch("[0-9a-f]{12}", entry.id) or not re.fullmatch("[0-9a-f]{64}", entry.sha256):
         raise ValueError("id or sha256")
     check_job(entry.job)
@@ -180,14 +183,17 @@ def _check(entry: KeyEntry) -> None:
 
 
 def check_job(job: str) -> str:
-    """Raises ConfigError for what can't be a job's name."""
+    """Returns the job's name. Raises ConfigError unless it has the form of JOB."""
     if not JOB.fullmatch(job):
         raise ConfigError(f"job {job[:80]!r} is no name: use up to 64 letters, digits, '.', '_' and '-'")
     return job
 
 
 def add_key(path: Path, job: str, *, expires_days: float | None = DEFAULT_DAYS) -> str:
-    """Makes a key for `job`, notes its digest in the file, which is made when there is none, and returns it."""
+    """Makes a key for `job`, adds its digest to the file, which is created if missing, and returns the key.
+
+    Raises ConfigError for a job's name, lifetime or file that can't be used.
+    """
     check_job(job)
     if expires_days is not None and not 0 < expires_days <= 36_500:
         raise ConfigError(f"a key can't expire in {expires_days} days; use a number above 0 and up to 36500")
@@ -206,12 +212,12 @@ def add_key(path: Path, job: str, *, expires_days: float | None = DEFAULT_DAYS) 
 
 
 def revoke_key(path: Path, key_id: str) -> KeyEntry:
-    """Notes that a key is no longer valid. Raises NotFound for an id that isn't in the file."""
+    """Marks a key as no longer valid and returns its entry. Raises NotFound for an id that isn't in the file."""
     with _locked(path):
         entries = read_keys(path)
         entry = next((entry for entry in entries if entry.id == key_id), None)
         if entry is None:
-            raise NotFound(f"there is no key {key_id[:80]!r} in {path}; `vaopd keys list` names those there are")
+            raise NotFound(f"there is no key {key_id[:80]!r} in {path}; `vaopd keys list` lists the keys")
         if entry.revoked is None:
             revoked = replace(entry, revoked=datetime.now(UTC).replace(microsecond=0).isoformat())
             _write(path, [revoked if other is entry else other for other in entries])
@@ -221,7 +227,7 @@ def revoke_key(path: Path, key_id: str) -> KeyEntry:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time; the folder is locked, since the file itself is replaced."""
+    """Holds a lock for one writer at a time; on the folder, since the file itself is replaced."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -235,22 +241,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, entries: Sequence[KeyEntry]) -> None:
-    """Readers see the old file or the new one, with mode 0600; its owner stays, where we may say so."""
+    """Replaces the file atomically, with mode 0600. Run as root, it keeps the file's owner."""
     content = {"version": _VERSION, "keys": [asdict(entry) for entry in entries]}
     try:
-        # mkstemp's files are 0600 from the start.
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with open(descriptor, "w") as file:
-                if os.geteuid() == 0 and path.exists():
-                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
-                json.dump(content, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with atomic_file(path, mode=0o600) as file:
+            if os.geteuid() == 0 and path.exists():
+                os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
     except OSError as error:
         raise ConfigError(f"key file {str(path)!r} can't be written ({error.strerror})") from None

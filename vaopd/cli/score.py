@@ -31,11 +31,10 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.add_argument("--student", metavar="MODEL", help="folder or hub id of the student of --generate")
     score.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
     score.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default %(default)s)")
-    score.add_argument(
-        "--degradation",
-        default="pixelate",
-        help="how the second view is made: pixelate, blur, mean_colour, black, noise (default pixelate)",
+    degradation = score.add_argument(
+        "--degradation", default="pixelate", help="how the second view is made: %(kinds)s (default %(default)s)"
     )
+    degradation.kinds = _Kinds()  # type: ignore[attr-defined]  # argparse fills in the action's attributes
     score.add_argument("--strength", type=float, default=0.1, help="of the degradation (default 0.1)")
     score.add_argument("--table", action="store_true", help="a line per token in a terminal too, as elsewhere")
     score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
@@ -44,17 +43,22 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.set_defaults(command=_score)
 
 
-def _score(arguments: argparse.Namespace) -> int:
-    from typing import get_args
+class _Kinds:
+    """The degradations' names, read only when help is shown: `vaopd.types` needs numpy."""
 
+    def __str__(self) -> str:
+        from vaopd.types import DEGRADATIONS
+
+        return ", ".join(DEGRADATIONS)
+
+
+def _score(arguments: argparse.Namespace) -> int:
     from vaopd.errors import ConfigError
     from vaopd.scoring.views import terminal_lines
-    from vaopd.types import Degradation, DegradationKind, EncodedImage
+    from vaopd.types import DEGRADATIONS, Degradation, EncodedImage
 
-    if arguments.degradation not in get_args(DegradationKind):
-        raise ConfigError(
-            f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(get_args(DegradationKind))}"
-        )
+    if arguments.degradation not in DEGRADATIONS:
+        raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {_Kinds()}")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
     responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
@@ -129,12 +133,12 @@ def _write_files(
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
-    from vaopd.degradation import degrade
+    from vaopd.degradation import degrade, view_seed
     from vaopd.errors import ConfigError
     from vaopd.images import decode
     from vaopd.scoring.views import Views, html_page, picture
 
-    decoded = [(decode(image), int(image.sha256[:16], 16)) for image in images]
+    decoded = [(decode(image), view_seed(image.sha256)) for image in images]
     views = [Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded]
     try:
         if arguments.png is not None:

@@ -8,17 +8,24 @@ overrides a field. Wrong keys, types and paths are named with the remedy. Import
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
+import tomli_w
 from pydantic import Discriminator, Field
 
 from vaopd.config.old_names import Warn, accept_run_keys, warn_once
 from vaopd.config.toml import Section, apply_override, default_tag, read_toml, validate, variants_of
-from vaopd.types import Degradation, PlainDegradationKind, ScaledDegradationKind
+from vaopd.types import DEGRADATIONS, STRENGTH_MEANINGS, Degradation, DegradationKind
+
+if TYPE_CHECKING:
+    _ScaledKind = DegradationKind
+    _PlainKind = DegradationKind
+else:
+    _ScaledKind = Literal[tuple(kind for kind, meaning in DEGRADATIONS.items() if meaning)]
+    _PlainKind = Literal[tuple(kind for kind, meaning in DEGRADATIONS.items() if not meaning)]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
@@ -124,16 +131,15 @@ class _Degradation(Section):
 class ScaledDegradation(_Degradation):
     """A degradation that can be weaker or stronger."""
 
-    kind: ScaledDegradationKind = "pixelate"
+    kind: _ScaledKind = "pixelate"
     """The degraded view (paper: pixelate). The others are for experiments."""
-    strength: float = Field(0.1, gt=0, le=1)
-    """Pixelate: the ratio; blur: the radius as a fraction of the shorter side."""
+    strength: float = Field(0.1, gt=0, le=1, description=f"{STRENGTH_MEANINGS}.")
 
 
 class PlainDegradation(_Degradation):
     """A degradation that leaves nothing to choose."""
 
-    kind: PlainDegradationKind
+    kind: _PlainKind
     """The degraded view."""
 
 
@@ -359,15 +365,5 @@ def _leave_variants(values: dict[str, Any], written: dict[str, Any], *, keep: se
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
-    sections = []
-    for name, section in config.model_dump(mode="json").items():
-        lines = [f"{key} = {_toml_value(value)}" for key, value in section.items() if value is not None]
-        sections.append("\n".join([f"[{name}]", *lines]))
-    return "\n\n".join(sections) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items()) + " }"
-    return json.dumps(value, ensure_ascii=False)  # JSON's strings, numbers, booleans and lists are TOML's
+    """Returns the resolved configuration as TOML that `load_config` reads back; fields that are None are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

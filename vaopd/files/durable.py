@@ -1,4 +1,4 @@
-"""Files that survive a crash: a folder that appears whole or not at all, for policy snapshots and checkpoints."""
+"""Writes files and folders that appear whole or not at all, and survive a crash once they are there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Yields a new file beside `path` that takes its place once the block ends well.
+
+    Readers see the old file or the new one. If the block raises, or the process dies, `path` stays as it was. `mode` is
+    the new file's from its first byte on, less what the umask takes away, as with `open`. Raises OSError.
+
+    Always fsynced, file and folder: a rename may reach the disk before the content does, and after a power cut the file
+    would be empty. A revoked key, the owner of a run's ledger and a metrics file that is shortened for a resume must
+    survive that. An announced address and a report could do without, but are written once or twice in a process's life.
+    """
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _fsync(path.parent)
 
 
 @contextmanager

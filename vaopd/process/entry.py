@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.errors import VaopdError
+from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
 
@@ -70,7 +71,6 @@ def main(
 
 
 def announce(text: str, path: Path) -> None:
-    """Writes a file for another process; whoever reads it sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    """Writes a file for another process, which sees all of the text or no file."""
+    with atomic_file(path) as file:
+        file.write(text.encode())

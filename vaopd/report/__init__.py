@@ -1,4 +1,4 @@
-"""A run's folder, shown: as one HTML page (`page.py`), or in a terminal (`watch.py`)."""
+"""Shows a run's folder: as one HTML page (`page.py`), or in a terminal (`watch.py`)."""
 
 from vaopd.report.page import (
     Evaluation,

@@ -1,7 +1,7 @@
-// A token's numbers, for those who can't hover: by tap, or by Tab and the arrow keys.
+// Shows a token's numbers without a mouse: by tap, or by Tab and the arrow keys.
 const details = document.getElementById("details");
 const tokenOf = (event) => event.target.closest(".rollout code > span");
-const tell = (token) => {
+const showNumbers = (token) => {
   if (!token) return;
   details.hidden = false;
   details.textContent = `“${token.textContent}”  ${token.title} (nats)`;
@@ -10,8 +10,8 @@ const makeReachable = () => {
   for (const text of document.querySelectorAll(".rollout code"))
     if (text.firstElementChild) text.firstElementChild.tabIndex = 0;
 };
-document.addEventListener("click", (event) => tell(tokenOf(event)));
-document.addEventListener("focusin", (event) => tell(tokenOf(event)));
+document.addEventListener("click", (event) => showNumbers(tokenOf(event)));
+document.addEventListener("focusin", (event) => showNumbers(tokenOf(event)));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") details.hidden = true;
   const to = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
@@ -24,22 +24,23 @@ document.addEventListener("keydown", (event) => {
 });
 makeReachable();
 
-// The page of a run that goes on asks for itself again, and shows what is new where the reader is.
+// The page of an unfinished run reloads itself, and keeps open what the reader has opened.
 const live = document.getElementById("live");
 const again = Number(document.body.dataset.again);
-let shown = null; // the ETag of what is on show
-const say = (words) => {
-  live.textContent = words;
+const running = `Running; this page updates every ${again} s.`;
+let shown = null; // the ETag of the version on the page
+const say = (text) => {
+  live.textContent = text;
   live.hidden = false;
 };
 const time = () => new Date().toLocaleTimeString();
 
-async function look() {
+async function update() {
   try {
     const answer = await fetch(location.href, { cache: "no-cache" });
     if (!answer.ok) throw new Error(String(answer.status));
     const tag = answer.headers.get("ETag");
-    const reading = document.activeElement?.closest(".rollout"); // focus is not taken away
+    const reading = document.activeElement?.closest(".rollout"); // don't take the focus away
     if (tag !== shown && !reading) {
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       const open = [...document.querySelectorAll("details")].map((each) => each.open);
@@ -47,15 +48,15 @@ async function look() {
       document.querySelectorAll("details").forEach((each, index) => { each.open = open[index] ?? false; });
       makeReachable();
       shown = tag;
-      if (!fresh.body.dataset.again) return say(`The run is finished; last looked at ${time()}.`);
-      say(`The run goes on: this page follows it. Last change ${time()}.`);
+      if (!fresh.body.dataset.again) return say(`The run is finished. Last update ${time()}.`);
+      say(`${running} Last change ${time()}.`);
     }
   } catch {
-    say(`The API can't be reached since ${time()}; this is how the run stood before.`);
+    say(`The API can't be reached since ${time()}; this page shows the run's last known state.`);
   }
-  setTimeout(look, again * 1000);
+  setTimeout(update, again * 1000);
 }
 if (again) {
-  say("The run goes on: this page follows it.");
-  setTimeout(look, again * 1000);
+  say(running);
+  setTimeout(update, again * 1000);
 }

@@ -1,4 +1,4 @@
-"""The report's curves, by matplotlib: inline SVG that follows the page's light or dark colours, or image files."""
+"""Draws the report's curves by matplotlib: inline SVG in the page's light or dark colours, or image files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from vaopd.errors import InvalidInput
 from vaopd.run.records import Run
 
-# matplotlib knows no currentColor: this stands for it until the SVG is text.
+# A stand-in for currentColor, which matplotlib does not know; it is replaced in the SVG's text.
 FOREGROUND = "#010203"
 VARIANT_NAMES = {
     "va_opd": "VA-OPD",
@@ -31,7 +31,7 @@ VARIANT_NAMES = {
     "token_groups": "token groups only",
     "masked": "masked",
 }
-# Distinguishable on white and on black, and by people who see red and green alike.
+# Distinguishable on white and on black, and with red-green colour blindness.
 COLOURS = {
     "va_opd": "#e07b00",
     "standard": "#2f86d6",
@@ -62,7 +62,7 @@ Band = tuple[list[int], list[float], list[float], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One curve of metrics.jsonl: its key, what it is called, and its unit."""
+    """One curve of metrics.jsonl: its key, title and unit; `top` is the axis's upper end, if it is fixed."""
 
     key: str
     title: str
@@ -73,7 +73,7 @@ class Metric:
 
 HIGH = Metric(key="kl_high", title="KL, high-VA tokens", unit="nats", colour="#e07b00")
 LOW = Metric(key="kl_low", title="KL, other tokens", unit="nats", colour="#2f86d6")
-# What a page shows of one run, one figure each, and the pairs that share one.
+# The figures of one run, and the curves that share one.
 OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
     ("Reverse KL by token group", (HIGH, LOW)),
     ("Loss", (Metric(key="loss", title="loss", unit="nats"),)),
@@ -95,7 +95,7 @@ OF_A_COMPARISON: tuple[Metric, ...] = (
 
 
 def run_svgs(run: Run) -> Iterator[str]:
-    """One figure for each thing worth a look; what the run didn't record is left out."""
+    """Yields the figures of one run as SVG; metrics that it did not record are left out."""
     if run.evaluations:
         yield _svg(lambda axes: draw_comparison(axes, [run], band="range"), salt=f"{run.name}-accuracy")
     for title, metrics in OF_A_RUN:
@@ -108,7 +108,7 @@ def run_svgs(run: Run) -> Iterator[str]:
 
 
 def comparison_svgs(runs: Sequence[Run], *, band: str) -> Iterator[str]:
-    """Accuracy first, then each metric that all runs recorded, then where the time went."""
+    """Yields the figures of a comparison as SVG: accuracy, each metric that all runs recorded, times."""
     runs = complete(runs)
     if any(run.evaluations for run in runs):
         yield _svg(lambda axes: draw_comparison(axes, runs, band=band), salt="comparison")
@@ -121,6 +121,7 @@ def comparison_svgs(runs: Sequence[Run], *, band: str) -> Iterator[str]:
 
 
 def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
+    """Writes the accuracy curves as an image file. Raises InvalidInput for a suffix that names no format."""
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         draw_comparison(figure.subplots(), runs, band=band)
@@ -131,7 +132,10 @@ def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
 
 
 def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
-    """Held-out accuracy by objective. One seed: error bars of its standard error. Several: mean and band."""
+    """Draws held-out accuracy by objective: one seed with its standard error, several as mean and band.
+
+    Raises InvalidInput when no run has an evaluation.
+    """
     variants = _by_variant([run for run in complete(runs) if run.evaluations])
     if not variants:
         raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
@@ -159,12 +163,12 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
 
 
 def seed_band(runs: Sequence[Run], *, band: str) -> Band:
-    """Steps that all seeds evaluated; at each the mean accuracy, the band's lower and upper edge, in percent."""
+    """Returns the steps that all seeds evaluated; at each the mean accuracy and the band's edges, in percent."""
     return band_over([{e.step: 100 * e.accuracy for e in run.evaluations} for run in runs], band=band)
 
 
 def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
-    """Steps that all curves have; at each the mean, and the band's lower and upper edge."""
+    """Returns the steps that all curves have; at each the mean, and the band's lower and upper edge."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means, lows, highs = [], [], []
     for step in steps:
@@ -183,7 +187,7 @@ def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
 
 
 def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
-    """Centred; at either end over what there is.
+    """Returns the centred mean over `width` values, fewer at either end.
 
     >>> running_mean([1, 2, 6, 3], width=3)
     [1.5, 3.0, 3.6666666666666665, 4.5]
@@ -194,7 +198,7 @@ def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> li
 
 
 def complete(runs: Sequence[Run]) -> list[Run]:
-    """Without the unfinished runs of an objective that has finished ones: they would cut its curve short."""
+    """Leaves out unfinished runs of an objective that has finished ones: they would cut its curve short."""
     done = {run.variant for run in runs if run.finished}
     return [run for run in runs if run.finished or run.variant not in done]
 
@@ -219,7 +223,7 @@ def _band_words(band: str) -> str:
 
 
 def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str) -> None:
-    """Each step faintly, and the running mean."""
+    """Draws each step faintly, and the running mean."""
     for metric in metrics:
         steps, values = run.series(metric.key)
         axes.plot(steps, values, color=metric.colour, linewidth=0.8, alpha=0.35)
@@ -291,5 +295,5 @@ def _svg(draw: Callable[[Axes], None], *, salt: str, size: tuple[float, float] =
         title = axes.get_title(loc="left") or axes.get_title()
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(FOREGROUND, "currentColor")
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # every figure has the same ones, and nothing refers to them
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # all figures have the same ids, and nothing refers to them
     return text.replace("<svg", f'<svg role="img" aria-label="{title.splitlines()[0]}, curves"', 1)

@@ -1,7 +1,7 @@
-"""`vaopd watch`: a run's folder, read again and again, as a few lines that a terminal keeps up to date.
+"""`vaopd watch`: shows the progress of a run as a few lines that a terminal keeps up to date.
 
-In: RUN/metrics.jsonl and RUN/config.toml, through `vaopd.run.records`. Out: a block of lines that is drawn over itself
-in a terminal; elsewhere one plain line whenever the run has gone on. Ends when the run has.
+In: RUN/metrics.jsonl and RUN/config.toml, through `vaopd.run.records`, read every two seconds. Out: a block of lines
+that is drawn over itself in a terminal; elsewhere one line after each step. Ends when the run is finished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vaopd.telemetry.progress_line import duration
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
-QUIET_S = 120.0  # a step that takes longer than this, and three times the usual, is worth a word
+QUIET_S = 120.0  # a step that takes longer than this, and three times as long as usual, is mentioned
 CURVES = (
     ("loss", "loss"),
     ("kl_high", "KL, high group"),
@@ -39,9 +39,9 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Follows the run in `folder` until it is finished; with `once`, tells how it stands. Raises NotFound.
+    """Shows the run in `folder` until it is finished; with `once`, shows it once. Raises NotFound.
 
-    A run that is interrupted and resumed is followed on; Ctrl-C ends the watching, never the run.
+    A run may be interrupted and resumed meanwhile. Ctrl-C ends the watching, never the run.
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} is no folder; RUN is a run's folder, e.g. runs/demo-…")
@@ -52,7 +52,7 @@ def watch(
         if terminal or once:
             width = shutil.get_terminal_size().columns if terminal else 100
             lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else starting(folder))]
-            # Up to the block's first line, then each line anew, then whatever was longer before.
+            # Moves to the block's first line, overwrites each line, and clears lines left of a longer block.
             stream.write((f"\x1b[{drawn}F" if drawn else "") if terminal else "")
             stream.write("".join(f"{line}\x1b[K\n" if terminal else f"{line}\n" for line in lines))
             stream.write("\x1b[J" if terminal else "")
@@ -69,8 +69,8 @@ def watch(
 
 
 def starting(folder: Path) -> list[str]:
-    """What can be told before the first step: who has logged what last."""
-    lines = [f"{folder.resolve().name}: no step yet; what its processes say is in {folder / 'logs'}"]
+    """Returns the lines before the first step: the last line that each process logged."""
+    lines = [f"{folder.resolve().name}: no step yet; its processes' logs are in {folder / 'logs'}"]
     for log in sorted((folder / "logs").glob("*.log")):
         text = log.read_text(errors="replace").rstrip().splitlines()
         if text:
@@ -79,7 +79,7 @@ def starting(folder: Path) -> list[str]:
 
 
 def block(run: Run, *, now_s: float) -> list[str]:
-    """The run as a few lines; `now_s` is the time of day in seconds, as metrics.jsonl has it."""
+    """Returns the run as a few lines; `now_s` is the time in seconds since the epoch, as in metrics.jsonl."""
     lines = [f"{run.name}   {run.variant}, seed {run.seed}", _progress(run)]
     for key, name in CURVES:
         _, values = run.series(key)
@@ -95,7 +95,7 @@ def block(run: Run, *, now_s: float) -> list[str]:
 
 
 def plain_line(run: Run) -> str:
-    """The same in one line, for logs and pipes."""
+    """Returns the run in one line, for logs and pipes."""
     parts = [f"step {run.steps_done}/{run.steps_planned or '?'}"]
     for key, name, form in (
         ("loss", "loss", ".4f"),
@@ -113,7 +113,7 @@ def plain_line(run: Run) -> str:
 
 
 def sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
-    """The values between their own lowest and highest; more than `width` of them are averaged in equal stretches.
+    """Draws values between their lowest and highest; more than `width` of them are averaged in equal stretches.
 
     >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
@@ -152,5 +152,6 @@ def _quiet(run: Run, now_s: float) -> str:
     if since < max(QUIET_S, 3 * usual):
         return ""
     return (
-        f"no step for {duration(since)}: it evaluates, waits or has ended; see {run.folder / 'logs'} and `vaopd doctor`"
+        f"no step for {duration(since)}: it is evaluating, waiting or has ended; see {run.folder / 'logs'} and "
+        "`vaopd doctor`"
     )

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
+from vaopd.files.durable import atomic_file
 from vaopd.run.checkpoints import FILE, LedgerLine, latest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,8 @@ class Ledger:
         self._path = path
         self._owner = owner
         self._owner_file = path.with_suffix(".owner")
-        aside = self._owner_file.with_suffix(f".{owner}")
-        aside.write_text(owner)
-        aside.replace(self._owner_file)
+        with atomic_file(self._owner_file) as file:
+            file.write(owner.encode())
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._drop_torn_line()
         self._pending = b""

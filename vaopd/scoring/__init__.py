@@ -1,1 +1,1 @@
-"""An ad-hoc score: the part that the API and `vaopd score` share. Torch-free."""
+"""Ad-hoc scores: the part that the API and `vaopd score` share. Torch-free."""

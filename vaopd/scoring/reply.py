@@ -1,4 +1,4 @@
-"""The teacher's answer as the API's reply, which `vaopd score --json` prints too. Torch-free."""
+"""Turns the teacher's answer into the API's reply, which `vaopd score --json` prints too. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from vaopd.types import GroupScore, TeacherDescription
 def make_reply(
     score: GroupScore, description: TeacherDescription, *, degradation: DegradationModel, top_k: int
 ) -> ScoreReply:
-    """Raises NumericalError rather than to send a number that is none.
+    """Returns the reply of the group's score.
 
-    top_k: how many alternatives to name; above 0 the score must have come with a top_k payload of as many or more.
+    top_k: the number of alternatives to name; above 0, the score needs a top_k payload of at least as many.
+
+    Raises NumericalError for a score that is not finite, which JSON could not carry.
     """
     weights_K = rollout_weights(score.mean_visual_advantage)
     if score.response_ids is None or score.token_texts is None:
-        raise VaopdError("the teacher sent no token texts; is it of another version?")
+        raise VaopdError("the teacher sent no token texts; is it another version of vaopd?")
     expected = _Expected(score) if top_k else None
     rollouts = []
     for k, ids in enumerate(score.response_ids):
@@ -53,7 +55,7 @@ def make_reply(
 
 
 class _Expected:
-    """What the teacher expected in the place of each token, out of the top-k payload, (M, k)."""
+    """Reads the tokens that the teacher found most likely at each place from the top-k payload, (M, k)."""
 
     def __init__(self, score: GroupScore) -> None:
         assert score.response_ids is not None
@@ -64,10 +66,12 @@ class _Expected:
         self._edges = np.cumsum([0, *(len(ids) for ids in score.response_ids)]).tolist()
 
     def ranks(self, k: int) -> list[int | None]:
+        """Returns the rank of each token of response k, from 1; None beyond the payload."""
         found_Tk = self._ids_Mk[self._rows(k)] == self._responses[k][:, None]
         return [int(row.argmax()) + 1 if row.any() else None for row in found_Tk]
 
     def alternatives(self, k: int, count: int) -> list[list[Alternative]]:
+        """Returns the `count` most likely tokens at each place of response k, best first."""
         ids_Tk, logprobs_Tk = self._ids_Mk[self._rows(k), :count], self._logprobs_Mk[self._rows(k), :count]
         return [
             [

@@ -1,20 +1,21 @@
-"""A score for people: coloured tokens and a histogram in the terminal, a PNG, a self-contained HTML file. Torch-free.
+"""Draws a score: coloured tokens and a histogram in the terminal, a PNG, a self-contained HTML file. Torch-free.
 
 Colour means VA: none at 0, full at the group's largest (at least 1 nat), growing with the root so that small values
-show. The high group is underlined or outlined; where seeing speaks against a token, it is red.
+show. The high group is underlined or outlined. A token that the image speaks against is red.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -22,9 +23,9 @@ from vaopd.http_types import RolloutScore, ScoreReply
 
 EDGES_NATS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, float("inf"))
 AGAINST_NATS = 1.0
-"""From there on the degraded view predicts a token better: the picture speaks against it."""
+"""From this difference on, in nats, the image speaks against a token: the degraded view predicts it better."""
 RAMP = (230, 229, 222, 221, 215, 214, 208)
-"""Of the 256 colours that every terminal has, from pale to orange; black is readable on each."""
+"""Terminal colours (of 256) from pale to orange; black is readable on each."""
 BAR_CELLS = 20
 BAR_NATS_PER_CELL = 0.25
 HEAT, OUTLINE, AGAINST, INK, MUTED = (255, 171, 26), (18, 58, 134), (179, 38, 30), (27, 28, 31), (90, 91, 96)
@@ -32,14 +33,14 @@ HEAT, OUTLINE, AGAINST, INK, MUTED = (255, 171, 26), (18, 58, 134), (179, 38, 30
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """One image in both views."""
+    """One image in the original and the degraded view."""
 
     original: Image.Image
     degraded: Image.Image
 
 
 def percent(share: float) -> str:
-    """Says "all" only of all.
+    """Formats a share, 0 to 1; only all of it becomes 100 %.
 
     >>> percent(0.99996), percent(1.0), percent(0.0731)
     ('> 99.9 %', '100.0 %', '7.3 %')
@@ -48,12 +49,13 @@ def percent(share: float) -> str:
 
 
 def fractions(reply: ScoreReply) -> list[list[float]]:
-    """How full each token's colour is, 0 to 1, per rollout."""
+    """Returns the strength of each token's colour, 0 to 1, by rollout."""
     scale = max(1.0, *(max(rollout.visual_advantage) for rollout in reply.rollouts))
     return [[(va / scale) ** 0.5 for va in rollout.visual_advantage] for rollout in reply.rollouts]
 
 
 def summary(reply: ScoreReply) -> str:
+    """Returns one sentence about how VA is spread over the tokens."""
     tokens = sum(len(rollout.tokens) for rollout in reply.rollouts)
     if reply.share_of_top_10 is None or reply.share_of_top_20 is None:
         return f"Seeing the image helps with none of the {tokens} tokens."
@@ -64,13 +66,14 @@ def summary(reply: ScoreReply) -> str:
 
 
 def heading(reply: ScoreReply, k: int) -> str:
+    """Returns the heading of response k: its weight in the group and its mean VA."""
     rollout = reply.rollouts[k]
     weight = f"weight {rollout.rollout_weight:.3f}, " if len(reply.rollouts) > 1 else ""
     return f"Response {k + 1}: {weight}mean VA {rollout.mean_visual_advantage:.4f} nats per token"
 
 
 def histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
-    """Per range of VA: its name, the share of all tokens that lie in it, and the share of all VA that they carry."""
+    """Returns for each range of VA its name, the share of all tokens in it, and their share of all VA."""
     va = np.concatenate([np.array(rollout.visual_advantage) for rollout in reply.rollouts])
     rows = []
     for low, high in pairwise(EDGES_NATS):
@@ -86,7 +89,7 @@ def histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
 
 
 def terminal_lines(reply: ScoreReply, *, colour: bool, table: bool) -> Iterator[str]:
-    """Coloured running text, or a line per token; then the histogram."""
+    """Yields the score's lines: coloured running text, or with `table` a line per token; then the histogram."""
     colours = fractions(reply)
     for k, rollout in enumerate(reply.rollouts):
         yield _bold(heading(reply, k)) if colour else heading(reply, k)
@@ -102,7 +105,7 @@ def terminal_lines(reply: ScoreReply, *, colour: bool, table: bool) -> Iterator[
 
 
 def _table(rollout: RolloutScore) -> Iterator[str]:
-    """A token per line: its text, both log-probs, its VA in nats, and a bar; a star stands for the high group."""
+    """Yields a line per token: text, both log-probs, VA in nats, a star for the high group, and a bar."""
     yield f"{'token':<18} {'original':>9} {'degraded':>9} {'VA':>7}"
     columns = (rollout.tokens, rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
     for token, teacher, degraded, va, high in zip(*columns, rollout.high_group, strict=True):
@@ -118,12 +121,13 @@ def _coloured(rollout: RolloutScore, t: int, fraction: float) -> str:
         codes.append("4")
     if speaks_against(rollout, t):
         codes.append("31")
-    # A token may hold anything, a terminal's own control sequences too.
+    # A token may hold control sequences of the terminal.
     text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in rollout.tokens[t].text)
     return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text
 
 
 def speaks_against(rollout: RolloutScore, t: int) -> bool:
+    """Returns whether the image speaks against token t."""
     return rollout.degraded_logprobs[t] - rollout.teacher_logprobs[t] > AGAINST_NATS
 
 
@@ -138,58 +142,44 @@ def _bar(share: float) -> str:
 # ------------------------------------------------------------------------------------------- HTML
 
 
-STYLE = """:root{color-scheme:light dark;--ink:light-dark(#1b1c1f,#ecebe6);--heat:light-dark(#ffab1a,#b4540a)}
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:var(--ink);
-background:light-dark(#fff,#16171a)}img{image-rendering:pixelated;height:14rem;margin-right:1rem;background:#fff}
-.t{font-family:ui-monospace,monospace;white-space:pre-wrap;border:2px solid transparent;border-radius:4px;
-background:color-mix(in oklab,var(--heat) var(--a),transparent)}.h{border-color:light-dark(#123a86,#ffe3b8)}
-.n{text-decoration:underline wavy light-dark(#b3261e,#ff9a90)}table{border-collapse:collapse}
-td,th{text-align:right;padding:.1rem .8rem .1rem 0}td:first-child,th:first-child,.l{text-align:left;white-space:pre}
-.b{display:inline-block;height:.7rem;background:var(--heat);margin-right:.4rem}.g .b{background:#8b8f9a}"""
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("vaopd.scoring", "."),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def html_page(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> str:
-    """The whole score in one file, which asks for nothing else."""
-    colours = fractions(reply)
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(question[:80])}</title>',
-        f"<style>{STYLE}</style><h1>{html.escape(question)}</h1>",
-        f"<p>{html.escape(reply.model)}, degraded view: {reply.degradation.kind} {reply.degradation.strength:g}. ",
-        f"{html.escape(summary(reply))}</p>",
-    ]
-    for number, view in enumerate(views, 1):
-        parts.append(f'<p><img alt="Image {number}, original" src="{_data_url(view.original)}">')
-        parts.append(f'<img alt="Image {number}, degraded" src="{_data_url(view.degraded)}"></p>')
-    for k, rollout in enumerate(reply.rollouts):
-        parts.append(f"<h2>{html.escape(heading(reply, k))}</h2><p>")
-        parts += [_html_token(rollout, t, fraction) for t, fraction in enumerate(colours[k])]
-        parts.append("</p><details><summary>Table</summary><table><tr><th>token<th>original<th>degraded<th>VA</tr>")
-        parts += [_html_row(rollout, t) for t in range(len(rollout.tokens))]
-        parts.append("</table></details>")
-    parts.append("<h2>Where the visual advantage lies</h2><table>")
-    parts.append("<tr><th>VA, nats<th class=l>tokens<th class=l>share of all VA</tr>")
-    for name, tokens, share in histogram(reply):
-        parts.append(f"<tr><td>{name}<td class='l g'>{_html_bar(tokens)}<td class=l>{_html_bar(share)}</tr>")
-    return "".join([*parts, "</table></html>\n"])
-
-
-def _html_token(rollout: RolloutScore, t: int, fraction: float) -> str:
-    kinds = "t" + (" h" if rollout.high_group[t] else "") + (" n" if speaks_against(rollout, t) else "")
-    told = (
-        f"VA {rollout.visual_advantage[t]:.3f} nats; log p {rollout.teacher_logprobs[t]:.3f} original, "
-        f"{rollout.degraded_logprobs[t]:.3f} degraded"
+    """Returns the whole score as one HTML file that loads nothing."""
+    return _TEMPLATES.get_template("views.html.jinja").render(
+        question=question,
+        reply=reply,
+        summary=summary(reply),
+        views=[(_data_url(view.original), _data_url(view.degraded)) for view in views],
+        responses=[
+            (heading(reply, k), list(_tokens(rollout, colours)))
+            for k, (rollout, colours) in enumerate(zip(reply.rollouts, fractions(reply), strict=True))
+        ],
+        histogram=histogram(reply),
+        percent=percent,
     )
-    text = html.escape(rollout.tokens[t].text)
-    return f'<span class="{kinds}" style="--a:{100 * fraction:.0f}%" title="{told}">{text}</span>'
 
 
-def _html_row(rollout: RolloutScore, t: int) -> str:
-    numbers = (rollout.teacher_logprobs[t], rollout.degraded_logprobs[t], rollout.visual_advantage[t])
-    return f"<tr><td>{html.escape(rollout.tokens[t].text)}" + "".join(f"<td>{value:.3f}" for value in numbers) + "</tr>"
-
-
-def _html_bar(share: float) -> str:
-    return f'<span class=b style="width:{12 * share:.2f}rem"></span>{percent(share)}'
+def _tokens(rollout: RolloutScore, colours: Sequence[float]) -> Iterator[dict[str, Any]]:
+    columns = (rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
+    for t, token in enumerate(rollout.tokens):
+        original, degraded, va = numbers = [f"{column[t]:.3f}" for column in columns]
+        yield {
+            "text": token.text,
+            "colour": colours[t],
+            "high": rollout.high_group[t],
+            "against": speaks_against(rollout, t),
+            "numbers": numbers,
+            "title": f"VA {va} nats; log p {original} original, {degraded} degraded",
+        }
 
 
 def _data_url(image: Image.Image) -> str:
@@ -202,7 +192,7 @@ def _data_url(image: Image.Image) -> str:
 
 
 def picture(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> Image.Image:
-    """Question, both views and the coloured tokens, drawn at twice the size that they are meant for."""
+    """Draws question, both views and the coloured tokens, at twice the size for sharp screens."""
     page = _Page()
     page.text(question, 40, INK)
     page.text(f"{reply.model}, degraded view: {reply.degradation.kind} {reply.degradation.strength:g}", 26, MUTED)
@@ -225,7 +215,7 @@ class _Page:
         self._pen = ImageDraw.Draw(self._image)
 
     def finished(self) -> Image.Image:
-        self._room(self.margin)
+        self._make_room(self.margin)
         return self._image.crop((0, 0, self.width, self._y + self.margin))
 
     def text(self, text: str, size: int, colour: tuple[int, int, int]) -> None:
@@ -236,13 +226,13 @@ class _Page:
             if word is not None and self._pen.textlength(longer, font) < self.width - 2 * self.margin:
                 line = longer
                 continue
-            self._room(round(size * 1.6))
+            self._make_room(round(size * 1.6))
             self._pen.text((self.margin, self._y), line, colour, font)
             self._y += round(size * 1.6)
             line = word or ""
 
     def images(self, images: Sequence[Image.Image]) -> None:
-        self._room(self.picture_px + 30)
+        self._make_room(self.picture_px + 30)
         x = self.margin
         for image in images:
             ratio = self.picture_px / max(image.size)
@@ -255,13 +245,13 @@ class _Page:
     def tokens(self, rollout: RolloutScore, colours: Sequence[float]) -> None:
         font = _font(30)
         x = self.margin
-        self._room(self.line_px)
+        self._make_room(self.line_px)
         for t, token in enumerate(rollout.tokens):
             text = token.text.replace(" ", "·").replace("\n", "↵")
             width = max(36, round(self._pen.textlength(text, font)) + 16)
             if x + width > self.width - self.margin and x > self.margin:
                 x, self._y = self.margin, self._y + self.line_px
-                self._room(self.line_px)
+                self._make_room(self.line_px)
             box = (x, self._y, x + width, self._y + self.line_px - 8)
             ground = tuple(round(255 + (heat - 255) * colours[t]) for heat in HEAT)
             outline = OUTLINE if rollout.high_group[t] else None
@@ -270,8 +260,8 @@ class _Page:
             x += width + self.gap
         self._y += self.line_px + 20
 
-    def _room(self, height: int) -> None:
-        """Makes the page longer when what comes next would not fit."""
+    def _make_room(self, height: int) -> None:
+        """Makes the page longer where the next `height` pixels would not fit."""
         if self._y + height + self.margin > self._image.height:
             longer = Image.new("RGB", (self.width, 2 * self._image.height), "white")
             longer.paste(self._image, (0, 0))
@@ -279,7 +269,7 @@ class _Page:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """matplotlib's DejaVu, which knows most alphabets, where it is installed; else Pillow's own."""
+    """Returns matplotlib's DejaVu font, which knows most alphabets, if installed; else Pillow's own."""
     found = importlib.util.find_spec("matplotlib")
     for folder in (found.submodule_search_locations if found else None) or ():
         path = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSansMono.ttf"

@@ -1,4 +1,4 @@
-"""What the API and `vaopd score` share: an ad-hoc prompt, and `vaopd.objective` in numpy for one group. Torch-free."""
+"""`vaopd.objective` in numpy, for one group or one response: what the teacher, the API and `vaopd score` compute."""
 
 from __future__ import annotations
 
@@ -7,11 +7,27 @@ from fractions import Fraction
 
 import numpy as np
 
+from vaopd.errors import NumericalError
+
 HIGH_FRACTION = 0.2  # method.md, "Token groups"
 
 
+def visual_advantage(teacher_logprobs: np.ndarray, degraded_logprobs: np.ndarray) -> np.ndarray:
+    """(M,), (M,) -> (M,) float32 nats: max(teacher − degraded, 0), method.md "Visual advantage".
+
+    Raises NumericalError when a log-prob is not finite.
+
+    >>> visual_advantage(np.array([-0.5, -2.0]), np.array([-2.0, -0.5])).tolist()
+    [1.5, 0.0]
+    """
+    teacher, degraded = np.asarray(teacher_logprobs, np.float32), np.asarray(degraded_logprobs, np.float32)
+    if not (np.isfinite(teacher).all() and np.isfinite(degraded).all()):
+        raise NumericalError("a token has a teacher log-prob that is not finite in one of the views")
+    return np.maximum(teacher - degraded, np.float32(0))
+
+
 def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float = 1e-6) -> np.ndarray:
-    """(K,) -> (K,), method.md "Rollout weights": softmax of the standardised means; they add up to 1.
+    """Returns the softmax of the standardised means, which adds up to 1; (K,) -> (K,), method.md "Rollout weights".
 
     >>> rollout_weights(np.array([0.5, 0.5])).tolist()
     [0.5, 0.5]
@@ -22,7 +38,7 @@ def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float
 
 
 def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.ndarray:
-    """(T,) -> (T,) bool, method.md "Token groups": the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first.
+    """Marks the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first; (T,) -> (T,), method.md "Token groups".
 
     >>> high_group(np.array([0.0, 2.0, 0.0, 2.0, 1.0, 0.0])).tolist()
     [False, True, False, True, False, False]
@@ -33,7 +49,7 @@ def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.nd
 
 
 def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
-    """(M,) -> the share of all VA that the top `fraction` of these tokens carry; None when there is no VA at all.
+    """Returns the share of all VA that the top `fraction` of the tokens (M,) carry; None where all VA is 0.
 
     >>> va_share_of_top(np.array([3.0, 0.0, 1.0, 0.0, 0.0]), fraction=0.2)
     0.75
@@ -44,5 +60,5 @@ def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
 
 
 def _top(tokens: int, fraction: float) -> int:
-    """⌈fraction·tokens⌉, exactly: 0.1 of 30 tokens are 3."""
+    """Returns ⌈fraction·tokens⌉ without rounding errors: 0.1 of 30 tokens are 3."""
     return math.ceil(Fraction(str(fraction)) * tokens)

@@ -1,1 +1,1 @@
-"""Logs, traces, metrics and progress of a process."""
+"""A process's logs, traces, metrics and progress."""

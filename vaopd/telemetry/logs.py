@@ -1,11 +1,11 @@
-"""Log lines for people or for machines: `text`, or `json` with one object per line.
+"""Writes log lines for people or for machines: `text`, or `json` with one object per line.
 
     {"time": "2026-11-24T13:05:14.482Z", "level": "INFO", "process": "teacher", "logger": "vaopd_teacher.rpc.servicer",
      "message": "job 'geometry': 2 groups, …", "job": "geometry", "groups": ["train-000003-0001", "train-000003-0002"]}
 
 Ids are fields in JSON and are left out of the text, so that a group can be followed through all processes without a
-line per group in a terminal: `log.info("…", extra=fields(job=job, groups=ids))`. The request's id and, where traces are
-on, those of trace and span are added to every line by themselves. Standard library only.
+line per group in a terminal: `log.info("…", extra=fields(job=job, groups=ids))`. Every line has the request's id and,
+where traces are on, those of trace and span.
 """
 
 from __future__ import annotations
@@ -27,21 +27,24 @@ FORMAT_VARIABLE = "VAOPD_LOG_FORMAT"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 REQUEST_ID_KEY = "x-request-id"
-"""The gRPC metadata that carries it."""
+"""The gRPC metadata that carries the request's id."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that is being answered. The API's middleware sets it, the teacher's client hands it on."""
+"""Id of the request that is being answered. The API's middleware sets it, the teacher's client sends it on."""
 
 _shared: dict[str, Any] = {}
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
-    """The `extra` of a log call: `job`, `group` or `groups`, `step`, `policy_version`. Ids and numbers, never texts."""
+    """Returns the `extra` of a log call: `job`, `groups`, `step`, `policy_version`. Ids and numbers, never texts."""
     return {"fields": values}
 
 
 def set_up(format: str, **shared: Any) -> None:
-    """Where log lines of this process go, which is standard error, and how they look. `shared`: see `share`."""
+    """Sends this process's log lines to standard error as `text` or `json`. `shared`: see `share`.
+
+    Raises ConfigError for another format.
+    """
     if format not in FORMATS:
         raise ConfigError(f"log format {format!r}; use {' or '.join(FORMATS)} (--log-format, {FORMAT_VARIABLE})")
     share(**shared)
@@ -52,20 +55,21 @@ def set_up(format: str, **shared: Any) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
-    # vLLM's own lines then come through here too; progress bars have no place between objects.
+    # vLLM's lines then come through here too, and progress bars don't break the JSON.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def share(**values: Any) -> None:
-    """Fields of every line of this process from here on: its role, and its job where it has one; None is left out."""
+    """Adds fields to every line of this process from now on, such as its role and job; None is left out."""
     _shared.update({key: value for key, value in values.items() if value is not None})
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record."""
+    """Formats each record as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Returns the record as a line of JSON."""
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),

@@ -20,12 +20,16 @@ METRICS_VARIABLE = "VAOPD_METRICS_ADDRESS"
 
 
 def metrics_address(arguments: argparse.Namespace) -> str | None:
+    """Returns HOST:PORT from --metrics-address or the environment, None where neither is set."""
     return arguments.metrics_address or os.environ.get(METRICS_VARIABLE) or None
 
 
 @contextmanager
 def serve_metrics(registry: CollectorRegistry, address: str | None) -> Iterator[None]:
-    """Answers GET /metrics on a thread of its own while the block runs; without an address it does nothing."""
+    """Answers GET /metrics on its own thread while the block runs; without an address it does nothing.
+
+    Raises ConfigError for an address that is malformed or can't be listened on.
+    """
     if address is None:
         yield
         return

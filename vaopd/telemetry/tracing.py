@@ -1,10 +1,10 @@
-"""OpenTelemetry traces, when they are asked for: the optional extra `otel`, switched on by the standard variables.
+"""OpenTelemetry traces: switched on by the standard variables, exported by the optional extra `otel`.
 
     OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 vaopd up CONFIG
 
-Otherwise everything here costs a comparison. What a span needs to be continued elsewhere is a `Context`: it goes with a
-gRPC call's metadata (`metadata`, `parent_of`) and to other threads by hand (`current`). It does not go through Redis;
-there, the ids of groups are attributes of the spans on both sides.
+Otherwise the tracer is the API's own, which records nothing. A span is continued elsewhere by its `Context`, which goes
+with a gRPC call's metadata (`metadata`, `parent_of`) and to other threads by hand (`current`). It does not go through
+Redis; there, the ids of groups are attributes of the spans on both sides.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
+from opentelemetry import context, trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
 from vaopd.errors import ConfigError
 
 EXPORTER = "OTEL_TRACES_EXPORTER"
@@ -22,14 +26,15 @@ PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _ENTRY_POINTS = {"console": "console", "grpc": "otlp_proto_grpc", "http/protobuf": "otlp_proto_http"}
 
-Context = Any
-"""An opentelemetry.context.Context."""
-
-_tracer: Any = None
+_propagator = TraceContextTextMapPropagator()
+_tracer: trace.Tracer = trace.NoOpTracer()
 
 
 def set_up(process: str) -> None:
-    """Begins to trace when the environment asks for it. Raises ConfigError for what can't be had."""
+    """Starts tracing when the environment asks for it.
+
+    Raises ConfigError for an exporter or a protocol that is not known, or not installed.
+    """
     if not wanted():
         return
     try:
@@ -46,16 +51,20 @@ def set_up(process: str) -> None:
 
 
 def wanted() -> bool:
+    """Returns whether the environment asks for traces."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     asked = os.environ.get(EXPORTER)
     return asked != "none" if asked else any(os.environ.get(name) for name in ENDPOINTS)
 
 
-def use(provider: Any) -> None:
-    """An opentelemetry.sdk.trace.TracerProvider to make the spans with; None ends tracing."""
+def use(provider: trace.TracerProvider) -> None:
+    """Makes the spans with `provider`; `trace.NoOpTracerProvider()` ends tracing.
+
+    Not the global provider: libraries that trace themselves (vLLM) stay silent.
+    """
     global _tracer
-    _tracer = None if provider is None else provider.get_tracer("vaopd")
+    _tracer = provider.get_tracer("vaopd")
 
 
 def _exporter() -> Any:
@@ -77,74 +86,45 @@ def _exporter() -> Any:
 def span(
     name: str, *, parent: Context | None = None, links: Iterable[Context | None] = (), **attributes: Any
 ) -> Iterator[None]:
-    """A span around the block, below `parent` or what is current. Attributes are named vaopd.KEY; None is left out."""
-    if _tracer is None:
-        yield
-        return
-    from opentelemetry import trace
-
-    given = [trace.get_current_span(link).get_span_context() for link in links if link is not None]
-    with _tracer.start_as_current_span(
-        name, context=parent, links=[trace.Link(context) for context in given], attributes=_named(attributes)
-    ):
+    """Traces the block, below `parent` or the current span. Attributes are named vaopd.KEY; None is left out."""
+    linked = [trace.Link(trace.get_current_span(link).get_span_context()) for link in links if link is not None]
+    with _tracer.start_as_current_span(name, context=parent, links=linked, attributes=_named(attributes)):
         yield
 
 
 def begin(name: str, *, parent: Context | None = None, **attributes: Any) -> Callable[[], None]:
-    """A server's span, current for the rest of this task; returns what ends it.
+    """Starts a server's span, current for the rest of this task, and returns the function that ends it.
 
-    For generators, which may be closed elsewhere than they were begun, where a `with` could not be undone.
+    For generators, which may be closed in another task than they were begun in, where a `with` could not be undone.
     """
-    if _tracer is None:
-        return lambda: None
-    from opentelemetry import context, trace
-
     begun = _tracer.start_span(name, context=parent, kind=trace.SpanKind.SERVER, attributes=_named(attributes))
     context.attach(trace.set_span_in_context(begun))
-    return lambda: begun.end()
+    return begun.end
 
 
-def current() -> Context | None:
-    """For `parent` and `links` on another thread."""
-    if _tracer is None:
-        return None
-    from opentelemetry import context
-
+def current() -> Context:
+    """Returns the context to give another thread, for its `parent` and `links`."""
     return context.get_current()
 
 
 def metadata() -> tuple[tuple[str, str], ...]:
-    """What a gRPC call carries so that the other side continues the trace."""
-    if _tracer is None:
-        return ()
+    """Returns the gRPC metadata by which the other side continues the trace; empty outside of one."""
     carrier: dict[str, str] = {}
-    _propagator().inject(carrier)
+    _propagator.inject(carrier)
     return tuple(carrier.items())
 
 
-def parent_of(received: Sequence[tuple[str, Any]] | None) -> Context | None:
-    """The other side of `metadata`; also for HTTP headers, by their names in lower case."""
-    if _tracer is None:
-        return None
-    return _propagator().extract({key: value for key, value in received or () if isinstance(value, str)})
+def parent_of(received: Sequence[tuple[str, Any]] | None) -> Context:
+    """Returns the context that `metadata` sent; also from HTTP headers, by their names in lower case."""
+    return _propagator.extract({key: value for key, value in received or () if isinstance(value, str)})
 
 
 def ids() -> dict[str, str]:
-    """Of the current span, for log lines."""
-    if _tracer is None:
-        return {}
-    from opentelemetry import trace
-
+    """Returns the current span's ids for log lines; none where this process doesn't trace."""
     found = trace.get_current_span().get_span_context()
-    if not found.is_valid:
+    if not found.is_valid or found.is_remote:  # without a tracer of ours, a caller's span is the current one
         return {}
     return {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
-
-
-def _propagator() -> Any:
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    return TraceContextTextMapPropagator()
 
 
 def _named(attributes: dict[str, Any]) -> dict[str, Any]:

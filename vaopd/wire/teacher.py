@@ -20,11 +20,7 @@ PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
     "sampled": teacher_pb2.PAYLOAD_KIND_SAMPLED,
 }
 DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
-    "pixelate": teacher_pb2.DEGRADATION_KIND_PIXELATE,
-    "blur": teacher_pb2.DEGRADATION_KIND_BLUR,
-    "mean_colour": teacher_pb2.DEGRADATION_KIND_MEAN_COLOUR,
-    "black": teacher_pb2.DEGRADATION_KIND_BLACK,
-    "noise": teacher_pb2.DEGRADATION_KIND_NOISE,
+    kind: teacher_pb2.DegradationKind.Value(f"DEGRADATION_KIND_{kind.upper()}") for kind in t.DEGRADATIONS
 }
 _IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
 """Guesses for prompts and responses that come as texts."""

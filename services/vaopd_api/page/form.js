@@ -2,20 +2,16 @@
 import { $, h } from "./dom.js";
 import { Problem } from "./api.js";
 
-export const VIEW_NAMES = {
-  pixelate: "pixelated",
-  blur: "blurred",
-  mean_colour: "mean colour",
-  black: "black",
-  noise: "noise",
-};
-const WITH_STRENGTH = ["pixelate", "blur"];
 const ALTERNATIVES = 6;
 
 let image = null; // { dataUrl, name, example? }
+let strengths = {}; // of the chosen teacher: kind of degradation -> what its strength means
 const answers = () => [...$("#responses .list").children];
+const inWords = (kind) => kind.replaceAll("_", " ");
 
-export const usesStrength = (kind) => WITH_STRENGTH.includes(kind);
+/** Names the degraded view for people, e.g. "blur 0.05". */
+export const viewName = ({ degradation, strength }) =>
+  inWords(degradation) + (degradation in strengths ? ` ${strength}` : "");
 
 export function setImage(next) {
   image = next;
@@ -119,18 +115,21 @@ export function fillTeachers(teachers) {
   fillDegradations(teachers);
 }
 
-export function fillDegradations(teachers) {
-  const kinds = teachers.find((each) => each.model === $("#teacher").value)?.degradations ?? Object.keys(VIEW_NAMES);
-  const chosen = $("#degradation").value || "pixelate";
-  const option = (kind) =>
-    h("option", { value: kind, selected: kind === chosen }, VIEW_NAMES[kind] ?? kind.replaceAll("_", " "));
-  $("#degradation").replaceChildren(...kinds.map(option));
+/** Lists the chosen teacher's degradations; until a teacher answers, only the one that is `wanted`. */
+export function fillDegradations(teachers, wanted = $("#degradation").value || "pixelate") {
+  const teacher = teachers.find((each) => each.model === $("#teacher").value);
+  strengths = teacher?.strengths ?? {};
+  const option = (kind) => h("option", { value: kind, selected: kind === wanted }, inWords(kind));
+  $("#degradation").replaceChildren(...(teacher?.degradations ?? [wanted]).map(option));
   settleStrength();
 }
 
+/** Shows the strength, or that the chosen degradation has none. */
 export function settleStrength() {
-  $("#strength").disabled = !usesStrength($("#degradation").value);
-  $("#strength-value").textContent = $("#strength").disabled ? "unused" : Number($("#strength").value).toFixed(2);
+  const meaning = strengths[$("#degradation").value];
+  $("#strength").disabled = !meaning;
+  $("#strength").title = meaning ?? "";
+  $("#strength-value").textContent = meaning ? Number($("#strength").value).toFixed(2) : "unused";
 }
 
 /** Marks the field that a problem belongs to, by the API's name for it. */

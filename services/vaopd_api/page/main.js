@@ -200,9 +200,7 @@ async function restore(wanted, examples) {
   $("#question").value = wanted.question;
   form.setAnswers(wanted.responses.map((text) => [text]));
   if (known.teachers.some((each) => each.model === wanted.teacher)) $("#teacher").value = wanted.teacher;
-  form.fillDegradations(known.teachers);
-  const offered = [...$("#degradation").options].map((option) => option.value);
-  if (offered.includes(wanted.degradation)) $("#degradation").value = wanted.degradation;
+  form.fillDegradations(known.teachers, wanted.degradation || "pixelate");
   if (wanted.strength > 0 && wanted.strength <= 1) $("#strength").value = wanted.strength;
   form.settleStrength();
   if (wanted.dataUrl) form.setImage({ dataUrl: wanted.dataUrl, name: "image of the link" });

@@ -1,5 +1,6 @@
 // The heat map as a PNG: what is on the page, drawn again on a canvas.
 import { $, percent, save } from "./dom.js";
+import { viewName } from "./form.js";
 
 const WIDTH = 1200,
   MARGIN = 32,
@@ -55,9 +56,8 @@ function plan(measure, view, reply, labels) {
     }
   };
   text(view.question, `600 22px ${UI}`, "--ink", 34);
-  const strength = ["pixelate", "blur"].includes(view.degradation) ? ` ${view.strength}` : "";
   text(
-    `${reply.model} · degraded view: ${view.degradation}${strength} · the top 10 % of tokens carry ` +
+    `${reply.model} · degraded view: ${viewName(view)} · the top 10 % of tokens carry ` +
       `${percent(reply.share_of_top_10)} of VA, the top 20 % ${percent(reply.share_of_top_20)}`,
     `14px ${UI}`,
     "--muted",

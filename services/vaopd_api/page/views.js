@@ -1,7 +1,7 @@
 // Original and degraded image, side by side or under a slider.
 import * as api from "./api.js";
 import { $ } from "./dom.js";
-import { VIEW_NAMES, usesStrength } from "./form.js";
+import { viewName } from "./form.js";
 
 const SMALL_PX = 300; // below, pixels are shown as squares
 
@@ -14,8 +14,7 @@ export async function show(view, signal) {
   if (degraded.src) URL.revokeObjectURL(degraded.src);
   original.src = view.image.dataUrl;
   degraded.src = URL.createObjectURL(png);
-  const strength = usesStrength(view.degradation) ? ` ${view.strength}` : "";
-  degraded.alt = `The degraded view: ${VIEW_NAMES[view.degradation] ?? view.degradation}${strength}`;
+  degraded.alt = `The degraded view: ${viewName(view)}`;
   await Promise.all([original.decode(), degraded.decode()]);
   $("#compare").classList.toggle("small", original.naturalWidth < SMALL_PX);
 }

@@ -1,43 +1,46 @@
-"""What the teacher's stores share: values by key within a budget of bytes, the least recently used make room."""
+"""The base of the teacher's caches: values by key within a budget of bytes, least recently used first out, counted."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+from cachetools import LRUCache
 
 T = TypeVar("T")
 
 
+class _CountingLru(LRUCache[str, T]):
+    dropped = 0
+
+    def popitem(self) -> tuple[str, T]:
+        self.dropped += 1
+        return super().popitem()
+
+
 class ByteLru(Generic[T]):
-    """Not locked: whoever has several threads locks around it."""
+    """Holds `capacity_bytes` of values, by `size_of`. Subclasses count hits and misses, and lock `_values`."""
 
     def __init__(self, capacity_bytes: int, *, size_of: Callable[[T], int]) -> None:
-        self.capacity_bytes = capacity_bytes
-        self.size_bytes = 0
-        self.dropped = 0
+        self.hits = 0
+        self.misses = 0
+        self._values = _CountingLru[T](capacity_bytes, size_of)
+
+    @property
+    def dropped(self) -> int:
         """Values that had to make room."""
-        self._size_of = size_of
-        self._values: OrderedDict[str, T] = OrderedDict()
+        return self._values.dropped
 
-    def get(self, key: str) -> T | None:
-        """The value, which counts as used just now; None when it isn't here."""
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key]
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the values that are kept now."""
+        return int(self._values.currsize)
 
-    def fits(self, value: T) -> bool:
-        """Whether the budget could hold it at all; what doesn't fit must not be put."""
-        return self._size_of(value) <= self.capacity_bytes
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that the values may take together."""
+        return int(self._values.maxsize)
 
-    def put(self, key: str, value: T) -> None:
-        """Keeps the value; one that is here under `key` already stays, and counts as used just now."""
-        if self.get(key) is not None:
-            return
-        self._values[key] = value
-        self.size_bytes += self._size_of(value)
-        while self.size_bytes > self.capacity_bytes:
-            _, dropped = self._values.popitem(last=False)
-            self.size_bytes -= self._size_of(dropped)
-            self.dropped += 1
+    def _fits(self, value: T) -> bool:
+        """Whether the budget could hold the value at all; LRUCache raises ValueError for one that is larger."""
+        return self._values.getsizeof(value) <= self.capacity_bytes

@@ -14,29 +14,16 @@ from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.byte_lru import ByteLru
 
 
-class VisionCache:
-    """Used by the engine's thread; the counters may be read from others."""
+class VisionCache(ByteLru[ImageFeatures]):
+    """Used by the engine's thread; the counters may be read from others.
+
+    `hits`: features taken from here; an image that occurs twice in one forward counts once. `misses`: runs of the
+    vision tower; images without a key are always one.
+    """
 
     def __init__(self, vlm: Vlm, *, capacity_bytes: int) -> None:
-        self.hits = 0
-        """Features taken from here; an image that occurs twice in one forward counts once."""
-        self.misses = 0
-        """Runs of the vision tower; images without a key are always one."""
+        super().__init__(capacity_bytes, size_of=lambda features: sum(part.nbytes for part in features))
         self._vlm = vlm
-        self._entries = ByteLru[ImageFeatures](capacity_bytes, size_of=lambda features: sum(f.nbytes for f in features))
-
-    @property
-    def dropped(self) -> int:
-        """Entries that had to make room."""
-        return self._entries.dropped
-
-    @property
-    def size_bytes(self) -> int:
-        return self._entries.size_bytes
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._entries.capacity_bytes
 
     def features(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """One per image, in order."""
@@ -47,14 +34,14 @@ class VisionCache:
         return [found[_name(image)] for image in images]
 
     def _one(self, image: PreparedImage) -> ImageFeatures:
-        if image.key is not None and (kept := self._entries.get(image.key)) is not None:
+        if image.key is not None and (kept := self._values.get(image.key)) is not None:
             self.hits += 1
             return tuple(part.to(self._vlm.device, non_blocking=True) for part in kept)
         self.misses += 1
         (features,) = self._vlm.encode_images([image])
-        if image.key is not None and self._entries.fits(features):
+        if image.key is not None and self._fits(features):
             # A copy of its own: a view would keep everything alive that the tower returned beside it.
-            self._entries.put(image.key, tuple(part.to("cpu", copy=True) for part in features))
+            self._values[image.key] = tuple(part.to("cpu", copy=True) for part in features)
         return features
 
 

@@ -17,42 +17,26 @@ from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.engines.byte_lru import ByteLru
 
 
-class ImageStore:
-    """Used from the event loop and from the threads that prepare prompts."""
+class ImageStore(ByteLru[EncodedImage]):
+    """Used from the event loop and from the threads that prepare prompts. `hits`: look-ups that found the image."""
 
     def __init__(self, capacity_bytes: int) -> None:
-        self.hits = 0
-        """Look-ups of an image that was there."""
-        self.misses = 0
-        self._images = ByteLru[EncodedImage](capacity_bytes, size_of=lambda image: len(image.data))
+        super().__init__(capacity_bytes, size_of=lambda image: len(image.data))
         self._lock = threading.Lock()
 
-    @property
-    def size_bytes(self) -> int:
-        return self._images.size_bytes
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._images.capacity_bytes
-
-    @property
-    def dropped(self) -> int:
-        """Images that had to make room."""
-        return self._images.dropped
-
     def put(self, image: EncodedImage) -> None:
-        if not self._images.fits(image):
+        if not self._fits(image):
             raise LimitExceeded(
                 f"image {image.sha256[:12]}… has {len(image.data)} bytes, the teacher keeps "
-                f"{self._images.capacity_bytes} in all; send a smaller encoding"
+                f"{self.capacity_bytes} in all; send a smaller encoding"
             )
         with self._lock:
-            self._images.put(image.sha256, image)
+            self._values.setdefault(image.sha256, image)
 
     def get(self, sha256: str) -> EncodedImage:
         """Raises NotFound for an image that was never sent, or was dropped."""
         with self._lock:
-            image = self._images.get(sha256)
+            image = self._values.get(sha256)
             if image is None:
                 self.misses += 1
                 raise NotFound(f"image {sha256[:64]!r} is not stored here; upload it with PutImages")
@@ -62,37 +46,25 @@ class ImageStore:
     def missing(self, digests: Iterable[str]) -> list[str]:
         """Those of `digests` that aren't stored; the others count as used just now."""
         with self._lock:
-            return [sha256 for sha256 in dict.fromkeys(digests) if self._images.get(sha256) is None]
+            return [sha256 for sha256 in dict.fromkeys(digests) if self._values.get(sha256) is None]
 
 
-class PreparedImages:
-    """Used from the threads that prepare prompts; two that want the same view at once make it once."""
+class PreparedImages(ByteLru[PreparedImage]):
+    """Used from the threads that prepare prompts; two that want the same view at once make it once.
+
+    `hits`: look-ups of a view that was there, or being made. `misses`: views that were made, each with one decoding (or
+    the other view's) and one run of the image processor.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self.hits = 0
-        """Look-ups of a view that was there, or being made."""
-        self.misses = 0
-        """Views that were made: one decoding (or the other view's), one run of the image processor."""
-        self._images = ByteLru[PreparedImage](capacity_bytes, size_of=lambda image: image.pixel_values.nbytes)
+        super().__init__(capacity_bytes, size_of=lambda image: image.pixel_values.nbytes)
         self._making: dict[str, Future[PreparedImage]] = {}
         self._lock = threading.Lock()
-
-    @property
-    def size_bytes(self) -> int:
-        return self._images.size_bytes
-
-    @property
-    def capacity_bytes(self) -> int:
-        return self._images.capacity_bytes
-
-    @property
-    def dropped(self) -> int:
-        return self._images.dropped
 
     def get(self, key: str, make: Callable[[], PreparedImage]) -> PreparedImage:
         """The view known as `key`; `make` is called when nobody has it, and what it raises reaches all who wait."""
         with self._lock:
-            if (kept := self._images.get(key)) is not None:
+            if (kept := self._values.get(key)) is not None:
                 self.hits += 1
                 return kept
             being_made = self._making.get(key)
@@ -113,7 +85,7 @@ class PreparedImages:
             raise
         with self._lock:
             del self._making[key]
-            if self._images.fits(image):
-                self._images.put(key, image)
+            if self._fits(image):
+                self._values[key] = image
         mine.set_result(image)
         return image

@@ -6,7 +6,6 @@ its views; `Preparer.prepare` checks one group and renders its prompt. Both run 
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import PIL.Image
 
 from vaopd import images as image_files
-from vaopd.degradation import degrade
+from vaopd.degradation import check_strength, degrade, view_name, view_seed
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
 from vaopd.pb import teacher_pb2
 from vaopd.types import (
@@ -80,19 +79,6 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
     )
 
 
-def view_name(degradation: Degradation) -> str:
-    """Names a degraded view; equal names mean equal pixels of the same image.
-
-    >>> view_name(Degradation())
-    'pixelate:0.1'
-    """
-    return f"{degradation.kind}:{degradation.strength!r}" if has_strength(degradation) else degradation.kind
-
-
-def has_strength(degradation: Degradation) -> bool:
-    return degradation.kind in ("pixelate", "blur")
-
-
 def check_revision(revision: str, teacher: TeacherDescription) -> None:
     """Raises Mismatch for a revision other than the teacher's; empty is not checked."""
     if revision and revision != teacher.revision:
@@ -152,10 +138,7 @@ def _degradation(message: teacher_pb2.Degradation) -> Degradation:
         raise InvalidInput(
             f"degradation {message.kind} is unknown to this teacher; it has {known}", field="degradation.kind"
         ) from None
-    if has_strength(degradation) and not (math.isfinite(degradation.strength) and 0 < degradation.strength <= 1):
-        raise InvalidInput(
-            f"{degradation.kind} strength must be in (0, 1], got {degradation.strength}", field="degradation.strength"
-        )
+    check_strength(degradation)
     return degradation
 
 
@@ -276,8 +259,7 @@ class Preparer:
     ) -> tuple[PreparedImage, PreparedImage]:
         """From the cache; what isn't there is made from one decoding."""
         decoded = cache(decode)
-        # Noise is seeded by the content, so that a group that is scored again gets the same answer.
-        seed = int(sha256[:16], 16)
+        seed = view_seed(sha256)
         original = self._view(f"{sha256}:original", decoded)
         degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(decoded(), degradation, seed=seed))
         if original.grid != degraded.grid:

@@ -8,10 +8,9 @@ from typing import Any
 
 from vaopd.access import keys
 from vaopd.access.keys import KeyStore
+from vaopd.access.quota import TokenBuckets
 from vaopd.config import QuotasConfig
 from vaopd.errors import Busy, LimitExceeded, PermissionDenied
-
-_WINDOW_S = 60.0
 
 
 class Access:
@@ -40,12 +39,11 @@ class Access:
 
 
 class Quotas:
-    """A token bucket per job: its groups of a minute at once, refilled evenly over a minute."""
+    """Limits each job to its groups in a minute."""
 
     def __init__(self, config: QuotasConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
-        self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # job -> (groups left, when that was so)
+        self._buckets = TokenBuckets(clock=clock)
 
     def take(self, job: str, groups: int) -> None:
         """Raises Busy when the job has used up its quota, LimitExceeded for more groups than it ever holds."""
@@ -54,15 +52,9 @@ class Quotas:
             return
         if groups > quota:
             raise LimitExceeded(f"{groups} groups in one call, the job's quota is {quota} in a minute; split the call")
-        now = self._clock()
-        left, since = self._buckets.get(job, (float(quota), now))
-        left = min(quota, left + (now - since) * quota / _WINDOW_S)
-        self._buckets[job] = (left, now)
-        if groups > left:
-            retry_after_s = (groups - left) * _WINDOW_S / quota
+        if wait_s := self._buckets.take(job, groups, per_minute=quota).wait_s:
             raise Busy(
                 f"{groups} groups are more than what is left of the job's quota of {quota} in a minute; "
-                f"try again in {retry_after_s:.2g} s",
-                retry_after_s,
+                f"try again in {wait_s:.2g} s",
+                wait_s,
             )
-        self._buckets[job] = (left - groups, now)
