@@ -27,7 +27,7 @@ from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.torchvision_compat import ensure_torchvision
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 
@@ -231,7 +231,7 @@ def engine_for(vlm: Vlm) -> GroupEngine:
     return GroupEngine(vlm, batch_tokens=BATCH_TOKENS, vision_cache=cache)
 
 
-def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[ScoredGroup]:
+def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[EngineResult]:
     results = list(engine.score(groups))
     for result in results:
         if isinstance(result, Exception):
@@ -239,9 +239,11 @@ def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[ScoredGr
     return results  # type: ignore[return-value]
 
 
-def logprobs(results: Sequence[ScoredGroup]) -> np.ndarray:
+def logprobs(results: Sequence[EngineResult]) -> np.ndarray:
     """(2·M,) both views of every group, one after the other."""
-    return np.concatenate([part for r in results for part in (r.teacher_logprobs, r.degraded_logprobs)])
+    return np.concatenate(
+        [part for r in results for part in (r.columns["teacher_logprobs"], r.columns["degraded_logprobs"])]
+    )
 
 
 def image_tokens(shape: Shape) -> int:

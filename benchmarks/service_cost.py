@@ -24,12 +24,11 @@ from vaopd.client import TeacherClient
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
 from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import score_request_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
-from vaopd_teacher.intake.prepare import Envelope, Preparer
-from vaopd_teacher.line.scheduler import group_tokens
+from vaopd_teacher.intake.prepare import CallSettings, Preparer
 
 CLIENTS = 4
 
@@ -54,15 +53,15 @@ def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
         for image in request.images:
             preparer.admit_image(image)
     message = score_request_to_pb(requests, job="", payload="hidden")
-    envelope = Envelope(payload="hidden", top_k=0, degradation=Degradation())
-    return [preparer.prepare(group, envelope) for group in message.groups]
+    settings = CallSettings(payload="hidden", top_k=0, degradation=Degradation())
+    return [preparer.prepare(group, settings) for group in message.groups]
 
 
 def forwards(groups: Sequence[PreparedGroup], batch_tokens: int) -> list[list[PreparedGroup]]:
     """Cut as the service cuts a call."""
     batches: list[list[PreparedGroup]] = [[]]
     for item in groups:
-        if batches[-1] and sum(map(group_tokens, [*batches[-1], item])) > batch_tokens:
+        if batches[-1] and sum(group.tokens for group in [*batches[-1], item]) > batch_tokens:
             batches.append([])
         batches[-1].append(item)
     return batches
@@ -72,8 +71,8 @@ def alone(engine: GroupEngine, batches: Sequence[Sequence[PreparedGroup]]) -> tu
     started, logprobs = time.monotonic(), {}
     for batch in batches:
         for item, result in zip(batch, engine.score(batch), strict=True):
-            assert isinstance(result, ScoredGroup), result
-            logprobs[item.group_id] = result.teacher_logprobs
+            assert isinstance(result, EngineResult), result
+            logprobs[item.group_id] = result.columns["teacher_logprobs"]
     return time.monotonic() - started, logprobs
 
 

@@ -48,7 +48,7 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> tupl
             results[name] = run()
             synchronise()
             seconds[name].append(_clock() - start)
-            progress.at(turn * len(sides) + number)
+            progress.report(turn * len(sides) + number)
     return {name: statistics.median(values) for name, values in seconds.items()}, results
 
 

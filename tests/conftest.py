@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Their tests are inherited by two modules.
+pytest.register_assert_rewrite("tests.support.queue_contract", "tests.support.queue_fault_contract")
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,23 @@
     VaopdError
     ├── InvalidInput            the request itself is wrong; sending it again is pointless
     │   └── ImageRefused        the image can't be read, is of another format, or is over a cap
-    ├── LimitExceeded           too large, too many, or no room now
-    │   └── Busy                a quota is used up: says when to ask again
-    │       └── QueueFull       no room in the teacher's queue now
+    ├── LimitExceeded           too large, or too many
+    │   └── Busy                a quota is used up; says when to ask again
+    │       └── QueueFull       the teacher's queue is full; says when to ask again
     ├── Unauthenticated         no key, or one that isn't valid here
-    ├── PermissionDenied        a valid key, but not for this job; whether there is such a job is not told
+    ├── PermissionDenied        a valid key, but not for this job; doesn't say whether the job exists
     ├── Mismatch                two sides disagree: tokenizer, model revision, policy version, image grid, weights
     │   └── TeacherFault        the teacher is to blame: it differs from its replicas, or breaks the protocol
     ├── NotFound                an image, run or snapshot that the other side doesn't have
-    ├── LeaseLost               somebody else owns this queue entry or this job now; nothing was committed
+    ├── LeaseLost               another process owns this queue entry or job now; nothing was committed
     ├── Unavailable             the other side is starting, draining, or can't be reached; try again
     ├── NumericalError          a number that must be finite isn't
     ├── ConfigError             the configuration can't be run as it is
     ├── ChildFailed             a process that `vaopd up` started has ended, or never became ready
     └── Interrupted             a signal asked for the end
 
-`vaopd.wire.errors` maps them to gRPC statuses and `vaopd_api.problems` to HTTP; nothing else does.
+`vaopd.wire.errors` maps them to gRPC statuses and back, `vaopd_api.problems` to HTTP and `vaopd.http_client` back.
+An exception that a module raises for itself to catch isn't in the tree.
 """
 
 import signal
@@ -32,21 +33,21 @@ class InvalidInput(VaopdError):
     """The request is wrong in itself."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
-        """`field`: the path of what is wrong in the request, where it is one thing, e.g. "groups[1].group_id"."""
+        """`field`: the path of the wrong field in the request, if it is a single one, e.g. "groups[1].group_id"."""
         super().__init__(message)
         self.field = field
 
 
 class ImageRefused(InvalidInput):
-    """An image that is not decoded: unreadable, of another format than PNG, JPEG or WEBP, or over a cap."""
+    """An image was not decoded: unreadable, of another format than PNG, JPEG or WEBP, or over a cap."""
 
 
 class LimitExceeded(VaopdError):
-    """Over a stated limit."""
+    """The request is over a stated limit."""
 
 
 class Busy(LimitExceeded):
-    """No room now, or a quota is used up; the same request may be sent again after `retry_after_s`."""
+    """A quota is used up, or a queue is full; the same request may be sent again after `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -54,11 +55,11 @@ class Busy(LimitExceeded):
 
 
 class Unauthenticated(VaopdError):
-    """No key, or one that isn't valid here: malformed, unknown, expired or revoked."""
+    """The key is missing or not valid here: malformed, unknown, expired or revoked."""
 
 
 class PermissionDenied(VaopdError):
-    """A valid key that is not for this job."""
+    """The key is valid, but not for this job."""
 
 
 class Mismatch(VaopdError):
@@ -66,11 +67,11 @@ class Mismatch(VaopdError):
 
 
 class NotFound(VaopdError):
-    """Something that was referred to is not there."""
+    """The request refers to something that does not exist here."""
 
 
 class LeaseLost(VaopdError):
-    """The lease on an entry or a job is held by somebody else; the late commit was refused."""
+    """Another process holds the lease on an entry or a job; the late commit was refused."""
 
 
 class Unavailable(VaopdError):
@@ -78,27 +79,27 @@ class Unavailable(VaopdError):
 
 
 class NumericalError(VaopdError):
-    """A missing or non-finite number where a finite one is required."""
+    """A number that must be finite is missing or not finite."""
 
 
 class ConfigError(VaopdError):
-    """A configuration that can't be run; the message names the key."""
+    """The configuration can't be run; the message names the key."""
 
 
 class QueueFull(Busy):
-    """No room now; the same request may be sent again a little later."""
+    """The teacher's queue is full; the same request may be sent again after `retry_after_s`."""
 
 
 class TeacherFault(Mismatch):
-    """What a teacher is to blame for, not the request: it differs from its fellows, or breaks the protocol."""
+    """A fault of the teacher, not of the request: it differs from its replicas, or breaks the protocol."""
 
 
 class ChildFailed(VaopdError):
-    """A child ended, or never became ready, and can't be restarted; the message holds the end of its log."""
+    """A child process ended or never became ready, and can't be restarted; the message ends with its log's end."""
 
 
 class Interrupted(VaopdError):
-    """SIGINT, SIGTERM or SIGHUP asked for the end."""
+    """SIGINT, SIGTERM or SIGHUP asked the process to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")

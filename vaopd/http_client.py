@@ -42,6 +42,7 @@ from vaopd.http_types import (
     TeacherModel,
     TeachersReply,
 )
+from vaopd.net.backoff import Backoff
 
 try:
     import httpx
@@ -54,7 +55,6 @@ ImageSource = bytes | Path
 """A PNG, JPEG or WEBP file: its bytes or its path."""
 M = TypeVar("M", bound=pydantic.BaseModel)
 
-_LONGEST_DELAY_S = 2.0
 _KINDS: dict[int, type[errors.VaopdError]] = {
     400: errors.InvalidInput,
     401: errors.Unauthenticated,
@@ -78,12 +78,14 @@ def ask(
     degradation: DegradationModel = DegradationModel(),
     teacher: str | None = None,
     top_k: int = 0,
+    columns: Sequence[str] = (),
 ) -> ScoreBody:
     """Builds one request to score.
 
     responses: K texts or lists of token ids, compared as one group.
     teacher: the model to score with; None: the API's first.
     top_k: the number of alternatives to list at each place.
+    columns: further numbers to compute for each token, see `vaopd.columns`.
 
     Raises InvalidInput for an image that can't be read, pydantic.ValidationError for values that the API would refuse.
     """
@@ -94,6 +96,7 @@ def ask(
         degradation=degradation,
         teacher=teacher,
         top_k=top_k,
+        columns=list(columns),
     )
 
 
@@ -150,9 +153,18 @@ class ScoringClient:
         degradation: DegradationModel = DegradationModel(),
         teacher: str | None = None,
         top_k: int = 0,
+        columns: Sequence[str] = (),
     ) -> ScoreReply:
         """Scores the responses as one group. See `ask` for the arguments."""
-        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        body = ask(
+            question,
+            responses,
+            images=images,
+            degradation=degradation,
+            teacher=teacher,
+            top_k=top_k,
+            columns=columns,
+        )
         return _read(ScoreReply, self._ask("POST", "/v1/score", body))
 
     def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
@@ -183,7 +195,7 @@ class ScoringClient:
         return answer
 
     def _sent(self, request: httpx.Request) -> httpx.Response:
-        patience = _Patience(self._patience_s)
+        backoff = Backoff(self._patience_s)
         while True:
             try:
                 answer = self._http.send(request, stream=True)
@@ -193,9 +205,9 @@ class ScoringClient:
                     answer.read()
                 raise _refusal(answer)
             except httpx.TransportError as error:
-                time.sleep(patience.delay(_lost(error)))
+                time.sleep(backoff.delay_s(_lost(error)))
             except (errors.Busy, errors.Unavailable) as refused:
-                time.sleep(patience.delay(refused))
+                time.sleep(backoff.delay_s(refused))
 
 
 class AsyncScoringClient:
@@ -248,9 +260,18 @@ class AsyncScoringClient:
         degradation: DegradationModel = DegradationModel(),
         teacher: str | None = None,
         top_k: int = 0,
+        columns: Sequence[str] = (),
     ) -> ScoreReply:
         """Scores the responses as one group. See `ask` for the arguments."""
-        body = ask(question, responses, images=images, degradation=degradation, teacher=teacher, top_k=top_k)
+        body = ask(
+            question,
+            responses,
+            images=images,
+            degradation=degradation,
+            teacher=teacher,
+            top_k=top_k,
+            columns=columns,
+        )
         return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
 
     async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
@@ -288,7 +309,7 @@ class AsyncScoringClient:
         return answer
 
     async def _sent(self, request: httpx.Request) -> httpx.Response:
-        patience = _Patience(self._patience_s)
+        backoff = Backoff(self._patience_s)
         while True:
             try:
                 answer = await self._http.send(request, stream=True)
@@ -298,26 +319,12 @@ class AsyncScoringClient:
                 await answer.aclose()
                 raise _refusal(answer)
             except httpx.TransportError as error:
-                await asyncio.sleep(patience.delay(_lost(error)))
+                await asyncio.sleep(backoff.delay_s(_lost(error)))
             except (errors.Busy, errors.Unavailable) as refused:
-                await asyncio.sleep(patience.delay(refused))
+                await asyncio.sleep(backoff.delay_s(refused))
 
 
 # ------------------------------------------------------------------------------------------- what both share
-
-
-class _Patience:
-    def __init__(self, patience_s: float) -> None:
-        self._deadline = time.monotonic() + patience_s
-        self._next_s = 0.1
-
-    def delay(self, error: errors.VaopdError) -> float:
-        """Returns the seconds to wait before the next attempt. Raises `error` when the patience is over."""
-        delay_s = error.retry_after_s if isinstance(error, errors.Busy) else self._next_s
-        if time.monotonic() + delay_s > self._deadline:
-            raise error
-        self._next_s = min(2 * self._next_s, _LONGEST_DELAY_S)
-        return delay_s
 
 
 class _Events:

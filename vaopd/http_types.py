@@ -12,12 +12,26 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import Field
 
+from vaopd.columns import columns_on_request
 from vaopd.types import STRENGTH_MEANINGS, DegradationKind
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 ImageText = Annotated[str, Field(min_length=1)]
+
+
+def _known_column(name: str) -> str:
+    if name not in columns_on_request():
+        raise ValueError(f"there is no such column; known are {', '.join(columns_on_request())}")
+    return name
+
+
+ColumnName = Annotated[
+    str,
+    pydantic.AfterValidator(_known_column),
+    pydantic.WithJsonSchema({"type": "string", "enum": list(columns_on_request())}),
+]
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 MAX_ALTERNATIVES = 20
@@ -83,6 +97,8 @@ class ScoreBody(Model):
     """The model to score with, by its name in GET /v1/teachers; empty: the first one."""
     top_k: int = Field(0, ge=0, le=MAX_ALTERNATIVES)
     """The number of most likely tokens to list at each place; above 0 each token's rank is given too."""
+    columns: list[ColumnName] = []
+    """Further numbers to compute for each token, by name."""
 
     @pydantic.model_validator(mode="after")
     def _one_of_each(self) -> ScoreBody:
@@ -130,6 +146,8 @@ class RolloutScore(Reply):
     """With top_k: 1 for the token that the teacher finds most likely; null beyond 20."""
     alternatives: list[list[Alternative]] | None = None
     """With top_k: the most likely tokens of each place, best first."""
+    columns: dict[str, list[float]] = {}
+    """The columns that were asked for, by name."""
 
 
 class ScoreReply(Reply):
@@ -258,6 +276,8 @@ class TeacherModel(Reply):
     limits: dict[str, int]
     payloads: list[str]
     degradations: list[str]
+    columns: list[str] = []
+    """What it computes on request."""
     strengths: dict[str, str] = {}
     """The meaning of `strength` for each of `degradations` that has one."""
 

@@ -1,4 +1,4 @@
-"""All data that crosses a boundary between processes. Torch-free: numpy and bytes only.
+"""All data that crosses a boundary between processes, as frozen dataclasses. Torch-free: numpy and bytes only.
 
 Legend, used in every module: B prompt groups, K rollouts per group, N = B·K, T response tokens of one rollout, M
 response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, D hidden size. Log-probs and VA: nats.
@@ -14,6 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from vaopd.errors import VaopdError
+
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
 DEGRADATIONS: Mapping[DegradationKind, str | None] = {
@@ -23,7 +25,7 @@ DEGRADATIONS: Mapping[DegradationKind, str | None] = {
     "black": None,
     "noise": None,
 }
-"""What the strength of each kind means; None where it is ignored. `vaopd.degradation` has each kind's function, and
+"""The meaning of each kind's strength; None if it is ignored. `vaopd.degradation` has each kind's function, and
 `proto/vaopd/pb/teacher.proto` its number; everything else is derived from here."""
 STRENGTH_MEANINGS = "; ".join(f"{kind}: {meaning}" for kind, meaning in DEGRADATIONS.items() if meaning).capitalize()
 """For help texts, e.g. "Pixelate: the ratio; blur: …"."""
@@ -31,7 +33,7 @@ STRENGTH_MEANINGS = "; ".join(f"{kind}: {meaning}" for kind, meaning in DEGRADAT
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """An image as bytes (PNG, JPEG or WEBP), known by its content.
+    """An image as bytes (PNG, JPEG or WEBP), named by its content.
 
     >>> EncodedImage(data=b"abc").sha256[:8]
     'ba7816bf'
@@ -41,16 +43,29 @@ class EncodedImage:
 
     @cached_property
     def sha256(self) -> str:
+        """The SHA-256 of the bytes, as 64 hex digits."""
         return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextPart:
+    """A text within a message.
+
+    >>> TextPart(text="How long is the side?").text
+    'How long is the side?'
+    """
+
     text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePart:
+    """The place of an image within a message; the image itself travels beside the messages.
+
+    >>> ImagePart(sha256=EncodedImage(data=b"abc").sha256).sha256[:8]
+    'ba7816bf'
+    """
+
     sha256: str
 
 
@@ -68,9 +83,13 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A record of a data set: what is asked, about which images, and the answer that evaluation compares with.
+    """A record of a data set: a question, its images, and the answer that evaluation compares with.
 
-    `images` holds each image once; `messages` refer to them by content. No image is fine, several are too.
+    `images` holds each image once; `messages` refer to them by content. There may be none, one or several.
+
+    >>> sum_of_two = Prompt(prompt_id="p7", messages=user_turn("What is 2 + 2?", ()), images=(), answer="4")
+    >>> sum_of_two.messages[0].content[0].text
+    'What is 2 + 2?'
     """
 
     prompt_id: str
@@ -80,7 +99,10 @@ class Prompt:
 
 
 def images_in_order(messages: Iterable[Message], images: Iterable[EncodedImage]) -> tuple[EncodedImage, ...]:
-    """One image per image part of the messages, in the order in which the model reads them."""
+    """Returns one image per image part of the messages, in the order in which the model reads them.
+
+    Raises KeyError for a part whose image is not among `images`.
+    """
     by_sha256 = {image.sha256: image for image in images}
     return tuple(
         by_sha256[part.sha256] for message in messages for part in message.content if isinstance(part, ImagePart)
@@ -89,7 +111,11 @@ def images_in_order(messages: Iterable[Message], images: Iterable[EncodedImage])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSettings:
-    """How a student samples. `temperature=0` is greedy."""
+    """How a student samples. `temperature=0` is greedy.
+
+    >>> SamplingSettings(temperature=0.0, max_new_tokens=64).top_p
+    0.95
+    """
 
     temperature: float = 0.7
     top_p: float = 0.95
@@ -99,7 +125,10 @@ class SamplingSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutRequest:
-    """Trainer → rollout worker: sample `num_rollouts` (K) responses with this policy version."""
+    """Trainer → rollout worker: sample `num_rollouts` (K) responses with this policy version.
+
+    `images`: each image that the messages refer to, once.
+    """
 
     group_id: str
     messages: tuple[Message, ...]
@@ -114,6 +143,10 @@ class Rollout:
     """One sampled attempt.
 
     response_ids (T,) int32, the first EOS included; rollout_logprobs (T,) float32, the student's own at temperature 1.
+
+    >>> ids, logprobs = np.array([17, 5, 2], np.int32), np.array([-0.1, -0.7, 0.0], np.float32)
+    >>> Rollout(rollout_id="0", response_ids=ids, rollout_logprobs=logprobs, finish_reason="stop").response_ids.size
+    3
     """
 
     rollout_id: str
@@ -124,7 +157,10 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """Rollout worker → trainer: the K siblings of one prompt. prompt_token_ids (P,) int32, placeholders expanded."""
+    """Rollout worker → trainer: the K siblings of one prompt, sampled by one policy version.
+
+    prompt_token_ids (P,) int32, image placeholders expanded; policy_sha256: digest of the weights that sampled.
+    """
 
     group_id: str
     policy_version: int
@@ -137,7 +173,11 @@ class RolloutGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyVersion:
-    """A published policy snapshot: a folder with model.safetensors and the digest of that file."""
+    """A published policy snapshot: a folder with model.safetensors and the digest of that file.
+
+    >>> PolicyVersion(version=12, path="runs/tiny/policy/12", sha256="9f86…").version
+    12
+    """
 
     version: int
     path: str
@@ -146,9 +186,12 @@ class PolicyVersion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Degradation:
-    """How the degraded view is made. The paper's: pixelation with ratio 0.1 (method.md; `vaopd.degradation`).
+    """How the degraded view is made, by default as in the paper: pixelation with ratio 0.1.
 
     strength: in (0, 1]; `DEGRADATIONS` says what it means for each kind, and which kinds ignore it.
+
+    >>> Degradation(kind="blur", strength=0.05).kind
+    'blur'
     """
 
     kind: DegradationKind = "pixelate"
@@ -169,11 +212,12 @@ class Tensor:
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> Tensor:
+        """Copies an array of any shape; its dtype must be one of `dtype`."""
         array = np.ascontiguousarray(array)
         return cls(dtype=array.dtype.name, shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
 
     def numpy(self) -> np.ndarray:
-        """The values; bfloat16, which numpy lacks, comes back as float32 (exactly)."""
+        """Returns the values, read-only; bfloat16, which numpy lacks, as float32 (exactly)."""
         if self.dtype == "bfloat16":
             widened = np.frombuffer(self.data, "<u2").astype(np.uint32) << 16
             return widened.view(np.float32).reshape(self.shape)
@@ -185,12 +229,15 @@ ITEMSIZE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreRequest:
-    """One prompt group for the teacher. Exactly one of `prompt_token_ids` and `messages` is given.
+    """Trainer or API → teacher: one prompt group to score. Give exactly one of `prompt_token_ids` and `messages`.
 
     With token ids (the trainer's way) the teacher reads the very tokens that the student read; `images` then holds one
     image per placeholder run, in order. With messages (ad-hoc use) the teacher's own chat template renders the prompt
     and `images` holds each image that the messages refer to. A response is token ids (T_k,), or, for ad-hoc use, a text
     that the teacher tokenises as a finished assistant turn.
+
+    >>> ScoreRequest(group_id="g7", responses=("It is 12.",), messages=user_turn("What is 5 + 7?", ())).images
+    ()
     """
 
     group_id: str
@@ -207,6 +254,9 @@ class Payload:
     kind "hidden": tensors["hidden"] (M, D). "hidden_int8": ["hidden_int8"] (M, D) int8 and ["scales"] (M,) float32, one
     per token; the hidden state is their product. "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32,
     descending, ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
+
+    >>> Payload(kind="hidden", tensors={"hidden": Tensor.from_numpy(np.zeros((5, 64), np.float16))}).kind
+    'hidden'
     """
 
     kind: PayloadKind
@@ -215,11 +265,17 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupScore:
-    """What the teacher says of one prompt group. Each tuple has K arrays (T_k,) float32, in the order of the request.
+    """Teacher → trainer or API: one scored group. Each tuple has K arrays (T_k,) float32, in the request's order.
 
-    teacher_logprobs: original view; degraded_logprobs: degraded view; visual_advantage: max(difference, 0), in nats.
-    response_ids and token_texts, one tuple of T_k strings per rollout, are there when the texts were asked for;
+    teacher_logprobs, degraded_logprobs and visual_advantage: see `vaopd.columns`; `columns`: those asked for, by name.
+    response_ids and token_texts, one tuple of T_k strings per rollout, are given when the texts were asked for;
     with the top_k payload, payload_texts then has the text of each id in it.
+
+    >>> rows = dict.fromkeys(("teacher_logprobs", "degraded_logprobs"), (np.zeros(2, np.float32),))
+    >>> va = (np.array([0.0, 1.5], np.float32),)
+    >>> score = GroupScore(group_id="g7", **rows, visual_advantage=va, payload=Payload(kind="none"), prompt_tokens=9)
+    >>> score.mean_visual_advantage.tolist()
+    [0.75]
     """
 
     group_id: str
@@ -228,19 +284,32 @@ class GroupScore:
     visual_advantage: tuple[np.ndarray, ...]
     payload: Payload
     prompt_tokens: int
+    columns: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     response_ids: tuple[np.ndarray, ...] | None = None
     token_texts: tuple[tuple[str, ...], ...] | None = None
     payload_texts: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def mean_visual_advantage(self) -> np.ndarray:
-        """(K,) the m_k of method.md, "Rollout weights"."""
+        """The mean VA of each rollout in nats: (K,) float64; m_k of method.md, "Rollout weights"."""
         return np.array([va.mean(dtype=np.float64) for va in self.visual_advantage])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GroupFailure:
+    """A group that was not scored, and why; it says nothing about the other groups of the request.
+
+    >>> GroupFailure(group_id="g7", error=VaopdError("3 log-probs are not finite")).error.args[0]
+    '3 log-probs are not finite'
+    """
+
+    group_id: str
+    error: VaopdError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherLimits:
-    """What one request may hold; the server refuses more, naming the bound."""
+    """The most that one request may hold; the teacher refuses more, naming the bound."""
 
     max_groups_per_request: int = 256
     max_rollouts_per_group: int = 64
@@ -253,6 +322,11 @@ class TeacherLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherDescription:
+    """Teacher → client: which model it serves, and what it accepts and can answer.
+
+    revision: digest of weights and configuration; tokenizer_fingerprint: digest of the logical vocabulary (V ids).
+    """
+
     model: str
     revision: str
     tokenizer_fingerprint: str
@@ -262,10 +336,16 @@ class TeacherDescription:
     limits: TeacherLimits
     payloads: tuple[PayloadKind, ...]
     degradations: tuple[DegradationKind, ...]
+    columns: tuple[str, ...] = ()
+    """The columns that it computes on request."""
 
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:
-    """One user message: the images in order, then the question, as the data sets have it."""
+    """Returns one user message: the images in order, then the question, as the data sets have it.
+
+    >>> [type(part).__name__ for part in user_turn("How long?", [EncodedImage(data=b"abc")])[0].content]
+    ['ImagePart', 'TextPart']
+    """
     parts: tuple[ImagePart | TextPart, ...] = (
         *(ImagePart(sha256=image.sha256) for image in images),
         TextPart(text=question),
@@ -274,5 +354,5 @@ def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, .
 
 
 def unique_images(images: Sequence[EncodedImage]) -> tuple[EncodedImage, ...]:
-    """Each image once, in order of first appearance."""
+    """Returns each image once, in order of first appearance."""
     return tuple({image.sha256: image for image in images}.values())

@@ -44,7 +44,9 @@ class AdHocScorer:
         top_k = min(MAX_ALTERNATIVES, description.vocab_size) if body.top_k else 0
         request = score_request(body, images, suffix=suffix)
         try:
-            score = await self._teachers.score(address, request, degradation_of(body.degradation), top_k=top_k)
+            score = await self._teachers.score(
+                address, request, degradation_of(body.degradation), top_k=top_k, columns=body.columns
+            )
         except InvalidInput as error:
             raise in_terms_of_the_request(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
@@ -106,5 +108,6 @@ def teacher_model(description: TeacherDescription) -> TeacherModel:
         limits={name: getattr(description.limits, name) for name in description.limits.__slots__},
         payloads=list(description.payloads),
         degradations=list(description.degradations),
+        columns=list(description.columns),
         strengths={kind: meaning for kind in description.degradations if (meaning := DEGRADATIONS[kind])},
     )

@@ -62,7 +62,15 @@ class Teachers:
             raise unavailable
         raise NotFound(f"there is no teacher {model!r} here; GET /v1/teachers lists the teachers")
 
-    async def score(self, address: str, request: ScoreRequest, degradation: Degradation, *, top_k: int) -> GroupScore:
+    async def score(
+        self,
+        address: str,
+        request: ScoreRequest,
+        degradation: Degradation,
+        *,
+        top_k: int,
+        columns: Sequence[str] = (),
+    ) -> GroupScore:
         """Scores one group with the teacher at `address`. Raises the client's errors, and ApiError (502)."""
         options: ClientOptions = {
             **self._options,
@@ -74,7 +82,7 @@ class Teachers:
         }
         async with TeacherClient(address, **options) as client:
             with _own_credentials():
-                async for result in client.score([request], with_token_texts=True):
+                async for result in client.score([request], with_token_texts=True, columns=columns):
                     if isinstance(result, GroupFailure):
                         raise result.error
                     return result

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the worker with these options; returns its exit code."""
     parser = process.parser("rollout", "Samples responses with the student's newest weights.")
     return process.main(_run, parser, argv)
 
@@ -43,8 +44,8 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: RolloutServiceConfig) -> None:
-    """Composes and runs the worker; the heavy imports come here, after the arguments have been read."""
-    # Nothing is held while the engine starts, so that the end may come at once.
+    """Puts the worker together and runs it; heavy imports come here, after the options were read."""
+    # No lease is held while the engine starts, so the process may end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from vaopd.queue import WorkerQueue
     from vaopd_rollout.worker import RolloutWorker, Stop

@@ -1,4 +1,4 @@
-"""What a rollout worker counts, for Prometheus."""
+"""The Prometheus metrics of a rollout worker."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ ERRORS = ("lease_lost", "redis_unavailable", "refused_request")
 
 
 class WorkerMetrics:
-    """`watch` once there is a queue."""
+    """Counts groups, rollouts, tokens and errors. Call `watch` once there is a queue."""
 
     def __init__(self, *, job: str) -> None:
+        """job: the value of the label `vaopd_job`."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -58,20 +59,24 @@ class WorkerMetrics:
         self._leases = gauge("leases", "Requests that this worker holds now").labels(job)
 
     def watch(self, *, leases: Callable[[], int]) -> None:
+        """leases: returns the number of leases held; called at each scrape."""
         self._leases.set_function(leases)
 
     @contextmanager
-    def loading(self, version: int) -> Iterator[None]:
+    def time_load(self, version: int) -> Iterator[None]:
+        """Times a `with` block that loads a policy version, and shows the version once it ends well."""
         with self._loads.time():
             yield
         self._version.set(version)
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
+    def time_batch(self) -> Iterator[None]:
+        """Times a `with` block that samples a batch."""
         with self._batch.time():
             yield
 
-    def sampled(self, outcomes: Sequence[Outcome]) -> None:
+    def count_outcomes(self, outcomes: Sequence[Outcome]) -> None:
+        """Counts the groups of a batch, and the requests that the engine refused."""
         for outcome in outcomes:
             if isinstance(outcome, RolloutGroup):
                 self._groups.inc()
@@ -79,8 +84,8 @@ class WorkerMetrics:
                 self._tokens.inc(sum(len(rollout.response_ids) for rollout in outcome.rollouts))
                 self._truncated.inc(sum(rollout.finish_reason == "length" for rollout in outcome.rollouts))
             else:
-                self.error("refused_request")
+                self.count_error("refused_request")
 
-    def error(self, kind: str) -> None:
-        """`kind` is one of ERRORS."""
+    def count_error(self, kind: str) -> None:
+        """Counts an error; `kind` is one of ERRORS."""
         self._errors.labels(self._job, kind).inc()

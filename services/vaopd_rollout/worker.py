@@ -1,11 +1,11 @@
 """The rollout worker's loop.
 
-    arrives     requests from the queue, under leases that a keeper thread renews
-    leaves      one finished group per request; a request that can't be answered leaves as a dead letter
-    waits for   a request; then, for the snapshot that the request names, if it isn't announced yet
-    unblocks    the trainer: by enqueueing, and by announcing a policy version
+    in            requests from the queue, under leases that a keeper thread renews
+    out           one finished group per request; a request that can't be answered becomes a dead letter
+    waits for     a request; then for the snapshot that the request names, if it isn't announced yet
+    unblocked by  the trainer, which enqueues requests and announces policy versions
 
-SIGTERM: the batch in progress may take `drain_s` more; what isn't finished then is handed back.
+After SIGTERM the batch in progress has `drain_s`; requests that aren't finished then are handed back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import FrameType
 
 from vaopd.errors import LeaseLost, Unavailable, VaopdError
 from vaopd.process import hang_timer
-from vaopd.queue import Lease, WorkerQueue
+from vaopd.queue import Lease, WorkerEnd
 from vaopd.sampling.engine import RolloutEngine
 from vaopd.telemetry import logs, tracing
 from vaopd.types import PolicyVersion, RolloutGroup
@@ -35,33 +35,36 @@ STUCK_AFTER_S = 1800.0
 
 
 class HandBack(BaseException):
-    """Time is up: stop in the midst of a batch. Not an Exception, so that no `except Exception` swallows it."""
+    """Stops in the middle of a batch. Not an Exception, so that no `except Exception` swallows it."""
 
 
 class Stop:
-    """SIGTERM or SIGINT asks for the end; the end is forced `drain_s` later, or at once by a second signal."""
+    """Asks the worker to stop on SIGTERM or SIGINT, and forces it `drain_s` later or at a second signal."""
 
     def __init__(self, *, drain_s: float) -> None:
+        """drain_s: how long the batch in progress may take after the first signal."""
         self.requested = False
         self._drain_s = drain_s
         self._disarmed = False
         self._wake = threading.Event()
 
     def install(self) -> None:
+        """Handles the signals of this process; call it in the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
 
     def disarm(self) -> None:
-        """From here on nothing is interrupted any more."""
+        """Lets no further signal interrupt the process."""
         self._disarmed = True
         signal.setitimer(signal.ITIMER_REAL, 0)
 
     def wait(self, timeout_s: float) -> None:
-        """Pauses, though not beyond a signal."""
+        """Pauses for `timeout_s`, or until a stop is requested."""
         self._wake.wait(timeout_s)
 
     def request(self) -> None:
+        """Requests a stop, as the first signal does."""
         self.requested = True
         self._wake.set()
 
@@ -85,13 +88,13 @@ class RolloutWorker:
         self,
         *,
         engine: RolloutEngine,
-        queue: WorkerQueue,
+        queue: WorkerEnd,
         requests_per_batch: int,
         stop: Stop,
         metrics: WorkerMetrics | None = None,
         stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
-        """`stuck_after_s`: an engine that takes longer for a batch hangs; the process ends, its leases run out."""
+        """stuck_after_s: an engine that takes longer for a batch hangs; the process ends, and its leases run out."""
         self._engine = engine
         self._queue = queue
         self._requests_per_batch = requests_per_batch
@@ -101,7 +104,7 @@ class RolloutWorker:
         self._generating: list[Lease] = []
 
     def run(self) -> None:
-        """Returns after a requested stop. Raises what the engine raised: it must be started anew then."""
+        """Serves the queue until a stop is requested. Raises the engine's errors: restart the process then."""
         log.info("rollout worker %s ready", self._queue.worker)
         try:
             with self._queue.keeper() as keeper:
@@ -109,7 +112,7 @@ class RolloutWorker:
                     keeper.check()
                     self._serve(self._take())
         except HandBack:
-            log.info("time is up: unfinished requests are handed back")
+            log.info("the time to finish is over: unfinished requests are handed back")
             self._generating = []
         finally:
             self._hand_back()
@@ -124,7 +127,7 @@ class RolloutWorker:
                 leases += more
             return leases
         except Unavailable as error:
-            self._metrics.error("redis_unavailable")
+            self._metrics.count_error("redis_unavailable")
             log.warning("%s", error)
             self._stop.wait(RETRY_S)
             return []
@@ -146,7 +149,7 @@ class RolloutWorker:
             self._stop.wait(POLICY_POLL_S)
 
     def _load(self, version: int) -> bool:
-        """Whether the engine has the weights of `version` now."""
+        """Loads the weights of `version` where needed; False when that version isn't announced."""
         policy = self._policy(version)
         if policy is None:
             return False
@@ -154,10 +157,10 @@ class RolloutWorker:
         if loaded is not None and (loaded.version, loaded.sha256) == (policy.version, policy.sha256):
             return True
         try:
-            with self._metrics.loading(version):
+            with self._metrics.time_load(version):
                 self._engine.load_policy(policy)
         except VaopdError:
-            # A trainer withdraws a version before it deletes the snapshot: that is no fault of this worker's.
+            # A trainer withdraws a version before it deletes the snapshot: that is no error of this worker.
             if self._policy(version) != policy:
                 return False
             raise
@@ -182,13 +185,13 @@ class RolloutWorker:
         version = batch[0].request.policy_version
         with (
             tracing.span("generate", groups=ids, policy_version=version),
-            self._metrics.generating(),
-            # The keeper renews the leases whatever the engine does: nobody else would ever notice that it hangs.
+            self._metrics.time_batch(),
+            # The keeper renews the leases whatever the engine does, so no other worker would notice that it hangs.
             hang_timer.ends_within(self._stuck_after_s),
         ):
             outcomes = self._engine.generate([lease.request for lease in batch])
         self._generating = []
-        self._metrics.sampled(outcomes)
+        self._metrics.count_outcomes(outcomes)
         for lease, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, RolloutGroup):
                 self._commit(lease, lambda lease=lease, group=outcome: self._queue.complete(lease, group))  # type: ignore[misc]
@@ -209,19 +212,19 @@ class RolloutWorker:
         )
 
     def _commit(self, lease: Lease, commit: Callable[[], object]) -> None:
-        """Tries until Redis takes it (it may be full, or away) or the lease is lost; the keeper renews meanwhile."""
+        """Commits, and retries while Redis is full or away, until the lease is lost; the keeper renews meanwhile."""
         while True:
             try:
                 commit()
                 return
             except LeaseLost as error:
-                self._metrics.error("lease_lost")
+                self._metrics.count_error("lease_lost")
                 log.warning("%s", error, extra=logs.fields(group=lease.request.group_id))
                 return
             except Unavailable as error:
                 if self._stop.requested:
                     raise
-                self._metrics.error("redis_unavailable")
+                self._metrics.count_error("redis_unavailable")
                 group_id = lease.request.group_id
                 log.warning(
                     "group %s is kept until it can be published: %s",
@@ -232,8 +235,10 @@ class RolloutWorker:
                 self._stop.wait(RETRY_S)
 
     def _hand_back(self) -> None:
-        """Releases what is held, except what the engine may have died of: those leases run out by themselves, so that
-        the delivery counts and a request that kills every engine ends in the dead letters.
+        """Releases all leases but those of the batch that the engine may have died of.
+
+        Those run out by themselves, so that the delivery counts and a request that kills every engine ends in the dead
+        letters.
         """
         self._stop.disarm()
         suspects = {lease.entry_id for lease in self._generating}

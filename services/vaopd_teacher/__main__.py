@@ -14,6 +14,7 @@ from vaopd.telemetry import metrics_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the service; returns the exit status."""
     return process.main(_run, process.parser("teacher", "Serves a frozen teacher over gRPC."), argv)
 
 
@@ -33,7 +34,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _as_one_of(processes: int, config: Config) -> int | None:
-    """Starts the ranks, unless somebody has (`torchrun`), or is one; None for rank 0, which goes on to serve."""
+    """Starts the ranks, unless `torchrun` has, or runs one. Returns the exit status, None for rank 0, which serves."""
     if "RANK" not in os.environ:
         from vaopd.process.ranks import die_as, launch
 

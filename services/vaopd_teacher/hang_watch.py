@@ -1,8 +1,8 @@
-"""Notices a device that hangs: a forward that never returns can't be interrupted, only its process can be ended.
+"""Detects a device that hangs: a forward that never returns can't be interrupted, only its process can be ended.
 
-Two nets. The watchdog task reads for how long the device thread has been without a result. Should the event loop itself
-stand still (a blocking handler, a library that keeps Python's lock), a timer of the C runtime, which needs neither loop
-nor lock, prints every thread's stack and ends the process with status 1.
+There are two nets. A task reads for how long the device's thread has given no result. If the event loop itself stands
+still (a blocking handler, a library that keeps Python's lock), a timer of the C runtime, which needs neither loop nor
+lock, prints every thread's stack and ends the process with status 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _LONGEST_PERIOD_S = 5.0
 
 
 class Watchdog:
-    """Lives on the event loop. `ends_process`: whether the second net is spread too; for the process's one server."""
+    """Calls `on_stuck` once `busy_s` exceeds `stuck_after_s`. Runs on the event loop.
+
+    `ends_process`: also uses the second net, which ends the process; for a process with one server only.
+    """
 
     def __init__(
         self,
@@ -36,9 +39,11 @@ class Watchdog:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        """Begins to watch."""
         self._task = asyncio.create_task(self._watch())
 
     def stop(self) -> None:
+        """Ends both nets."""
         if self._task is not None:
             self._task.cancel()
         if self._ends_process:

@@ -1,8 +1,8 @@
-"""What the teacher counts, for Prometheus. What its parts count anyway is read from them when somebody asks.
+"""The teacher's Prometheus metrics. Numbers that its parts count anyway are read from them at each scrape.
 
-Jobs are a label; their names come from outside, so only the MAX_JOBS that asked last are told apart: of the others the
-series end, and begin at 0 should they come back, which Prometheus takes as it takes a restart. The label isn't called
-`job`, which Prometheus gives to every series itself.
+Jobs are a label. Their names come from clients, so only the MAX_JOBS that called last have series: the others' end, and
+begin at 0 when the job returns, which Prometheus treats as a restart. The label isn't called `job`, since Prometheus
+adds a label of that name itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult
 from vaopd_teacher.line.admission import Admission
-from vaopd_teacher.line.scheduler import Scheduler, group_tokens
+from vaopd_teacher.line.scheduler import Scheduler
 
 MAX_JOBS = 100
 JOB = "vaopd_job"
@@ -30,34 +30,53 @@ VA_BUCKETS_NATS = (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
 class Cache(Protocol):
-    """What the teacher's stores tell of themselves, from any thread."""
+    """The counters of one of the teacher's stores; may be read from any thread."""
 
     hits: int
     misses: int
 
     @property
-    def dropped(self) -> int: ...
+    def dropped(self) -> int:
+        """Entries that had to make room."""
+        ...
+
     @property
-    def size_bytes(self) -> int: ...
+    def size_bytes(self) -> int:
+        """The size of all entries."""
+        ...
+
     @property
-    def capacity_bytes(self) -> int: ...
+    def capacity_bytes(self) -> int:
+        """The largest size."""
+        ...
 
 
 class Server(Protocol):
-    """What a scrape reads of the server."""
+    """The parts of the server that a scrape reads."""
 
     @property
-    def serving(self) -> bool: ...
+    def serving(self) -> bool:
+        """Whether health checks are answered with SERVING."""
+        ...
+
     @property
-    def admission(self) -> Admission: ...
+    def admission(self) -> Admission:
+        """The count of waiting groups."""
+        ...
+
     @property
-    def scheduler(self) -> Scheduler: ...
+    def scheduler(self) -> Scheduler:
+        """The line before the device."""
+        ...
+
     @property
-    def caches(self) -> Mapping[str, Cache]: ...
+    def caches(self) -> Mapping[str, Cache]:
+        """The stores by the kind of their entries."""
+        ...
 
 
 class TeacherMetrics:
-    """Used from the event loop and the device's thread. `watch` once there is a server."""
+    """The registry and its counters; used from the event loop and the device's thread."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -97,29 +116,33 @@ class TeacherMetrics:
             buckets=FILL_BUCKETS,
             registry=self.registry,
         )
-        self._state = _State(self._known)
+        self._state = _AtScrape(self._known)
         self.registry.register(self._state)
 
     def watch(self, server: Server) -> None:
+        """Lets scrapes read the parts of a server from now on."""
         self._state.server = server
 
-    def scored(self, job: str, group: PreparedGroup, scored: ScoredGroup, *, latency_s: float) -> None:
-        job = self._seen(job)
+    def count_scored(self, job: str, scored: EngineResult, *, latency_s: float) -> None:
+        """Counts a scored group, `latency_s` after its call's arrival."""
+        job, group = self._seen(job), scored.group
         self._groups.labels(job).inc()
-        self._tokens.labels(job).inc(group_tokens(group))
+        self._tokens.labels(job).inc(group.tokens)
         self._latency.labels(job).observe(latency_s)
-        advantage_M = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, 0)
         ends = np.cumsum([len(ids) for ids in group.responses])[:-1]
-        for advantage in np.split(advantage_M, ends):
+        for advantage in np.split(scored.columns["visual_advantage"], ends):
             self._advantage.labels(job).observe(float(advantage.mean()))
 
-    def failed(self, job: str) -> None:
+    def count_failed(self, job: str) -> None:
+        """Counts a group that was answered with an error."""
         self._failed.labels(self._seen(job)).inc()
 
-    def refused(self, job: str | None, reason: str) -> None:
+    def count_refused(self, job: str | None, reason: str) -> None:
+        """Counts a call that was refused as a whole; `job`: None when it is not known."""
         self._refused.labels(self._seen(job) if job else "-", reason).inc()
 
-    def batch(self, fill: float) -> None:
+    def observe_batch(self, fill: float) -> None:
+        """Notes a batch for the device, as its share of `teacher.batch_tokens`."""
         self._fill.observe(fill)
 
     def _known(self) -> list[str]:
@@ -127,7 +150,7 @@ class TeacherMetrics:
             return list(self._jobs)
 
     def _seen(self, job: str) -> str:
-        """The job's label; the job that has been silent for longest makes room."""
+        """Returns a job's label; ends the series of the job that has been silent for longest to make room."""
         job = job[:LABEL_CHARACTERS]
         with self._lock:
             if job not in self._jobs:
@@ -142,15 +165,17 @@ class TeacherMetrics:
         return job
 
 
-class _State(Collector):
-    """Read from the server's parts at each scrape. A teacher that still loads isn't serving and has nothing else."""
+class _AtScrape(Collector):
+    """Reads the server's parts at each scrape. A teacher that still loads has only `serving`, which is 0."""
 
     def __init__(self, jobs: Callable[[], list[str]]) -> None:
-        """`jobs`: the labels of those that have other series, whose queues are told when they are empty too."""
+        """`jobs` returns the labels of jobs with other series: their queues are shown when empty, too."""
         self.server: Server | None = None
         self._jobs = jobs
 
     def collect(self) -> Iterator[Metric]:
+        """Yields the metrics of one scrape."""
+
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"vaopd_teacher_{name}", text, labels=labels)
 
@@ -191,7 +216,7 @@ class _State(Collector):
 
 
 def _by_label(values: Mapping[str, float]) -> dict[str, float]:
-    """Of the jobs that have most; two names of one beginning share a label."""
+    """Sums the values by label, of the MAX_JOBS largest; names with the same beginning share a label."""
     summed: collections.defaultdict[str, float] = collections.defaultdict(float)
     for job, value in values.items():
         summed[job[:LABEL_CHARACTERS]] += value

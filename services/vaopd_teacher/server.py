@@ -31,7 +31,7 @@ from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import DEGRADATION_KINDS
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.load import load, over
+from vaopd_teacher.engines.load import load, transformers_backend
 from vaopd_teacher.hang_watch import Watchdog
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 from vaopd_teacher.intake.prepare import Preparer
@@ -49,15 +49,15 @@ log = logging.getLogger(__name__)
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
-"""How long a forward that nobody waits for any more may keep a drained process from its end."""
+"""How long a drained process waits for a forward in progress, whose calls have all ended."""
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 
 def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherDescription:
-    """What Describe answers. An image travels in one message, so it can't be larger than a message."""
+    """Returns the answer to Describe. An image travels in one message, so it can't be larger than a message."""
     reader = backend.reader
     return TeacherDescription(
-        # A folder's place on this host is nobody's business.
+        # Clients don't need to know a folder's path on this host.
         model=Path(model).name if Path(model).is_dir() else model,
         revision=backend.revision,
         tokenizer_fingerprint=reader.fingerprint,
@@ -70,6 +70,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
             max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
         ),
         payloads=backend.payloads,
+        columns=backend.columns,
         degradations=tuple(DEGRADATION_KINDS),
     )
 
@@ -81,7 +82,7 @@ def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
         # Clients ping every 10 s to notice a frozen server; without these two the server would call that abuse.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # A client that vanished without a word is noticed within 15 s too, and its waiting work is dropped.
+        # A client that vanished silently is noticed within 15 s too, and its waiting work is dropped.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.http2.ping_timeout_ms", 5_000),
@@ -92,7 +93,7 @@ def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
 
 
 class TeacherServer:
-    """One listening server; `start`, then `stop`. All of it lives on the event loop that starts it."""
+    """One listening server: call `start`, then `stop`, on the event loop that created it."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class TeacherServer:
         ends_process: bool = False,
         metrics: TeacherMetrics | None = None,
     ) -> None:
-        """`teacher`: a loaded model means the transformers backend over it, with `engine` if given.
+        """`teacher`: a backend, or a loaded model for the transformers backend, with another `engine` if given.
 
         `ends_process`: whether the watchdog may end the process when its event loop stands still.
         """
@@ -115,12 +116,12 @@ class TeacherServer:
             backend = teacher
         else:
             vision_bytes = service.images.vision_bytes
-            backend = over(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+            backend = transformers_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
         metrics = metrics or TeacherMetrics()
         self.serving = False
-        """Whether health checks are told so."""
+        """Whether health checks are answered with SERVING."""
         self.failed = asyncio.Event()
-        """Set when the engine broke or hangs; the process has to end."""
+        """Set when the engine has failed or hangs: the process has to end."""
         sharing = service.sharing
         ever_fits = min(sharing.max_waiting_groups, sharing.max_waiting_groups_per_job)
         limits = replace(limits, max_groups_per_request=min(limits.max_groups_per_request, ever_fits))
@@ -137,7 +138,7 @@ class TeacherServer:
             batch_tokens=batch_tokens,
             on_failure=lambda: loop.call_soon_threadsafe(self.failed.set),
             on_taken=lambda: loop.call_soon_threadsafe(ahead.look),
-            on_batch=metrics.batch,
+            on_batch=metrics.observe_batch,
             weights=sharing.weights,
         )
         self.admission = Admission(sharing, self.scheduler, Quotas(service.quotas))
@@ -151,7 +152,7 @@ class TeacherServer:
         self._tls = service.tls
         keys = KeyStore.load(service.keys.file) if service.keys.file else None
         self._calls = ErrorInterceptor(
-            SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.refused
+            SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
         self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
         servicer = TeacherServicer(
@@ -175,7 +176,7 @@ class TeacherServer:
 
     @property
     def caches(self) -> dict[str, Cache]:
-        """By what they hold."""
+        """The stores by the kind of their entries."""
         found: dict[str, Cache | None] = {
             "encoded": self.images,
             "prepared": self.prepared_images,
@@ -184,7 +185,10 @@ class TeacherServer:
         return {name: cache for name, cache in found.items() if cache is not None}
 
     async def start(self, address: str) -> str:
-        """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one."""
+        """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one.
+
+        Raises ConfigError when the address can't be listened on.
+        """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         credentials = server_credentials(self._tls, address)
         try:
@@ -200,18 +204,18 @@ class TeacherServer:
         return f"{address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
-        """Drains: health first, so that balancers turn away, then no new calls, then the accepted ones' ends."""
+        """Drains: health NOT_SERVING, so that balancers turn away; no new calls; then waits for the accepted ones."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(grace_s))
         idle = asyncio.create_task(self._calls.wait_idle())
         await asyncio.wait((draining, idle), return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
-        # What is left are the last bytes of answered calls, and health watches, which would stay for ever.
+        # The last bytes of answered calls are left, and health watches, which would never end.
         await self._server.stop(min(grace_s, _LAST_BYTES_S))
         await draining
         longest_s = 0.0 if self.failed.is_set() else _LAST_FORWARD_S
         if not await asyncio.get_running_loop().run_in_executor(None, self.scheduler.stop, longest_s):
-            self.failed.set()  # the device hangs, which must not be taken for an end in order
+            self.failed.set()  # the device hangs: the process must not exit with 0
         self._watchdog.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -233,7 +237,7 @@ async def serve(
     metrics: TeacherMetrics | None = None,
 ) -> int:
     """Serves until a signal or a failed engine; returns the exit status."""
-    # What is wrong with address, certificates and keys is told before the model is read, which may take half an hour.
+    # Address, certificates and keys are checked before the model is loaded, which may take half an hour.
     if "," in config.teacher.address:
         raise ConfigError(
             f"teacher.address = {config.teacher.address!r} lists several; that is for clients, a teacher listens on one"
@@ -250,28 +254,28 @@ async def serve(
         ends_process=True,
         metrics=metrics,
     )
-    # What the libraries and the model have made stays for good: looking through it again and again for what may go held
-    # every call up for 0.3 s (torch and transformers make a million objects).
+    # The objects of the libraries and the model stay for good (torch and transformers make a million): each garbage
+    # collection that looked through them delayed every call by 0.3 s.
     gc.collect()
     gc.freeze()
     address = await server.start(config.teacher.address)
-    told = asyncio.Event()
+    signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
+        asyncio.get_running_loop().add_signal_handler(number, signalled.set)
     if announce is not None:
         entry.announce(address, announce)
     print(f"teacher ready on {address}", flush=True)
-    ends = [asyncio.create_task(event.wait()) for event in (told, server.failed)]
+    ends = [asyncio.create_task(event.wait()) for event in (signalled, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
         end.cancel()
-    log.info("teacher stops: %s", "its engine failed or hangs" if server.failed.is_set() else "it was told to")
-    # After a failure nothing accepted can be answered; the waiting calls have their UNAVAILABLE already.
+    log.info("teacher stops: %s", "its engine failed or hangs" if server.failed.is_set() else "a signal")
+    # After a failure no accepted call can be answered; the waiting ones have got UNAVAILABLE already.
     await server.stop(1.0 if server.failed.is_set() else service.drain_s)
     if not server.failed.is_set():
         backend.close()
         return 0
-    # Not by way of the interpreter's end, where the libraries would wait for a device that may never answer.
+    # Skips the interpreter's shutdown, in which the libraries would wait for a device that may never answer.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,8 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vaopd.errors import Mismatch, Unavailable
-from vaopd.queue import TrainerQueue
-from vaopd.queue.trainer import Delivered
+from vaopd.queue import Delivered, TrainerEnd
 from vaopd.run.ledger import Ledger
 from vaopd.telemetry import logs
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -31,7 +30,7 @@ Check = Callable[[], None]
 class Collector:
     """One per job. Not thread-safe: the coordinator's main thread owns it."""
 
-    def __init__(self, *, queue: TrainerQueue, ledger: Ledger, remind_every_s: float = 30.0) -> None:
+    def __init__(self, *, queue: TrainerEnd, ledger: Ledger, remind_every_s: float = 30.0) -> None:
         """`remind_every_s`: how long without any news until it says so, and looks whether Redis lost something."""
         self._remind_every_s = remind_every_s
         self._queue = queue

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_file
-from vaopd.telemetry.progress_line import Progress, draw, duration
+from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 
 class JsonLines:
@@ -67,7 +67,7 @@ class ProgressLine:
         # What matters least stands last: a narrow terminal cuts it off.
         parts = [
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
-            f"{duration(left)} left" if left is not None else "",
+            f"{format_duration(left)} left" if left is not None else "",
             f"loss {metrics['loss']:.4f}  mean VA {metrics['mean_va']:.3f}",
             f"accuracy {self.accuracy:.1%}" if self.accuracy is not None else "",
             f"{metrics['rollouts_per_s']:.1f} rollouts/s",
@@ -88,7 +88,7 @@ class ProgressLine:
                 every_s=EVALUATION_EVERY_S,
             )
         if done < total:  # its end is told by the accuracy
-            self._evaluation.at(done)
+            self._evaluation.report(done)
 
     def say(self, text: str) -> None:
         """A line that stays."""

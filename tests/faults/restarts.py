@@ -26,7 +26,7 @@ import numpy as np
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherProcess, drawing, teacher_process, token_request
 from vaopd.client import TeacherClient
-from vaopd.launch.checks import free_port
+from vaopd.net.ports import free_port
 from vaopd.types import GroupScore, ScoreRequest
 
 CALLERS, GROUPS_PER_CALL, PICTURES = 4, 3, 12
@@ -78,7 +78,7 @@ def replicas(folder: Path) -> Iterator[list[Replica]]:
     with ExitStack() as stack:
         started = []
         for name in ("one", "two"):
-            started.append(Replica(folder / name, f"127.0.0.1:{free_port('127.0.0.1')}"))
+            started.append(Replica(folder / name, f"127.0.0.1:{free_port()}"))
             stack.callback(started[-1].close)
         yield started
 

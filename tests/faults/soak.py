@@ -32,7 +32,7 @@ from tests.faults.chaos.world import JOB, World
 from tests.faults.soak_load import Load
 from tests.support.teacher import teacher_process
 from tests.support.waiting import wait_until
-from vaopd.launch.checks import free_port
+from vaopd.net.ports import free_port
 from vaopd.queue.embedded import EmbeddedRedis
 
 SERVICE = "[teacher.images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
@@ -92,7 +92,7 @@ class Queue:
         self._redis = stack.enter_context(EmbeddedRedis())
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.faults.chaos.roles"])
-        port = free_port("127.0.0.1")
+        port = free_port()
         (folder / "run").mkdir(parents=True)
         self.world = World(
             seed=1, steps=10**6, groups_per_step=25, folder=folder, redis_url=self._redis.url,

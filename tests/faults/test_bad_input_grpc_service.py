@@ -31,7 +31,7 @@ from vaopd.pb import teacher_pb2_grpc
 from vaopd.vlm.model import Vlm
 from vaopd.wire.common import tensor_from_pb
 from vaopd.wire.teacher import score_request_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 CODE = grpc.StatusCode
@@ -147,7 +147,7 @@ class HeldEngine:
         self.reached: list[str] = []
         self.go = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         self.reached += [group.group_id for group in groups]
         assert self.go.wait(60)
         yield from self._engine.score(groups)

@@ -35,7 +35,7 @@ from vaopd_api.access import OPEN, Access
 from vaopd_api.app import create_app
 from vaopd_api.problems import describe
 from vaopd_api.teachers import Teachers
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +175,7 @@ class HeldEngine:
         self.reached: list[str] = []
         self.go = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         self.reached += [group.group_id for group in groups]
         assert self.go.wait(60)
         if self._broken:

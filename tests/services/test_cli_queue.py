@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.groups import a_request
-from tests.support.queue_jobs import Job, a_job, answer, take_one
+from tests.support.groups import a_request, answer, take_one
+from tests.support.queue_jobs import Job, a_job
 from tests.support.redis import job, redis_server
 from vaopd.cli import main
 

@@ -59,7 +59,7 @@ def test_a_child_that_dies_before_it_is_ready_is_reported_with_the_end_of_its_lo
 def test_who_is_still_starting_is_told_now_and_then(
     supervisor: Supervisor, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vaopd.launch.supervisor.TELL_EVERY_S", 0.01)
+    monkeypatch.setattr("vaopd.launch.supervisor.SAY_EVERY_S", 0.01)
     with supervisor:
         supervisor.start(Child(name="teacher", argv=python(SLEEPER), is_ready=lambda: len(said) >= 2))
         supervisor.wait_ready("teacher", timeout_s=60)

@@ -29,7 +29,7 @@ from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_api.app import create_app
 from vaopd_api.teachers import Teachers
 from vaopd_rollout.metrics import WorkerMetrics
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, finish
 from vaopd_teacher.metrics import MAX_JOBS, TeacherMetrics
 from vaopd_trainer.metrics import GAUGES, KL_TOKENS, TrainerMetrics
 from vaopd_trainer.step_numbers import STEP_TIMES
@@ -165,16 +165,16 @@ def test_only_the_jobs_that_asked_last_have_series() -> None:
     """Names come from outside: a client that makes up a new one for each call must not fill the teacher's memory."""
     metrics = TeacherMetrics()
     for index in range(3 * MAX_JOBS):
-        metrics.failed(f"job-{index}")
-        metrics.refused(f"job-{index}", "queue_full")
-    metrics.refused(None, "unauthenticated")
+        metrics.count_failed(f"job-{index}")
+        metrics.count_refused(f"job-{index}", "queue_full")
+    metrics.count_refused(None, "unauthenticated")
     jobs = {sample.labels.get("vaopd_job") for family in metrics.registry.collect() for sample in family.samples}
     assert jobs - {None} == {f"job-{index}" for index in range(2 * MAX_JOBS, 3 * MAX_JOBS)} | {"-"}
 
 
 def test_a_job_s_label_is_short() -> None:
     metrics = TeacherMetrics()
-    metrics.refused("x" * 10_000, "queue_full")
+    metrics.count_refused("x" * 10_000, "queue_full")
     assert read(metrics.registry, "vaopd_teacher_refused_calls_total", vaopd_job="x" * 64, reason="queue_full") == 1
 
 
@@ -275,13 +275,14 @@ def test_mean_advantage_is_of_each_rollout() -> None:
     prompt = PreparedPrompt(token_ids=np.arange(7), images=())
     responses = (np.arange(2), np.arange(3))
     group = PreparedGroup(group_id="g", original=prompt, degraded=prompt, responses=responses, payload="none", top_k=0)
-    scored = ScoredGroup(
-        teacher_logprobs=np.array([-1.0, -1.0, -1.0, -3.0, -1.0], np.float32),
-        degraded_logprobs=np.array([-1.02, -1.04, -3.0, -1.0, -5.0], np.float32),
-        payload=Payload(kind="none", tensors={}),
-    )
+    columns = {
+        "teacher_logprobs": np.array([-1.0, -1.0, -1.0, -3.0, -1.0], np.float32),
+        "degraded_logprobs": np.array([-1.02, -1.04, -3.0, -1.0, -5.0], np.float32),
+    }
+    scored = finish(group, columns, Payload(kind="none", tensors={}))
+    assert isinstance(scored, EngineResult)
     metrics = TeacherMetrics()
-    metrics.scored("geometry", group, scored, latency_s=0.2)
+    metrics.count_scored("geometry", scored, latency_s=0.2)
     name, job = "vaopd_teacher_rollout_visual_advantage_nats", {"vaopd_job": "geometry"}
     assert read(metrics.registry, f"{name}_count", **job) == 2
     assert read(metrics.registry, f"{name}_sum", **job) == pytest.approx(2.03, abs=1e-6)

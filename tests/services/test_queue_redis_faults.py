@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.groups import a_request, an_answer
+from tests.support.groups import a_request, an_answer, answer, collect_one, take_one
 from tests.support.lost_replies import LossyRelay
-from tests.support.queue_jobs import Job, a_job, answer, collect_one, take_one
+from tests.support.queue_jobs import Job, a_job
 from tests.support.redis import job, redis_server
 from tests.support.waiting import wait_until
 from vaopd.errors import LeaseLost, Mismatch, Unavailable

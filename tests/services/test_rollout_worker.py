@@ -12,14 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.groups import an_answer
 from tests.support.redis import job, redis_server  # noqa: F401
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
 from tests.support.waiting import wait_until
 from vaopd.queue import TrainerQueue, WorkerQueue
-from vaopd.sampling.engine import Outcome
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
-from vaopd_rollout.worker import RolloutWorker, Stop
 
 CONFIG = """
 [run]
@@ -143,55 +140,6 @@ def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, po
         leases = other.take(block_s=1, max_requests=8)
         assert sorted(lease.request.group_id for lease in leases) == [f"g{index}" for index in range(8)]
         assert {lease.deliveries for lease in leases} == {1}  # handing back is not a death
-
-
-class DyingEngine:
-    """Loads anything; dies of a request whose group is called "poison"."""
-
-    policy: PolicyVersion | None = None
-
-    def load_policy(self, policy: PolicyVersion) -> None:
-        self.policy = policy
-
-    def generate(self, requests: list[RolloutRequest]) -> list[Outcome]:
-        if any(request.group_id == "poison" for request in requests):
-            raise MemoryError("out of memory")
-        return [an_answer(request) for request in requests]
-
-    def close(self) -> None:
-        pass
-
-
-def test_a_request_that_kills_engines_counts_its_deliveries_and_the_others_are_handed_back(
-    redis_server,  # noqa: F811
-    job,  # noqa: F811
-    trainer,
-    policies,
-):
-    for policy in policies:
-        trainer.publish_policy(policy)
-    trainer.enqueue(ask("poison", version=0))
-    trainer.enqueue(ask("innocent", version=1))
-    queue = WorkerQueue(url=redis_server.url, job=job, worker="w1", lease_s=0.5)
-    stop = Stop(drain_s=1)
-
-    with pytest.raises(MemoryError):
-        RolloutWorker(engine=DyingEngine(), queue=queue, requests_per_batch=8, stop=stop).run()
-
-    with closing(WorkerQueue(url=redis_server.url, job=job, worker="w2", lease_s=0.5)) as other:
-        delivered = {lease.request.group_id: lease.deliveries for lease in other.take(block_s=0.1, max_requests=8)}
-        assert delivered == {"innocent": 1}
-        taken: list[int] = []
-        wait_until(
-            "the lease of the poisonous request has run out",
-            lambda: (
-                taken.extend(
-                    lease.deliveries for lease in other.take(block_s=0.1) if lease.request.group_id == "poison"
-                )
-                or taken
-            ),
-        )
-        assert taken == [2]
 
 
 def test_help_needs_nothing_heavy():

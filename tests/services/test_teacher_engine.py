@@ -19,7 +19,7 @@ from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.types import GroupScore, Payload, ScoreRequest
 from vaopd.vlm.model import Encode, Segment, Vlm
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, finish
 
 
 class SmallDevice(Vlm):
@@ -45,16 +45,17 @@ class HeldEngine:
         self.reached: list[str] = []
         self.go = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         for group in groups:
             self.reached.append(group.group_id)
             assert self.go.wait(60)
             nothing = np.zeros(sum(len(ids) for ids in group.responses), np.float32)
-            yield ScoredGroup(teacher_logprobs=nothing, degraded_logprobs=nothing, payload=Payload(kind="none"))
+            columns = dict.fromkeys(("teacher_logprobs", "degraded_logprobs"), nothing)
+            yield finish(group, columns, Payload(kind="none"))
 
 
 class BrokenEngine:
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered at 0x7f00")
         yield
 

@@ -29,7 +29,7 @@ from vaopd.errors import ConfigError
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm.model import Segment, Vlm
-from vaopd_teacher.engines.tensor_parallel import LeadingVlm, Link, compute, lead, packed
+from vaopd_teacher.engines.tensor_parallel import LeadingVlm, Link, compute, lead, pack_forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +44,7 @@ def test_a_message_holds_all_that_a_forward_needs(family: str) -> None:
     with torch.inference_mode():
         features = vlm.encode_images(images)
         expected = vlm.response_hidden(segments)
-        assert torch.equal(compute(vlm, packed(segments, images, features)), expected)
+        assert torch.equal(compute(vlm, pack_forward(segments, images, features)), expected)
 
 
 class NoLink(Link):

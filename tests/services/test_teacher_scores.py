@@ -110,6 +110,15 @@ def test_what_the_image_shows_has_an_advantage_over_the_blurred_view(either: Tea
     assert max(advantage.max() for advantage in scored.visual_advantage) > 0.001
 
 
+@pytest.mark.slow
+def test_vllm_refuses_a_column_that_it_can_t_compute(on_vllm: TeacherInProcess) -> None:
+    with (
+        SyncTeacherClient(on_vllm.target, payload="none") as client,
+        pytest.raises(Mismatch, match="can't compute column 'teacher_entropy_nats'; on request it computes none"),
+    ):
+        list(client.score([token_request(tiny_vlm(), "g")], columns=["teacher_entropy_nats"]))
+
+
 def test_pixelation_with_ratio_1_has_no_advantage_at_all(teacher: TeacherInProcess) -> None:
     request = token_request(tiny_vlm(), "g", pictures=[drawing(1)])
     (scored,) = score(teacher.target, request, degradation=Degradation(strength=1.0))
@@ -216,7 +225,7 @@ def test_what_vllm_can_not_send_is_not_offered_and_refused_by_name(on_vllm: Teac
     for payload in ("hidden", "hidden_int8"):
         with pytest.raises(Mismatch, match=f"can't send payload {payload}; it has none, top_k, sampled"):
             score(on_vllm.target, request, payload=payload)
-    with SyncTeacherClient(on_vllm.target) as client, pytest.raises(Mismatch, match="doesn't give its head away"):
+    with SyncTeacherClient(on_vllm.target) as client, pytest.raises(Mismatch, match="can't send its head"):
         client.head()
 
 

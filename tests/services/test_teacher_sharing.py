@@ -26,10 +26,9 @@ from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import Degradation, GroupScore, ScoreRequest
 from vaopd.wire.common import image_to_pb
 from vaopd.wire.teacher import score_request_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.line.prepare_ahead import AT_ONCE, FEW_TOKENS
-from vaopd_teacher.line.scheduler import group_tokens
 
 ONE_GROUP_A_FORWARD = 50
 
@@ -42,7 +41,7 @@ class NotingEngine:
         self.batches: list[list[PreparedGroup]] = []
         self.go = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         self.batches.append(list(groups))
         assert self.go.wait(60)
         yield from self._engine.score(groups)
@@ -54,7 +53,7 @@ class NotingEngine:
     def tokens_of(self, job: str, *, first: int) -> int:
         """Of the first so many groups, those of a job."""
         groups = [group for batch in self.batches for group in batch][:first]
-        return sum(group_tokens(group) for group in groups if group.group_id.startswith(job))
+        return sum(group.tokens for group in groups if group.group_id.startswith(job))
 
 
 @dataclass(frozen=True)
@@ -135,9 +134,7 @@ def test_jobs_with_groups_of_different_size_get_the_same_tokens() -> None:
         held.wait("large", 4, rollouts=8)
         held.serve()
     large, small = (held.engine.tokens_of(job, first=11) for job in ("large", "small"))
-    one_of_each = sum(
-        group_tokens(batch[0]) for batch in held.engine.batches if batch[0].group_id in ("large0", "small0")
-    )
+    one_of_each = sum(batch[0].tokens for batch in held.engine.batches if batch[0].group_id in ("large0", "small0"))
     assert abs(large - small) <= one_of_each
 
 

@@ -17,7 +17,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.config import TeacherServiceConfig
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.types import GroupScore
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 
@@ -28,7 +28,7 @@ class HangingEngine:
         self._engine = GroupEngine(tiny_vlm(), batch_tokens=4096)
         self.over = threading.Event()
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         if any(group.group_id == "hang" for group in groups):
             self.over.wait()
         yield from self._engine.score(groups)
@@ -81,7 +81,7 @@ def test_a_device_that_waits_for_work_is_not_stuck(engine: HangingEngine) -> Non
 class QuickEngine:
     """Refuses every group at once."""
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         for group in groups:
             yield VaopdError(f"{group.group_id} is not wanted")
 

@@ -1,9 +1,8 @@
-"""The trainer's collector when Redis is full, away or empty, and when groups come that are not what was asked for."""
+"""The trainer's collector on a Valkey that is full, away, or comes back empty."""
 # ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,13 +12,10 @@ import pytest
 import redis
 
 from tests.support.collectors import MakeCollector, a_policy, make_collector, never
-from tests.support.groups import a_request, an_answer
-from tests.support.queue_jobs import Job, a_job, answer, take_one
-from tests.support.redis import job, redis_server
+from tests.support.groups import a_request, an_answer, answer
 from vaopd.errors import LeaseLost
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis
-from vaopd.run.ledger import audit
 from vaopd.types import RolloutGroup, RolloutRequest
 from vaopd_trainer.collector import Collector
 
@@ -40,76 +36,6 @@ class Stopped(Exception):
 
 def stop() -> None:
     raise Stopped
-
-
-# -- groups that are not what was asked for ----------------------------------------------------------------------------
-
-
-def test_a_group_of_other_weights_with_the_same_number_is_dropped_and_asked_for_again(
-    make_collector: MakeCollector, a_job: Job
-) -> None:
-    """A trainer died in step 1 and was resumed at step 0: its policy 1 need not be the successor's."""
-    queue, worker = a_job.trainer(), a_job.worker("w1")
-    queue.enqueue(a_request("g1", policy_version=1))
-    lease = take_one(worker)
-    worker.complete(lease, dataclasses.replace(an_answer(lease.request), policy_sha256="cd" * 32))
-    collector = make_collector(queue)
-    ask(collector, a_request("g1", policy_version=1))
-
-    def serve() -> None:
-        for lease in worker.take(block_s=0):
-            worker.complete(lease, an_answer(lease.request))
-
-    [group] = collect(collector, "g1", check=serve)
-    assert group.policy_sha256 == a_policy(1).sha256
-    assert collector.counts == {"other_weights": 1}
-    collector.acknowledge(["g1"])
-    assert queue.requests_in_flight() == 0
-
-
-def test_a_group_of_an_older_policy_is_compared_with_the_weights_that_the_queue_knows(
-    make_collector: MakeCollector, a_job: Job
-) -> None:
-    """With a lag allowed, after a resume: version 1 was published by the trainer before this one."""
-    queue, worker = a_job.trainer(), a_job.worker("w1")
-    collector = make_collector(queue)
-    collector.forget(3)  # of its own record
-    queue.publish_policy(a_policy(1, sha256="cd" * 32))
-    queue.publish_policy(a_policy(2))
-    queue.publish_policy(a_policy(3))
-    ask(collector, a_request("g1", policy_version=1), a_request("g2", policy_version=2))
-    answer(worker)
-    answer(worker)
-    assert [group.group_id for group in collect(collector, "g2")] == ["g2"]
-    assert collector.counts == {"other_weights": 1}
-
-
-def test_a_group_with_siblings_missing_is_a_dead_letter(
-    make_collector: MakeCollector, a_job: Job, tmp_path: Path
-) -> None:
-    """The rollout weights need all of them."""
-    queue, worker = a_job.trainer(), a_job.worker("w1")
-    collector = make_collector(queue)
-    ask(collector, a_request("g1"), a_request("g2"))
-    lease = take_one(worker)
-    group = an_answer(lease.request)
-    worker.complete(lease, dataclasses.replace(group, rollouts=group.rollouts[:1]))
-    answer(worker)
-    assert [group.group_id for group in collect(collector, "g1", "g2")] == ["g2"]
-    [letter] = queue.dead_letters()
-    assert (letter.group_id, letter.reason) == ("g1", "it holds 1 rollouts, 2 were asked for")
-    [fate] = [fate for fate in audit(tmp_path).fates if fate.dead]
-    assert fate.group_id == "g1"
-
-
-def test_letters_without_a_readable_key_stop_nobody(make_collector: MakeCollector, a_job: Job) -> None:
-    queue, worker = a_job.trainer(), a_job.worker("w1")
-    a_job.put_fields("groups", {"colour": "blue"})
-    a_job.put_raw("groups", "\x00@@", b"\xff")
-    collector = make_collector(queue)
-    ask(collector, a_request("g1"))
-    answer(worker)
-    assert len(collect(collector, "g1")) == 1
 
 
 # -- Redis is full -----------------------------------------------------------------------------------------------------
@@ -224,3 +150,32 @@ def test_an_empty_redis_gives_no_job_back_to_a_trainer_whose_successor_has_begun
         with pytest.raises(LeaseLost, match=f"'{successor.owner}' has gone on"):
             collect(collector, "g1")
         successor.acquire()  # at once: nobody holds it
+
+
+def test_a_redis_that_came_back_empty_gets_policy_and_missing_requests_again(make_collector: MakeCollector) -> None:
+    """What is in the trainer's hands already isn't asked for again."""
+    with EmbeddedRedis() as server, closing(TrainerQueue(url=server.url, job="job", lease_s=5)) as queue:
+        queue.acquire()
+        collector = make_collector(queue)
+        ask(collector, a_request("g1"), a_request("g2"), a_request("g3"))
+        with closing(WorkerQueue(url=server.url, job="job", worker="w0")) as worker:
+            answer(worker)
+            assert [group.group_id for group in collect(collector, "g1")] == ["g1"]
+
+        server.kill()
+        server.start()  # without an append-only file: empty
+
+        with closing(WorkerQueue(url=server.url, job="job", worker="w1")) as worker:
+            answered: list[str] = []
+
+            def serve() -> None:
+                """Called whenever the collector is about to wait: the worker answers what has been published."""
+                for lease in worker.take(block_s=0.05):
+                    assert worker.policy(0) == a_policy(0)
+                    answered.append(lease.request.group_id)
+                    worker.complete(lease, an_answer(lease.request))
+
+            assert sorted(group.group_id for group in collect(collector, "g2", "g3", check=serve)) == ["g2", "g3"]
+            assert answered == ["g2", "g3"]
+            collector.dead_letter("g1", "refused after its entry was lost")  # no entry, no letter, no error
+            assert queue.dead_letters() == []

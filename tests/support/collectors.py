@@ -1,4 +1,4 @@
-"""Collectors over a real queue, with policies 0 to 3 announced. Import the fixture where it is used:
+"""Collectors over a queue, with policies 0 to 3 announced. Import the fixture where it is used:
 
 from tests.support.collectors import make_collector  # noqa: F401
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from vaopd.queue import TrainerQueue
+from vaopd.queue import TrainerEnd
 from vaopd.run.ledger import Ledger
 from vaopd.types import PolicyVersion
 from vaopd_trainer.collector import Collector
 
-MakeCollector = Callable[[TrainerQueue], Collector]
+MakeCollector = Callable[[TrainerEnd], Collector]
 
 
 def a_policy(version: int, *, sha256: str = "ab" * 32) -> PolicyVersion:
@@ -33,7 +33,7 @@ def make_collector(tmp_path: Path) -> Iterator[MakeCollector]:
     """One ledger for all, tmp_path/ledger.jsonl, as for a trainer and its successors."""
     with ExitStack() as stack:
 
-        def make(queue: TrainerQueue) -> Collector:
+        def make(queue: TrainerEnd) -> Collector:
             ledger = stack.enter_context(closing(Ledger(tmp_path / "ledger.jsonl", owner=queue.owner, fresh=False)))
             collector = Collector(queue=queue, ledger=ledger)
             for version in range(4):

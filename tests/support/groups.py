@@ -1,9 +1,10 @@
-"""Small requests and groups for tests of the queue."""
+"""Small requests and groups for tests of the queue, and the steps that they take through it."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from vaopd.queue import Delivered, Lease, TrainerEnd, WorkerEnd
 from vaopd.types import EncodedImage, Message, Rollout, RolloutGroup, RolloutRequest, SamplingSettings, TextPart
 
 
@@ -38,3 +39,20 @@ def an_answer(request: RolloutRequest, *, worker: str = "w1") -> RolloutGroup:
         worker=worker,
         generation_s=0.1,
     )
+
+
+def take_one(worker: WorkerEnd) -> Lease:
+    [lease] = worker.take(block_s=10)
+    return lease
+
+
+def collect_one(trainer: TrainerEnd) -> Delivered:
+    [delivered] = trainer.collect(block_s=10, max_groups=1)
+    return delivered
+
+
+def answer(worker: WorkerEnd) -> RolloutRequest:
+    """Takes a request and answers it."""
+    lease = take_one(worker)
+    worker.complete(lease, an_answer(lease.request, worker=worker.worker))
+    return lease.request

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.waiting import wait_until
-from vaopd.launch.checks import free_port
+from vaopd.net.ports import free_port
 
 
 def binary(name: str) -> str:
@@ -55,7 +55,7 @@ def prometheus(folder: Path, *, config: str) -> Iterator[Prometheus]:
     """`config`: the whole prometheus.yml; relative paths in it start at `folder`."""
     executable = binary("prometheus")
     (folder / "prometheus.yml").write_text(config)
-    port = free_port("127.0.0.1")
+    port = free_port()
     command = [executable, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'tsdb'}"]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)

@@ -8,20 +8,22 @@ from contextlib import ExitStack, closing
 import pytest
 import redis
 
-from tests.support.groups import an_answer
 from tests.support.redis import job, redis_server  # noqa: F401
-from vaopd.queue import DeadLetters, Delivered, Lease, TrainerQueue, WorkerQueue
+from vaopd.queue import DeadLetters, TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis
-from vaopd.types import RolloutRequest
 
 
 class Job:
     def __init__(self, url: str, name: str, stack: ExitStack) -> None:
         self.url, self.name, self._stack = url, name, stack
 
-    def trainer(self, *, lease_s: float = 30.0, url: str | None = None) -> TrainerQueue:
-        queue = self._stack.enter_context(closing(TrainerQueue(url=url or self.url, job=self.name, lease_s=lease_s)))
-        queue.acquire()
+    def trainer(
+        self, *, owner: str | None = None, lease_s: float = 30.0, acquire: bool = True, url: str | None = None
+    ) -> TrainerQueue:
+        queue = TrainerQueue(url=url or self.url, job=self.name, owner=owner, lease_s=lease_s)
+        self._stack.enter_context(closing(queue))
+        if acquire:
+            queue.acquire()
         return queue
 
     def worker(self, name: str, *, lease_s: float = 30.0, url: str | None = None) -> WorkerQueue:
@@ -35,6 +37,11 @@ class Job:
         """Without a word, and its lease has run out."""
         with redis.Redis.from_url(self.url) as client:
             client.pexpire(f"vaopd:{{{self.name}}}:trainer", 0)
+
+    def comes_back_empty(self) -> None:
+        """To the job it looks as if Redis did: every key is gone."""
+        with redis.Redis.from_url(self.url) as client:
+            client.delete(*client.scan_iter(f"vaopd:{{{self.name}}}:*"))
 
     def put_raw(self, stream: str, key: str, body: bytes) -> None:
         """A body that no trainer or worker would write."""
@@ -50,19 +57,3 @@ class Job:
 def a_job(redis_server: EmbeddedRedis, job: str) -> Iterator[Job]:  # noqa: F811
     with ExitStack() as stack:
         yield Job(redis_server.url, job, stack)
-
-
-def take_one(worker: WorkerQueue) -> Lease:
-    [lease] = worker.take(block_s=10)
-    return lease
-
-
-def collect_one(trainer: TrainerQueue) -> Delivered:
-    [delivered] = trainer.collect(block_s=10, max_groups=1)
-    return delivered
-
-
-def answer(worker: WorkerQueue) -> RolloutRequest:
-    lease = take_one(worker)
-    worker.complete(lease, an_answer(lease.request, worker=worker.worker))
-    return lease.request

@@ -101,7 +101,8 @@ def test_there_is_no_circle() -> None:
 
 TORCH_FREE = (
     *("types", "errors", "config", "telemetry", "wire", "client", "http_types", "http_client", "scoring", "images"),
-    *("degradation", "access", "files", "queue", "launch", "process", "cli", "run"),
+    *("degradation", "access", "files", "net", "queue", "launch", "process", "cli", "run"),
+    "columns",
 )
 WITH_TORCH = ("vaopd.run.snapshots",)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vaopd.client.channel import carried
+from vaopd.client.channel import trace_metadata
 from vaopd.errors import ConfigError
 from vaopd.telemetry import logs
 
@@ -60,12 +60,12 @@ def test_what_a_process_shares_is_in_every_line() -> None:
 
 def test_the_request_that_is_answered_is_in_every_line_and_goes_on_with_calls(request_id: str) -> None:
     assert formatted("scored")["request"] == request_id
-    assert carried() == (("x-request-id", request_id),)
+    assert trace_metadata() == (("x-request-id", request_id),)
 
 
-def test_without_a_request_nothing_is_carried() -> None:
+def test_without_a_request_there_is_no_trace_metadata() -> None:
     assert "request" not in formatted("scored")
-    assert carried() == ()
+    assert trace_metadata() == ()
 
 
 def test_a_traceback_stays_in_its_line() -> None:

@@ -53,6 +53,18 @@ def test_no_gpu(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "--set teacher.device_map=cpu" in told
 
 
+def test_every_gpu_that_a_host_may_show_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Windows shows its driver to Linux in one file, /dev/dxg, and has neither of the other two."""
+    names = [path.name for path in checks.GPU_FILES]
+    assert names == ["nvidiactl", "kfd", "dxg"]
+    monkeypatch.setattr(checks, "GPU_FILES", tuple(tmp_path / name for name in names))
+    assert not checks.has_gpu()
+    for name in names:
+        (tmp_path / name).touch()
+        assert checks.has_gpu()
+        (tmp_path / name).unlink()
+
+
 def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refusal(capsys, "up", str(config), "--set", "student.model=/none/student", "--set", "data.source=/none/data")
     assert "student.model = /none/student: no such folder" in told

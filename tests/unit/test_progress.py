@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from tests.support.terminal import Terminal
-from vaopd.telemetry.progress_line import Progress, draw, duration
+from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 
 class Clock:
@@ -22,7 +22,7 @@ def test_elsewhere_a_line_now_and_then_and_at_the_end() -> None:
     progress = Progress("evaluating", total=256, unit="problems", stream=stream, clock=clock)
     for seconds, done in ((1, 8), (10, 64), (12, 80), (75, 256)):
         clock.now = 100.0 + seconds
-        progress.at(done)
+        progress.report(done)
     assert stream.getvalue().splitlines() == [
         "evaluating: 64/256 problems, 0:30 left",
         "evaluating: 256/256 problems in 1:15",
@@ -33,9 +33,9 @@ def test_a_terminal_s_line_is_drawn_over_and_stays_at_the_end() -> None:
     stream, clock = Terminal(), Clock()
     progress = Progress("drawing", total=4, unit="problems", stream=stream, clock=clock)
     clock.now += 1
-    progress.at(1, "so far so good")
+    progress.report(1, "so far so good")
     clock.now += 3
-    progress.at(4)
+    progress.report(4)
     assert stream.getvalue() == (
         "\r\x1b[Kdrawing: 1/4 problems, 0:03 left  so far so good\r\x1b[Kdrawing: 4/4 problems in 0:04\n"
     )
@@ -51,4 +51,4 @@ def test_a_line_that_is_drawn_over_fits_the_terminal() -> None:
 
 
 def test_durations_as_people_read_them() -> None:
-    assert [duration(seconds) for seconds in (0, 59.6, 65, 3671)] == ["0:00", "1:00", "1:05", "1:01:11"]
+    assert [format_duration(seconds) for seconds in (0, 59.6, 65, 3671)] == ["0:00", "1:00", "1:05", "1:01:11"]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
-TESTS = sorted(set(re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", PAGE)))
+TESTS = sorted(set(re.findall(r"`(\w+/\w+\.py)::(test_\w+)`", PAGE)))
 FILES = sorted(set(re.findall(r"`(\w+/test_\w+\.py)`", PAGE)))
 MODULES = sorted(set(re.findall(r"python -m (tests(?:\.\w+)+)", PAGE)))
 TARGETS = sorted(set(re.findall(r"\bmake ([a-z-]+)", PAGE)))
@@ -24,7 +24,7 @@ def rows(heading: str) -> list[list[str]]:
 
 @pytest.mark.parametrize(("file", "name"), TESTS)
 def test_a_test_that_is_named_is_there(file: str, name: str) -> None:
-    assert re.search(rf"^(?:async )?def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+    assert re.search(rf"^ *(?:async )?def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
 
 
 def test_files_modules_and_targets_that_are_named_are_there() -> None:

@@ -14,7 +14,7 @@ from tests.support.teacher import drawing
 from vaopd.degradation import pixelate
 from vaopd.payloads import to_torch
 from vaopd.vlm.model import Encode, Segment, Vlm
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
 LENGTHS = [(20, 33, 7, 1), (12, 12), (5,), (40, 11, 12)]
@@ -46,12 +46,12 @@ def groups() -> list[PreparedGroup]:
     return made
 
 
-def score(batch_tokens: int) -> list[ScoredGroup]:
+def score(batch_tokens: int) -> list[EngineResult]:
     FORWARDS.clear()
     vlm = tiny_vlm()
     recorded = Recorded(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
     results = list(GroupEngine(recorded, batch_tokens=batch_tokens).score(groups()))
-    assert all(isinstance(result, ScoredGroup) for result in results)
+    assert all(isinstance(result, EngineResult) for result in results)
     return results  # type: ignore[return-value]
 
 
@@ -92,7 +92,7 @@ def test_a_budget_of_one_token_makes_a_forward_of_each_rollout_and_view() -> Non
 def test_the_budget_makes_no_difference_to_the_scores(batch_tokens: int) -> None:
     """Stated tolerance: 1e-5 nats in float32. (With one CPU thread they are the same bits, with two they are not.)"""
     for mine, expected in zip(score(batch_tokens), score(10_000), strict=True):
-        np.testing.assert_allclose(mine.teacher_logprobs, expected.teacher_logprobs, atol=1e-5)
-        np.testing.assert_allclose(mine.degraded_logprobs, expected.degraded_logprobs, atol=1e-5)
+        for name in ("teacher_logprobs", "degraded_logprobs"):
+            np.testing.assert_allclose(mine.columns[name], expected.columns[name], atol=1e-5)
         hidden, whole = (to_torch(result.payload.tensors["hidden"]) for result in (mine, expected))
         torch.testing.assert_close(hidden, whole, atol=1e-4, rtol=1e-4)

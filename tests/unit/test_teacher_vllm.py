@@ -16,7 +16,7 @@ from vaopd.config import load_config, load_service_config
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_teacher.engines.revision import revision_of_folder
-from vaopd_teacher.engines.vllm_engine import load, top_k, unexpanded
+from vaopd_teacher.engines.vllm_engine import collapse_images, load, top_k
 from vaopd_teacher.engines.vllm_extension import log_probs
 
 
@@ -26,7 +26,7 @@ def test_vllm_reads_one_placeholder_per_image(family: str, sizes: list[tuple[int
     vlm = family_vlm(family)
     pictures = [drawing(seed, size) for seed, size in enumerate(sizes)]
     expected = vlm.rendered_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
-    assert unexpanded(vlm, ask(vlm, pictures)) == expected
+    assert collapse_images(vlm, ask(vlm, pictures)) == expected
 
 
 def test_a_prompt_without_the_marks_around_an_image_is_refused() -> None:
@@ -35,7 +35,7 @@ def test_a_prompt_without_the_marks_around_an_image_is_refused() -> None:
     (mark,) = set(vlm.processor.tokenizer.convert_tokens_to_ids(["<img>"]))
     bare = PreparedPrompt(token_ids=prompt.token_ids[prompt.token_ids != mark], images=prompt.images)
     with pytest.raises(InvalidInput, match="marks around"):
-        unexpanded(vlm, bare)
+        collapse_images(vlm, bare)
 
 
 V = 400
@@ -107,5 +107,5 @@ def test_an_engine_that_can_not_be_is_refused_with_its_remedy(tmp_path: Path, wr
 @pytest.mark.parametrize("name", ["dtype", "max_logprobs", "worker_extension_cls"])
 def test_what_the_teacher_sets_itself_is_no_option(tmp_path: Path, name: str) -> None:
     pytest.importorskip("vllm")
-    with pytest.raises(ConfigError, match=f"engine.options.{name} is what the teacher sets itself"):
+    with pytest.raises(ConfigError, match=f"engine.options.{name} is set by the teacher itself"):
         load(load_config(write_config(tmp_path)), {name: "x"})

@@ -44,7 +44,8 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """What would stop a process that needs these things, each with the key and the remedy."""
-    from vaopd.launch.checks import engine_problem, gpu_problem, port_problem, redis_problem, tokenizer_problem
+    from vaopd.launch.checks import engine_problem, gpu_problem, redis_problem, tokenizer_problem
+    from vaopd.net.ports import port_problem
 
     for need in needs:
         match need:

@@ -215,7 +215,7 @@ def _models_and_data() -> Iterator[Finding]:
 
 def _ports() -> Iterator[Finding]:
     from vaopd.config import ApiConfig
-    from vaopd.launch.checks import port_problem
+    from vaopd.net.ports import port_problem
 
     for name, key, address in (
         ("teacher port", "teacher.address", "127.0.0.1:50051"),

@@ -46,7 +46,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     prompts = held_out_prompts(config)
     print(f"vaopd: loading {config.student.model} into {config.rollout.engine}", file=sys.stderr, flush=True)
     progress = Progress("vaopd: evaluating", total=len(prompts), unit="problems")
-    result = evaluate_model(config, prompts, on_progress=progress.at)
+    result = evaluate_model(config, prompts, on_progress=progress.report)
     if arguments.json:
         print(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
     else:

@@ -1,7 +1,8 @@
-"""The teacher's client: prompt groups go out, scores come in, from one replica or several. Torch-free."""
+"""The teacher's client: sends prompt groups to one replica or several, receives their scores. Torch-free."""
 
-from vaopd.client.answers import GroupFailure
 from vaopd.client.credentials import from_environment
-from vaopd.client.teacher import ClientOptions, SyncTeacherClient, TeacherClient
+from vaopd.client.sync import SyncTeacherClient
+from vaopd.client.teacher import ClientOptions, TeacherClient
+from vaopd.types import GroupFailure
 
 __all__ = ["ClientOptions", "GroupFailure", "SyncTeacherClient", "TeacherClient", "from_environment"]

@@ -1,39 +1,38 @@
-"""What a client makes of a teacher's stream: chunks become tensors, a score and its tensors become a GroupScore.
+"""Puts a teacher's stream together: chunks become tensors, a score and its tensors become a GroupScore.
 
-Every number that was promised has to be there, in order and finite; nothing is filled in.
+Every number that was announced has to arrive, in order and finite; nothing is filled in.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 
-from vaopd.errors import Mismatch, NumericalError, VaopdError
+from vaopd.columns import COLUMNS
+from vaopd.errors import Mismatch, NumericalError
 from vaopd.pb import common_pb2
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.types import ITEMSIZE_BYTES, GroupScore, Payload, PayloadKind, ScoreRequest, Tensor
+from vaopd.types import (
+    ITEMSIZE_BYTES,
+    GroupFailure,
+    GroupScore,
+    Payload,
+    PayloadKind,
+    ScoreRequest,
+    Tensor,
+)
 from vaopd.wire.common import checked_tensor, tensor_from_pb
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupFailure:
-    """A group that was not scored, and why; the other groups of the request are not concerned.
-
-    >>> GroupFailure(group_id="g7", error=NumericalError("3 log-probs are not finite")).error.args[0]
-    '3 log-probs are not finite'
-    """
-
-    group_id: str
-    error: VaopdError
+from vaopd.wire.teacher import columns_from_pb
 
 
 class TensorAssembly:
-    """One tensor out of its chunks."""
+    """Collects the chunks of one tensor."""
 
     def __init__(self, declared: pb.PayloadTensor) -> None:
+        """Raises Mismatch for an unknown dtype."""
         if declared.dtype not in ITEMSIZE_BYTES:
             raise Mismatch(f"the teacher sends tensor {declared.name!r} as {declared.dtype!r}, which is unknown here")
         self._declared = declared
@@ -43,9 +42,11 @@ class TensorAssembly:
 
     @property
     def complete(self) -> bool:
+        """Whether all bytes have arrived."""
         return self._received_bytes == self._size_bytes
 
     def add(self, chunk: pb.TensorChunk) -> None:
+        """Adds the next chunk. Raises Mismatch for one out of order, or beyond the tensor's end."""
         end = chunk.offset_bytes + len(chunk.data)
         if chunk.offset_bytes != self._received_bytes or end > self._size_bytes or not chunk.data:
             raise Mismatch(
@@ -56,44 +57,52 @@ class TensorAssembly:
         self._received_bytes = end
 
     def tensor(self) -> Tensor:
+        """Returns the tensor, once it is complete."""
         return checked_tensor(self._declared.dtype, tuple(self._declared.shape), b"".join(self._chunks))
 
 
 class GroupAssembly:
-    """One group's answer."""
+    """Collects one group's answer: its score, then the chunks of its payload."""
 
-    def __init__(self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind) -> None:
+    def __init__(
+        self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind, columns: Iterable[str] = ()
+    ) -> None:
+        """`columns`: the names that were asked for."""
         self._score = score
         self._request = request
         self._payload = payload
+        self._columns = tuple(columns)
         self._tensors = {declared.name: TensorAssembly(declared) for declared in score.payload}
 
     @property
     def complete(self) -> bool:
+        """Whether every tensor that the score announced has arrived."""
         return all(tensor.complete for tensor in self._tensors.values())
 
     def add(self, chunk: pb.TensorChunk) -> None:
+        """Adds the next chunk of a tensor. Raises Mismatch for a tensor that was not announced."""
         if chunk.name not in self._tensors:
             raise Mismatch(f"group {chunk.group_id!r}: a chunk of tensor {chunk.name!r}, which wasn't announced")
         self._tensors[chunk.name].add(chunk)
 
     def result(self) -> GroupScore | GroupFailure:
+        """Returns the score, or a failure when one of its numbers is not finite.
+
+        Raises Mismatch when a column is missing, or has another shape or dtype than the responses ask for.
+        """
         score = self._score
         lengths = list(score.lengths)
         self._check_lengths(lengths)
-        columns = [
-            self._column(message, name, sum(lengths))
-            for message, name in (
-                (score.teacher_logprobs, "teacher_logprobs"),
-                (score.degraded_logprobs, "degraded_logprobs"),
-                (score.visual_advantage, "visual_advantage"),
+        edges = np.cumsum(lengths)[:-1]
+        columns = {name: self._column(tensor, name, sum(lengths)) for name, tensor in columns_from_pb(score).items()}
+        if missing := set(self._columns) - columns.keys():
+            raise Mismatch(
+                f"group {score.group_id!r}: the teacher sent no column {sorted(missing)[0]}; it is of an older version"
             )
-        ]
-        if bad := sum(int((~np.isfinite(column)).sum()) for column in columns):
+        if bad := sum(int((~np.isfinite(column)).sum()) for column in columns.values()):
             error = NumericalError(f"group {score.group_id!r}: {bad} of the teacher's numbers are not finite")
             return GroupFailure(group_id=score.group_id, error=error)
-        edges = np.cumsum(lengths)[:-1]
-        teacher, degraded, advantage = (tuple(np.split(column, edges)) for column in columns)
+        rows = {name: tuple(np.split(column, edges)) for name, column in columns.items()}
         response_ids = token_texts = None
         if score.token_texts:
             response_ids = tuple(np.split(np.array(score.response_ids, dtype=np.int32), edges))
@@ -101,9 +110,10 @@ class GroupAssembly:
             token_texts = tuple(tuple(score.token_texts[start:end]) for start, end in pairwise(starts))
         return GroupScore(
             group_id=score.group_id,
-            teacher_logprobs=teacher,
-            degraded_logprobs=degraded,
-            visual_advantage=advantage,
+            teacher_logprobs=rows["teacher_logprobs"],
+            degraded_logprobs=rows["degraded_logprobs"],
+            visual_advantage=rows["visual_advantage"],
+            columns={name: rows[name] for name in self._columns},
             payload=Payload(
                 kind=self._payload, tensors={name: tensor.tensor() for name, tensor in self._tensors.items()}
             ),
@@ -114,7 +124,7 @@ class GroupAssembly:
         )
 
     def _check_lengths(self, lengths: list[int]) -> None:
-        """A response that was sent as ids has as many scores as ids."""
+        """Raises Mismatch when a response that was sent as ids has not as many scores as ids."""
         responses = self._request.responses
         sent = [None if isinstance(response, str) else len(response) for response in responses]
         if len(sent) != len(lengths) or any(s not in (None, n) for s, n in zip(sent, lengths, strict=True)):
@@ -125,9 +135,10 @@ class GroupAssembly:
 
     def _column(self, message: common_pb2.Tensor, name: str, tokens: int) -> np.ndarray:
         tensor = tensor_from_pb(message)
-        if tensor.dtype != "float32" or tensor.shape != (tokens,):
+        expected = COLUMNS[name].dtype
+        if tensor.dtype != expected or tensor.shape != (tokens,):
             raise Mismatch(
                 f"group {self._score.group_id!r}: {name} is {tensor.dtype} of shape {tensor.shape}, "
-                f"expected float32 of shape ({tokens},)"
+                f"expected {expected} of shape ({tokens},)"
             )
         return tensor.numpy()

@@ -1,10 +1,11 @@
-"""What a client of the teacher proves itself with, from files that environment variables name.
+"""A client's credentials for the teacher, from files that environment variables name.
 
     VAOPD_API_KEY_FILE              the job's API key, as `vaopd keys add` printed it
     VAOPD_TLS_CA                    the authority that signed the teacher's certificate, PEM; turns TLS on
-    VAOPD_TLS_CERT, VAOPD_TLS_KEY   the client's own certificate and its key, PEM, where the teacher asks for one
+    VAOPD_TLS_CERT, VAOPD_TLS_KEY   the client's own certificate and its key, PEM, if the teacher asks for one
 
-Files, not values: an environment is inherited, and shown by tools. Trainer, API and command line read them here.
+Files, not values: an environment is inherited by child processes, and shown by tools. Trainer, API and command line
+read them here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class Credentials(TypedDict, total=False):
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials:
-    """`TeacherClient(target, **from_environment())`. Raises ConfigError with the variable for what can't be read."""
+    """Reads the credentials for `TeacherClient(target, **from_environment())`.
+
+    Raises ConfigError, naming the variable, for a file that can't be read or holds no key.
+    """
     found: Credentials = {}
     if (key := _read(environment, API_KEY_FILE)) is not None:
         found["api_key"] = api_key_from(key, origin=f"the file of {API_KEY_FILE}")
@@ -42,7 +46,10 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials
 
 
 def api_key_from(content: bytes, *, origin: str) -> str:
-    """The key in a file's content: one word of visible ASCII, since it travels in a header."""
+    """Returns the key in a file's content: one word of visible ASCII, since it travels in a header.
+
+    Raises ConfigError, naming `origin`, for any other content.
+    """
     words = content.split()
     if len(words) != 1 or not words[0].isascii() or not words[0].decode("ascii").isprintable():
         raise ConfigError(f"{origin} must hold one API key and nothing else; `vaopd keys add JOB` prints one")

@@ -1,8 +1,8 @@
-"""The replicas of one teacher, as a client sees them: a channel for each, whose turn it is, which images each one has.
+"""The replicas of one teacher, as a client sees them: their channels, their turns, the images that each one stores.
 
-Listed by their addresses, "host1:50051,host2:50051". Each is asked by itself, since an image that was uploaded to one
-is not at the others. A name that resolves to several addresses is one replica here: the client stays with one of them
-for as long as it answers. Lives on the event loop of its client.
+They are listed by their addresses, "host1:50051,host2:50051". Each has a channel of its own, since an image that was
+uploaded to one is not stored by the others. A name that resolves to several addresses is one replica here: the client
+stays with one of them for as long as it answers. Everything runs on the event loop of the client.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 import grpc
 
-from vaopd.client.channel import Patience, channel_options, typed
+from vaopd.client.channel import await_answer, channel_options
 from vaopd.errors import Busy, ConfigError, InvalidInput, LimitExceeded, TeacherFault, Unavailable, VaopdError
+from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import EncodedImage, TeacherDescription, TeacherLimits
@@ -27,12 +28,12 @@ from vaopd.wire.teacher import description_from_pb
 log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
-"""How long it waits for the first of several replicas to be connected before it asks one all the same."""
+"""How long a client waits for the first of several replicas to be connected before it calls one regardless."""
 _POLL_S = 0.01
 
 
 def addresses(target: str) -> list[str]:
-    """The replicas that a target names. Raises ConfigError when it names none, or one twice.
+    """Returns the replicas that a target names. Raises ConfigError when it names none, or one twice.
 
     >>> addresses("first:50051, second:50051")
     ['first:50051', 'second:50051']
@@ -46,7 +47,7 @@ def addresses(target: str) -> list[str]:
 
 
 class Replica:
-    """One of them."""
+    """One teacher server: its channel, and what the client knows of it."""
 
     def __init__(
         self,
@@ -58,11 +59,11 @@ class Replica:
     ) -> None:
         self.target = target
         self.stored: set[str] = set()
-        """Images that it has, as far as is known."""
+        """SHA-256 of the images that it stores, as far as is known."""
         self.description: TeacherDescription | None = None
-        """None until it has been compared with the others."""
+        """None until the replica has been compared with the others."""
         self.groups = 0
-        """Groups of this client that it is working on."""
+        """Groups of this client that are sent and not yet answered."""
         self._tls = tls
         self._metadata = metadata
         self._timeout_s = timeout_s
@@ -70,6 +71,7 @@ class Replica:
 
     @property
     def channel(self) -> grpc.aio.Channel:
+        """The channel, opened by the first call."""
         if self._channel is None:
             options = channel_options()
             if self._tls is None:
@@ -80,38 +82,41 @@ class Replica:
 
     @property
     def stub(self) -> Any:
+        """The gRPC stub over the channel."""
         return teacher_pb2_grpc.TeacherStub(self.channel)
 
     def state(self) -> grpc.ChannelConnectivity:
-        """Of its connection, which is made or made again meanwhile. A server that drains ends its connections."""
+        """Returns the connection's state and begins to connect if it is idle. A server that drains disconnects."""
         return self.channel.get_state(try_to_connect=True)
 
     async def close(self) -> None:
+        """Closes the channel; the next call opens another one."""
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
 
-    def was_lost(self, error: Unavailable) -> None:
-        """Who answers at its address next may be another server: without its images, perhaps of another revision."""
-        if self.description is not None:  # told once, not at every attempt until it is back
+    def mark_lost(self, error: Unavailable) -> None:
+        """Forgets its images and description: the next server at its address may have others."""
+        if self.description is not None:  # logged once, not at every attempt until it returns
             log.warning("%s", error)
         self.stored.clear()
         self.description = None
 
     async def describe(self, timeout_s: float | None = None) -> TeacherDescription:
+        """Asks the replica for its description. Raises Unavailable when it doesn't answer in time."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         call = self.stub.Describe(pb.DescribeRequest(), metadata=self._metadata, timeout=timeout_s)
-        return description_from_pb(await typed(call, self.target))
+        return description_from_pb(await await_answer(call, self.target))
 
     async def upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
-        """Makes sure that it has these images. Returns why it refuses those that it refuses, by SHA-256."""
+        """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256."""
         refused: dict[str, VaopdError] = {}
         unknown = [sha256 for sha256 in images if sha256 not in self.stored]
         if not unknown:
             return refused
         asked = pb.MissingImagesRequest(sha256=unknown)
         call = self.stub.MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s)
-        missing = (await typed(call, self.target)).sha256
+        missing = (await await_answer(call, self.target)).sha256
         self.stored.update(set(unknown) - set(missing))
         sendable = []
         for sha256 in missing:
@@ -136,14 +141,16 @@ class Replica:
         if images:
             messages = iter([image_to_pb(image) for image in images])
             call = self.stub.PutImages(messages, metadata=self._metadata, timeout=self._timeout_s)
-            self.stored.update((await typed(call, self.target)).sha256)
+            self.stored.update((await await_answer(call, self.target)).sha256)
 
 
 Failures = dict[Replica, VaopdError]
-"""Who has been asked in vain since the last pause, and what came of it."""
+"""The replicas that have failed since the last pause, each with its error."""
 
 
 class Replicas:
+    """All replicas of one teacher, which have to serve the same model in the same precision."""
+
     def __init__(
         self,
         target: str,
@@ -155,11 +162,11 @@ class Replicas:
         self._all = [Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in addresses(target)]
         self._turn = 0
         self.description: TeacherDescription | None = None
-        """Of the first that was asked; the others must be like it, until `forget`."""
+        """The first replica's description, which the others have to match, until `forget`."""
         self._first = ""
 
     async def introduce(self, replica: Replica, *, timeout_s: float | None = None) -> TeacherDescription:
-        """Asks who it is, once. Raises TeacherFault, which names both, for one that would answer differently."""
+        """Returns a replica's description, asked for once. Raises TeacherFault when it differs from the first's."""
         if replica.description is None:
             description = await replica.describe(timeout_s)
             if self.description is None:
@@ -169,30 +176,32 @@ class Replicas:
                 if known != found:
                     raise TeacherFault(
                         f"the teacher at {replica.target} has {field} {found[:12]}, the one at {self._first} had "
-                        f"{known[:12]}; replicas must serve the same model in the same precision, and to go on with "
-                        "another one it must be described, and its head fetched, again"
+                        f"{known[:12]}; replicas must serve the same model in the same precision. To continue "
+                        "with another model, describe the teacher and fetch its head again"
                     )
             replica.description = description
         return replica.description
 
     async def introduce_others(self, timeout_s: float) -> None:
-        """So that one that differs is told at once; those that don't answer in time are left for later."""
+        """Compares all replicas now, so that a different one is found at once; those that don't answer, later."""
         asked = [self.introduce(replica, timeout_s=timeout_s) for replica in self._all]
         for answer in await asyncio.gather(*asked, return_exceptions=True):
             if isinstance(answer, BaseException) and not isinstance(answer, Unavailable | Busy):
                 raise answer
 
     def forget(self) -> None:
+        """Forgets all descriptions, so that the teacher may serve another model."""
         self.description = None
         for replica in self._all:
             replica.description = None
 
     async def close(self) -> None:
+        """Closes all channels."""
         for replica in self._all:
             await replica.close()
 
     async def pick(self, failed: Collection[Replica] = ()) -> Replica:
-        """The connected one with the least to do, in turns; not one that has failed while another is left."""
+        """Chooses a connected replica with the fewest groups, in turns; a failed one only when no other is left."""
         candidates = [replica for replica in self._all if replica not in failed] or self._all
         if len(candidates) == 1:
             return candidates[0]
@@ -202,22 +211,22 @@ class Replicas:
         in_turn = [candidates[(self._turn + index) % len(candidates)] for index in range(len(candidates))]
         return min(in_turn, key=lambda replica: (replica.state() is not ready, replica.groups))
 
-    async def after(self, failures: Failures, patience: Patience) -> None:
-        """Returns when it makes sense to ask again: at once while a replica is left, else after a pause.
+    async def pause(self, failures: Failures, backoff: Backoff) -> None:
+        """Waits until the next attempt: not at all while a replica is left that has not failed, else for a pause.
 
-        Raises what came of it when the patience is over.
+        Raises the error of the last attempt, or of the one with the shortest retry hint, when `backoff` is over.
         """
         if len(failures) < len(self._all):
             return
-        # The first that said when it will have room, or else whoever failed last.
+        # The shortest retry hint, if there is one, or else the last failure.
         busy = [error for error in failures.values() if isinstance(error, Busy)]
         error = min(busy, key=lambda hint: hint.retry_after_s) if busy else list(failures.values())[-1]
         failures.clear()
-        await patience.wait(error)
+        await asyncio.sleep(backoff.delay_s(error))
 
 
 async def _until_one_is_connected(replicas: Sequence[Replica]) -> None:
-    """Or until it is known that none can be, or for as long as is sensible."""
+    """Waits until one replica is connected, all are known to be down, or `_CONNECT_S` have passed."""
     deadline = time.monotonic() + _CONNECT_S
     down = grpc.ChannelConnectivity.TRANSIENT_FAILURE
     while True:

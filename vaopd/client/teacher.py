@@ -1,4 +1,4 @@
-"""The client of the teacher service; needs no torch. `TeacherClient` is asynchronous, `SyncTeacherClient` its twin.
+"""The asynchronous client of the teacher service; needs no torch. `SyncTeacherClient` is its twin.
 
     async with TeacherClient("127.0.0.1:50051", job="geometry") as teacher:
         head = await teacher.head()
@@ -7,27 +7,25 @@
                 case GroupScore(): ...
                 case GroupFailure(group_id=group_id, error=error): ...
 
-Scoring is pure, so whatever was lost with a server or a connection is asked again, of another replica if there is one,
-until `timeout_s` pass without a result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a
-GroupFailure when one group.
+Scoring is pure: requests lost with a server or a connection are sent again, to another replica if there is one, until
+`patience_s` pass without a result. Errors are those of `vaopd.errors`: raised when they concern a whole call, in a
+GroupFailure when they concern one group.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import contextlib
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar
 
 import grpc
 
-from vaopd.client.answers import GroupAssembly, GroupFailure, TensorAssembly
-from vaopd.client.channel import Patience, carried
+from vaopd.client.answers import GroupAssembly, TensorAssembly
+from vaopd.client.channel import trace_metadata
 from vaopd.client.replicas import Failures, Replica, Replicas
+from vaopd.columns import columns_on_request
 from vaopd.errors import (
     Busy,
     InvalidInput,
@@ -37,9 +35,11 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
+from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
     Degradation,
+    GroupFailure,
     GroupScore,
     PayloadKind,
     ScoreRequest,
@@ -48,12 +48,9 @@ from vaopd.types import (
     Tensor,
 )
 from vaopd.wire.errors import error_of, group_error_of
-from vaopd.wire.teacher import score_request_to_pb, tokens_of
-
-__all__ = ["ClientOptions", "GroupFailure", "SyncTeacherClient", "TeacherClient"]
+from vaopd.wire.teacher import prompt_group_to_pb, score_request_to_pb, tokens_of
 
 T = TypeVar("T")
-_Encoded = tuple[ScoreRequest, pb.PromptGroup]
 
 _ENVELOPE_BYTES = 4096
 _OTHERS_S = 1.0
@@ -93,10 +90,10 @@ class TeacherClient:
     ) -> None:
         """`target`: host:port, or several with commas between them: replicas, among which calls are balanced.
 
-        `timeout_s`: the longest time without any result before it gives up.
-        `patience_s`: how long it asks a teacher again that is busy or away, `timeout_s` unless it is given.
-        `job`: whose work it is; None: the API key's own job, or "default" without a key. `api_key` and `tls`: see
-        `vaopd.client.credentials.from_environment`; without `tls` all of it, the key too, travels in plain text.
+        `timeout_s`: the longest time without a message of a call before it counts as lost.
+        `patience_s`: how long calls to a busy or unreachable teacher are repeated; `timeout_s` unless it is given.
+        `job`: the job's name; None means the API key's own job, or "default" without a key. `api_key` and `tls`: see
+        `vaopd.client.from_environment`; without `tls` everything, the key too, travels in plain text.
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
         """
         self._job = job if job is not None else "" if api_key is not None else "default"
@@ -118,12 +115,14 @@ class TeacherClient:
         await self.close()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._replicas.close()
 
     async def describe(self) -> TeacherDescription:
-        """Asks the teacher who it is. From then on another revision is refused, until the next describe.
+        """Returns the teacher's description. From then on another revision is refused, until the next `describe`.
 
-        Replicas that are up have to be alike; the others are compared when their turn comes.
+        Replicas that are up have to match; the others are compared when their turn comes. Raises TeacherFault for one
+        that differs, and Unavailable or Busy when no replica answers.
         """
         self._replicas.forget()
         description = await self._until_answered(self._replicas.introduce)
@@ -131,7 +130,7 @@ class TeacherClient:
         return description
 
     async def head(self) -> Tensor:
-        """The LM head over the logical vocabulary, (V, D), in the teacher's dtype; what the hidden payload needs."""
+        """Returns the LM head over the logical vocabulary, (V, D), in the teacher's dtype; hidden payloads need it."""
 
         async def fetch(replica: Replica) -> Tensor:
             description = await self._replicas.introduce(replica)
@@ -149,95 +148,120 @@ class TeacherClient:
         return await self._until_answered(fetch)
 
     async def score(
-        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False
+        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False, columns: Sequence[str] = ()
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """One result per group, as soon as it is there. Raises what concerns all groups.
+        """Yields one result per group, as soon as it has arrived. Raises an error that concerns all groups.
 
         Images that the teacher lacks are uploaded first. What doesn't fit into one call is sent in several.
+        `columns`: names of further columns to compute, see `vaopd.columns.COLUMNS`. Raises Mismatch when the teacher
+        can't compute one of them.
         """
+        for name in columns:
+            if name not in columns_on_request():
+                known = ", ".join(columns_on_request()) or "none"
+                raise InvalidInput(f"column {name!r} can't be asked for; on request there is {known}", field="columns")
         waiting = {group.group_id: group for group in groups}
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
         uploaded_again: set[tuple[Replica, str]] = set()
-        patience, failures = Patience(self._patience_s), Failures()
+        backoff, failures = Backoff(self._patience_s), Failures()
         while waiting:
             replica = await self._replicas.pick(failures)
             try:
-                async with aclosing(self._attempt(replica, tuple(waiting.values()), with_token_texts)) as results:
+                attempt = self._attempt(replica, dict(waiting), with_token_texts=with_token_texts, columns=columns)
+                async with aclosing(attempt) as results:
                     async for result in results:
                         failure = result.error if isinstance(result, GroupFailure) else None
                         if isinstance(failure, Unavailable):
                             raise failure
                         again = (replica, result.group_id)
                         if isinstance(failure, NotFound) and again not in uploaded_again:
-                            # It restarted, or dropped the image to make room: once more, with its images.
+                            # It restarted, or dropped the image to make room: upload the images once more.
                             uploaded_again.add(again)
                             replica.stored.difference_update(i.sha256 for i in waiting[result.group_id].images)
                             continue
                         del waiting[result.group_id]
                         yield result
-                        patience.renew()
+                        backoff.renew()
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, patience)
+                await self._recover(replica, error, failures, backoff)
 
     async def _attempt(
-        self, replica: Replica, groups: Sequence[ScoreRequest], with_token_texts: bool
+        self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """Sends each group once."""
+        """Sends each group once; `groups` by their ids."""
         replica.groups += len(groups)
         try:
-            limits = (await self._replicas.introduce(replica)).limits
-            encoded: list[_Encoded] = []
-            for group in groups:
+            description = await self._replicas.introduce(replica)
+            settings = score_request_to_pb(
+                (),
+                job=self._job,
+                payload=self._payload,
+                top_k=self._top_k,
+                degradation=self._degradation,
+                tokenizer_fingerprint=self._fingerprint,
+                revision=description.revision,
+                with_token_texts=with_token_texts,
+                columns=columns,
+            )
+            messages: list[pb.PromptGroup] = []
+            for group in groups.values():
                 try:
-                    encoded.append((group, self._request([group], with_token_texts).groups[0]))
+                    messages.append(prompt_group_to_pb(group))
                 except InvalidInput as error:
                     yield GroupFailure(group_id=group.group_id, error=error)
-            for part in _split(encoded, limits):
-                async with aclosing(self._send(replica, part, limits, with_token_texts)) as results:
+            for part in _split(messages, description.limits):
+                async with aclosing(self._send(replica, part, groups, description.limits, settings)) as results:
                     async for result in results:
                         yield result
         finally:
             replica.groups -= len(groups)
 
     async def _send(
-        self, replica: Replica, part: Sequence[_Encoded], limits: TeacherLimits, with_token_texts: bool
+        self,
+        replica: Replica,
+        part: Sequence[pb.PromptGroup],
+        groups: Mapping[str, ScoreRequest],
+        limits: TeacherLimits,
+        settings: pb.ScoreGroupsRequest,
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """Groups that fit into one call, and their images before them."""
-        refused = await replica.upload({i.sha256: i for group, _ in part for i in group.images}, limits)
-        request = self._request([], with_token_texts)
-        for group, message in part:
-            refusal = next((refused[i.sha256] for i in group.images if i.sha256 in refused), None)
+        """Uploads the images of groups that fit into one call, then sends them; `settings`: the call without groups."""
+        refused = await replica.upload({i.sha256: i for m in part for i in groups[m.group_id].images}, limits)
+        request = pb.ScoreGroupsRequest()
+        request.CopyFrom(settings)
+        for message in part:
+            images = groups[message.group_id].images
+            refusal = next((refused[i.sha256] for i in images if i.sha256 in refused), None)
             refusal = refusal or _too_large(message, limits)
             if refusal is None:
                 request.groups.append(message)
             else:
-                yield GroupFailure(group_id=group.group_id, error=refusal)
+                yield GroupFailure(group_id=message.group_id, error=refusal)
         if request.groups:
-            called = self._call(replica, request, {group.group_id: group for group, _ in part})
-            async with aclosing(called) as results:
+            async with aclosing(self._call(replica, request, groups)) as results:
                 async for result in results:
                     yield result
 
     async def _call(
-        self, replica: Replica, request: pb.ScoreGroupsRequest, groups: dict[str, ScoreRequest]
+        self, replica: Replica, request: pb.ScoreGroupsRequest, groups: Mapping[str, ScoreRequest]
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
-        """One ScoreGroups call."""
+        """Makes one ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
-        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *carried()))
+        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *trace_metadata()))
         async for message in self._messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
                 raise TeacherFault(
-                    f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked"
+                    f"the teacher at {replica.target} answered group {part.group_id!r}, which wasn't asked for"
                 )
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
                 yield GroupFailure(group_id=part.group_id, error=group_error_of(part))
                 continue
             if isinstance(part, pb.GroupScore):
-                open_groups[part.group_id] = GroupAssembly(part, groups[part.group_id], self._payload)
+                asked = groups[part.group_id]
+                open_groups[part.group_id] = GroupAssembly(part, asked, self._payload, request.columns)
             elif part.group_id in open_groups:
                 open_groups[part.group_id].add(part)
             else:
@@ -249,36 +273,27 @@ class TeacherClient:
             missing = sorted(unanswered)[:5]
             raise TeacherFault(f"the teacher at {replica.target} ended a call without an answer for {missing}")
 
-    def _request(self, groups: Sequence[ScoreRequest], with_token_texts: bool) -> pb.ScoreGroupsRequest:
-        return score_request_to_pb(
-            groups,
-            job=self._job,
-            payload=self._payload,
-            top_k=self._top_k,
-            degradation=self._degradation,
-            tokenizer_fingerprint=self._fingerprint,
-            revision=known.revision if (known := self._replicas.description) else "",
-            with_token_texts=with_token_texts,
-        )
-
     async def _until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
-        patience, failures = Patience(self._patience_s), Failures()
+        backoff, failures = Backoff(self._patience_s), Failures()
         while True:
             replica = await self._replicas.pick(failures)
             try:
                 return await ask(replica)
             except (Unavailable, Busy) as error:
-                await self._after(replica, error, failures, patience)
+                await self._recover(replica, error, failures, backoff)
 
-    async def _after(self, replica: Replica, error: VaopdError, failures: Failures, patience: Patience) -> None:
-        """What a failed attempt leaves: returns when it makes sense to try the next one."""
+    async def _recover(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
+        """Notes a failed attempt and waits until the next one."""
         if isinstance(error, Unavailable):
-            replica.was_lost(error)
+            replica.mark_lost(error)
         failures[replica] = error
-        await self._replicas.after(failures, patience)
+        await self._replicas.pause(failures, backoff)
 
     async def _messages(self, call: Any, target: str) -> AsyncIterator[Any]:
-        """The messages of a streaming call, whose end the caller may not wait for; errors as the tree's."""
+        """Yields the messages of a streaming call; raises the tree's errors, and Unavailable after a silence.
+
+        Cancels the call when its consumer stops early.
+        """
         try:
             while True:
                 try:
@@ -295,83 +310,13 @@ class TeacherClient:
             call.cancel()
 
 
-class SyncTeacherClient:
-    """`TeacherClient` for code without an event loop: the same methods, run on a thread of its own."""
-
-    def __init__(self, target: str, **options: Unpack[ClientOptions]) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-client", daemon=True)
-        self._thread.start()
-        self._client = TeacherClient(target, **options)
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Whoever still waits for an answer, on another thread, gets Unavailable now."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _end(self) -> None:
-        waiting = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        await self._client.close()
-
-    def describe(self) -> TeacherDescription:
-        return self._run(self._client.describe())
-
-    def head(self) -> Tensor:
-        return self._run(self._client.head())
-
-    def score(
-        self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False
-    ) -> Iterator[GroupScore | GroupFailure]:
-        results = self._client.score(groups, with_token_texts=with_token_texts)
-
-        async def following() -> GroupScore | GroupFailure | None:
-            return await anext(results, None)
-
-        try:
-            while (result := self._run(following())) is not None:
-                yield result
-        finally:
-            with contextlib.suppress(Unavailable):  # closed meanwhile, and the results with it
-                self._run(results.aclose())
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise Unavailable("this client of the teacher is closed")
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise Unavailable("this client of the teacher was closed while it waited for an answer") from None
-
-
-def _split(groups: Sequence[_Encoded], limits: TeacherLimits) -> Iterator[list[_Encoded]]:
-    """Consecutive groups that fit into one call together; a group that doesn't fit goes alone and is refused later."""
-    part: list[_Encoded] = []
+def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[list[pb.PromptGroup]]:
+    """Yields consecutive groups that fit into one call; a group that fits into none goes alone and is refused later."""
+    part: list[pb.PromptGroup] = []
     size, tokens = _ENVELOPE_BYTES, 0
     for group in groups:
         # Ten bytes bound what protobuf adds to each nested message.
-        added, more = group[1].ByteSize() + 10, tokens_of(group[1])
+        added, more = group.ByteSize() + 10, tokens_of(group)
         fits = size + added <= limits.max_message_bytes and tokens + more <= limits.max_tokens_per_request
         if part and (not fits or len(part) == limits.max_groups_per_request):
             yield part
@@ -383,7 +328,7 @@ def _split(groups: Sequence[_Encoded], limits: TeacherLimits) -> Iterator[list[_
 
 
 def _too_large(group: pb.PromptGroup, limits: TeacherLimits) -> LimitExceeded | None:
-    """Why a group fits into no call at all, if so."""
+    """Returns an error for a group that fits into no call."""
     if (size := group.ByteSize() + _ENVELOPE_BYTES) > limits.max_message_bytes:
         return LimitExceeded(
             f"group {group.group_id!r} takes {size} bytes, the limit of a message is {limits.max_message_bytes}; "

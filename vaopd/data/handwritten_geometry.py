@@ -184,7 +184,7 @@ def write(folder: Path, *, seed: int, train: int, validation: int, test: int) ->
         for index in range(sizes[split]):
             # A generator of its own for each problem: the first n problems don't depend on how many follow.
             rows.append(_row(split, np.random.default_rng([seed, number, index])))
-            progress.at(index + 1)
+            progress.report(index + 1)
         pq.write_table(_table(rows), folder / f"{split}.parquet", row_group_size=256)
 
 

@@ -1,8 +1,8 @@
 """Ends process groups when the process that started them is gone, even by SIGKILL. Standard library only.
 
-`supervisor.py` starts it in a session of its own and holds the writing end of its standard input: a line "+PGID" puts a
-group under its care, "-PGID" takes it out. End of file means that the launcher is gone. PR_SET_PDEATHSIG would not do:
-it does not reach grandchildren, and vLLM's engine is one.
+`supervisor.py` starts it in a session of its own and holds the writing end of its standard input: a line "+PGID" adds a
+group, "-PGID" removes it. End of file means that the launcher is gone. PR_SET_PDEATHSIG would not be enough: it does
+not reach grandchildren, and vLLM's engine is one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ GRACE_S = 10.0
 
 
 def main() -> None:
+    """Reads groups until the launcher is gone, then ends them: SIGTERM, and SIGKILL after a grace period."""
     groups: set[int] = set()
     for line in sys.stdin:
         if line.startswith("+"):
@@ -31,14 +32,15 @@ def main() -> None:
 
 
 def signal_groups(groups: set[int], number: signal.Signals) -> None:
+    """Sends a signal to every process of the groups."""
     for group in groups:
-        # A group that is gone, or by now somebody else's, is nothing to signal.
+        # A group that is gone, or whose number another user's process has by now, needs no signal.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, number)
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process of the group is left; a zombie counts until its parent reaps it."""
+    """Returns whether a process of the group is left; a zombie counts until its parent reaps it."""
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
-"""Child processes that live and die together: each in a session of its own, with a log, restarts and a clean end.
+"""Runs child processes that live and die together: each in a session of its own, with a log and restarts.
 
-What arrives: `Child`s to start. What leaves: the exit code of the main child. What it waits for: the main child's exit,
-a signal, or a child that can't be kept alive. Knows nothing of teachers and trainers; `vaopd.launch.up` does.
+In: `Child`s to start. Out: the exit code of the main child. Waits for: the main child's exit, a signal, or a child that
+can't be kept alive. It knows nothing of teachers and trainers; `vaopd.launch.up` does.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from vaopd.launch import orphan_guard
 POLL_S = 0.1
 STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
 LOG_TAIL_LINES = 15
-TELL_EVERY_S = 10.0  # how often it says who is still starting
-SHOW_EVERY_S = 1.0  # the same where it can be drawn over
-LAST_WORDS = 70  # characters of a log's last line, without what stands before its message
+SAY_EVERY_S = 10.0  # how often the children that are still starting are listed
+SHOW_EVERY_S = 1.0  # the same in a terminal, where the line can be drawn over
+LAST_LINE_CHARACTERS = 70  # of the message in a log's last line
 LOG_PREFIX = re.compile(r"^.*?\b(?:INFO|WARNING|ERROR)\b[\d:, -]*(?:\S+: |\[\S+:\d+\] )?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Child:
-    """How to start a process, and whether to start it again."""
+    """Says how to start a process, and whether to start it again."""
 
     name: str
     argv: tuple[str, ...]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     is_ready: Callable[[], bool] | None = None
-    """Asked until it says yes; a child that dies before that has a wrong set-up and is not restarted."""
+    """Called until it returns True; a child that dies before that has a wrong set-up and is not restarted."""
     restarts: int = 5
     """How often in a row it is restarted after it was ready."""
     restart_argv: tuple[str, ...] | None = None
-    """What a restart runs, where it differs."""
+    """The command line of a restart, where it differs."""
     stop_order: int = 1
     """Children are ended in this order, those with the same number together."""
     grace_s: float | None = None
-    """From SIGTERM to SIGKILL, where it needs longer or less than the supervisor's."""
+    """From SIGTERM to SIGKILL; None: the supervisor's."""
     to_terminal: bool = False
     """Whether its standard output goes to the terminal; standard error always goes to the log."""
 
@@ -66,11 +66,7 @@ class _Running:
 
 
 class Supervisor:
-    """Use as a context manager; leaving it, by whatever way, ends every child and what it started itself.
-
-    logs: folder for NAME.log; an earlier run's log is appended to. grace_s: from SIGTERM to SIGKILL. show: like say, of
-    what the next line may be drawn over, where there is a terminal.
-    """
+    """Supervises children while its `with` block runs; its end, of any kind, ends them and all that they started."""
 
     def __init__(
         self,
@@ -81,6 +77,11 @@ class Supervisor:
         say: Callable[[str], None],
         show: Callable[[str], None] | None = None,
     ) -> None:
+        """logs: folder for NAME.log, which is appended to. grace_s: from SIGTERM to SIGKILL.
+
+        backoff_s: before the first restart; each further one in a row waits twice as long. say: prints a line. show:
+        the same in a terminal, of a line that the next one may be drawn over.
+        """
         self._logs = logs
         self._grace_s = grace_s
         self._backoff_s = backoff_s
@@ -89,14 +90,14 @@ class Supervisor:
         self._running: dict[str, _Running] = {}
         self._signals: list[int] = []
         self._previous_handlers: dict[int, Any] = {}
-        self._told = time.monotonic()
+        self._last_listed = time.monotonic()
 
     def __enter__(self) -> Supervisor:
         self._logs.mkdir(parents=True, exist_ok=True)
-        self._watchdog = subprocess.Popen(
+        self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", orphan_guard.__file__], stdin=subprocess.PIPE, start_new_session=True
         )
-        # Only noted here and acted upon in `check`: an exception in mid-start could lose a child.
+        # Only recorded here and handled in `check`: an exception in mid-start could lose a child.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous_handlers[number] = signal.signal(number, self._note_signal)
         return self
@@ -105,10 +106,10 @@ class Supervisor:
         try:
             self._stop_all()
         finally:
-            assert self._watchdog.stdin is not None
+            assert self._guard.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                self._watchdog.stdin.close()
-            self._watchdog.wait()
+                self._guard.stdin.close()
+            self._guard.wait()
             for number, handler in self._previous_handlers.items():
                 signal.signal(number, handler)
 
@@ -118,12 +119,12 @@ class Supervisor:
         return running.process.pid
 
     def set_restart_argv(self, name: str, argv: Sequence[str]) -> None:
-        """What a restart of the child runs, once its first run has shown (e.g. the port that it got)."""
+        """Sets the command line of a restart, once the first run has shown it (for example the port that it got)."""
         running = self._running[name]
         running.child = dataclasses.replace(running.child, restart_argv=tuple(argv))
 
     def wait_ready(self, name: str, *, timeout_s: float) -> None:
-        """Returns once the child is ready. Raises ChildFailed when it dies, or isn't ready in time."""
+        """Waits until the child is ready. Raises ChildFailed when it dies, or isn't ready in time."""
         deadline = time.monotonic() + timeout_s
         while not self._running[name].ready:
             self.check()
@@ -132,7 +133,7 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def run_until_exit(self, name: str) -> int:
-        """Keeps the other children alive until this one exits; its exit code, −n for a death by signal n."""
+        """Keeps the other children alive until this one exits; returns its exit code, −n for a death by signal n."""
         while True:
             self.check(except_for=name)
             code = self._running[name].process.poll()
@@ -141,7 +142,10 @@ class Supervisor:
             time.sleep(POLL_S)
 
     def check(self, *, except_for: str | None = None) -> None:
-        """One look at everything: signals, readiness, deaths, due restarts. Raises Interrupted or ChildFailed."""
+        """Handles signals, readiness, deaths and due restarts once.
+
+        Raises Interrupted after a signal, ChildFailed when a child other than `except_for` can't be kept alive.
+        """
         if self._signals:
             raise Interrupted(self._signals[0])
         for name, running in self._running.items():
@@ -150,17 +154,17 @@ class Supervisor:
             if running.restart_at is not None:
                 self._restart_if_due(name, running)
             elif (code := running.process.poll()) is not None:
-                self._died(running, code)
+                self._handle_death(running, code)
             elif not running.ready and running.child.is_ready is not None and running.child.is_ready():
                 running.ready = True
                 self._say(f"{name} is ready after {time.monotonic() - running.started:.0f} s")
-        self._tell_who_is_starting()
+        self._list_starting()
 
-    def _tell_who_is_starting(self) -> None:
+    def _list_starting(self) -> None:
         now = time.monotonic()
-        if now - self._told < (SHOW_EVERY_S if self._show else TELL_EVERY_S):
+        if now - self._last_listed < (SHOW_EVERY_S if self._show else SAY_EVERY_S):
             return
-        self._told = now
+        self._last_listed = now
         starting = {
             name: running
             for name, running in self._running.items()
@@ -169,22 +173,22 @@ class Supervisor:
         if starting and self._show:
             names = ", ".join(f"{name} {now - running.started:.0f} s" for name, running in starting.items())
             last = max(starting.values(), key=lambda running: running.log.stat().st_mtime)
-            self._show(f"starting: {names}  {self._last_words(last)}")
+            self._show(f"starting: {names}  {self._read_last_line(last)}")
         elif starting:
             names = ", ".join(f"{name} ({now - running.started:.0f} s)" for name, running in starting.items())
             self._say(f"still starting: {names}; logs in {self._logs}")
 
     @staticmethod
-    def _last_words(running: _Running) -> str:
-        """What the child logged last: of a model that is loaded, how far that is."""
+    def _read_last_line(running: _Running) -> str:
+        """Returns the message that the child logged last, such as the progress of loading a model."""
         with running.log.open("rb") as file:
             file.seek(max(running.log_start, running.log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").splitlines()
-        said = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
-        return next((words[:LAST_WORDS] for words in said if words), "")
+        messages = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
+        return next((message[:LAST_LINE_CHARACTERS] for message in messages if message), "")
 
     def log_tail(self, name: str) -> str:
-        """The last lines that the child wrote since it was started, with the log's path."""
+        """Returns the last lines that the child wrote since it was started, with the log's path."""
         running = self._running[name]
         with running.log.open("rb") as file:
             file.seek(running.log_start)
@@ -203,7 +207,7 @@ class Supervisor:
                 env={**os.environ, **child.environment},
                 start_new_session=True,
             )
-        self._tell_watchdog("+", process.pid)
+        self._send_to_guard("+", process.pid)
         return _Running(
             child=child,
             process=process,
@@ -213,10 +217,10 @@ class Supervisor:
             ready=child.is_ready is None,
         )
 
-    def _died(self, running: _Running, code: int) -> None:
+    def _handle_death(self, running: _Running, code: int) -> None:
         child = running.child
         how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        # What the dead child itself started (vLLM's engine) would hold its memory and its port.
+        # A process that the dead child started (vLLM's engine) would keep its memory and its port.
         self._end_group(running.process.pid)
         if not running.ready and running.restarts == 0:
             raise ChildFailed(f"{child.name} {how} before it was ready; {self.log_tail(child.name)}")
@@ -236,12 +240,12 @@ class Supervisor:
             return
         fresh = self._launch(running.child, running.child.restart_argv or running.child.argv)
         fresh.restarts = running.restarts + 1
-        # It was ready once; what says so (an address file, a heartbeat) may still be the dead one's.
+        # It was ready once. The sign of it (an address file, a heartbeat) may still be the dead one's.
         fresh.ready = True
         self._running[name] = fresh
 
     def _stop_all(self) -> None:
-        """Wave by wave: SIGTERM, then SIGKILL after the grace, or at once when a second signal comes."""
+        """Ends the children in their order: SIGTERM, then SIGKILL after the grace or at a second signal."""
         signals_before = len(self._signals)
         for order in sorted({running.child.stop_order for running in self._running.values()}):
             wave = [running for running in self._running.values() if running.child.stop_order == order]
@@ -260,14 +264,14 @@ class Supervisor:
 
     def _end_group(self, group: int) -> None:
         orphan_guard.signal_groups({group}, signal.SIGKILL)
-        self._tell_watchdog("-", group)
+        self._send_to_guard("-", group)
 
-    def _tell_watchdog(self, sign: str, group: int) -> None:
-        assert self._watchdog.stdin is not None
-        # Without its watchdog a run is as good as before, only less safe against SIGKILL.
+    def _send_to_guard(self, sign: str, group: int) -> None:
+        assert self._guard.stdin is not None
+        # Without its guard a run works as before; only a SIGKILL of the launcher would leave processes behind.
         with contextlib.suppress(BrokenPipeError):
-            self._watchdog.stdin.write(f"{sign}{group}\n".encode())
-            self._watchdog.stdin.flush()
+            self._guard.stdin.write(f"{sign}{group}\n".encode())
+            self._guard.stdin.flush()
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)

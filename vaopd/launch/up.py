@@ -1,11 +1,11 @@
-"""`vaopd up`: every process of a run on one host, started in the order in which they need each other.
+"""`vaopd up`: starts every process of a run on one host, in the order in which they need each other.
 
     Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teacher
     teacher's address, once it serves ──► trainer and API
     trainer's exit ──► everything ends, with the trainer's exit code
 
-Each process is one of `services/`, given the same configuration and the addresses that came out. The supervision itself
-(restarts, signals, no process left behind) is `vaopd.launch.supervisor`.
+Each process is one of `services/`, with the same configuration and the addresses of those before it. Restarts, signals
+and the end of all processes are `vaopd.launch.supervisor`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,9 @@ from pathlib import Path
 
 from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
-from vaopd.launch.checks import free_port, has_gpu, port_problem
+from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.net.ports import LOOPBACK, free_port, port_problem
 from vaopd.process import entry
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
@@ -33,20 +33,19 @@ REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 AFTER_DRAIN_S = 10.0  # of a process whose drain_s the service file sets, until it is killed
 ROLES = ("teacher", "rollout", "trainer")
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpOptions:
-    """What a launch needs beside the configuration."""
+    """The options of a launch that are not in the configuration."""
 
     config_path: Path
     overrides: tuple[str, ...] = ()
     resume: bool = False
     restart_trainer: bool = False
-    """Start a trainer that was killed by a signal again, from its last checkpoint."""
+    """Restart a trainer that was killed by a signal, from its last checkpoint."""
     teacher: str | None = None
-    """host:port of a running teacher, which this run then shares; None starts one."""
+    """host:port of a running teacher for this run to share; None starts one."""
     service: Path | None = None
     """The service file (`vaopd.config.service`) of the processes that this launch starts."""
     api: bool = True
@@ -65,14 +64,15 @@ def up(
 ) -> int:
     """Runs everything until the trainer exits; returns its exit code, or 128 + n after signal n.
 
-    `show` is told what may be drawn over, where there is a terminal. `check` raises what else stands in the way, before
-    anything is started. Raises ConfigError for what can't be started, ChildFailed when a process can't be kept alive.
+    say: prints a line. show: in a terminal, shows a line that the next one is drawn over. check: raises ConfigError for
+    further problems before anything is started. Raises ConfigError for a run that can't start, ChildFailed when a
+    process can't be kept alive.
     """
     config = load_config(options.config_path, options.overrides)
     folder = config.run_folder
     if (folder / "metrics.jsonl").exists() and not options.resume:
         raise ConfigError(
-            f"run {config.run.name!r} is there already, in {folder}; go on with it by --resume, or name another one: "
+            f"run {config.run.name!r} already exists, in {folder}; continue it with --resume, or name another one: "
             "--set run.name=NAME"
         )
     check_ports(config, options)
@@ -81,7 +81,7 @@ def up(
         with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
             return _Launch(config, options, supervisor, say).run()
     except Interrupted as interrupted:
-        say(f"{interrupted}; every process is down")
+        say(f"{interrupted}; every process has ended")
         return interrupted.exit_code
     finally:
         if options.metrics_port is not None:
@@ -89,7 +89,7 @@ def up(
 
 
 class _Launch:
-    """One launch, step by step."""
+    """Starts the processes of one launch, one after the other."""
 
     def __init__(self, config: Config, options: UpOptions, supervisor: Supervisor, say: Callable[[str], None]) -> None:
         self._config = config
@@ -117,26 +117,25 @@ class _Launch:
         self._overrides.append(f"{key}={value}")
 
     def _start_redis(self) -> str:
-        """Keeps an append-only file in the run's folder, so that a run goes on where it was after any restart."""
-        from vaopd.queue.embedded import HOST, server_binary
+        """Starts a server whose append-only file is in the run's folder, so that a resumed run finds its queue."""
+        from vaopd.queue.embedded import server_answers, server_argv, server_url
 
         folder = self._config.run_folder / "queue"
         if not self._options.resume and folder.exists():
-            shutil.rmtree(folder)  # of a launch that never came to train
+            shutil.rmtree(folder)  # left by a launch that ended before its first step
         folder.mkdir(parents=True, exist_ok=True)
-        port = free_port(HOST)
-        argv = [server_binary(), "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", ""]
-        argv += ["--appendonly", "yes", "--appendfsync", "everysec", "--maxmemory-policy", "noeviction"]
-        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: redis_answers(HOST, port), stop_order=2)
+        port = free_port()
+        argv = server_argv(port=port, folder=folder, append_only="everysec")
+        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: server_answers(port), stop_order=2)
         self._supervisor.start(child)
         self._supervisor.wait_ready("redis", timeout_s=REDIS_TIMEOUT_S)
-        return f"redis://{HOST}:{port}/0"
+        return server_url(port)
 
     def _start_workers(self) -> None:
         from vaopd.queue import TrainerQueue
 
         url = load_config(self._options.config_path, self._overrides).queue.url
-        # Only asks who is alive; without patience, since the supervisor asks again anyway.
+        # Only to ask which workers are alive; without patience, since the supervisor asks again anyway.
         queue = TrainerQueue(url=url, job=self._config.run.name, patience_s=0.0)
         devices = self._options.gpus.get("rollout", ())
         for index in range(self._config.rollout.workers):
@@ -161,7 +160,7 @@ class _Launch:
         )
         self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
         address = announce.read_text().strip()
-        # A restart takes the same port again: trainer and API know no other.
+        # A restart takes the same port again: trainer and API have no other address.
         again = self._service("teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices)
         self._supervisor.set_restart_argv("teacher", again.argv)
         return address
@@ -169,18 +168,18 @@ class _Launch:
     def _start_api(self) -> None:
         announce = self._announce_file("api")
         arguments: tuple[str, ...] = ("--announce", str(announce), "--runs", str(self._config.run.folder))
-        if Path(self._config.student.model).is_dir():  # nothing that is clicked on a page shall download a model
+        if Path(self._config.student.model).is_dir():  # a click on a page must not download a model
             arguments += ("--student", self._config.student.model)
         self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
         self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
         address = announce.read_text().strip()
         url = f"{'https' if self._services.api.tls.cert else 'http'}://{address}"
         if self._options.metrics_port is not None and not self._api_is_guarded:
-            self._tell_prometheus("api", address)  # it has them beside all else
+            self._list_target("api", address)  # it serves its metrics on its one port
         again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
         self._supervisor.set_restart_argv("api", again.argv)
         name = self._config.run.name
-        self._say(f"see what the teacher looks at: {url}/ (the viewer; its API: {url}/docs)")
+        self._say(f"view the teacher's visual advantage: {url}/ (the API: {url}/docs)")
         self._say(f"follow the run: {url}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
 
     def _run_trainer(self) -> int:
@@ -200,7 +199,7 @@ class _Launch:
                 break
             restarts += 1
             resume = True
-            self._say(f"the trainer was killed by signal {-code}; it goes on from its last checkpoint")
+            self._say(f"the trainer was killed by signal {-code}; it continues from its last checkpoint")
         if code:
             self._say(f"the trainer ended with code {code}; {self._supervisor.log_tail('trainer')}")
         return code if code >= 0 else 128 - code
@@ -235,15 +234,15 @@ class _Launch:
         return bool(self._services.api.tls.cert or self._services.api.keys.file)
 
     def _metrics_address(self, name: str) -> str:
-        """Of a process that is started for the first time; a restart takes the same again."""
+        """Chooses the address of a process that is started for the first time; a restart takes the same again."""
         port = self._options.metrics_port
-        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port(LOOPBACK)}"
-        self._tell_prometheus(name, address)
+        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port()}"
+        self._list_target(name, address)
         self._say(f"metrics of {name}: http://{address}/metrics")
         return address
 
-    def _tell_prometheus(self, name: str, address: str) -> None:
-        """Keeps a list of targets that Prometheus reads by itself (file_sd_configs)."""
+    def _list_target(self, name: str, address: str) -> None:
+        """Adds a process to the list of targets that Prometheus reads by itself (file_sd_configs)."""
         self._metrics[name] = address
         targets = [
             {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
@@ -258,18 +257,21 @@ class _Launch:
 
 
 def targets_file(config: Config) -> Path:
-    """Where Prometheus finds a run's processes; not in its folder, since patterns may be in a file's name only."""
+    """Returns the file in which Prometheus finds a run's processes.
+
+    It is not in the run's folder: file_sd_configs takes patterns in a file's name only, not in its folder's.
+    """
     return config.run.folder / f"{config.run.name}.targets.json"
 
 
 def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
-    """The command line of one service's process."""
+    """Returns the command line of one service's process."""
     settings = [part for override in overrides for part in ("--set", override)]
     return (sys.executable, "-m", f"vaopd_{role}", "--config", str(config_path), *settings, *arguments)
 
 
 def environment(config: Config, *, devices: str | None) -> dict[str, str]:
-    """What a child gets beside the launcher's own environment; what is set there already stays."""
+    """Returns the variables that a child gets beside the launcher's own; those that are set there are kept."""
     added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not has_gpu():
         # Two OpenMP threads per process under contention ran up to ten times slower than one.
@@ -282,7 +284,7 @@ def environment(config: Config, *, devices: str | None) -> dict[str, str]:
 
 
 def check_ports(config: Config, options: UpOptions) -> None:
-    """Raises ConfigError for an address that something else listens on already."""
+    """Raises ConfigError for an address on which another process listens."""
     wanted = {} if options.teacher is not None else {"teacher.address": config.teacher.address}
     if options.api:
         wanted["api.address"] = config.api.address
@@ -294,18 +296,12 @@ def check_ports(config: Config, options: UpOptions) -> None:
             )
 
 
-def redis_answers(host: str, port: int) -> bool:
-    """PING; while a server reads its append-only file it answers -LOADING."""
-    try:
-        with socket.create_connection((host, port), timeout=1.0) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
-    except OSError:
-        return False
-
-
 def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """["teacher=0,1", "rollout=2", "rollout=3"] -> {"teacher": ("0,1",), "rollout": ("2", "3")}"""
+    """Reads the values of `--gpus`.
+
+    >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
+    {'teacher': ('0,1',), 'rollout': ('2', '3')}
+    """
     placed: dict[str, tuple[str, ...]] = {}
     for value in values:
         role, separator, devices = value.partition("=")
@@ -316,4 +312,5 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def new_run_name(prefix: str) -> str:
+    """Returns PREFIX-DATE-TIME, in local time."""
     return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -69,7 +69,7 @@ class Limits(_message.Message):
     def __init__(self, max_groups_per_request: _Optional[int] = ..., max_rollouts_per_group: _Optional[int] = ..., max_tokens_per_rollout: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens_per_request: _Optional[int] = ...) -> None: ...
 
 class TeacherDescription(_message.Message):
-    __slots__ = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype", "limits", "payloads", "degradations")
+    __slots__ = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype", "limits", "payloads", "degradations", "columns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class TeacherDescription(_message.Message):
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     PAYLOADS_FIELD_NUMBER: _ClassVar[int]
     DEGRADATIONS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     tokenizer_fingerprint: str
@@ -88,7 +89,8 @@ class TeacherDescription(_message.Message):
     limits: Limits
     payloads: _containers.RepeatedScalarFieldContainer[PayloadKind]
     degradations: _containers.RepeatedScalarFieldContainer[DegradationKind]
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., payloads: _Optional[_Iterable[_Union[PayloadKind, str]]] = ..., degradations: _Optional[_Iterable[_Union[DegradationKind, str]]] = ...) -> None: ...
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., payloads: _Optional[_Iterable[_Union[PayloadKind, str]]] = ..., degradations: _Optional[_Iterable[_Union[DegradationKind, str]]] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PutImagesResponse(_message.Message):
     __slots__ = ("sha256",)
@@ -145,7 +147,7 @@ class PromptGroup(_message.Message):
     def __init__(self, group_id: _Optional[str] = ..., tokens: _Optional[_Union[TokenPrompt, _Mapping]] = ..., messages: _Optional[_Union[MessagePrompt, _Mapping]] = ..., rollouts: _Optional[_Iterable[_Union[RolloutTokens, _Mapping]]] = ...) -> None: ...
 
 class ScoreGroupsRequest(_message.Message):
-    __slots__ = ("job", "groups", "payload", "top_k", "degradation", "tokenizer_fingerprint", "revision", "with_token_texts")
+    __slots__ = ("job", "groups", "payload", "top_k", "degradation", "tokenizer_fingerprint", "revision", "with_token_texts", "columns")
     JOB_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +156,7 @@ class ScoreGroupsRequest(_message.Message):
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     WITH_TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     job: str
     groups: _containers.RepeatedCompositeFieldContainer[PromptGroup]
     payload: PayloadKind
@@ -162,7 +165,8 @@ class ScoreGroupsRequest(_message.Message):
     tokenizer_fingerprint: str
     revision: str
     with_token_texts: bool
-    def __init__(self, job: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[PromptGroup, _Mapping]]] = ..., payload: _Optional[_Union[PayloadKind, str]] = ..., top_k: _Optional[int] = ..., degradation: _Optional[_Union[Degradation, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., with_token_texts: _Optional[bool] = ...) -> None: ...
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[PromptGroup, _Mapping]]] = ..., payload: _Optional[_Union[PayloadKind, str]] = ..., top_k: _Optional[int] = ..., degradation: _Optional[_Union[Degradation, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., revision: _Optional[str] = ..., with_token_texts: _Optional[bool] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreGroupsResponse(_message.Message):
     __slots__ = ("score", "payload", "error")
@@ -175,7 +179,7 @@ class ScoreGroupsResponse(_message.Message):
     def __init__(self, score: _Optional[_Union[GroupScore, _Mapping]] = ..., payload: _Optional[_Union[TensorChunk, _Mapping]] = ..., error: _Optional[_Union[GroupError, _Mapping]] = ...) -> None: ...
 
 class GroupScore(_message.Message):
-    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload", "response_ids", "token_texts", "payload_texts")
+    __slots__ = ("group_id", "lengths", "teacher_logprobs", "degraded_logprobs", "visual_advantage", "prompt_tokens", "payload", "response_ids", "token_texts", "payload_texts", "columns")
     class PayloadTextsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +187,13 @@ class GroupScore(_message.Message):
         key: int
         value: str
         def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    class ColumnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _common_pb2.Tensor
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ...) -> None: ...
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     TEACHER_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +204,7 @@ class GroupScore(_message.Message):
     RESPONSE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_TEXTS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
     group_id: str
     lengths: _containers.RepeatedScalarFieldContainer[int]
     teacher_logprobs: _common_pb2.Tensor
@@ -203,7 +215,8 @@ class GroupScore(_message.Message):
     response_ids: _containers.RepeatedScalarFieldContainer[int]
     token_texts: _containers.RepeatedScalarFieldContainer[str]
     payload_texts: _containers.ScalarMap[int, str]
-    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ..., response_ids: _Optional[_Iterable[int]] = ..., token_texts: _Optional[_Iterable[str]] = ..., payload_texts: _Optional[_Mapping[int, str]] = ...) -> None: ...
+    columns: _containers.MessageMap[str, _common_pb2.Tensor]
+    def __init__(self, group_id: _Optional[str] = ..., lengths: _Optional[_Iterable[int]] = ..., teacher_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., degraded_logprobs: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., visual_advantage: _Optional[_Union[_common_pb2.Tensor, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., payload: _Optional[_Iterable[_Union[PayloadTensor, _Mapping]]] = ..., response_ids: _Optional[_Iterable[int]] = ..., token_texts: _Optional[_Iterable[str]] = ..., payload_texts: _Optional[_Mapping[int, str]] = ..., columns: _Optional[_Mapping[str, _common_pb2.Tensor]] = ...) -> None: ...
 
 class PayloadTensor(_message.Message):
     __slots__ = ("name", "dtype", "shape")

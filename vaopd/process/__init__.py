@@ -1,4 +1,4 @@
-"""Starts every process in the same way, and ends one that hangs."""
+"""Starts processes alike, and ends those that hang."""
 
 from vaopd.process.entry import main, parser
 from vaopd.process.flags import add_flags, service_config

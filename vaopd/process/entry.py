@@ -1,10 +1,10 @@
-"""Starts a process of the system: its flags, its log lines, its traces and its configuration.
+"""Opens every process of the system: its flags, log lines, traces and configuration.
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = process.parser("teacher", "Serves a frozen teacher over gRPC.")
-        return process.main(_run, parser, argv)     # _run(arguments, config) imports what is heavy
+        return process.main(_run, parser, argv)     # _run(arguments, config) imports torch, gRPC and the like
 
-Importing this loads nothing heavy, so that `--help` answers at once.
+Importing this module loads no such library, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the arguments, sets up logs and traces, reads the configuration and returns `run`'s exit code.
+    """Parses the options, sets up logs and traces, and returns `run`'s exit code.
 
-    An error of the tree, or a library's that `failures` can explain, is printed as one line: exit code 2.
+    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line.
     """
     arguments = parser.parse_args(argv)
     role = parser.prog.removeprefix("vaopd_")

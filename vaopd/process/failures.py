@@ -5,7 +5,7 @@ from __future__ import annotations
 from vaopd.errors import ConfigError, VaopdError
 
 NO_VLLM = (
-    "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without: "
+    "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without it: "
     "--set rollout.engine=transformers"
 )
 LESS_MEMORY = {
@@ -16,13 +16,13 @@ LESS_MEMORY = {
 }
 
 
-def in_words(error: BaseException, role: str) -> str | None:
-    """What an exception of torch, vLLM or the import system means for someone who starts `role`; None if unknown."""
+def explain(error: BaseException, role: str) -> str | None:
+    """Returns what an error of torch, vLLM or the import system means for a process of `role`; None if unknown."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return f"out of memory ({text.splitlines()[0]}); {LESS_MEMORY[role]}. docs/real_models.md computes what fits"
     if "not compiled with CUDA" in text or "No CUDA GPUs are available" in text or "no NVIDIA driver" in text:
-        return f"no GPU can be used ({text.splitlines()[0]}); `vaopd doctor` tells what torch sees"
+        return f"no GPU can be used ({text.splitlines()[0]}); `vaopd doctor` shows what torch sees"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "vllm":
         return NO_VLLM
     if "Engine core initialization failed" in text:
@@ -31,8 +31,8 @@ def in_words(error: BaseException, role: str) -> str | None:
 
 
 def as_config_error(error: Exception, role: str) -> VaopdError:
-    """The error in words; re-raises what has none, so that its traceback stays."""
-    words = in_words(error, role)
-    if words is None:
+    """Returns the error with its explanation; re-raises one without, so that its traceback stays."""
+    explanation = explain(error, role)
+    if explanation is None:
         raise error
-    return ConfigError(words)
+    return ConfigError(explanation)

@@ -1,6 +1,7 @@
-"""Starts a service's ranks on one host and ends as they end; `torchrun` would make every end but success exit code 1.
+"""Starts a service's ranks on one host and exits as they do.
 
-Ranks on several hosts are torchrun's business: it sets RANK, and then this module isn't used.
+`torchrun` would turn every exit code but 0 into 1. Ranks on several hosts are started by it all the same: where RANK is
+set, this module isn't used.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-GRACE_S = 15.0  # less than what `vaopd up` grants between SIGTERM and SIGKILL
+from vaopd.net.ports import LOOPBACK, free_port
+
+GRACE_S = 15.0  # less than the time that `vaopd up` leaves between SIGTERM and SIGKILL
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -22,11 +24,9 @@ _PR_SET_PDEATHSIG = 1
 def launch(argv: Sequence[str], *, processes: int) -> int:
     """Runs `argv` once per rank, passes SIGTERM and SIGINT on, and returns 0 or the first other exit code.
 
-    A rank that fails ends the others, which would wait for it for ever. −n stands for a death by signal n.
+    When a rank fails, the others are ended, which would wait for it for ever. −n stands for a death by signal n.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    shared = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     ranks: list[subprocess.Popen[bytes]] = []
     # SIGINT from a terminal reaches the ranks by itself, since they are in its process group; twice does no harm.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -50,7 +50,7 @@ def _pass_on(number: int, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Each rank may still finish its checkpoint; then it is killed."""
+    """Lets each rank finish its checkpoint for GRACE_S, then kills it."""
     deadline = time.monotonic() + GRACE_S
     for rank in ranks:
         rank.terminate()
@@ -63,7 +63,7 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def die_as(code: int) -> int:
-    """The exit code; −n is made true by dying of signal n, so that who started this process sees how it ended."""
+    """Returns an exit code; for −n it dies of signal n instead, so that the parent process sees how a rank ended."""
     if code < 0:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
@@ -72,6 +72,6 @@ def die_as(code: int) -> int:
 
 
 def end_with_the_launcher() -> None:
-    """In each rank: a launcher that is killed can tell them nothing, so on Linux the kernel sends them SIGTERM."""
+    """Asks the kernel, on Linux, to send this rank SIGTERM when the launcher is gone, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

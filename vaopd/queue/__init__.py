@@ -1,15 +1,23 @@
 """Requests and finished groups through Redis Streams: at least once on the wire, exactly once in effect.
 
-    trainer ── enqueue ──►  requests  ── take ──►  worker    (a lease; renewed, taken over when it runs out)
-    trainer ◄── collect ──  groups  ◄── complete ──  worker  (one commit; fenced by the lease)
-    trainer ── acknowledge ──►  groups                       (after a durable checkpoint; fenced by the job's lease)
-
-The scripts beside this file are the commits; each is atomic. `docs/decisions/2026-11-24-queue.md` says why it is so.
+`protocol.py` says what the trainer's and the worker's end promise; the other files keep it with Redis. Each script in
+`lua/` is one atomic commit, and `scripts.py` has their signatures. `docs/decisions/2026-11-24-queue.md` says why.
 """
 
-from vaopd.queue.dead_letters import DeadLetter, DeadLetters
+from vaopd.queue.dead_letters import DeadLetters
 from vaopd.queue.keeper import LeaseKeeper
-from vaopd.queue.trainer import Delivered, TrainerQueue
-from vaopd.queue.worker import Lease, WorkerQueue
+from vaopd.queue.protocol import DeadLetter, Delivered, Lease, TrainerEnd, WorkerEnd
+from vaopd.queue.trainer import TrainerQueue
+from vaopd.queue.worker import WorkerQueue
 
-__all__ = ["DeadLetter", "DeadLetters", "Delivered", "Lease", "LeaseKeeper", "TrainerQueue", "WorkerQueue"]
+__all__ = [
+    "DeadLetter",
+    "DeadLetters",
+    "Delivered",
+    "Lease",
+    "LeaseKeeper",
+    "TrainerEnd",
+    "TrainerQueue",
+    "WorkerEnd",
+    "WorkerQueue",
+]

@@ -1,46 +1,25 @@
-"""Entries that were given up: corrupt, or delivered too often. They stay until somebody decides."""
+"""Reads, publishes again and drops entries that were given up: corrupt, or delivered too often."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from vaopd.errors import NotFound
 from vaopd.pb import queue_pb2
+from vaopd.queue import scripts
 from vaopd.queue.connection import Connection
+from vaopd.queue.protocol import DeadLetter
 
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeadLetter:
-    """`key` is "GROUP_ID@POLICY_VERSION", known even when the body is corrupt; `stream` is "requests" or "groups".
-
-    An entry that somebody else put there may have any key; its policy_version is None then.
-    """
-
-    entry_id: str
-    key: str
-    stream: str
-    reason: str
-    deliveries: int
-    body: bytes
-
-    @property
-    def group_id(self) -> str:
-        return self.key.rpartition("@")[0] if self.policy_version is not None else self.key
-
-    @property
-    def policy_version(self) -> int | None:
-        version = self.key.rpartition("@")[2]
-        return int(version) if version.isdecimal() else None
-
-
 def letter_bytes(*, stream: str, reason: str, deliveries: int, body: bytes) -> bytes:
+    """Returns a DeadLetter message."""
     return queue_pb2.DeadLetter(stream=stream, reason=reason, deliveries=deliveries, body=body).SerializeToString()
 
 
 def read_letters(connection: Connection, *, after: str, limit: int) -> list[DeadLetter]:
+    """Returns the oldest letters of a job beyond the letter `after`."""
     start = f"({after}" if after else "-"
     return _letters(connection, start, "+", limit)
 
@@ -64,23 +43,25 @@ def _letters(connection: Connection, start: str, end: str, limit: int) -> list[D
 
 
 class DeadLetters:
-    """For people: look at a job's dead letters, send one on its way again, or drop it."""
+    """Shows a job's dead letters to people, who publish one again or drop it. They stay until then."""
 
     def __init__(self, *, url: str, job: str, patience_s: float = 30.0) -> None:
+        """patience_s: how long to wait for a Redis that does not answer."""
         self._connection = Connection(url=url, job=job, patience_s=patience_s)
 
     def list(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
-        """The oldest first; `after` is the entry_id of the last one already seen."""
+        """Returns up to `limit` letters, the oldest first; `after` is the entry_id of the last one already seen."""
         return read_letters(self._connection, after=after, limit=limit)
 
     def retry(self, entry_id: str) -> None:
-        """Publishes it again, as a new entry that nobody has taken yet."""
+        """Publishes a letter's body again, as a new entry without deliveries. Raises NotFound when it is gone."""
         letter = self._find(entry_id)
         self._connection.join()
-        # Not there any more: this very call did it, and its reply was lost, or somebody else did.
-        self._connection.run("retry_dead", entry_id, letter.stream, letter.body)
+        # A letter that is gone by now was published by this very call, whose reply was lost, or by another process.
+        scripts.retry_dead(self._connection.run, entry_id, letter.stream, letter.body)
 
     def drop(self, entry_id: str) -> None:
+        """Removes a letter for good. Raises NotFound when it is gone."""
         self._find(entry_id)
         self._connection.call(lambda: self._connection.redis.xdel(self._connection.key["dead"], entry_id))
 
@@ -93,4 +74,5 @@ class DeadLetters:
         return found[0]
 
     def close(self) -> None:
+        """Closes the connection."""
         self._connection.close()

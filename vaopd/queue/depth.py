@@ -1,9 +1,10 @@
-"""How full a job's queue is, for whoever watches it; read only, and quick to give up."""
+"""Counts the entries of a job's queue, for monitoring: read only, and without patience."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vaopd.queue import scripts
 from vaopd.queue.connection import Connection
 
 WORKER_SEEN_MS = 30_000
@@ -11,7 +12,7 @@ WORKER_SEEN_MS = 30_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Depth:
-    """Entries: requests that are not answered, groups that are in no durable checkpoint, dead letters."""
+    """Counts requests that are not answered, groups that are in no durable checkpoint, and dead letters."""
 
     requests: int
     groups: int
@@ -21,13 +22,14 @@ class Depth:
 
 
 class DepthGauge:
-    """A connection of its own: it never waits behind the trainer's."""
+    """Reads the depth over a connection of its own, so that it never waits behind the trainer's."""
 
     def __init__(self, *, url: str, job: str) -> None:
+        """url, job: as for `TrainerQueue`."""
         self._connection = Connection(url=url, job=job, patience_s=0.0)
 
     def read(self) -> Depth:
-        """Raises Unavailable when Redis doesn't answer."""
+        """Returns the present counts. Raises Unavailable when Redis doesn't answer at once."""
         connection = self._connection
         length = {
             name: connection.call(lambda name=name: connection.redis.xlen(connection.key[name]))  # type: ignore[misc]
@@ -37,8 +39,9 @@ class DepthGauge:
             requests=length["requests"],
             groups=length["groups"],
             dead_letters=length["dead"],
-            workers=len(connection.run("workers_alive", WORKER_SEEN_MS)),
+            workers=len(scripts.workers_alive(connection.run, WORKER_SEEN_MS)),
         )
 
     def close(self) -> None:
+        """Closes the connection."""
         self._connection.close()

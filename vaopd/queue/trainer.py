@@ -1,8 +1,8 @@
-"""The trainer's end of the queue: one process per job, the one that holds the job's lease.
+"""The trainer's end of the queue, in Redis: one process per job, which holds the job's lease.
 
 In: finished groups. Out: requests and policy versions. Waits for: a group. A group stays in Redis until `acknowledge`,
-which is called only once a checkpoint that contains its effect is durable; until then whoever resumes gets it again.
-Each write is fenced: a trainer that was taken for dead and comes back is refused (LeaseLost).
+which is called only once a checkpoint that contains its effect is durable; until then a resumed trainer gets it again.
+Each write is fenced: a trainer whose lease ran out is refused (LeaseLost), even when it still runs.
 """
 
 from __future__ import annotations
@@ -11,34 +11,32 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
-from vaopd.queue.dead_letters import DeadLetter, letter_bytes, read_letters
+from vaopd.queue import scripts
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, dedupe_key
+from vaopd.queue.dead_letters import letter_bytes, read_letters
 from vaopd.queue.keeper import LeaseKeeper
+from vaopd.queue.protocol import DeadLetter, Delivered, TrainerEnd
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
 from vaopd.wire.queue import policy_version_to_bytes, rollout_group_from_bytes, rollout_request_to_bytes
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Delivered:
-    """A group as it was handed to the trainer; `deliveries` counts this delivery too (above 1: after a restart)."""
-
-    entry_id: str
-    deliveries: int
-    group: RolloutGroup
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def new_owner() -> str:
-    """A token that no other process has."""
-    return f"{checked_name('host name', socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    """Returns a token that no other process has."""
+    return f"{check_name('host name', socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
-class TrainerQueue:
-    """`acquire()` first. `owner` must be unique to the process; by default it is made so."""
+class TrainerQueue(TrainerEnd):
+    """Keeps the promises of `TrainerEnd` with Redis. Call `acquire` first.
+
+    While Redis does not answer, every method retries for `patience_s` and then raises Unavailable.
+    """
 
     def __init__(
         self,
@@ -50,52 +48,51 @@ class TrainerQueue:
         max_deliveries: int = 5,
         patience_s: float = 30.0,
     ) -> None:
-        self.owner = checked_name("owner", owner) if owner else new_owner()
+        """owner: unique to the process; made so by default. max_deliveries: of a group, before it is a dead letter."""
+        self.owner = check_name("owner", owner) if owner else new_owner()
         if not 0 < lease_s <= 3600:
             raise InvalidInput(f"lease_s is {lease_s:g}; it must be above 0 and at most 3600")
         self.lease_s = lease_s
         self.max_deliveries = max_deliveries
         self._connection = Connection(url=url, job=job, patience_s=patience_s)
         self._epoch = ""
-        self._last_id = "0"  # of the last group that this object was handed
+        self._last_id = "0"  # of the last group that was delivered to this object
 
     # -- the job's lease ----------------------------------------------------------------------------------------------
 
     def acquire(self, *, wait_s: float = 0.0) -> None:
-        """Takes the job. A dead trainer's lease must run out first: to resume, wait a little longer than `lease_s`.
-
-        Also the way on after a Mismatch (Redis came back empty): makes streams and groups anew; then enqueue all again.
-        """
+        """Takes the job, and creates its streams where Redis has none."""
         deadline = time.monotonic() + wait_s
         while True:
             epoch = self._connection.join()
-            reply = self._connection.run("acquire", self.owner, self._lease_ms)
-            if reply[0] == b"ok":
+            held = scripts.acquire(self._connection.run, self.owner, self._lease_ms)
+            if held is None:
                 break
+            holder, ms = held
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 raise LeaseLost(
-                    f"job {self._connection.job!r} is held by trainer {reply[1].decode()!r} for another "
-                    f"{reply[2] / 1000:.1f} s at least; stop that trainer, wait until its lease has run out, or choose "
-                    "another job name"
+                    f"job {self._connection.job!r} is held by trainer {holder!r} for another {ms / 1000:.1f} s at "
+                    "least; stop that trainer, wait until its lease has run out, or choose another job name"
                 )
             time.sleep(min(0.1, remaining_s))
         if epoch != self._epoch:
             self._epoch, self._last_id = epoch, "0"
 
     def renew(self) -> None:
-        self._run("renew_job", self._lease_ms)
+        """Extends the job's lease."""
+        self._run(scripts.renew_job, self._lease_ms)
 
     def keeper(self) -> LeaseKeeper:
         """Renews the job's lease while its `with` block runs."""
         return LeaseKeeper(renew=self.renew, every_s=self.lease_s / 3)
 
     def release(self) -> None:
-        """Lets the job go. What was collected and not acknowledged is delivered again; this delivery does not count."""
-        self._run("release_job", self._last_id)
+        """Gives the job up, and takes back the deliveries of groups that were not acknowledged."""
+        self._run(scripts.release_job, self._last_id)
 
     def check_epoch(self) -> None:
-        """Raises Mismatch when Redis came back empty since `acquire` (every other call here does so too)."""
+        """Raises Mismatch when Redis came back empty since `acquire`, as every method that writes does."""
         connection = self._connection
         found = connection.call(lambda: connection.redis.get(connection.key["epoch"]))
         if found is None or found.decode() != self._epoch:
@@ -104,15 +101,12 @@ class TrainerQueue:
     # -- requests, groups, policies -----------------------------------------------------------------------------------
 
     def enqueue(self, request: RolloutRequest) -> bool:
-        """False: a request with this group_id and policy_version was published before; nothing was added.
-
-        Raises Unavailable when Redis is full: acknowledge what is durable, and try again.
-        """
+        """Publishes a request, unless its dedupe key has a record."""
         key = dedupe_key(request.group_id, request.policy_version)
-        return bool(self._run("enqueue", key, rollout_request_to_bytes(request))[1])
+        return self._run(scripts.enqueue, key, rollout_request_to_bytes(request))
 
     def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-        """Those that Redis has no record of, though they were enqueued: it lost its last writes."""
+        """Returns the requests whose dedupe key has no record."""
         if not requests:
             return []
         connection = self._connection
@@ -121,73 +115,64 @@ class TrainerQueue:
         return [request for request, record in zip(requests, found, strict=True) if record is None]
 
     def requests_in_flight(self) -> int:
-        """Requests that no worker has answered yet, waiting or being worked on. The bound on it is the trainer's."""
+        """Returns the length of the stream of requests: those that wait and those that are worked on."""
         connection = self._connection
         return connection.call(lambda: connection.redis.xlen(connection.key["requests"]))
 
     def collect(self, *, block_s: float, max_groups: int = 64) -> list[Delivered]:
-        """Up to `max_groups` groups in order of completion; waits up to `block_s` for the first.
-
-        After a restart, first those that were delivered before and not acknowledged. A group that can't be read, or was
-        delivered `max_deliveries` times before (it kills the trainer), goes to the dead letters.
-        """
+        """Delivers groups beyond the last one; after a restart, from the first that was not acknowledged."""
         deadline = time.monotonic() + block_s
         while True:
-            _, entries, last_delivered = self._run("collect", self._last_id, max_groups)
-            delivered = self._delivered(entries)
+            entries, last_delivered = self._run(scripts.collect, self._last_id, max_groups)
+            delivered = self._parse(entries)
             remaining_s = deadline - time.monotonic()
             if delivered or remaining_s <= 0:
                 return delivered
             if not entries:
-                self._wait_for_group(last_delivered.decode(), min(BLOCK_SLICE_S, remaining_s))
+                self._wait_for_group(last_delivered, min(BLOCK_SLICE_S, remaining_s))
 
     def acknowledge(self, entry_ids: Iterable[str]) -> int:
-        """Removes groups whose effect is in a durable checkpoint; returns how many. Works when Redis is full."""
+        """Removes groups from the stream; their records stay until `forget`, so that a late duplicate is refused."""
         ids = list(entry_ids)
-        return self._run("acknowledge", *ids)[1] if ids else 0
+        return self._run(scripts.acknowledge, *ids) if ids else 0
 
     def dead_letter(self, entry_id: str, reason: str) -> None:
-        """Gives a collected group up."""
+        """Moves a collected group to the dead letters."""
         found = self._connection.entry("groups", entry_id)
         if found is not None:
             self._bury(entry_id, reason, deliveries=1, key=found[0], body=found[1])
 
     def ask_again(self, entry_id: str, group: RolloutGroup, request: RolloutRequest) -> None:
-        """Trades a collected group that can't be used for its request, which is published a second time.
-
-        Raises Unavailable when Redis is full; the group is still there then.
-        """
-        keys = [dedupe_key(item.group_id, item.policy_version) for item in (group, request)]
-        self._run("ask_again", entry_id, *keys, rollout_request_to_bytes(request))
+        """Trades a group for its request, in one commit."""
+        group_key, request_key = (dedupe_key(item.group_id, item.policy_version) for item in (group, request))
+        self._run(scripts.ask_again, entry_id, group_key, request_key, rollout_request_to_bytes(request))
 
     def dead_letters(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
-        """Requests and groups that were given up since the letter `after`: nothing will come of them."""
+        """Returns up to `limit` letters beyond the letter `after`, the oldest first."""
         return read_letters(self._connection, after=after, limit=limit)
 
     def publish_policy(self, policy: PolicyVersion) -> None:
-        """Announces a snapshot as the latest; higher versions, left by a run resumed earlier, are withdrawn."""
-        self._run("publish_policy", policy.version, policy_version_to_bytes(policy))
+        """Announces a snapshot as the latest."""
+        self._run(scripts.publish_policy, policy.version, policy_version_to_bytes(policy))
 
     def policy(self, version: int) -> PolicyVersion | None:
-        """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
+        """Returns a published snapshot."""
         return self._connection.policy(version)
 
     def forget(self, before_version: int) -> int:
-        """Drops dedupe records and policies of versions before this one; returns how many records.
-
-        Choose it so that no such group is accepted any more: below the oldest version in flight and the checkpoint's.
-        """
-        return self._run("forget", before_version)[1]
+        """Drops records of requests and groups, and policies, of earlier versions."""
+        return self._run(scripts.forget, before_version)
 
     def workers_alive(self, *, within_s: float = 30.0) -> list[str]:
-        """Names of the workers seen in the last `within_s` seconds."""
-        return [name.decode() for name in self._connection.run("workers_alive", int(1000 * within_s))]
+        """Returns the workers that renewed in the last `within_s` seconds, by Redis's clock."""
+        return scripts.workers_alive(self._connection.run, int(1000 * within_s))
 
     def purge(self) -> None:
-        """Removes every key of the job, its lease too; `acquire` begins anew."""
-        self._run("purge")
+        """Removes every key of the job, its lease too; `acquire` begins a new one."""
+        self._run(scripts.purge)
 
     def close(self) -> None:
+        """Closes the connections; the job's lease runs out by itself."""
         self._connection.close()
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -196,17 +181,23 @@ class TrainerQueue:
     def _lease_ms(self) -> int:
         return int(1000 * self.lease_s)
 
-    def _run(self, script: str, *args: str | int | bytes) -> list[Any]:
-        reply = self._connection.run(script, self._epoch, self.owner, *args)
-        if reply[0] == b"epoch":
-            raise self._came_back_empty()
-        if reply[0] == b"lost":
-            now = f"trainer {reply[1].decode()!r} holds it" if reply[1] else "nobody holds it now"
+    def _run(
+        self,
+        script: Callable[Concatenate[scripts.Run, scripts.Fence, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Runs a fenced script; raises Mismatch or LeaseLost when it refuses."""
+        try:
+            return script(self._connection.run, scripts.Fence(self._epoch, self.owner), *args, **kwargs)
+        except scripts.EpochGone:
+            raise self._came_back_empty() from None
+        except scripts.JobLost as lost:
+            now = f"trainer {lost.holder!r} holds it" if lost.holder else "no trainer holds it now"
             raise LeaseLost(
                 f"trainer {self.owner!r} lost job {self._connection.job!r}: its lease was not renewed for "
                 f"{self.lease_s:g} s and {now}; nothing was committed. Resume from the last checkpoint"
-            )
-        return reply
+            ) from None
 
     def _came_back_empty(self) -> Mismatch:
         return Mismatch(
@@ -215,13 +206,14 @@ class TrainerQueue:
             "enqueue what is in flight again"
         )
 
-    def _delivered(self, entries: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Delivered]:
+    def _parse(self, entries: Iterable[scripts.Entry]) -> list[Delivered]:
+        """Returns the groups in the entries; moves those that can't be used to the dead letters."""
         delivered = []
         last_id = self._last_id
-        for raw_id, deliveries, key, body in entries:
-            entry_id = last_id = raw_id.decode()
+        for entry_id, deliveries, key, body in entries:
+            last_id = entry_id
             if deliveries > self.max_deliveries:
-                # This reading counted as a delivery, though nobody trains on it now.
+                # This reading counted as a delivery, though no trainer worked on it.
                 reason = f"{deliveries - 1} deliveries without acknowledgement: the trainer dies before its checkpoint"
                 self._bury(entry_id, reason, deliveries=deliveries - 1, key=key, body=body)
             else:
@@ -238,7 +230,7 @@ class TrainerQueue:
 
     def _bury(self, entry_id: str, reason: str, *, deliveries: int, key: bytes, body: bytes) -> None:
         letter = letter_bytes(stream="groups", reason=reason, deliveries=deliveries, body=body)
-        self._run("bury_group", entry_id, key, letter)
+        self._run(scripts.bury_group, entry_id, key, letter)
 
     def _wait_for_group(self, last_delivered: str, wait_s: float) -> None:
         """Returns once there is a group beyond `last_delivered`, or after `wait_s`.

@@ -1,8 +1,8 @@
-"""The rollout worker's end of the queue.
+"""The rollout worker's end of the queue, in Redis.
 
 In: requests, each under a lease. Out: finished groups, one commit each. Waits for: a request, or for another worker's
-lease to run out. A worker that dies leaves its leases to the others; one that was taken for dead and comes back is
-refused (LeaseLost).
+lease to run out. A worker that dies leaves its leases to the others; one whose lease ran out while it hung is refused
+(LeaseLost).
 """
 
 from __future__ import annotations
@@ -10,31 +10,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, checked_name, dedupe_key
+from vaopd.queue import scripts
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, dedupe_key
 from vaopd.queue.dead_letters import letter_bytes
 from vaopd.queue.keeper import LeaseKeeper
-from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd.queue.protocol import Lease, WorkerEnd
+from vaopd.types import PolicyVersion, RolloutGroup
 from vaopd.wire.queue import rollout_group_to_bytes, rollout_request_from_bytes
 
 SUSPECT_AFTER = 2
-"""Deliveries without a commit after which a request is suspected to kill whoever works on it."""
+"""Deliveries without a commit after which a request is suspected to kill its workers."""
 SUSPECT_POLL_S = 0.02
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lease:
-    """A request that this worker has until its lease runs out; `deliveries` counts this delivery too."""
+class WorkerQueue(WorkerEnd):
+    """Keeps the promises of `WorkerEnd` with Redis.
 
-    entry_id: str
-    deliveries: int
-    request: RolloutRequest
-
-
-class WorkerQueue:
-    """`worker` names the process; give each process a name of its own (host and process id, say)."""
+    While Redis does not answer, every method retries for `patience_s` and then raises Unavailable.
+    """
 
     def __init__(
         self,
@@ -46,7 +41,8 @@ class WorkerQueue:
         max_deliveries: int = 5,
         patience_s: float = 30.0,
     ) -> None:
-        self.worker = checked_name("worker", worker)
+        """worker: unique to the process. max_deliveries: of a request, before it is a dead letter."""
+        self.worker = check_name("worker", worker)
         if not 0 < lease_s <= 3600:
             raise InvalidInput(f"lease_s is {lease_s:g}; it must be above 0 and at most 3600")
         self.lease_s = lease_s
@@ -54,30 +50,29 @@ class WorkerQueue:
         self._connection = Connection(url=url, job=job, patience_s=patience_s)
         self._joined = False
         self._held: dict[str, Lease] = {}
-        self._runs_out: dict[str, float] = {}  # entry_id -> when the lease does, unless renewed; time.monotonic
+        self._runs_out: dict[str, float] = {}  # entry_id -> when its lease runs out; time.monotonic
         self._lock = threading.Lock()
 
     def take(self, *, block_s: float, max_requests: int = 1) -> list[Lease]:
-        """Up to `max_requests` requests: first those whose lease ran out, then new ones; waits up to `block_s` for one.
+        """Leases requests whose lease ran out, else new ones; waits up to `block_s`.
 
-        An entry delivered `max_deliveries` times without a commit, or one that can't be read, goes to the dead letters.
-        One of whom two workers died already is taken alone, so that it can't draw its neighbours with it.
+        After `max_deliveries` deliveries without a commit a request goes to the dead letters instead.
         """
         deadline = time.monotonic() + block_s
         while True:
-            at_work = self._at_work()
+            active = self._active()
             remaining_s = deadline - time.monotonic()
             try:
                 self._join_once()
-                if any(lease.deliveries > SUSPECT_AFTER for lease in at_work):
+                if any(lease.deliveries > SUSPECT_AFTER for lease in active):
                     leases = []
                     time.sleep(max(0.0, min(SUSPECT_POLL_S, remaining_s)))
                 else:
-                    leases = self._leases(self._take_over(max_requests, alone=not at_work))
+                    leases = self._parse(self._take_over(max_requests, idle=not active))
                     if not leases:
                         # Redis reads "block 0" as "for ever", hence at least a millisecond.
                         wait_ms = max(1, int(1000 * min(BLOCK_SLICE_S, self.lease_s, remaining_s)))
-                        leases = self._leases(self._read_new(max_requests, wait_ms))
+                        leases = self._parse(self._read_new(max_requests, wait_ms))
             except GroupMissing:
                 self._joined = False
                 leases = []
@@ -85,15 +80,12 @@ class WorkerQueue:
                 return leases
 
     def renew(self, leases: Iterable[Lease] | None = None) -> list[Lease]:
-        """Starts the time of these leases (default: all that this worker holds) anew; returns those that are lost.
-
-        Also says that the worker is alive, so call it even when nothing is held; `keeper()` does.
-        """
+        """Extends leases (default: all that are held); returns those that are lost."""
         with self._lock:
             wanted = list(self._held.values()) if leases is None else list(leases)
         pairs = [part for lease in wanted for part in (lease.entry_id, lease.deliveries)]
         began = time.monotonic()
-        lost_ids = {entry_id.decode() for entry_id in self._connection.run("renew_leases", self.worker, *pairs)}
+        lost_ids = scripts.renew_leases(self._connection.run, self.worker, *pairs)
         lost = [lease for lease in wanted if lease.entry_id in lost_ids]
         for lease in lost:
             self._drop(lease)
@@ -106,10 +98,9 @@ class WorkerQueue:
         return LeaseKeeper(renew=self.renew, every_s=self.lease_s / 3)
 
     def complete(self, lease: Lease, group: RolloutGroup) -> bool:
-        """The commit: publishes the group and removes the request, both or neither.
+        """Publishes the group and removes the request, in one commit.
 
-        False: this group had been published before, the request is removed all the same. Raises LeaseLost when another
-        delivery of this request has begun. Goes on when Redis is full, since it makes room.
+        It also works when Redis is full, since a request with its images takes more room than its group.
         """
         key = dedupe_key(lease.request.group_id, lease.request.policy_version)
         if dedupe_key(group.group_id, group.policy_version) != key:
@@ -117,57 +108,58 @@ class WorkerQueue:
                 f"group {group.group_id!r} of policy version {group.policy_version} answers another request than "
                 f"{lease.request.group_id!r} of policy version {lease.request.policy_version}"
             )
-        reply = self._connection.run(
-            "complete", self.worker, lease.entry_id, lease.deliveries, key, rollout_group_to_bytes(group)
-        )
-        self._committed(lease, reply)
-        return bool(reply[1])
+        is_new = scripts.complete(self._connection.run, self._claim(lease), key, rollout_group_to_bytes(group))
+        self._drop(lease)
+        if is_new is None:
+            raise self._lost(lease)
+        return is_new
 
     def fail(self, lease: Lease, reason: str) -> None:
-        """Sends the request to the dead letters now: it can't be answered, by anybody."""
+        """Moves the request to the dead letters now."""
         found = self._connection.entry("requests", lease.entry_id)
-        if found is None:
-            self._drop(lease)
+        is_buried = found is not None and self._bury(self._claim(lease), reason, key=found[0], body=found[1])
+        self._drop(lease)
+        if not is_buried:
             raise self._lost(lease)
-        self._bury(lease, reason, key=found[0], body=found[1])
 
     def release(self, lease: Lease) -> None:
-        """Hands a lease back: another worker can take the request at once, and the delivery does not count."""
-        # That it is not ours any more is what was wanted, so a lost lease is no error here.
-        self._connection.run("release_lease", self.worker, lease.entry_id, lease.deliveries)
+        """Hands a lease back, and takes its delivery back."""
+        scripts.release_lease(self._connection.run, self._claim(lease))
         self._drop(lease)
 
     def release_all(self) -> None:
-        """On SIGTERM, once the work in progress has been stopped."""
+        """Hands all leases back: on SIGTERM, once the work in progress has been stopped."""
         for lease in self.held():
             self.release(lease)
 
     def held(self) -> list[Lease]:
+        """Returns the leases that this object took and still has."""
         with self._lock:
             return list(self._held.values())
 
-    def _at_work(self) -> list[Lease]:
-        """What is held and has not run out, as far as this side can tell."""
+    def _active(self) -> list[Lease]:
+        """Returns the leases that are held and have not run out by this side's clock."""
         now = time.monotonic()
         with self._lock:
             return [lease for lease in self._held.values() if self._runs_out[lease.entry_id] > now]
 
     def policy(self, version: int) -> PolicyVersion | None:
-        """The snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
+        """Returns a published snapshot."""
         return self._connection.policy(version)
 
     def latest_policy(self) -> PolicyVersion | None:
+        """Returns the snapshot that was announced last."""
         connection = self._connection
         version = connection.call(lambda: connection.redis.get(connection.key["policy"]))
         return self.policy(int(version)) if version else None
 
     def close(self) -> None:
-        """Takes the worker off the list of those alive. Leases that it still holds run out by themselves."""
+        """Takes the worker off the list of those alive, and closes the connections."""
         connection = self._connection
         try:
             connection.call(lambda: connection.redis.zrem(connection.key["workers"], self.worker), patience_s=0)
         except Unavailable:
-            pass  # a process that ends does not wait for Redis; its name ages out of the list
+            pass  # a process that ends does not wait for Redis; its name drops off the list after a while
         finally:
             connection.close()
 
@@ -177,64 +169,63 @@ class WorkerQueue:
             self._joined = True
             self.renew(())
 
-    def _take_over(self, count: int, *, alone: bool) -> list[tuple[bytes, int, bytes, bytes]]:
-        return self._connection.run(
-            "take_over", self.worker, int(1000 * self.lease_s), count, SUSPECT_AFTER, "1" if alone else "0"
-        )
+    def _claim(self, lease: Lease) -> scripts.Claim:
+        return scripts.Claim(self.worker, lease.entry_id, lease.deliveries)
 
-    def _read_new(self, count: int, wait_ms: int) -> list[tuple[bytes, int, bytes, bytes]]:
+    def _take_over(self, count: int, *, idle: bool) -> list[scripts.Entry]:
+        lease_ms = int(1000 * self.lease_s)
+        return scripts.take_over(self._connection.run, self.worker, lease_ms, count, SUSPECT_AFTER, int(idle))
+
+    def _read_new(self, count: int, wait_ms: int) -> list[scripts.Entry]:
         connection = self._connection
         streams = {connection.key["requests"]: ">"}
         reply = connection.call(
             lambda: connection.redis.xreadgroup("rollout", self.worker, streams, count=count, block=wait_ms)
         )
         entries = reply[0][1] if reply else []
-        return [(entry_id, 1, fields.get(b"key", b""), fields.get(b"body", b"")) for entry_id, fields in entries]
+        return [
+            scripts.Entry(entry_id.decode(), 1, fields.get(b"key", b""), fields.get(b"body", b""))
+            for entry_id, fields in entries
+        ]
 
-    def _leases(self, entries: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Lease]:
+    def _parse(self, entries: Iterable[scripts.Entry]) -> list[Lease]:
+        """Returns leases on the requests in the entries; moves those that can't be answered to the dead letters."""
         leases: list[Lease] = []
         try:
-            self._sort(entries, leases)
+            self._parse_into(leases, entries)
         except Exception:
-            # Whoever asked never hears of these: were they renewed, nobody would ever get them.
+            # `take` is about to raise, so its caller won't get these leases: drop them, or the keeper would renew them
+            # for ever.
             for lease in leases:
                 self._drop(lease)
             raise
         return leases
 
-    def _sort(self, entries: Iterable[tuple[bytes, int, bytes, bytes]], leases: list[Lease]) -> None:
+    def _parse_into(self, leases: list[Lease], entries: Iterable[scripts.Entry]) -> None:
         for entry_id, deliveries, key, body in entries:
+            claim = scripts.Claim(self.worker, entry_id, deliveries)
             try:
                 request = rollout_request_from_bytes(body)
                 check_key(key, request.group_id, request.policy_version)
             except InvalidInput as error:
-                self._bury_raw(entry_id.decode(), deliveries, str(error), key=key, body=body)
+                self._bury(claim, str(error), key=key, body=body)
                 continue
-            lease = Lease(entry_id=entry_id.decode(), deliveries=deliveries, request=request)
             if deliveries > self.max_deliveries:
-                # Taking it over counted as a delivery, though nobody works on it now.
-                reason = f"{deliveries - 1} deliveries without a commit: whoever works on it dies or hangs"
-                self._bury_raw(lease.entry_id, deliveries, reason, key=key, body=body)
+                # Taking it over counted as a delivery, though no worker worked on it.
+                reason = f"{deliveries - 1} deliveries without a commit: its workers die or hang"
+                self._bury(claim, reason, key=key, body=body)
                 continue
+            lease = Lease(entry_id=entry_id, deliveries=deliveries, request=request)
             with self._lock:
                 self._held[lease.entry_id] = lease
                 self._runs_out[lease.entry_id] = time.monotonic() + self.lease_s
             leases.append(lease)
 
-    def _bury(self, lease: Lease, reason: str, *, key: bytes, body: bytes) -> None:
-        reply = self._bury_raw(lease.entry_id, lease.deliveries, reason, key=key, body=body)
-        self._committed(lease, reply)
-
-    def _bury_raw(self, entry_id: str, deliveries: int, reason: str, *, key: bytes, body: bytes) -> list[bytes]:
-        letter = letter_bytes(
-            stream="requests", reason=reason, deliveries=min(deliveries, self.max_deliveries), body=body
-        )
-        return self._connection.run("bury_request", self.worker, entry_id, deliveries, key, letter)
-
-    def _committed(self, lease: Lease, reply: list[bytes]) -> None:
-        self._drop(lease)
-        if reply[0] == b"lost":
-            raise self._lost(lease)
+    def _bury(self, claim: scripts.Claim, reason: str, *, key: bytes, body: bytes) -> bool:
+        """Moves a request to the dead letters; False when the claim is void."""
+        deliveries = min(claim.deliveries, self.max_deliveries)
+        letter = letter_bytes(stream="requests", reason=reason, deliveries=deliveries, body=body)
+        return scripts.bury_request(self._connection.run, claim, key, letter)
 
     def _lost(self, lease: Lease) -> LeaseLost:
         return LeaseLost(

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from vaopd.errors import NotFound
 from vaopd.run.records import Run, read_run
-from vaopd.telemetry.progress_line import duration
+from vaopd.telemetry.progress_line import format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
@@ -141,7 +141,7 @@ def _progress(run: Run) -> str:
 def _left(run: Run) -> str:
     if run.finished:
         return "finished"
-    return f"{duration(run.time_left.total_seconds())} left" if run.time_left else ""
+    return f"{format_duration(run.time_left.total_seconds())} left" if run.time_left else ""
 
 
 def _quiet(run: Run, now_s: float) -> str:
@@ -152,6 +152,6 @@ def _quiet(run: Run, now_s: float) -> str:
     if since < max(QUIET_S, 3 * usual):
         return ""
     return (
-        f"no step for {duration(since)}: it is evaluating, waiting or has ended; see {run.folder / 'logs'} and "
+        f"no step for {format_duration(since)}: it is evaluating, waiting or has ended; see {run.folder / 'logs'} and "
         "`vaopd doctor`"
     )

@@ -26,7 +26,8 @@ def make_reply(
     rollouts = []
     for k, ids in enumerate(score.response_ids):
         views = (score.teacher_logprobs[k], score.degraded_logprobs[k], score.visual_advantage[k])
-        if not all(np.isfinite(values).all() for values in views):
+        columns = {name: rows[k] for name, rows in score.columns.items()}
+        if not all(np.isfinite(values).all() for values in (*views, *columns.values())):
             raise NumericalError(f"the teacher's scores of response {k} are not all finite numbers")
         rollouts.append(
             RolloutScore(
@@ -39,6 +40,7 @@ def make_reply(
                 rollout_weight=float(weights_K[k]),
                 ranks=expected.ranks(k) if expected else None,
                 alternatives=expected.alternatives(k, top_k) if expected else None,
+                columns={name: values.tolist() for name, values in columns.items()},
             )
         )
     every_va = np.concatenate(score.visual_advantage)

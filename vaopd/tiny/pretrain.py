@@ -121,7 +121,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
-        progress.at(step + 1, f"loss {loss.item():.4f}")
+        progress.report(step + 1, f"loss {loss.item():.4f}")
 
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:

@@ -1,4 +1,4 @@
-"""Tensors, messages and images as protobuf (common.proto), both ways."""
+"""Tensors, messages and images to protobuf (common.proto) and back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from vaopd.pb import common_pb2
 
 
 def tensor_to_pb(tensor: t.Tensor | np.ndarray) -> common_pb2.Tensor:
+    """Encodes an array of any shape."""
     if isinstance(tensor, np.ndarray):
         tensor = t.Tensor.from_numpy(tensor)
     return common_pb2.Tensor(dtype=tensor.dtype, shape=tensor.shape, data=tensor.data)
 
 
 def tensor_from_pb(message: common_pb2.Tensor) -> t.Tensor:
-    """Raises InvalidInput when the bytes don't fit the dtype and shape."""
+    """Decodes an array. Raises InvalidInput when the bytes don't fit the dtype and shape."""
     return checked_tensor(message.dtype, tuple(message.shape), message.data)
 
 
 def checked_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> t.Tensor:
+    """Makes a tensor of bytes. Raises InvalidInput when they don't fit the dtype and shape."""
     if dtype not in t.ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype!r} is unknown; use one of {', '.join(t.ITEMSIZE_BYTES)}")
     expected = math.prod(shape) * t.ITEMSIZE_BYTES[dtype]
@@ -33,6 +35,7 @@ def checked_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> t.Tensor:
 
 
 def array_from_pb(message: common_pb2.Tensor, dtype: str, name: str) -> np.ndarray:
+    """Decodes a one-dimensional array; raises InvalidInput, naming `name`, for another shape or dtype."""
     tensor = tensor_from_pb(message)
     if tensor.dtype != dtype or len(tensor.shape) != 1:
         raise InvalidInput(f"{name} must be a 1-d {dtype} tensor, got {tensor.dtype} of shape {tensor.shape}")
@@ -40,6 +43,8 @@ def array_from_pb(message: common_pb2.Tensor, dtype: str, name: str) -> np.ndarr
 
 
 def messages_to_pb(messages: Iterable[t.Message]) -> list[common_pb2.ChatMessage]:
+    """Encodes chat turns."""
+
     def part(item: t.TextPart | t.ImagePart) -> common_pb2.ContentPart:
         if isinstance(item, t.TextPart):
             return common_pb2.ContentPart(text=item.text)
@@ -49,6 +54,8 @@ def messages_to_pb(messages: Iterable[t.Message]) -> list[common_pb2.ChatMessage
 
 
 def messages_from_pb(messages: Iterable[common_pb2.ChatMessage]) -> tuple[t.Message, ...]:
+    """Decodes chat turns. Raises InvalidInput for an empty part or an unknown role."""
+
     def part(item: common_pb2.ContentPart) -> t.TextPart | t.ImagePart:
         match item.WhichOneof("part"):
             case "text":
@@ -67,6 +74,7 @@ def messages_from_pb(messages: Iterable[common_pb2.ChatMessage]) -> tuple[t.Mess
 
 
 def images_from_pb(images: Iterable[common_pb2.EncodedImage]) -> tuple[t.EncodedImage, ...]:
+    """Decodes images. Raises InvalidInput for one that doesn't have the declared SHA-256."""
     decoded = []
     for message in images:
         image = t.EncodedImage(data=message.data)
@@ -79,8 +87,10 @@ def images_from_pb(images: Iterable[common_pb2.EncodedImage]) -> tuple[t.Encoded
 
 
 def image_to_pb(image: t.EncodedImage) -> common_pb2.EncodedImage:
+    """Encodes one image with its SHA-256."""
     return common_pb2.EncodedImage(sha256=image.sha256, data=image.data)
 
 
 def image_from_pb(message: common_pb2.EncodedImage) -> t.EncodedImage:
+    """Decodes one image. Raises InvalidInput when it doesn't have the declared SHA-256."""
     return images_from_pb([message])[0]

@@ -1,10 +1,10 @@
-"""Errors on the wire: the tree ↔ gRPC statuses, and the details that status and text leave out, as google.rpc has them.
+"""Maps the error tree to gRPC statuses and back, with details in google.rpc's messages.
 
     reason       ErrorInfo, e.g. IMAGE_REFUSED: the class in `vaopd.errors`, so that the client raises the same one
-    field        BadRequest, the path of what is wrong in the request
-    retry after  RetryInfo, of what is refused only for now
+    field        BadRequest: the path of the wrong field in the request
+    retry after  RetryInfo: when a Busy request may be sent again
 
-The server packs, the client unpacks; they travel in the trailing metadata `grpc-status-details-bin`.
+The server packs them into the trailing metadata `grpc-status-details-bin`, and the client unpacks them.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _CLASSES: tuple[type[VaopdError], ...] = (
     NumericalError,
     ConfigError,
 )
-"""The classes that have a reason on the wire; any other is sent as its nearest base among these."""
+"""The classes with a reason on the wire; any other is sent as its nearest base among these."""
 
 
 def reason_of(kind: type[VaopdError]) -> str:
-    """The nearest class of `_CLASSES` in capitals.
+    """Returns the nearest class of `_CLASSES` in capitals.
 
     >>> reason_of(ImageRefused)
     'IMAGE_REFUSED'
@@ -72,7 +72,7 @@ _BY_REASON = {reason_of(kind): kind for kind in _CLASSES}
 
 
 def pack(code: int, error: VaopdError) -> bytes:
-    """A google.rpc.Status with `error`'s message and details; `code` is gRPC's number."""
+    """Returns a serialised google.rpc.Status with `error`'s message and details; `code` is gRPC's number."""
     status = status_pb2.Status(code=code, message=str(error))
     status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN))
     if isinstance(error, InvalidInput) and error.field is not None:
@@ -86,9 +86,9 @@ def pack(code: int, error: VaopdError) -> bytes:
 
 
 def unpack(metadata: Iterable[tuple[str, Any]], *, message: str, default: type[VaopdError]) -> VaopdError:
-    """The error behind a status: a `default`, or the more exact class that the details name.
+    """Returns the error behind a status: a `default`, or the more exact class that the details name.
 
-    What a server other than ours sends, or none at all, is `default`.
+    Details that another server sends, or none at all, give a `default`.
     """
     found = _Details()
     with contextlib.suppress(DecodeError):
@@ -108,7 +108,7 @@ class _Details:
 
 
 def _read(packed: bytes) -> _Details:
-    """Raises DecodeError."""
+    """Reads the details. Raises DecodeError for bytes that are no google.rpc.Status."""
     found = _Details()
     for detail in status_pb2.Status.FromString(packed).details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
@@ -133,7 +133,7 @@ _ERRORS: dict[grpc.StatusCode, type[VaopdError]] = {
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
-    # The server never chooses these two; gRPC reports so a server that ended in the middle of a call.
+    # The server never chooses these two; gRPC reports them when a server ends in the middle of a call.
     grpc.StatusCode.CANCELLED: Unavailable,
     grpc.StatusCode.UNKNOWN: Unavailable,
 }
@@ -144,6 +144,7 @@ _GROUP_ERRORS = {code.value[0]: error for code, error in _ERRORS.items()} | {
 
 
 def error_of(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
+    """Returns the tree's error for a failed call to the teacher at `target`."""
     details = error.details() or error.code().name
     kind = _ERRORS.get(error.code(), VaopdError)
     if kind is Unavailable:
@@ -154,6 +155,7 @@ def error_of(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
 
 
 def group_error_of(error: pb.GroupError) -> VaopdError:
+    """Returns the tree's error for one group of a call."""
     kind = _GROUP_ERRORS.get(error.code, VaopdError)
     return unpack([(KEY, error.status_details)], message=error.message, default=kind)
 
@@ -173,4 +175,5 @@ _STATUS: tuple[tuple[type[VaopdError], grpc.StatusCode], ...] = (
 
 
 def status_of(error: VaopdError) -> grpc.StatusCode:
+    """Returns the status that a call which fails with `error` ends with."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)

@@ -1,4 +1,4 @@
-"""Rollout requests, groups and policy versions as bytes (queue.proto), both ways."""
+"""Rollout requests, groups and policy versions to bytes (queue.proto) and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vaopd.wire.common import array_from_pb, image_to_pb, images_from_pb, messag
 
 
 def rollout_request_to_bytes(request: t.RolloutRequest) -> bytes:
+    """Encodes a rollout request."""
     return queue_pb2.RolloutRequest(
         group_id=request.group_id,
         messages=messages_to_pb(request.messages),
@@ -42,6 +43,7 @@ def _parse(message: M, data: bytes) -> M:
 
 
 def rollout_request_from_bytes(data: bytes) -> t.RolloutRequest:
+    """Decodes a rollout request. Raises InvalidInput for bytes or numbers that no worker can answer."""
     message = _parse(queue_pb2.RolloutRequest(), data)
     if not message.group_id or message.num_rollouts < 1 or message.sampling.max_new_tokens < 1:
         raise InvalidInput("a rollout request needs a group_id, num_rollouts >= 1 and max_new_tokens >= 1")
@@ -61,6 +63,7 @@ def rollout_request_from_bytes(data: bytes) -> t.RolloutRequest:
 
 
 def rollout_group_to_bytes(group: t.RolloutGroup) -> bytes:
+    """Encodes a finished group."""
     return queue_pb2.RolloutGroup(
         group_id=group.group_id,
         policy_version=group.policy_version,
@@ -81,7 +84,7 @@ def rollout_group_to_bytes(group: t.RolloutGroup) -> bytes:
 
 
 def rollout_group_from_bytes(data: bytes) -> t.RolloutGroup:
-    """Raises InvalidInput for bytes, shapes or numbers that can't be trained on."""
+    """Decodes a finished group. Raises InvalidInput for bytes, shapes or numbers that can't be trained on."""
     message = _parse(queue_pb2.RolloutGroup(), data)
     if not message.rollouts:
         raise InvalidInput(f"group {message.group_id!r} holds no rollouts")
@@ -118,9 +121,11 @@ def _rollout_from_pb(message: queue_pb2.Rollout) -> t.Rollout:
 
 
 def policy_version_to_bytes(policy: t.PolicyVersion) -> bytes:
+    """Encodes a policy announcement."""
     return queue_pb2.PolicyVersion(version=policy.version, path=policy.path, sha256=policy.sha256).SerializeToString()
 
 
 def policy_version_from_bytes(data: bytes) -> t.PolicyVersion:
+    """Decodes a policy announcement. Raises InvalidInput for bytes that are none."""
     message = _parse(queue_pb2.PolicyVersion(), data)
     return t.PolicyVersion(version=message.version, path=message.path, sha256=message.sha256)

@@ -1,16 +1,17 @@
-"""Types ↔ protobuf, in both directions; used by the client, the servicer and the queue. Torch-free."""
+"""Score requests, scores and descriptions to protobuf (teacher.proto) and back. Torch-free."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vaopd import types as t
+from vaopd.columns import COLUMNS
 from vaopd.errors import InvalidInput
-from vaopd.pb import teacher_pb2
-from vaopd.wire.common import messages_to_pb
+from vaopd.pb import common_pb2, teacher_pb2
+from vaopd.wire.common import messages_to_pb, tensor_to_pb
 
 PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
     "none": teacher_pb2.PAYLOAD_KIND_NONE,
@@ -23,7 +24,7 @@ DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
     kind: teacher_pb2.DegradationKind.Value(f"DEGRADATION_KIND_{kind.upper()}") for kind in t.DEGRADATIONS
 }
 _IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
-"""Guesses for prompts and responses that come as texts."""
+"""Tokens of an image and letters of a token, for prompts and responses that come as texts: guesses."""
 _PAYLOAD_NAMES = {value: name for name, value in PAYLOAD_KINDS.items()}
 _DEGRADATION_NAMES = {value: name for name, value in DEGRADATION_KINDS.items()}
 
@@ -38,20 +39,24 @@ def score_request_to_pb(
     tokenizer_fingerprint: str = "",
     revision: str = "",
     with_token_texts: bool = False,
+    columns: Sequence[str] = (),
 ) -> teacher_pb2.ScoreGroupsRequest:
+    """One ScoreGroups call. Raises InvalidInput for a group that has no prompt, or two."""
     return teacher_pb2.ScoreGroupsRequest(
         job=job,
-        groups=[_prompt_group_to_pb(request) for request in requests],
+        groups=[prompt_group_to_pb(request) for request in requests],
         payload=PAYLOAD_KINDS[payload],
         top_k=top_k,
         degradation=teacher_pb2.Degradation(kind=DEGRADATION_KINDS[degradation.kind], strength=degradation.strength),
         tokenizer_fingerprint=tokenizer_fingerprint,
         revision=revision,
         with_token_texts=with_token_texts,
+        columns=columns,
     )
 
 
-def _prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
+def prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
+    """One group of a call. Raises InvalidInput when it has no prompt, or two."""
     group = teacher_pb2.PromptGroup(
         group_id=request.group_id,
         rollouts=[_rollout_tokens(str(k), response) for k, response in enumerate(request.responses)],
@@ -73,7 +78,7 @@ def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.
 
 
 def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
-    """P: exact for token ids, a guess for messages, which only the teacher can read."""
+    """Returns P: exact for token ids, a guess for messages, which only the teacher can tokenise."""
     if group.WhichOneof("prompt") != "messages":
         return len(group.tokens.token_ids)
     parts = [part for message in group.messages.messages for part in message.content]
@@ -81,24 +86,38 @@ def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
 
 
 def tokens_of(group: teacher_pb2.PromptGroup) -> int:
-    """What counts towards `max_tokens_per_request`: the prompt once, and the responses."""
+    """Counts a group's tokens towards `max_tokens_per_request`: the prompt once, and the responses."""
     responses = (len(r.response_ids) + len(r.response_text) // TOKEN_LETTERS for r in group.rollouts)
     return prompt_tokens_of(group) + sum(responses)
 
 
+def columns_to_pb(columns: Mapping[str, np.ndarray], score: teacher_pb2.GroupScore) -> None:
+    """Puts columns (M,) into a score: those of every score into their own fields, the others by name."""
+    for name, values in columns.items():
+        place = score.columns[name] if COLUMNS[name].on_request else getattr(score, name)
+        place.CopyFrom(tensor_to_pb(values))
+
+
+def columns_from_pb(score: teacher_pb2.GroupScore) -> dict[str, common_pb2.Tensor]:
+    """The columns of a score by name, as they came: dtype and shape are not checked. Unknown names are left out."""
+    sent = {name: getattr(score, name) for name, column in COLUMNS.items() if not column.on_request}
+    return sent | {name: tensor for name, tensor in score.columns.items() if name in COLUMNS}
+
+
 def payload_kind_from_pb(kind: int) -> t.PayloadKind:
-    """Raises KeyError for a number that is no payload; unspecified means none."""
+    """Returns a payload's name; unspecified means "none". Raises KeyError for an unknown number."""
     return _PAYLOAD_NAMES[kind or teacher_pb2.PAYLOAD_KIND_NONE]  # type: ignore[index]
 
 
 def degradation_from_pb(message: teacher_pb2.Degradation) -> t.Degradation:
-    """Unspecified means the paper's pixelation. Raises KeyError for a number that is no degradation."""
+    """Decodes a degradation; unspecified means the paper's pixelation. Raises KeyError for an unknown kind."""
     if message.kind == teacher_pb2.DEGRADATION_KIND_UNSPECIFIED:
         return t.Degradation()
     return t.Degradation(kind=_DEGRADATION_NAMES[message.kind], strength=message.strength)
 
 
 def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription:
+    """Encodes what Describe answers."""
     return teacher_pb2.TeacherDescription(
         model=d.model,
         revision=d.revision,
@@ -117,10 +136,12 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
         ),
         payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
         degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
+        columns=d.columns,
     )
 
 
 def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDescription:
+    """Decodes what Describe answered, also by a teacher of another version."""
     limits = message.limits
     return t.TeacherDescription(
         model=message.model,
@@ -142,4 +163,5 @@ def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDes
         # A newer teacher may know kinds that this client doesn't; they are left out.
         payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),
         degradations=tuple(_DEGRADATION_NAMES[kind] for kind in message.degradations if kind in _DEGRADATION_NAMES),
+        columns=tuple(message.columns),
     )

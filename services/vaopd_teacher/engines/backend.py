@@ -1,6 +1,6 @@
-"""A loaded teacher as the server sees it, whichever backend holds the weights: transformers in this process, or vLLM.
+"""A loaded teacher as the server sees it; its weights are held by transformers in this process, or by vLLM.
 
-The server reads prompts with `reader`, hands prepared groups to `engine`, and tells its clients the rest.
+The server reads prompts with `reader`, hands prepared groups to `engine`, and describes the rest to its clients.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from vaopd_teacher.engines.vision_cache import VisionCache
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Backend:
-    """`payloads`: what it can send. `head` (V, D): None where the weights are out of reach, as under vLLM."""
+    """`payloads`: the kinds that it can send; `columns`: those it computes on request (`vaopd.columns.COLUMNS`).
+
+    `head` (V, D): None when the weights are out of reach, as under vLLM. `close` ends the backend's processes.
+    """
 
     reader: PromptReader
     engine: Engine
     revision: str
     dtype: str
     payloads: tuple[PayloadKind, ...]
+    columns: tuple[str, ...] = ()
     head: torch.Tensor | None = None
     vision_cache: VisionCache | None = None
     close: Callable[[], None] = lambda: None

@@ -42,5 +42,5 @@ class ByteLru(Generic[T]):
         return int(self._values.maxsize)
 
     def _fits(self, value: T) -> bool:
-        """Whether the budget could hold the value at all; LRUCache raises ValueError for one that is larger."""
+        """Returns whether the value is within the budget; LRUCache raises ValueError for one that isn't."""
         return self._values.getsizeof(value) <= self.capacity_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -11,14 +12,15 @@ from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
+from vaopd_teacher.engines.columns import COMPUTED
 from vaopd_teacher.engines.engine import Engine
 from vaopd_teacher.engines.revision import revision_of
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 
-def over(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
-    """The transformers backend over a loaded model."""
+def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
+    """Makes the transformers backend over a loaded model; `vision_bytes`: the budget for the vision tower's outputs."""
     cache = VisionCache(vlm, capacity_bytes=vision_bytes)
     return Backend(
         reader=vlm,
@@ -26,13 +28,17 @@ def over(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | Non
         revision=revision_of(vlm.model),
         dtype=str(vlm.head.dtype).removeprefix("torch."),
         payloads=payloads.PAYLOADS,
+        columns=tuple(COMPUTED),
         head=vlm.head,
         vision_cache=cache,
     )
 
 
 def load(config: Config, service: TeacherServiceConfig) -> Backend:
-    """The teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them."""
+    """Loads the teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them.
+
+    Raises ConfigError when the configuration's backend can't run here.
+    """
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)
@@ -41,17 +47,20 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
         return load_vllm(config, engine.options)
+    backend_of = partial(
+        transformers_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
+    )
     if engine.processes > 1:
         from vaopd_teacher.engines.tensor_parallel import lead
 
         leading = lead(config, processes=engine.processes)
-        shared = over(leading, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)
-        return replace(shared, close=leading.let_go)
-    vlm = Vlm.load(
-        config.teacher.model,
-        dtype=config.teacher.dtype,
-        device_map=config.teacher.device_map,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
+        return replace(backend_of(leading), close=leading.end_followers)
+    return backend_of(
+        Vlm.load(
+            config.teacher.model,
+            dtype=config.teacher.dtype,
+            device_map=config.teacher.device_map,
+            min_pixels=config.data.min_pixels,
+            max_pixels=config.data.max_pixels,
+        )
     )
-    return over(vlm, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes)

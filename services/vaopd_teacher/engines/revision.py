@@ -2,8 +2,8 @@
 
 It covers each weight's name, shape and dtype, up to 64 values spread evenly over it, and the configuration. It does not
 cover every value (a 32B model would take minutes to read): two checkpoints that differ only between the sampled values
-would look alike, which training or merging never yields. Of a loaded model the weights are read as they were loaded,
-of a folder as they lie there, so the two differ.
+would look alike, which training or merging never yields. A loaded model is read in the dtype it was loaded in, a folder
+in that of its files, so their revisions differ.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vaopd.errors import ConfigError
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 8
-# They say where the files lay and what wrote them, not what the model is.
+# Keys of the configuration that name the files' place and writer, not the model.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def revision_of(model: Any) -> str:
-    """Hex SHA-256; the same on every host and for every placement of the same weights in the same dtype.
+    """Returns a hex SHA-256, equal on every host and for every placement of the same weights in the same dtype.
 
-    Of a model that several ranks share, all of them have to ask at the same time.
+    If several ranks share the model, all of them have to call this at the same time.
     """
-    digest = _started(model.config.to_dict())
+    digest = _digest_of_config(model.config.to_dict())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.is_meta:  # offloaded by accelerate: its values are elsewhere
@@ -42,8 +42,11 @@ def revision_of(model: Any) -> str:
 
 
 def revision_of_folder(folder: Path, *, dtype: str) -> str:
-    """Hex SHA-256 of a folder's safetensors files, however they are cut into files, and the dtype to compute in."""
-    digest = _started(json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
+    """Returns a hex SHA-256 of a folder's weights, however they are cut into files, and of the dtype to compute in.
+
+    Raises ConfigError when the folder holds no safetensors files.
+    """
+    digest = _digest_of_config(json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
     found = sorted(entry for path in folder.glob("*.safetensors") for entry in _weights_in(path))
     if not found:
         raise ConfigError(f"{folder} holds no safetensors files; save the model with `save_pretrained`")
@@ -57,13 +60,13 @@ def revision_of_folder(folder: Path, *, dtype: str) -> str:
     return digest.hexdigest()
 
 
-def _started(config: Mapping[str, Any]) -> Any:
-    told = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+def _digest_of_config(config: Mapping[str, Any]) -> Any:
+    kept = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def _weights_in(path: Path) -> Iterable[tuple[str, str, Path, int, int]]:
-    """Name, shape and dtype, and where the bytes are; the format: header length (8 bytes), JSON header, bytes."""
+    """Yields each weight's name, "shape dtype", file, start and end; a file is header length (8 bytes), JSON, bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -1,11 +1,11 @@
-"""Tensor parallelism: ranks that share a teacher, each a part of every text layer, and compute its forwards together.
+"""Tensor parallelism: ranks hold a part of every text layer each, and compute the teacher's forwards together.
 
-Rank 0 is the server. Its `LeadingVlm` tells the others of each forward, and `follow` is what they do: receive, compute
-the same, drop the result. The vision tower isn't split: rank 0 runs it, or has its output in the cache, and sends that
-along. Messages are safetensors over gloo, never pickles; an empty one ends a follower.
+Rank 0 is the server. Its `LeadingVlm` sends each forward to the others, which `follow`: they receive it, compute the
+same, and drop the result. The vision tower isn't split: rank 0 runs it, or has its output in the cache, and sends the
+output along. Messages are safetensors over gloo, never pickles; an empty one ends a follower.
 
-A forward that fails on one rank leaves the others waiting inside it, out of memory included. So it ends the process, as
-a broken device does, and whoever started the ranks ends the others.
+A forward that fails on one rank, out of memory included, leaves the others waiting inside it. So it ends the process,
+as a broken device does, and the launcher of the ranks ends the others.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ _PATIENCE = timedelta(days=3650)
 
 
 class Link:
-    """From rank 0 to all others. All ranks of the process group make one at the same time."""
+    """Messages from rank 0 to all others. All ranks of the process group create one at the same time."""
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def send(self, data: bytes) -> None:
+        """Sends a message, which may be empty, to all followers; called by rank 0."""
         dist.broadcast(torch.tensor([len(data)]), src=LEADER, group=self._group)
         if data:
             dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), src=LEADER, group=self._group)
 
     def receive(self) -> bytes:
+        """Waits for the next message. Raises RuntimeError when rank 0 has gone."""
         length = torch.zeros(1, dtype=torch.long)
         dist.broadcast(length, src=LEADER, group=self._group)
         data = torch.empty(int(length), dtype=torch.uint8)
@@ -61,15 +63,19 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class LeadingVlm(Vlm):
-    """Rank 0's share of the model; whoever asks it for hidden states gets the whole model's."""
+    """Rank 0's share of the model; its hidden states are the whole model's, computed with the followers."""
 
     link: Link
 
     def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+        """Computes the hidden states (M, D) together with the followers; see `Vlm.response_hidden`.
+
+        Raises RuntimeError, which ends the process, when the memory is exhausted.
+        """
         images = list({id(image): image for segment in segments for image in segment.prompt.images}.values())
         features = (encode or self.encode_images)(images)
         by_id = dict(zip(map(id, images), features, strict=True))
-        self.link.send(packed(segments, images, features))
+        self.link.send(pack_forward(segments, images, features))
         try:
             return super().response_hidden(segments, encode=lambda images: [by_id[id(image)] for image in images])
         except torch.OutOfMemoryError as error:
@@ -78,14 +84,14 @@ class LeadingVlm(Vlm):
                 "ranks share; lower teacher.batch_tokens"
             ) from error
 
-    def let_go(self) -> None:
-        """Ends the others; to be called when no forward is in progress."""
+    def end_followers(self) -> None:
+        """Ends the other ranks; call it when no forward is in progress."""
         self.link.send(b"")
         dist.destroy_process_group()
 
 
 def lead(config: Config, *, processes: int) -> LeadingVlm:
-    """Rank 0's model; blocks until all ranks have theirs."""
+    """Loads rank 0's model; blocks until all ranks have loaded theirs."""
     vlm = _load(config, processes)
     return LeadingVlm(
         path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=Link()
@@ -93,10 +99,10 @@ def lead(config: Config, *, processes: int) -> LeadingVlm:
 
 
 def follow(config: Config, *, processes: int) -> int:
-    """What a rank other than 0 does; returns its exit status."""
+    """Runs a rank other than 0 until rank 0 ends it; returns its exit status."""
     vlm = _load(config, processes)
     link = Link()
-    revision_of(vlm.model)  # together with rank 0, whose business it is
+    revision_of(vlm.model)  # rank 0 needs it, and all ranks have to take part
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher sends them to all ranks, but rank 0 still drains
     while True:
@@ -113,13 +119,15 @@ def follow(config: Config, *, processes: int) -> int:
 
 @torch.inference_mode()
 def compute(vlm: Vlm, message: bytes) -> torch.Tensor:
-    """This rank's part in the forward that the message describes: -> (M, D)."""
-    segments, features = unpacked(message, vlm.device)
+    """Computes a rank's part of the forward that the message describes: -> (M, D)."""
+    segments, features = unpack_forward(message, vlm.device)
     return vlm.response_hidden(segments, encode=lambda images: [features[id(image)] for image in images])
 
 
-def packed(segments: Sequence[Segment], images: Sequence[PreparedImage], features: Sequence[ImageFeatures]) -> bytes:
-    """Everything that a forward needs; `images`: the distinct ones among the segments, with their features."""
+def pack_forward(
+    segments: Sequence[Segment], images: Sequence[PreparedImage], features: Sequence[ImageFeatures]
+) -> bytes:
+    """Encodes everything that a forward needs; `images`: the distinct ones of the segments, with their features."""
     place = {id(image): index for index, image in enumerate(images)}
     tensors = {
         "grids": torch.tensor([image.grid for image in images], dtype=torch.long).reshape(-1, 3),
@@ -138,8 +146,8 @@ def packed(segments: Sequence[Segment], images: Sequence[PreparedImage], feature
     return to_safetensors(tensors)
 
 
-def unpacked(message: bytes, device: torch.device) -> tuple[list[Segment], dict[int, ImageFeatures]]:
-    """The segments, and each image's features by the image's identity; the images' pixels stay with rank 0."""
+def unpack_forward(message: bytes, device: torch.device) -> tuple[list[Segment], dict[int, ImageFeatures]]:
+    """Decodes the segments, and each image's features by `id(image)`; the images' pixels stay with rank 0."""
     tensors = from_safetensors(message)
     nothing = torch.empty(0)
     images: list[PreparedImage] = []

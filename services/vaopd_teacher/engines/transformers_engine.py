@@ -1,11 +1,10 @@
 """Scores prepared prompt groups on the device: log-probs of both views and the payload. Synchronous, one thread.
 
-What arrives: groups whose prompts and images are ready. What leaves: one result per group, in order, as soon as its
-last part is done. A view of a group is computed at once: its prompt, then its K responses against the prompt's keys
-and values. A forward takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split
-into its views, and a larger view into parts of its siblings, the prompt repeated. The vision tower runs once per image
-and view, or not at all when its output is still known (`vision_cache`). The LM head is applied to response rows only,
-in chunks.
+In: groups whose prompts and images are ready. Out: one result per group, in order, as soon as its last part is done. A
+view of a group is computed at once: its prompt, then its K responses against the prompt's keys and values. A forward
+takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split into its views, and a
+larger view into parts of its siblings, with the prompt repeated. The vision tower runs once per image and view, or not
+at all when `vision_cache` has its output. The LM head is applied to response rows only, in chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from vaopd import payloads
 from vaopd.divergence import token_logprobs
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
 from vaopd.vlm.model import Segment, Vlm
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup, View
+from vaopd_teacher.engines import columns
+from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class _Part:
         return self.segment.tokens
 
     def halves(self) -> list[_Part]:
-        """Each with half of the siblings; of a single rollout, itself."""
+        """Returns two parts with half of the siblings each; a single rollout stays whole."""
         responses = self.segment.responses
         middle = (len(responses) + 1) // 2
         return [self.of(half) for half in (responses[:middle], responses[middle:]) if half]
@@ -52,36 +52,37 @@ class _Part:
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """What is known of a group so far; parts arrive in order, original view first."""
+    """A group's rows so far; parts arrive in order, original view first."""
 
-    logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {"original": [], "degraded": []})
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    logprobs: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {view: [] for view in VIEWS})
+    hidden: dict[View, list[torch.Tensor]] = field(default_factory=lambda: {view: [] for view in VIEWS})
     error: VaopdError | None = None
 
 
 class GroupEngine:
-    """The engine over one loaded model; `vision_cache` remembers the vision tower's output between forwards."""
+    """The engine over one loaded model; `vision_cache` keeps the vision tower's output between forwards."""
 
     def __init__(self, vlm: Vlm, *, batch_tokens: int, vision_cache: VisionCache | None = None) -> None:
         self._vlm = vlm
         self._batch_tokens = batch_tokens
         self._vision_cache = vision_cache or VisionCache(vlm, capacity_bytes=0)
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
+        """Yields one result per group, in their order; see `Engine.score`."""
         progress = [_Progress() for _ in groups]
         done = 0
         for batch, finished in _batches(groups, self._batch_tokens):
             self._run(batch, groups, progress)
             for index in range(done, finished):
                 yield self._finish(groups[index], progress[index])
-                progress[index] = _Progress()  # lets the hidden states go
+                progress[index] = _Progress()  # frees the hidden states
             done = finished
 
     @torch.inference_mode()
     def _run(
         self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool = True
     ) -> None:
-        """One forward; out of memory, two of half the size; still so, each group by itself; at last, its error."""
+        """Runs one forward; out of memory, two of half the size, then each group by itself, which fails at last."""
         try:
             hidden, logprobs = self._forward(batch)
         except torch.OutOfMemoryError:
@@ -96,8 +97,8 @@ class GroupEngine:
         for part in batch:
             state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
             state.logprobs[part.view].append(logprobs[start:end])
-            if part.view == "original" and groups[part.group].payload in ("hidden", "hidden_int8", "top_k"):
-                state.hidden.append(hidden[start:end])
+            if part.view in _views_kept(groups[part.group]):
+                state.hidden[part.view].append(hidden[start:end])
             start = end
 
     def _run_smaller(
@@ -121,7 +122,7 @@ class GroupEngine:
         )
 
     def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
+        """Returns hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
         hidden = self._vlm.response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
         head = self._vlm.head
         hidden = hidden.to(head.device)
@@ -129,37 +130,40 @@ class GroupEngine:
         return hidden, token_logprobs(hidden, head, ids.to(head.device), chunk_tokens=HEAD_CHUNK_TOKENS)
 
     @torch.inference_mode()
-    def _finish(self, group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
+    def _finish(self, group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
         if state.error is not None:
             return state.error
-        original = torch.cat(state.logprobs["original"]).cpu().numpy()
-        degraded = torch.cat(state.logprobs["degraded"]).cpu().numpy()
-        for view, logprobs in (("original", original), ("degraded", degraded)):
-            if bad := int((~np.isfinite(logprobs)).sum()):
-                return NumericalError(
-                    f"group {group.group_id!r}: {bad} of {logprobs.size} log-probs of the {view} view are not finite; "
-                    "check the teacher's weights and dtype"
-                )
-        hidden = torch.cat(state.hidden) if state.hidden else torch.empty(0)
-        # The extremes are NaN where anything is; on a CPU they take a tenth of the time of asking each number.
-        if hidden.numel() and not torch.stack(hidden.aminmax()).isfinite().all():
-            return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+        original, degraded = (torch.cat(state.logprobs[view]).cpu().numpy() for view in VIEWS)
+        hidden = {view: torch.cat(rows) for view, rows in state.hidden.items() if rows}
+        for rows in hidden.values():
+            # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
+            if not torch.stack(rows.aminmax()).isfinite().all():
+                return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+        head = self._vlm.head
+        asked = columns.compute(group.columns, hidden, head, chunk_tokens=HEAD_CHUNK_TOKENS)
         payload = payloads.encode(
-            group.payload, hidden, self._vlm.head, top_k=group.top_k, chunk_tokens=HEAD_CHUNK_TOKENS
+            group.payload,
+            hidden.get("original", torch.empty(0)),
+            head,
+            top_k=group.top_k,
+            chunk_tokens=HEAD_CHUNK_TOKENS,
         )
-        return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+        return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded, **asked}, payload)
+
+
+def _views_kept(group: PreparedGroup) -> set[View]:
+    """Returns the views whose hidden states are needed beyond the log-probs."""
+    kept = columns.views_of(group.columns)
+    return kept | {"original"} if group.payload in ("hidden", "hidden_int8", "top_k") else kept
 
 
 def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
-    """The forwards, each with the number of groups that are complete after it."""
+    """Yields the parts of each forward, and the number of groups that are complete after it."""
     batch: list[_Part] = []
     tokens = 0
     for index, group in enumerate(groups):
-        parts = [
-            _Part(index, "original", Segment(prompt=group.original, responses=group.responses)),
-            _Part(index, "degraded", Segment(prompt=group.degraded, responses=group.responses)),
-        ]
-        cost = sum(part.tokens for part in parts)
+        parts = [_Part(index, view, group.segment(view)) for view in VIEWS]
+        cost = group.tokens
         if batch and tokens + cost > batch_tokens:
             yield batch, index
             batch, tokens = [], 0
@@ -175,7 +179,7 @@ def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tup
 
 
 def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
-    """Siblings in their order, as many at a time as fit behind their prompt; at least one."""
+    """Yields a view's siblings in their order, as many at a time as fit behind their prompt; at least one."""
     siblings: list[np.ndarray] = []
     for response in part.segment.responses:
         if siblings and part.of([*siblings, response]).tokens > batch_tokens:
@@ -186,7 +190,7 @@ def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
 
 
 def _halves(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
-    """Half of the parts each; of a single part, half of its siblings each."""
+    """Returns two batches with half of the parts each; of a single part, with half of its siblings each."""
     if len(batch) == 1:
         return [[half] for half in batch[0].halves()]
     middle = (len(batch) + 1) // 2

@@ -1,8 +1,8 @@
-"""The frozen vision tower's output by image and view: what five epochs over one data set need once.
+"""A cache of the frozen vision tower's output by image and view, so that further epochs don't run the tower again.
 
-An entry holds all that the text model takes of an image, deepstack features included, in the host's memory, under a
-byte budget; the least recently used go first. Each image is encoded by itself, so that its features are the same bits
-whatever else is in the forward that needs them first. Only for weights that never change: the student trains its tower.
+An entry holds everything that the text model takes of an image, deepstack features included, in the host's memory,
+within a byte budget; the least recently used are dropped. Each image is encoded by itself, so that its features are the
+same bits whichever forward needs them first. Only for weights that never change: the student trains its tower.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from vaopd_teacher.engines.byte_lru import ByteLru
 class VisionCache(ByteLru[ImageFeatures]):
     """Used by the engine's thread; the counters may be read from others.
 
-    `hits`: features taken from here; an image that occurs twice in one forward counts once. `misses`: runs of the
-    vision tower; images without a key are always one.
+    `hits`: features taken from the cache; an image that occurs twice in one forward counts once. `misses`: runs of the
+    vision tower, which images without a key always need.
     """
 
     def __init__(self, vlm: Vlm, *, capacity_bytes: int) -> None:
@@ -26,7 +26,7 @@ class VisionCache(ByteLru[ImageFeatures]):
         self._vlm = vlm
 
     def features(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
-        """One per image, in order."""
+        """Returns the features of each image, in order, on the model's device."""
         found: dict[str | int, ImageFeatures] = {}
         for image in images:
             if _name(image) not in found:
@@ -40,7 +40,7 @@ class VisionCache(ByteLru[ImageFeatures]):
         self.misses += 1
         (features,) = self._vlm.encode_images([image])
         if image.key is not None and self._fits(features):
-            # A copy of its own: a view would keep everything alive that the tower returned beside it.
+            # Copied: a view would keep alive everything else that the tower returned.
             self._values[image.key] = tuple(part.to("cpu", copy=True) for part in features)
         return features
 

@@ -1,8 +1,9 @@
 """vLLM as a teacher backend, for teachers that only vLLM can hold: both views of a group by `prompt_logprobs`.
 
 In: prepared groups whose images are pictures, since vLLM has its own processor. Out: log-probs of both views, and the
-top k. Each rollout is a request of its own in each view: vLLM never reads its prefix cache for a request that asks for
-prompt log-probs. Images are named by content and view, so that none of vLLM's caches can take one view for the other.
+top k; no column on request, since vLLM returns single log-probs. Each rollout is a request of its own in each view:
+vLLM never reads its prefix cache for a request for prompt log-probs. Images are named by content and view, so that none
+of vLLM's caches can mistake one view for the other.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ import PIL.Image
 import torch
 
 from vaopd.config import Config
-from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, NumericalError, VaopdError
+from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
 from vaopd.files.hub import model_folder
 from vaopd.types import Payload, PayloadKind, Tensor
 from vaopd.vlm import vllm_start
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd_teacher.engines.backend import Backend
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup, View
+from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
 from vaopd_teacher.engines.revision import revision_of_folder
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
-"""What vLLM's outputs allow: they hold log-probs, no hidden states."""
-VIEWS: tuple[View, View] = ("original", "degraded")
+"""The payloads that vLLM's outputs allow: they hold log-probs, no hidden states."""
 _OURS = (
     *("model", "dtype", "generation_config", "logprobs_mode", "max_logprobs"),
     *("worker_extension_cls", "mm_processor_kwargs"),
@@ -40,22 +40,24 @@ _OURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PictureReader(PromptReader):
-    """Reads prompts as every teacher does, but keeps the pictures: uint8 (height, width, 3) as `pixel_values`."""
+    """Reads prompts as every teacher does, but keeps the pictures: `pixel_values` (height, width, 3) uint8."""
 
     limit_tokens: int
 
     @cached_property
     def max_tokens(self) -> int:
+        """The most tokens of prompt and response together."""
         return self.limit_tokens
 
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
-        prepared = super().prepare_image(image)  # for its grid, which the checks of a prompt need
+        """Keeps the picture, with the grid that the checks of a prompt need."""
+        prepared = super().prepare_image(image)
         return replace(prepared, pixel_values=torch.from_numpy(np.array(image, dtype=np.uint8)))
 
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """What is known of a group so far: for each view one array per rollout."""
+    """A group's numbers so far: for each view one array per rollout."""
 
     logprobs: dict[View, list[np.ndarray]] = field(default_factory=lambda: {view: [] for view in VIEWS})
     top: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -70,8 +72,8 @@ class VllmTeacherEngine:
         self._reader = reader
         self._max_images = max_images
 
-    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[ScoredGroup | VaopdError]:
-        """All requests of all groups at once, for vLLM to batch as its own settings allow."""
+    def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
+        """Sends all requests of all groups at once, which vLLM batches as its own settings allow."""
         progress = [_Progress() for _ in groups]
         accepted: list[tuple[int, View, int]] = []
         for index, group in enumerate(groups):
@@ -80,7 +82,7 @@ class VllmTeacherEngine:
                     for k in range(len(group.responses)):
                         self._enqueue(group, view, k)
                         accepted.append((index, view, k))
-            except VaopdError as error:  # what was accepted of the group is computed in vain
+            except VaopdError as error:  # requests of the group that were accepted before are computed in vain
                 progress[index].error = error
         finished = self._llm.wait_for_completion(use_tqdm=False)  # in the order in which they were accepted
         if len(finished) != len(accepted):
@@ -92,19 +94,20 @@ class VllmTeacherEngine:
             yield state.error or _result(group, state)
 
     def close(self) -> None:
+        """Ends vLLM's processes."""
         vllm_start.stop(self._llm)
 
     def _enqueue(self, group: PreparedGroup, view: View, k: int) -> None:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
 
-        prompt: PreparedPrompt = getattr(group, view)
+        prompt = group.prompt(view)
         if len(prompt.images) > self._max_images:
             raise LimitExceeded(
                 f"group {group.group_id!r} has {len(prompt.images)} images, the limit is {self._max_images}; raise "
                 "limit_mm_per_prompt in the service's engine.options"
             )
-        token_ids = [*unexpanded(self._reader, prompt), *group.responses[k].tolist()]
+        token_ids = [*collapse_images(self._reader, prompt), *group.responses[k].tolist()]
         request: dict[str, Any] = {"prompt_token_ids": token_ids}
         if prompt.images:
             request["multi_modal_data"] = {
@@ -112,7 +115,7 @@ class VllmTeacherEngine:
             }
             request["multi_modal_uuids"] = {"image": [image.key for image in prompt.images]}
         sampling = SamplingParams(
-            max_tokens=1,  # it can't be none
+            max_tokens=1,  # the least that vLLM accepts
             temperature=0.0,
             prompt_logprobs=_asked(group, view, self._reader.vocab_size),
             flat_logprobs=True,
@@ -124,8 +127,11 @@ class VllmTeacherEngine:
             raise InvalidInput(f"vLLM refuses group {group.group_id!r}: {error}") from None
 
 
-def unexpanded(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
-    """The prompt with one placeholder for each image, as vLLM reads it: the inverse of `reader.expand`."""
+def collapse_images(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
+    """Returns the prompt with one placeholder per image, as vLLM reads it: the inverse of `reader.expand`.
+
+    Raises InvalidInput when the marks around an image's placeholders are missing.
+    """
     placeholder = reader.family.image_token_id(reader.config)
     given: list[int] = prompt.token_ids.tolist()
     written: list[int] = []
@@ -143,13 +149,13 @@ def unexpanded(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
 
 
 def _asked(group: PreparedGroup, view: View, vocab_size: int) -> int:
-    """How many of the likeliest tokens to ask for; twice as many as are sent, see `top_k`."""
+    """Returns the number of likeliest tokens to ask for: twice as many as are sent, see `top_k`."""
     return min(2 * group.top_k, vocab_size) if group.payload == "top_k" and view == "original" else 0
 
 
 def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progress) -> None:
-    """Takes the response's rows out of a request's prompt log-probs: each (token itself, likeliest, second, …)."""
-    prompt: PreparedPrompt = getattr(group, view)
+    """Reads the response's rows of a request's prompt log-probs: each (token itself, likeliest, second, …)."""
+    prompt = group.prompt(view)
     response = group.responses[k]
     if output.prompt_token_ids != [*prompt.token_ids.tolist(), *response.tolist()]:
         state.error = Mismatch(
@@ -157,10 +163,10 @@ def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progres
             f"has {len(prompt.token_ids) + len(response)}; vLLM's version and transformers' don't go together"
         )
         return
-    told = output.prompt_logprobs
-    first = told.start_indices[-len(response)]
-    ids = np.array(told.token_ids[first:], dtype=np.int64).reshape(len(response), -1)
-    logprobs = np.array(told.logprobs[first:], dtype=np.float64).reshape(len(response), -1)
+    flat = output.prompt_logprobs
+    first = flat.start_indices[-len(response)]
+    ids = np.array(flat.token_ids[first:], dtype=np.int64).reshape(len(response), -1)
+    logprobs = np.array(flat.logprobs[first:], dtype=np.float64).reshape(len(response), -1)
     if not np.array_equal(ids[:, 0], response):
         raise VaopdError("vLLM's prompt log-probs are of other tokens than the prompt's; this version isn't supported")
     state.logprobs[view].append(logprobs[:, 0].astype(np.float32))
@@ -169,9 +175,9 @@ def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progres
 
 
 def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the n ≥ k likeliest tokens (T, n): ids (T, k) int32, log-probs (T, k) and the tail's log-mass (T,) float32.
+    """Splits the n ≥ k likeliest tokens (T, n): ids (T, k) int32, log-probs (T, k), the tail's log-mass (T,) float32.
 
-    The tail is the mass of the tokens after the k, by their own log-probs, and what all n leave of 1, where that is
+    The tail is the mass of the tokens after the k, by their own log-probs, plus 1 minus the mass of all n if that is
     more than rounding: float32 is off by 2^-24 of a log-prob, hence the mass by at most 2^-22 of the entropy.
     """
     n = logprobs.shape[1]
@@ -184,31 +190,28 @@ def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np
     return ids[:, :k].astype(np.int32), logprobs[:, :k].astype(np.float32), tail_logprobs.astype(np.float32)
 
 
-def _result(group: PreparedGroup, state: _Progress) -> ScoredGroup | VaopdError:
+def _result(group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
     original, degraded = (np.concatenate(state.logprobs[view]) for view in VIEWS)
-    for view, logprobs in zip(VIEWS, (original, degraded), strict=True):
-        if bad := int((~np.isfinite(logprobs)).sum()):
-            return NumericalError(
-                f"group {group.group_id!r}: {bad} of {logprobs.size} log-probs of the {view} view are not finite; "
-                "check the teacher's weights and dtype"
-            )
     tensors = {}
     if group.payload == "top_k":
         names = ("token_ids", "logprobs", "tail_logprobs")
-        columns = map(np.concatenate, zip(*state.top, strict=True))
-        tensors = {name: Tensor.from_numpy(column) for name, column in zip(names, columns, strict=True)}
+        parts = map(np.concatenate, zip(*state.top, strict=True))
+        tensors = {name: Tensor.from_numpy(part) for name, part in zip(names, parts, strict=True)}
     payload = Payload(kind=group.payload, tensors=tensors)
-    return ScoredGroup(teacher_logprobs=original, degraded_logprobs=degraded, payload=payload)
+    return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded}, payload)
 
 
 def load(config: Config, options: Mapping[str, Any]) -> Backend:
-    """Starts vLLM over the teacher of a configuration; `options`: the service's engine.options."""
+    """Starts vLLM over the teacher of a configuration; `options`: the service's engine.options.
+
+    Raises ConfigError when vLLM is missing, can't start, or an option is one that the teacher sets itself.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "engine.backend = \"vllm\": vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]')"
         )
     if taken := sorted(set(options) & set(_OURS)):
-        raise ConfigError(f"engine.options.{taken[0]} is what the teacher sets itself; leave it out")
+        raise ConfigError(f"engine.options.{taken[0]} is set by the teacher itself; leave it out")
     bounds = {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
     reader = PromptReader.open(config.teacher.model, **bounds)
     # Left to itself, vLLM binds the process to one core, on which the server's other threads would run too.
@@ -219,10 +222,10 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         options=options,
         **bounds,
         extension="vaopd_teacher.engines.vllm_extension.TeacherExtension",
-        logprobs_mode="raw_logits",  # what the extension makes of the logits, as it is
+        logprobs_mode="raw_logits",  # the extension has made log-probs of them
         max_logprobs=-1,
     )
-    llm.collective_rpc("tell_log_probs", args=(reader.vocab_size,))
+    llm.collective_rpc("normalise_logits", args=(reader.vocab_size,))
     pictures = PictureReader(
         processor=reader.processor,
         config=reader.config,

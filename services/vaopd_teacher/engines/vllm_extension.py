@@ -12,16 +12,16 @@ from vaopd.vlm.torchvision_compat import ensure_torchvision
 ensure_torchvision()
 
 _ROWS = 64
-"""Whose exponentials are alive at once."""
+"""Rows with exponentials in memory at the same time."""
 
 
 class TeacherExtension:
-    """What vLLM's worker must do beyond its own, for log-probs that are a distribution over the logical vocabulary."""
+    """Extends vLLM's worker, so that log-probs are a distribution over the logical vocabulary."""
 
-    model_runner: Any  # vLLM's worker, whose base class this becomes, has it
+    model_runner: Any  # an attribute of vLLM's worker, which gets this class as a base
 
-    def tell_log_probs(self, vocab_size: int) -> None:
-        """From now on the model's logits are log-probs, for `logprobs_mode="raw_logits"` to hand out as they are."""
+    def normalise_logits(self, vocab_size: int) -> None:
+        """Makes the model return log-probs as logits, which `logprobs_mode="raw_logits"` passes on unchanged."""
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
 
@@ -34,10 +34,10 @@ class TeacherExtension:
 
 
 def log_probs(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(N, V') -> (N, V') float32 log-probs over the first `vocab_size` ids, minus infinity in the padding.
+    """Returns float32 log-probs over the first `vocab_size` ids, −∞ in the padding: (N, V') -> (N, V').
 
-    Each is rounded once: relative to the likeliest first, then less the log of a sum in float64. log_softmax would give
-    all of a row the same error of 1e-6, as much as the whole tail of a peaked distribution.
+    Each is rounded once: the largest logit is subtracted first, then the log of a sum in float64. log_softmax would
+    give all numbers of a row the same error of 1e-6, as much as the whole tail of a peaked distribution.
     """
     wide = logits.float()
     wide[..., vocab_size:] = -torch.inf

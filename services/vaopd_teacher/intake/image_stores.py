@@ -1,8 +1,9 @@
-"""Images by the SHA-256 of their encoded bytes: two stores, a byte budget for each, least recently used first out.
+"""Two stores of images, by SHA-256 of the encoded bytes, each with a byte budget; the least recently used are dropped.
 
-`ImageStore` keeps the encoded bytes that clients sent. `PreparedImages` keeps what the vision tower reads, one entry
-per image and view, so that an image is decoded, degraded and processed once, at its upload. Nothing dropped is lost: a
-view is made again from the bytes, and a group whose bytes are gone gets NOT_FOUND, so that the client uploads again.
+`ImageStore` keeps the encoded bytes that clients sent. `PreparedImages` keeps the vision tower's inputs, one entry per
+image and view, so that an image is decoded, degraded and processed once, at its upload. Dropped entries are recovered:
+a view is made again from the bytes, and a group without its image's bytes gets NOT_FOUND, so that the client uploads
+them again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from vaopd_teacher.engines.byte_lru import ByteLru
 
 
 class ImageStore(ByteLru[EncodedImage]):
-    """Used from the event loop and from the threads that prepare prompts. `hits`: look-ups that found the image."""
+    """Encoded images; used from the event loop and the preparing threads. `hits`: look-ups that found the image."""
 
     def __init__(self, capacity_bytes: int) -> None:
         super().__init__(capacity_bytes, size_of=lambda image: len(image.data))
         self._lock = threading.Lock()
 
     def put(self, image: EncodedImage) -> None:
+        """Stores an image. Raises LimitExceeded for one that is larger than the store."""
         if not self._fits(image):
             raise LimitExceeded(
                 f"image {image.sha256[:12]}… has {len(image.data)} bytes, the teacher keeps "
@@ -34,7 +36,7 @@ class ImageStore(ByteLru[EncodedImage]):
             self._values.setdefault(image.sha256, image)
 
     def get(self, sha256: str) -> EncodedImage:
-        """Raises NotFound for an image that was never sent, or was dropped."""
+        """Returns an image. Raises NotFound for one that was never sent, or was dropped."""
         with self._lock:
             image = self._values.get(sha256)
             if image is None:
@@ -44,15 +46,15 @@ class ImageStore(ByteLru[EncodedImage]):
             return image
 
     def missing(self, digests: Iterable[str]) -> list[str]:
-        """Those of `digests` that aren't stored; the others count as used just now."""
+        """Returns those of `digests` that aren't stored; the others count as used just now."""
         with self._lock:
             return [sha256 for sha256 in dict.fromkeys(digests) if self._values.get(sha256) is None]
 
 
 class PreparedImages(ByteLru[PreparedImage]):
-    """Used from the threads that prepare prompts; two that want the same view at once make it once.
+    """Views of images; used from the preparing threads. Two that need the same view at once make it once.
 
-    `hits`: look-ups of a view that was there, or being made. `misses`: views that were made, each with one decoding (or
+    `hits`: look-ups of a view that was stored or being made. `misses`: views that were made, each with one decoding (or
     the other view's) and one run of the image processor.
     """
 
@@ -62,7 +64,7 @@ class PreparedImages(ByteLru[PreparedImage]):
         self._lock = threading.Lock()
 
     def get(self, key: str, make: Callable[[], PreparedImage]) -> PreparedImage:
-        """The view known as `key`; `make` is called when nobody has it, and what it raises reaches all who wait."""
+        """Returns the view named `key`, made by `make` if it is missing; all waiters get its error."""
         with self._lock:
             if (kept := self._values.get(key)) is not None:
                 self.hits += 1

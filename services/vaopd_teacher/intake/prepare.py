@@ -1,7 +1,7 @@
-"""From a request to groups that are ready for the device; every refusal that doesn't need the device happens here.
+"""Turns a request into groups that are ready for the device; refuses everything that can be refused without it.
 
-`read_envelope` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes both of
-its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
+`read_call_settings` checks what concerns the whole call. `Preparer.admit_image` decodes an uploaded image and makes
+both of its views; `Preparer.prepare` checks one group and renders its prompt. Both run on a small thread pool.
 """
 
 from __future__ import annotations
@@ -46,16 +46,17 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Envelope:
-    """What holds for every group of a call."""
+class CallSettings:
+    """The settings of a call, which hold for each of its groups."""
 
     payload: PayloadKind
     top_k: int
     degradation: Degradation
+    columns: tuple[str, ...] = ()
 
 
-def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> Envelope:
-    """Raises the call's error: InvalidInput, LimitExceeded or Mismatch."""
+def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> CallSettings:
+    """Checks a call and returns its settings. Raises InvalidInput, LimitExceeded or Mismatch."""
     if request.tokenizer_fingerprint:
         check_same_tokenizer(student=request.tokenizer_fingerprint, teacher=teacher.tokenizer_fingerprint)
     check_revision(request.revision, teacher)
@@ -74,13 +75,16 @@ def read_envelope(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescr
             f"group {unnamed} of the request has an empty group_id; name it", field=f"groups[{unnamed}].group_id"
         )
     _refuse_duplicates("group_id", ids, "the request", path="groups")
-    return Envelope(
-        payload=_payload(request, teacher), top_k=request.top_k, degradation=_degradation(request.degradation)
+    return CallSettings(
+        payload=_payload(request, teacher),
+        top_k=request.top_k,
+        degradation=_degradation(request.degradation),
+        columns=_columns(request.columns, teacher),
     )
 
 
 def check_revision(revision: str, teacher: TeacherDescription) -> None:
-    """Raises Mismatch for a revision other than the teacher's; empty is not checked."""
+    """Raises Mismatch for a revision other than the teacher's, unless it is empty."""
     if revision and revision != teacher.revision:
         raise Mismatch(
             f"the client expects teacher revision {revision[:12]!r}…, this teacher has {teacher.revision[:12]}…; "
@@ -91,7 +95,7 @@ def check_revision(revision: str, teacher: TeacherDescription) -> None:
 def cut(
     groups: Sequence[teacher_pb2.PromptGroup], batch_tokens: int
 ) -> Iterator[tuple[list[teacher_pb2.PromptGroup], int]]:
-    """Consecutive groups that fill a forward, and the tokens that they take of it; a larger group goes alone."""
+    """Yields consecutive groups that fill a forward, and the tokens that they take; a larger group goes alone."""
     unit: list[teacher_pb2.PromptGroup] = []
     room = 0
     for group in groups:
@@ -106,7 +110,7 @@ def cut(
 
 
 def _tokens(group: teacher_pb2.PromptGroup) -> int:
-    """What a forward computes for both views of a group: exact for token ids, about so for messages and texts."""
+    """Counts the tokens of a forward for both views of a group: exact for token ids, a guess for texts."""
     prompt = prompt_tokens_of(group)
     texts = sum(len(rollout.response_text) // TOKEN_LETTERS for rollout in group.rollouts)
     return 2 * (prompt + texts + sum(max(0, len(rollout.response_ids) - 1) for rollout in group.rollouts))
@@ -128,6 +132,16 @@ def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescriptio
             f"top_k = {request.top_k} is outside [1, {teacher.vocab_size}], the vocabulary", field="top_k"
         )
     return payload
+
+
+def _columns(names: Sequence[str], teacher: TeacherDescription) -> tuple[str, ...]:
+    for name in names:
+        if name not in teacher.columns:
+            raise Mismatch(
+                f"this teacher can't compute column {name[:80]!r}; on request it computes "
+                f"{', '.join(teacher.columns) or 'none'}: leave it out, or ask a teacher with another backend"
+            )
+    return tuple(dict.fromkeys(names))
 
 
 def _degradation(message: teacher_pb2.Degradation) -> Degradation:
@@ -165,22 +179,26 @@ class Preparer:
         self._store = store
         self._prepared = views
         self._limits = limits
-        self._usual = Degradation()  # an upload doesn't say which view will be asked for: most likely the last one was
+        # An upload doesn't say which degraded view will be needed; the last one that was used is the likeliest.
+        self._usual = Degradation()
         self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
         # Fast tokenizers fail with "Already borrowed" when two threads use one.
         self._tokenizer = threading.Lock()
 
     def admit_image(self, image: EncodedImage) -> None:
-        """Decodes it, so that a bad image is refused where it is sent, keeps its bytes and makes its views."""
+        """Decodes and stores an uploaded image and makes its views.
+
+        Raises ImageRefused or LimitExceeded, so that a bad image is refused at its upload.
+        """
         decoded = self._decode(image)
         self._store.put(image)
         self._both_views(image.sha256, self._usual, lambda: decoded)
 
-    def prepare(self, group: teacher_pb2.PromptGroup, envelope: Envelope) -> PreparedGroup:
-        """Raises the group's error."""
+    def prepare(self, group: teacher_pb2.PromptGroup, settings: CallSettings) -> PreparedGroup:
+        """Checks and renders one group. Raises InvalidInput, LimitExceeded, Mismatch or NotFound."""
         self._check_rollouts(group)
-        self._usual = envelope.degradation
-        original, degraded = self._prompts(group, envelope.degradation)
+        self._usual = settings.degradation
+        original, degraded = self._prompts(group, settings.degradation)
         responses = []
         for rollout in group.rollouts:
             ids = self._response_ids(rollout)
@@ -194,12 +212,13 @@ class Preparer:
             original=original,
             degraded=degraded,
             responses=tuple(responses),
-            payload=envelope.payload,
-            top_k=envelope.top_k,
+            payload=settings.payload,
+            top_k=settings.top_k,
+            columns=settings.columns,
         )
 
     def token_texts(self, token_ids: np.ndarray) -> list[str]:
-        """The text of each token by itself; a part of a character shows as U+FFFD."""
+        """Decodes each token by itself; a part of a character shows as U+FFFD."""
         with self._tokenizer:
             return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
 
@@ -215,7 +234,7 @@ class Preparer:
     def _prompts(
         self, group: teacher_pb2.PromptGroup, degradation: Degradation
     ) -> tuple[PreparedPrompt, PreparedPrompt]:
-        """The prompt in the original and in the degraded view."""
+        """Renders the prompt in the original and in the degraded view."""
         kind = group.WhichOneof("prompt")
         if kind == "tokens":
             token_ids = np.fromiter(group.tokens.token_ids, dtype=np.int64, count=len(group.tokens.token_ids))
@@ -242,7 +261,7 @@ class Preparer:
     def _views(
         self, names: Sequence[str], degradation: Degradation
     ) -> tuple[dict[str, PreparedImage], dict[str, PreparedImage]]:
-        """Each image in both views, by SHA-256."""
+        """Returns each image in both views, by SHA-256."""
         original, degraded = {}, {}
         for sha256 in dict.fromkeys(names):
             if not _SHA256.fullmatch(sha256):
@@ -257,7 +276,7 @@ class Preparer:
     def _both_views(
         self, sha256: str, degradation: Degradation, decode: Callable[[], PIL.Image.Image]
     ) -> tuple[PreparedImage, PreparedImage]:
-        """From the cache; what isn't there is made from one decoding."""
+        """Returns both views from the cache; missing ones are made from one decoding."""
         decoded = cache(decode)
         seed = view_seed(sha256)
         original = self._view(f"{sha256}:original", decoded)

@@ -1,7 +1,7 @@
-"""How many groups may wait, of all jobs and of one, and when it makes sense to ask again.
+"""Limits how many groups wait, of all jobs and of each, and says when a refused call may be sent again.
 
-A refusal's retry hint is the time in which enough of the backlog will have been scored: of all of it at the device's
-measured pace, of one job's part at that job's share of the pace. Lives on the event loop.
+A refusal's retry hint is the time in which enough of the backlog will have been scored: of the whole backlog at the
+device's measured pace, of one job's part at that job's share of the pace. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SHORTEST_S, _LONGEST_S = 0.05, 60.0
 
 
 class Admission:
-    """`admit` a call's groups, then `release` each as it is answered or given up."""
+    """Counts accepted and unanswered groups: `admit` a call's groups, then `release` each when it is answered."""
 
     def __init__(self, sharing: SharingConfig, scheduler: Scheduler, quotas: Quotas | None = None) -> None:
         self._sharing = sharing
@@ -30,32 +30,39 @@ class Admission:
 
     @property
     def waiting(self) -> int:
+        """Accepted and unanswered groups of all jobs."""
         return self._waiting.total()
 
     @property
     def limit(self) -> int:
+        """The most groups of all jobs that may wait."""
         return self._sharing.max_waiting_groups
 
     def waiting_of(self, job: str) -> int:
+        """Returns the accepted and unanswered groups of one job."""
         return self._waiting[job]
 
     def waiting_by_job(self) -> dict[str, int]:
-        """May be asked from any thread."""
+        """Returns the accepted and unanswered groups of each job that has some. Thread-safe."""
         return dict(self._waiting)
 
     def check_any_room(self) -> None:
-        """Raises QueueFull when not even one group of anybody fits: such a call needn't be read to be refused."""
+        """Raises QueueFull when not even one group fits, whichever job's: then a call is refused without reading it."""
         self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
 
     def admit(self, job: str, groups: int) -> None:
-        """Raises QueueFull, with a hint, when there is no room now. More than ever fits is refused before."""
+        """Accepts a call's groups. Raises QueueFull or Busy, with a retry hint, when there is no room or quota now.
+
+        A call with more groups than ever fit has been refused before (`max_groups_per_request`).
+        """
         self._check(self.waiting, groups, self._sharing.max_waiting_groups, job, of_job=False)
         self._check(self._waiting[job], groups, self._sharing.max_waiting_groups_per_job, job, of_job=True)
         if self._quotas is not None:
-            self._quotas.take(job, groups)  # last, since what it counts has to be accepted
+            self._quotas.take(job, groups)  # last, since it counts accepted groups only
         self._waiting[job] += groups
 
     def release(self, job: str, groups: int = 1) -> None:
+        """Frees the room of groups that are answered or given up."""
         self._waiting[job] -= groups
         if not self._waiting[job]:
             del self._waiting[job]
@@ -65,15 +72,15 @@ class Admission:
             return
         self.refused += 1
         retry_after_s = min(max(self._seconds(over, job, of_job=of_job), _SHORTEST_S), _LONGEST_S)
-        whose = f" of job {job[:64]!r}" if of_job else ""
+        owner = f" of job {job[:64]!r}" if of_job else ""
         raise QueueFull(
-            f"{waiting} groups{whose} wait already, with {groups} more they are over the limit of {limit}; "
+            f"{waiting} groups{owner} wait already, with {groups} more they are over the limit of {limit}; "
             f"try again in {retry_after_s:.2g} s",
             retry_after_s=retry_after_s,
         )
 
     def _seconds(self, groups: int, job: str, *, of_job: bool) -> float:
-        """Until so many groups of the backlog are scored."""
+        """Estimates the time until this many groups of the backlog are scored."""
         pace = self._scheduler.seconds_per_token
         history = [self._scheduler.served(job)] if of_job else list(self._scheduler.served_by_job().values())
         served = sum(part.groups for part in history)

@@ -1,12 +1,12 @@
-"""Whose work goes to the device next: start-time fair queueing by token cost, with a weight for each job.
+"""Chooses the job that the device serves next: start-time fair queueing by token cost, with a weight for each job.
 
 Every job has a line of its own and a virtual time at which its head may start; the head with the earliest start goes
-next, and its job's next start moves on by cost / weight. The queue's clock is the start of what was taken last; a job
-that comes back after a pause starts at the clock, with no credit for the pause and no debt beyond what it was served.
+next, and its job's next start moves on by cost / weight. The queue's clock is the start of the last item taken; a job
+that returns after a pause starts at the clock, with no credit for the pause and no debt beyond what it was served.
 
 Why not deficit round robin: a round there serves every other job's quantum first, so a light job's delay grows with the
-number of jobs that flood; here it is next after what is on the device. Why not finish times (WFQ): they need the
-device's speed. What two busy jobs are served per weight differs by at most one unit of each, whatever the speed
+number of jobs that flood; here it is next after the forward in progress. Why not finish times (WFQ): they need the
+device's speed. The service per weight of two busy jobs differs by at most one unit of each, whatever the speed
 (Goyal, Vin, Cheng: Start-time fair queueing, 1996).
 """
 
@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 JOBS_KNOWN = 1024
-"""Names come from outside: beyond so many, jobs without work are forgotten, with what they owe if need be."""
+"""Job names come from clients: beyond this many, jobs without work are forgotten, and their debts if necessary."""
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class _Line(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Not thread-safe. A job's own items keep their order.
+    """A line for each job, served by weight; a job's own items keep their order. Not thread-safe.
 
     >>> queue = FairQueue({"heavy": 2.0})
     >>> for n in range(3):
@@ -54,27 +54,30 @@ class FairQueue(Generic[T]):
         return sum(len(line.items) for line in self._lines.values())
 
     def cost(self, job: str) -> float:
-        """Of all that waits of a job."""
+        """Returns the cost of a job's waiting items."""
         return sum(cost for _, cost in self._lines[job].items) if job in self._lines else 0.0
 
     def costs(self) -> dict[str, float]:
-        """Of all that waits, by job."""
+        """Returns the cost of the waiting items of each job that has some."""
         return {job: self.cost(job) for job, line in self._lines.items() if line.items}
 
     def weight(self, job: str) -> float:
+        """Returns a job's weight; 1 unless the configuration gives another."""
         return self._weights.get(job, 1.0)
 
     def push(self, job: str, item: T, *, cost: float) -> None:
+        """Appends an item to its job's line."""
         line = self._lines.setdefault(job, _Line(self.weight(job), self._clock))
         if not line.items:
             line.start = max(line.start, self._clock)
         line.items.append((item, cost))
 
     def head(self) -> T:
-        """What `pop` would take. Raises LookupError when nothing waits."""
+        """Returns the item that `pop` would take. Raises LookupError when nothing waits."""
         return self._next().items[0][0]
 
     def pop(self) -> T:
+        """Takes the next item and charges its job. Raises LookupError when nothing waits."""
         line = self._next()
         item, cost = line.items.popleft()
         self._clock = line.start
@@ -83,18 +86,18 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, unwanted: Callable[[T], bool]) -> None:
-        """Takes items out that were not served, at no cost to their jobs."""
+        """Removes unwanted items, at no cost to their jobs."""
         for line in self._lines.values():
             line.items = deque(entry for entry in line.items if not unwanted(entry[0]))
 
     def rest(self) -> None:
-        """The device idles: the busy period is over and nobody owes anything."""
+        """Ends the busy period if nothing waits: the device idles, and all debts are forgotten."""
         if not self:
             self._lines.clear()
             self._clock = 0.0
 
     def _forget(self) -> None:
-        """A job without work and without debt is as good as unknown; of the others, the oldest are let off."""
+        """Forgets jobs without work: those without debt, and the older half of those with debt."""
         if len(self._lines) <= JOBS_KNOWN:
             return
         idle = [job for job, line in self._lines.items() if not line.items]
@@ -103,7 +106,7 @@ class FairQueue(Generic[T]):
             del self._lines[job]
 
     def _next(self) -> _Line[T]:
-        # Of equal starts, the job that is known longest.
+        # Among equal starts, the job that has been known longest.
         line = min(self._lines.values(), key=lambda line: line.start if line.items else math.inf, default=None)
         if line is None or not line.items:
             raise LookupError("nothing waits")

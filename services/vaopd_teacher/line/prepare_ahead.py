@@ -1,7 +1,7 @@
-"""How far the preparation of a job's groups runs ahead of the device: far enough to keep it fed, not further.
+"""Limits how many prompt groups of a job are prepared before the device takes them.
 
-Prepared groups hold their images' pixels, some 10 MB each and more, so a full queue of them would fill the memory; what
-waits beyond a forward's worth of each job stays as small as it arrived. Lives on the event loop.
+A prepared group holds its images' pixels, 10 MB and more, so a full queue of them would fill the memory. Groups beyond
+one forward's worth of each job stay as small as they arrived. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 AT_ONCE = 2
-"""Units of a job that are prepared at the same time: one would leave the job without work for the time it takes."""
+"""Units of a job that are prepared at the same time; with one, the job would have no work ready meanwhile."""
 FEW_TOKENS = 8192
-"""A job may always have so much prepared, however small the forwards are."""
+"""Tokens that a job may always have prepared, however small the forwards are."""
 
 
 class Ahead:
-    """`waiting_tokens`: what of a job is prepared and waits for the device; `look` when there may be less of it."""
+    """Gives a job's calls turns to prepare one unit each, while few of its tokens wait for the device.
+
+    `waiting_tokens` returns a job's prepared tokens in the line; call `look` whenever they may have become fewer.
+    """
 
     def __init__(self, waiting_tokens: Callable[[str], float], *, batch_tokens: int) -> None:
         self._waiting_tokens = waiting_tokens
@@ -28,7 +31,7 @@ class Ahead:
 
     @asynccontextmanager
     async def turn(self, job: str) -> AsyncIterator[None]:
-        """A job's calls take turns in the order in which they came; one unit is prepared and submitted in a turn."""
+        """Waits for the job's turn, in the order of arrival; the caller prepares and submits one unit within it."""
         if self._queues.get(job) or not self._open(job):
             await self._wait(job)
         else:
@@ -39,7 +42,7 @@ class Ahead:
             self._leave(job)
 
     def look(self) -> None:
-        """The device has taken something, or a call has gone: lets those prepare that may."""
+        """Starts the turns that have become possible: the device took a unit, or a call ended."""
         for job in list(self._queues):
             self._admit(job)
 
@@ -47,7 +50,7 @@ class Ahead:
         return self._preparing[job] < AT_ONCE and self._waiting_tokens(job) < self._limit_tokens
 
     async def _wait(self, job: str) -> None:
-        """Returns with the turn taken."""
+        """Waits in the job's queue and returns with the turn taken."""
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue = self._queues.setdefault(job, deque())
         queue.append(mine)
@@ -56,7 +59,7 @@ class Ahead:
         except asyncio.CancelledError:
             if mine.cancelled():
                 self._admit(job)
-            else:  # the turn came together with the cancellation
+            else:  # the turn was given together with the cancellation
                 self._leave(job)
             raise
 
@@ -68,7 +71,7 @@ class Ahead:
                 first.set_result(None)
         if not queue:
             self._queues.pop(job, None)
-        if not self._preparing[job]:  # names of jobs must not pile up
+        if not self._preparing[job]:  # job names must not pile up
             del self._preparing[job]
 
     def _leave(self, job: str) -> None:

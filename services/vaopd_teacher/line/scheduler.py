@@ -1,10 +1,10 @@
-"""The one thread that drives the device, and the line before it in which the requests of all jobs meet.
+"""Runs the one thread that drives the device, and the line before it that all jobs share.
 
-What arrives: units of prepared groups, from many calls of many jobs. What leaves: each group's result, on the event
-loop of its call. The thread takes units in the fair queue's order while they fit into one forward together, so a
-forward mixes jobs. The work of a call that was cancelled, or whose deadline is over, leaves the line before it reaches
-the device. An exception of the engine itself ends the thread: every waiting group gets Unavailable, and `on_failure`
-lets the process end, so that its supervisor restarts it with a sound device. A watchdog reads `busy_s`.
+In: units of prepared groups, from many calls of many jobs. Out: each group's answer, on the event loop of its call. The
+thread takes units in the fair queue's order while they fit into one forward together, so a forward mixes jobs. Units of
+a cancelled or expired call leave the line before they reach the device. An exception of the engine itself ends the
+thread: every waiting group gets Unavailable, and `on_failure` lets the process end, so that its supervisor restarts it
+with a sound device. A watchdog reads `busy_s`.
 """
 
 from __future__ import annotations
@@ -20,47 +20,32 @@ from dataclasses import dataclass, field
 
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.telemetry import tracing
-from vaopd.vlm.model import Segment
-from vaopd_teacher.engines.engine import Engine, PreparedGroup, ScoredGroup
+from vaopd.types import GroupFailure
+from vaopd_teacher.engines.engine import Engine, EngineResult, PreparedGroup
 from vaopd_teacher.line.fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
-Result = ScoredGroup | VaopdError
+Answer = EngineResult | GroupFailure
 
 JOBS_REMEMBERED = 1024
-"""Jobs whose counts are kept; names come from outside and must not pile up."""
+"""Jobs with counts; their names come from clients and must not pile up."""
 _SMOOTHING = 0.1
-
-
-def group_tokens(group: PreparedGroup) -> int:
-    """What a group costs: the tokens that a forward computes for it, the prompt once in each view."""
-    views = (group.original, group.degraded)
-    return sum(Segment(prompt=prompt, responses=group.responses).tokens for prompt in views)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Delivery:
-    """The result of one group of a unit."""
-
-    unit: Unit
-    group: PreparedGroup
-    result: Result
 
 
 @dataclass(slots=True, eq=False)
 class Unit:
     """Groups of one call that go to the device together.
 
-    `room` is what it takes of a forward, as it was cut from the request; `tokens` is what it costs its job.
-    `on_delivery` is called on `loop` for each group, in order. `cancelled` is set when nobody wants them any more;
-    after `expires` (of time.monotonic) nobody does either. `trace`: of the call, for the device's span.
+    `room`: the tokens that it takes of a forward, estimated from the request; `tokens`: the exact cost to its job.
+    `on_delivery` is called on `loop` for each group, in order. `cancelled`: the call has ended; `expires`: the call's
+    deadline, of time.monotonic. `trace`: the call's, for the device's span.
     """
 
     job: str
     groups: tuple[PreparedGroup, ...]
     room: int
-    on_delivery: Callable[[Delivery], None]
+    on_delivery: Callable[[Answer], None]
     loop: asyncio.AbstractEventLoop
     expires: float | None = None
     cancelled: bool = False
@@ -69,31 +54,37 @@ class Unit:
     delivered: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = sum(group_tokens(group) for group in self.groups)
+        self.tokens = sum(group.tokens for group in self.groups)
 
     @property
     def unwanted(self) -> bool:
+        """Whether its call was cancelled or has expired."""
         return self.cancelled or (self.expires is not None and time.monotonic() >= self.expires)
 
-    def deliver(self, result: Result) -> None:
-        """Hands on the next group's result; called from the scheduler's thread."""
+    def deliver(self, result: EngineResult | VaopdError) -> None:
+        """Hands the next group's result to the call; runs on the scheduler's thread."""
         group = self.groups[self.delivered]
         self.delivered += 1
+        answer: Answer = (
+            result if isinstance(result, EngineResult) else GroupFailure(group_id=group.group_id, error=result)
+        )
         try:
-            self.loop.call_soon_threadsafe(self.on_delivery, Delivery(self, group, result))
-        except RuntimeError:  # the loop is closed: the server has stopped and nobody waits any more
+            self.loop.call_soon_threadsafe(self.on_delivery, answer)
+        except RuntimeError:  # the loop is closed: the server has stopped
             self.cancelled = True
 
 
 @dataclass(slots=True)
 class Served:
-    """What a job has had of the device since the server started."""
+    """Counts the groups and tokens that a job was served since the server started."""
 
     groups: int = 0
     tokens: int = 0
 
 
 class Scheduler:
+    """Drives an engine with the units of all jobs. Thread-safe."""
+
     def __init__(
         self,
         engine: Engine,
@@ -104,14 +95,15 @@ class Scheduler:
         on_batch: Callable[[float], object] = lambda fill: None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        """`on_failure` and, after each batch that leaves the line, `on_taken` are called on the device's thread.
+        """`weights`: the jobs' weights in the fair queue.
 
-        So is `on_batch`, with what the batch takes of `batch_tokens`: above 1 for a unit that needs several forwards.
+        Called on the device's thread: `on_failure` when the engine breaks, `on_taken` when a batch has left the line,
+        `on_batch` with the batch's share of `batch_tokens`, above 1 for a unit that needs several forwards.
         """
         self.seconds_per_token: float | None = None
-        """Of the last forwards, smoothed; None before the first."""
+        """The pace of the last forwards, smoothed; None before the first."""
         self.busy_seconds = 0.0
-        """Time inside the engine since the start; against the clock, how busy the device is."""
+        """Time inside the engine since the start; divided by the time on the clock, the device's load."""
         self.forwards = 0
         self._engine = engine
         self._batch_tokens = batch_tokens
@@ -128,35 +120,42 @@ class Scheduler:
 
     @property
     def busy_s(self) -> float:
-        """How long the thread has been inside the engine without a result; 0 while it waits for work."""
+        """Seconds that the thread has been inside the engine without a result; 0 while it waits for work."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     @property
     def waiting_units(self) -> int:
+        """Units in the line."""
         with self._changed:
             return len(self._line)
 
     def waiting_tokens(self, job: str) -> float:
+        """Returns the tokens of a job's units in the line."""
         with self._changed:
             return self._line.cost(job)
 
     def waiting_tokens_by_job(self) -> dict[str, float]:
+        """Returns the tokens in the line of each job that has some."""
         with self._changed:
             return self._line.costs()
 
     def weight(self, job: str) -> float:
+        """Returns a job's weight in the fair queue."""
         return self._line.weight(job)
 
     def served(self, job: str) -> Served:
+        """Returns the counts of a job."""
         with self._changed:
             return self._served.get(job, Served())
 
     def served_by_job(self) -> dict[str, Served]:
+        """Returns the counts of the last `JOBS_REMEMBERED` jobs."""
         with self._changed:
             return dict(self._served)
 
     def submit(self, unit: Unit) -> None:
+        """Puts a unit in the line. Raises Unavailable once the thread is ending."""
         with self._changed:
             if self._stopping:
                 raise _stopped()
@@ -164,16 +163,16 @@ class Scheduler:
             self._changed.notify()
 
     def withdraw(self, units: Sequence[Unit]) -> None:
-        """Nobody wants these any more; what isn't on the device yet leaves the line now."""
+        """Cancels units; those that are not on the device yet leave the line now."""
         for unit in units:
             unit.cancelled = True
         with self._changed:
             self._line.remove(lambda unit: unit.cancelled)
 
     def stop(self, longest_s: float | None = None) -> bool:
-        """Ends the thread after the forward in progress; what still waits gets Unavailable.
+        """Ends the thread after the forward in progress; groups that still wait get Unavailable.
 
-        Returns whether the thread has ended: after `longest_s`, if given, it isn't waited for any more.
+        Returns whether the thread has ended within `longest_s`; None waits until it has.
         """
         with self._changed:
             self._stopping = True
@@ -190,7 +189,7 @@ class Scheduler:
                 with _span(units):
                     self._score(units)
         except Exception:
-            log.exception("the engine failed; the process can't go on")
+            log.exception("the engine failed; the process has to end")
             self._on_failure()
         with self._changed:
             self._stopping = True
@@ -202,7 +201,7 @@ class Scheduler:
                 unit.deliver(_stopped())
 
     def _take(self) -> list[Unit]:
-        """The units of the next forward; empty when the thread is to end."""
+        """Waits for units and takes those of the next forward; none when the thread has to end."""
         with self._changed:
             while not self._stopping:
                 self._line.remove(lambda unit: unit.unwanted)
@@ -214,7 +213,7 @@ class Scheduler:
                 return []
             units = [self._line.pop()]
             room = self._batch_tokens - units[0].room
-            # Strictly in order: a smaller unit that would still fit doesn't overtake the one whose turn it is.
+            # Strictly in order: a smaller unit that would still fit doesn't overtake the next one in turn.
             while self._line and self._line.head().room <= room:
                 units.append(self._line.pop())
                 room -= units[-1].room
@@ -227,10 +226,10 @@ class Scheduler:
         try:
             for owner, group, result in zip(owners, groups, self._engine.score(groups), strict=True):
                 self._busy_since = time.monotonic()
-                self._count(owner.job, group_tokens(group))
+                self._count(owner.job, group.tokens)
                 owner.deliver(result)
                 if all(unit.cancelled for unit in units):
-                    return  # the next forward is somebody else's
+                    return  # the device is free for other units
             self._pace(time.monotonic() - started, sum(unit.tokens for unit in units))
         finally:
             self._busy_since = None
@@ -252,7 +251,7 @@ class Scheduler:
 
 
 def _span(units: Sequence[Unit]) -> AbstractContextManager[None]:
-    """Part of the first call's trace; the other calls that share the batch are linked."""
+    """Opens a span in the first call's trace, with links to the other calls that share the batch."""
     if units[0].trace is None:
         return nullcontext()
     return tracing.span(

@@ -1,4 +1,4 @@
-"""Who may call the teacher, for which job, and how much of it in a minute."""
+"""Checks that a caller may call the teacher for a job, and limits each job's groups in a minute."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vaopd.errors import Busy, LimitExceeded, PermissionDenied
 
 
 class Access:
-    """Without keys everybody may call, and a job's name is whatever the request says."""
+    """Identifies callers by their API keys. Without keys, every call is allowed, for the job that it names."""
 
     def __init__(self, store: KeyStore | None = None) -> None:
         self._store = store
 
     def caller(self, metadata: Iterable[tuple[str, Any]] | None) -> str | None:
-        """The job that the call's key belongs to, None without keys. Raises Unauthenticated."""
+        """Returns the job of the call's key, None without keys. Raises Unauthenticated."""
         if self._store is None:
             return None
         header = next((value for name, value in metadata or () if name == "authorization"), None)
         return self._store.job_of(keys.bearer(header))
 
     def check_job(self, caller: str | None, request: Any) -> None:
-        """Raises PermissionDenied for a request in another job's name; one that names none gets the caller's."""
+        """Raises PermissionDenied for a request that names another job; one that names none gets the caller's."""
         if caller is None or not hasattr(request, "job"):
             return
         if request.job not in ("", caller):
-            # Whether there is such a job is not told.
+            # The message doesn't reveal whether the other job exists.
             raise PermissionDenied(
                 f"the API key is not for job {request.job[:64]!r}; use that job's key, or leave the job's name out"
             )
@@ -46,7 +46,7 @@ class Quotas:
         self._buckets = TokenBuckets(clock=clock)
 
     def take(self, job: str, groups: int) -> None:
-        """Raises Busy when the job has used up its quota, LimitExceeded for more groups than it ever holds."""
+        """Takes groups from the job's quota. Raises Busy if it is used up, LimitExceeded beyond its size."""
         quota = self._config.jobs.get(job, self._config.groups_per_minute)
         if quota is None:
             return

@@ -1,43 +1,35 @@
-"""One ScoreGroups call between its feeder (which prepares groups), the scheduler (which scores them) and its reader."""
+"""Connects the parts of one ScoreGroups call: its feeder prepares groups, the scheduler scores, its reader answers."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vaopd.errors import VaopdError
 from vaopd.telemetry import tracing
+from vaopd.types import GroupFailure
 from vaopd_teacher.engines.engine import PreparedGroup
-from vaopd_teacher.line.scheduler import Delivery, Scheduler, Unit
+from vaopd_teacher.line.scheduler import Answer, Scheduler, Unit
 
 UNITS_AHEAD = 2
-"""Units that may be prepared before the reader has taken the first of them: one on the device, one behind it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A group that never reached the device."""
-
-    group_id: str
-    error: VaopdError
+"""Units of a call that may be prepared and unread: one on the device, one behind it."""
 
 
 class Call:
-    """Lives on the event loop. After `expires` (of time.monotonic) its work is dropped."""
+    """One call's units and answers. Runs on the event loop; `expires` (of time.monotonic): its work is dropped then."""
 
     def __init__(self, scheduler: Scheduler, *, job: str, expires: float | None) -> None:
         self.job = job
         self.feeder: asyncio.Task[None] | None = None
         self._scheduler = scheduler
         self._expires = expires
-        self._results: asyncio.Queue[Delivery | Refusal | Exception] = asyncio.Queue()
-        self._unread: dict[Unit, int] = {}
+        self._results: asyncio.Queue[Answer | Exception] = asyncio.Queue()
+        self._unread: dict[str, Unit] = {}  # group_id -> its unit, until the reader has taken the group's answer
         self._unit_read = asyncio.Event()
 
     async def room_for_a_unit(self) -> None:
-        """Waits until fewer than UNITS_AHEAD are on their way."""
-        while len(self._unread) >= UNITS_AHEAD:
+        """Waits until fewer than UNITS_AHEAD units are unread."""
+        while len(set(self._unread.values())) >= UNITS_AHEAD:
             self._unit_read.clear()
             await self._unit_read.wait()
 
@@ -52,31 +44,30 @@ class Call:
             expires=self._expires,
             trace=tracing.current(),
         )
-        self._unread[unit] = len(unit.groups)
+        self._unread.update((group.group_id, unit) for group in groups)
         self._scheduler.submit(unit)
 
     def refuse(self, group_id: str, error: VaopdError) -> None:
-        self._results.put_nowait(Refusal(group_id, error))
+        """Answers a group that never reaches the device."""
+        self._results.put_nowait(GroupFailure(group_id=group_id, error=error))
 
     def fail(self, error: Exception) -> None:
-        """Ends the call: its reader gets the error."""
+        """Ends the call: `next` raises the error."""
         self._results.put_nowait(error)
 
-    async def next(self) -> Delivery | Refusal:
+    async def next(self) -> Answer:
+        """Waits for the next group's answer, in the order in which they are ready. Raises the error of `fail`."""
         item = await self._results.get()
         if isinstance(item, Exception):
             raise item
-        if isinstance(item, Delivery):
-            self._unread[item.unit] -= 1
-            if self._unread[item.unit] == 0:
-                del self._unread[item.unit]
-                self._unit_read.set()
+        if self._unread.pop(item.group_id, None) is not None:
+            self._unit_read.set()
         return item
 
     def cancel(self) -> None:
-        """Nobody reads any more: what hasn't reached the device never will."""
+        """Ends the feeder and withdraws the units that are not on the device yet: the reader has gone."""
         if self.feeder is not None:
             self.feeder.cancel()
         if self._unread:
-            self._scheduler.withdraw(tuple(self._unread))
+            self._scheduler.withdraw(tuple(set(self._unread.values())))
             self._unread.clear()

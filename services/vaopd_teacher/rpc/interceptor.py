@@ -1,9 +1,9 @@
-"""The error tree ↔ gRPC statuses, in the one place that maps it: an interceptor that every call passes.
+"""An interceptor that every call passes: authenticates it, counts it, traces it, and maps its errors to statuses.
 
-A handler raises; the interceptor aborts the call with the status, the error's own message and its details. What isn't
-of the tree is a fault of ours: it is logged with its traceback and the client reads "internal error", nothing more.
-Callers are told apart here too, before anything of their request is parsed. Each refused call is a line of the audit
-log.
+A handler raises; the interceptor aborts the call with the status, the error's own message and its details. An exception
+outside the error tree is a fault of this program: it is logged with its traceback, and the client reads "internal
+error" only. The caller is identified before anything of the request is parsed. Each refused call is a line of the
+audit log.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from vaopd_teacher.rpc.access import Access
 
 log = logging.getLogger(__name__)
 audit = logging.getLogger("vaopd.audit")
-"""One line per refused call: the job, what it called, the status, from where. Never a key, nor what was sent."""
+"""One line per refused call: job, method, status, peer. Never a key, nor any part of the request."""
 
 _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
-"""What probes and balancers ask without a key."""
+"""Methods that need no key, for probes and load balancers."""
 
 
 def reason_of(error: Exception) -> str:
-    """Of a refused call, out of a fixed set of words."""
+    """Returns the `reason` label of a refused call."""
     if isinstance(error, QueueFull):
         return "queue_full"
     if isinstance(error, Busy):
@@ -49,17 +49,17 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Malformed:
-    """Bytes that are not the message that the method takes."""
+    """Stands for bytes that can't be parsed as the method's request."""
 
     size_bytes: int
     message_name: str
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, its request's parsing included: gRPC itself would answer malformed bytes with INTERNAL.
+    """Wraps every handler and the parsing of its request: gRPC itself would answer malformed bytes with INTERNAL.
 
-    It also counts the calls of `service` in progress, so that a server that drains knows when they are done; a health
-    Watch, which never ends by itself, is no reason to wait.
+    Counts the calls of `service` in progress, so that a draining server knows when they are done; a health Watch, which
+    never ends by itself, is not waited for.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         check_room: Callable[[], object] = lambda: None,
         on_refused: Callable[[str | None, str], object] = lambda job, reason: None,
     ) -> None:
-        """`check_room` raises what a call with work is refused for before it is read, however large it is.
+        """`check_room` raises when no ScoreGroups call fits now: then it is refused before its request is read.
 
-        `on_refused` is told the job, where it is known, and the reason of every call that is refused.
+        `on_refused` is called with the job, None if unknown, and the reason of each refused call.
         """
         self._access = access
         self._check_room = check_room
@@ -84,6 +84,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._idle.set()
 
     async def wait_idle(self) -> None:
+        """Waits until no call of the service is in progress."""
         await self._idle.wait()
 
     @contextmanager
@@ -104,6 +105,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        """Wraps a method's handler, or replaces it by a refusal."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
             return handler
@@ -116,8 +118,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                     self._check_room()
             except VaopdError as error:
                 return self._refusing(method, error, job=caller)
-        call = _Call(handler_call_details, caller, self._access)
-        parse = _tolerant(handler.request_deserializer)
+        call = _CallContext(handler_call_details, caller, self._access)
+        parse = _tolerate_malformed(handler.request_deserializer)
         serialise = handler.response_serializer
         if handler.stream_stream:
             stream = self._guard_stream(handler.stream_stream, call)
@@ -131,7 +133,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
     def _refusing(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
-        """Answers a call of any kind with a status, without reading a message of it."""
+        """Returns a handler that answers a call of any kind with a status and reads none of its messages."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
             await self._abort(context, method, error, job=job)
@@ -141,7 +143,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _abort(
         self, context: grpc.aio.ServicerContext, method: str, error: Exception, *, job: str | None
     ) -> None:
-        if isinstance(error, grpc.aio.AbortError):  # a handler that has answered with a status itself
+        if isinstance(error, grpc.aio.AbortError):  # the handler has answered with a status itself
             raise error
         self._on_refused(job, reason_of(error))
         metadata: tuple[tuple[str, bytes], ...] = ()
@@ -151,47 +153,49 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             log.error("%s failed", method, exc_info=error)
             code, message = grpc.StatusCode.INTERNAL, "internal error"
-        # The message stays out of the log: it may quote what the client sent.
+        # The message stays out of the log: it may quote the request.
         job = job[:64] if job else None
         refused = (repr(job) if job else "-", method, code.name, context.peer())
         audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
         return await context.abort(code, message, metadata)
 
-    def _guard_unary(self, behaviour: Callable[..., Awaitable[Any]], call: _Call) -> Callable[..., Awaitable[Any]]:
+    def _guard_unary(
+        self, behaviour: Callable[..., Awaitable[Any]], call: _CallContext
+    ) -> Callable[..., Awaitable[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
             end = call.begin()
             with self._count(call.method):
                 try:
-                    return await behaviour(call.incoming(request), context)
+                    return await behaviour(call.check(request), context)
                 except Exception as error:
-                    return await self._abort(context, call.method, call.located(error), job=call.job)
+                    return await self._abort(context, call.method, call.locate(error), job=call.job)
                 finally:
                     end()
 
         return answer
 
-    def _guard_stream(self, behaviour: Callable[..., Any], call: _Call) -> Callable[..., AsyncIterator[Any]]:
+    def _guard_stream(self, behaviour: Callable[..., Any], call: _CallContext) -> Callable[..., AsyncIterator[Any]]:
         async def answer(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             end = call.begin()
             with self._count(call.method):
                 try:
-                    answers = behaviour(call.incoming(request), context)
+                    answers = behaviour(call.check(request), context)
                     if hasattr(answers, "__aiter__"):
                         async with aclosing(answers) as items:
                             async for item in items:
                                 yield item
-                    else:  # a handler that writes to the context itself, as the health service's Watch does
+                    else:  # the handler writes to the context itself, as the health service's Watch does
                         await answers
                 except Exception as error:
-                    await self._abort(context, call.method, call.located(error), job=call.job)
+                    await self._abort(context, call.method, call.locate(error), job=call.job)
                 finally:
                     end()
 
         return answer
 
 
-class _Call:
-    """What is known of one call before its handler sees it."""
+class _CallContext:
+    """One call's method, job, trace and progress, while its handler runs."""
 
     def __init__(self, details: grpc.HandlerCallDetails, caller: str | None, access: Access) -> None:
         self.method = details.method
@@ -201,14 +205,14 @@ class _Call:
         self._access = access
 
     def begin(self) -> Callable[[], None]:
-        """Gives the task that answers the call its request's id, for its log lines, and a span, which it has to end."""
+        """Sets the request id for the log lines of this task, and opens a span; returns the function that ends it."""
         sent = dict(self._metadata or ())
         if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
             logs.request_id.set(name)
         return tracing.begin(self.method, parent=tracing.parent_of(self._metadata), job=self.job)
 
-    def incoming(self, request: Any) -> Any:
-        """The handler's request, or stream of them, that raises what is wrong with it."""
+    def check(self, request: Any) -> Any:
+        """Returns the request, or the stream of them; raises an error for a malformed or forbidden one."""
         return self._each(request) if hasattr(request, "__aiter__") else self._checked(request)
 
     async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -216,8 +220,8 @@ class _Call:
             self._read += 1
             yield self._checked(request)
 
-    def located(self, error: Exception) -> Exception:
-        """Says which message of a stream is wrong, where nobody has said it better; streams are handled in order."""
+    def locate(self, error: Exception) -> Exception:
+        """Adds the index of a stream's wrong message, unless the error names a field; streams are read in order."""
         if isinstance(error, InvalidInput) and error.field is None and self._read:
             error.field = f"[{self._read - 1}]"
         return error
@@ -230,7 +234,7 @@ class _Call:
         return request
 
 
-def _tolerant(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerate_malformed(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
             return deserializer(data)

@@ -1,8 +1,8 @@
-"""The Teacher service's RPCs: a call is checked, prepared on threads, queued for the device and streamed back.
+"""The Teacher service's RPCs: calls are checked, prepared on threads, queued for the device, and answered in a stream.
 
-Images come in by content; a ScoreGroups call is cut into units of about one forward each, at most two of which are
-prepared ahead of the device or of a slow reader, and of all calls of a job little more than one (`Ahead`). Errors are
-raised as they are; the interceptor maps them to statuses.
+In: images by content, and ScoreGroups calls, which are cut into units of about one forward each. Out: one answer per
+group. At most two units of a call are prepared ahead of the device or of a slow reader, and little more than one of all
+calls of a job together (`Ahead`). Errors are raised as they are; the interceptor maps them to statuses.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from vaopd.pb import teacher_pb2 as pb
 from vaopd.telemetry import logs
 from vaopd.types import TeacherDescription
 from vaopd.wire import errors as wire_errors
-from vaopd.wire.common import image_from_pb, tensor_to_pb
+from vaopd.wire.common import image_from_pb
 from vaopd.wire.errors import status_of
-from vaopd.wire.teacher import description_to_pb
-from vaopd_teacher.engines.engine import PreparedGroup, ScoredGroup
+from vaopd.wire.teacher import columns_to_pb, description_to_pb
+from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore
-from vaopd_teacher.intake.prepare import Envelope, Preparer, check_revision, cut, read_envelope
+from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, read_call_settings
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.prepare_ahead import Ahead
-from vaopd_teacher.line.scheduler import Delivery, Scheduler
+from vaopd_teacher.line.scheduler import Scheduler
 from vaopd_teacher.metrics import TeacherMetrics
-from vaopd_teacher.rpc.call import Call, Refusal
+from vaopd_teacher.rpc.call import Call
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
 _MESSAGE_OVERHEAD_BYTES = 1024
 _ADMITTED_AHEAD = 4
-"""Images of one upload that are decoded at the same time."""
+"""The most images of one upload that are decoded at the same time."""
 
 T = TypeVar("T")
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
+    """Answers the RPCs of proto/vaopd/pb/teacher.proto, which documents them. Runs on the event loop."""
+
     def __init__(
         self,
         *,
@@ -77,11 +79,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._metrics = metrics
 
     async def Describe(self, request: pb.DescribeRequest, context: grpc.aio.ServicerContext) -> pb.TeacherDescription:
+        """Returns the teacher's description."""
         return description_to_pb(self._description)
 
     async def PutImages(
         self, request_iterator: AsyncIterator, context: grpc.aio.ServicerContext
     ) -> pb.PutImagesResponse:
+        """Decodes and stores images. Raises InvalidInput or LimitExceeded for the first one that is refused."""
         received: list[str] = []
         admitting: deque[asyncio.Task[str]] = deque()
         try:
@@ -105,16 +109,18 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def MissingImages(
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
+        """Returns those of the images that are not stored."""
         return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
 
     async def GetHead(
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.TensorChunk]:
+        """Sends the LM head, (V, D), in chunks of rows. Raises Mismatch when the backend has none to give."""
         check_revision(request.revision, self._description)
         head = self._head
         if head is None:
             kinds = ", ".join(self._description.payloads)
-            raise Mismatch(f"this teacher doesn't give its head away, since its payloads ({kinds}) need none")
+            raise Mismatch(f"this teacher can't send its head; its payloads ({kinds}) don't need it")
         rows, width = head.shape
         dtype = str(head.dtype).removeprefix("torch.")
         described: pb.PayloadTensor | None = pb.PayloadTensor(name="head", dtype=dtype, shape=(rows, width))
@@ -128,30 +134,27 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def ScoreGroups(
         self, request: pb.ScoreGroupsRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ScoreGroupsResponse]:
-        envelope = read_envelope(request, self._description)
+        """Scores groups and answers each when it is done. Raises the error that concerns the whole call."""
+        settings = read_call_settings(request, self._description)
         job, unanswered = request.job, len(request.groups)
         self._admission.admit(job, unanswered)
         remaining_s = context.time_remaining()
         call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
-        # Not left to the generator's end: a reader that goes away may leave it suspended for a while.
+        # Not at the generator's end only: when the reader goes away, the generator may stay suspended for a while.
         context.add_done_callback(lambda _: self._give_up(call))
-        call.feeder = asyncio.create_task(self._feed(request, envelope, call))
+        call.feeder = asyncio.create_task(self._feed(request, settings, call))
         started, failed = time.monotonic(), 0
         try:
             while unanswered:
-                match await call.next():
-                    case Delivery(group=group, result=ScoredGroup() as scored):
-                        self._metrics.scored(job, group, scored, latency_s=time.monotonic() - started)
-                        for message in await self._answer(group, scored, with_token_texts=request.with_token_texts):
-                            yield message
-                    case Delivery(group=group, result=VaopdError() as error):
-                        failed += 1
-                        self._metrics.failed(job)
-                        yield _group_error(group.group_id, error)
-                    case Refusal(group_id=group_id, error=error):
-                        failed += 1
-                        self._metrics.failed(job)
-                        yield _group_error(group_id, error)
+                answer = await call.next()
+                if isinstance(answer, EngineResult):
+                    self._metrics.count_scored(job, answer, latency_s=time.monotonic() - started)
+                    for message in await self._answer(answer, with_token_texts=request.with_token_texts):
+                        yield message
+                else:
+                    failed += 1
+                    self._metrics.count_failed(job)
+                    yield _group_error(answer.group_id, answer.error)
                 unanswered -= 1
                 self._admission.release(job)
         finally:
@@ -172,8 +175,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         call.cancel()
         self._ahead.look()
 
-    async def _feed(self, request: pb.ScoreGroupsRequest, envelope: Envelope, call: Call) -> None:
-        """Prepares the groups and submits them in units of about one forward, as far ahead as is allowed.
+    async def _feed(self, request: pb.ScoreGroupsRequest, settings: CallSettings, call: Call) -> None:
+        """Prepares the groups and submits them in units of about one forward, as far ahead as `Ahead` allows.
 
         The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
         """
@@ -181,38 +184,34 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             for unit, room in cut(request.groups, self._batch_tokens):
                 await call.room_for_a_unit()
                 async with self._ahead.turn(call.job):
-                    outcomes = await asyncio.gather(*(self._prepared(group, envelope) for group in unit))
+                    outcomes = await asyncio.gather(*(self._prepared(group, settings) for group in unit))
                     for group, outcome in zip(unit, outcomes, strict=True):
                         if isinstance(outcome, VaopdError):
                             call.refuse(group.group_id, outcome)
                     if ready := [outcome for outcome in outcomes if isinstance(outcome, PreparedGroup)]:
                         call.submit(ready, room=room)
-        except Exception as error:  # whoever waits for results has to hear of it
+        except Exception as error:  # raised where the results are awaited
             call.fail(error)
 
-    async def _prepared(self, group: pb.PromptGroup, envelope: Envelope) -> PreparedGroup | VaopdError:
+    async def _prepared(self, group: pb.PromptGroup, settings: CallSettings) -> PreparedGroup | VaopdError:
         try:
-            return await self._on_thread(self._preparer.prepare, group, envelope)
+            return await self._on_thread(self._preparer.prepare, group, settings)
         except VaopdError as error:
             return error
 
-    async def _answer(
-        self, group: PreparedGroup, scored: ScoredGroup, *, with_token_texts: bool
-    ) -> Iterator[pb.ScoreGroupsResponse]:
-        """The group's score and its payload in chunks, or an error when the score is too large for one message."""
-        advantage = np.maximum(scored.teacher_logprobs - scored.degraded_logprobs, np.float32(0))
+    async def _answer(self, scored: EngineResult, *, with_token_texts: bool) -> Iterator[pb.ScoreGroupsResponse]:
+        """Returns the group's score and its payload in chunks, or an error when the score exceeds one message."""
+        group = scored.group
         score = pb.GroupScore(
             group_id=group.group_id,
             lengths=[len(ids) for ids in group.responses],
-            teacher_logprobs=tensor_to_pb(scored.teacher_logprobs),
-            degraded_logprobs=tensor_to_pb(scored.degraded_logprobs),
-            visual_advantage=tensor_to_pb(advantage),
             prompt_tokens=len(group.original.token_ids),
             payload=[
                 pb.PayloadTensor(name=name, dtype=tensor.dtype, shape=tensor.shape)
                 for name, tensor in scored.payload.tensors.items()
             ],
         )
+        columns_to_pb(scored.columns, score)
         if with_token_texts:
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
@@ -230,7 +229,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             return iter([_group_error(group.group_id, error)])
         return self._messages(score, scored)
 
-    def _messages(self, score: pb.GroupScore, scored: ScoredGroup) -> Iterator[pb.ScoreGroupsResponse]:
+    def _messages(self, score: pb.GroupScore, scored: EngineResult) -> Iterator[pb.ScoreGroupsResponse]:
         yield pb.ScoreGroupsResponse(score=score)
         for name, tensor in scored.payload.tensors.items():
             for offset in range(0, len(tensor.data), self._chunk_bytes):
@@ -248,5 +247,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
     code = status_of(error).value[0]
-    told = pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=wire_errors.pack(code, error))
-    return pb.ScoreGroupsResponse(error=told)
+    details = wire_errors.pack(code, error)
+    return pb.ScoreGroupsResponse(
+        error=pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=details)
+    )

@@ -1,4 +1,4 @@
-"""TLS of the teacher's port: certificates from files, read again when they change; plaintext only where it is meant."""
+"""TLS of the teacher's port: certificates from files, read again when they change; plaintext only when asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCredentials | None:
-    """None for plaintext. Raises ConfigError where that would be open to other hosts, and for unusable files."""
+    """Returns the port's credentials, None for plaintext.
+
+    Raises ConfigError for plaintext that other hosts could reach, and for unusable files.
+    """
     if tls.cert is None:
         if tls.plaintext or is_loopback(address):
             return None
@@ -30,7 +33,7 @@ def server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCreden
 
 
 def is_loopback(address: str) -> bool:
-    """Of host:port.
+    """Returns whether host:port is reachable from this host only.
 
     >>> is_loopback("[::1]:50051"), is_loopback("0.0.0.0:50051")
     (True, False)
@@ -43,7 +46,7 @@ def is_loopback(address: str) -> bool:
 
 
 class _Files:
-    """gRPC asks at every handshake whether the certificate changed; so a renewed one needs no restart."""
+    """Reads the files again when gRPC asks, at every handshake, so that a renewed certificate needs no restart."""
 
     def __init__(self, tls: TeacherTlsConfig) -> None:
         self._tls = tls
@@ -56,8 +59,8 @@ class _Files:
     def changed(self) -> grpc.ServerCertificateConfiguration | None:
         try:
             content = self._read()
-        except ConfigError as error:  # e.g. the certificate is renewed already, and its key not yet
-            log.error("the certificate of before stays in use: %s", error)
+        except ConfigError as error:  # e.g. the certificate has been renewed, and its key not yet
+            log.error("the previous certificate stays in use: %s", error)
             return None
         if content == self._content:
             return None
@@ -65,7 +68,7 @@ class _Files:
         return _configuration(*content)
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
-        """Raises ConfigError for files that can't be read or don't belong together: gRPC itself only tells its log."""
+        """Raises ConfigError for files that can't be read or don't belong together; gRPC itself would only log it."""
         tls = self._tls
         assert tls.cert is not None
         assert tls.key is not None

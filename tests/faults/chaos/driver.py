@@ -29,7 +29,7 @@ from tests.faults.chaos import proxy, roles
 from tests.faults.chaos import world as w
 from tests.faults.chaos.faults import Fault, Kind, plan
 from tests.faults.chaos.world import JOB, World
-from vaopd.launch.checks import free_port
+from vaopd.net.ports import free_port
 from vaopd.queue.embedded import EmbeddedRedis
 from vaopd.run.checkpoints import latest_checkpoint, read_checkpoint
 from vaopd.run.ledger import Audit, audit
@@ -73,12 +73,12 @@ class Chaos:
         self._folder = folder
         (folder / "run").mkdir(parents=True)
         self._appends = "always"
-        self._redis = EmbeddedRedis(port=free_port("127.0.0.1"), folder=folder / "redis", append_only=self._appends)
+        self._redis = EmbeddedRedis(port=free_port(), folder=folder / "redis", append_only=self._appends)
         self._steps = min(STEPS, max(FEWEST_STEPS, groups // FULL_STEP))
         self._groups_per_step = groups // self._steps
         self._seed = seed
         self._plan = plan(seed, steps=self._steps, share=groups / 10_000)
-        self._teacher_ports = [free_port("127.0.0.1") for _ in range(2)]
+        self._teacher_ports = [free_port() for _ in range(2)]
         self._workers: list[BaseProcess | None] = [None] * WORKERS
         self._teachers: list[BaseProcess | None] = [None] * 2
         self._trainer: BaseProcess | None = None

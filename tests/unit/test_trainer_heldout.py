@@ -1,4 +1,4 @@
-"""Held-out evaluation through a real queue: avg@n by hand, and what a resumed run makes of it."""
+"""Held-out evaluation through the queue: avg@n by hand, and what a resumed run makes of it."""
 # ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import pytest
 
 from tests.support.collectors import MakeCollector, make_collector
 from tests.support.groups import an_answer
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.memory_jobs import MemoryJob, a_job
 from vaopd.config import Config, validate
-from vaopd.queue import WorkerQueue
+from vaopd.queue import WorkerEnd
 from vaopd.types import Message, Prompt, TextPart
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.heldout import HeldOutResult, evaluate
@@ -44,7 +43,7 @@ def config() -> Config:
     return validate(Config, values, origin="test")
 
 
-def served_by(worker: WorkerQueue, first_tokens: tuple[int, int]) -> Callable[[], None]:
+def served_by(worker: WorkerEnd, first_tokens: tuple[int, int]) -> Callable[[], None]:
     """Called while the trainer waits: answers what is there; the siblings' first tokens say which text they are."""
 
     def serve() -> None:
@@ -67,7 +66,7 @@ def run(collector: Collector, config: Config, check: Callable[[], None]) -> Held
 
 
 def test_accuracy_is_the_mean_over_samples_and_problems(
-    make_collector: MakeCollector, a_job: Job, config: Config
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
 ) -> None:
     """Every problem is answered with 12 and 13: half right, half right, never right."""
     result = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))
@@ -76,7 +75,9 @@ def test_accuracy_is_the_mean_over_samples_and_problems(
     assert (result.prompts, result.samples) == (3, 2)
 
 
-def test_a_problem_that_was_given_up_counts_as_wrong(make_collector: MakeCollector, a_job: Job, config: Config) -> None:
+def test_a_problem_that_was_given_up_counts_as_wrong(
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
+) -> None:
     worker = a_job.worker("w1")
     serve = served_by(worker, (5, 5))
     refused: list[str] = []
@@ -94,7 +95,7 @@ def test_a_problem_that_was_given_up_counts_as_wrong(make_collector: MakeCollect
 
 
 def test_a_resumed_run_evaluates_again_out_of_the_same_groups(
-    make_collector: MakeCollector, a_job: Job, config: Config
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
 ) -> None:
     """The trainer died after its evaluation, before a checkpoint beyond it: no worker is asked a second time."""
     first = run(make_collector(a_job.trainer()), config, served_by(a_job.worker("w1"), (5, 7)))

@@ -1,19 +1,18 @@
-"""The trainer's collector against a real Valkey: each wanted group once, whatever the queue delivers."""
+"""The trainer's collector on the queue in memory: each wanted group once, whatever the queue delivers."""
 # ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from tests.support.collectors import MakeCollector, a_policy, make_collector, never
-from tests.support.groups import a_request, an_answer
-from tests.support.queue_jobs import Job, a_job, answer, take_one
-from tests.support.redis import job, redis_server
-from vaopd.queue import TrainerQueue, WorkerQueue
-from vaopd.queue.embedded import EmbeddedRedis
+from tests.support.groups import a_request, an_answer, answer, take_one
+from tests.support.memory_jobs import MemoryJob, a_job
+from vaopd.run.ledger import audit
 from vaopd.types import RolloutGroup, RolloutRequest
 from vaopd_trainer.collector import Collector
 
@@ -32,7 +31,7 @@ def ids(groups: Sequence[RolloutGroup]) -> list[str]:
     return [group.group_id for group in groups]
 
 
-def test_groups_come_as_they_are_finished_and_each_once(make_collector: MakeCollector, a_job: Job) -> None:
+def test_groups_come_as_they_are_finished_and_each_once(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
     ask(collector, [a_request("g1"), a_request("g2")], oldest_version=0)
@@ -45,7 +44,7 @@ def test_groups_come_as_they_are_finished_and_each_once(make_collector: MakeColl
     assert not collector.counts
 
 
-def test_waiting_ends_when_the_check_says_so(make_collector: MakeCollector, a_job: Job) -> None:
+def test_waiting_ends_when_the_check_says_so(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     collector = make_collector(a_job.trainer())
     ask(collector, [a_request("g1")], oldest_version=0)
 
@@ -57,7 +56,7 @@ def test_waiting_ends_when_the_check_says_so(make_collector: MakeCollector, a_jo
 
 
 def test_a_stale_group_is_dropped_and_counted_and_its_prompt_asked_again(
-    make_collector: MakeCollector, a_job: Job
+    make_collector: MakeCollector, a_job: MemoryJob
 ) -> None:
     """As after a resume: a predecessor had asked for g1 with policy 1, this trainer wants policy 3, at most 1 older."""
     queue, worker = a_job.trainer(), a_job.worker("w1")
@@ -74,7 +73,7 @@ def test_a_stale_group_is_dropped_and_counted_and_its_prompt_asked_again(
 
 @pytest.mark.parametrize(("version", "is_used"), [(1, False), (2, True), (3, True)])
 def test_the_lag_allowed_is_a_bound_that_is_still_good(
-    make_collector: MakeCollector, a_job: Job, version: int, is_used: bool
+    make_collector: MakeCollector, a_job: MemoryJob, version: int, is_used: bool
 ) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     queue.enqueue(a_request("g1", policy_version=version))
@@ -88,7 +87,7 @@ def test_the_lag_allowed_is_a_bound_that_is_still_good(
     assert group.policy_version == (version if is_used else 3)
 
 
-def test_a_second_group_of_the_same_id_is_dropped_and_counted(make_collector: MakeCollector, a_job: Job) -> None:
+def test_a_second_group_of_the_same_id_is_dropped_and_counted(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
     ask(collector, [a_request("g1", policy_version=1)], oldest_version=0)
@@ -104,7 +103,7 @@ def test_a_second_group_of_the_same_id_is_dropped_and_counted(make_collector: Ma
     assert collector.counts == {"duplicate": 1}
 
 
-def test_only_what_is_acknowledged_leaves_the_queue(make_collector: MakeCollector, a_job: Job) -> None:
+def test_only_what_is_acknowledged_leaves_the_queue(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
     ask(collector, [a_request("g1"), a_request("g2")], oldest_version=0)
@@ -120,7 +119,7 @@ def test_only_what_is_acknowledged_leaves_the_queue(make_collector: MakeCollecto
 
 
 def test_what_was_trained_before_a_resume_is_dropped_when_it_comes_again(
-    make_collector: MakeCollector, a_job: Job
+    make_collector: MakeCollector, a_job: MemoryJob
 ) -> None:
     """The trainer died between its checkpoint and the acknowledgement."""
     queue, worker = a_job.trainer(), a_job.worker("w1")
@@ -138,7 +137,9 @@ def test_what_was_trained_before_a_resume_is_dropped_when_it_comes_again(
     assert successor.counts == {"duplicate": 1}
 
 
-def test_groups_that_a_resumed_run_asks_for_later_wait_until_then(make_collector: MakeCollector, a_job: Job) -> None:
+def test_groups_that_a_resumed_run_asks_for_later_wait_until_then(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
     """The trainer died in step 1 and resumes at step 0: step 1's groups come at once, and come only once."""
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
@@ -158,7 +159,9 @@ def test_groups_that_a_resumed_run_asks_for_later_wait_until_then(make_collector
     assert not successor.counts
 
 
-def test_what_a_predecessor_asked_for_and_nobody_will_is_forgotten(make_collector: MakeCollector, a_job: Job) -> None:
+def test_what_a_predecessor_asked_for_and_nobody_will_is_forgotten(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     queue.enqueue(a_request("never", policy_version=1))
     answer(worker)
@@ -172,7 +175,7 @@ def test_what_a_predecessor_asked_for_and_nobody_will_is_forgotten(make_collecto
     assert [d.group.group_id for d in a_job.trainer().collect(block_s=0.5)] == ["g2"]
 
 
-def test_a_run_that_is_over_leaves_nothing_in_the_queue(make_collector: MakeCollector, a_job: Job) -> None:
+def test_a_run_that_is_over_leaves_nothing_in_the_queue(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     """Its predecessor died after the last checkpoint, before it had acknowledged that one's groups."""
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
@@ -192,7 +195,7 @@ def test_a_run_that_is_over_leaves_nothing_in_the_queue(make_collector: MakeColl
     assert a_job.trainer().collect(block_s=0.5) == []
 
 
-def test_a_dead_letter_ends_the_waiting_for_its_group_only(make_collector: MakeCollector, a_job: Job) -> None:
+def test_a_dead_letter_ends_the_waiting_for_its_group_only(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
     ask(collector, [a_request("bad"), a_request("good")], oldest_version=0)
@@ -203,7 +206,9 @@ def test_a_dead_letter_ends_the_waiting_for_its_group_only(make_collector: MakeC
     assert collector.counts == {"dead": 1}
 
 
-def test_a_dead_letter_is_remembered_until_its_group_is_asked_for(make_collector: MakeCollector, a_job: Job) -> None:
+def test_a_dead_letter_is_remembered_until_its_group_is_asked_for(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
     """As above, but the letter is a predecessor's, and of a later step."""
     queue, worker = a_job.trainer(), a_job.worker("w1")
     queue.enqueue(a_request("step1", policy_version=1))
@@ -217,7 +222,7 @@ def test_a_dead_letter_is_remembered_until_its_group_is_asked_for(make_collector
 
 
 def test_a_group_that_can_not_be_trained_on_becomes_a_dead_letter_with_its_reason(
-    make_collector: MakeCollector, a_job: Job
+    make_collector: MakeCollector, a_job: MemoryJob
 ) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)
@@ -231,30 +236,71 @@ def test_a_group_that_can_not_be_trained_on_becomes_a_dead_letter_with_its_reaso
     assert collector.counts == {"dead": 1}
 
 
-def test_a_redis_that_came_back_empty_gets_policy_and_missing_requests_again(make_collector: MakeCollector) -> None:
-    """What is in the trainer's hands already isn't asked for again."""
-    with EmbeddedRedis() as server, closing(TrainerQueue(url=server.url, job="job", lease_s=5)) as queue:
-        queue.acquire()
-        collector = make_collector(queue)
-        ask(collector, [a_request("g1"), a_request("g2"), a_request("g3")], oldest_version=0)
-        with closing(WorkerQueue(url=server.url, job="job", worker="w0")) as worker:
-            answer(worker)
-            assert ids(collect(collector, "g1")) == ["g1"]
+# -- groups that are not what was asked for ----------------------------------------------------------------------------
 
-        server.kill()
-        server.start()  # without an append-only file: empty
 
-        with closing(WorkerQueue(url=server.url, job="job", worker="w1")) as worker:
-            answered: list[str] = []
+def test_a_group_of_other_weights_with_the_same_number_is_dropped_and_asked_for_again(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
+    """A trainer died in step 1 and was resumed at step 0: its policy 1 need not be the successor's."""
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    queue.enqueue(a_request("g1", policy_version=1))
+    lease = take_one(worker)
+    worker.complete(lease, dataclasses.replace(an_answer(lease.request), policy_sha256="cd" * 32))
+    collector = make_collector(queue)
+    ask(collector, [a_request("g1", policy_version=1)], oldest_version=0)
 
-            def serve() -> None:
-                """Called whenever the collector is about to wait: the worker answers what has been published."""
-                for lease in worker.take(block_s=0.05):
-                    assert worker.policy(0) == a_policy(0)
-                    answered.append(lease.request.group_id)
-                    worker.complete(lease, an_answer(lease.request))
+    def serve() -> None:
+        for lease in worker.take(block_s=0):
+            worker.complete(lease, an_answer(lease.request))
 
-            assert sorted(ids(collect(collector, "g2", "g3", check=serve))) == ["g2", "g3"]
-            assert answered == ["g2", "g3"]
-            collector.dead_letter("g1", "refused after its entry was lost")  # no entry, no letter, no error
-            assert queue.dead_letters() == []
+    [group] = collect(collector, "g1", check=serve)
+    assert group.policy_sha256 == a_policy(1).sha256
+    assert collector.counts == {"other_weights": 1}
+    collector.acknowledge(["g1"])
+    assert queue.requests_in_flight() == 0
+
+
+def test_a_group_of_an_older_policy_is_compared_with_the_weights_that_the_queue_knows(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
+    """With a lag allowed, after a resume: version 1 was published by the trainer before this one."""
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    collector = make_collector(queue)
+    collector.forget(3)  # of its own record
+    queue.publish_policy(a_policy(1, sha256="cd" * 32))
+    queue.publish_policy(a_policy(2))
+    queue.publish_policy(a_policy(3))
+    ask(collector, [a_request("g1", policy_version=1), a_request("g2", policy_version=2)], oldest_version=0)
+    answer(worker)
+    answer(worker)
+    assert [group.group_id for group in collect(collector, "g2")] == ["g2"]
+    assert collector.counts == {"other_weights": 1}
+
+
+def test_a_group_with_siblings_missing_is_a_dead_letter(
+    make_collector: MakeCollector, a_job: MemoryJob, tmp_path: Path
+) -> None:
+    """The rollout weights need all of them."""
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    collector = make_collector(queue)
+    ask(collector, [a_request("g1"), a_request("g2")], oldest_version=0)
+    lease = take_one(worker)
+    group = an_answer(lease.request)
+    worker.complete(lease, dataclasses.replace(group, rollouts=group.rollouts[:1]))
+    answer(worker)
+    assert [group.group_id for group in collect(collector, "g1", "g2")] == ["g2"]
+    [letter] = queue.dead_letters()
+    assert (letter.group_id, letter.reason) == ("g1", "it holds 1 rollouts, 2 were asked for")
+    [fate] = [fate for fate in audit(tmp_path).fates if fate.dead]
+    assert fate.group_id == "g1"
+
+
+def test_letters_without_a_readable_key_stop_nobody(make_collector: MakeCollector, a_job: MemoryJob) -> None:
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    a_job.put_fields("groups", {"colour": "blue"})
+    a_job.put_raw("groups", "\x00@@", b"\xff")
+    collector = make_collector(queue)
+    ask(collector, [a_request("g1")], oldest_version=0)
+    answer(worker)
+    assert len(collect(collector, "g1")) == 1

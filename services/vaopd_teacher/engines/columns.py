@@ -1,0 +1,61 @@
+"""The columns that are computed on request only, from both views' distributions over the logical vocabulary.
+
+A new column takes a line in `vaopd.columns.COLUMNS`, and here a function and its line in `COMPUTED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vaopd_teacher.engines.engine import View
+
+Logprobs = Mapping[View, Tensor]
+"""For each view that a column reads: log p (m, V) float32 at temperature 1, over the logical vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computation:
+    """How a column is computed from `views`: `of` takes their log-probs (m, V) of some tokens and returns (m,)."""
+
+    views: tuple[View, ...]
+    of: Callable[[Logprobs], Tensor]
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """−Σ p·log p in nats: (m, V) -> (m,)."""
+    return logprobs.exp().mul_(logprobs).sum(-1).neg_()
+
+
+COMPUTED: dict[str, Computation] = {
+    "teacher_entropy_nats": Computation(views=("original",), of=lambda p: entropy(p["original"])),
+}
+"""How each column on request is computed."""
+
+
+def views_of(names: Iterable[str]) -> set[View]:
+    """Returns the views whose hidden states these columns need."""
+    return {view for name in names for view in COMPUTED[name].views}
+
+
+def compute(
+    names: Iterable[str], hidden: Mapping[View, Tensor], head: Tensor, *, chunk_tokens: int
+) -> dict[str, np.ndarray]:
+    """Computes columns (M,) from hidden states (M, D) by view and the LM head (V, D), `chunk_tokens` at a time.
+
+    Products run in the precision of the inputs, everything after them in float32. A view's log-probs are computed once
+    for all columns that read them.
+    """
+    chunks: dict[str, list[Tensor]] = {name: [] for name in names}
+    if not chunks:
+        return {}
+    views = {view: hidden[view].split(chunk_tokens) for view in views_of(chunks)}
+    for index in range(min(map(len, views.values()))):
+        logprobs = {view: torch.log_softmax((rows[index] @ head.T).float(), -1) for view, rows in views.items()}
+        for name, done in chunks.items():
+            done.append(COMPUTED[name].of(logprobs))
+    return {name: torch.cat(done).cpu().numpy() for name, done in chunks.items()}

@@ -1,0 +1,173 @@
+"""A column that a request asks for: from the engine to a score, and to the API's reply, by its name alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.services.test_teacher_scores import plain_logits
+from tests.support.api import BODY, Api, error_of
+from tests.support.models import tiny_vlm
+from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from vaopd.client import SyncTeacherClient
+from vaopd.client.answers import GroupAssembly
+from vaopd.columns import COLUMNS, Column
+from vaopd.degradation import pixelate
+from vaopd.errors import InvalidInput, Mismatch, NumericalError
+from vaopd.http_types import DegradationModel, ScoreBody
+from vaopd.pb import teacher_pb2 as pb
+from vaopd.scoring.reply import make_reply
+from vaopd.types import GroupScore
+from vaopd.wire.teacher import columns_to_pb
+from vaopd_teacher.engines import columns
+from vaopd_teacher.engines.load import transformers_backend
+
+GAP = "likeliest_gap_nats"
+"""Made up here: by how much the likeliest token's log-prob differs between the views."""
+ENTROPY = "teacher_entropy_nats"
+ALWAYS = ("teacher_logprobs", "degraded_logprobs", "visual_advantage")
+
+
+@pytest.fixture
+def informed(monkeypatch: pytest.MonkeyPatch) -> Iterator[TeacherInProcess]:
+    """A teacher that knows one more column: one line in each of the two tables."""
+    monkeypatch.setitem(COLUMNS, GAP, Column(name=GAP, meaning="made up", on_request=True))
+    gap = columns.Computation(
+        views=("original", "degraded"), of=lambda p: p["original"].amax(-1) - p["degraded"].amax(-1)
+    )
+    monkeypatch.setitem(columns.COMPUTED, GAP, gap)
+    with teacher_in_process(tiny_vlm()) as running:
+        yield running
+
+
+def score(target: str, *, names: list[str], **options: object) -> GroupScore:
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)])
+    with SyncTeacherClient(target, **options) as client:  # type: ignore[arg-type]
+        (result,) = client.score([request], with_token_texts=True, columns=names)
+    assert isinstance(result, GroupScore), result
+    return result
+
+
+def expected_gap(ids: np.ndarray) -> np.ndarray:
+    original, degraded = (
+        plain_logits([picture], ids).log_softmax(-1).amax(-1).numpy()
+        for picture in (drawing(1), pixelate(drawing(1), 0.1))
+    )
+    return original - degraded
+
+
+def test_a_new_column_reaches_the_score_and_the_reply_by_its_name(informed: TeacherInProcess) -> None:
+    found = score(informed.target, names=[GAP], payload="none")
+    assert found.response_ids is not None
+    assert list(found.columns) == [GAP]
+    for ids, gap in zip(found.response_ids, found.columns[GAP], strict=True):
+        np.testing.assert_allclose(gap, expected_gap(ids), atol=1e-4)
+        assert np.abs(gap).max() > 0.01  # or the views would not have been told apart
+    reply = make_reply(found, informed.description, degradation=DegradationModel(), top_k=0)
+    assert [rollout.columns[GAP] for rollout in reply.rollouts] == [gap.tolist() for gap in found.columns[GAP]]
+    assert ScoreBody(question="?", response="!", columns=[GAP]).columns == [GAP]
+
+
+def test_a_column_that_nobody_asks_for_is_not_computed(
+    informed: TeacherInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: columns.Logprobs) -> None:
+        raise AssertionError("computed without being asked for")
+
+    broken = replace(columns.COMPUTED[GAP], of=refuse)
+    monkeypatch.setitem(columns.COMPUTED, GAP, broken)
+    assert score(informed.target, names=[]).columns == {}
+
+
+def test_a_column_is_the_same_beside_a_payload_and_in_small_forwards(informed: TeacherInProcess) -> None:
+    alone = score(informed.target, names=[GAP], payload="none").columns[GAP]
+    with teacher_in_process(tiny_vlm(), batch_tokens=1) as small:  # a forward for each rollout and view
+        beside = score(small.target, names=[GAP], payload="hidden").columns[GAP]
+    for mine, other in zip(alone, beside, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+def test_a_column_with_a_number_that_is_not_finite_is_an_error_of_its_group(
+    informed: TeacherInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = replace(columns.COMPUTED[GAP], of=lambda p: p["original"].amax(-1) / 0)
+    monkeypatch.setitem(columns.COMPUTED, GAP, broken)
+    with SyncTeacherClient(informed.target) as client:
+        (failed,) = client.score([token_request(tiny_vlm(), "g")], columns=[GAP])
+    assert not isinstance(failed, GroupScore)
+    assert isinstance(failed.error, NumericalError)
+    assert GAP in str(failed.error)
+
+
+def test_a_backend_refuses_a_column_that_it_can_t_compute_by_name(informed: TeacherInProcess) -> None:
+    assert GAP in informed.description.columns
+    lacking = replace(transformers_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0), columns=())  # as vLLM's is
+    with (
+        teacher_in_process(lacking) as other,
+        pytest.raises(Mismatch, match=f"can't compute column '{GAP}'; on request it computes none"),
+    ):
+        score(other.target, names=[GAP])
+
+
+@pytest.mark.parametrize("name", ["teacher_logprobs", "likeliest_gap", ""])
+def test_a_column_that_can_t_be_asked_for_is_refused_before_anything_is_sent(name: str) -> None:
+    with (
+        SyncTeacherClient("127.0.0.1:1") as client,
+        pytest.raises(InvalidInput, match=f"column '{name}' can't be asked for"),
+    ):
+        list(client.score([token_request(tiny_vlm(), "g")], columns=[name]))
+    with pytest.raises(ValueError, match="no such column"):
+        ScoreBody(question="?", response="!", columns=[name])
+
+
+def test_an_answer_without_the_column_is_that_of_an_older_teacher(informed: TeacherInProcess) -> None:
+    request = token_request(tiny_vlm(), "g")
+    lengths = [len(ids) for ids in request.responses]
+    message = pb.GroupScore(group_id="g", lengths=lengths)
+    columns_to_pb(dict.fromkeys(ALWAYS, np.zeros(sum(lengths), np.float32)), message)
+    assert isinstance(GroupAssembly(message, request, "none").result(), GroupScore)
+    with pytest.raises(Mismatch, match=f"sent no column {GAP}"):
+        GroupAssembly(message, request, "none", [GAP]).result()
+
+
+# ---------------------------------------------------------------------------------------------- the teacher's entropy
+
+
+def test_the_entropy_of_an_even_distribution_is_the_log_of_its_size() -> None:
+    """Four ids of logit 5 and one so small that it counts for nothing: log 4. One id alone: 0."""
+    logits = torch.tensor([[5.0, 5.0, 5.0, 5.0, -500.0], [900.0, 0.0, 0.0, 0.0, 0.0]])
+    assert columns.entropy(logits.log_softmax(-1)).tolist() == pytest.approx([math.log(4), 0.0])
+
+
+@pytest.mark.parametrize("payload", ["none", "hidden"])
+def test_the_entropy_is_that_of_a_plain_forward_over_the_logical_vocabulary(
+    teacher: TeacherInProcess, payload: str
+) -> None:
+    found = score(teacher.target, names=[ENTROPY], payload=payload)
+    assert found.response_ids is not None
+    for ids, entropy in zip(found.response_ids, found.columns[ENTROPY], strict=True):
+        logprobs = plain_logits([drawing(1)], ids).log_softmax(-1)
+        assert entropy.dtype == np.float32
+        np.testing.assert_allclose(entropy, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-4)
+
+
+def test_the_api_answers_with_the_columns_that_were_asked_for(api: Api, teacher: TeacherInProcess) -> None:
+    (rollout,) = api.score(**BODY, columns=[ENTROPY]).json()["rollouts"]
+    assert len(rollout["columns"][ENTROPY]) == len(rollout["tokens"])
+    (plain,) = api.score(**BODY).json()["rollouts"]
+    assert plain == rollout | {"columns": {}}
+    assert all(0 < value < math.log(teacher.description.vocab_size) for value in rollout["columns"][ENTROPY])
+    (listed,) = api.http.get("/v1/teachers").json()["teachers"]
+    assert listed["columns"] == [ENTROPY]
+
+
+def test_the_api_names_a_column_that_there_is_not(api: Api) -> None:
+    answer = api.score(**BODY, columns=[ENTROPY, "entropy"])
+    problem = error_of(answer)
+    assert (answer.status_code, problem["field"]) == (422, "columns.1")
+    assert ENTROPY in problem["detail"]

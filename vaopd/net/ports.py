@@ -1,0 +1,32 @@
+"""Finds a free port, and says why a port is not free."""
+
+from __future__ import annotations
+
+import socket
+
+LOOPBACK = "127.0.0.1"
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """Returns a port that was free a moment ago; another process may take it before the caller does."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_problem(address: str) -> str | None:
+    """Returns why this process can't listen on HOST:PORT, or None. Port 0 is always fine."""
+    if "," in address:
+        return "a teacher listens on one address; clients of running ones may be given several (--teacher)"
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            return error.strerror or str(error)
+        except OverflowError:
+            return "a port is a number from 0 to 65535"
+    return None
