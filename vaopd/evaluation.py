@@ -1,4 +1,4 @@
-r"""Whether a response is right: the first committed answer counts, and equality is mathematical.
+r"""Judges responses: the first committed answer counts, and equality is mathematical.
 
 >>> committed_answer(r"Either \boxed{12} or \boxed{13}.")
 '12'
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vaopd.errors import InvalidInput
-from vaopd.types import Prompt, RolloutRequest, SamplingSettings
+from vaopd.types import GroupId, Prompt, RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -32,14 +32,17 @@ MAX_ANSWER_CHARS = 300
 _BOXED = re.compile(r"\\f?boxed\s*\{")
 # "The answer is 12." or "Answer: 12": up to the end of the sentence; a point between digits doesn't end it.
 _ANSWER_IS = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+?)(?:\.(?!\d)|[\n;]|$)", re.IGNORECASE)
-# What can keep a computer algebra system busy for ever: towers and large exponents, and factorials. math-verify's own
-# timeout is a signal, which only the main thread may set, so these are compared as text instead.
+# Expressions that can keep a computer algebra system busy for ever: towers and large exponents, and factorials.
+# math-verify's own timeout is a signal, which only the main thread may set, so these are compared as text instead.
 _COSTLY = re.compile(r"(\^|\*\*).*(\^|\*\*)|(\^|\*\*)\s*\{?\s*-?\d{4,}|!|\\(sum|prod|int|lim)\b", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
-    """accuracy: mean correctness over prompts and samples (avg@n); standard_error: over prompts."""
+    """A held-out accuracy: mean correctness over prompts and samples (avg@n), with its standard error over prompts.
+
+    Both in [0, 1].
+    """
 
     accuracy: float
     standard_error: float
@@ -52,7 +55,7 @@ class HeldOutResult:
 
 
 def held_out_prompts(config: Config) -> Sequence[Prompt]:
-    """The first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
+    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
     from vaopd.data.loaders import load_prompts
 
     return load_prompts(
@@ -65,7 +68,7 @@ def held_out_prompts(config: Config) -> Sequence[Prompt]:
 
 
 def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config) -> Iterator[RolloutRequest]:
-    """One request per held-out prompt, answered by policy version `version`."""
+    """Yields a request for each held-out prompt, to be answered by policy version `version`."""
     settings = SamplingSettings(
         temperature=config.evaluation.temperature,
         top_p=1.0,
@@ -74,7 +77,7 @@ def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config
     )
     for index, prompt in enumerate(prompts):
         yield RolloutRequest(
-            group_id=f"eval-{version:06d}-{index:05d}",
+            group_id=str(GroupId(purpose="eval", step=version, index=index)),
             messages=prompt.messages,
             images=prompt.images,
             num_rollouts=config.evaluation.samples,
@@ -84,7 +87,7 @@ def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config
 
 
 def held_out_result(correct: Mapping[str, Sequence[bool]]) -> HeldOutResult:
-    """Of each prompt's samples, by group id: equally many for all."""
+    """Computes the accuracy from each prompt's samples, right or wrong, by group id; equally many for all."""
     rows = list(correct.values())
     accuracy = avg_at_n(rows)
     means = np.array([np.mean(row) for row in rows])
@@ -97,9 +100,9 @@ def held_out_result(correct: Mapping[str, Sequence[bool]]) -> HeldOutResult:
 
 
 def committed_answer(text: str) -> str | None:
-    r"""The first answer that the response commits to, or None.
+    r"""Returns the first answer that the response commits to, or None.
 
-    It is the content of the first complete \boxed{…}; without one, what follows the first "answer is".
+    It is the content of the first complete \boxed{…}; without one, the text after the first "answer is".
     """
     for start in _BOXED.finditer(text):
         content = _balanced(text, start.end())
@@ -112,9 +115,12 @@ def committed_answer(text: str) -> str | None:
 
 
 def is_correct(response_text: str, answer: str) -> bool:
-    """Whether the response's committed answer equals the reference; a response without one is wrong."""
+    """Whether the response's committed answer equals the reference; without one it is wrong.
+
+    Raises InvalidInput when the reference is empty.
+    """
     if not answer.strip():
-        raise InvalidInput("the reference answer is empty, so nothing can be compared with it; drop or mend the record")
+        raise InvalidInput("the reference answer is empty, so no answer can be compared with it; drop or correct it")
     committed = committed_answer(response_text)
     # ViRL39K writes its references as \boxed{…}.
     reference = committed_answer(answer) if _BOXED.match(answer.strip()) else answer.strip()
@@ -122,14 +128,14 @@ def is_correct(response_text: str, answer: str) -> bool:
 
 
 def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
-    """avg@n: the mean, over questions, of the share of their samples that are right (not best-of, not a vote)."""
+    """Returns avg@n: the mean, over questions, of the share of right samples (not best-of, not a vote)."""
     if not correct or not all(len(samples) for samples in correct):
         raise InvalidInput(f"avg@n needs at least one question and one sample of each, got {len(correct)} questions")
     return sum(sum(samples) / len(samples) for samples in correct) / len(correct)
 
 
 def _balanced(text: str, start: int) -> str | None:
-    """The text from `start` up to the brace that closes the one before it; None where the response was cut off."""
+    """Returns the text from `start` to the brace that closes the one before it; None if the response was cut off."""
     depth = 1
     for end in range(start, len(text)):
         if text[end] in "{}" and text[end - 1] != "\\":
@@ -147,7 +153,7 @@ def _equal(committed: str, answer: str) -> bool:
         return False
     from math_verify import parse, verify
 
-    # It warns, once per process, that it runs without its timeout: that is meant (see _COSTLY).
+    # It warns, once per process, that it runs without its timeout: that is intended (see _COSTLY).
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
     reference = parse(f"${answer}$", parsing_timeout=None)

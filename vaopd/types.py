@@ -7,6 +7,7 @@ response tokens of one group (the sum of its T), P prompt tokens, V vocabulary, 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from vaopd.errors import VaopdError
+from vaopd.errors import InvalidInput, VaopdError
 
 PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
@@ -121,6 +122,39 @@ class SamplingSettings:
     top_p: float = 0.95
     max_new_tokens: int = 4096
     seed: int = 0
+
+
+@dataclass(frozen=True, order=True, kw_only=True, slots=True)
+class GroupId:
+    """Names a prompt group of a run by its step and its place there; as text in Redis, on the wire and in files.
+
+    `step` of an evaluation's group is the policy version. A group asked for again after a crash has the same name.
+
+    >>> str(GroupId(purpose="train", step=12, index=3))
+    'train-000012-0003'
+    >>> GroupId.parse("eval-000050-00007").index
+    7
+    """
+
+    purpose: Literal["train", "eval"]
+    step: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.purpose}-{self.step:06d}-{self.index:0{4 if self.purpose == 'train' else 5}d}"
+
+    @classmethod
+    def parse(cls, text: str) -> GroupId:
+        """Reads what `str` wrote; raises InvalidInput on any other text."""
+        if match := _GROUP_ID.fullmatch(text):
+            purpose, step, index = match.groups()
+            found = cls(purpose=purpose, step=int(step), index=int(index))  # type: ignore[arg-type]
+            if str(found) == text:
+                return found
+        raise InvalidInput(f"{text!r} is not the id of a run's prompt group; one looks like 'train-000012-0003'")
+
+
+_GROUP_ID = re.compile(r"(train|eval)-(\d+)-(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a resumed run needs, in one folder that appears whole or not at all.
+"""Writes and reads checkpoints: all that a resumed run needs, in a folder that appears whole or not at all.
 
 RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step and schedule) and
 ledger.jsonl (each trained group once, with the step that trained it). No pickles.
@@ -17,49 +17,45 @@ from safetensors.torch import load_file, save_file
 
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_folder
-from vaopd.run.checkpoints import LedgerLine, Progress, checkpoints_in, latest_checkpoint, load_progress, write_progress
+from vaopd.run.checkpoints import RunState, checkpoints_in, write_run_state
 from vaopd_trainer import kill_points
-
-__all__ = ["LedgerLine", "Progress", "latest", "load_optimizer", "load_progress", "load_student", "save"]
-
-latest = latest_checkpoint
-"""The newest checkpoint; None for a run that was ended before its first: it resumes at step 0."""
 
 
 def save(
-    folder: Path, progress: Progress, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path, state: RunState, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
     """Writes a checkpoint, fsynced and renamed into place, and removes all but the newest `keep`.
 
-    Raises LimitExceeded when the disk is full; what was there is intact then.
+    Raises LimitExceeded when the disk is full; older checkpoints are intact then.
     """
-    target = folder / f"step_{progress.step:06d}"
+    target = folder / f"step_{state.step:06d}"
     try:
         with atomic_folder(target) as part:
             save_file(student, part / "student.safetensors")
             save_file(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
             save_file({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
-            write_progress(part, progress)
-            kill_points.reached("written", progress.step)
+            write_run_state(part, state)
+            kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
         raise LimitExceeded(
             f"checkpoint {target} can't be written ({error}); nothing of it was acknowledged and the one before it is "
             "intact: make room, and resume"
         ) from None
-    kill_points.reached("renamed", progress.step)
+    kill_points.pass_point("renamed", state.step)
     for old in checkpoints_in(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
 def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
-    with _reading(checkpoint):
+    """Returns the student's weights, float32; raises InvalidInput when they can't be read."""
+    with _name_damaged(checkpoint):
         return load_file(checkpoint / "student.safetensors")
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restores AdamW's moments and the process's random state in place."""
-    with _reading(checkpoint):
+    """Restores AdamW's moments and the process's random state, in place; raises InvalidInput on a damaged file."""
+    with _name_damaged(checkpoint):
         moments = load_file(checkpoint / "optimizer.safetensors")
         rng = load_file(checkpoint / "rng.safetensors")
     state = optimizer.state_dict()
@@ -69,7 +65,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _reading(checkpoint: Path) -> Iterator[None]:
+def _name_damaged(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:

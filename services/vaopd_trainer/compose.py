@@ -1,4 +1,15 @@
-"""Puts a trainer rank together: models, queue, teacher client, accelerate. Called once the configuration is read."""
+"""Puts one trainer rank together and runs it. Called once the configuration is read.
+
+data set ──► TrainingPrompts ─┐         ┌─ Vlm (the student; of a checkpoint when resumed)
+                              ▼         ▼
+SyncTeacherClient ──────► GroupScorer  StudentLoss ◄── the teacher's head
+                              │         │
+                              └► Trainer ◄── Accelerator, Ranks
+                                    │
+            on rank 0 alone    Coordinator ──► Collector ──► TrainerQueue (Redis), Ledger
+                                    ├────────► LeaseKeeper ─► TrainerQueue
+                                    └────────► ProgressLine, TrainerMetrics ◄── DepthGauge (Redis)
+"""
 
 from __future__ import annotations
 
@@ -6,6 +17,7 @@ import contextlib
 import logging
 import shutil
 import threading
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,19 +32,21 @@ from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
-from vaopd.run.checkpoints import FILE
+from vaopd.run.checkpoints import FILE, latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
+from vaopd.types import TeacherDescription
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd_trainer import checkpoint
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
-from vaopd_trainer.loop import Interrupted, Trainer
+from vaopd_trainer.loop import Trainer
 from vaopd_trainer.metrics import TrainerMetrics
-from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.prompt_order import TrainingPrompts
+from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.records import ProgressLine
-from vaopd_trainer.scorer import Scorer
+from vaopd_trainer.scorer import GroupScorer
 from vaopd_trainer.student_loss import StudentLoss
 
 log = logging.getLogger(__name__)
@@ -55,70 +69,65 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     if ranks.is_coordinator:
         _prepare_folder(config, resume=resume)
     ranks.barrier()
-    start = checkpoint.latest(config.run_folder / "checkpoints") if resume else None
-
-    # float32 weights whatever the compute precision: steps of 1e-6 would vanish in bfloat16.
-    student = Vlm.load(
-        config.student.model,
-        dtype="float32",
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-    )
-    if start is not None:
-        load_state(student.model, checkpoint.load_student(start))
-    if not config.student.train_vision_tower:
-        student.family.vision_tower(student.model).requires_grad_(False)
-    prompts = load_prompts(
-        config.data.source, split=config.data.train_split, instruction=config.data.instruction or None
+    start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    student = _load_student(config, start)
+    prompts = TrainingPrompts(
+        load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None),
+        per_step=config.trainer.prompts_per_step,
+        seed=config.run.seed,
     )
 
     with contextlib.ExitStack() as stack:
-        teacher = stack.enter_context(
-            SyncTeacherClient(
-                config.teacher.address,
-                job=config.run.name,
-                degradation=config.degradation.as_degradation(),
-                tokenizer_fingerprint=student.fingerprint,
-                **config.teacher.payload_keywords(),
-                **client.from_environment(),
-            )
-        )
-        description = teacher.describe()
-        check_same_tokenizer(student=student.fingerprint, teacher=description.tokenizer_fingerprint)
-        if config.teacher.payload not in description.payloads:
-            raise Mismatch(
-                f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
-                f"not {config.teacher.payload}; change teacher.payload"
-            )
+        teacher, description = _connect_teacher(config, student, stack)
         needs_head = config.teacher.payload in ("hidden", "hidden_int8")
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
-        coordinator = _coordinator(config, stack, metrics, resume=resume) if ranks.is_coordinator else None
+        coordinator = None
+        if ranks.is_coordinator:
+            queue = _take_job(config, stack, resume=resume)
+            keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue), every_s=queue.lease_s / 3))
+            ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
+            stack.callback(ledger.close)
+            collector = Collector(queue=queue, ledger=ledger)
+            gauge = DepthGauge(url=config.queue.url, job=config.run.name)
+            stack.callback(gauge.close)
+            metrics.watch(depth=gauge.read, counts=collector.counts)
+            coordinator = Coordinator(
+                config=config,
+                ranks=ranks,
+                student=student,
+                prompts=prompts,
+                validation=held_out_prompts(config),
+                collector=collector,
+                ledger=ledger,
+                keeper=keeper,
+                progress_line=ProgressLine(steps=config.trainer.steps),
+                metrics=metrics,
+                track=lambda values, step: accelerator.log(values, step=step),
+                stop=stop,
+            )
         trainer = Trainer(
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            student=student,
             loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
-            prompts=prompts,
             coordinator=coordinator,
-            stop=stop,
         )
         if start is not None:
             trainer.resume(start)
-        elif coordinator is not None:
-            trainer.forget_records()
+        if coordinator is not None:
+            coordinator.begin(trainer.state, resumed=start is not None)
         accelerator.init_trackers(config.run.name)
-        scorer = Scorer(
+        scorer = GroupScorer(
             teacher=teacher,
             student=student,
-            prompt_of=trainer.prompt_of,
+            find_prompt=prompts.find_prompt,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
         )
         stack.callback(scorer.close)
         try:
             trainer.run(scorer)
-        except Interrupted:
-            log.warning("stopped at step %d; go on with --resume", trainer.progress.step)
+        except Stopped:
+            log.warning("stopped at step %d; continue with --resume", trainer.state.step)
             return EXIT_INTERRUPTED
         finally:
             accelerator.end_training()
@@ -126,10 +135,10 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
 
 
 def _prepare_folder(config: Config, *, resume: bool) -> None:
-    """Makes RUN with its configuration; one that holds a run already is left alone unless that run goes on."""
+    """Makes RUN and writes its configuration; refuses the folder of another run unless that is resumed."""
     folder = config.run_folder
     if not resume and (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"run folder {folder} is in use; pass --resume to go on, or choose another run.name")
+        raise ConfigError(f"run folder {folder} is in use; pass --resume to continue, or choose another run.name")
     folder.mkdir(parents=True, exist_ok=True)
     if not resume or not (folder / "config.toml").exists():  # a trainer may die before it has written anything
         (folder / "config.toml").write_text(to_toml(config))
@@ -137,7 +146,47 @@ def _prepare_folder(config: Config, *, resume: bool) -> None:
         shutil.rmtree(folder / "policy", ignore_errors=True)
 
 
-def _coordinator(config: Config, stack: contextlib.ExitStack, metrics: TrainerMetrics, *, resume: bool) -> Coordinator:
+def _load_student(config: Config, start: Path | None) -> Vlm:
+    """Loads the student with the weights of checkpoint `start`, if given."""
+    student = Vlm.load(
+        config.student.model,
+        dtype="float32",  # whatever the compute precision: steps of 1e-6 would vanish in bfloat16
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+    )
+    if start is not None:
+        load_state(student.model, checkpoint.load_student(start))
+    if not config.student.train_vision_tower:
+        student.family.vision_tower(student.model).requires_grad_(False)
+    return student
+
+
+def _connect_teacher(
+    config: Config, student: Vlm, stack: contextlib.ExitStack
+) -> tuple[SyncTeacherClient, TeacherDescription]:
+    """Connects to a teacher that reads the student's tokens and offers the payload; raises Mismatch on another."""
+    teacher = stack.enter_context(
+        SyncTeacherClient(
+            config.teacher.address,
+            job=config.run.name,
+            degradation=config.degradation.as_degradation(),
+            tokenizer_fingerprint=student.fingerprint,
+            **config.teacher.payload_keywords(),
+            **client.from_environment(),
+        )
+    )
+    description = teacher.describe()
+    check_same_tokenizer(student=student.fingerprint, teacher=description.tokenizer_fingerprint)
+    if config.teacher.payload not in description.payloads:
+        raise Mismatch(
+            f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
+            f"not {config.teacher.payload}; change teacher.payload"
+        )
+    return teacher, description
+
+
+def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> TrainerQueue:
+    """Takes the job's lease; a new run also empties its queue."""
     queue = TrainerQueue(
         url=config.queue.url,
         job=config.run.name,
@@ -152,24 +201,10 @@ def _coordinator(config: Config, stack: contextlib.ExitStack, metrics: TrainerMe
         queue.purge()
         queue.acquire()
     stack.callback(queue.release)
+    return queue
 
-    def renew() -> None:
-        # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
-        with contextlib.suppress(Mismatch):
-            queue.renew()
 
-    keeper = stack.enter_context(LeaseKeeper(renew=renew, every_s=queue.lease_s / 3))
-    ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
-    stack.callback(ledger.close)
-    collector = Collector(queue=queue, ledger=ledger)
-    gauge = DepthGauge(url=config.queue.url, job=config.run.name)
-    stack.callback(gauge.close)
-    metrics.watch(depth=gauge.read, counts=collector.counts)
-    return Coordinator(
-        collector=collector,
-        ledger=ledger,
-        keeper=keeper,
-        validation=held_out_prompts(config),
-        progress_line=ProgressLine(steps=config.trainer.steps),
-        metrics=metrics,
-    )
+def _renew(queue: TrainerQueue) -> None:
+    # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+    with contextlib.suppress(Mismatch):
+        queue.renew()

@@ -1,27 +1,272 @@
-"""What only rank 0 has: the job's queue and books, the held-out problems, and what tells people how it goes."""
+"""Rank 0's own work in a run: the queue, the run's folder, evaluation, records and progress.
+
+    loop.Trainer (every rank)
+          │ publish, enqueue, distribute, give_up, evaluate_if_due, record, save_checkpoint, finish
+          ▼
+    Coordinator (rank 0) ──────────────────► Ranks: groups for the other ranks, and stop
+          │
+          ├─ Collector ──────────── Redis    requests and policies out, groups in; writes Ledger (RUN/ledger.jsonl)
+          ├─ LeaseKeeper ────────── Redis    the job's lease
+          ├─ heldout ────────────── the Collector, for the held-out prompts
+          ├─ snapshots, checkpoint ─ RUN     policy/, model/, best/, checkpoints/
+          ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl
+          └─ ProgressLine, TrainerMetrics, trackers
+
+In: the student's whole weights, and each step's numbers. Out: policy versions, requests, checkpoints, records. Waits
+for rollout workers, and for a Redis that is full or away; a lost lease or a signal ends each wait (`check`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+import torch
+
+from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
+from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
-from vaopd.types import Prompt
+from vaopd.run.snapshots import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
+from vaopd.telemetry import logs
+from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
+from vaopd.vlm.model import Vlm
+from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.collector import Collector
+from vaopd_trainer.heldout import evaluate
 from vaopd_trainer.metrics import TrainerMetrics
-from vaopd_trainer.records import ProgressLine
+from vaopd_trainer.prompt_order import TrainingPrompts, make_request
+from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
+from vaopd_trainer.records import JsonLines, ProgressLine
+from vaopd_trainer.student_loss import WeightedGroup
+
+log = logging.getLogger(__name__)
+
+Weights = Mapping[str, torch.Tensor]
+"""The student's whole `state_dict`, float32, named as transformers names it."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Coordinator:
-    collector: Collector
-    ledger: Ledger
-    keeper: LeaseKeeper
-    validation: Sequence[Prompt]
-    progress_line: ProgressLine
-    metrics: TrainerMetrics
+    """Publishes, enqueues, distributes, evaluates, records and checkpoints, on rank 0 alone."""
 
-    def evaluating(self, done: int, total: int) -> None:
-        self.metrics.progressed()
-        self.progress_line.evaluating(done, total)
+    def __init__(
+        self,
+        *,
+        config: Config,
+        ranks: Ranks,
+        student: Vlm,
+        prompts: TrainingPrompts,
+        validation: Sequence[Prompt],
+        collector: Collector,
+        ledger: Ledger,
+        keeper: LeaseKeeper,
+        progress_line: ProgressLine,
+        metrics: TrainerMetrics,
+        track: Callable[[dict[str, float], int], None],
+        stop: threading.Event,
+    ) -> None:
+        """`track` passes numbers of a step to the trackers; `stop` is set by a signal."""
+        self._config = config
+        self._ranks = ranks
+        self._student = student
+        self._prompts = prompts
+        self._validation = validation
+        self._collector = collector
+        self._ledger = ledger
+        self._keeper = keeper
+        self._progress_line = progress_line
+        self._metrics = metrics
+        self._track = track
+        self._stop = stop
+        self._folder = config.run_folder.resolve()  # workers read snapshots there, whatever their working folder
+        self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
+        self._samples_file = JsonLines(self._folder / "samples.jsonl")
+        self._snapshot: PolicyVersion
+        self._first_step = 0
+        self._acknowledged = 0  # how many groups of the state's ledger need no acknowledgement any more
+        self._best_accuracy = -1.0
+        self._evaluated: dict[int, tuple[str, ...]] = {}  # version -> groups, until a checkpoint is beyond it
+
+    def check(self) -> None:
+        """Raises LeaseLost or, on a signal, Stopped, which the other ranks then raise too. Call it in every wait."""
+        self._keeper.check()
+        if self._stop.is_set():
+            self._ranks.stop_others()
+            raise Stopped
+
+    # -- the beginning and the end ------------------------------------------------------------------------------------
+
+    def begin(self, state: RunState, *, resumed: bool) -> None:
+        """Begins at the state's step; drops the records of later steps, which a killed trainer may have left.
+
+        Groups that a checkpoint (`resumed`) has trained are dropped when they are delivered again.
+        """
+        self._first_step = state.step
+        self._acknowledged = len(state.ledger)
+        self._metrics.set_step(state.step)
+        if resumed:
+            self._collector.resume(state.step, (line.group_id for line in state.ledger))
+        self._metrics_file.drop_from(state.step)
+        self._samples_file.drop_from(state.step)
+        evaluated = [line["accuracy"] for line in self._metrics_file.read() if line["kind"] == "eval"]
+        self._best_accuracy = max(evaluated, default=-1.0)
+
+    def finish(self) -> None:
+        """Leaves the last policy in RUN/model, and nothing in the queue."""
+        link_snapshot(self._snapshot, self._folder / "model")
+        version = self._snapshot.version
+        self._collector.finish(self._evaluated.pop(version, ()), version=version)
+
+    # -- policy, prompts and groups -----------------------------------------------------------------------------------
+
+    def publish(self, version: int, weights: Weights) -> None:
+        """Writes the weights as policy `version` in the student's dtype, and announces it to the workers."""
+        dtype = getattr(torch, self._config.student.dtype)
+        self._snapshot = publish_snapshot(
+            self._folder,
+            version,
+            {name: tensor.to(dtype) for name, tensor in weights.items()},
+            model_files_from=self._student.path,
+        )
+        self._collector.publish(self._snapshot, check=self.check)
+        # Requests in flight may still name a version that old, and the worker that takes them must find it.
+        prune_snapshots(self._folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
+
+    def enqueue(self, step: int) -> None:
+        """Asks for the groups of this step and, with a lag, of the next ones, which this policy may serve already."""
+        settings = self._config.trainer
+        newest = step + settings.max_policy_lag
+        for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
+            requests = [
+                make_request(self._prompts.find_prompt(group), group=group, version=step, config=self._config)
+                for group in self._prompts.list_groups(target)
+            ]
+            self._collector.enqueue(
+                requests, oldest_version=max(0, target - settings.max_policy_lag), step=target, check=self.check
+            )
+
+    def distribute(self, step: int, submit: Callable[[Sequence[RolloutGroup]], None]) -> None:
+        """Hands each group of the step to its rank on arrival; this rank's own go to `submit`.
+
+        Every rank gets as many messages as it has groups: None for a group that will not come.
+        """
+        missing = {str(group): group.index % self._ranks.world for group in self._prompts.list_groups(step)}  # -> rank
+        for groups in self._collector.groups(list(missing), check=self.check):
+            self._metrics.note_progress()
+            mine = []
+            for group in groups:
+                rank = missing.pop(group.group_id)
+                if rank == COORDINATOR:
+                    mine.append(group)
+                else:
+                    self._ranks.send_group(group, to=rank)
+            submit(mine)
+        for rank in missing.values():
+            if rank != COORDINATOR:
+                self._ranks.send_group(None, to=rank)
+
+    def give_up(self, refused: Iterable[tuple[str, str]]) -> None:
+        """Sends groups that can't be trained on to the dead letters; each is an id and the reason."""
+        for group_id, reason in refused:
+            self._collector.dead_letter(group_id, reason)
+
+    # -- evaluation and records ---------------------------------------------------------------------------------------
+
+    def evaluate_if_due(self, version: int) -> None:
+        """Measures the held-out accuracy of the policy just published, and keeps the best one in RUN/best."""
+        if not self._is_due(version):
+            return
+        result, self._evaluated[version] = evaluate(
+            self._collector,
+            self._validation,
+            version=version,
+            config=self._config,
+            check=self.check,
+            decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
+            on_progress=self._show_evaluating,
+        )
+        self._metrics.note_evaluation(result.accuracy, result.standard_error)
+        if result.accuracy > self._best_accuracy:  # the first best wins
+            self._best_accuracy = result.accuracy
+            link_snapshot(self._snapshot, self._folder / "best")
+        self._metrics_file.write(
+            {
+                "kind": "eval",
+                "step": version,
+                "accuracy": result.accuracy,
+                "standard_error": result.standard_error,
+                "prompts": result.prompts,
+                "samples": result.samples,
+            }
+        )
+        self._track({"eval/accuracy": result.accuracy}, version)
+        self._progress_line.accuracy = result.accuracy
+        self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
+
+    def record(
+        self,
+        step: int,
+        sums: Sequence[dict[str, float]],
+        own: dict[str, float],
+        *,
+        trained: Sequence[LedgerLine],
+        weighted: Sequence[WeightedGroup],
+        kl: Sequence[np.ndarray],
+    ) -> None:
+        """Writes the step's numbers; in its first and last step, and where an evaluation is due, rollouts too.
+
+        sums: of each rank's groups. own: what this rank alone measures, its times above all. weighted, kl: this rank's
+        groups and the KL (M,) of each, in nats: the rollouts written are theirs.
+        """
+        values = step_numbers.average_ranks(sums) | own
+        rollouts = values.pop("rollouts")
+        values |= step_numbers.derive_rates(own, rollouts=rollouts)
+        values |= {f"groups_{reason}": float(n) for reason, n in self._collector.counts.items()}
+        record = {key: value for key, value in values.items() if np.isfinite(value)}
+        self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
+        self._track({f"train/{key}": value for key, value in record.items()}, step)
+        lags = [line.step - line.policy_version for line in trained]
+        self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
+        self._progress_line.show_step(step + 1, values)
+        ids = [line.group_id for line in trained]
+        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
+        if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
+            for group, kl_M in zip(weighted, kl, strict=True):
+                prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
+                for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
+                    self._samples_file.write({"step": step, **sample})
+
+    def _is_due(self, step: int) -> bool:
+        every = self._config.evaluation.every
+        return every > 0 and (step % every == 0 or step == self._config.trainer.steps)
+
+    def _show_evaluating(self, done: int, total: int) -> None:
+        self._metrics.note_progress()
+        self._progress_line.show_evaluation(done, total)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+        """Durable first, then acknowledged: what is acknowledged is in a checkpoint."""
+        self._collector.confirm()
+        self._ledger.sync()
+        checkpoint.save(
+            self._folder / "checkpoints",
+            state,
+            student=without_tied_head(weights, tied=ties_head(self._student.path)),
+            optimizer=optimizer,
+            keep=self._config.trainer.keep_checkpoints,
+        )
+        self._ledger.write("checkpoint", step=state.step)
+        kill_points.pass_point("unacknowledged", state.step)
+        # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.
+        evaluated = [self._evaluated.pop(version) for version in list(self._evaluated) if version < state.step]
+        trained = (line.group_id for line in state.ledger[self._acknowledged :])
+        self._acknowledged = len(state.ledger)
+        self._collector.acknowledge([*trained, *(group_id for ids in evaluated for group_id in ids)])
+        # The next step's groups are at most that old. Older records go, so that a resume from the checkpoint before
+        # this one has its groups sampled again.
+        self._collector.forget(max(0, state.step - self._config.trainer.max_policy_lag))

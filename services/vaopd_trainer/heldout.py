@@ -1,4 +1,4 @@
-"""Held-out evaluation of one policy version in mid-run: avg@n over the validation prompts, sampled by the workers."""
+"""Evaluates a policy version during a run: avg@n over the held-out prompts, answered by the rollout workers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def evaluate(
     config: Config,
     decode: Callable[[np.ndarray], str],
     check: Callable[[], None],
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[HeldOutResult, tuple[str, ...]]:
-    """Blocks until every prompt has been answered with this policy version, or given up (which counts as wrong).
+    """Waits until this policy version has answered every prompt; one that is given up counts as wrong.
 
-    `tell` hears how many have been answered, of how many. Returns the ids of the groups that it read, too. They stay
-    unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.
+    on_progress: called with how many have been answered, and of how many. Also returns the ids of the groups, which
+    stay unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.
     """
     requests = list(held_out_requests(prompts, version=version, config=config))
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
@@ -34,7 +34,7 @@ def evaluate(
     done = 0
     for groups in collector.groups(list(answers), check=check):
         done += len(groups)
-        tell(done, len(answers))
+        on_progress(done, len(answers))
         for group in groups:
             correct[group.group_id] = [
                 is_correct(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts

@@ -1,6 +1,6 @@
-"""For the fault tests: a trainer that dies at a chosen point, as by `kill -9`.
+"""Kills the trainer at a chosen point, as `kill -9` would; for the fault tests.
 
-VAOPD_KILL_AT=backward:3 ends the process in step 3, once its gradients are there. Unset, as ever, it does nothing.
+VAOPD_KILL_AT=backward:3 ends the process in step 3, after its backward pass. Without the variable, nothing happens.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import signal
 from typing import Literal, get_args
 
 KillPoint = Literal[
-    "collected",  # every group of the step has come
+    "collected",  # every group of the step has arrived
     "scored",
     "backward",  # gradients are there, the optimizer has not stepped
     "stepped",
-    "written",  # the checkpoint's files lie aside; nothing is renamed yet
+    "written",  # the checkpoint's files are written beside its place, and not yet renamed
     "renamed",  # the checkpoint is durable; older ones are still there
-    "unacknowledged",  # older checkpoints are gone; the queue knows nothing of it
+    "unacknowledged",  # older checkpoints are gone; nothing is acknowledged yet
 ]
 KILL_POINTS: tuple[KillPoint, ...] = get_args(KillPoint)
 
 
-def reached(point: KillPoint, step: int) -> None:
-    """`step` counts from 0; of a checkpoint, it is the step that it goes on from."""
+def pass_point(point: KillPoint, step: int) -> None:
+    """Ends the process if the variable names this point and step.
+
+    Steps count from 0; a checkpoint's is the step that follows it.
+    """
     if os.environ.get("VAOPD_KILL_AT") == f"{point}:{step}":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""What the trainer shows Prometheus: the numbers of its last step, and counters over the steps since it started.
+"""The trainer's Prometheus metrics: the numbers of its last step, and counters since it started.
 
-On the coordinator only, which has the numbers of all ranks. `vaopd_trainer.step_numbers` makes the numbers. The queue's
-depth is read from Redis whenever somebody asks.
+Only the coordinator, which has the numbers of all ranks, serves them. `vaopd_trainer.step_numbers` computes the
+numbers. The queue's depth is read from Redis at each scrape.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAG_BUCKETS = (0, 1, 2, 4, 8, 16)
 
 
 class TrainerMetrics:
-    """`watch` once there is a queue. The main thread writes; scrapes read on threads of their own."""
+    """Holds the metrics of one job. The main thread writes them; scrapes read them on threads of their own."""
 
     def __init__(self, *, job: str, steps: int) -> None:
         self.registry = CollectorRegistry()
@@ -61,7 +61,7 @@ class TrainerMetrics:
             "last_progress_timestamp_seconds",
             "When a group last arrived, or a step or an evaluation was last finished, since 1970",
         ).labels(job)
-        # What isn't known before the first step isn't there before it: 0 would be a lie.
+        # A number that isn't known before the first step is missing until then: 0 would be wrong.
         texts = {key: "Last step: " + DESCRIPTIONS[key].replace(" of the step", "") for key in GAUGES}
         self._gauges = {key: gauge(name, texts[key]) for key, name in GAUGES.items()}
         self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
@@ -70,7 +70,7 @@ class TrainerMetrics:
         self._parts = counter(
             "step_seconds",
             "Time by part of a step: publish (the policy), wait (for groups), score (for scores after the last group "
-            "has come), forward_backward",
+            "has arrived), forward_backward",
             "part",
         )
         self._rollouts = counter("rollouts", "Rollouts that were trained on").labels(job)
@@ -84,23 +84,28 @@ class TrainerMetrics:
         ).labels(job)
         for part in STEP_TIMES:
             self._parts.labels(job, part.removesuffix("_s"))
-        self._state = _State(job)
-        self.registry.register(self._state)
-        self.progressed()
+        self._at_scrape = _AtScrape(job)
+        self.registry.register(self._at_scrape)
+        self.note_progress()
 
     def watch(self, *, depth: Callable[[], Depth], counts: Mapping[str, int]) -> None:
-        """`depth`: of the queue, at each scrape. `counts`: groups that were not used, by reason; read then too."""
-        self._state.depth, self._state.counts = depth, counts
+        """Adds the queue's depth and the unused groups by reason (`counts`); both are read at each scrape."""
+        self._at_scrape.depth, self._at_scrape.counts = depth, counts
 
-    def progressed(self) -> None:
+    def note_progress(self) -> None:
+        """Sets the time of the last progress to now."""
         self._progress.set(time.time())
 
-    def resumed(self, step: int) -> None:
+    def set_step(self, step: int) -> None:
+        """Sets the number of steps taken, at the start of a process."""
         self._step.set(step)
 
-    def stepped(self, steps: int, values: Mapping[str, float], *, rollouts: float, lags: Sequence[int]) -> None:
-        """`values`: of a line of metrics.jsonl. `lags`: of each group that was trained on, in versions."""
-        self.progressed()
+    def note_step(self, steps: int, values: Mapping[str, float], *, rollouts: float, lags: Sequence[int]) -> None:
+        """Takes over a finished step's numbers.
+
+        steps: how many have been taken. values: a line of metrics.jsonl. lags: each trained group's age in versions.
+        """
+        self.note_progress()
         self._step.set(steps)
         for key, metric in self._gauges.items():
             if key in values:
@@ -114,16 +119,17 @@ class TrainerMetrics:
         self._tokens.inc(rollouts * values["response_tokens_mean"])
         for lag in lags:
             self._lag.observe(lag)
-        self._state.trained += len(lags)
+        self._at_scrape.trained += len(lags)
 
-    def evaluated(self, accuracy: float, standard_error: float) -> None:
-        self.progressed()
+    def note_evaluation(self, accuracy: float, standard_error: float) -> None:
+        """Takes over an evaluation's accuracy and its standard error, both in [0, 1]."""
+        self.note_progress()
         self._accuracy.labels(self._job).set(accuracy)
         self._accuracy_error.labels(self._job).set(standard_error)
 
 
-class _State(Collector):
-    """What is asked for at each scrape."""
+class _AtScrape(Collector):
+    """Reads the queue's depth and the groups by fate at each scrape."""
 
     def __init__(self, job: str) -> None:
         self.depth: Callable[[], Depth] | None = None
@@ -132,6 +138,7 @@ class _State(Collector):
         self._job = job
 
     def collect(self) -> Iterator[Metric]:
+        """Yields the metrics; those of the queue's depth only while Redis answers."""
         if self.depth is None:
             return self._families(None)
         try:
@@ -140,6 +147,7 @@ class _State(Collector):
             return self._families(None)
 
     def describe(self) -> Iterator[Metric]:
+        """Yields the metrics without reading Redis."""
         return self._families(None)
 
     def _families(self, depth: Depth | None) -> Iterator[Metric]:

@@ -5,18 +5,28 @@ Rank 0, the coordinator, is the only one that talks to Redis; it hands whole pro
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from vaopd.types import RolloutGroup
+from vaopd.wire.queue import rollout_group_from_bytes, rollout_group_to_bytes
+
 COORDINATOR = 0
+_STOP = b"stop"  # no protobuf message of a group: those begin with the tag of group_id
 # A rank may wait for a whole evaluation; a dead peer ends the wait at once, since its connection closes.
 _PATIENCE = timedelta(hours=12)
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C arrived. The last finished step is checkpointed before this leaves `Trainer.run`."""
+
+
 class Ranks:
-    """This process's place among `world` ranks. One process is a world of one and needs no process group."""
+    """Knows this process's place among `world` ranks. One process is a world of one, without a process group."""
 
     def __init__(self) -> None:
         distributed = dist.is_available() and dist.is_initialized()
@@ -26,36 +36,54 @@ class Ranks:
 
     @property
     def is_coordinator(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == COORDINATOR
 
-    def send(self, data: bytes, *, to: int) -> None:
-        """Coordinator to `to`; may be empty."""
+    def send_group(self, group: RolloutGroup | None, *, to: int) -> None:
+        """Sends a group from the coordinator to its rank; None stands for one that will not come."""
+        self._send(b"" if group is None else rollout_group_to_bytes(group), to=to)
+
+    def receive_group(self) -> RolloutGroup | None:
+        """Waits for this rank's next group; raises Stopped once the coordinator has stopped the run."""
+        data = self._receive()
+        if data == _STOP:
+            raise Stopped
+        return rollout_group_from_bytes(data) if data else None
+
+    def stop_others(self) -> None:
+        """Makes every other rank's next `receive_group` raise Stopped."""
+        for rank in range(1, self.world):
+            self._send(_STOP, to=rank)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the JSON values of all ranks, by rank, on every rank. A collective."""
+        data = json.dumps(value).encode()
+        if self.world == 1:
+            return [json.loads(data)]
+        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(everyone, padded, group=self._group)
+        return [
+            json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(everyone, lengths, strict=True)
+        ]
+
+    def barrier(self) -> None:
+        """Waits until every rank has called this."""
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+    def _send(self, data: bytes, *, to: int) -> None:
         dist.send(torch.tensor([len(data)]), dst=to, group=self._group)
         if data:
             dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=to, group=self._group)
 
-    def receive(self) -> bytes:
-        """The coordinator's next message to this rank."""
+    def _receive(self) -> bytes:
         length = torch.zeros(1, dtype=torch.long)
         dist.recv(length, src=COORDINATOR, group=self._group)
         data = torch.empty(int(length), dtype=torch.uint8)
         if len(data):
             dist.recv(data, src=COORDINATOR, group=self._group)
         return data.numpy().tobytes()
-
-    def gather(self, data: bytes) -> list[bytes]:
-        """Everybody's bytes, by rank, on every rank."""
-        if self.world == 1:
-            return [data]
-        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(max(longest, 1), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else padded[:0]
-        everyone = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(everyone, padded, group=self._group)
-        return [part[: int(length)].numpy().tobytes() for part, length in zip(everyone, lengths, strict=True)]
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier(group=self._group)

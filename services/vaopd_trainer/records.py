@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, samples.jsonl, the trackers, and a line of progress per step."""
+"""Writes metrics.jsonl and samples.jsonl, and draws a line of progress for each step."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_file
+from vaopd.run.records import json_lines
 from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 
 class JsonLines:
-    """Appends one JSON object per line. `drop_from(step)` forgets what a resumed run is about to do again."""
+    """A file of one JSON object per line, each with the `step` that it belongs to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record. Raises ValueError on a number that is not finite, LimitExceeded on a full disk."""
         line = json.dumps(record, allow_nan=False) + "\n"
         try:
             with self.path.open("a") as file:
@@ -29,11 +31,11 @@ class JsonLines:
             raise LimitExceeded(f"{self.path} can't be written ({error}); make room, and resume") from None
 
     def read(self) -> list[dict[str, Any]]:
-        """All records; a last line that a crash cut short is left out."""
-        text = self.path.read_text() if self.path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        """Returns all records but a last line that a crash cut short; none without a file."""
+        return [record for _, record in json_lines(self.path)] if self.path.exists() else []
 
     def drop_from(self, step: int) -> None:
+        """Removes the records of `step` and later ones: a resumed run takes those steps again."""
         kept = [record for record in self.read() if record["step"] < step]
         with atomic_file(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -43,7 +45,10 @@ EVALUATION_EVERY_S = 30.0
 
 
 class ProgressLine:
-    """Step, loss, mean VA, rollouts/s, accuracy, time left: rewritten in a terminal, a plain line elsewhere."""
+    """Shows step, time left, loss, mean VA, accuracy and rollouts/s.
+
+    One line, drawn over itself in a terminal; elsewhere a line for every `every` steps.
+    """
 
     def __init__(
         self, *, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, every: int = 10
@@ -53,18 +58,18 @@ class ProgressLine:
         self._clock = clock
         self._every = every
         self.accuracy: float | None = None
-        """The last held-out accuracy, once there is one."""
+        """Of the last evaluation, in [0, 1]; None before the first."""
         self._started: float | None = None
         self._first = 0
         self._evaluation: Progress | None = None
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step` counts from 1 here: it has just been finished."""
+    def show_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows a finished step; `step` counts from 1 here."""
         if self._started is None:
             self._started, self._first = self._clock(), step
         done = step - self._first
         left = (self._clock() - self._started) / done * (self._steps - step) if done else None
-        # What matters least stands last: a narrow terminal cuts it off.
+        # The least important part stands last: a narrow terminal cuts it off.
         parts = [
             f"step {step:>{len(str(self._steps))}}/{self._steps}",
             f"{format_duration(left)} left" if left is not None else "",
@@ -76,8 +81,8 @@ class ProgressLine:
         if self._stream.isatty() or step % self._every == 0 or step in (1, self._steps):
             draw(self._stream, line, stays=step == self._steps)
 
-    def evaluating(self, done: int, total: int) -> None:
-        """So many held-out problems have been answered; elsewhere than in a terminal, told every half minute."""
+    def show_evaluation(self, done: int, total: int) -> None:
+        """Shows how many held-out problems have been answered; outside a terminal every half minute."""
         if self._evaluation is None:
             self._evaluation = Progress(
                 "evaluating",
@@ -87,10 +92,10 @@ class ProgressLine:
                 clock=self._clock,
                 every_s=EVALUATION_EVERY_S,
             )
-        if done < total:  # its end is told by the accuracy
+        if done < total:  # the accuracy follows as its last line
             self._evaluation.report(done)
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self._evaluation = None  # it is over, whether or not all problems were answered
+    def print_line(self, text: str) -> None:
+        """Prints a line that stays, and ends the display of an evaluation."""
+        self._evaluation = None  # even if some problems were never answered
         draw(self._stream, text, stays=True)

@@ -1,6 +1,7 @@
-"""Scores a rank's groups as they arrive, beside the generation of the others.
+"""Scores a rank's groups as they arrive, while workers still sample others.
 
-In: rollout groups and their prompts. Out: ScoredGroups, or why one can't be trained on. Waits for: the teacher.
+In: rollout groups and their prompts. Out: ScoredGroups, and a Refused with its reason for each group that can't be
+trained on. Waits for the teacher.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
 from vaopd.telemetry import tracing
-from vaopd.types import GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
+from vaopd.types import GroupId, GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_trainer.student_loss import ScoredGroup
@@ -32,14 +33,14 @@ _CHECK_EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """A group that the student's or the teacher's checks refuse; trying again would not help."""
+    """A group that the student's or the teacher's checks refuse. Trying again would not help."""
 
     group_id: str
     reason: str
 
 
 class BusyTime:
-    """Seconds in which at least one of several threads was at it."""
+    """Measures the seconds in which at least one of several threads was working."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,7 +49,8 @@ class BusyTime:
         self._seconds = 0.0
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
+        """Counts the calling thread as working while its `with` block runs."""
         with self._lock:
             if self._active == 0:
                 self._since = time.monotonic()
@@ -62,42 +64,46 @@ class BusyTime:
                     self._seconds += time.monotonic() - self._since
 
     def take(self) -> float:
-        """The seconds since the last `take`; nobody may be at it now."""
+        """Returns the seconds since the last `take`; no thread may be working now."""
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
-class Scorer:
-    """One per rank. `submit` returns at once; `results` waits for everything submitted since the last call."""
+class GroupScorer:
+    """Scores the groups of one rank on threads of its own."""
 
     def __init__(
         self,
         *,
         teacher: SyncTeacherClient,
         student: Vlm,
-        prompt_of: Callable[[str], tuple[int, Prompt]],
+        find_prompt: Callable[[GroupId], Prompt],
         max_tokens: int,
         threads: int = 4,
     ) -> None:
         self.busy = BusyTime()
-        """When groups were being prepared or at the teacher, beside the generation of the others and after it."""
+        """The time in which groups were being prepared or at the teacher."""
         self._teacher = teacher
         self._student = student
-        self._prompt_of = prompt_of
+        self._find_prompt = find_prompt
         self._max_tokens = max_tokens
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._futures: list[Future[list[ScoredGroup | Refused]]] = []
 
     def submit(self, groups: Sequence[RolloutGroup]) -> None:
+        """Begins to score these groups in one call of the teacher, and returns at once."""
         if groups:
-            # With the context of here, so that the call belongs to the step's trace.
+            # In the caller's context, so that the call belongs to the step's trace.
             context = contextvars.copy_context()
             self._futures.append(self._pool.submit(context.run, self._score, list(groups)))
 
     def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
-        """Raises what ended a scoring call. `check` is called while it waits and may raise to end the wait."""
+        """Yields the outcome of every group submitted since the last call; waits for them.
+
+        Raises the error that ended a scoring call. `check` is called during the wait and may raise to end it.
+        """
         futures, self._futures = self._futures, []
         for future in futures:
             while not wait([future], timeout=_CHECK_EVERY_S).done:
@@ -105,24 +111,25 @@ class Scorer:
             yield from future.result()
 
     def close(self) -> None:
-        """Ends at once, also while the teacher is away: its client goes first, so that nobody waits for an answer."""
+        """Ends at once, also while the teacher is away: its client is closed first, so that no thread waits for it."""
         self._closed.set()
         self._teacher.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
         ids = [group.group_id for group in groups]
-        with self.busy.measured(), tracing.span("score groups", groups=ids):
-            return self._scored(groups)
+        with self.busy.measure(), tracing.span("score groups", groups=ids):
+            return self._prepare_and_ask(groups)
 
-    def _scored(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
+    def _prepare_and_ask(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
         results: list[ScoredGroup | Refused] = []
         prepared: dict[str, tuple[int, PreparedPrompt, RolloutGroup]] = {}
         requests = []
         for group in groups:
-            index, prompt = self._prompt_of(group.group_id)
+            group_id = GroupId.parse(group.group_id)
+            prompt = self._find_prompt(group_id)
             try:
-                prepared[group.group_id] = (index, self._prepare(prompt, group), group)
+                prepared[group.group_id] = (group_id.index, self._prepare(prompt, group), group)
             except (InvalidInput, Mismatch) as error:
                 results.append(Refused(group_id=group.group_id, reason=str(error)))
                 continue
@@ -134,9 +141,9 @@ class Scorer:
                     prompt_token_ids=group.prompt_token_ids,
                 )
             )
-        for answer in answers(self._teacher, requests, closed=self._closed):
+        for answer in ask_teacher(self._teacher, requests, closed=self._closed):
             if isinstance(answer, GroupFailure):
-                # What the teacher can't answer now is not the group's fault: it ends the step, not the group.
+                # An answer that the teacher can't give now is not the group's fault: it ends the step, not the group.
                 if not isinstance(answer.error, InvalidInput | Mismatch):
                     raise answer.error
                 results.append(Refused(group_id=answer.group_id, reason=str(answer.error)))
@@ -146,7 +153,7 @@ class Scorer:
         return results
 
     def _prepare(self, prompt: Prompt, group: RolloutGroup) -> PreparedPrompt:
-        """The student's own reading of the prompt, which must be what the rollout engine read."""
+        """Renders the prompt with the student's processor; raises Mismatch if the rollout engine read other tokens."""
         decoded = {image.sha256: self._student.prepare_image(images.decode(image)) for image in prompt.images}
         rendered = self._student.render(prompt.messages, decoded)
         if not np.array_equal(rendered.token_ids, group.prompt_token_ids):
@@ -159,10 +166,13 @@ class Scorer:
         return rendered
 
 
-def answers(
+def ask_teacher(
     teacher: SyncTeacherClient, requests: Sequence[ScoreRequest], *, closed: threading.Event
 ) -> Iterator[GroupScore | GroupFailure]:
-    """One per request, however long the teacher is away: as with rollout workers, waiting for it costs nothing."""
+    """Yields one answer per request, however long the teacher is away; raises only once `closed` is set.
+
+    As with rollout workers, waiting for the teacher loses nothing.
+    """
     waiting = {request.group_id: request for request in requests}
     while waiting:
         try:

@@ -1,4 +1,4 @@
-"""The numbers of a step: sums on each rank, means over all of them, and the rollouts that the report shows."""
+"""Computes the numbers of a step: sums on each rank, means over all ranks, and the rollouts that the report shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vaopd_trainer.student_loss import WeightedGroup
 
 STEP_TIMES = ("publish_s", "wait_s", "score_s", "forward_backward_s")
 """A step's parts, one after the other: publishing the policy, waiting for its groups, waiting for scores after the last
-group has come, loss and step. Beside the waiting run `generation_s`, the slowest answer of a worker, and `scoring_s`,
+group has arrived, loss and step. During the waits run `generation_s`, the slowest answer of a worker, and `scoring_s`,
 the time in which groups were prepared or at the teacher."""
 DESCRIPTIONS = {
     "loss": "loss of the step, nats",
@@ -31,18 +31,18 @@ DESCRIPTIONS = {
     "learning_rate": "learning rate of the step",
     "publish_s": "publishing the policy, seconds",
     "wait_s": "waiting for the step's groups, seconds",
-    "score_s": "waiting for scores after the last group has come, seconds",
+    "score_s": "waiting for scores after the last group has arrived, seconds",
     "forward_backward_s": "loss, backward and optimizer step, seconds",
     "step_s": "the four parts above together, seconds; an evaluation between two steps is not in it",
     "generation_s": "the slowest answer of a rollout worker, seconds; runs beside the waiting",
     "scoring_s": "time in which groups were prepared or at the teacher, seconds; runs beside the waiting",
-    "score_overlap": "share of the scoring that nobody had to wait for",
+    "score_overlap": "share of the scoring that the step did not wait for",
     "rollouts_per_s": "rollouts trained on per second of step_s",
-    "groups_duplicate": "groups that came twice and were dropped, since the trainer started; as the next three, only "
-    "once there is one",
-    "groups_stale": "groups of a policy that was too old, dropped and asked for again",
-    "groups_other_weights": "groups sampled with other weights than this policy's, dropped and asked for again",
-    "groups_dead": "groups that were given up and will never come; `vaopd queue` tells why",
+    "groups_duplicate": "groups that arrived twice and were dropped, since the trainer started; this and the next "
+    "three are missing while they are 0",
+    "groups_stale": "groups of a policy that was too old, dropped and requested again",
+    "groups_other_weights": "groups sampled with other weights than this policy's, dropped and requested again",
+    "groups_dead": "groups that were given up and will never come; `vaopd queue dead` shows why",
 }
 """The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
 EVALUATION_DESCRIPTIONS = {
@@ -52,11 +52,11 @@ EVALUATION_DESCRIPTIONS = {
     "samples": "answers to each, the n of avg@n",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
-_IMAGES_SHOWN = 4  # of a step's groups; the others' rollouts are kept without their image
+_IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
-def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
-    """Sums over this rank's groups; `of_step` turns the ranks' sums into means."""
+def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
+    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share."""
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
     high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
@@ -78,8 +78,8 @@ def of_rank(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: flo
     }
 
 
-def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over all ranks. KL and VA per token in nats; weights' entropy in nats, log K when uniform."""
+def average_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Turns the sums of all ranks into the means that `DESCRIPTIONS` describes, and "rollouts", their number."""
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     low_tokens = total["tokens"] - total["high_tokens"]
     return {
@@ -97,8 +97,8 @@ def of_step(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
-    """What follows from a step's times; score_overlap is the part of the scoring that nobody had to wait for."""
+def derive_rates(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
+    """Computes step_s, rollouts_per_s and score_overlap from a step's times, in seconds."""
     step_s = sum(timings[part] for part in STEP_TIMES)
     return {
         "step_s": step_s,
@@ -107,8 +107,13 @@ def of_times(timings: dict[str, float], *, rollouts: float) -> dict[str, float]:
     }
 
 
-def samples_of(group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """One record per rollout: its tokens with their VA, log-probs and KL, its weight, and the question it answers."""
+def describe_rollouts(
+    group: WeightedGroup, kl_M: np.ndarray, prompt: Prompt, tokenizer: Any
+) -> Iterator[dict[str, Any]]:
+    """Yields a record for each rollout: question, tokens with their VA, log-probs and KL, weight, and correctness.
+
+    kl_M: the group's KL (M,) in nats, siblings one after the other.
+    """
     score = group.scored.score
     question = " ".join(
         part.text for message in prompt.messages for part in message.content if isinstance(part, TextPart)

@@ -73,7 +73,7 @@ def test_sigterm_ends_a_trainer_whose_teacher_is_away_and_the_run_goes_on_from_i
     trainer.send(signal.SIGTERM)
     wait_until("the trainer ends", lambda: trainer.returncode is not None)
     assert trainer.exit_code() == 130
-    assert "stopped at step 0; go on with --resume" in trainer.text()
+    assert "stopped at step 0; continue with --resume" in trainer.text()
 
     system.start_teacher()
     job.finished(job.start_trainer(resume=True))

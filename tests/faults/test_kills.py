@@ -83,7 +83,7 @@ def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System,
 
     again = job.start_trainer()
     assert again.exit_code() == 2
-    assert "is in use; pass --resume to go on" in again.text()
+    assert "is in use; pass --resume to continue" in again.text()
 
     older, newest = sorted((job.folder / "checkpoints").iterdir())
     weights = newest / "student.safetensors"
@@ -166,7 +166,7 @@ def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system
     job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
     trainer.send(signal.SIGTERM)
     assert trainer.exit_code() == 130
-    assert "stopped at step 0; go on with --resume" in trainer.text()
+    assert "stopped at step 0; continue with --resume" in trainer.text()
     assert [folder.name for folder in (job.folder / "checkpoints").iterdir()] == ["step_000000"]
 
     worker = job.start_worker()

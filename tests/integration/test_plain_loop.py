@@ -56,13 +56,13 @@ def test_its_hidden_states_are_those_of_the_trainer(example: Any, data: Path) ->
     """One plain forward per sequence there; here the prompt once for all siblings."""
     student = tiny_vlm("student")
     prompt = load_prompts(data, split="train")[0]
-    inputs = example.inputs_of(prompt, student.processor)
+    inputs = example.prepare_inputs(prompt, student.processor)
     responses = [torch.tensor([40, 41, 42]), torch.tensor([50, 51])]
     prepared = {image.sha256: student.prepare_image(example.decode(image)) for image in prompt.images}
     rendered = student.render(prompt.messages, prepared)
     np.testing.assert_array_equal(rendered.token_ids, inputs["input_ids"][0].numpy())
     with torch.no_grad():
-        found = example.response_hidden(student.model, inputs, responses)
+        found = example.compute_hidden(student.model, inputs, responses)
         expected = student.response_hidden(
             [Segment(prompt=rendered, responses=tuple(response.numpy() for response in responses))]
         )

@@ -197,8 +197,8 @@ def test_a_step_s_numbers() -> None:
     metrics = TrainerMetrics(job="geometry", steps=10)
     job = {"vaopd_job": "geometry"}
     assert read(metrics.registry, "vaopd_trainer_loss_nats", **job) is None  # not 0: it isn't known yet
-    metrics.stepped(1, STEP, rollouts=4, lags=[0, 0, 2])
-    metrics.stepped(2, {key: value for key, value in STEP.items() if key != "kl_low"}, rollouts=4, lags=[0, 0, 2])
+    metrics.note_step(1, STEP, rollouts=4, lags=[0, 0, 2])
+    metrics.note_step(2, {key: value for key, value in STEP.items() if key != "kl_low"}, rollouts=4, lags=[0, 0, 2])
     expected = {"step": 2, "steps_planned": 10, "loss_nats": 0.5, "rollouts_total": 8, "tokens_total": 240}
     for name, value in expected.items():
         assert read(metrics.registry, f"vaopd_trainer_{name}", **job) == value

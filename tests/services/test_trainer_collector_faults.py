@@ -147,7 +147,7 @@ def test_an_empty_redis_gives_no_job_back_to_a_trainer_whose_successor_has_begun
         make_collector(successor)
         server.kill()
         server.start()
-        with pytest.raises(LeaseLost, match=f"'{successor.owner}' has gone on"):
+        with pytest.raises(LeaseLost, match=f"'{successor.owner}' has continued"):
             collect(collector, "g1")
         successor.acquire()  # at once: nobody holds it
 

@@ -23,6 +23,7 @@ from vaopd.sampling.transformers_engine import TransformersEngine
 from vaopd.types import (
     Degradation,
     EncodedImage,
+    GroupId,
     PayloadKind,
     PolicyVersion,
     Prompt,
@@ -31,7 +32,7 @@ from vaopd.types import (
     SamplingSettings,
 )
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.scorer import Refused, Scorer
+from vaopd_trainer.scorer import GroupScorer, Refused
 from vaopd_trainer.student_loss import ScoredGroup
 
 
@@ -63,7 +64,7 @@ def plain(name: str) -> PlainStudent:
 def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
     return [
         RolloutRequest(
-            group_id=f"train-000000-{index:04d}",
+            group_id=str(GroupId(purpose="train", step=0, index=index)),
             messages=prompt.messages,
             images=prompt.images,
             num_rollouts=rollouts,
@@ -95,20 +96,21 @@ class Scored:
 @contextmanager
 def scorer_for(
     teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, **client: Any
-) -> Iterator[tuple[Scorer, SyncTeacherClient]]:
+) -> Iterator[tuple[GroupScorer, SyncTeacherClient]]:
     """batch_tokens = 1: the teacher takes each row by itself, so that the same groups always give the same bits."""
     student = vlm("student")
     listed = prompts()
-
-    def prompt_of(group_id: str) -> tuple[int, Prompt]:
-        index = int(group_id.rpartition("-")[2])
-        return index, listed[index]
 
     with (
         teacher_in_process(teacher, batch_tokens=batch_tokens) as server,
         SyncTeacherClient(server.target, tokenizer_fingerprint=student.fingerprint, **client) as connection,
     ):
-        scorer = Scorer(teacher=connection, student=student, prompt_of=prompt_of, max_tokens=max_tokens)
+        scorer = GroupScorer(
+            teacher=connection,
+            student=student,
+            find_prompt=lambda group: listed[group.index],
+            max_tokens=max_tokens,
+        )
         try:
             yield scorer, connection
         finally:

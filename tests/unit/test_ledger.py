@@ -13,7 +13,7 @@ import pytest
 
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
-from vaopd.run.checkpoints import LedgerLine, Progress, write_progress
+from vaopd.run.checkpoints import LedgerLine, RunState, write_run_state
 from vaopd.run.ledger import Audit, Ledger, audit
 
 
@@ -37,7 +37,7 @@ def checkpoint(run: Path, step: int, *trained: tuple[str, int]) -> None:
     folder = run / "checkpoints" / f"step_{step:06d}"
     folder.mkdir(parents=True)
     lines = [LedgerLine(group_id=group, step=of, policy_version=0) for group, of in trained]
-    write_progress(folder, Progress(step=step, ledger=lines))
+    write_run_state(folder, RunState(step=step, ledger=lines))
 
 
 def outcomes(books: Audit) -> dict[str, str]:
@@ -164,12 +164,12 @@ def test_a_line_that_a_crash_cut_short_is_neither_read_nor_written_on(ledger: Le
 def test_a_damaged_line_is_named(ledger: Ledger, tmp_path: Path) -> None:
     published(ledger, "a", step=0)
     (tmp_path / "ledger.jsonl").write_text((tmp_path / "ledger.jsonl").read_text() + '{"event":"deli\n')
-    with pytest.raises(InvalidInput, match=r"line 2, is no ledger event"):
+    with pytest.raises(InvalidInput, match=r"line 2, is not a ledger event"):
         audit(tmp_path)
 
 
 def test_a_folder_without_books_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="it is no run folder, or the run was made before there were ledgers"):
+    with pytest.raises(NotFound, match="it is not a run folder, or is of a version without ledgers"):
         audit(tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_a_trainer_that_was_taken_for_dead_learns_it_from_the_books(ledger: Ledg
     ledger.check_owner()
     successor = Ledger(tmp_path / "ledger.jsonl", owner="t2", fresh=False)
     successor.check_owner()
-    with pytest.raises(LeaseLost, match="trainer 't1' was taken for dead, and 't2' has gone on"):
+    with pytest.raises(LeaseLost, match="trainer 't1' was taken for dead, and 't2' has continued"):
         ledger.check_owner()
     successor.close()
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.errors import InvalidInput, LimitExceeded
+from vaopd.run.checkpoints import LedgerLine, RunState, latest_checkpoint, load_run_state
 from vaopd_trainer import checkpoint
-from vaopd_trainer.checkpoint import LedgerLine, Progress
 
 
 class Run:
@@ -34,22 +34,22 @@ class Run:
         self.schedule.step()
 
     def save(self, folder: Path, step: int, *, keep: int = 2) -> Path:
-        progress = Progress(
+        state = RunState(
             step=step,
             schedule=self.schedule.state_dict(),
             ledger=[LedgerLine(group_id=f"train-{s:06d}-0000", step=s, policy_version=s) for s in range(step)],
         )
-        return checkpoint.save(folder, progress, student=self.model.state_dict(), optimizer=self.optimizer, keep=keep)
+        return checkpoint.save(folder, state, student=self.model.state_dict(), optimizer=self.optimizer, keep=keep)
 
-    def restore(self, folder: Path) -> Progress:
+    def restore(self, folder: Path) -> RunState:
         """As `Trainer.resume` does."""
-        progress = checkpoint.load_progress(folder)
+        state = load_run_state(folder)
         self.model.load_state_dict(checkpoint.load_student(folder))
         checkpoint.load_optimizer(folder, self.optimizer)
-        self.schedule.load_state_dict(progress.schedule)
+        self.schedule.load_state_dict(state.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        return progress
+        return state
 
 
 def test_a_restored_run_goes_on_exactly_as_the_one_that_was_never_stopped(tmp_path: Path) -> None:
@@ -78,20 +78,20 @@ def test_before_the_first_step_there_is_nothing_to_remember_and_that_is_fine(tmp
 
 
 def test_the_ledger_holds_each_trained_group_with_its_step_and_policy(tmp_path: Path) -> None:
-    progress = Run().restore(Run().save(tmp_path, 2))
-    assert progress.step == 2
-    assert progress.ledger == [
+    state = Run().restore(Run().save(tmp_path, 2))
+    assert state.step == 2
+    assert state.ledger == [
         LedgerLine(group_id="train-000000-0000", step=0, policy_version=0),
         LedgerLine(group_id="train-000001-0000", step=1, policy_version=1),
     ]
 
 
 def test_the_newest_are_kept_and_the_newest_of_all_is_found(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None
     for step in (2, 4, 10):
         Run().save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000004", "step_000010"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_000010"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000010"
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
@@ -108,13 +108,13 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> 
     with pytest.raises(DiskFull):
         checkpoint.save(
             tmp_path,
-            Progress(step=4),
+            RunState(step=4),
             student=run.model.state_dict(),
             optimizer=Failing(),  # type: ignore[arg-type]
             keep=1,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
-    assert checkpoint.latest(tmp_path) == saved
+    assert latest_checkpoint(tmp_path) == saved
 
 
 @pytest.mark.parametrize("file", ["state.json", "ledger.jsonl", "student.safetensors", "optimizer.safetensors"])

@@ -103,6 +103,36 @@ def test_a_second_group_of_the_same_id_is_dropped_and_counted(make_collector: Ma
     assert collector.counts == {"duplicate": 1}
 
 
+def test_a_duplicate_stays_until_the_group_that_it_repeats_is_durable(
+    make_collector: MakeCollector, a_job: MemoryJob
+) -> None:
+    """A power cut took the entry in use from Redis, its request was answered again, and then the trainer died."""
+    queue, worker = a_job.trainer(), a_job.worker("w1")
+    collector = make_collector(queue)
+    ask(collector, [a_request("g1"), a_request("g2")], oldest_version=0)
+    answer(worker)
+    collect(collector, "g1")
+    groups = a_job.broker.streams["groups"]
+    [in_use] = groups
+    a_job.put_raw("groups", "g1@0", groups.pop(in_use).body)
+    answer(worker)
+    collect(collector, "g2")
+    assert collector.counts == {"duplicate": 1}
+    a_job.trainer_dies()
+
+    queue = a_job.trainer()
+    successor = make_collector(queue)
+    ask(successor, [a_request("g1"), a_request("g2")], oldest_version=0)
+    assert ids(collect(successor, "g1", "g2")) == ["g1", "g2"]
+    a_job.put_raw("groups", "g1@0", next(iter(groups.values())).body)
+    ask(successor, [a_request("g3")], oldest_version=0)
+    answer(worker)
+    collect(successor, "g3")
+    assert successor.counts == {"duplicate": 1}
+    successor.acknowledge(["g1", "g2", "g3"])
+    assert not groups  # the duplicate goes with the group
+
+
 def test_only_what_is_acknowledged_leaves_the_queue(make_collector: MakeCollector, a_job: MemoryJob) -> None:
     queue, worker = a_job.trainer(), a_job.worker("w1")
     collector = make_collector(queue)

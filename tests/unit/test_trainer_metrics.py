@@ -76,7 +76,7 @@ def expected() -> dict[str, Any]:
 
 
 def test_one_rank() -> None:
-    found = step_numbers.of_step([step_numbers.of_rank([FIRST, SECOND], [FIRST_KL, SECOND_KL], loss=0.75)])
+    found = step_numbers.average_ranks([step_numbers.sum_groups([FIRST, SECOND], [FIRST_KL, SECOND_KL], loss=0.75)])
     assert found.pop("va_top10_share") == pytest.approx(4 / 7)  # the top ⌈0.8⌉ = 1 of 8 tokens
     assert found == pytest.approx(expected())
 
@@ -84,22 +84,22 @@ def test_one_rank() -> None:
 def test_two_ranks_make_the_same_means_of_their_sums() -> None:
     """But for the share of the top tokens, which is the mean over ranks of each rank's own."""
     parts = [
-        step_numbers.of_rank([FIRST], [FIRST_KL], loss=0.5),
-        step_numbers.of_rank([SECOND], [SECOND_KL], loss=0.25),
+        step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5),
+        step_numbers.sum_groups([SECOND], [SECOND_KL], loss=0.25),
     ]
-    found = step_numbers.of_step(parts)
+    found = step_numbers.average_ranks(parts)
     assert found.pop("va_top10_share") == pytest.approx((4 / 5 + 1) / 2)
     assert found == pytest.approx(expected())
 
 
 def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
-    found = step_numbers.of_step([step_numbers.of_rank([SECOND], [SECOND_KL], loss=1.0)])
+    found = step_numbers.average_ranks([step_numbers.sum_groups([SECOND], [SECOND_KL], loss=1.0)])
     assert math.isnan(found["kl_low"])
 
 
 def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
     timings = {"publish_s": 0.5, "wait_s": 2.0, "score_s": 0.5, "forward_backward_s": 1.0, "scoring_s": 2.0}
-    values = step_numbers.of_times(timings, rollouts=8)
+    values = step_numbers.derive_rates(timings, rollouts=8)
     assert values == {"step_s": 4.0, "rollouts_per_s": 2.0, "score_overlap": 0.75}
 
 
@@ -107,9 +107,9 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
     clock = iter([10.0, 13.0, 20.0, 20.5])
     monkeypatch.setattr("vaopd_trainer.scorer.time.monotonic", lambda: next(clock))
     busy = BusyTime()
-    with busy.measured(), busy.measured():
+    with busy.measure(), busy.measure():
         pass
-    with busy.measured():
+    with busy.measure():
         pass
     assert busy.take() == 3.5
     assert busy.take() == 0.0
@@ -117,8 +117,8 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
 
 def test_every_number_of_a_step_is_described() -> None:
     """The trainer adds the norm, the rate, the times and what the collector counted; "rollouts" it only divides by."""
-    written = set(step_numbers.of_step([step_numbers.of_rank([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
+    written = set(step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
     timings = dict.fromkeys((*step_numbers.STEP_TIMES, "scoring_s"), 1.0)
-    written |= set(timings) | set(step_numbers.of_times(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
+    written |= set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
     counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
     assert written == set(step_numbers.DESCRIPTIONS) - counted

@@ -61,7 +61,7 @@ def test_in_a_log_every_tenth_step_is_a_line_and_so_are_the_first_and_the_last()
     stream, clock = io.StringIO(), Clock()
     progress = ProgressLine(steps=25, stream=stream, clock=clock)
     for step in range(1, 26):
-        progress.step(step, METRICS)
+        progress.show_step(step, METRICS)
         clock.now_s += 6.0
     # The time left is measured from the first finished step on: 6 s per step, 15 steps after the tenth.
     assert stream.getvalue().splitlines() == [
@@ -75,10 +75,10 @@ def test_in_a_log_every_tenth_step_is_a_line_and_so_are_the_first_and_the_last()
 def test_in_a_terminal_the_line_is_rewritten_and_what_is_said_stays() -> None:
     stream, clock = Terminal(), Clock()
     progress = ProgressLine(steps=1000, stream=stream, clock=clock)
-    progress.step(1, METRICS)
+    progress.show_step(1, METRICS)
     clock.now_s += 10.0
-    progress.step(2, METRICS)
-    progress.say("held-out accuracy at step 2: 40.0%")
+    progress.show_step(2, METRICS)
+    progress.print_line("held-out accuracy at step 2: 40.0%")
     first, second, said = stream.getvalue().split("\r\x1b[K")[1:]
     assert first == "step    1/1000  loss 1.2500  mean VA 0.500  20.0 rollouts/s"
     assert second == "step    2/1000  2:46:20 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s"  # 998 × 10 s
@@ -88,9 +88,9 @@ def test_in_a_terminal_the_line_is_rewritten_and_what_is_said_stays() -> None:
 def test_a_resumed_run_counts_its_own_steps_for_the_time_left() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = ProgressLine(steps=100, stream=stream, clock=clock)
-    progress.step(89, METRICS)
+    progress.show_step(89, METRICS)
     clock.now_s += 2.0
-    progress.step(90, METRICS)
+    progress.show_step(90, METRICS)
     assert stream.getvalue() == "step  90/100  0:20 left  loss 1.2500  mean VA 0.500  20.0 rollouts/s\n"
 
 
@@ -102,10 +102,10 @@ def test_an_evaluation_tells_how_far_it_is() -> None:
     ):
         clock = Clock()
         progress = ProgressLine(steps=25, stream=stream, clock=clock)
-        progress.evaluating(10, 40)
+        progress.show_evaluation(10, 40)
         clock.now_s += 60.0
-        progress.evaluating(30, 40)
+        progress.show_evaluation(30, 40)
         clock.now_s += 5.0
-        progress.evaluating(35, 40)
-        progress.evaluating(40, 40)
+        progress.show_evaluation(35, 40)
+        progress.show_evaluation(40, 40)
         assert [line for line in stream.getvalue().replace("\r\x1b[K", "\n").splitlines() if line] == expected

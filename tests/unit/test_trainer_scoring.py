@@ -11,7 +11,7 @@ import pytest
 from vaopd.client import GroupFailure
 from vaopd.errors import InvalidInput, Unavailable
 from vaopd.types import ScoreRequest
-from vaopd_trainer.scorer import answers
+from vaopd_trainer.scorer import ask_teacher
 
 
 def a_request(group_id: str) -> ScoreRequest:
@@ -37,7 +37,7 @@ class LongAway:
 def test_a_teacher_that_is_away_for_long_is_asked_again_for_what_is_missing() -> None:
     teacher = LongAway()
     requests = [a_request("a"), a_request("b")]
-    results = list(answers(teacher, requests, closed=threading.Event()))  # type: ignore[arg-type]
+    results = list(ask_teacher(teacher, requests, closed=threading.Event()))  # type: ignore[arg-type]
     assert [result.group_id for result in results] == ["a", "b"]
     assert teacher.asked == [["a", "b"], ["a", "b"], ["b"]]
 
@@ -46,4 +46,4 @@ def test_when_the_run_ends_nobody_waits_any_more() -> None:
     closed = threading.Event()
     closed.set()
     with pytest.raises(Unavailable):
-        list(answers(LongAway(), [a_request("a")], closed=closed))  # type: ignore[arg-type]
+        list(ask_teacher(LongAway(), [a_request("a")], closed=closed))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import vaopd
 from vaopd.cli import certs, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
 from vaopd.errors import VaopdError
+from vaopd.process.extras import explain_missing_module
 
 FAILED = 2
 
@@ -24,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verbose or os.environ.get("VAOPD_DEBUG") == "1":
             traceback.print_exc()
         print(f"vaopd: {error}", file=sys.stderr)
+        return FAILED
+    except ImportError as error:
+        missing = explain_missing_module(error, arguments.extra)
+        if missing is None:
+            raise
+        print(f"vaopd: {missing}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return 130
@@ -41,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=vaopd.__version__)
     parser.add_argument("--verbose", action="store_true", help="show where an error comes from (also VAOPD_DEBUG=1)")
+    parser.set_defaults(extra="services")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in (run, services, score, evaluate, make, watch, report, ledger, queue, keys, certs, doctor):
         module.add_parsers(subparsers)

@@ -22,7 +22,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     certs.add_argument("--days", type=int, default=30, metavar="N", help="how long they are valid (default 30)")
     certs.add_argument("--replace", action="store_true", help="overwrite those that are there")
-    certs.set_defaults(command=_make)
+    certs.set_defaults(command=_make, extra="certs")
 
 
 def _make(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
-import importlib.metadata
 import os
 import platform
 import sys
@@ -13,16 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vaopd.process.extras import ROLES, missing_packages, packages_of, version_of
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
 INSTALL = "pip install -e '.[cpu]'   (with an NVIDIA GPU: '.[gpu]')"
-# What the processes import; without one of them the demo can't run.
-NEEDED = (
-    *("torch", "torchvision", "transformers", "accelerate", "safetensors", "datasets", "pyarrow", "math-verify"),
-    *("grpcio", "grpcio-health-checking", "grpcio-reflection", "protobuf", "redis", "fastapi", "uvicorn"),
-    *("numpy", "pillow", "pydantic", "matplotlib", "tensorboard", "scikit-learn"),
-)
 MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
 
 
@@ -61,6 +56,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def findings(runs: Path) -> Iterator[Finding]:
     yield _python()
+    yield from _roles()
     yield from _packages()
     yield _engine()
     yield from _torch()
@@ -76,15 +72,22 @@ def _python() -> Finding:
     return Finding(status=status, what="Python", detail=f"{version}, {os.cpu_count()} cores, {platform.platform()}")
 
 
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _roles() -> Iterator[Finding]:
+    """Which processes can run here. Only the demo needs them all."""
+    yield Finding(status="ok", what="role client", detail="complete (the client library and the command line)")
+    for role in ROLES:
+        missing = missing_packages(role)
+        if missing:
+            yield Finding(
+                status="missing", what=f"role {role}", detail=f"lacks {', '.join(missing)}",
+                remedy=f"pip install 'vaopd[{role}]'",
+            )  # fmt: skip
+        else:
+            yield Finding(status="ok", what=f"role {role}", detail="complete")
 
 
 def _packages() -> Iterator[Finding]:
-    for package in NEEDED:
+    for package in dict.fromkeys((*packages_of("services"), *packages_of("tiny"))):
         version = version_of(package)
         if version is None:
             yield Finding(status="missing", what=package, detail="not installed", remedy=INSTALL)
@@ -166,6 +169,8 @@ def _torch_companions() -> Iterator[Finding]:
 
 
 def _redis() -> Finding:
+    if version_of("redis") is None:
+        return Finding(status="missing", what="Redis server", detail="not looked for: redis is not installed")
     from vaopd.errors import ConfigError
     from vaopd.queue.embedded import server_binary
 

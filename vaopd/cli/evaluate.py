@@ -24,7 +24,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     evaluate.add_argument("--split", help="of the data (default: data.validation_split)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, extra="trainer")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     geometry.add_argument("--train", type=int, default=4000, metavar="N", help="problems to train on (default 4000)")
     geometry.add_argument("--validation", type=int, default=300, metavar="N", help="(default 300)")
     geometry.add_argument("--test", type=int, default=600, metavar="N", help="(default 600)")
-    geometry.set_defaults(command=_make_geometry)
+    geometry.set_defaults(command=_make_geometry, extra="tiny")
 
     models = subparsers.add_parser("models", help="make tiny models").add_subparsers(required=True, metavar="ACTION")
     make = models.add_parser("make", help="pre-train a tiny Qwen3-VL; about ten minutes on one core")
@@ -30,7 +30,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     make.add_argument("folder", metavar="FOLDER", type=Path)
     make.add_argument("--seed", type=int, help="instead of the recipe's own")
     make.add_argument("--steps", type=int, help="instead of the recipe's own")
-    make.set_defaults(command=_make_model)
+    make.set_defaults(command=_make_model, extra="tiny")
 
 
 def _make_geometry(arguments: argparse.Namespace) -> int:

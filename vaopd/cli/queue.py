@@ -19,16 +19,16 @@ def add_parsers(subparsers: Subparsers) -> None:
     queue = subparsers.add_parser("queue", help="the dead letters of a job: requests and groups that were given up")
     actions = queue.add_subparsers(required=True, metavar="ACTION")
     dead = actions.add_parser("dead", help="list them, the oldest first, each with its reason")
-    dead.set_defaults(command=_dead)
+    dead.set_defaults(command=_dead, extra="queue")
     retry = actions.add_parser(
         "retry",
         help="publish again",
         description="Publishes dead letters again. A run uses them if it has not closed their step yet: one that goes "
         "on from an earlier checkpoint does, one that is beyond it drops them and counts them.",
     )
-    retry.set_defaults(command=_retry)
+    retry.set_defaults(command=_retry, extra="queue")
     drop = actions.add_parser("drop", help="remove for good")
-    drop.set_defaults(command=_drop)
+    drop.set_defaults(command=_drop, extra="queue")
     for parser in (retry, drop):
         which = parser.add_mutually_exclusive_group(required=True)
         which.add_argument("ids", metavar="ID", nargs="*", default=[], help="as `vaopd queue dead` shows it")

@@ -23,7 +23,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         default="range",
         help="band around the mean over seeds: their standard error, or lowest to highest (default)",
     )
-    report.set_defaults(command=_report)
+    report.set_defaults(command=_report, extra="report")
 
 
 def _report(arguments: argparse.Namespace) -> int:

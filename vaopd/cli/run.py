@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
+from vaopd.process.extras import require
 from vaopd.process.flags import add_service_flag, service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
@@ -85,6 +86,8 @@ def _up(arguments: argparse.Namespace) -> int:
     )
     if arguments.log_format:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
+    roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
+    require(*roles)
     return up(options, say=_say, show=_show(), check=lambda config: check(config, needs))
 
 
@@ -95,6 +98,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     if not DEMO_CONFIG.exists():
         raise ConfigError(f"{DEMO_CONFIG} is not here; run the demo in the root of the repository")
+    require("services", "tiny")
     overrides = [
         f"run.name={arguments.name or new_run_name('demo')}",
         f"run.seed={arguments.seed}",

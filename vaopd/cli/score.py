@@ -40,7 +40,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
     score.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
     score.add_argument("--html", type=Path, metavar="FILE", help="write it into one self-contained file, too")
-    score.set_defaults(command=_score)
+    score.set_defaults(command=_score, extra="model")
 
 
 class _Kinds:

@@ -1,1 +1,1 @@
-"""Prompts: the generated handwritten geometry, and loaders for Geometry3K, ViRL39K and data of one's own."""
+"""Prompts: the generated handwritten geometry, and loaders for Geometry3K, ViRL39K and your own data."""

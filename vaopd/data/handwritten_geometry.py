@@ -1,9 +1,9 @@
-r"""Handwritten geometry: small figures whose numbers are real scans of handwritten digits.
+r"""Generates handwritten geometry: small figures with numbers that are real scans of handwritten digits.
 
-A figure of 96×96 px (a triangle, a rectangle or an angle) carries handwritten numbers beside its sides. Whoever reads
-the numbers has the rest by easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The
-scans are scikit-learn's `load_digits` (1797 scans of 8×8 px). Which scan belongs to which split is fixed, whatever the
-seed: a model that was trained on any training split has never seen a scan of a validation or test split.
+A figure of 96×96 px (a triangle, a rectangle or an angle) has handwritten numbers beside its sides. With the numbers
+read, the rest is easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The scans are
+scikit-learn's `load_digits` (1797 scans of 8×8 px). Each scan belongs to one split, whatever the seed: a model that was
+trained on any training split has never seen a scan of a validation or test split.
 
 >>> question = Question(kind="triangle_perimeter", numbers=(3, 4, 5))
 >>> question.answer
@@ -42,9 +42,9 @@ HELD_OUT_PER_DIGIT = 20
 """Scans of each digit in the validation split, and as many in the test split; all others are for training."""
 PHRASINGS = 4
 COMMON_FIRST = (0.55, 0.25, 0.15, 0.05)
-"""How often each phrasing is chosen, for each of the three sentences: the teacher's habit and that of `write`."""
+"""The probability of each phrasing, for each of the three sentences: the teacher's habit and that of `write`."""
 COMMON_LAST = COMMON_FIRST[::-1]
-"""The student's habit: it says the same things in other words."""
+"""The student's habit: it says the same in other words."""
 
 _ASKED: dict[Kind, str] = {
     "triangle_perimeter": "Find the perimeter of the triangle.",
@@ -55,7 +55,7 @@ _ASKED: dict[Kind, str] = {
 }
 KINDS: tuple[Kind, ...] = tuple(_ASKED)
 READ_QUESTION = "Read the numbers."
-"""The auxiliary question of pre-training; it has no part in the data sets that `write` makes."""
+"""The auxiliary question of pre-training; the data sets that `write` makes don't contain it."""
 
 _READ_SIDES = ("The sides are {}.", "The figure shows {}.", "I can read {} here.", "We are given {}.")
 _READ_ANGLE = ("The angle is {}.", "The figure shows {}.", "I can read {} here.", "We are given {}.")
@@ -92,8 +92,7 @@ _ANSWERED = (
     r"Hence it is \boxed{{{}}}.",
 )
 
-# Where a number's centre goes, in pixels, one place per number. The figures are not drawn to scale, so that a shape
-# says nothing of its numbers.
+# The centre of each number, in pixels. The figures are not drawn to scale, so that no shape gives its numbers away.
 _PLACES: dict[str, tuple[tuple[int, int], ...]] = {
     "triangle": ((17, 28), (79, 28), (48, 81)),
     "rectangle": ((17, 35), (60, 79)),
@@ -107,31 +106,34 @@ _DIGIT_PITCH_PX = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked of a figure, and the numbers written on it."""
+    """A question about a figure, and the numbers written on it."""
 
     kind: Kind
     numbers: tuple[int, ...]
 
     @property
     def asked(self) -> str:
+        """The question as text."""
         return _ASKED[self.kind]
 
     @property
     def figure(self) -> str:
+        """The figure's name: triangle, rectangle or angle."""
         return self.kind.split("_")[0]
 
     @property
     def answer(self) -> str:
+        """The number that answers the question."""
         return self._working().rpartition("=")[2]
 
     def reading(self, phrasing: int) -> str:
-        """The sentence that says what is written on the figure."""
+        """Returns the sentence that reads the numbers off the figure."""
         *first, last = (str(number) for number in self.numbers)
         listed = f"{', '.join(first)} and {last}" if first else last
         return (_READ_ANGLE if self.figure == "angle" else _READ_SIDES)[phrasing].format(listed)
 
     def solution(self, phrasing: tuple[int, int, int]) -> str:
-        """The chain of thought: what is read, what is worked out, the answer."""
+        """Returns the chain of thought: the reading, the working, the answer."""
         worked = _WORKED[self.kind.split("_")[1]][phrasing[1]].format(self._working())
         return f"{self.reading(phrasing[0])} {worked} {_ANSWERED[phrasing[2]].format(self.answer)}"
 
@@ -149,7 +151,7 @@ class Question:
 
 @cache
 def scans(split: Split) -> Scans:
-    """The scans of one split; no two splits share one."""
+    """Loads the scans of one split; no two splits share one."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -166,10 +168,10 @@ def scans(split: Split) -> Scans:
 
 
 def write(folder: Path, *, seed: int, train: int, validation: int, test: int) -> None:
-    """Write folder/{train,validation,test}.parquet in Geometry3K's schema, with that many problems each.
+    """Writes folder/{train,validation,test}.parquet in Geometry3K's schema, with so many problems each.
 
-    Columns: problem (the question after one "<image>" marker), answer (the number), images (one PNG), and beyond
-    Geometry3K solution (the chain of thought; for pre-training only). The same seed gives the same files.
+    Columns: problem (the question after one "<image>" marker), answer (the number), images (one PNG), and, which
+    Geometry3K lacks, solution (the chain of thought; for pre-training only). The same seed gives the same files.
     """
     import pyarrow.parquet as pq
 
@@ -224,7 +226,10 @@ def _table(rows: list[dict[str, object]]) -> pa.Table:
 
 
 def random_question(rng: np.random.Generator) -> Question:
-    """Each kind equally often; sides from 1 to 9, three of them always a possible triangle; angles from 10 to 89."""
+    """Draws a question, each kind equally often.
+
+    Sides are from 1 to 9, three of them always a possible triangle; angles from 10 to 89.
+    """
     kind = KINDS[rng.integers(len(KINDS))]
     if kind == "angle_complement":
         return Question(kind=kind, numbers=(int(rng.integers(10, 90)),))
@@ -237,13 +242,13 @@ def random_question(rng: np.random.Generator) -> Question:
 
 
 def random_phrasing(rng: np.random.Generator, habit: tuple[float, ...] = COMMON_FIRST) -> tuple[int, int, int]:
-    """One phrasing for each of the three sentences, chosen independently."""
+    """Draws a phrasing for each of the three sentences, independently."""
     first, second, third = rng.choice(PHRASINGS, size=3, p=habit)
     return int(first), int(second), int(third)
 
 
 def draw(question: Question, scans_by_digit: Scans, rng: np.random.Generator) -> Image.Image:
-    """The figure with its handwritten numbers: an RGB image of 96×96 px, dark on white."""
+    """Draws the figure with its handwritten numbers: an RGB image of 96×96 px, dark on white."""
     image = Image.new("L", (SIZE_PX, SIZE_PX), 255)
     _draw_figure(ImageDraw.Draw(image), question.figure, rng)
     page = np.asarray(image, dtype=np.float32).copy()
@@ -268,7 +273,7 @@ def _draw_figure(pen: ImageDraw.ImageDraw, figure: str, rng: np.random.Generator
 def _write_number(
     page: np.ndarray, number: str, place: tuple[int, int], scans_by_digit: Scans, rng: np.random.Generator
 ) -> None:
-    """Put the digits on the page (96, 96), in place; ink only ever darkens."""
+    """Puts the digits on the page (96, 96), in place; ink only darkens."""
     for position, digit in enumerate(number):
         choices = scans_by_digit[int(digit)]
         scan = Image.fromarray((choices[rng.integers(len(choices))] * 255).astype(np.uint8))

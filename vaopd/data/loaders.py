@@ -1,9 +1,9 @@
-"""Loaders: a local folder of Parquet, or a data set of the hub, as `vaopd.types.Prompt`s.
+"""Loads prompts from a local folder of Parquet or a data set of the hub, as `vaopd.types.Prompt`s.
 
-Two schemas are known by their columns: Geometry3K's (problem, answer, images; also that of our generator) and ViRL39K's
-(question, answer, image: paths beside the Parquet file, qid). "<image>" in the text says where an image stands; images
+Two schemas are recognised by their columns: Geometry3K's (problem, answer, images; the generator's too) and ViRL39K's
+(question, answer, image: paths beside the Parquet file, qid). "<image>" in the text marks the place of an image; images
 without any marker come first. A bad record is an `InvalidInput` that names its index and field: text and counts are
-checked at once for all records, image bytes when a prompt is taken. Images are carried as bytes and never decoded here.
+checked at once for all records, image bytes when a prompt is taken. Images stay encoded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 IMAGE_MARKER = "<image>"
 IN_MEMORY_BYTES = 256 * 2**20
-"""Larger local sets are memory-mapped through `datasets` (whose cache then holds an Arrow copy), not read whole."""
+"""Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schema:
-    """Which column holds what."""
+    """The columns of a data set's text, answer, images and record id."""
 
     name: str
     text: str
@@ -60,11 +60,11 @@ def load_prompts(
     bad_records: Literal["raise", "skip"] = "raise",
     cache_dir: Path | None = None,
 ) -> Prompts:
-    """The prompts of one split, in order or shuffled; at most `limit` of them (taken after shuffling).
+    r"""Loads the prompts of one split, in order or shuffled; at most `limit` of them (taken after shuffling).
 
     source: a folder with `{split}.parquet`, `{split}-*.parquet`, the same in `data/`, or, for "train", one Parquet file
     of any name; else a hub id like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
-    "Put the final answer in \\\\boxed{}." bad_records: "skip" leaves out, with a warning, records whose text, answer or
+    "Put the final answer in \boxed{}." bad_records: "skip" leaves out, with a warning, records whose text, answer or
     number of images is wrong. cache_dir: where `datasets` keeps what it downloads or maps.
     """
     if limit is not None and limit < 1:
@@ -85,7 +85,7 @@ def load_prompts(
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of a split as a sequence; each is made when it is asked for."""
+    """The prompts of a split as a sequence; each is made when it is taken."""
 
     def __init__(
         self,
@@ -120,10 +120,11 @@ class Prompts(Sequence[Prompt]):
         return self._prompt(int(self._order[index]))
 
     def first(self, limit: int | None) -> Prompts:
+        """Returns the first `limit` prompts, or all."""
         return self if limit is None else self[:limit]
 
     def checked(self, bad_records: Literal["raise", "skip"]) -> Prompts:
-        """Look at every record's text, answer and number of images (not at image bytes); drop or refuse the bad."""
+        """Checks every record's text, answer and number of images (not image bytes); drops or refuses bad ones."""
         import pyarrow.compute as pc
 
         texts = self._table[self._schema.text].to_pylist()
@@ -141,7 +142,7 @@ class Prompts(Sequence[Prompt]):
         if len(faults) > 1:
             message += f" ({len(faults)} of {len(texts)} records are bad: {str(sorted(faults)[:10])[1:-1]} …)"
         if bad_records == "raise":
-            raise InvalidInput(f"{message}; mend the data, or load it with bad_records='skip'")
+            raise InvalidInput(f"{message}; correct the data, or load it with bad_records='skip'")
         _log.warning("skipping %d of %d records; the first: %s", len(faults), len(texts), message)
         return self._with_order(self._order[~np.isin(self._order, list(faults))])
 
@@ -183,13 +184,13 @@ class Prompts(Sequence[Prompt]):
         )
 
     def _image(self, entry: object, index: int, position: int) -> EncodedImage:
-        """The encoded bytes, from the record itself or from the file that it names."""
+        """Reads the encoded bytes, from the record itself or from the file that it names."""
         where = f"{self._where(index)}, field '{self._schema.images}[{position}]'"
         data = entry.get("bytes") if isinstance(entry, dict) else None
         if data is None:
             path = entry.get("path") if isinstance(entry, dict) else entry
             if not isinstance(path, str) or not path:
-                raise InvalidInput(f"{where}: there are neither image bytes nor a path; mend or drop the record")
+                raise InvalidInput(f"{where}: there are neither image bytes nor a path; correct or drop the record")
             data = self._file(path, where)
         if not data.startswith(_MAGIC):
             raise InvalidInput(f"{where}: not a PNG, JPEG or WEBP image ({len(data)} bytes); convert or drop it")
@@ -198,11 +199,11 @@ class Prompts(Sequence[Prompt]):
     def _file(self, path: str, where: str) -> bytes:
         if self._folder is None:
             raise InvalidInput(
-                f"{where}: the image {path!r} is a file beside the Parquet file, which can't be had through the hub's "
-                "loader; download the data set, unpack its images, and give the folder as the source"
+                f"{where}: the image {path!r} is a file beside the Parquet file, which the hub's loader "
+                "doesn't deliver; download the data set, unpack its images, and give the folder as the source"
             )
         file = (self._folder / path).resolve()
-        # A record may name files of its own folder only: what it names is sent to other machines.
+        # A record may name files of its own folder only, since the files are sent to other machines.
         if not file.is_relative_to(self._folder.resolve()):
             raise InvalidInput(f"{where}: the path {path!r} leads out of {self._folder}; use paths inside the folder")
         if not file.is_file():
@@ -213,7 +214,7 @@ class Prompts(Sequence[Prompt]):
 
 
 def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | ImagePart, ...]:
-    """Text with markers → parts in reading order; without any marker the images come first.
+    """Splits a text at its image markers into parts in reading order; without a marker the images come first.
 
     >>> content_parts("Is <image> like <image>?", ["aa", "bb"])[1]
     ImagePart(sha256='aa')
@@ -263,7 +264,7 @@ def _hub_table(source: str, split: str, cache_dir: Path | None) -> pa.Table:
 
     try:
         return load_dataset(source, split=split, cache_dir=_text(cache_dir)).data.table
-    except (OSError, ValueError) as error:  # what datasets raises for an unknown id or split, or without a network
+    except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
         raise NotFound(
             f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
             "or download it and give the folder"

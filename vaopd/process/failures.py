@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vaopd.errors import ConfigError, VaopdError
+from vaopd.process.extras import explain_missing_module
 
 NO_VLLM = (
     "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without it: "
@@ -25,6 +26,8 @@ def explain(error: BaseException, role: str) -> str | None:
         return f"no GPU can be used ({text.splitlines()[0]}); `vaopd doctor` shows what torch sees"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "vllm":
         return NO_VLLM
+    if isinstance(error, ImportError) and (missing := explain_missing_module(error, role)):
+        return missing
     if "Engine core initialization failed" in text:
         return f"vLLM did not start; its own lines above say why. Most often it is memory: {LESS_MEMORY['rollout']}"
     return None

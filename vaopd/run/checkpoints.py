@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, and what their state.json and ledger.jsonl say. Torch-free."""
+"""Finds a run's checkpoints; reads and writes their state.json and ledger.jsonl. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,26 +22,20 @@ class LedgerLine:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of RUN/checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest checkpoint; None for a run that ended before its first, and resumes at step 0."""
     return next(reversed(checkpoints_in(folder)), None)
 
 
-def lines_to_text(lines: list[LedgerLine]) -> str:
-    return "".join(json.dumps(asdict(line)) + "\n" for line in lines)
-
-
-def lines_from_text(text: str) -> list[LedgerLine]:
-    return [LedgerLine(**json.loads(line)) for line in text.splitlines()]
-
-
 def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
-    """-> the steps done, and the groups that they trained."""
+    """Returns the number of steps taken and the groups that they trained; raises InvalidInput on a damaged file."""
     try:
         step = json.loads((checkpoint / "state.json").read_text())["step"]
-        return step, lines_from_text((checkpoint / FILE).read_text())
+        return step, [LedgerLine(**json.loads(line)) for line in (checkpoint / FILE).read_text().splitlines()]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidInput(
             f"checkpoint {checkpoint} can't be read ({error}); remove that folder to resume from the one before it"
@@ -49,21 +43,23 @@ def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """Where a run stands after `step` optimizer steps. The data cursor and the policy version follow from the step."""
+class RunState:
+    """A run's state after `step` optimizer steps. The data cursor and the policy version follow from the step."""
 
     step: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     ledger: list[LedgerLine] = field(default_factory=list)
 
 
-def write_progress(folder: Path, progress: Progress) -> None:
-    state = {key: value for key, value in asdict(progress).items() if key != "ledger"}
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
-    (folder / FILE).write_text(lines_to_text(progress.ledger))
+def write_run_state(folder: Path, state: RunState) -> None:
+    """Writes state.json and ledger.jsonl into a checkpoint's folder."""
+    values = {"step": state.step, "schedule": state.schedule}
+    (folder / "state.json").write_text(json.dumps(values, indent=1))
+    (folder / FILE).write_text("".join(json.dumps(asdict(line)) + "\n" for line in state.ledger))
 
 
-def load_progress(checkpoint: Path) -> Progress:
+def load_run_state(checkpoint: Path) -> RunState:
+    """Reads what `write_run_state` wrote; raises InvalidInput when it is missing or damaged."""
     step, lines = read_checkpoint(checkpoint)
     schedule = json.loads((checkpoint / "state.json").read_text()).get("schedule")
     if not isinstance(schedule, dict):
@@ -71,4 +67,4 @@ def load_progress(checkpoint: Path) -> Progress:
             f"checkpoint {checkpoint} can't be read (no schedule in its state.json); remove that folder to resume from "
             "the one before it"
         )
-    return Progress(step=step, schedule=schedule, ledger=lines)
+    return RunState(step=step, schedule=schedule, ledger=lines)

@@ -1,18 +1,19 @@
-"""The books of a run: what became of every prompt group, and the proof that none was lost or trained twice.
+"""A run's ledger: the fate of every prompt group, and an audit that none was lost or trained twice.
 
-RUN/ledger.jsonl is appended by the trainer, one JSON object per event:
+The trainer appends to RUN/ledger.jsonl, one JSON object per event:
 
-    published   group, step (null: evaluation), policy   what a worker was asked for
-    delivered   group, policy, worker, deliveries        a group came, and is the one to use
-    dropped     group, policy, reason                    a group came, and is not: stale, duplicate, other_weights
+    published   group, step (null: evaluation), policy   a request was enqueued
+    delivered   group, policy, worker, deliveries        its group arrived and is used
+    dropped     group, policy, reason                    it arrived and is not used: stale, duplicate, other_weights
     dead        group, reason                            it was given up, unless it is delivered later
     checkpoint  step                                     a checkpoint is durable
-    resumed     step                                     a trainer went on from that checkpoint
+    resumed     step                                     a trainer continued from that checkpoint
 
-What is trained stands in the checkpoints themselves (RUN/checkpoints/step_*/ledger.jsonl), so that it is true exactly
-when the weights beside it are. Events reach the disk before the checkpoint that they belong to does; those after it may
-be lost with the machine, together with the work they tell of. RUN/ledger.owner names the trainer that keeps the books,
-by which one that was taken for dead knows it, even when the Redis that held its lease came back empty. Torch-free.
+Which groups were trained stands in the checkpoints (RUN/checkpoints/step_*/ledger.jsonl), so that it is true exactly
+when the weights beside it are. Events reach the disk before the checkpoint that they belong to; later ones may be lost
+with the machine, together with the work that they record. RUN/ledger.owner names the trainer that writes the ledger: a
+trainer that was taken for dead sees there that another has continued, even when Redis, which held its lease, came back
+empty. Torch-free.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """The trainer's pen. A disk that is full holds up no event: they wait in memory until `sync`, which raises."""
+    """Appends events. On a full disk, they are buffered in memory and `sync` raises."""
 
     def __init__(self, path: Path, *, owner: str, fresh: bool) -> None:
-        """`owner`: the trainer, which holds the job's lease; `fresh`: the run begins, without what was there."""
+        """owner: the trainer, which holds the job's lease. fresh: a new run, so an existing ledger is removed."""
         if fresh:
             path.unlink(missing_ok=True)
         self._path = path
@@ -48,28 +49,31 @@ class Ledger:
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._drop_torn_line()
         self._pending = b""
-        self._told = False
+        self._warned = False
 
     def check_owner(self) -> None:
-        """Raises LeaseLost when another trainer has opened the books since: the run is its to go on with."""
+        """Raises LeaseLost when another trainer has opened the ledger since: only that one may continue the run."""
         owner = self._owner_file.read_text()
         if owner != self._owner:
             raise LeaseLost(
-                f"trainer {self._owner!r} was taken for dead, and {owner!r} has gone on with {self._path.parent}; "
+                f"trainer {self._owner!r} was taken for dead, and {owner!r} has continued {self._path.parent}; "
                 "nothing was committed. Resume from the last checkpoint"
             )
 
     def write(self, event: str, **values: Any) -> None:
+        """Appends an event; on a full disk it is kept in memory, with one warning for all."""
         self._pending += json.dumps({"event": event, **values}, separators=(",", ":")).encode() + b"\n"
         try:
             self._flush()
         except OSError as error:
-            if not self._told:
-                log.warning("%s can't be written (%s); its events are kept until there is room", self._path, error)
-            self._told = True
+            if not self._warned:
+                log.warning(
+                    "%s can't be written (%s); its events stay in memory until there is room", self._path, error
+                )
+            self._warned = True
 
     def sync(self) -> None:
-        """On disk, before the checkpoint that stands on it is. Raises LimitExceeded when the disk is full."""
+        """Puts all events on the disk, to be called before a checkpoint. Raises LimitExceeded when the disk is full."""
         try:
             self._flush()
             os.fsync(self._handle)
@@ -79,6 +83,7 @@ class Ledger:
             ) from None
 
     def close(self) -> None:
+        """Closes the file; events that wait for room are lost, as those after the last checkpoint may be."""
         os.close(self._handle)
 
     def _flush(self) -> None:
@@ -86,7 +91,7 @@ class Ledger:
             self._pending = self._pending[os.write(self._handle, self._pending) :]
 
     def _drop_torn_line(self) -> None:
-        """Ends the file after its last whole line, where a crash cut one short."""
+        """Removes a last line that a crash cut short."""
         with self._path.open("rb") as file:
             size = len(file.read().rpartition(b"\n")[0])
         os.ftruncate(self._handle, size + 1 if size else 0)
@@ -94,7 +99,7 @@ class Ledger:
 
 @dataclass(kw_only=True)
 class Fate:
-    """What became of one prompt group. `step` is None for evaluation."""
+    """The fate of one prompt group, as its events have it. `step` is None for an evaluation's."""
 
     group_id: str
     step: int | None = None
@@ -105,13 +110,13 @@ class Fate:
     worker: str = ""
     dropped: Counter[str] = field(default_factory=Counter)
     dead: str | None = None
-    """Why it was given up, unless it was delivered after that."""
+    """Why it was given up; None too when it was delivered after that."""
     trained: list[LedgerLine] = field(default_factory=list)
     checkpoint: int | None = None
     """The first checkpoint that holds it."""
 
     def outcome(self, done: int) -> Literal["trained", "evaluated", "dead-lettered", "in flight", "lost"]:
-        """`done`: the steps that the newest checkpoint holds."""
+        """Returns the group's outcome, when the newest checkpoint holds `done` steps."""
         if self.trained:
             return "trained"
         if self.dead is not None:
@@ -124,7 +129,7 @@ class Fate:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """A run's books, closed at its newest checkpoint. `problems` is empty when they balance."""
+    """An audit of a run at its newest checkpoint. `problems` is empty when every group is accounted for."""
 
     run: Path
     step: int
@@ -133,7 +138,7 @@ class Audit:
     problems: list[str]
 
     def counts(self, *, training: bool) -> dict[str, int]:
-        """How many groups were published and delivered, and how they ended; drops count every delivery dropped."""
+        """Counts groups published, delivered and by outcome, of training or of evaluation; and dropped deliveries."""
         fates = [fate for fate in self.fates if (fate.step is not None) == training]
         counts = {
             "published": sum(fate.published for fate in fates),
@@ -147,10 +152,10 @@ class Audit:
 
 
 def audit(run: Path) -> Audit:
-    """Reads the books of a run folder; of one that still runs too. Raises NotFound when there are none."""
+    """Audits a run folder, also while the run continues. Raises NotFound when it has no ledger."""
     path = run / FILE
     if not path.is_file():
-        raise NotFound(f"{run} has no {FILE}: it is no run folder, or the run was made before there were ledgers")
+        raise NotFound(f"{run} has no {FILE}: it is not a run folder, or is of a version without ledgers")
     newest = latest_checkpoint(run / "checkpoints")
     step, lines = read_checkpoint(newest) if newest is not None else (0, [])
     fates, checkpoints = _read_events(path)
@@ -162,11 +167,11 @@ def audit(run: Path) -> Audit:
         fate.trained.append(line)
         fate.checkpoint = min((done for done in checkpoints if done > line.step), default=step)
     for fate in fates.values():
-        problems += _problems(fate, step)
+        problems += _find_problems(fate, step)
     return Audit(run=run, step=step, fates=sorted(fates.values(), key=lambda fate: fate.group_id), problems=problems)
 
 
-def _problems(fate: Fate, done: int) -> Iterator[str]:
+def _find_problems(fate: Fate, done: int) -> Iterator[str]:
     name = fate.group_id
     if not fate.published and not fate.trained:
         yield f"{name} was delivered and never published"
@@ -188,7 +193,7 @@ def _problems(fate: Fate, done: int) -> Iterator[str]:
 
 
 def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
-    """-> fates by group, and the steps of the checkpoints that the newest one goes back to."""
+    """Returns fates by group, and the steps of those checkpoints that the newest one continues."""
     fates: dict[str, Fate] = {}
     checkpoints: list[int] = []
     for number, text in enumerate(path.read_text().splitlines(keepends=True), 1):
@@ -205,7 +210,7 @@ def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
                 fate = fates.setdefault(event["group"], Fate(group_id=event["group"]))
                 _apply(fate, kind, event)
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{path}, line {number}, is no ledger event ({error}); the file was damaged") from None
+            raise InvalidInput(f"{path}, line {number}, is not a ledger event ({error}); the file is damaged") from None
     return fates, checkpoints
 
 

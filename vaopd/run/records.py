@@ -1,7 +1,7 @@
-"""A run's folder as people read it: its configuration, metric lines, evaluations and sampled rollouts. Torch-free.
+"""Reads a run's configuration, metric lines, evaluations and sampled rollouts. Torch-free.
 
-What the trainer writes into RUN: config.toml, metrics.jsonl, samples.jsonl. `vaopd report` and `vaopd watch` read them,
-also while the run goes on.
+The trainer writes them into RUN: config.toml, metrics.jsonl, samples.jsonl. `vaopd report` and `vaopd watch` read them,
+also while the run continues.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from vaopd.errors import InvalidInput, NotFound
 
-RECENT_STEPS = 20  # of which a step's duration is the median: an evaluation between two of them doesn't count
+RECENT_STEPS = 20  # a step's duration is the median of so many, so that an evaluation between two doesn't count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,13 @@ class Evaluation:
 
     @property
     def label(self) -> str:
+        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"."""
         return f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run's folder says. `train` holds the metric lines as they are, in order."""
+    """A run's folder as it was read. `train` holds the metric lines as they are, in order."""
 
     folder: Path
     config_text: str
@@ -49,24 +50,27 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's name."""
         return self.folder.resolve().name
 
     @property
     def variant(self) -> str:
+        """`objective.variant` of the configuration."""
         return str(self.config.get("objective", {}).get("variant", "va_opd"))
 
     @property
     def seed(self) -> int:
+        """`run.seed` of the configuration."""
         return int(self.config.get("run", {}).get("seed", 0))
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps that have been finished; the lines count from 0."""
+        """How many optimizer steps have been finished; the lines count from 0."""
         return int(self.train[-1]["step"]) + 1 if self.train else 0
 
     @property
     def steps_planned(self) -> int | None:
-        """Optimizer steps in all; None where the configuration doesn't tell."""
+        """How many optimizer steps the run has in all; None where the configuration doesn't say."""
         steps = self.config.get("trainer", {}).get("steps")
         return int(steps) if steps is not None else None
 
@@ -79,18 +83,18 @@ class Run:
         return not evaluates or bool(self.evaluations and self.evaluations[-1].step >= self.steps_planned)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps that recorded a finite `key`, and its values there."""
+        """Returns the steps that recorded a finite `key`, and its values there."""
         points = [(line["step"], line[key]) for line in self.train if is_number(line.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
     def mean(self, key: str) -> float | None:
-        """Over all steps that recorded it; None if none did."""
+        """Returns the mean of `key` over all steps that recorded it; None if none did."""
         _, values = self.series(key)
         return sum(values) / len(values) if values else None
 
     @property
     def time_left(self) -> timedelta | None:
-        """The steps to come by the median duration of recent steps; evaluations and checkpoints come on top."""
+        """How long the remaining steps take at the median duration of recent ones, without evaluations."""
         times = [line["time_s"] for line in self.train[-RECENT_STEPS - 1 :] if is_number(line.get("time_s"))]
         if len(times) < 2 or self.steps_planned is None:
             return None
@@ -99,7 +103,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises NotFound or InvalidInput that names the file and line."""
+    """Reads a run's folder; raises NotFound, or InvalidInput that names the file and line."""
     config_text = read_text(folder / "config.toml")
     try:
         config = tomllib.loads(config_text)
@@ -107,7 +111,7 @@ def read_run(folder: Path) -> Run:
         raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
     train, evaluations = [], []
     metrics = folder / "metrics.jsonl"
-    # A run that has just been started has none yet.
+    # A run that has just been started has no metrics yet.
     for where, line in json_lines(metrics) if metrics.exists() else ():
         if line.get("kind") == "eval":
             evaluations.append(_evaluation(line, where))
@@ -120,6 +124,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_text(path: Path) -> str:
+    """Reads a file of a run's folder; raises NotFound when it can't be read."""
     try:
         return path.read_text()
     except OSError as error:
@@ -127,9 +132,9 @@ def read_text(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """ "FILE:LINE" and the object there, for every complete line."""
+    """Yields "FILE:LINE" and the object there for every complete line; raises InvalidInput on one that is no JSON."""
     lines = read_text(path).split("\n")
-    # What stands behind the last newline is empty, or a line that is just being written.
+    # The rest after the last newline is empty, or a line that is just being written.
     for number, line in enumerate(lines[:-1], 1):
         try:
             value = json.loads(line)
@@ -139,6 +144,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

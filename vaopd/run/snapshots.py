@@ -1,9 +1,7 @@
-"""Policy snapshots: the student's weights as folders that transformers and vLLM load as they are.
+"""Writes and checks policy snapshots: the student's weights as folders that transformers and vLLM can load.
 
-    run/policy/v000042/model.safetensors     (written aside, fsynced, renamed: a reader sees all of it or nothing)
-    run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
-
-`vaopd.files.durable` does the writing aside.
+run/policy/v000042/model.safetensors     (written beside, fsynced, renamed: a reader sees all of it or nothing)
+run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from vaopd.types import PolicyVersion
 
 WEIGHTS_FILE = "model.safetensors"
 HEAD = "lm_head.weight"
-# Everything that a model folder holds beside its weights; an index belongs to weights in several files.
+# All files of a model folder but its weights, and the index of weights in several files.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 VERSION_FOLDER = re.compile(r"v(\d{6,})")
 
@@ -32,10 +30,10 @@ VERSION_FOLDER = re.compile(r"v(\d{6,})")
 def publish_snapshot(
     folder: Path, version: int, state: Mapping[str, torch.Tensor], *, model_files_from: Path
 ) -> PolicyVersion:
-    """Writes `folder`/policy/v{version}; one that exists is replaced in one step.
+    """Writes `folder`/policy/v{version}; replaces an existing one in one step.
 
-    state: the model's whole `state_dict()`, on any device; its names are those that `save_pretrained` writes, but for
-    the tied LM head, left out as there. model_files_from: the student's folder, for configuration and tokenizer.
+    state: the model's whole `state_dict()`, on any device, under the names that `save_pretrained` writes; a tied LM
+    head is left out, as there. model_files_from: the student's folder, for configuration and tokenizer.
     """
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
@@ -50,7 +48,7 @@ def publish_snapshot(
 
 
 def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
-    """A model folder as policy version 0; one whose weights are in several files is written to `scratch` in one."""
+    """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
     if (model / WEIGHTS_FILE).is_file():
         return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
     parts = sorted(model.glob("*.safetensors"))
@@ -61,28 +59,30 @@ def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
 
 
 def link_snapshot(policy: PolicyVersion, target: Path) -> None:
-    """Keeps a snapshot under another name, as a model folder that pruning doesn't touch; replaces `target`."""
+    """Keeps a snapshot as `target`, a model folder that pruning doesn't touch; replaces an existing one."""
     with atomic_folder(target) as aside:
         for source in Path(policy.path).iterdir():
             _link_or_copy(source, aside / source.name)
 
 
 def snapshot_path(folder: Path, version: int) -> Path:
+    """Returns the snapshot's place in the run's folder."""
     return folder / "policy" / f"v{version:06d}"
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Configuration, tokenizer, processor and chat template of a model folder: all but its weights."""
+    """Lists configuration, tokenizer, processor and chat template of a model folder: all but its weights."""
     if not (folder / "config.json").is_file():
-        raise NotFound(f"{folder} is no model folder: it has no config.json")
+        raise NotFound(f"{folder} is not a model folder: it has no config.json")
     found = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file() and not path.name.endswith(".index.json"))
 
 
 def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> list[int]:
-    """Removes all snapshots but the newest `keep`, and what was left half-written; returns the versions removed.
+    """Removes all snapshots but the newest `keep`, and half-written ones; returns the versions removed.
 
-    `current`: versions beyond it are left over from a run that was then resumed earlier; they go too, and don't count.
+    current: higher versions are left from a run that was then resumed at an earlier step; they are removed too and
+    don't count.
     """
     if keep < 1:
         raise InvalidInput(f"keep is {keep}; keep at least 1 snapshot, the one that the workers sample from")
@@ -91,7 +91,7 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
     valid = [version for version in versions if current is None or version <= current]
     removed = [version for version in versions if version not in valid[-keep:]]
     for version in removed:
-        # First out of sight, so that nobody begins to read a folder that is half gone.
+        # Renamed first, so that no worker begins to read a folder that is half removed.
         doomed = policies / f".v{version:06d}.tmp-pruned"
         snapshot_path(folder, version).rename(doomed)
     for leftover in policies.glob(".v*.tmp-*"):
@@ -100,7 +100,7 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
 
 
 def verify_snapshot(policy: PolicyVersion) -> None:
-    """Raises NotFound or Mismatch unless the snapshot is here and has the weights that were announced."""
+    """Raises NotFound when the snapshot is missing, Mismatch when its weights are not those that were announced."""
     weights = Path(policy.path) / WEIGHTS_FILE
     try:
         digest = _sha256(weights)
@@ -117,15 +117,17 @@ def verify_snapshot(policy: PolicyVersion) -> None:
 
 
 def ties_head(model_folder: Path) -> bool:
+    """Whether the model's LM head is its embedding matrix, by config.json."""
     config = json.loads((model_folder / "config.json").read_text()) if (model_folder / "config.json").is_file() else {}
     text = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
 def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
-    """What `save_pretrained` would write: the tied LM head left out, all contiguous. `load_state` is its inverse.
+    """Returns the tensors that `save_pretrained` would write: no tied LM head, all contiguous.
 
-    The configuration decides, not the storage: a state gathered from shards holds the tied tensor twice.
+    `load_state` is the inverse. `tied` comes from the configuration, not from the storage: a state that is gathered
+    from shards holds the tied tensor twice.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if not (tied and name == HEAD)}
     owners: dict[tuple[torch.device, int], str] = {}
@@ -142,7 +144,7 @@ def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
 
 
 def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads what `without_tied_head` left. Raises Mismatch when others are missing or strange."""
+    """Loads tensors from `without_tied_head`. Raises Mismatch when others are missing or unknown to the model."""
     missing, strange = model.load_state_dict(dict(tensors), strict=False)
     if strange or set(missing) - {HEAD}:
         raise Mismatch(

@@ -1,4 +1,4 @@
-"""Held-out accuracy of one model, with the rollout engine in this process: no queue, no trainer, no teacher."""
+"""Measures a model's held-out accuracy with the rollout engine in this process: no queue, trainer or teacher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vaopd.vlm.prompts import load_processor
 
 
 def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Callable[[int], None]) -> HeldOutResult:
-    """avg@n of `config.student.model` over `prompts`; a prompt that the engine refuses counts as wrong.
+    """Returns avg@n of `config.student.model` over `prompts`; a prompt that the engine refuses counts as wrong.
 
     on_progress: called with the number of prompts answered so far.
     """

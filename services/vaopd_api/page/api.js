@@ -1,4 +1,4 @@
-// The scoring API, asked from the page's own origin. Every failure becomes a Problem with words for people.
+// Calls the scoring API at the page's own origin. Every failure becomes a Problem with a message for people.
 
 import { recall, remember } from "./dom.js";
 
@@ -10,7 +10,7 @@ export function setKey(value) {
 }
 export const getKey = () => key;
 
-/** `status` 0: nobody answered. `field` names the part of the request that is at fault, if one is. */
+/** `status` 0: there was no answer. `field`: the key of the request that caused the problem, if one did. */
 export class Problem extends Error {
   constructor(status, detail, field = null, requestId = null) {
     super(detail);
@@ -30,17 +30,17 @@ async function ask(path, { body, signal } = {}) {
     throw new Problem(0, "The API can't be reached. Is it still running, and are you online?");
   }
   if (answer.ok) return answer;
-  let told = {};
+  let problem = {};
   try {
-    told = await answer.json();
+    problem = await answer.json();
   } catch {
-    // Something between page and API answered in its own way; the status has to do.
+    // A proxy between page and API answered; only the status is known.
   }
   throw new Problem(
     answer.status,
-    told.detail ?? `The API answered ${answer.status}.`,
-    told.field ?? null,
-    told.request_id ?? null,
+    problem.detail ?? `The API answered ${answer.status}.`,
+    problem.field ?? null,
+    problem.request_id ?? null,
   );
 }
 
@@ -55,13 +55,14 @@ export const file = async (path) => (await ask(path)).blob();
 export const degraded = async (body, signal) => (await ask("v1/degrade", { body, signal })).blob();
 export const examples = () => json("page/examples/examples.json");
 
-export function inWords(problem) {
+/** Returns the problem as a sentence, with advice where there is some. */
+export function explain(problem) {
   const advice = {
     401: "Type a valid API key into the field at the top of the form.",
-    403: "This key may not do that; ask whoever runs the service.",
+    403: "This key may not do that; ask the service's operator.",
     413: "Choose a smaller image or fewer responses.",
     429: "Wait a moment, then score again.",
-    503: "If it was just started, it is still loading its model; try again in a moment.",
+    503: "If it has just been started, it is still loading its model; try again in a moment.",
   }[problem.status];
   const sentence = problem.message.charAt(0).toUpperCase() + problem.message.slice(1);
   return [/[.!?]$/.test(sentence) ? sentence : `${sentence}.`, advice].filter(Boolean).join(" ");

@@ -1,4 +1,4 @@
-// The figures in short, the histogram, and the tables. Tables throughout, so that they read well without eyes, too.
+// The summary's figures, the histogram, and the tables. All are tables, so that screen readers can read them.
 import { $, h, nats, percent, visible } from "./dom.js";
 
 const EDGES = [0, 0.01, 0.03, 0.1, 0.3, 1, 3, Infinity]; // nats; VA spans orders of magnitude

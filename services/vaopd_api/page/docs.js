@@ -1,4 +1,4 @@
-// The API's reference, drawn from its OpenAPI schema: every route, its keys, an example that works, its answers.
+// Draws the API's reference from its OpenAPI schema: every route with its keys, an example, and its answers.
 import { getKey } from "./api.js";
 import { $, h } from "./dom.js";
 
@@ -11,7 +11,7 @@ else
       "p",
       { class: "error", role: "alert" },
       answer.status === 401
-        ? "This API wants a key: type it into the viewer's form first, then come back."
+        ? "This API needs a key: type it into the viewer's form first, then come back."
         : `The schema can't be read (${answer.status}).`,
     ),
   );
@@ -84,7 +84,7 @@ function draw(schema) {
           ),
         );
     }
-    const answers = Object.entries(about.responses ?? {}).map(([status, told]) =>
+    const answers = Object.entries(about.responses ?? {}).map(([status, response]) =>
       h(
         "tr",
         {},
@@ -93,8 +93,8 @@ function draw(schema) {
           "td",
           {},
           [
-            told.description,
-            ...Object.entries(told.content ?? {}).map(([type, content]) =>
+            response.description,
+            ...Object.entries(response.content ?? {}).map(([type, content]) =>
               status === "200" ? `${type} ${named(content.schema)}` : "",
             ),
           ]
@@ -111,7 +111,7 @@ function draw(schema) {
     ...Object.entries(schema.paths).flatMap(([path, methods]) =>
       Object.entries(methods).map(([method, about]) => route(path, method, about)),
     ),
-    h("h2", {}, "Shapes"),
+    h("h2", {}, "Data types"),
     ...Object.entries(schema.components.schemas).map(([name, part]) =>
       h(
         "section",

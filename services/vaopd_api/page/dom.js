@@ -1,4 +1,4 @@
-// Small helpers: elements without innerHTML, and numbers as people read them.
+// Small helpers: elements without innerHTML, and formatted numbers.
 
 export const $ = (selector, root = document) => root.querySelector(selector);
 
@@ -29,15 +29,15 @@ export function percent(share) {
   return `${value.toFixed(value > 99 || value < 10 ? 1 : 0)}\u00a0%`.replace(".0\u00a0", "\u00a0");
 }
 
-/** A token's text with its spaces and line breaks made visible. */
+/** Returns a token's text with its spaces and line breaks made visible. */
 export const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥") || "(empty)";
 
-/** What a browser that keeps nothing for anybody forgets. `storage`: "localStorage" or "sessionStorage". */
+/** Stores a value, if the browser allows it. `storage`: "localStorage" or "sessionStorage". */
 export function remember(storage, name, value) {
   try {
     window[storage].setItem(name, value);
   } catch {
-    // Blocked by the user: then it holds until the page is left.
+    // Blocked by the user: the value is lost when the page is left.
   }
 }
 

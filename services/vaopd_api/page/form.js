@@ -1,4 +1,4 @@
-// The form: what is to be scored. Its fields hold the state, and `image` beside them.
+// The form. The state is in its fields, and in `image`.
 import { $, h } from "./dom.js";
 import { Problem } from "./api.js";
 
@@ -24,7 +24,7 @@ export function setImage(next) {
   $("#chosen span").textContent = next.name;
 }
 
-/** Raises a Problem for a file that is no image of a known kind. `example`: the name of one that came with the page. */
+/** Takes a file as the image. Throws a Problem for other types. `example`: the name, if it is one of the page's. */
 export async function takeFile(file, example) {
   if (!file) return;
   if (!/^image\/(png|jpeg|webp)$/.test(file.type)) {
@@ -40,7 +40,7 @@ export async function takeFile(file, example) {
   setImage({ dataUrl, name: file.name || "pasted image", example });
 }
 
-/** `ids`: the tokens that a student sampled; they hold as long as nobody edits what they say. */
+/** Adds a response. `ids`: the tokens that a student sampled, valid until the text is edited. */
 export function addAnswer(text = "", ids = null, student = null) {
   const area = h("textarea", { rows: "2" });
   area.value = text;
@@ -87,14 +87,14 @@ export function readView() {
   };
 }
 
-/** What is missing before anything can be asked, as a Problem; null when nothing is. */
-export function missing(view) {
+/** Returns a Problem that names what is missing in the form, or null. */
+export function findMissing(view) {
   if (!view.question) return new Problem(422, "Type a question", "question");
   const empty = view.responses.findIndex((text) => !text.trim());
   return empty < 0 ? null : new Problem(422, "Type a response, or remove the empty one", `responses.${empty}`);
 }
 
-/** The body of a request to score. Token ids are sent only where student and teacher (`known`) have one tokenizer. */
+/** Returns the body of a request to score; with token ids only if student and teacher (`known`) share a tokenizer. */
 export function requestBody(view, known) {
   const teacher = known.teachers.find((each) => each.model === view.teacher);
   const sameTokens = known.student?.tokenizer_fingerprint === teacher?.tokenizer_fingerprint;
@@ -132,7 +132,7 @@ export function settleStrength() {
   $("#strength-value").textContent = meaning ? Number($("#strength").value).toFixed(2) : "unused";
 }
 
-/** Marks the field that a problem belongs to, by the API's name for it. */
+/** Marks the field that caused a problem, by the API's name for it. */
 export function mark(field) {
   const response = /^response(?:s\.(\d+)|_token_ids)?/.exec(field ?? "");
   const place = field?.startsWith("image")

@@ -1,14 +1,14 @@
-// The tokens of every response, coloured by VA, and the details of the one at hand.
+// The tokens of every response, coloured by VA, and the details of the selected one.
 import { $, h, nats, percent, visible } from "./dom.js";
 
-const AGAINST_NATS = 1; // from there on the picture clearly speaks against a token
-const DEGREES = 0.5; // colour grows with the root of VA, so that small values show
+const AGAINST_NATS = 1; // from this difference on, the image speaks against a token
+const EXPONENT = 0.5; // colour grows with the root of VA, so that small values show
 
-let rows = []; // per response its token buttons, in order
-let pinned = null; // the token whose details stay
+let rows = []; // the token buttons of each response, in order
+let pinned = null; // the token whose details stay after hovering over others
 
 export const scaleOf = (reply) => Math.max(1, ...reply.rollouts.flatMap((rollout) => rollout.visual_advantage));
-const amount = (va, scale) => `${(100 * (va / scale) ** DEGREES).toFixed(1)}%`;
+const amount = (va, scale) => `${(100 * (va / scale) ** EXPONENT).toFixed(1)}%`;
 
 export function draw(reply, labels) {
   const scale = scaleOf(reply);
@@ -81,7 +81,7 @@ function tokenButton(rollout, t, scale) {
     `token ${t + 1} of ${rollout.tokens.length}`,
     `visual advantage ${va.toFixed(2)} nats`,
     high && "high group",
-    against && "seeing speaks against it",
+    against && "the image speaks against it",
     rollout.ranks && `rank ${rollout.ranks[t] ?? "beyond 20"}`,
   ];
   const lead = /^ +/.exec(text)?.[0].length ?? 0;
@@ -109,7 +109,7 @@ function move(event, k, t) {
   if (beyond)
     next = rows[beyond[0]][beyond[1]] ?? (event.key === "ArrowRight" ? rows[k + 1]?.[0] : rows[k - 1]?.at(-1));
   else if (event.key === "ArrowDown" || event.key === "ArrowUp")
-    next = inNextLine(rows[k][t], event.key === "ArrowDown" ? 1 : -1);
+    next = findInNextLine(rows[k][t], event.key === "ArrowDown" ? 1 : -1);
   else if (event.key === "Escape") {
     pinned = null;
     rows[k][t].blur();
@@ -124,8 +124,8 @@ function move(event, k, t) {
   next.focus();
 }
 
-/** The nearest token of the line above or below, of whichever response. */
-function inNextLine(from, direction) {
+/** Returns the nearest token of the line above or below, also of another response. */
+function findInNextLine(from, direction) {
   const here = from.getBoundingClientRect();
   const beyond = rows
     .flat()
@@ -138,14 +138,14 @@ function inNextLine(from, direction) {
 
 function hideDetails() {
   pinned = null;
-  // It keeps its place, so that nothing moves under the pointer.
+  // The panel keeps its place, so that nothing moves under the pointer.
   $("#details").classList.add("idle");
   $("#details").replaceChildren(
-    h("h2", {}, "The token at hand"),
+    h("h2", {}, "Selected token"),
     h(
       "p",
       { class: "hint" },
-      "Hover or tap a token, or move with the arrow keys, to see what the teacher thought of it.",
+      "Hover over a token, tap it, or move with the arrow keys, to see the teacher's numbers.",
     ),
   );
   rows.flat().forEach((button) => button.classList.remove("at"));
@@ -183,12 +183,12 @@ function showDetails(reply, k, t, scale) {
         h("div", { class: kind }, h("dt", {}, name), h("dd", {}, value)),
       ),
     ),
-    expected(rollout, t),
+    drawAlternatives(rollout, t),
   );
   $("#details").classList.remove("idle");
 }
 
-function expected(rollout, t) {
+function drawAlternatives(rollout, t) {
   if (!rollout.alternatives) return h("p", {});
   const lines = rollout.alternatives[t].map(({ id, text, logprob }) => {
     const same = id === rollout.tokens[t].id;
@@ -206,7 +206,7 @@ function expected(rollout, t) {
   return h(
     "table",
     {},
-    h("caption", { class: "label" }, "Expected with the image"),
+    h("caption", { class: "label" }, "Most likely with the image"),
     h("tbody", {}, ...lines),
   );
 }

@@ -1,6 +1,6 @@
-// The view as the fragment of its address, which browsers keep to themselves.
+// Writes the view into the fragment of the page's address, which browsers don't send to the server.
 
-const TINY_CHARACTERS = 8_000; // an image up to that many characters of base64 travels along
+const TINY_CHARACTERS = 8_000; // images of up to this many characters of base64 are included
 
 export function write(view) {
   const parts = new URLSearchParams({
@@ -14,14 +14,14 @@ export function write(view) {
   if (view.image?.example) parts.set("x", view.image.example);
   else if (view.image && view.image.dataUrl.length <= TINY_CHARACTERS) parts.set("i", view.image.dataUrl);
   else if (view.image) {
-    parts.set("n", "1"); // there was one
+    parts.set("n", "1"); // an image was left out
     complete = false;
   }
   history.replaceState(null, "", `#${parts}`);
   return complete;
 }
 
-/** What the fragment asks for, or null when there is none. */
+/** Returns the view of the fragment, or null where there is none. */
 export function read() {
   const parts = new URLSearchParams(location.hash.slice(1));
   if (!parts.has("q")) return null;

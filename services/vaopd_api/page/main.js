@@ -1,4 +1,4 @@
-// The page: reads the form, asks the API, draws what it says.
+// The page: reads the form, calls the API, draws its answer.
 import * as api from "./api.js";
 import * as charts from "./charts.js";
 import { $, h, recall, remember, save } from "./dom.js";
@@ -8,20 +8,20 @@ import * as link from "./link.js";
 import { savePng } from "./picture.js";
 import * as views from "./views.js";
 
-const LOOK_AGAIN_MS = 3000;
+const RETRY_AFTER_MS = 3000;
 const phone = matchMedia("(max-width: 760px)");
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
 let known = { teachers: [], student: null };
-let last = null; // { view, reply, labels } on show
-let scoring = null; // AbortController of the question under way
-let previewing = null; // likewise of the degraded view alone
+let last = null; // { view, reply, labels } that the page shows
+let scoring = null; // AbortController of the request in progress
+let previewing = null; // the same for the degraded view alone
 
 // ------------------------------------------------------------------------------------------------- asking
 
 async function score({ quietly = false } = {}) {
   const view = form.readView();
-  const problem = form.missing(view);
+  const problem = form.findMissing(view);
   if (problem) return showError(problem);
   clearError();
   scoring?.abort();
@@ -42,14 +42,14 @@ async function score({ quietly = false } = {}) {
   }
 }
 
-/** What is on show follows its settings. */
+/** Scores again after a setting has changed. */
 const again = () => last && score({ quietly: true });
 
 async function sample() {
   const { question, image } = form.readView();
   if (!question) return showError(new api.Problem(422, "Type a question", "question"));
   clearError();
-  busy(known.student.loaded ? "The student answers…" : "The student is loaded…");
+  busy(known.student.loaded ? "The student is answering…" : "Loading the student…");
   const settings = { num_responses: Number($("#count").value), seed: Math.floor(Math.random() * 2 ** 31) };
   try {
     const answer = await api.sample({ question, ...(image && { image: image.dataUrl }), ...settings });
@@ -62,7 +62,7 @@ async function sample() {
   return score();
 }
 
-/** The degraded view alone, while its strength is being changed. */
+/** Updates the degraded view alone, while its strength is being changed. */
 async function preview() {
   if (!last?.view.image) return;
   previewing?.abort();
@@ -96,22 +96,22 @@ function draw(seconds) {
   charts.drawTables(reply, labels);
   $("#status").textContent = charts.summary(reply);
   $("#link-hint").textContent = link.write(view)
-    ? "The address of this page holds the whole view."
-    : "The address of this page holds question, responses and settings; the image is too large for it and has to be " +
-      "chosen again.";
+    ? "The address of this page contains everything shown here."
+    : "The address of this page contains question, responses and settings. The image is too large for it: choose it " +
+      "again after opening the link.";
 }
 
-/** `words` stand on the button while something is asked; null when it is over. */
-function busy(words) {
-  $("#score").disabled = $("#sample").disabled = words !== null;
-  $("#score").textContent = words ?? "Score";
-  $("#result").setAttribute("aria-busy", String(words !== null));
+/** Shows `text` on the button while a request is in progress; null afterwards. */
+function busy(text) {
+  $("#score").disabled = $("#sample").disabled = text !== null;
+  $("#score").textContent = text ?? "Score";
+  $("#result").setAttribute("aria-busy", String(text !== null));
 }
 
 function showError(problem) {
-  const told = problem instanceof api.Problem;
-  if (!told) console.error(problem);
-  $("#error").replaceChildren(h("b", {}, told ? api.inWords(problem) : "The page failed unexpectedly; reload it."));
+  const expected = problem instanceof api.Problem;
+  if (!expected) console.error(problem);
+  $("#error").replaceChildren(h("b", {}, expected ? api.explain(problem) : "The page failed unexpectedly; reload it."));
   if (problem.requestId) $("#error").append(h("div", { class: "hint" }, `Request ${problem.requestId}`));
   $("#error").hidden = false;
   if ([401, 403].includes(problem.status)) $("#key-field").hidden = false;
@@ -145,7 +145,7 @@ async function copyLink() {
     await navigator.clipboard.writeText(location.href);
     $("#link-hint").textContent = "The link is copied.";
   } catch {
-    $("#link-hint").textContent = "The browser lets nothing be copied here; take the link from the address bar.";
+    $("#link-hint").textContent = "The browser does not allow copying here; copy the link from the address bar.";
   }
   $("#status").textContent = $("#link-hint").textContent;
 }
@@ -165,7 +165,7 @@ async function loadTeachers() {
     known.student = students[0] ?? null;
     $("#runs").hidden = !runs.length;
   } catch (error) {
-    if (error.status === 503) setTimeout(loadTeachers, LOOK_AGAIN_MS); // one that is loading will be there soon
+    if (error.status === 503) setTimeout(loadTeachers, RETRY_AFTER_MS); // the teacher may still be loading
     return showError(error);
   }
   clearError();
@@ -203,9 +203,9 @@ async function restore(wanted, examples) {
   form.fillDegradations(known.teachers, wanted.degradation || "pixelate");
   if (wanted.strength > 0 && wanted.strength <= 1) $("#strength").value = wanted.strength;
   form.settleStrength();
-  if (wanted.dataUrl) form.setImage({ dataUrl: wanted.dataUrl, name: "image of the link" });
+  if (wanted.dataUrl) form.setImage({ dataUrl: wanted.dataUrl, name: "image from the link" });
   else if (examples.some((each) => each.name === wanted.example)) await exampleImage(wanted.example);
-  else if (wanted.imageLeftOut) return; // the user chooses it again
+  else if (wanted.imageLeftOut) return; // the user has to choose it again
   await score();
 }
 
@@ -247,7 +247,7 @@ function listen() {
   views.listen();
 }
 
-/** Dropped anywhere, or pasted. */
+/** Takes images that are dropped anywhere, or pasted. */
 function listenForFiles() {
   const over = (now) => (event) => {
     event.preventDefault();

@@ -1,4 +1,4 @@
-// The heat map as a PNG: what is on the page, drawn again on a canvas.
+// Saves the heat map as a PNG: draws what the page shows on a canvas.
 import { $, percent, save } from "./dom.js";
 import { viewName } from "./form.js";
 
@@ -17,7 +17,7 @@ export async function savePng(view, reply, labels) {
   const pen = canvas.getContext("2d");
   pen.scale(SCALE, SCALE);
   const style = getComputedStyle(document.documentElement);
-  const colour = (name) => resolved(`var(${name})`);
+  const colour = (name) => resolveColour(`var(${name})`);
   pen.fillStyle = colour("--card");
   pen.fillRect(0, 0, WIDTH, height);
   pen.textBaseline = "middle";
@@ -25,8 +25,8 @@ export async function savePng(view, reply, labels) {
   canvas.toBlob((blob) => save(blob, "visual-advantage.png"), "image/png");
 }
 
-/** A CSS colour as the canvas understands it, light-dark() and color-mix() worked out. */
-function resolved(css) {
+/** Returns a CSS colour as the canvas understands it, with light-dark() and color-mix() evaluated. */
+function resolveColour(css) {
   const probe = $("#details");
   const before = probe.style.color;
   probe.style.color = css;

@@ -1,14 +1,14 @@
-// The runs of the API's folder, each with its report.
+// Lists the runs of the API's folder, each with a link to its report.
 import * as api from "./api.js";
 import { $, h, percent, save } from "./dom.js";
 
 const COLUMNS = ["run", "objective", "seed", "steps", "accuracy before", "accuracy", "last change"];
-const LOOK_AGAIN_MS = 15_000;
+const UPDATE_EVERY_MS = 15_000;
 
 function row(run) {
   const address = `runs/${run.name}/report`;
   const link = h("a", { href: address }, run.name);
-  // No browser sends a key along with a link: then the page is fetched with it, and kept as a file.
+  // Browsers send no key when a link is followed: the report is fetched with the key, and saved as a file.
   if (api.getKey())
     link.addEventListener("click", async (event) => {
       event.preventDefault();
@@ -35,8 +35,8 @@ function row(run) {
 function draw(runs) {
   const heads = COLUMNS.map((name) => h("th", { scope: "col" }, name));
   const table = h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...runs.map(row)));
-  const none = h("p", {}, "There are none here. vaopd up and vaopd demo show theirs; alone: vaopd api CONFIG --runs FOLDER");
-  const hint = api.getKey() ? "With a key, a report is downloaded as a file." : "A run that goes on is followed.";
+  const none = h("p", {}, "There are no runs. Under vaopd up and vaopd demo, theirs are listed; else use vaopd api CONFIG --runs FOLDER.");
+  const hint = api.getKey() ? "With a key, a report is downloaded as a file." : "Reports of unfinished runs update themselves.";
   $("#runs").replaceChildren(
     runs.length
       ? h(
@@ -50,19 +50,18 @@ function draw(runs) {
 }
 
 function showError(error) {
-  const words = error instanceof api.Problem ? api.inWords(error) : "The page failed unexpectedly; reload it.";
-  $("#runs").replaceChildren(h("p", { class: "error", role: "alert" }, words));
+  const message = error instanceof api.Problem ? api.explain(error) : "The page failed unexpectedly; reload it.";
+  $("#runs").replaceChildren(h("p", { class: "error", role: "alert" }, message));
 }
 
-async function look() {
+async function update() {
   try {
-    // What has the focus stays where it is.
     const runs = await api.runs();
-    if (!$("#runs").contains(document.activeElement)) draw(runs);
+    if (!$("#runs").contains(document.activeElement)) draw(runs); // don't take the focus away
   } catch (error) {
     showError(error);
   }
-  setTimeout(look, LOOK_AGAIN_MS);
+  setTimeout(update, UPDATE_EVERY_MS);
 }
-await look();
+await update();
 document.documentElement.dataset.ready = "true";

@@ -1,9 +1,9 @@
-// Original and degraded image, side by side or under a slider.
+// Shows the original and the degraded image, side by side or under a slider.
 import * as api from "./api.js";
 import { $ } from "./dom.js";
 import { viewName } from "./form.js";
 
-const SMALL_PX = 300; // below, pixels are shown as squares
+const SMALL_PX = 300; // pixels of smaller images are shown as squares
 
 export async function show(view, signal) {
   $("#views").hidden = !view.image;

@@ -27,11 +27,11 @@ from vaopd.queue import LeaseKeeper, TrainerQueue, WorkerQueue
 from vaopd.run.checkpoints import (
     FILE,
     LedgerLine,
-    Progress,
+    RunState,
     checkpoints_in,
     latest_checkpoint,
-    load_progress,
-    write_progress,
+    load_run_state,
+    write_run_state,
 )
 from vaopd.run.ledger import Ledger
 from vaopd.sampling.engine import Outcome
@@ -177,19 +177,19 @@ class _Trainer:
         self._outside = Outside(world)
         self._checkpoints = world.run / "checkpoints"
         self._weights = w.first_weights(world)
-        self._progress = Progress()
+        self._state = RunState()
         newest = latest_checkpoint(self._checkpoints)
         if newest is not None:
-            self._progress = load_progress(newest)
+            self._state = load_run_state(newest)
             self._weights = (newest / "weights.txt").read_text()
-            collector.resume(self._progress.step, (line.group_id for line in self._progress.ledger))
+            collector.resume(self._state.step, (line.group_id for line in self._state.ledger))
 
     def run(self) -> None:
-        while self._progress.step < self._world.steps:
-            while self._progress.step == self._world.steps - 1 and not self._world.quiet.exists():
+        while self._state.step < self._world.steps:
+            while self._state.step == self._world.steps - 1 and not self._world.quiet.exists():
                 self._keeper.check()
                 time.sleep(0.02)
-            self._step(self._progress.step)
+            self._step(self._state.step)
             self._checkpoint()
 
     def _step(self, step: int) -> None:
@@ -217,21 +217,21 @@ class _Trainer:
                 continue
             responses = [rollout.response_ids.tolist() for rollout in groups[group_id].rollouts]
             self._weights = w.train(self._weights, group_id, responses, logprobs[group_id])
-            self._progress.ledger.append(LedgerLine(group_id=group_id, step=step, policy_version=step))
-        self._progress.step = step + 1
+            self._state.ledger.append(LedgerLine(group_id=group_id, step=step, policy_version=step))
+        self._state.step = step + 1
 
     def _checkpoint(self) -> None:
-        """In the order of `vaopd_trainer.loop`: durable first, then acknowledged."""
-        step = self._progress.step
+        """In the order of `vaopd_trainer.coordinator`: durable first, then acknowledged."""
+        step = self._state.step
         self._collector.confirm()
         self._ledger.sync()
         with atomic_folder(self._checkpoints / f"step_{step:06d}") as part:
             (part / "weights.txt").write_text(self._weights)
-            write_progress(part, self._progress)
+            write_run_state(part, self._state)
         for old in checkpoints_in(self._checkpoints)[:-2]:
             shutil.rmtree(old)
         self._ledger.write("checkpoint", step=step)
-        self._collector.acknowledge(line.group_id for line in self._progress.ledger if line.step == step - 1)
+        self._collector.acknowledge(line.group_id for line in self._state.ledger if line.step == step - 1)
         self._collector.forget(step)
         log.info("checkpoint %d", step)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vaopd.types import Message, Rollout, RolloutGroup, RolloutRequest, SamplingSettings, TextPart
+from vaopd.types import GroupId, Message, Rollout, RolloutGroup, RolloutRequest, SamplingSettings, TextPart
 
 JOB = "chaos"
 ROLLOUTS = 2
@@ -43,7 +43,7 @@ class World:
         return self.folder / "quiet"
 
     def group_ids(self, step: int) -> list[str]:
-        return [f"train-{step:06d}-{index:04d}" for index in range(self.groups_per_step)]
+        return [_training_group(step, index) for index in range(self.groups_per_step)]
 
     def dice(self, what: str, group_id: str) -> int:
         """A number from 0 to 999."""
@@ -59,7 +59,7 @@ class World:
 
     def is_killer(self, group_id: str) -> bool:
         """Kills every worker that works on it; two in a run."""
-        return group_id in {f"train-{self.steps * quarter // 4:06d}-0000" for quarter in (1, 3)}
+        return group_id in {_training_group(self.steps * quarter // 4, 0) for quarter in (1, 3)}
 
     def is_duplicated(self, stream: str, group_id: str) -> bool:
         """Its request or its group is published a second time, behind the queue's back; over 5 in 100 together."""
@@ -72,6 +72,10 @@ class World:
 
     def must_die(self, group_id: str) -> bool:
         return self.is_poison(group_id) or self.is_refused(group_id) or self.is_killer(group_id)
+
+
+def _training_group(step: int, index: int) -> str:
+    return str(GroupId(purpose="train", step=step, index=index))
 
 
 def _digest(*parts: object) -> bytes:

@@ -1,0 +1,157 @@
+"""Rank 0's own work, in the order in which queue, ledger, folder and other ranks see it; without any of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.groups import a_request, an_answer
+from vaopd.config import Config, validate
+from vaopd.errors import LeaseLost
+from vaopd.run.checkpoints import LedgerLine, RunState
+from vaopd.types import Prompt, RolloutGroup
+from vaopd_trainer.coordinator import Coordinator
+from vaopd_trainer.metrics import TrainerMetrics
+from vaopd_trainer.prompt_order import TrainingPrompts
+from vaopd_trainer.rank_messages import Stopped
+
+
+class World:
+    """Collector, ledger, keeper and ranks in one, which write down what they are asked; three ranks."""
+
+    world = 3
+
+    def __init__(self, folder: Path, *, arriving: Sequence[Sequence[str]] = ()) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.submitted: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.lease_lost = False
+        self.stop = threading.Event()
+        self._arriving = arriving
+        self._checkpoints = folder / "r" / "checkpoints"
+        values = {
+            "run": {"name": "r", "folder": str(folder)},
+            "data": {"source": "unused"},
+            "student": {"model": "unused"},
+            "teacher": {"model": "unused"},
+            "trainer": {"steps": 4, "prompts_per_step": 6},
+        }
+        prompt = Prompt(prompt_id="p", messages=(), images=(), answer="1")
+        everything: Any = self
+        self.coordinator = Coordinator(
+            config=validate(Config, values, origin="test"),
+            ranks=everything,
+            student=SimpleNamespace(path=folder),  # type: ignore[arg-type]
+            prompts=TrainingPrompts([prompt] * 6, per_step=6, seed=0),
+            validation=[],
+            collector=everything,
+            ledger=everything,
+            keeper=everything,
+            progress_line=everything,
+            metrics=TrainerMetrics(job="r", steps=4),
+            track=lambda values, step: None,
+            stop=self.stop,
+        )
+
+    # The collector.
+    def groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
+        for part in self._arriving:
+            check()
+            yield [an_answer(a_request(group_id)) for group_id in part]
+
+    def confirm(self) -> None:
+        self.events.append(("confirm",))
+
+    def acknowledge(self, group_ids: Iterable[str]) -> None:
+        newest = sorted(path.name for path in self._checkpoints.iterdir())[-1]
+        self.events.append(("acknowledge", list(group_ids), newest))
+
+    def forget(self, before_version: int) -> None:
+        self.events.append(("forget", before_version))
+
+    # The ledger.
+    def sync(self) -> None:
+        self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
+
+    def write(self, event: str, **values: Any) -> None:
+        self.events.append(("write", event, values))
+
+    # The lease's keeper; and the ranks.
+    def check(self) -> None:
+        if self.lease_lost:
+            raise LeaseLost("another trainer has the job")
+
+    def send_group(self, group: RolloutGroup | None, *, to: int) -> None:
+        self.events.append(("send", to, None if group is None else group.group_id))
+
+    def stop_others(self) -> None:
+        self.events.append(("stop others",))
+
+    def submit(self, groups: Sequence[RolloutGroup]) -> None:
+        self.submitted += [group.group_id for group in groups]
+
+
+def names(step: int, *indices: int) -> list[str]:
+    return [f"train-{step:06d}-{index:04d}" for index in indices]
+
+
+def test_groups_go_to_their_ranks_on_arrival_and_a_rank_hears_of_one_that_never_comes(tmp_path: Path) -> None:
+    """Group i is rank i mod 3's. Of step 2's six, 1 and 3 are dead: each rank still gets its two."""
+    world = World(tmp_path, arriving=[names(2, 5, 0), names(2, 4, 2)])
+    world.coordinator.distribute(2, world.submit)
+    assert world.submitted == names(2, 0)  # this rank's own; it needs no message for group 3
+    assert world.events == [
+        ("send", 2, "train-000002-0005"),
+        ("send", 1, "train-000002-0004"),
+        ("send", 2, "train-000002-0002"),
+        ("send", 1, None),
+    ]
+
+
+def test_a_checkpoint_is_durable_before_its_groups_are_acknowledged_and_each_is_acknowledged_once(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    state = RunState()
+    for step in range(2):
+        state.step = step + 1
+        state.ledger += [LedgerLine(group_id=name, step=step, policy_version=step) for name in names(step, 0, 1)]
+        world.coordinator.save_checkpoint(state, {"weight": weight.data}, optimizer)
+    assert world.events == [
+        ("confirm",),
+        ("sync", []),
+        ("write", "checkpoint", {"step": 1}),
+        ("acknowledge", names(0, 0, 1), "step_000001"),
+        ("forget", 1),
+        ("confirm",),
+        ("sync", ["step_000001"]),
+        ("write", "checkpoint", {"step": 2}),
+        ("acknowledge", names(1, 0, 1), "step_000002"),
+        ("forget", 2),
+    ]
+
+
+def test_a_signal_ends_the_waits_of_all_ranks(tmp_path: Path) -> None:
+    world = World(tmp_path, arriving=[names(0, 0), names(0, 3)])
+    world.stop.set()
+    with pytest.raises(Stopped):
+        world.coordinator.distribute(0, world.submit)
+    assert world.events == [("stop others",)]
+
+
+def test_a_lost_lease_ends_a_wait_and_sends_no_word_to_the_others(tmp_path: Path) -> None:
+    """They end with this process, as after any error; a stopped rank would write a checkpoint first."""
+    world = World(tmp_path, arriving=[names(0, 0)])
+    world.lease_lost = True
+    world.stop.set()
+    with pytest.raises(LeaseLost):
+        world.coordinator.distribute(0, world.submit)
+    assert world.events == []

@@ -1,0 +1,90 @@
+"""The optional dependencies of each role, read from the installed package's own metadata.
+
+`pip install vaopd` brings the client library and the command line. Everything else is an extra of pyproject.toml, and a
+command that lacks one says so in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+from collections.abc import Iterator
+
+from vaopd.errors import ConfigError
+
+ROLES = ("teacher", "rollout", "trainer", "api")
+"""The extras that are a process each; `services` is all of them."""
+
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?")
+_EXTRA = re.compile(r"extra == ['\"]([\w-]+)['\"]")
+_DISTRIBUTIONS = {
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "huggingface_hub": "transformers",  # which brings it
+    "multipart": "python-multipart",
+    "python_multipart": "python-multipart",
+    "sklearn": "scikit-learn",
+    "starlette": "fastapi",
+}
+"""Modules that are called otherwise than the distribution to install."""
+
+
+def packages_of(extra: str) -> tuple[str, ...]:
+    """Returns the distributions of an extra, those of the extras that it includes too; empty for an unknown one."""
+    return tuple(dict.fromkeys(_packages(extra)))
+
+
+def missing_packages(extra: str) -> tuple[str, ...]:
+    """Returns the distributions of an extra that are not installed."""
+    return tuple(name for name in packages_of(extra) if version_of(name) is None)
+
+
+def version_of(distribution: str) -> str | None:
+    """Returns the installed version; None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def explain_missing_module(error: ImportError, extra: str) -> str | None:
+    """Returns the line for a module that an extra brings; None for any other, which is a fault of ours.
+
+    extra: the one that the command needs; if it doesn't have the module, the smallest that has is named.
+    """
+    module = error.name or ""
+    distribution = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
+    having = [name for name in _extras() if distribution in packages_of(name)]
+    if not having:  # a module of ours, or a part of a package whose version doesn't fit
+        return None
+    chosen = extra if extra in having else min(having, key=lambda name: len(packages_of(name)))
+    return f"{distribution} is not installed; pip install 'vaopd[{chosen}]'"
+
+
+def require(*extras: str) -> None:
+    """Raises ConfigError, naming the distributions and the command that installs them, if any of them is missing."""
+    missing = tuple(dict.fromkeys(name for extra in extras for name in missing_packages(extra)))
+    if missing:
+        asked = "services" if set(extras) >= set(ROLES) else ",".join(extras)
+        raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'vaopd[{asked}]'")
+
+
+def _packages(extra: str) -> Iterator[str]:
+    for name, included in _extras().get(extra, ()):
+        if name != "vaopd":
+            yield name
+        for other in included:
+            yield from _packages(other)
+
+
+@functools.cache
+def _extras() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    """Extra -> its requirements as (distribution, extras of it)."""
+    found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for line in importlib.metadata.requires("vaopd") or ():
+        requirement, extra = _REQUIREMENT.match(line), _EXTRA.search(line)
+        if requirement and extra:
+            included = tuple((requirement[2] or "").split(",")) if requirement[1] == "vaopd" else ()
+            found.setdefault(extra[1], []).append((requirement[1].lower(), included))
+    return found
