@@ -1,4 +1,4 @@
-"""Writes docs/reference/ out of the code: configuration, metrics, command line, HTTP API, memory. `make reference`.
+"""Writes docs/reference/ from the code: configuration, metrics, command line, HTTP API, memory. `make reference`.
 
 `tests/unit/test_docs.py` fails when a page is stale: nothing in that folder is edited by hand.
 """
@@ -100,10 +100,12 @@ def union(name: str, variants: Variants) -> Iterator[str]:
 
 
 def first_paragraph(model: type[pydantic.BaseModel]) -> str:
+    """The first paragraph of a class's own docstring."""
     return " ".join((vars(model).get("__doc__") or "").partition("\n\n")[0].split())
 
 
 def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
+    """Returns the cells of a key: name, type, default and description."""
     if field.is_required():
         default = "required"
     else:
@@ -114,6 +116,7 @@ def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
 
 
 def toml(value: Any) -> str:
+    """Writes a default as TOML does."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     if isinstance(value, bool):
@@ -155,6 +158,7 @@ def bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def metrics() -> str:
+    """The page of the metrics: RUN/metrics.jsonl and Prometheus."""
     from vaopd_trainer import step_numbers as trainer
 
     def rows(descriptions: dict[str, str]) -> str:
@@ -198,6 +202,7 @@ def registries() -> dict[str, CollectorRegistry]:
 
 
 def prometheus(registry: CollectorRegistry) -> str:
+    """A table of a registry's metrics."""
     lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
     for collector in list(registry._collector_to_names):  # the registry has no public list of what was registered
         for metric in collector.describe():  # type: ignore[attr-defined]
@@ -212,12 +217,13 @@ def prometheus(registry: CollectorRegistry) -> str:
 
 
 def command_line() -> str:
+    """The page of the commands, with the help of each."""
     from vaopd.cli import build_parser
 
     os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
     parts = [
         f"{NOTE}# Command line\n",
-        "Every command as `--help` tells it. Exit codes and habits: [here](../cli.md).\n",
+        "The `--help` of every command. Exit codes and habits: [here](../cli.md).\n",
     ]
     for parser in parsers(build_parser()):
         help_text = re.sub(r"[ \t]+$", "", parser.format_help(), flags=re.MULTILINE).rstrip()
@@ -238,6 +244,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def http_api() -> str:
+    """The page of the HTTP API, from its OpenAPI document."""
     from vaopd_api.app import create_app
     from vaopd_api.teachers import Teachers
 
@@ -263,6 +270,7 @@ def http_api() -> str:
 
 
 def parameters(operation: dict[str, Any]) -> Iterator[str]:
+    """A table of a route's parameters."""
     found = operation.get("parameters", [])
     if found:
         rows = [
@@ -272,6 +280,7 @@ def parameters(operation: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    """A table of an object's fields."""
     yield f"### {name}\n"
     if text := schema.get("description"):
         yield " ".join(text.split()) + "\n"
@@ -285,6 +294,7 @@ def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_name(schema: dict[str, Any]) -> str:
+    """A type of the OpenAPI document in words."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
@@ -304,6 +314,7 @@ def schema_name(schema: dict[str, Any]) -> str:
 
 
 def memory() -> str:
+    """The page of the memory that each process needs."""
     spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
     assert spec is not None
     assert spec.loader is not None
@@ -317,15 +328,18 @@ def memory() -> str:
 
 
 def code(text: str) -> str:
+    """Sets a text in backquotes."""
     return f"`{text}`"
 
 
 def table(rows: list[tuple[str, str, str, str]]) -> str:
+    """A table of keys."""
     head = ["| key | type | default | |", "| --- | --- | --- | --- |"]
     return "\n".join([*head, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
 
 
 def main() -> int:
+    """Writes every page."""
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text)

@@ -15,6 +15,7 @@ from vaopd.telemetry import logs, metrics_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one rank, or starts all of them; returns the exit code."""
     parser = process.parser("trainer", "Trains a student; one job.")
     given = sys.argv[1:] if argv is None else argv
     return process.main(lambda arguments, config: _run(arguments, config, given), parser, given)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Discriminator
 
 from vaopd.config import (
     Config,
@@ -27,7 +29,7 @@ from vaopd.config import (
     validate,
     variants_of,
 )
-from vaopd.config.toml import section_of
+from vaopd.config.toml import apply_overrides, default_tag, section_of
 from vaopd.errors import ConfigError
 from vaopd.types import Degradation
 
@@ -236,6 +238,38 @@ def test_an_override_that_chooses_another_variant_leaves_the_file_s_one_behind(m
     assert config.rollout == TransformersRollout(top_p=0.9)
     assert config.objective == RolloutWeightsOnly(temperature=2.0)  # which this variant knows too
     assert config.teacher == HiddenTeacher(model="models/teacher")
+
+
+class Whole(Section):
+    """Not sharded."""
+
+    kind: Literal["none"] = "none"
+
+
+class Sharded(Section):
+    """Sharded over ranks."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    ranks: int = 2
+
+
+class Optimizer(Section):
+    sharding: Annotated[Whole | Sharded, Discriminator("kind"), default_tag("kind", "none")] = Whole()
+
+
+class Nested(Section):
+    optimizer: Optimizer = Optimizer()
+
+
+def test_a_section_with_variants_may_stand_in_another_section() -> None:
+    values = {"optimizer": {"sharding": {"kind": "fsdp", "ranks": 4}}}
+    assert validate(Nested, values, origin="x").optimizer.sharding == Sharded(ranks=4)
+    with pytest.raises(ConfigError, match=r'optimizer\.sharding\.ranks: no such key with kind = "none"'):
+        validate(Nested, {"optimizer": {"sharding": {"ranks": 4}}}, origin="x")
+    apply_overrides(Nested, values, ["optimizer.sharding.kind=none"])
+    assert values == {"optimizer": {"sharding": {"kind": "none"}}}
+    apply_overrides(Nested, values, ["optimizer.sharding={ kind = 'fsdp', ranks = 8 }"])
+    assert values == {"optimizer": {"sharding": {"kind": "fsdp", "ranks": 8}}}
 
 
 # -- old keys, for one release -----------------------------------------------------------------------------------------

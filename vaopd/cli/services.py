@@ -31,6 +31,7 @@ NEEDS: dict[Role, tuple[Needs, ...]] = {
 
 
 def add_parsers(subparsers: Subparsers) -> None:
+    """Adds a command for each process, with that process's flags."""
     for name, (role, text) in COMMANDS.items():
         parser = subparsers.add_parser(name, help=text)
         add_config_arguments(parser)

@@ -7,7 +7,6 @@ overrides a field. Wrong keys, types and paths are named with the remedy. Import
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +16,7 @@ import tomli_w
 from pydantic import Discriminator, Field
 
 from vaopd.config.old_names import Warn, accept_run_keys, warn_once
-from vaopd.config.toml import Section, apply_override, default_tag, read_toml, validate, variants_of
+from vaopd.config.toml import Section, apply_overrides, default_tag, read_toml, validate
 from vaopd.types import DEGRADATIONS, STRENGTH_MEANINGS, Degradation, DegradationKind
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
 
 
 class RunConfig(Section):
+    """A run's name and folder."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run's folder and, in Redis and at the teacher, its job."""
     folder: Path = Path("runs")
@@ -43,6 +44,8 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
+    """The problems to train and to evaluate on."""
+
     source: str
     """A local folder of Parquet files, or a hub id such as hiyouga/geometry3k."""
     train_split: str = "train"
@@ -60,6 +63,8 @@ class DataConfig(Section):
 
 
 class StudentConfig(Section):
+    """The model that is trained."""
+
     model: str
     """Folder or hub id of the student."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -114,6 +119,7 @@ class SampledTeacher(_Teacher):
     """The single-sample estimator of the KL."""
 
     def loss_keywords(self) -> dict[str, Any]:
+        """Returns the estimator."""
         return {"estimator": self.sampled_estimator}
 
 
@@ -229,7 +235,7 @@ class VllmRollout(_Rollout):
     """vLLM samples."""
 
     engine: Literal["vllm"] = "vllm"
-    """What samples the rollouts."""
+    """The library that samples the rollouts."""
     engine_options: dict[str, Any] = Field({})
     """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
 
@@ -238,13 +244,15 @@ class TransformersRollout(_Rollout):
     """transformers' own `generate` samples: slower, and for every model that transformers knows."""
 
     engine: Literal["transformers"] = "transformers"
-    """What samples the rollouts."""
+    """The library that samples the rollouts."""
 
 
 RolloutConfig = Annotated[VllmRollout | TransformersRollout, Discriminator("engine"), default_tag("engine", "vllm")]
 
 
 class TrainerConfig(Section):
+    """The optimizer, the batches and the checkpoints."""
+
     steps: int = Field(ge=1)
     """Optimizer steps in all; the schedule ends there."""
     prompts_per_step: int = Field(16, ge=1)
@@ -254,9 +262,9 @@ class TrainerConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW (paper: 1e-6)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's (paper: 0.9, 0.95)."""
+    """β1 and β2 of AdamW (paper: 0.9, 0.95)."""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's (paper: 0.1)."""
+    """Weight decay of AdamW (paper: 0.1)."""
     warmup_fraction: Fraction = 0.05
     """Linear warm-up, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -266,18 +274,20 @@ class TrainerConfig(Section):
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose (tokens, vocabulary) logits exist at once in the fused divergence."""
     max_policy_lag: int = Field(0, ge=0)
-    """How many versions old a group's policy may be (paper: 0). Above 0, generation overlaps with training."""
+    """How many versions old a group's policy may be (paper: 0). Above 0, sampling overlaps with training."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; groups are acknowledged only then."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many checkpoints stay on disk, the best one aside."""
+    """How many of the newest checkpoints stay on disk."""
     processes: int = Field(1, ge=1)
     """Ranks of the trainer on this host, through accelerate."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Besides metrics.jsonl, which is always written."""
+    """Where metrics go besides metrics.jsonl, which is always written."""
 
 
 class EvaluationConfig(Section):
+    """The evaluation on held-out problems (avg@n)."""
+
     every: int = Field(50, ge=0)
     """Steps between evaluations on the validation split; 0 = never."""
     prompts: int = Field(200, ge=1)
@@ -289,6 +299,8 @@ class EvaluationConfig(Section):
 
 
 class QueueConfig(Section):
+    """The queue between the trainer and the workers."""
+
     url: str = Field("redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://|^embedded$")
     """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own."""
     lease_s: float = Field(60, gt=0)
@@ -298,12 +310,14 @@ class QueueConfig(Section):
 
 
 class ApiConfig(Section):
+    """The scoring API."""
+
     address: Address = "127.0.0.1:8080"
     """host:port where the API listens."""
 
 
 class Config(Section):
-    """A whole run. Sections without required keys may be left out."""
+    """A whole run. A section without required keys may be left out."""
 
     run: RunConfig
     data: DataConfig
@@ -333,35 +347,19 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
+        """The folder of everything that the run writes: run.folder / run.name."""
         return self.run.folder / self.run.name
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, warn: Warn = warn_once) -> Config:
     """Reads a TOML file and applies overrides such as "trainer.steps=10".
 
-    An override that chooses another variant takes its section's keys of the file's variant away. `warn` gets the line
-    that names old keys, if there are any. Raises ConfigError with key and remedy.
+    `warn` gets a line that names the old keys, if there are any. Raises ConfigError with key and remedy.
     """
     values = read_toml(path)
-    written = copy.deepcopy(values)
-    overridden = {apply_override(values, override) for override in overrides}
-    _leave_variants(values, written, keep=overridden)
+    apply_overrides(Config, values, overrides)
     accept_run_keys(Config, values, origin=str(path), warn=warn)
     return validate(Config, values, origin=str(path))
-
-
-def _leave_variants(values: dict[str, Any], written: dict[str, Any], *, keep: set[str]) -> None:
-    """Drops keys of the variant in the file, `written`, where `values` choose another one."""
-    for name, field in Config.model_fields.items():
-        variants, section, before = variants_of(field), values.get(name), written.get(name)
-        if variants is None or not isinstance(section, dict) or not isinstance(before, dict):
-            continue
-        old, new = variants.member(before), variants.member(section)
-        if old is None or new is None or old is new:
-            continue
-        for key in set(before) & set(old.model_fields) - set(new.model_fields):
-            if f"{name}.{key}" not in keep:
-                del section[key]
 
 
 def to_toml(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""The service file: how the processes of a service run, whatever the job: a section for each of them.
+"""The service file: settings of the processes, independent of the job, in a section for each process.
 
 A run's configuration (`vaopd.config.run`) says what one job wants; this file belongs to the operator of the
 service, and is optional: `vaopd teacher CONFIG --service SERVICE.toml`, and so `rollout`, `api` and `up`. Each process
@@ -34,21 +34,25 @@ ServicePath = Annotated[Path, AfterValidator(_from_its_folder)]
 
 
 class SharingConfig(Section):
+    """How the device is shared among jobs."""
+
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Shares of the device by job name, relative to each other; a job that isn't named has weight 1."""
     max_waiting_groups: int = Field(4096, ge=1)
-    """Groups of all jobs that are accepted and not yet answered; beyond, calls are refused with a retry hint."""
+    """Groups of all jobs that are accepted and not yet answered; above it, calls are refused with a retry hint."""
     max_waiting_groups_per_job: int = Field(1024, ge=1)
-    """The same, of one job."""
+    """The same for each job."""
 
 
 class ImagesConfig(Section):
+    """Room for images in memory."""
+
     encoded_bytes: int = Field(2**30, ge=1)
-    """Room for images as they were uploaded; the least recently used go first, and clients upload them again."""
+    """Room for images as uploaded; the least recently used are dropped first, and clients upload them again."""
     prepared_bytes: int = Field(2**30, ge=1)
     """Room for decoded images of both views; a 512 × 512 image takes about 6 MB in each."""
     vision_bytes: int = Field(2**31, ge=0)
-    """Room in the host's memory for what the vision tower made of an image's view; 0 keeps nothing.
+    """Room in the host's memory for the vision tower's output for each view of an image; 0 keeps nothing.
 
     In bfloat16 an image token takes 2 × hidden size × (1 + deepstack layers) bytes: 32 KiB in an 8B teacher, 8 MiB for
     a 512 × 512 image. Room for a whole data set saves the tower from the second epoch on.
@@ -74,9 +78,9 @@ class TeacherTlsConfig(TlsConfig):
     """Files in PEM; `vaopd certs FOLDER` makes a set. Renewed ones are taken up without a restart."""
 
     client_ca: ServicePath | None = None
-    """Asks every client for a certificate that this authority signed (mTLS)."""
+    """Clients must show a certificate that this authority signed (mTLS)."""
     plaintext: bool = False
-    """Serves without TLS on other addresses than the loopback too: only for a network that nobody else is on."""
+    """Serves without TLS on other addresses than the loopback too: only for a network without other hosts."""
 
     @model_validator(mode="after")
     def _fits_the_teacher(self) -> Self:
@@ -88,11 +92,15 @@ class TeacherTlsConfig(TlsConfig):
 
 
 class KeysConfig(Section):
+    """The API keys that are accepted."""
+
     file: ServicePath | None = None
-    """The API keys, one per job (`vaopd keys add JOB`); without it, everybody who reaches the port is served."""
+    """The API keys, one per job (`vaopd keys add JOB`); without it, every client is served."""
 
 
 class QuotasConfig(Section):
+    """Limits of prompt groups per minute."""
+
     groups_per_minute: PositiveInt | None = None
     """Prompt groups of one job that are accepted in a minute; that many at once, refilled evenly. None: no quota."""
     jobs: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -100,6 +108,8 @@ class QuotasConfig(Section):
 
 
 class ApiQuotasConfig(Section):
+    """Limits of requests per minute."""
+
     requests_per_minute: PositiveInt | None = None
     """Requests of one key's job, without keys of one address; a batch counts its requests. None: no quota."""
 
@@ -144,14 +154,14 @@ class TeacherServiceConfig(Section):
     keys: KeysConfig = KeysConfig()
     quotas: QuotasConfig = QuotasConfig()
     stuck_after_s: PositiveFloat = 300.0
-    """A forward that takes longer than this is taken for a hanging device: the process ends, to be restarted."""
+    """Seconds after which a forward counts as a hanging device: the process ends, to be restarted."""
     drain_s: PositiveFloat = 60.0
     """Seconds that accepted calls may take after SIGTERM."""
 
     @model_validator(mode="after")
     def _quotas_need_keys(self) -> Self:
         if self.keys.file is None and (self.quotas.groups_per_minute or self.quotas.jobs):
-            raise ValueError("quotas need keys.file; without keys a job's name is whatever the client says")
+            raise ValueError("quotas need keys.file; without keys a client may give any job's name")
         return self
 
 
@@ -159,7 +169,7 @@ class RolloutServiceConfig(Section):
     """A rollout worker."""
 
     stuck_after_s: PositiveFloat = 1800.0
-    """An engine that takes longer than this for a batch hangs: the process ends, and another worker takes over."""
+    """Seconds after which a batch counts as a hanging engine: the process ends, and another worker takes over."""
     drain_s: PositiveFloat = 10.0
     """Seconds that the batch in progress may take after SIGTERM; unfinished requests are handed back."""
 
@@ -171,7 +181,7 @@ class ApiServiceConfig(Section):
     keys: KeysConfig = KeysConfig()
     quotas: ApiQuotasConfig = ApiQuotasConfig()
     stuck_after_s: PositiveFloat = 60.0
-    """An event loop that stands still for longer than this hangs: the process ends, to be restarted."""
+    """Seconds without a turn of the event loop after which the process ends, to be restarted."""
     drain_s: PositiveFloat = 10.0
     """Seconds that accepted requests may take after SIGTERM."""
 

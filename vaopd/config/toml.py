@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
 import typing
 from collections import deque
@@ -91,10 +92,20 @@ def validate(model: type[S], values: dict[str, Any], *, origin: str, folder: Pat
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
-def apply_override(values: dict[str, Any], override: str) -> str:
-    """Sets one value from "section.key=value" and returns "section.key". A bare word is a string."""
+def apply_overrides(model: type[Section], values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets values from "section.key=value" each; a bare word is a string. Raises ConfigError on another form.
+
+    An override that chooses another variant drops the keys that belong to the file's variant: they are of no use any
+    more, and nobody should have to change the file for that.
+    """
+    written = copy.deepcopy(values)
+    overridden = [_apply_override(values, override) for override in overrides]
+    _drop_left_variants(model, values, written, (), overridden)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = tuple(key.strip().split("."))
     if not separator or len(parts) < 2:
         raise ConfigError(f"--set {override!r} is not of the form section.key=value")
     try:
@@ -106,7 +117,27 @@ def apply_override(values: dict[str, Any], override: str) -> str:
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
     values[parts[-1]] = value
-    return ".".join(parts)
+    return parts
+
+
+def _drop_left_variants(
+    model: type[Section], values: Any, written: Any, place: tuple[str, ...], overridden: list[tuple[str, ...]]
+) -> None:
+    """Drops keys of the variants that a file, `written`, chose and that `values`, after the overrides, don't."""
+    for name, field in model.model_fields.items():
+        section, before = values.get(name), written.get(name)
+        if not isinstance(section, dict) or not isinstance(before, dict):
+            continue
+        here, variants = (*place, name), variants_of(field)
+        chosen = variants.member(section) if variants is not None else section_of(field)
+        left = variants.member(before) if variants is not None else None
+        if chosen is None:
+            continue
+        if left is not None and left is not chosen:
+            given = {parts[len(here)] for parts in overridden if len(parts) > len(here) and parts[: len(here)] == here}
+            for key in set(before) & set(left.model_fields) - set(chosen.model_fields) - given:
+                section.pop(key, None)
+        _drop_left_variants(chosen, section, before, here, overridden)
 
 
 def _describe(model: type[Section], error: Any) -> str:

@@ -32,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser, role: Role) -> None:
 
 
 def add_service_flag(parser: argparse.ArgumentParser) -> None:
+    """Declares `--service FILE`."""
     parser.add_argument(
         "--service", type=Path, metavar="FILE", help="the services' own settings (TLS, keys, quotas, …), a TOML file"
     )
