@@ -28,7 +28,7 @@ from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import score_request_to_pb
 
-SERVICE = "[sharing]\nmax_waiting_groups = 128\nmax_waiting_groups_per_job = 96\nweights = { heavy = 3.0 }\n"
+SERVICE = "[teacher.sharing]\nmax_waiting_groups = 128\nmax_waiting_groups_per_job = 96\nweights = { heavy = 3.0 }\n"
 _NAMES = itertools.count()
 
 

@@ -23,7 +23,7 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import TrainerConfig, VaOpd
 from vaopd.divergence import FullTarget, fused_loss
 from vaopd.payloads import from_torch, to_torch
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
@@ -71,7 +71,7 @@ def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
         generation_s=0.0,
     )
     scored = ScoredGroup(index=0, group=group, prompt=prepared.original, score=score)
-    return weigh(scored, ObjectiveConfig(), seed=0)
+    return weigh(scored, VaOpd(), seed=0)
 
 
 def teacher_head(vlm: Vlm) -> torch.Tensor:
@@ -84,7 +84,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
     """Each runs forward and backward, leaves the gradients in its model and returns the loss."""
     head = teacher_head(vlm)
     trainer = TrainerConfig(steps=1)
-    loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer, objective=ObjectiveConfig())
+    loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer)
     scored = group.scored
     prompts = [scored.prompt] * len(scored.responses)
     if timing.ON_GPU:  # as the trainer does there

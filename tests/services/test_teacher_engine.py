@@ -15,7 +15,7 @@ from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import drawing, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
-from vaopd.config import ServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.types import GroupScore, Payload, ScoreRequest
 from vaopd.vlm.model import Encode, Segment, Vlm
@@ -69,8 +69,8 @@ def group(name: str, rollouts: int = 2, text: str = "How long?") -> ScoreRequest
     return token_request(tiny_vlm(), name, pictures=[drawing(1)], text=text, responses=["It is 12."] * rollouts)
 
 
-def at_most(groups: int) -> ServiceConfig:
-    return ServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
+def at_most(groups: int) -> TeacherServiceConfig:
+    return TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
 
 
 def test_out_of_memory_halves_the_batch_once() -> None:

@@ -102,7 +102,7 @@ def scores(target: str) -> dict[str, GroupScore]:
 def shared_by_two(folder: Path) -> Iterator[tuple[TeacherProcess, list[int]]]:
     """The teacher, as `vaopd teacher CONFIG --service FILE` starts it, and its ranks' process ids, rank 0 first."""
     service = folder / "service.toml"
-    service.write_text("[engine]\nprocesses = 2\n")
+    service.write_text("[teacher.engine]\nprocesses = 2\n")
     # Small forwards, so that there are several.
     launch = ("-m", "vaopd_teacher", "--service", str(service))
     with teacher_process(folder, launch=launch, batch_tokens=200) as teacher:

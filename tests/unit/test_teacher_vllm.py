@@ -99,12 +99,12 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     ("written", "says"),
     [
         ('backend = "vllm"\nprocesses = 2', "use options.tensor_parallel_size"),
-        ("options = { max_model_len = 512 }", "options are vLLM's"),
+        ("options = { max_model_len = 512 }", 'it belongs to backend = "vllm": set that'),
         ('backend = "tgi"', "engine.backend"),
     ],
 )
 def test_an_engine_that_can_not_be_is_refused_with_its_remedy(tmp_path: Path, written: str, says: str) -> None:
-    (tmp_path / "service.toml").write_text(f"[engine]\n{written}\n")
+    (tmp_path / "service.toml").write_text(f"[teacher.engine]\n{written}\n")
     with pytest.raises(ConfigError, match=says):
         load_service_config(tmp_path / "service.toml")
 

@@ -1,4 +1,4 @@
-"""What the subcommands that take a CONFIG share: `--set`, `--dry-run` and the checks behind it."""
+"""Shared by the subcommands that take a CONFIG: `--set`, `--dry-run` and the checks before a start."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teac
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares CONFIG, `--set` and `--dry-run`."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, e.g. configs/tiny.toml")
     parser.add_argument(
         "--set",
@@ -32,7 +33,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def dry_run(config: Config, needs: Iterable[Needs]) -> int:
-    """Prints the configuration as TOML, then what stands in its way on standard error; 1 if anything does."""
+    """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
     from vaopd.config import to_toml
 
     print(to_toml(config), end="")
@@ -43,7 +44,7 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
-    """What would stop a process that needs these things, each with the key and the remedy."""
+    """Yields what would stop a process with these needs, each with the key and the remedy."""
     from vaopd.launch.checks import engine_problem, gpu_problem, redis_problem, tokenizer_problem
     from vaopd.net.ports import port_problem
 
@@ -69,7 +70,7 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
 
 
 def check(config: Config, needs: Iterable[Needs]) -> None:
-    """Raises ConfigError that lists what would stop a process that needs these things."""
+    """Raises ConfigError that lists what would stop a process with these needs."""
     from vaopd.errors import ConfigError
 
     if problems := list(find_problems(config, needs)):

@@ -30,7 +30,7 @@ def add_parsers(subparsers: Subparsers) -> None:
             metavar="FILE",
             type=Path,
             default=Path("keys.json"),
-            help="the service's key file, [keys] file of its configuration (default keys.json)",
+            help="the key file that [teacher.keys] or [api.keys] of the service file names (default keys.json)",
         )
 
 

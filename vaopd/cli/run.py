@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
-from vaopd.cli.services import add_service_argument
 from vaopd.process.extras import require
+from vaopd.process.flags import add_service_flag, service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ next
 
 
 def add_parsers(subparsers: Subparsers) -> None:
+    """Adds `vaopd demo` and `vaopd up`."""
     demo = subparsers.add_parser("demo", help="a whole run of the tiny pair on two CPU cores, in a few minutes")
     demo.add_argument("--name", help="the run's name (default: demo-DATE-TIME)")
     demo.add_argument("--steps", type=int, help="optimizer steps (default: as in configs/tiny.toml)")
@@ -36,12 +37,12 @@ def add_parsers(subparsers: Subparsers) -> None:
 
     up = subparsers.add_parser("up", help="Redis, teacher, workers, API and trainer of a configuration, on this host")
     add_config_arguments(up)
-    up.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    up.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     up.add_argument(
         "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
     )
     up.add_argument("--teacher", metavar="HOST:PORT[,…]", help="share this running teacher, or replicas; start none")
-    add_service_argument(up)
+    add_service_flag(up)
     up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
     up.add_argument(
         "--gpus",
@@ -62,10 +63,10 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from vaopd.config import load_config, load_service_config
+    from vaopd.config import load_config
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
-    load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
+    service_config(arguments)  # raises for what is wrong with it, before anything is started
     gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
@@ -79,7 +80,7 @@ def _up(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
-        service=arguments.service_file,
+        service=arguments.service,
         api=arguments.api,
         gpus=gpus,
         metrics_port=arguments.metrics_port,
@@ -103,7 +104,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         f"run.name={arguments.name or new_run_name('demo')}",
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
-        # Free ports, so that a second run, or anything else on this host, is in nobody's way.
+        # Free ports, so that a second run on this host, or another program, is not disturbed.
         "teacher.address=127.0.0.1:0",
         "api.address=127.0.0.1:0",
     ]
@@ -120,7 +121,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     _say(f"logs and results: {config.run_folder}")
     code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_show())
     if code == 0:
-        _tell_result(config.run_folder)
+        _print_result(config.run_folder)
     return code
 
 
@@ -133,7 +134,7 @@ def _make_demo_data(folder: Path) -> None:
     handwritten_geometry.write(folder, seed=0, train=4000, validation=300, test=600)
 
 
-def _tell_result(folder: Path) -> None:
+def _print_result(folder: Path) -> None:
     from vaopd.report import read_run, write_report
 
     evaluations = read_run(folder).evaluations
@@ -155,7 +156,7 @@ def _say(line: str) -> None:
 
 
 def _show() -> Callable[[str], None] | None:
-    """Draws a line that the next one may cover; only a terminal can."""
+    """Returns a function that draws a line over the one before, None where standard error is no terminal."""
     from vaopd.telemetry.progress_line import draw
 
     return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

@@ -31,25 +31,18 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.add_argument("--student", metavar="MODEL", help="folder or hub id of the student of --generate")
     score.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
     score.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default %(default)s)")
-    degradation = score.add_argument(
-        "--degradation", default="pixelate", help="how the second view is made: %(kinds)s (default %(default)s)"
+    score.add_argument(
+        "--degradation",
+        default="pixelate",
+        metavar="KIND",
+        help="how the degraded view is made; an unknown kind lists them all (default %(default)s)",
     )
-    degradation.kinds = _Kinds()  # type: ignore[attr-defined]  # argparse fills in the action's attributes
     score.add_argument("--strength", type=float, default=0.1, help="of the degradation (default 0.1)")
     score.add_argument("--table", action="store_true", help="a line per token in a terminal too, as elsewhere")
     score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
     score.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
     score.add_argument("--html", type=Path, metavar="FILE", help="write it into one self-contained file, too")
     score.set_defaults(command=_score, extra="model")
-
-
-class _Kinds:
-    """The degradations' names, read only when help is shown: `vaopd.types` needs numpy."""
-
-    def __str__(self) -> str:
-        from vaopd.types import DEGRADATIONS
-
-        return ", ".join(DEGRADATIONS)
 
 
 def _score(arguments: argparse.Namespace) -> int:
