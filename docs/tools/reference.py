@@ -143,6 +143,7 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
 
 
 def bounds(metadata: list[Any]) -> Iterator[str]:
+    """Yields the bounds of a number in words."""
     for part in metadata:
         for item in part.metadata if isinstance(part, FieldInfo) else [part]:
             match item:
