@@ -306,8 +306,8 @@ the memory of a layer's backward pass was counted on the real layers, on a CPU.
 ## The models
 
 {model_table()}
-The teacher's forward has `teacher.batch_tokens = {BATCH_TOKENS}`. Its cache of the vision tower's output is in the host's
-memory.
+The teacher's forward has `teacher.batch_tokens = {BATCH_TOKENS}`. Its cache of the vision tower's output is in the
+host's memory.
 
 ## A trainer rank
 
@@ -323,8 +323,8 @@ Weights are replicated on every rank, not sharded.
 ## Placement: a 2B student on 80 GB cards
 
 The teacher gets as few cards as it fits on; of the others, most go to the trainer. Look at a step's times in
-`vaopd report`: if *waiting for rollouts* is long, add workers; if *waiting for scores* is long, add a teacher; otherwise
-add ranks.
+`vaopd report`: if *waiting for rollouts* is long, add workers; if *waiting for scores* is long, add a teacher;
+otherwise add ranks.
 
 {placements}"""
 
