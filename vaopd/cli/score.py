@@ -51,7 +51,7 @@ def _score(arguments: argparse.Namespace) -> int:
     from vaopd.types import DEGRADATIONS, Degradation, EncodedImage
 
     if arguments.degradation not in DEGRADATIONS:
-        raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {_Kinds()}")
+        raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
     responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
