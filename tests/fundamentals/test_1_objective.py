@@ -9,19 +9,31 @@ import math
 
 import pytest
 import torch
-from torch import tensor
+from torch import Tensor, tensor
 
+from tests.support.tolerance import assert_noticed, assert_within, gamma, rollout_weights
 from vaopd import objective
 from vaopd.errors import InvalidInput, NumericalError
+
+pytestmark = pytest.mark.numeric
 
 MASK = tensor([[True, True, True], [True, True, False]])
 TEACHER = tensor([[-0.5, -1.0, -0.2], [-0.1, -0.4, 0.0]])
 DEGRADED = tensor([[-0.5, -4.0, -0.1], [-0.2, -0.7, 0.0]])
+ADVANTAGE_ERROR = gamma(2) * (TEACHER.abs() + DEGRADED.abs())
+"""Of two numbers rounded to float32, and of their difference."""
+MEANS_ERROR = ADVANTAGE_ERROR.amax(-1) + gamma(4)
+"""Of the means 1 and 0.2: their terms', three terms and a division."""
+
+
+def weights_error(weights: Tensor) -> Tensor:
+    """Of a share (a division), times a rollout's weight, all rounded to float32."""
+    return gamma(4) * weights.abs()
 
 
 def test_visual_advantage_is_what_the_image_adds_and_never_negative() -> None:
     va = objective.visual_advantage(TEACHER, DEGRADED, MASK)
-    torch.testing.assert_close(va, tensor([[0.0, 3.0, 0.0], [0.1, 0.3, 0.0]]))
+    assert_within(va, [[0.0, 3.0, 0.0], [0.1, 0.3, 0.0]], ADVANTAGE_ERROR)
 
 
 def test_no_gradient_flows_through_visual_advantage() -> None:
@@ -40,14 +52,19 @@ def test_padding_may_hold_anything_but_a_valid_token_must_be_finite() -> None:
 
 def test_mean_visual_advantage_is_over_valid_tokens_only() -> None:
     va = objective.visual_advantage(TEACHER, DEGRADED, MASK)
-    torch.testing.assert_close(objective.mean_visual_advantage(va, MASK), tensor([1.0, 0.2]))
+    assert_within(objective.mean_visual_advantage(va, MASK), [1.0, 0.2], MEANS_ERROR)
+    assert_noticed(va.mean(-1), [1.0, 0.2], MEANS_ERROR)  # padding counted
 
 
 def test_rollout_weights_standardise_within_the_group_and_sum_to_one() -> None:
     # Means 1.0 and 0.2: z = ±1 (population deviation 0.4), so the weights are e / (e + 1/e) and the rest.
     weights = objective.rollout_weights(tensor([[1.0, 0.2]]))
     high = math.e / (math.e + 1 / math.e)
-    torch.testing.assert_close(weights, tensor([[high, 1 - high]]), atol=1e-5, rtol=0)
+    # ε = 1e-6 beside the deviation of 0.4 makes z smaller by 2.5e-6, and both weights off by half of that at most.
+    error = rollout_weights(tensor([[1.0, 0.2]])) + 1.25e-6
+    assert_within(weights, [[high, 1 - high]], error)
+    sample = math.exp(1 / math.sqrt(2))  # divided by K − 1
+    assert_noticed([[sample / (sample + 1 / sample), 1 / (1 + sample**2)]], [[high, 1 - high]], error)
 
 
 def test_four_rollouts_against_float64() -> None:
@@ -55,7 +72,7 @@ def test_four_rollouts_against_float64() -> None:
     z = [(m - 0.25) / (math.sqrt(0.0125) + 1e-6) for m in means]
     expected = [math.exp(v / 2) / sum(math.exp(u / 2) for u in z) for v in z]
     found = objective.rollout_weights(tensor([means]), temperature=2.0)[0]
-    torch.testing.assert_close(found.double(), tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert_within(found, expected, rollout_weights(tensor(means)))  # of τ = 1, more than of z / 2
 
 
 def test_equal_means_give_uniform_weights_and_a_group_of_one_weight_one() -> None:
@@ -66,7 +83,7 @@ def test_equal_means_give_uniform_weights_and_a_group_of_one_weight_one() -> Non
 def test_groups_do_not_see_each_other() -> None:
     alone = objective.rollout_weights(tensor([[1.0, 0.2]]))
     together = objective.rollout_weights(tensor([[1.0, 0.2], [9.0, 5.0]]))
-    torch.testing.assert_close(together[:1], alone)
+    assert_within(together[:1], alone, 2 * rollout_weights(tensor([[1.0, 0.2]])))
 
 
 def test_the_high_group_shares_half_of_the_rollout_and_the_others_the_rest() -> None:
@@ -74,7 +91,9 @@ def test_the_high_group_shares_half_of_the_rollout_and_the_others_the_rest() -> 
     mask = torch.ones(1, 5, dtype=torch.bool)
     # ⌈0.2·5⌉ = 1 token is high; the four others share the other half: 0.5/4 each, times the rollout's weight of 0.8.
     weights = objective.token_weights(va, mask, tensor([0.8]))
-    torch.testing.assert_close(weights, tensor([[0.1, 0.4, 0.1, 0.1, 0.1]]))
+    expected = tensor([[0.1, 0.4, 0.1, 0.1, 0.1]])
+    assert_within(weights, expected, weights_error(expected))
+    assert_noticed(expected * tensor([1.0, 1.0, 1.01, 1.0, 1.0]), expected, weights_error(expected))
 
 
 def test_the_number_of_high_tokens_is_rounded_up_exactly() -> None:
@@ -102,7 +121,7 @@ def test_padding_is_never_in_a_group_even_when_no_token_has_any_advantage() -> N
 
 def test_a_response_of_one_token_puts_all_its_mass_in_the_high_group() -> None:
     weights = objective.token_weights(tensor([[0.0]]), tensor([[True]]), tensor([0.3]))
-    torch.testing.assert_close(weights, tensor([[0.3]]))
+    assert_within(weights, [[0.3]], weights_error(weights))
 
 
 def test_a_rollouts_weights_sum_to_its_rollout_weight() -> None:
@@ -110,7 +129,12 @@ def test_a_rollouts_weights_sum_to_its_rollout_weight() -> None:
     va, mask = torch.rand(8, 40), torch.arange(40) < torch.randint(1, 41, (8, 1))
     rollout = objective.rollout_weights(objective.mean_visual_advantage(va * mask, mask).view(2, 4)).flatten()
     for weights in (objective.token_weights(va, mask, rollout), objective.mean_weights(mask, rollout)):
-        torch.testing.assert_close(weights.sum(-1), rollout)
+        # A sum of 40, each rounded as often as a weight is.
+        error = (gamma(40) + gamma(4)) * rollout
+        assert_within(weights.sum(-1), rollout, error)
+        off = weights.clone()
+        off[:, 0] *= 1.01
+        assert_noticed(off.sum(-1), rollout, error)
 
 
 def test_an_empty_response_is_an_error() -> None:
@@ -123,10 +147,18 @@ def test_the_whole_loss_by_hand() -> None:
     va = objective.visual_advantage(TEACHER, DEGRADED, MASK)
     weights_K = objective.rollout_weights(objective.mean_visual_advantage(va, MASK)[None])[0]
     kl = tensor([[0.2, 0.6, 0.4], [0.1, 0.5, 9.9]])
-    loss = (objective.token_weights(va, MASK, weights_K) * kl).sum() / 1
+    weights = objective.token_weights(va, MASK, weights_K)
     w = math.e / (math.e + 1 / math.e)
     # High tokens: the second of either rollout. ℓ_1 = 0.5·0.6 + 0.5·mean(0.2, 0.4), ℓ_2 = 0.5·0.5 + 0.5·0.1.
-    assert float(loss) == pytest.approx(w * 0.45 + (1 - w) * 0.30, abs=1e-5)
+    expected = w * 0.45 + (1 - w) * 0.30
+    # Six products and their sum, with weights as exact as those of the rollouts are (ε = 1e-6 included, see above).
+    of_rollouts = rollout_weights(tensor([1.0, 0.2]), MEANS_ERROR) + 1.25e-6
+    error = float((gamma(6) + gamma(4)) * expected + (of_rollouts * tensor([0.45, 0.30])).sum())
+    assert_within((weights * kl).sum() / 1, expected, error)
+    for token in MASK.nonzero():
+        off = weights.clone()
+        off[tuple(token)] *= 1.01
+        assert_noticed((off.double() * kl).sum(), expected, error)
 
 
 GROUP_VA = tensor([[0.0, 3.0, 0.0], [0.1, 0.3, 0.0]])  # means 1.0 and 0.2 over the valid tokens
@@ -163,7 +195,7 @@ def test_a_variant_s_settings_reach_it() -> None:
 def test_standard_opd_is_the_mean_over_tokens_and_siblings() -> None:
     kl = tensor([[0.2, 0.6, 0.4], [0.1, 0.5, 9.9]])
     loss = (objective.mean_weights(MASK, tensor([0.5, 0.5])) * kl).sum() / 1
-    assert float(loss) == pytest.approx(0.5 * 0.4 + 0.5 * 0.3, abs=1e-6)
+    assert_within(loss, 0.5 * 0.4 + 0.5 * 0.3, (gamma(6) + gamma(4)) * 0.35)
 
 
 @pytest.mark.parametrize(("which", "kept"), [("top", [1, 0, 1, 1, 1]), ("bottom", [0, 1, 1, 1, 1])])

@@ -53,18 +53,18 @@ def family_folder(family: str, *, sliding_window: int | None = None) -> Path:
 
 
 @functools.cache
-def family_vlm(family: str, *, sliding_window: int | None = None) -> Vlm:
+def family_vlm(family: str, *, sliding_window: int | None = None, dtype: str = "float32") -> Vlm:
     """The loaded model; shared by the tests of a process, so leave its weights alone."""
-    return Vlm.load(family_folder(family, sliding_window=sliding_window))
+    return Vlm.load(family_folder(family, sliding_window=sliding_window), dtype=dtype)
 
 
 @functools.cache
-def plain_model(family: str, *, sliding_window: int | None = None) -> Any:
+def plain_model(family: str, *, sliding_window: int | None = None, dtype: str = "float32") -> Any:
     """The same folder as transformers loads it by itself."""
     from transformers import AutoModelForImageTextToText
 
     folder = family_folder(family, sliding_window=sliding_window)
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def ask(vlm: Vlm, pictures: Sequence[PIL.Image.Image], text: str = "How long is it?") -> PreparedPrompt:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_vlm, plain_inputs, plain_logprobs, plain_model
 from tests.support.teacher import drawing, encoded, question
+from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.families import family_for
@@ -19,6 +23,16 @@ PICTURES = {
     "one image": [drawing(0)],
     "two images": [drawing(1, (128, 64)), drawing(2, (96, 96))],
 }
+
+
+def in_float64(family: str, **options: int) -> tuple[Vlm, Any]:
+    """The model and transformers' own, in the precision in which nothing but mistakes tells the two apart."""
+    return family_vlm(family, dtype="float64", **options), plain_model(family, dtype="float64", **options)
+
+
+def error(vlm: Vlm, logprobs: torch.Tensor) -> torch.Tensor:
+    """Of log-probs that come out of two whole forwards."""
+    return tolerance.forward(vlm.config, dtype=torch.float64) * logprobs.abs().max()
 
 
 def responses(vlm: Vlm, *lengths: int) -> tuple[np.ndarray, ...]:
@@ -61,37 +75,60 @@ def test_a_prompt_with_a_placeholder_too_few_is_refused(family: str) -> None:
         vlm.from_token_ids(np.delete(prompt.token_ids, last), prompt.images)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
 @torch.no_grad()
 def test_siblings_that_share_a_prompt_score_as_each_would_alone(family: str, pictures: list[PIL.Image.Image]) -> None:
-    vlm, plain = family_vlm(family), plain_model(family)
+    vlm, plain = in_float64(family)
     segment = Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 9, 1, 17, 9, 16))
     for ids, shared in zip(segment.responses, shared_logprobs(vlm, segment), strict=True):
-        torch.testing.assert_close(shared, plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+        expected = plain_logprobs(plain, vlm, pictures, ids)
+        assert_within(shared, expected, error(vlm, expected))
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_view_a_neighbour_and_a_sibling_out_of_place_are_noticed(family: str) -> None:
+    """Another picture in the prompt, two pictures swapped, and a response that sees a token of its sibling."""
+    vlm, plain = in_float64(family)
+    ids, sibling = responses(vlm, 9, 5)
+    one, two = PICTURES["one image"], PICTURES["two images"]
+    expected = plain_logprobs(plain, vlm, two, ids)
+    assert_noticed(plain_logprobs(plain, vlm, two[::-1], ids), expected, error(vlm, expected))
+    assert_noticed(plain_logprobs(plain, vlm, [*one, two[1]], ids), expected, error(vlm, expected))
+    seen = plain_logprobs(plain, vlm, two, np.concatenate((sibling[:1], ids)))[1:]
+    assert_noticed(seen, expected, error(vlm, expected))
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_segments_in_one_forward_dont_see_each_other(family: str) -> None:
-    vlm, plain = family_vlm(family), plain_model(family)
+    vlm, plain = in_float64(family)
     shown = [PICTURES["two images"], [], PICTURES["one image"]]
     segments = [Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 5, 12)) for pictures in shown]
     scored = iter(shared_logprobs(vlm, *segments))
     for pictures, segment in zip(shown, segments, strict=True):
         for ids in segment.responses:
-            torch.testing.assert_close(next(scored), plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+            expected = plain_logprobs(plain, vlm, pictures, ids)
+            assert_within(next(scored), expected, error(vlm, expected))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("window", [4, 24])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
 @torch.no_grad()
 def test_a_sliding_window_reaches_back_into_the_prompt_as_far_as_it_would_alone(family: str, window: int) -> None:
-    vlm, plain = family_vlm(family, sliding_window=window), plain_model(family, sliding_window=window)
+    vlm, plain = in_float64(family, sliding_window=window)
+    _, a_token_further = in_float64(family, sliding_window=window + 1)
     pictures = PICTURES["one image"]
     segment = Segment(prompt=ask(vlm, pictures), responses=responses(vlm, 9, 30, 8))
     for ids, shared in zip(segment.responses, shared_logprobs(vlm, segment), strict=True):
-        torch.testing.assert_close(shared, plain_logprobs(plain, vlm, pictures, ids), atol=1e-5, rtol=0)
+        expected = plain_logprobs(plain, vlm, pictures, ids)
+        assert_within(shared, expected, error(vlm, expected))
+        assert_noticed(plain_logprobs(a_token_further, vlm, pictures, ids), expected, error(vlm, expected))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

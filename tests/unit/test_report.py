@@ -26,7 +26,7 @@ from vaopd.run.records import read_run
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
-from vaopd_teacher.intake.prepare import Envelope, Preparer
+from vaopd_teacher.intake.prepare import CallSettings, Preparer
 
 
 def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         tokens=teacher_pb2.TokenPrompt(token_ids=[1], image_sha256=[image.sha256]),
         rollouts=[teacher_pb2.RolloutTokens(rollout_id="0", response_ids=[2])],
     )
-    preparer.prepare(group, Envelope(payload="none", top_k=0, degradation=Degradation(kind="noise")))
+    preparer.prepare(group, CallSettings(payload="none", top_k=0, degradation=Degradation(kind="noise")))
     _original, degraded = seen
     return degraded
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support import divergences, tolerance
 from tests.support.families import FAMILIES, ask, family_vlm
 from tests.support.models import save_untrained
 from tests.support.teacher import drawing, encoded, question, write_config
+from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.config import load_config, load_service_config
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.prompts import PreparedPrompt
@@ -47,6 +49,7 @@ def told(logits: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
     return top.indices.numpy(), top.values.numpy().astype(np.float64)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", [1.0, 8.0, 40.0])
 def test_the_tail_of_a_peaked_distribution_is_not_rounding(scale: float) -> None:
     """At 40 a tail is some e^-20 of the mass: of such a rest, 1 less a sum of usual log-probs would say nothing."""
@@ -54,12 +57,14 @@ def test_the_tail_of_a_peaked_distribution_is_not_rounding(scale: float) -> None
     ids, logprobs, tail = top_k(*told(logits, 32), 16)
     exact = torch.log_softmax(logits.double(), -1)
     expected = exact.topk(16)
-    rest = exact.scatter(-1, expected.indices, -torch.inf).logsumexp(-1).numpy()
+    rest = exact.scatter(-1, expected.indices, -torch.inf).logsumexp(-1)
     assert np.array_equal(ids, expected.indices.numpy())
-    np.testing.assert_allclose(logprobs, expected.values.numpy(), atol=1e-5)
-    np.testing.assert_allclose(tail[rest > -14], rest[rest > -14], atol=0.02)
-    # Below that, a part of the tail can be too small to be told from rounding: what is beyond the 32.
-    np.testing.assert_allclose(tail, rest, atol=0.2)
+    assert_within(logprobs, expected.values, tolerance.log_softmax(logits).gather(-1, expected.indices))
+    error = divergences.rest_error(exact, 16, 32)
+    assert_within(tail, rest, error)
+    # Below e^-14, what is beyond the 32 can be too small to be told from rounding.
+    assert (error < torch.where(rest > -14, 0.06, 0.2)).all()
+    assert_noticed(exact.scatter(-1, exact.topk(17).indices, -torch.inf).logsumexp(-1), rest, error)
     assert (rest < -14).any() == (scale > 1)
 
 
