@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from tests.services.test_teacher_scores import plain_logits
+from tests.support import tolerance
 from tests.support.api import BODY, Api, error_of
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from tests.support.tolerance import assert_noticed, assert_within, propagated
 from vaopd.client import SyncTeacherClient
 from vaopd.client.answers import GroupAssembly
 from vaopd.columns import COLUMNS, Column
@@ -61,12 +63,18 @@ def expected_gap(ids: np.ndarray) -> np.ndarray:
     return original - degraded
 
 
+def gap_error(ids: np.ndarray) -> torch.Tensor:
+    """(T,): of two log-probs, each out of two float32 forwards and moved by twice what its row's logits are."""
+    largest = sum(plain_logits([p], ids).abs().amax(-1) for p in (drawing(1), pixelate(drawing(1), 0.1)))
+    return 2 * tolerance.forward(tiny_vlm().config) * largest
+
+
 def test_a_new_column_reaches_the_score_and_the_reply_by_its_name(informed: TeacherInProcess) -> None:
     found = score(informed.target, names=[GAP], payload="none")
     assert found.response_ids is not None
     assert list(found.columns) == [GAP]
     for ids, gap in zip(found.response_ids, found.columns[GAP], strict=True):
-        np.testing.assert_allclose(gap, expected_gap(ids), atol=1e-4)
+        assert_within(gap, expected_gap(ids), gap_error(ids))
         assert np.abs(gap).max() > 0.01  # or the views would not have been told apart
     reply = make_reply(found, informed.description, degradation=DegradationModel(), top_k=0)
     assert [rollout.columns[GAP] for rollout in reply.rollouts] == [gap.tolist() for gap in found.columns[GAP]]
@@ -85,11 +93,12 @@ def test_a_column_that_nobody_asks_for_is_not_computed(
 
 
 def test_a_column_is_the_same_beside_a_payload_and_in_small_forwards(informed: TeacherInProcess) -> None:
-    alone = score(informed.target, names=[GAP], payload="none").columns[GAP]
+    alone = score(informed.target, names=[GAP], payload="none")
     with teacher_in_process(tiny_vlm(), batch_tokens=1) as small:  # a forward for each rollout and view
-        beside = score(small.target, names=[GAP], payload="hidden").columns[GAP]
-    for mine, other in zip(alone, beside, strict=True):
-        np.testing.assert_allclose(mine, other, atol=1e-5)
+        beside = score(small.target, names=[GAP], payload="hidden")
+    assert alone.response_ids is not None
+    for ids, mine, other in zip(alone.response_ids, alone.columns[GAP], beside.columns[GAP], strict=True):
+        assert_within(mine, other, gap_error(ids))
 
 
 def test_a_column_with_a_number_that_is_not_finite_is_an_error_of_its_group(
@@ -141,9 +150,16 @@ def test_an_answer_without_the_column_is_that_of_an_older_teacher(informed: Teac
 def test_the_entropy_of_an_even_distribution_is_the_log_of_its_size() -> None:
     """Four ids of logit 5 and one so small that it counts for nothing: log 4. One id alone: 0."""
     logits = torch.tensor([[5.0, 5.0, 5.0, 5.0, -500.0], [900.0, 0.0, 0.0, 0.0, 0.0]])
-    assert columns.entropy(logits.log_softmax(-1)).tolist() == pytest.approx([math.log(4), 0.0])
+    # Four terms, each a log-prob and its exp, rounded by themselves.
+    error = propagated(entropy_terms, [logits.log_softmax(-1)], [tolerance.log_softmax(logits)])
+    assert_within(columns.entropy(logits.log_softmax(-1)), [math.log(4), 0.0], error)
 
 
+def entropy_terms(log_probs: torch.Tensor) -> torch.Tensor:
+    return -log_probs.exp() * log_probs
+
+
+@pytest.mark.numeric
 @pytest.mark.parametrize("payload", ["none", "hidden"])
 def test_the_entropy_is_that_of_a_plain_forward_over_the_logical_vocabulary(
     teacher: TeacherInProcess, payload: str
@@ -151,9 +167,15 @@ def test_the_entropy_is_that_of_a_plain_forward_over_the_logical_vocabulary(
     found = score(teacher.target, names=[ENTROPY], payload=payload)
     assert found.response_ids is not None
     for ids, entropy in zip(found.response_ids, found.columns[ENTROPY], strict=True):
-        logprobs = plain_logits([drawing(1)], ids).log_softmax(-1)
+        logits = plain_logits([drawing(1)], ids)
+        expected = entropy_terms(logits.log_softmax(-1)).sum(-1)
+        # Of the logits after two float32 forwards, and of the sum over the vocabulary.
+        of_logits = tolerance.forward(tiny_vlm().config) * logits.abs().amax(-1, keepdim=True)
+        error = propagated(lambda z: entropy_terms(z.log_softmax(-1)), [logits], [of_logits])
+        error += propagated(entropy_terms, [logits.log_softmax(-1)], [tolerance.log_softmax(logits)])
         assert entropy.dtype == np.float32
-        np.testing.assert_allclose(entropy, -(logprobs.exp() * logprobs).sum(-1).numpy(), atol=1e-4)
+        assert_within(entropy, expected, error)
+        assert_noticed(expected.roll(1), expected, error)  # another token's
 
 
 def test_the_api_answers_with_the_columns_that_were_asked_for(api: Api, teacher: TeacherInProcess) -> None:

@@ -74,7 +74,7 @@ SITECUSTOMIZE = """
 import importlib.metadata, sys
 
 ABSENT = {absent!r}
-MODULES = {{"grpc_health", "grpc_reflection", "multipart", "python_multipart", "sklearn", *(
+MODULES = {{"grpc_health", "grpc_reflection", "multipart", "python_multipart", *(
     name.replace("-", "_") for name in ABSENT
 )}}
 version = importlib.metadata.version

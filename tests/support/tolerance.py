@@ -122,6 +122,15 @@ def forward(config: Any, *, sides: int = 2, dtype: torch.dtype = torch.float32) 
     return own + gamma(10) if dtype == torch.float64 else own
 
 
+def logprobs(config: Any, hidden: Tensor, head: Tensor) -> Tensor:
+    """Error of any token's log-prob after two whole float32 forwards, (M,): twice that of its row's logits.
+
+    `hidden` (M, D) of one of them and `head` (V, D) say how large the logits are. `log_softmax` is tighter where all of
+    a row's logits are at hand.
+    """
+    return 2 * forward(config) * (hidden.float() @ head.float().T).detach().abs().amax(-1)
+
+
 def backward(
     config: Any, gradients: Mapping[str, Tensor], *, sides: int = 2, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:

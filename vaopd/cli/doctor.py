@@ -17,7 +17,7 @@ from vaopd.process.extras import ROLES, missing_packages, packages_of, version_o
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
-INSTALL = "pip install -e '.[cpu]'   (with an NVIDIA GPU: '.[gpu]')"
+INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
 MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
 
 

@@ -31,10 +31,12 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.add_argument("--student", metavar="MODEL", help="folder or hub id of the student of --generate")
     score.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
     score.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default %(default)s)")
-    degradation = score.add_argument(
-        "--degradation", default="pixelate", help="how the second view is made: %(kinds)s (default %(default)s)"
+    score.add_argument(
+        "--degradation",
+        default="pixelate",
+        metavar="KIND",
+        help="how the degraded view is made; an unknown kind lists them all (default %(default)s)",
     )
-    degradation.kinds = _Kinds()  # type: ignore[attr-defined]  # argparse fills in the action's attributes
     score.add_argument("--strength", type=float, default=0.1, help="of the degradation (default 0.1)")
     score.add_argument("--table", action="store_true", help="a line per token in a terminal too, as elsewhere")
     score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
@@ -43,22 +45,13 @@ def add_parsers(subparsers: Subparsers) -> None:
     score.set_defaults(command=_score, extra="model")
 
 
-class _Kinds:
-    """The degradations' names, read only when help is shown: `vaopd.types` needs numpy."""
-
-    def __str__(self) -> str:
-        from vaopd.types import DEGRADATIONS
-
-        return ", ".join(DEGRADATIONS)
-
-
 def _score(arguments: argparse.Namespace) -> int:
     from vaopd.errors import ConfigError
     from vaopd.scoring.views import terminal_lines
     from vaopd.types import DEGRADATIONS, Degradation, EncodedImage
 
     if arguments.degradation not in DEGRADATIONS:
-        raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {_Kinds()}")
+        raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
     responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
