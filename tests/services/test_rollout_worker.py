@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
+from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
@@ -89,8 +90,9 @@ def collect(trainer: TrainerQueue, count: int) -> dict[str, RolloutGroup]:
 def assert_sampled_by(policy: PolicyVersion, request: RolloutRequest, group: RolloutGroup) -> None:
     assert (group.policy_version, group.policy_sha256) == (policy.version, policy.sha256)
     for rollout in group.rollouts:
-        expected = PlainStudent(policy).sampled_logprobs(request, rollout.response_ids)
-        assert abs(rollout.rollout_logprobs - expected).max() < 1e-3
+        plain = PlainStudent(policy)
+        expected, error = (f(request, rollout.response_ids) for f in (plain.sampled_logprobs, plain.sampled_error))
+        assert_within(rollout.rollout_logprobs, expected, error)
 
 
 @pytest.mark.slow
