@@ -21,7 +21,7 @@ from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.families import family_for
 from vaopd.vlm.model import Segment, Vlm
-from vaopd.vlm.prompts import PromptReader
+from vaopd.vlm.prompts import PromptReader, load_processor
 
 PICTURES = {
     "no image": [],
@@ -168,6 +168,14 @@ def test_generation_config_and_tokenizer_both_name_ends_of_a_response(
     file = folder / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": json.loads(declared)}))
     assert PromptReader.open(folder).eos_ids == eos_ids
+
+
+def test_a_pixel_bound_that_crosses_the_processor_s_own_is_refused() -> None:
+    """The tiny models' processor scales to at least 1024 and at most 147456 pixels."""
+    for bounds in ({"max_pixels": 1000}, {"min_pixels": 147_457}):
+        with pytest.raises(ConfigError, match=r"data\.min_pixels and data\.max_pixels: .*; set both"):
+            load_processor(model_folder("student"), **bounds)
+    load_processor(model_folder("student"), max_pixels=1024)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

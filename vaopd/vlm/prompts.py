@@ -157,13 +157,21 @@ def load_processor(path: str | Path, *, min_pixels: int | None = None, max_pixel
 
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
-        return AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
+        processor: Any = AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
     except OSError:
         raise ConfigError(
             f"no model with a processor at {str(path)!r}; give a folder that exists or a hub id that can be reached"
         ) from None
     except ImportError as error:  # SmolVLM's needs num2words
         raise ConfigError(f"the processor of {str(path)!r} can't be loaded: {error}") from None
+    size = getattr(processor.image_processor, "size", {})
+    # Qwen's: areas in pixels. Of a bound that isn't given the processor has its own.
+    if set(map(bool, bounds.values())) == {True, False} and size["shortest_edge"] > size["longest_edge"]:
+        raise ConfigError(
+            f"data.min_pixels and data.max_pixels: with the processor's own bound they are {size['shortest_edge']} and "
+            f"{size['longest_edge']}, which no image can satisfy; set both"
+        )
+    return processor
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
