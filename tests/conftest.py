@@ -7,6 +7,7 @@ import os
 import pytest
 
 pytest_plugins = [
+    "tests.support.leftovers",
     "tests.support.programs",
     "tests.support.servers",
     "tests.support.queue_jobs",

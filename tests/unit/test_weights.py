@@ -221,17 +221,3 @@ def test_an_atomic_folder_replaces_the_whole_folder(
     assert names_in(target) == ["only-in-2", "sub"]
     assert (target / "sub" / "step").read_text() == "2"
     assert names_in(tmp_path) == ["checkpoint"]
-
-
-def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> None:
-    pid = os.fork()
-    if pid == 0:  # the child dies in mid-write, without any clean-up
-        with atomic_folder(tmp_path / "checkpoint") as folder:
-            (folder / "half").write_text("…")
-            os._exit(0)
-    os.waitpid(pid, 0)
-    assert len(names_in(tmp_path)) == 1
-    assert not (tmp_path / "checkpoint").exists()
-    with atomic_folder(tmp_path / "checkpoint") as folder:
-        (folder / "whole").write_text("")
-    assert names_in(tmp_path) == ["checkpoint"]
