@@ -65,7 +65,7 @@ def hidden_of(vlm: Vlm, request: ScoreRequest) -> Tensor:
     prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=images)
     responses = tuple(np.asarray(ids, dtype=np.int64) for ids in request.responses)
     with torch.no_grad():
-        return vlm.response_hidden([Segment(prompt=prompt, responses=responses)])
+        return vlm.compute_response_hidden([Segment(prompt=prompt, responses=responses)])
 
 
 def pair(name: str, folder: Path, student_folder: Path | None) -> Pair:

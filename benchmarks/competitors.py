@@ -58,14 +58,14 @@ def usual(model: Any, group: PreparedGroup) -> np.ndarray:
 def careful(model: Any, group: PreparedGroup, *, share_image: bool) -> np.ndarray:
     """(2·M,) log-probs of the response tokens."""
     prompts, responses = zip(*rows_of(group), strict=True)
-    hidden = response_hidden(model, prompts, responses, share_image=share_image)
+    hidden = compute_response_hidden(model, prompts, responses, share_image=share_image)
     ids = torch.from_numpy(np.concatenate(responses)).to(hidden.device)
     logits = (hidden @ model.get_output_embeddings().weight.T).float()
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
     return (chosen - logits.logsumexp(-1)).cpu().numpy()
 
 
-def response_hidden(
+def compute_response_hidden(
     model: Any, prompts: Sequence[PreparedPrompt], responses: Sequence[np.ndarray], *, share_image: bool
 ) -> torch.Tensor:
     """(M, D) hidden states that predict the response tokens, row i being prompts[i] and responses[i]."""

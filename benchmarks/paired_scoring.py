@@ -169,7 +169,7 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
 
 @torch.inference_mode()
 def layers_only(vlm: Vlm, segments: Sequence[Segment], cache: VisionCache) -> torch.Tensor:
-    return vlm.response_hidden(segments, encode=cache.features)
+    return vlm.compute_response_hidden(segments, encode=cache.features)
 
 
 def vision_runs(vlm: Vlm, engine: GroupEngine, shape: Shape) -> dict[str, int]:

@@ -99,7 +99,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
 
     def per_sequence(share_image: bool) -> float:
         plain.zero_grad(set_to_none=False)
-        hidden = competitors.response_hidden(plain, prompts, scored.responses, share_image=share_image)
+        hidden = competitors.compute_response_hidden(plain, prompts, scored.responses, share_image=share_image)
         teacher = to_torch(scored.score.payload.tensors["hidden"]).to(hidden.device)
         own_head = plain.get_output_embeddings().weight
         target = FullTarget(hidden=teacher, head=head)

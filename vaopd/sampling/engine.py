@@ -81,7 +81,7 @@ class Prompting:
         if missing := [sha for sha in named if sha not in by_sha]:
             raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
         decoded = {sha: decode(by_sha[sha]) for sha in set(named)}
-        return self.reader.rendered_ids(request.messages), [decoded[sha] for sha in named]
+        return self.reader.render_ids(request.messages), [decoded[sha] for sha in named]
 
 
 def check_settings(request: RolloutRequest) -> None:

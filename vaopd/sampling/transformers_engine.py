@@ -111,7 +111,7 @@ class TransformersEngine:
                 f"the prompt of group {request.group_id!r} has {len(expanded)} tokens, the model's limit is "
                 f"{vlm.max_tokens} with the response; shorten it or scale its images down"
             )
-        return vlm.from_token_ids(expanded, prepared)
+        return vlm.read_token_ids(expanded, prepared)
 
     @torch.inference_mode()
     def _sample(self, vlm: Vlm, request: RolloutRequest, prompt: PreparedPrompt) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +136,7 @@ class TransformersEngine:
                     **settings,
                 ),
                 logits_processor=LogitsProcessorList([recorder]),
-                **vlm.family.generation_inputs(vlm.model, input_ids, prompt.images),
+                **vlm.family.make_generation_inputs(vlm.model, input_ids, prompt.images),
             )
         response_KT = sequences[:, input_ids.shape[1] :]
         return response_KT.cpu().numpy(), recorder.logprobs(response_KT).cpu().numpy()

@@ -137,7 +137,7 @@ def collapse_images(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
     written: list[int] = []
     at = 0
     for image in prompt.images:
-        tokens = reader.family.image_tokens(reader.processor, reader.config, image)
+        tokens = reader.family.make_image_tokens(reader.processor, reader.config, image)
         while at < len(given) and not (given[at] == tokens[0] and given[at : at + len(tokens)] == tokens):
             written.append(given[at])
             at += 1
