@@ -54,7 +54,7 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
-    responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
+    responses: Sequence[str | list[int]] = arguments.response or _generate(arguments, images)
     reply = ask(
         arguments.teacher, images=images, question=arguments.question, responses=responses, degradation=degradation
     )
@@ -107,7 +107,7 @@ def wants_colour(terminal: bool) -> bool:
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _generated(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
+def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
     from vaopd.errors import ConfigError
 
     if arguments.student is None:

@@ -60,7 +60,7 @@ def start(
     return llm
 
 
-def max_images(llm: Any) -> int:
+def read_max_images(llm: Any) -> int:
     """Returns the number of images that a prompt may have."""
     return int(llm.llm_engine.model_config.multimodal_config.get_limit_per_prompt("image"))
 

@@ -233,7 +233,7 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         # vLLM generates a token after all that it scores.
         limit_tokens=min(reader.max_tokens, llm.llm_engine.model_config.max_model_len - 1),
     )
-    engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.max_images(llm))
+    engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.read_max_images(llm))
     return Backend(
         reader=pictures,
         engine=engine,
