@@ -1,5 +1,4 @@
 """`vaopd queue`: dead letters as an operator meets them."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -8,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.groups import a_request, answer, take_one
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.queue_jobs import Job
 from vaopd.cli import main
 
 

@@ -13,6 +13,8 @@ from vaopd.tiny.config import find_model
 from vaopd.tiny.tokenizer import build_processor
 from vaopd.vlm.model import Vlm
 
+LARGEST_LOGIT = 32.0
+"""No tiny model's logits come near it: the scale of their rounding where a test sees single log-probs only."""
 _SHIPPED = Path(__file__).parents[2] / "models"
 # Emptied when the interpreter ends.
 _UNTRAINED = tempfile.TemporaryDirectory(prefix="vaopd-untrained-")

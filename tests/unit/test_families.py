@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,14 @@ import torch
 
 from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_vlm, plain_inputs, plain_logprobs, plain_model
+from tests.support.models import model_folder
 from tests.support.teacher import drawing, encoded, question
 from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.families import find_family
 from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.prompts import PromptReader, load_processor
 
 PICTURES = {
     "no image": [],
@@ -139,6 +144,38 @@ def test_no_vision_token_may_stand_in_a_response(family: str) -> None:
     assert placeholder in vlm.vision_token_ids
     with pytest.raises(InvalidInput, match="vision placeholder"):
         vlm.check_response(np.array([5, placeholder]), prompt, max_tokens=512)
+
+
+def test_tokens_after_the_first_eos_are_refused() -> None:
+    """As a padded batch has them; method.md: the first EOS is a valid token, those after it are masked."""
+    vlm = family_vlm("qwen3_vl")
+    prompt = ask(vlm, [])
+    eos = vlm.eos_ids[0]
+    vlm.check_response(np.array([5, 6, eos]), prompt, max_tokens=512)
+    for padding in ([eos], [eos] * 5, [0, 0]):
+        with pytest.raises(InvalidInput, match=rf"has {len(padding)} tokens after its first EOS \(id {eos}\)"):
+            vlm.check_response(np.array([5, 6, eos, *padding]), prompt, max_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("declared", "eos_ids"), [("[473, 471]", (473, 471)), ("471", (471, 473)), ("473", (473,)), ("null", (473,))]
+)
+def test_generation_config_and_tokenizer_both_name_ends_of_a_response(
+    tmp_path: Path, declared: str, eos_ids: tuple[int, ...]
+) -> None:
+    """In the tiny tokenizer 473 is <|im_end|>, its EOS, and 471 <|endoftext|>."""
+    folder = shutil.copytree(model_folder("student"), tmp_path / "student")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": json.loads(declared)}))
+    assert PromptReader.open(folder).eos_ids == eos_ids
+
+
+def test_a_pixel_bound_that_crosses_the_processor_s_own_is_refused() -> None:
+    """The tiny models' processor scales to at least 1024 and at most 147456 pixels."""
+    for bounds in ({"max_pixels": 1000}, {"min_pixels": 147_457}):
+        with pytest.raises(ConfigError, match=r"data\.min_pixels and data\.max_pixels: .*; set both"):
+            load_processor(model_folder("student"), **bounds)
+    load_processor(model_folder("student"), max_pixels=1024)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

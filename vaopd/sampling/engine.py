@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -57,13 +57,21 @@ class Prompting:
     """Turns requests into an engine's input, with the same reader as the trainer."""
 
     reader: PromptReader
-    eos_ids: tuple[int, ...]
 
     @classmethod
     def load(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Prompting:
         """Loads tokenizer, processor and EOS ids of a folder or hub id. Raises ConfigError or InvalidInput."""
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        return cls(reader=reader, eos_ids=_read_eos_ids(path, reader.tokenizer))
+        if not reader.eos_ids:
+            raise InvalidInput(
+                f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id"
+            )
+        return cls(reader=reader)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, at least one."""
+        return self.reader.eos_ids
 
     @property
     def vocab_size(self) -> int:
@@ -164,19 +172,3 @@ def make_group(
         worker=worker,
         generation_s=generation_s,
     )
-
-
-def _read_eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the EOS ids of generation_config.json, without that file the tokenizer's."""
-    from transformers import GenerationConfig
-
-    try:
-        declared = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the file is optional
-        declared = None
-    if declared is None:
-        declared = tokenizer.eos_token_id
-    ids = [declared] if isinstance(declared, int) else list(declared or ())
-    if not ids:
-        raise InvalidInput(f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id")
-    return tuple(ids)

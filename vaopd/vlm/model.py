@@ -88,6 +88,7 @@ class Vlm(PromptReader):
             processor=reader.processor,
             config=model.config,
             family=reader.family,
+            eos_ids=reader.eos_ids,
         )
 
     @property

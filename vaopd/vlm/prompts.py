@@ -38,6 +38,8 @@ class PromptReader:
     processor: Any
     config: Any
     family: Family
+    eos_ids: tuple[int, ...] = ()
+    """Each of them ends a response: generation_config.json's, then the tokenizer's own."""
 
     @classmethod
     def open(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> PromptReader:
@@ -46,7 +48,8 @@ class PromptReader:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path)
-        return cls(processor=processor, config=config, family=find_family(config.model_type))
+        eos_ids = _read_eos_ids(path, processor.tokenizer)
+        return cls(processor=processor, config=config, family=find_family(config.model_type), eos_ids=eos_ids)
 
     @property
     def tokenizer(self) -> Any:
@@ -144,6 +147,11 @@ class PromptReader:
         if ids.size == 0:
             raise InvalidInput("the response is empty; it needs at least one token (the EOS counts)")
         self._check_ids(ids, "response")
+        ends = np.flatnonzero(np.isin(ids[:-1], self.eos_ids))
+        if ends.size:
+            raise InvalidInput(
+                f"the response has {ids.size - 1 - ends[0]} tokens after its first EOS (id {ids[ends[0]]}); cut it"
+            )
         if (vision := ids[np.isin(ids, list(self.vision_token_ids))]).size:
             raise InvalidInput(f"response token id {vision[0]} is a vision placeholder; ban it when sampling")
         if (total := len(prompt.token_ids) + ids.size) > max_tokens:
@@ -165,13 +173,21 @@ def load_processor(path: str | Path, *, min_pixels: int | None = None, max_pixel
 
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
-        return AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
+        processor: Any = AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
     except OSError:
         raise ConfigError(
             f"no model with a processor at {str(path)!r}; give a folder that exists or a hub id that can be reached"
         ) from None
     except ImportError as error:  # SmolVLM's needs num2words
         raise ConfigError(f"the processor of {str(path)!r} can't be loaded: {error}") from None
+    size = getattr(processor.image_processor, "size", {})
+    # Qwen's: areas in pixels. Of a bound that isn't given the processor has its own.
+    if set(map(bool, bounds.values())) == {True, False} and size["shortest_edge"] > size["longest_edge"]:
+        raise ConfigError(
+            f"data.min_pixels and data.max_pixels: with the processor's own bound they are {size['shortest_edge']} and "
+            f"{size['longest_edge']}, which no image can satisfy; set both"
+        )
+    return processor
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -204,3 +220,15 @@ def check_same_tokenizer(*, student: str, teacher: str) -> None:
             f"student's tokenizer {student[:12]}… and teacher's {teacher[:12]}… have different vocabularies; "
             "token ids can't be shared. Use models of one family"
         )
+
+
+def _read_eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the union, since a checkpoint that was tuned on chats may name the chat's EOS in its tokenizer alone."""
+    from transformers import GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the file is optional
+        declared = None
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    return tuple(dict.fromkeys(id for id in (*ids, tokenizer.eos_token_id) if id is not None))

@@ -96,7 +96,13 @@ def lead(config: Config, *, processes: int) -> LeadingVlm:
     """Loads rank 0's model; blocks until all ranks have loaded theirs."""
     vlm = _load(config, processes)
     return LeadingVlm(
-        path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=Link()
+        path=vlm.path,
+        model=vlm.model,
+        processor=vlm.processor,
+        config=vlm.config,
+        family=vlm.family,
+        eos_ids=vlm.eos_ids,
+        link=Link(),
     )
 
 

@@ -230,6 +230,7 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         processor=reader.processor,
         config=reader.config,
         family=reader.family,
+        eos_ids=reader.eos_ids,
         # vLLM generates a token after all that it scores.
         limit_tokens=min(reader.max_tokens, llm.llm_engine.model_config.max_model_len - 1),
     )
