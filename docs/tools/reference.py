@@ -1,4 +1,4 @@
-"""Writes docs/reference/ out of the code: configuration, metrics, command line, HTTP API, memory. `make reference`.
+"""Writes docs/reference/ from the code: configuration, metrics, command line, HTTP API, memory. `make reference`.
 
 `tests/unit/test_docs.py` fails when a page is stale: nothing in that folder is edited by hand.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
 import os
 import re
 import sys
@@ -15,12 +14,15 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import annotated_types
 import pydantic
 from prometheus_client import CollectorRegistry
 from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from vaopd.config.toml import Variants
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
@@ -29,7 +31,7 @@ NOTE = "<!-- Made by `make reference`; don't edit. -->\n"
 
 
 def pages() -> dict[str, str]:
-    """File name -> text, for the whole folder."""
+    """Returns the text of each page of the folder, by file name."""
     from vaopd.config import Config, ServiceConfig
 
     return {
@@ -40,8 +42,10 @@ def pages() -> dict[str, str]:
             Config,
         ),
         "service.md": configuration(
-            "Configuration of a teacher service",
-            "For `vaopd teacher CONFIG --service SERVICE.toml`: what whoever runs a teacher for several jobs decides.",
+            "Configuration of the services",
+            "`vaopd teacher CONFIG --service FILE`, and so `rollout`, `api` and `up`: settings of the processes, "
+            "whatever the job. Each process reads its own section; the trainer has none. Paths are from the file's "
+            "folder.",
             ServiceConfig,
         ),
         "metrics.md": metrics(),
@@ -55,18 +59,53 @@ def pages() -> dict[str, str]:
 
 
 def configuration(title: str, text: str, model: type[pydantic.BaseModel]) -> str:
-    own, sections = [], []
-    for name, field in model.model_fields.items():
-        if inspect.isclass(field.annotation) and issubclass(field.annotation, pydantic.BaseModel):
-            rows = [row(f"{name}.{key}", inner) for key, inner in field.annotation.model_fields.items()]
-            sections.append(f"## [{name}]\n\n{table(rows)}")
-        else:
-            own.append(row(name, field))
-    top = [f"## At the top\n\n{table(own)}"] if own else []
-    return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *top, *sections])
+    """Renders a file's page: a table for each section, and one for each variant of a section."""
+    return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *section("", model, dict(model.model_fields))])
+
+
+def section(
+    name: str, model: type[pydantic.BaseModel], fields: dict[str, FieldInfo], *, heading: str = "", words: str = ""
+) -> Iterator[str]:
+    """Yields a section's own keys, then the sections in it."""
+    from vaopd.config.toml import section_of, variants_of
+
+    below = {key: field for key, field in fields.items() if section_of(field) or variants_of(field)}
+    rows = [row(f"{name}.{key}".lstrip("."), field) for key, field in fields.items() if key not in below]
+    if rows or words:
+        yield heading or (f"## [{name}]\n" if name else "## At the top\n")
+        yield from [f"{words}\n"] if words else []
+        yield from [table(rows)] if rows else []
+    for key, field in below.items():
+        inner = f"{name}.{key}".lstrip(".")
+        if kind := section_of(field):
+            yield from section(inner, kind, dict(kind.model_fields), words=first_paragraph(kind))
+        elif variants := variants_of(field):
+            yield from union(inner, variants)
+
+
+def union(name: str, variants: Variants) -> Iterator[str]:
+    """Yields the keys that all variants have, then each variant with its other keys."""
+    tag, members = variants.tag, variants.members
+    common = [key for key in members[0].model_fields if all(key in member.model_fields for member in members)]
+    values = ", ".join(code(value) for member in members for value in variants.names(member))
+    words = " ".join((members[0].model_fields[tag].description or "").split())
+    shared = [row(f"{name}.{key}", members[0].model_fields[key]) for key in common if key != tag]
+    yield f"## [{name}]\n"
+    yield table([(code(f"{name}.{tag}"), values, code(f'"{variants.default}"'), words), *shared])
+    for member in members:
+        chosen = " or ".join(code(f'{tag} = "{value}"') for value in variants.names(member))
+        own = {key: field for key, field in member.model_fields.items() if key not in common}
+        words = first_paragraph(member) + ("" if own else " It has no keys of its own.")
+        yield from section(name, member, own, heading=f"### With {chosen}\n", words=words.strip())
+
+
+def first_paragraph(model: type[pydantic.BaseModel]) -> str:
+    """Returns the first paragraph of a class's own docstring."""
+    return " ".join((vars(model).get("__doc__") or "").partition("\n\n")[0].split())
 
 
 def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
+    """Returns the cells of a key: name, type, default and description."""
     if field.is_required():
         default = "required"
     else:
@@ -77,6 +116,7 @@ def row(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
 
 
 def toml(value: Any) -> str:
+    """Writes a default as TOML does."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml, value)) + "]"
     if isinstance(value, bool):
@@ -85,7 +125,7 @@ def toml(value: Any) -> str:
 
 
 def kind(annotation: Any, metadata: list[Any]) -> str:
-    """A type in words, with its bounds."""
+    """Describes a type in words, with its bounds."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return kind(arguments[0], [*arguments[1:], *metadata])
@@ -103,6 +143,7 @@ def kind(annotation: Any, metadata: list[Any]) -> str:
 
 
 def bounds(metadata: list[Any]) -> Iterator[str]:
+    """Yields the bounds of a number in words."""
     for part in metadata:
         for item in part.metadata if isinstance(part, FieldInfo) else [part]:
             match item:
@@ -118,6 +159,7 @@ def bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def metrics() -> str:
+    """Renders the page of the metrics: RUN/metrics.jsonl and Prometheus."""
     from vaopd_trainer import step_numbers as trainer
 
     def rows(descriptions: dict[str, str]) -> str:
@@ -127,7 +169,7 @@ def metrics() -> str:
     parts = [
         f"{NOTE}# Metrics\n",
         "## RUN/metrics.jsonl\n",
-        "One JSON object per line. What is missing or not finite is left out, never 0. The same numbers go to "
+        "One JSON object per line. A missing or non-finite number is left out, never 0. The same numbers go to "
         "TensorBoard and the other trackers as `train/KEY`.\n",
         '### `"kind": "train"`, after each step\n',
         "Beside `step`, which counts from 0, and `time_s`, seconds since 1970:\n",
@@ -138,7 +180,7 @@ def metrics() -> str:
         "## Prometheus\n",
         "With `--metrics-address HOST:PORT` each process serves `/metrics`, the API on its own port too: "
         "[Watching it in production](../monitoring.md). Beside these, each has `process_…`: memory, CPU time, open "
-        "files, when it was started.\n",
+        "files, start time.\n",
     ]
     for name, registry in registries().items():
         parts += [f"### {name}\n", prometheus(registry)]
@@ -146,7 +188,7 @@ def metrics() -> str:
 
 
 def registries() -> dict[str, CollectorRegistry]:
-    """One per kind of process."""
+    """Returns one registry for each kind of process."""
     from vaopd_api.metrics import Metrics
     from vaopd_rollout.metrics import WorkerMetrics
     from vaopd_teacher.metrics import TeacherMetrics
@@ -161,6 +203,7 @@ def registries() -> dict[str, CollectorRegistry]:
 
 
 def prometheus(registry: CollectorRegistry) -> str:
+    """Renders a table of a registry's metrics."""
     lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
     for collector in list(registry._collector_to_names):  # the registry has no public list of what was registered
         for metric in collector.describe():  # type: ignore[attr-defined]
@@ -175,12 +218,13 @@ def prometheus(registry: CollectorRegistry) -> str:
 
 
 def command_line() -> str:
+    """Renders the page of the commands, with the help of each."""
     from vaopd.cli import build_parser
 
     os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
     parts = [
         f"{NOTE}# Command line\n",
-        "Every command as `--help` tells it. Exit codes and habits: [here](../cli.md).\n",
+        "The `--help` of every command. Exit codes and habits: [here](../cli.md).\n",
     ]
     for parser in parsers(build_parser()):
         help_text = re.sub(r"[ \t]+$", "", parser.format_help(), flags=re.MULTILINE).rstrip()
@@ -189,7 +233,7 @@ def command_line() -> str:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and, depth first, those of its subcommands."""
+    """Yields a parser and, depth first, those of its subcommands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -201,10 +245,13 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def http_api() -> str:
+    """Renders the page of the HTTP API from its OpenAPI document."""
     from vaopd_api.app import create_app
     from vaopd_api.teachers import Teachers
 
-    document = create_app(teachers=Teachers(["127.0.0.1:1"], options={})).openapi()  # asks nobody before it is asked
+    document = create_app(
+        teachers=Teachers(["127.0.0.1:1"], options={})
+    ).openapi()  # makes no call before its first request
     parts = [
         f"{NOTE}# HTTP API\n",
         "How to use it: [the API](../api.md). The running API has the same as OpenAPI, at `/openapi.json`, and a page "
@@ -226,6 +273,7 @@ def http_api() -> str:
 
 
 def parameters(operation: dict[str, Any]) -> Iterator[str]:
+    """Yields a table of a route's parameters."""
     found = operation.get("parameters", [])
     if found:
         rows = [
@@ -235,6 +283,7 @@ def parameters(operation: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    """Yields a table of an object's fields."""
     yield f"### {name}\n"
     if text := schema.get("description"):
         yield " ".join(text.split()) + "\n"
@@ -248,6 +297,7 @@ def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_name(schema: dict[str, Any]) -> str:
+    """Describes a type of the OpenAPI document in words."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
@@ -267,6 +317,7 @@ def schema_name(schema: dict[str, Any]) -> str:
 
 
 def memory() -> str:
+    """Renders the page of the memory that each process needs."""
     spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
     assert spec is not None
     assert spec.loader is not None
@@ -280,15 +331,18 @@ def memory() -> str:
 
 
 def code(text: str) -> str:
+    """Sets a text in backquotes."""
     return f"`{text}`"
 
 
 def table(rows: list[tuple[str, str, str, str]]) -> str:
+    """A table of keys."""
     head = ["| key | type | default | |", "| --- | --- | --- | --- |"]
     return "\n".join([*head, *("| " + " | ".join(cells) + " |" for cells in rows)]) + "\n"
 
 
 def main() -> int:
+    """Writes every page."""
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text)

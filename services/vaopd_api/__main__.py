@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd import process
-from vaopd.config import Config
+from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
 from vaopd.process import entry, hang_timer
 from vaopd.telemetry import metrics_port
@@ -18,25 +19,13 @@ from vaopd.telemetry import metrics_port
 if TYPE_CHECKING:
     from vaopd_api.metrics import Metrics
 
-DRAIN_S = 10
 JOB = "api"
-STUCK_AFTER_S = 60.0
-"""After this long without a turn of the event loop, the process ends itself, to be restarted."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the API and returns its exit code."""
-    parser = process.parser("vaopd_api", "Serves the scoring API over HTTP.")
-    parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once listening")
-    parser.add_argument("--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher")
-    parser.add_argument("--student", metavar="MODEL", help="folder or hub id of a student that answers questions here")
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
-    parser.add_argument("--keys", type=Path, metavar="FILE", help="API keys (`vaopd keys`); without, everybody may ask")
-    parser.add_argument("--requests-per-minute", type=int, metavar="N", help="quota of each client; default: none")
-    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve HTTPS with this certificate, PEM")
-    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's private key, PEM")
-    return process.main(_run, parser, argv)
+    return process.main(_run, process.parser("api", "Serves the scoring API over HTTP."), argv)
 
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
@@ -50,9 +39,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             further_teachers=arguments.teacher,
             student=arguments.student,
             runs=arguments.runs,
-            keys=arguments.keys,
-            requests_per_minute=arguments.requests_per_minute,
-            tls=_tls_files(arguments.tls_cert, arguments.tls_key),
+            service=process.service_config(arguments).api,
             announce=arguments.announce,
             metrics=metrics,
             metrics_route=address is None,  # else only that address serves them
@@ -66,9 +53,7 @@ def serve(
     further_teachers: Sequence[str] = (),
     student: str | None = None,
     runs: Path | None = None,
-    keys: Path | None = None,
-    requests_per_minute: int | None = None,
-    tls: tuple[Path, Path] | None = None,
+    service: ApiServiceConfig = ApiServiceConfig(),
     announce: Path | None,
     metrics: Metrics,
     metrics_route: bool,
@@ -83,11 +68,10 @@ def serve(
     from vaopd_api.student import Student
     from vaopd_api.teachers import Teachers
 
-    if requests_per_minute is not None and requests_per_minute < 1:
-        raise ConfigError(f"--requests-per-minute is {requests_per_minute}; it must be at least 1")
+    keys, tls, requests_per_minute = service.keys.file, service.tls, service.quotas.requests_per_minute
     host, _, port = config.api.address.rpartition(":")
-    if keys is not None and tls is None and host not in LOOPBACK:
-        logging.warning("API keys travel in plain text on %s: use --tls-cert, or a proxy that adds TLS", host)
+    if keys is not None and tls.cert is None and host not in LOOPBACK:
+        logging.warning("API keys travel in plain text on %s: set [api.tls], or use a proxy that adds TLS", host)
     credentials = from_environment()
     # With a key, the API's job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": JOB}
@@ -105,17 +89,20 @@ def serve(
         ),
         host=host.strip("[]"),
         port=int(port),
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=math.ceil(service.drain_s),
         server_header=False,
-        ssl_certfile=None if tls is None else tls[0],
-        ssl_keyfile=None if tls is None else tls[1],
+        ssl_certfile=tls.cert,
+        ssl_keyfile=tls.key,
         access_log=False,  # vaopd_api.middleware writes a line of its own
         log_config=None,  # uvicorn's lines look like all others
     )
     try:
         settings.load()
     except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"the files of --tls-cert and --tls-key can't be used ({error.strerror})") from None
+        raise ConfigError(
+            f"[api.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} must be PEM files that belong together "
+            f"({error.strerror})"
+        ) from None
     try:
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
@@ -129,22 +116,11 @@ def serve(
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
             """Resets the hang timer; called ten times a second while the event loop runs."""
-            hang_timer.expect_life_within(STUCK_AFTER_S)
+            hang_timer.expect_life_within(service.stuck_after_s)
             return await super().on_tick(counter)
 
     Server(settings).run(sockets=[listener])
     hang_timer.expect_nothing()
-
-
-def _tls_files(cert: Path | None, key: Path | None) -> tuple[Path, Path] | None:
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        raise ConfigError("--tls-cert and --tls-key go together; give both, or neither")
-    for path in (cert, key):
-        if not path.is_file():
-            raise ConfigError(f"{str(path)!r} is no file; --tls-cert and --tls-key name PEM files")
-    return cert, key
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vaopd import process
-from vaopd.config import Config
+from vaopd.config import Config, RolloutServiceConfig
 from vaopd.errors import ConfigError
 from vaopd.sampling.build import build_engine
 from vaopd.telemetry import logs, metrics_port
@@ -19,21 +19,10 @@ from vaopd.telemetry import logs, metrics_port
 if TYPE_CHECKING:
     from vaopd_rollout.metrics import WorkerMetrics
 
-DRAIN_S = 10.0  # half of the time that `vaopd up` leaves between SIGTERM and SIGKILL
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the worker with these options; returns its exit code."""
-    parser = process.parser("vaopd_rollout", "Samples responses with the student's newest weights.")
-    own_name = f"{socket.gethostname()}-{os.getpid()}"
-    parser.add_argument("--worker", default=own_name, help="name in the queue (default: host and process id)")
-    parser.add_argument(
-        "--stuck-after",
-        type=float,
-        default=1800.0,
-        metavar="SECONDS",
-        help="end, to be restarted, when the engine takes longer for a batch (default %(default)g)",
-    )
+    parser = process.parser("rollout", "Samples responses with the student's newest weights.")
     return process.main(_run, parser, argv)
 
 
@@ -43,16 +32,18 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
             "name a running one: --set queue.url=redis://HOST:PORT/0"
         )
-    logs.share(job=config.run.name, worker=arguments.worker)
+    service = process.service_config(arguments).rollout
+    worker = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
+    logs.share(job=config.run.name, worker=worker)
     from vaopd_rollout.metrics import WorkerMetrics
 
     metrics = WorkerMetrics(job=config.run.name)
     with metrics_port.serve_metrics(metrics.registry, metrics_port.metrics_address(arguments)):
-        run(config, worker=arguments.worker, metrics=metrics, stuck_after_s=arguments.stuck_after)
+        run(config, worker=worker, metrics=metrics, service=service)
     return 0
 
 
-def run(config: Config, *, worker: str, metrics: WorkerMetrics, stuck_after_s: float) -> None:
+def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: RolloutServiceConfig) -> None:
     """Puts the worker together and runs it; heavy imports come here, after the options were read."""
     # No lease is held while the engine starts, so the process may end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
@@ -68,7 +59,7 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, stuck_after_s: f
     )
     metrics.watch(leases=lambda: len(queue.held()))
     engine = build_engine(config, worker=worker)
-    stop = Stop(drain_s=DRAIN_S)
+    stop = Stop(drain_s=service.drain_s)
     stop.install()
     batch = config.rollout.requests_per_batch
     try:
@@ -78,7 +69,7 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, stuck_after_s: f
             requests_per_batch=batch,
             stop=stop,
             metrics=metrics,
-            stuck_after_s=stuck_after_s,
+            stuck_after_s=service.stuck_after_s,
         ).run()
     finally:
         engine.close()

@@ -7,25 +7,24 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vaopd import process
-from vaopd.config import Config, load_service_config
+from vaopd.config import Config
 from vaopd.telemetry import metrics_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service; returns the exit status."""
-    parser = process.parser("vaopd_teacher", "Serves a frozen teacher over gRPC.")
-    parser.add_argument("--service", type=Path, metavar="FILE", help="who may use it and how it is shared, a TOML file")
-    parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once serving")
-    return process.main(_run, parser, argv)
+    return process.main(_run, process.parser("teacher", "Serves a frozen teacher over gRPC."), argv)
 
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
-    service = load_service_config(arguments.service)
-    if service.engine.processes > 1 and (code := _as_one_of(service.engine.processes, config)) is not None:
-        return code
+    service = process.service_config(arguments).teacher
+    engine = service.engine
+    if engine.backend == "transformers" and engine.processes > 1:
+        code = _as_one_of(engine.processes, config)
+        if code is not None:
+            return code
     from vaopd_teacher.metrics import TeacherMetrics
     from vaopd_teacher.server import serve
 

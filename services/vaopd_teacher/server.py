@@ -1,8 +1,8 @@
 """The teacher's process from the loaded model to the drained server.
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
-within the grace, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
-Whatever the device does, the process is gone GRACE_S + 7 s after the signal.
+within `drain_s`, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
+Whatever the device does, the process is gone drain_s + 7 s after the signal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vaopd.access.keys import KeyStore
-from vaopd.config import Config, ServiceConfig
+from vaopd.config import Config, TeacherServiceConfig
 from vaopd.errors import ConfigError
 from vaopd.pb import teacher_pb2, teacher_pb2_grpc
 from vaopd.process import entry
@@ -47,7 +47,6 @@ from vaopd_teacher.rpc.tls import server_credentials
 log = logging.getLogger(__name__)
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
-GRACE_S = 60.0
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
 """How long a drained process waits for a forward in progress, whose calls have all ended."""
@@ -105,7 +104,7 @@ class TeacherServer:
         limits: TeacherLimits = TeacherLimits(),
         engine: Engine | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        service: ServiceConfig = ServiceConfig(),
+        service: TeacherServiceConfig = TeacherServiceConfig(),
         ends_process: bool = False,
         metrics: TeacherMetrics | None = None,
     ) -> None:
@@ -233,9 +232,8 @@ class TeacherServer:
 async def serve(
     config: Config,
     *,
-    service: ServiceConfig = ServiceConfig(),
+    service: TeacherServiceConfig = TeacherServiceConfig(),
     announce: Path | None = None,
-    grace_s: float = GRACE_S,
     metrics: TeacherMetrics | None = None,
 ) -> int:
     """Serves until a signal or a failed engine; returns the exit status."""
@@ -273,7 +271,7 @@ async def serve(
         end.cancel()
     log.info("teacher stops: %s", "its engine failed or hangs" if server.failed.is_set() else "a signal")
     # After a failure no accepted call can be answered; the waiting ones have got UNAVAILABLE already.
-    await server.stop(1.0 if server.failed.is_set() else grace_s)
+    await server.stop(1.0 if server.failed.is_set() else service.drain_s)
     if not server.failed.is_set():
         backend.close()
         return 0

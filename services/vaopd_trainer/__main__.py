@@ -15,8 +15,8 @@ from vaopd.telemetry import logs, metrics_port
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = process.parser("vaopd_trainer", "Trains a student; one job.")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    """Runs one rank, or starts all of them; returns the exit code."""
+    parser = process.parser("trainer", "Trains a student; one job.")
     given = sys.argv[1:] if argv is None else argv
     return process.main(lambda arguments, config: _run(arguments, config, given), parser, given)
 

@@ -35,7 +35,7 @@ from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE, latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
-from vaopd.types import Degradation, TeacherDescription
+from vaopd.types import TeacherDescription
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd_trainer import checkpoint
@@ -109,7 +109,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, objective=config.objective),
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
             coordinator=coordinator,
         )
         if start is not None:
@@ -169,10 +169,9 @@ def _connect_teacher(
         SyncTeacherClient(
             config.teacher.address,
             job=config.run.name,
-            payload=config.teacher.payload,
-            top_k=config.teacher.top_k,
-            degradation=Degradation(kind=config.degradation.kind, strength=config.degradation.strength),
+            degradation=config.degradation.as_degradation(),
             tokenizer_fingerprint=student.fingerprint,
+            **config.teacher.payload_keywords(),
             **client.from_environment(),
         )
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     weights = objective.group_weights(
         objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
         mask_KT,
-        **settings.model_dump(exclude={"sampled_estimator"}),
+        **settings.as_keywords(),
         seed=seed,
     )
     return WeightedGroup(
@@ -69,13 +70,14 @@ class StudentLoss(nn.Module):
         *,
         teacher_head: Tensor | None,
         trainer: TrainerConfig,
-        objective: ObjectiveConfig,
+        estimator: Literal["k1", "k3"] = "k3",
         checkpoint_activations: bool | None = None,
     ) -> None:
         """Takes over `student`, which it may switch to checkpointing; `teacher_head` (V, D_T) is for hidden payloads.
 
-        checkpoint_activations: layers keep their input only and are computed again in the backward pass, a third more
-        work for a fraction of the memory. None: on a GPU, where memory bounds the batch.
+        estimator: of the KL of the sampled payload. checkpoint_activations: layers keep their input only and are
+        computed again in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where
+        memory bounds the batch.
         """
         super().__init__()
         if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
@@ -87,13 +89,13 @@ class StudentLoss(nn.Module):
         self._student = student
         self._teacher_head = teacher_head
         self._chunk_tokens = trainer.chunk_tokens
-        self._estimator = objective.sampled_estimator
+        self._estimator = estimator
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
         """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
         segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
         responses = [response for segment in segments for response in segment.responses]
-        hidden = self._student.response_hidden(segments)
+        hidden = self._student.compute_response_hidden(segments)
         weights = torch.cat([group.token_weights for group in groups])
         return divergence.fused_loss(
             hidden,

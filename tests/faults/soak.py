@@ -35,7 +35,7 @@ from tests.support.waiting import wait_until
 from vaopd.net.ports import free_port
 from vaopd.queue.embedded import EmbeddedRedis
 
-SERVICE = "[images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
+SERVICE = "[teacher.images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
 FIRST_PART, LONGEST_FIRST_PART_S = 0.4, 120.0
 SAMPLE_EVERY_S = 1.0
 MOST_GROWTH_MIB = 16.0

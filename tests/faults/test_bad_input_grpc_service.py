@@ -24,7 +24,7 @@ from tests.support.models import save_untrained, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.access.keys import add_key
-from vaopd.config import KeysConfig, QuotasConfig, ServiceConfig, SharingConfig
+from vaopd.config import KeysConfig, QuotasConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import VaopdError
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
@@ -81,7 +81,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def guarded(keys: dict[str, str]) -> Iterator[TeacherInProcess]:
-    service = ServiceConfig(keys=KeysConfig(file=Path(keys["file"])), quotas=QuotasConfig(jobs={"small": 2}))
+    service = TeacherServiceConfig(keys=KeysConfig(file=Path(keys["file"])), quotas=QuotasConfig(jobs={"small": 2}))
     with teacher_in_process(tiny_vlm(), service=service) as teacher:
         yield teacher
 
@@ -157,7 +157,7 @@ class HeldEngine:
 def held() -> Iterator[tuple[TeacherInProcess, HeldEngine]]:
     """A teacher with room for two groups, one in a forward."""
     engine = HeldEngine()
-    service = ServiceConfig(sharing=SharingConfig(max_waiting_groups=2))
+    service = TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=2))
     with teacher_in_process(tiny_vlm(), batch_tokens=30, engine=engine, service=service) as teacher:
         try:
             yield teacher, engine

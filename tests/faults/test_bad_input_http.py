@@ -27,7 +27,7 @@ from tests.support.waiting import wait_until
 from vaopd import errors
 from vaopd.access.keys import KeyStore, add_key
 from vaopd.client import SyncTeacherClient
-from vaopd.config import ServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.types import TeacherLimits
 from vaopd.wire.errors import status_of
@@ -186,7 +186,7 @@ class HeldEngine:
 
 def test_a_full_teacher_is_429_with_retry_after(tmp_path: Path) -> None:
     engine = HeldEngine()
-    service = ServiceConfig(sharing=SharingConfig(max_waiting_groups=1))
+    service = TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=1))
     with teacher_in_process(tiny_vlm(), engine=engine, service=service) as teacher:
         try:
             waiting = threading.Thread(target=_score_one, args=(teacher,))

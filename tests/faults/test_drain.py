@@ -18,10 +18,8 @@ from vaopd.run.checkpoints import FILE
 
 PROMPTS = 4  # in a step, by `tests.support.system`
 
-# With a grace of a second; the real one, vaopd_teacher.server.GRACE_S, is a minute.
 HANGING = """
-import functools, sys, threading
-from vaopd_teacher import server
+import sys, threading
 from vaopd_teacher.__main__ import main
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 
@@ -31,7 +29,6 @@ def hang(self, groups):
     yield
 
 GroupEngine.score = hang
-server.serve = functools.partial(server.serve, grace_s=1.0)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -49,7 +46,9 @@ def test_sigterm_ends_a_teacher_whose_device_hangs_with_a_status_that_tells(tmp_
             except Unavailable as error:
                 errors.append(error)
 
-    with teacher_process(tmp_path, launch=("-c", HANGING)) as teacher:
+    service = tmp_path / "service.toml"
+    service.write_text("[teacher]\ndrain_s = 1.0\n")
+    with teacher_process(tmp_path, launch=("-c", HANGING, "--service", str(service))) as teacher:
         caller = threading.Thread(target=ask, args=(teacher.target,))
         caller.start()
         wait_until("the device hangs", lambda: "the device hangs" in (tmp_path / "teacher.log").read_text())

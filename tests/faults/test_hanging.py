@@ -41,7 +41,6 @@ async def describe(self):
     time.sleep(1000)  # a blocking call in a handler: the event loop stands still
 
 Teachers.describe = describe
-api.STUCK_AFTER_S = 1.0
 sys.exit(api.main(sys.argv[1:]))
 """
 
@@ -49,7 +48,9 @@ sys.exit(api.main(sys.argv[1:]))
 def test_an_api_whose_event_loop_stands_still_ends(tmp_path: Path) -> None:
     announce = tmp_path / "address"
     arguments = ["--config", str(write_config(tmp_path, model=tmp_path, address="127.0.0.1:1")), "--announce", announce]
-    command = [sys.executable, "-c", HANGING_API, *arguments, "--set", "api.address=127.0.0.1:0"]
+    (tmp_path / "service.toml").write_text("[api]\nstuck_after_s = 1.0\n")
+    arguments += ["--service", tmp_path / "service.toml", "--set", "api.address=127.0.0.1:0"]
+    command = [sys.executable, "-c", HANGING_API, *arguments]
     with (tmp_path / "api.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -64,12 +65,16 @@ def test_an_api_whose_event_loop_stands_still_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(system: System) -> None:
+def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(
+    system: System, tmp_path: Path
+) -> None:
     """For one with so little patience any engine hangs."""
     job = system.job("hanging-engine", trainer__steps=1)
     trainer = job.start_trainer()
     job.until("the step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
-    impatient = job.start_worker("impatient", "--stuck-after", "0.01")
+    service = tmp_path / "service.toml"
+    service.write_text("[rollout]\nstuck_after_s = 0.01\n")
+    impatient = job.start_worker("impatient", "--service", str(service))
     assert impatient.exit_code() == 1
     assert "Timeout (0:00:00.01" in impatient.text()  # above every thread's stack
     worker = job.start_worker("patient")

@@ -16,7 +16,7 @@ from tests.support.api import BODY, error_of, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.config import ServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
@@ -91,7 +91,7 @@ def test_over_http_a_batch_over_the_token_cap_is_413(capped: TeacherInProcess, t
 
 async def test_under_ten_times_the_load_every_call_is_answered_or_told_when_to_come_back() -> None:
     """How fast is measured by benchmarks/sharing.py."""
-    service = ServiceConfig(sharing=SharingConfig(max_waiting_groups=16, max_waiting_groups_per_job=8))
+    service = TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=16, max_waiting_groups_per_job=8))
     golden = message(token_request(tiny_vlm(), "golden", pictures=[drawing(1)]))
     with teacher_in_process(tiny_vlm(), service=service, batch_tokens=400) as teacher:
         with SyncTeacherClient(teacher.target) as client:  # uploads the image

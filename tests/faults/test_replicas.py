@@ -26,7 +26,7 @@ from tests.support.waiting import wait_until
 from vaopd.access.certificates import make_certificates
 from vaopd.client import SyncTeacherClient, TeacherClient, from_environment
 from vaopd.client.replicas import _until_one_is_connected, addresses
-from vaopd.config import ServiceConfig, TlsConfig
+from vaopd.config import TeacherServiceConfig, TeacherTlsConfig
 from vaopd.errors import ConfigError, Mismatch, TeacherFault, Unavailable
 from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm.model import Vlm
@@ -138,7 +138,7 @@ async def test_a_replica_that_comes_back_as_another_model_is_refused_by_name(tmp
 
 async def test_names_and_tls_are_no_different(tmp_path: Path) -> None:
     make_certificates(tmp_path)
-    service = ServiceConfig(tls=TlsConfig(cert=tmp_path / "server.pem", key=tmp_path / "server.key"))
+    service = TeacherServiceConfig(tls=TeacherTlsConfig(cert=tmp_path / "server.pem", key=tmp_path / "server.key"))
     credentials = from_environment({"VAOPD_TLS_CA": str(tmp_path / "ca.pem")})
     with teacher_in_process(tiny_vlm(), service=service) as one, teacher_in_process(tiny_vlm(), service=service) as two:
         by_name = one.target.replace("127.0.0.1", "localhost")

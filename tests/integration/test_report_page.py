@@ -10,16 +10,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser
 
-from tests.support.api import Api, start_api
+from tests.support.api import Api, start_api, with_keys
 from tests.support.runs import make_run
-from tests.support.viewer import PHONE, chromium, serious_findings, viewer
+from tests.support.viewer import PHONE, serious_findings, viewer
 from vaopd.access.keys import add_key
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,7 @@ def test_a_token_s_numbers_by_click_and_by_keyboard(browser: Browser, api: Api) 
 
 def test_with_a_key_a_report_is_kept_as_a_file(browser: Browser, runs: Path, tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.json", "begun")
-    for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(runs), "--keys", str(tmp_path / "keys.json")):
+    for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(runs), *with_keys(tmp_path)):
         with viewer(browser, str(api.http.base_url)) as seen:
             seen.open(path="/runs")
             assert "key" in seen.page.locator("[role=alert]").inner_text()

@@ -10,20 +10,14 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser
 
-from tests.support.api import Api, start_api
+from tests.support.api import Api, start_api, with_keys
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess
-from tests.support.viewer import PHONE, Viewer, chromium, serious_findings, viewer
+from tests.support.viewer import PHONE, Viewer, serious_findings, viewer
 from vaopd.access.keys import add_key
 from vaopd_api.app import PAGE
 
 EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture
@@ -260,7 +254,7 @@ def test_it_fits_a_phone(browser: Browser, api: Api) -> None:
 
 def test_an_api_with_keys_asks_for_one(browser: Browser, teacher: TeacherInProcess, tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.json", "geometry")
-    for api in start_api(tmp_path, teacher.target, "--keys", str(tmp_path / "keys.json")):
+    for api in start_api(tmp_path, teacher.target, *with_keys(tmp_path)):
         with viewer(browser, str(api.http.base_url)) as seen:
             seen.open()
             assert "an API key is needed" in seen.error.replace("An API", "an API")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.support import tolerance
-from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, start_api
+from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, service_file, start_api, with_keys
 from tests.support.models import LARGEST_LOGIT, tiny_vlm
 from tests.support.teacher import TeacherInProcess, token_request
 from tests.support.tolerance import assert_within
@@ -291,7 +291,7 @@ def test_the_schema_is_whole_and_its_examples_work(api: Api) -> None:
 def test_with_keys_only_health_and_the_page_are_open(teacher: TeacherInProcess, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     key = add_key(keys, "geometry")
-    for api in start_api(tmp_path, teacher.target, "--keys", str(keys)):
+    for api in start_api(tmp_path, teacher.target, *with_keys(tmp_path)):
         for path in ("/", "/docs", "/page/main.js", "/healthz", "/readyz"):
             assert api.http.get(path).status_code == 200, path
         for path in ("/v1/teachers", "/v1/students", "/v1/runs", "/metrics", "/openapi.json", "/v1/nothing"):
@@ -310,8 +310,8 @@ def test_with_keys_only_health_and_the_page_are_open(teacher: TeacherInProcess, 
 def test_https_with_a_certificate_of_one_s_own(teacher: TeacherInProcess, tmp_path: Path) -> None:
     certificates = tmp_path / "certificates"
     make_certificates(certificates)
-    files = ("--tls-cert", str(certificates / "server.pem"), "--tls-key", str(certificates / "server.key"))
-    for api in start_api(tmp_path, teacher.target, *files):
+    tls = '[api.tls]\ncert = "certificates/server.pem"\nkey = "certificates/server.key"\n'
+    for api in start_api(tmp_path, teacher.target, *service_file(tmp_path, tls)):
         port = api.http.base_url.port
         trusting = ssl.create_default_context(cafile=certificates / "ca.pem")
         assert httpx.get(f"https://localhost:{port}/readyz", verify=trusting).json() == {"status": "ready"}
@@ -320,7 +320,8 @@ def test_https_with_a_certificate_of_one_s_own(teacher: TeacherInProcess, tmp_pa
 
 
 def test_a_quota_is_told_in_headers_and_then_enforced(teacher: TeacherInProcess, tmp_path: Path) -> None:
-    for api in start_api(tmp_path, teacher.target, "--requests-per-minute", "3"):
+    quota = "[api.quotas]\nrequests_per_minute = 3\n"
+    for api in start_api(tmp_path, teacher.target, *service_file(tmp_path, quota)):
         assert "ratelimit-limit" not in api.http.get("/v1/teachers").headers  # costs nothing
         first = api.score(**BODY)
         assert [first.headers[f"ratelimit-{name}"] for name in ("limit", "remaining")] == ["3", "2"]

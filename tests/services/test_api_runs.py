@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api import Api, error_of, start_api
+from tests.support.api import Api, error_of, start_api, with_keys
 from tests.support.runs import make_run
 from vaopd.access.keys import add_key
 from vaopd.http_client import ScoringClient
@@ -105,7 +105,7 @@ def test_a_damaged_run_is_left_out_of_the_list_and_its_report_is_an_error(api: A
 
 def test_with_keys_a_job_sees_its_own_run_only(nobody: str, runs: Path, tmp_path: Path) -> None:
     key = {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', 'done')}"}
-    for api in start_api(tmp_path, nobody, "--runs", str(runs), "--keys", str(tmp_path / "keys.json")):
+    for api in start_api(tmp_path, nobody, "--runs", str(runs), *with_keys(tmp_path)):
         assert api.http.get("/runs").status_code == 200  # the page, in which a key can't be missing yet
         for path in ("/v1/runs", "/runs/done/report"):
             assert api.http.get(path).status_code == 401

@@ -13,14 +13,14 @@ from tests.support.api import BODY, PNG, QUESTION, Api, error_of, start_api
 from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process, write_config
 from vaopd.access.keys import add_key
-from vaopd.config import KeysConfig, ServiceConfig
+from vaopd.config import KeysConfig, TeacherServiceConfig
 
 
 def test_a_teacher_that_refuses_the_api_s_own_key_is_no_fault_of_its_clients(tmp_path: Path) -> None:
     keys = tmp_path / "teacher-keys.json"
     right = add_key(keys, "api")
     (tmp_path / "api.key").write_text(right)
-    with teacher_in_process(tiny_vlm(), service=ServiceConfig(keys=KeysConfig(file=keys))) as guarded:
+    with teacher_in_process(tiny_vlm(), service=TeacherServiceConfig(keys=KeysConfig(file=keys))) as guarded:
         for api in start_api(tmp_path, guarded.target):
             refused = api.score(**BODY)
             assert (refused.status_code, error_of(refused)["code"]) == (502, "bad_gateway")

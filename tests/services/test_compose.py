@@ -110,11 +110,15 @@ def service_file(words: list[str]) -> str:
     return words[words.index("--service") + 1]
 
 
-@pytest.mark.parametrize("name", ["teacher", "gpu-teacher"])
-def test_a_teacher_without_tls_is_one_whose_port_is_not_published(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in SERVICES if name.endswith(("teacher", "rollout", "api"))])
+def test_every_process_with_settings_reads_the_one_service_file(name: str) -> None:
     assert service_file(shlex.split(SERVICES[name]["command"])) == "service.toml"
     assert sources(SERVICES[name])["./deploy/service.toml"] == "/app/service.toml"
-    assert load_service_config(ROOT / "deploy" / "service.toml").tls.plaintext
+
+
+@pytest.mark.parametrize("name", ["teacher", "gpu-teacher"])
+def test_a_teacher_without_tls_is_one_whose_port_is_not_published(name: str) -> None:
+    assert load_service_config(ROOT / "deploy" / "service.toml").teacher.tls.plaintext
     assert "ports" not in SERVICES[name]
 
 
@@ -126,7 +130,7 @@ def test_the_secured_teacher_differs_in_its_service_file_only(name: str) -> None
         "./deploy/service.secured.toml": "/app/service.secured.toml",
         "./secrets/teacher": "/secrets",
     }
-    service = load_service_config(ROOT / "deploy" / "service.secured.toml")
+    service = load_service_config(ROOT / "deploy" / "service.secured.toml").teacher
     files = (service.tls.cert, service.tls.key, service.tls.client_ca, service.keys.file)
     assert all(file is not None and file.parent == Path("/secrets") for file in files)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.api import BODY, IMAGE, QUESTION, Api, start_api
+from tests.support.api import BODY, IMAGE, QUESTION, Api, start_api, with_keys
 from tests.support.http_server import Answer, http_server
 from tests.support.teacher import TeacherInProcess
 from vaopd.access.keys import add_key
@@ -75,7 +75,7 @@ def test_refusals_are_the_errors_of_the_tree(client: ScoringClient) -> None:
 
 def test_an_api_with_keys(teacher: TeacherInProcess, tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.json", "geometry")
-    for api in start_api(tmp_path, teacher.target, "--keys", str(tmp_path / "keys.json")):
+    for api in start_api(tmp_path, teacher.target, *with_keys(tmp_path)):
         with ScoringClient(str(api.http.base_url)) as stranger, pytest.raises(Unauthenticated):
             stranger.teachers()
         with ScoringClient(str(api.http.base_url), api_key=key) as known:

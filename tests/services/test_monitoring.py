@@ -265,7 +265,7 @@ def test_an_address_that_is_none_is_told(address: str) -> None:
 def test_the_environment_says_where_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VAOPD_METRICS_ADDRESS", "0.0.0.0:9091")
     parser = argparse.ArgumentParser()
-    process.add_monitoring_arguments(parser)
+    process.add_flags(parser, "trainer")
     assert metrics_port.metrics_address(parser.parse_args([])) == "0.0.0.0:9091"
     assert metrics_port.metrics_address(parser.parse_args(["--metrics-address", "127.0.0.1:0"])) == "127.0.0.1:0"
 

@@ -9,7 +9,7 @@ import torch
 from tests.support import divergences
 from tests.support.scored import divergence_error, reference_kl, reference_rows, sampled_ids, score, vlm
 from tests.support.tolerance import assert_within
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import TrainerConfig, VaOpd
 from vaopd.payloads import PAYLOADS
 from vaopd.types import PayloadKind
 from vaopd_trainer.student_loss import StudentLoss, weigh
@@ -22,15 +22,14 @@ TOP_K = 64
 def kl_of(payload: PayloadKind) -> np.ndarray:
     """(M,) over all groups, from what came over the wire."""
     scored = score(payload=payload, top_k=TOP_K)
-    settings = ObjectiveConfig(sampled_estimator="k1")
     loss = StudentLoss(
         vlm("student"),
         teacher_head=scored.teacher_head,
         trainer=TrainerConfig(steps=1, chunk_tokens=16),
-        objective=settings,
+        estimator="k1",
     )
     with torch.no_grad():
-        _, kl = loss([weigh(group, settings, seed=0) for group in scored.groups])
+        _, kl = loss([weigh(group, VaOpd(), seed=0) for group in scored.groups])
     return kl.numpy()
 
 

@@ -117,6 +117,13 @@ def test_png_and_html_hold_the_score(arguments: list[str], tmp_path: Path) -> No
     assert not re.search(r"(src|href)=\"?http", text)
 
 
+def test_a_degraded_view_is_named_with_its_strength_if_it_has_one() -> None:
+    reply = by_hand(["a"], [0.1])
+    assert "by hand, degraded view: pixelate 0.1." in views.html_page(reply, question="?", views=[])
+    black = reply.model_copy(update={"degradation": DegradationModel(kind="black")})
+    assert "by hand, degraded view: black." in views.html_page(black, question="?", views=[])
+
+
 def test_texts_are_no_markup_in_the_html() -> None:
     text = views.html_page(by_hand(["<script>"], [0.1]), question="<img src=x>", views=[])
     assert "<script>" not in text

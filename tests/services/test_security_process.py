@@ -18,11 +18,11 @@ from vaopd_teacher.__main__ import main as teacher_main
 
 ROOT = Path(__file__).parents[2]
 SERVICE = """
-[tls]
+[teacher.tls]
 cert = "server.pem"
 key = "server.key"
 client_ca = "ca.pem"
-[keys]
+[teacher.keys]
 file = "keys.json"
 """
 
@@ -59,9 +59,9 @@ def test_what_is_wrong_with_its_security_is_told_before_the_model_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model's folder isn't even there."""
-    (tmp_path / "service.toml").write_text('[keys]\nfile = "keys.json"')
+    (tmp_path / "service.toml").write_text('[teacher.keys]\nfile = "keys.json"')
     config = str(write_config(tmp_path, model=tmp_path / "nowhere"))
     assert teacher_main(["--config", config, "--set", "teacher.address=0.0.0.0:0"]) == 2
-    assert "'0.0.0.0:0' can be reached from other hosts: give [tls] cert and key" in capsys.readouterr().err
+    assert "'0.0.0.0:0' can be reached from other hosts: give [teacher.tls] cert and key" in capsys.readouterr().err
     assert teacher_main(["--config", config, "--service", str(tmp_path / "service.toml")]) == 2
     assert "keys.json' can't be read" in capsys.readouterr().err

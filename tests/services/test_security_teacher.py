@@ -22,7 +22,7 @@ from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process,
 from vaopd.access.certificates import make_certificates
 from vaopd.access.keys import add_key, revoke_key
 from vaopd.client import SyncTeacherClient, from_environment
-from vaopd.config import KeysConfig, QuotasConfig, ServiceConfig, TlsConfig
+from vaopd.config import KeysConfig, QuotasConfig, TeacherServiceConfig, TeacherTlsConfig
 from vaopd.errors import Busy, ConfigError, LimitExceeded, PermissionDenied, Unauthenticated, Unavailable
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
@@ -46,7 +46,7 @@ class Guarded:
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     keys = add_key(file, "geometry"), add_key(file, "other")
-    service = ServiceConfig(keys=KeysConfig(file=file))
+    service = TeacherServiceConfig(keys=KeysConfig(file=file))
     with teacher_in_process(tiny_vlm(), service=service) as teacher:
         yield Guarded(teacher, file, *keys)
 
@@ -197,7 +197,7 @@ def test_a_refused_call_is_a_line_of_the_audit_log_without_the_key(
 
 def test_a_used_up_quota_says_when_to_ask_again(tmp_path: Path) -> None:
     keys = {job: add_key(tmp_path / "keys.json", job) for job in ("small", "large")}
-    service = ServiceConfig(
+    service = TeacherServiceConfig(
         keys=KeysConfig(file=tmp_path / "keys.json"), quotas=QuotasConfig(groups_per_minute=100, jobs={"small": 2})
     )
     groups = [token_request(tiny_vlm(), f"g{n}", responses=["12"]) for n in range(3)]
@@ -220,9 +220,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tls(folder: Path, *, mutual: bool = False) -> ServiceConfig:
-    return ServiceConfig(
-        tls=TlsConfig(
+def tls(folder: Path, *, mutual: bool = False) -> TeacherServiceConfig:
+    return TeacherServiceConfig(
+        tls=TeacherTlsConfig(
             cert=folder / "server.pem",
             key=folder / "server.key",
             client_ca=folder / "ca.pem" if mutual else None,
@@ -285,15 +285,15 @@ def test_a_renewed_certificate_is_used_without_a_restart(tmp_path: Path) -> None
             client.describe()
 
 
-def start(service: ServiceConfig, address: str = "127.0.0.1:0") -> None:
+def start(service: TeacherServiceConfig, address: str = "127.0.0.1:0") -> None:
     with teacher_in_process(tiny_vlm(), service=service, address=address):
         pass
 
 
 def test_plaintext_for_other_hosts_has_to_be_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"'0\.0\.0\.0:0' can be reached from other hosts.*plaintext = true"):
-        start(ServiceConfig(), "0.0.0.0:0")
-    start(ServiceConfig(tls=TlsConfig(plaintext=True)), "0.0.0.0:0")
+        start(TeacherServiceConfig(), "0.0.0.0:0")
+    start(TeacherServiceConfig(tls=TeacherTlsConfig(plaintext=True)), "0.0.0.0:0")
 
 
 @pytest.mark.parametrize("broken", ["missing", "no PEM", "another key"])
@@ -304,7 +304,7 @@ def test_certificates_that_cant_be_used_are_told_at_the_start(certificates: Path
     if broken == "another key":
         key.write_bytes((certificates / "client.key").read_bytes())
     service = tls(certificates)
-    with pytest.raises(ConfigError, match=r"\[tls\] .*server\.key"):
+    with pytest.raises(ConfigError, match=r"\[teacher\.tls\] .*server\.key"):
         start(service.model_copy(update={"tls": service.tls.model_copy(update={"key": key})}))
 
 

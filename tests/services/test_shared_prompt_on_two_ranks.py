@@ -14,9 +14,10 @@ from tests.support.families import FAMILIES, family_folder
 _ROOT = Path(__file__).parents[2]
 
 
-def run_both_ranks(how: str, folder: Path, tmp_path: Path) -> None:
+def run_both_ranks(tmp_path: Path, *cases: str) -> None:
+    """One pair of processes for all cases, HOW=FOLDER each: most of the time they import torch."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.support.sharded", how, str(folder), str(tmp_path / "store")]
+    command = [sys.executable, "-m", "tests.support.sharded", str(tmp_path / "store"), *cases]
     logs = [(tmp_path / f"rank{rank}.log").open("w+") for rank in range(2)]
     processes = [
         subprocess.Popen(
@@ -41,12 +42,11 @@ def run_both_ranks(how: str, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tensor_parallel_ranks_score_as_one_process_does(family: str, tmp_path: Path) -> None:
-    run_both_ranks("tensor_parallel", family_folder(family), tmp_path)
+def test_tensor_parallel_ranks_score_as_one_process_does(tmp_path: Path) -> None:
+    run_both_ranks(tmp_path, *(f"tensor_parallel={family_folder(family)}" for family in FAMILIES))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "fsdp_checkpointing"])
-def test_sharded_parameters_get_the_gradients_of_the_whole_model(how: str, tmp_path: Path) -> None:
-    run_both_ranks(how, family_folder("qwen3_vl"), tmp_path)
+def test_sharded_parameters_get_the_gradients_of_the_whole_model(tmp_path: Path) -> None:
+    folder = family_folder("qwen3_vl")
+    run_both_ranks(tmp_path, f"fsdp={folder}", f"fsdp_checkpointing={folder}")

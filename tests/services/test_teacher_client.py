@@ -18,7 +18,7 @@ from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, question, teacher_in_process, token_request
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.client.replicas import Replica
-from vaopd.config import ImagesConfig, ServiceConfig
+from vaopd.config import ImagesConfig, TeacherServiceConfig
 from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, NotFound, Unavailable
 from vaopd.payloads import to_torch
 from vaopd.pb import teacher_pb2 as pb
@@ -80,7 +80,7 @@ async def test_an_image_is_uploaded_once_and_by_one_client_for_all(
 async def test_an_image_that_the_teacher_dropped_is_uploaded_again() -> None:
     first, second = request("first", seed=1), request("second", seed=2)
     room_for_one = max(len(first.images[0].data), len(second.images[0].data)) + 100
-    rooms = ServiceConfig(images=ImagesConfig(encoded_bytes=room_for_one, prepared_bytes=1))
+    rooms = TeacherServiceConfig(images=ImagesConfig(encoded_bytes=room_for_one, prepared_bytes=1))
     with teacher_in_process(tiny_vlm(), service=rooms) as teacher:
         async with TeacherClient(teacher.target, timeout_s=30) as client:
             for group in (first, second, first):

@@ -17,7 +17,7 @@ from tests.support.teacher import drawing, teacher_in_process, token_request
 from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
-from vaopd.config import ServiceConfig, SharingConfig
+from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, Payload, ScoreRequest
@@ -30,10 +30,10 @@ class SmallDevice(Vlm):
 
     room = 4
 
-    def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+    def compute_response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
         if (wanted := sum(len(segment.responses) for segment in segments)) > self.room:
             raise torch.OutOfMemoryError(f"no room for {wanted} responses")
-        return super().response_hidden(segments, encode=encode)
+        return super().compute_response_hidden(segments, encode=encode)
 
 
 def on_small_device() -> SmallDevice:
@@ -72,8 +72,8 @@ def group(name: str, rollouts: int = 2, text: str = "How long?") -> ScoreRequest
     return token_request(tiny_vlm(), name, pictures=[drawing(1)], text=text, responses=["It is 12."] * rollouts)
 
 
-def at_most(groups: int) -> ServiceConfig:
-    return ServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
+def at_most(groups: int) -> TeacherServiceConfig:
+    return TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
 
 
 def test_out_of_memory_halves_the_batch_once() -> None:

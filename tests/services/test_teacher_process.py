@@ -85,7 +85,7 @@ def test_a_client_outlives_the_death_of_its_teacher_in_mid_stream(tmp_path: Path
 def test_a_teacher_that_vllm_holds_serves_and_drains(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     service = tmp_path / "service.toml"
-    service.write_text('[engine]\nbackend = "vllm"\noptions = { max_num_batched_tokens = 512 }\n')
+    service.write_text('[teacher.engine]\nbackend = "vllm"\noptions = { max_num_batched_tokens = 512 }\n')
     launch = ("-m", "vaopd_teacher", "--service", str(service))
     with teacher_process(tmp_path, launch=launch) as teacher:
         with SyncTeacherClient(teacher.target, payload="sampled") as client:

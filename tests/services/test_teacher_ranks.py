@@ -45,7 +45,7 @@ def test_a_message_holds_all_that_a_forward_needs(family: str) -> None:
     images = [image for segment in segments for image in segment.prompt.images]
     with torch.inference_mode():
         features = vlm.encode_images(images)
-        expected = vlm.response_hidden(segments)
+        expected = vlm.compute_response_hidden(segments)
         assert torch.equal(compute(vlm, pack_forward(segments, images, features)), expected)
 
 
@@ -66,14 +66,14 @@ def test_out_of_memory_in_a_forward_that_others_compute_too_is_no_groups_fault(m
         path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=link
     )
     segments = [Segment(prompt=ask(vlm, [drawing(0)]), responses=(np.array([5, 6]),))]
-    assert torch.equal(leading.response_hidden(segments), vlm.response_hidden(segments))
+    assert torch.equal(leading.compute_response_hidden(segments), vlm.compute_response_hidden(segments))
 
     def no_room(*_: object, **__: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Vlm, "response_hidden", no_room)
+    monkeypatch.setattr(Vlm, "compute_response_hidden", no_room)
     with pytest.raises(RuntimeError, match=r"lower teacher.batch_tokens") as caught:
-        leading.response_hidden(segments)
+        leading.compute_response_hidden(segments)
     assert not isinstance(caught.value, torch.OutOfMemoryError)
     assert len(link.sent) == 2
 
@@ -104,7 +104,7 @@ def scores(target: str) -> dict[str, GroupScore]:
 def shared_by_two(folder: Path) -> Iterator[tuple[TeacherProcess, list[int]]]:
     """The teacher, as `vaopd teacher CONFIG --service FILE` starts it, and its ranks' process ids, rank 0 first."""
     service = folder / "service.toml"
-    service.write_text("[engine]\nprocesses = 2\n")
+    service.write_text("[teacher.engine]\nprocesses = 2\n")
     # Small forwards, so that there are several.
     launch = ("-m", "vaopd_teacher", "--service", str(service))
     with teacher_process(folder, launch=launch, batch_tokens=200) as teacher:

@@ -20,7 +20,7 @@ from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.config import ImagesConfig, ServiceConfig, SharingConfig
+from vaopd.config import ImagesConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, VaopdError
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import Degradation, GroupScore, ScoreRequest
@@ -89,7 +89,7 @@ def held_teacher(
     *, batch_tokens: int = ONE_GROUP_A_FORWARD, sharing: SharingConfig = SharingConfig()
 ) -> Iterator[HeldTeacher]:
     engine = NotingEngine()
-    service = ServiceConfig(sharing=sharing)
+    service = TeacherServiceConfig(sharing=sharing)
     with (
         teacher_in_process(tiny_vlm(), batch_tokens=batch_tokens, engine=engine, service=service) as teacher,
         ThreadPoolExecutor(40) as pool,
@@ -259,7 +259,7 @@ def test_another_degradation_decodes_once_more_and_is_expected_from_then_on(monk
 def test_without_room_for_views_every_group_gets_the_same_answer() -> None:
     image = encoded(drawing(1))
     request = ScoreRequest(group_id="g", responses=("12",), images=(image,), messages=question("How long?", [image]))
-    no_room = ServiceConfig(images=ImagesConfig(prepared_bytes=1))
+    no_room = TeacherServiceConfig(images=ImagesConfig(prepared_bytes=1))
     with teacher_in_process(tiny_vlm()) as roomy, teacher_in_process(tiny_vlm(), service=no_room) as tight:
         kept, made_anew = (results(t.target, request)["g"] for t in (roomy, tight))
     assert isinstance(kept, GroupScore)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.support.models import tiny_vlm
 from tests.support.teacher import teacher_in_process, teacher_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import SyncTeacherClient
-from vaopd.config import ServiceConfig
+from vaopd.config import TeacherServiceConfig
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.types import GroupScore
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
@@ -48,10 +49,10 @@ def score(target: str, name: str, **options: object) -> object:
 
 
 def test_a_hanging_device_is_not_serving_and_its_callers_are_told(engine: HangingEngine) -> None:
-    service = ServiceConfig(stuck_after_s=0.5)
+    service = TeacherServiceConfig(stuck_after_s=0.5)
     with teacher_in_process(tiny_vlm(), engine=engine, service=service) as teacher:
         assert isinstance(score(teacher.target, "sound"), GroupScore)
-        assert teacher.server.scheduler.busy_s == 0
+        wait_until("the device is idle", lambda: teacher.server.scheduler.busy_s == 0)
         callers: list[BaseException] = []
 
         def hang() -> None:
@@ -70,11 +71,13 @@ def test_a_hanging_device_is_not_serving_and_its_callers_are_told(engine: Hangin
     assert len(callers) == 1
 
 
-def test_a_device_that_waits_for_work_is_not_stuck(engine: HangingEngine) -> None:
-    service = ServiceConfig(stuck_after_s=0.05)
+def test_a_device_that_waits_for_work_is_not_stuck() -> None:
+    service = TeacherServiceConfig(stuck_after_s=0.5)
     with teacher_in_process(tiny_vlm(), service=service, engine=QuickEngine()) as teacher:
         for name in ("a", "b", "c"):
             score(teacher.target, name)
+        over = time.monotonic() + 2 * 0.5
+        wait_until("it has waited for longer than a forward may take", lambda: time.monotonic() > over)
         assert not teacher.failed()
 
 
@@ -112,7 +115,7 @@ sys.exit(main([*sys.argv[1:], "--service", "{service}"]))
 )
 def test_a_process_whose_device_hangs_ends(tmp_path: Path, how: str, words: str) -> None:
     service = tmp_path / "service.toml"
-    service.write_text("stuck_after_s = 1.0\n")
+    service.write_text("[teacher]\nstuck_after_s = 1.0\n")
     code = HANGING.format(how=how, service=service)
     with teacher_process(tmp_path, launch=("-c", code)) as teacher:
         with pytest.raises(Unavailable):

@@ -36,6 +36,18 @@ class Api:
         return answer.content
 
 
+def service_file(folder: Path, text: str) -> tuple[str, str]:
+    """The arguments that give a process this service file."""
+    path = folder / "service.toml"
+    path.write_text(text)
+    return "--service", str(path)
+
+
+def with_keys(folder: Path) -> tuple[str, str]:
+    """The arguments of an API that asks for the keys in folder/keys.json."""
+    return service_file(folder, '[api.keys]\nfile = "keys.json"\n')
+
+
 def start_api(folder: Path, teacher: str, *arguments: str, **environment: str) -> Iterator[Api]:
     """`python -m vaopd_api` as a process of its own, on a free port, with these arguments and variables."""
     announce = folder / "api.address"

@@ -1,13 +1,8 @@
-"""A real Prometheus on a free port, for a test that asks it. Where there is none, the test is skipped, and says so.
-
-`VAOPD_REQUIRE_PROMETHEUS=1` makes that a failure.
-"""
+"""A real Prometheus on a free port, for a test that queries it."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import urllib.parse
 import urllib.request
@@ -17,21 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from tests.support.programs import find_program
 from tests.support.waiting import wait_until
 from vaopd.net.ports import free_port
 
 
 def binary(name: str) -> str:
-    """The path of `prometheus` or `promtool`."""
-    found = shutil.which(name)
-    if found is None:
-        message = f"no {name} on this machine (apt-get install prometheus)"
-        if os.environ.get("VAOPD_REQUIRE_PROMETHEUS") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
+    """Returns the path of `prometheus` or `promtool`; without it, the test is skipped."""
+    return find_program(name, package="prometheus")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One of two processes that share a model, for test_shared_prompt_on_two_ranks.py.
 
-python -m tests.support.sharded HOW FOLDER STORE, with RANK in the environment: HOW is "tensor_parallel", "fsdp" or
-"fsdp_checkpointing". Compares with the whole model in this process, in float64, and ends with 0 when they agree.
+python -m tests.support.sharded STORE HOW=FOLDER..., with RANK in the environment: HOW is "tensor_parallel", "fsdp" or
+"fsdp_checkpointing". Compares each with the whole model in this process, in float64, and ends with 0 when all agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scores(nn.Module):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         ids = np.concatenate([ids for segment in segments for ids in segment.responses])
-        return token_logprobs(self.vlm.response_hidden(segments), self.vlm.head, torch.from_numpy(ids))
+        return token_logprobs(self.vlm.compute_response_hidden(segments), self.vlm.head, torch.from_numpy(ids))
 
 
 def segments_for(vlm: Vlm) -> list[Segment]:
@@ -47,9 +47,16 @@ def segments_for(vlm: Vlm) -> list[Segment]:
     ]
 
 
-def main(how: str, folder: str, store: str) -> None:
+def main(store: str, *cases: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
+    for case in cases:
+        print(case, flush=True)  # the last one printed is the one that failed
+        _compare(*case.split("=", 1))
+    dist.destroy_process_group()
+
+
+def _compare(how: str, folder: str) -> None:
     whole = Vlm.load(folder, dtype="float64")
     segments = segments_for(whole)
     expected = Scores(whole)(segments)
@@ -61,7 +68,6 @@ def main(how: str, folder: str, store: str) -> None:
             assert_same_scores(whole, Scores(shared)(segments), expected)
     else:
         _fsdp(Vlm.load(folder, dtype="float64"), whole, segments, expected, checkpointing=how == "fsdp_checkpointing")
-    dist.destroy_process_group()
 
 
 def assert_same_scores(whole: Vlm, found: Tensor, expected: Tensor) -> None:

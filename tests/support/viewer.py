@@ -1,21 +1,17 @@
-"""A real headless Chromium on the viewer page. Where there is none, tests that want it are skipped, and say so.
-
-`VAOPD_REQUIRE_BROWSER=1` makes that a failure; `VAOPD_CHROMIUM` names another executable.
-"""
+"""A real headless Chromium on the viewer page. `VAOPD_CHROMIUM` names another executable."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Response, sync_playwright
 
+from tests.support.programs import find_program
 from tests.support.waiting import wait_until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -34,12 +30,8 @@ PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile":
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    executable = os.environ.get("VAOPD_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if executable is None:
-        message = "no Chromium on this machine (apt-get install chromium, or VAOPD_CHROMIUM=PATH)"
-        if os.environ.get("VAOPD_REQUIRE_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
+    """Starts a browser; without one, the test is skipped."""
+    executable = os.environ.get("VAOPD_CHROMIUM") or find_program(*NAMES, package="chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
         try:

@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Literal
 
-import pydantic
 import pytest
+from pydantic import Discriminator
 
-from vaopd.config import Config, Section, load_config, to_toml
+from vaopd.config import (
+    Config,
+    HiddenTeacher,
+    MaskedOpd,
+    PlainDegradation,
+    RolloutWeightsOnly,
+    SampledTeacher,
+    Section,
+    ServiceConfig,
+    StandardOpd,
+    TokenGroupsOnly,
+    TopKTeacher,
+    TransformersRollout,
+    VaOpd,
+    load_config,
+    old_names,
+    to_toml,
+    validate,
+    variants_of,
+)
+from vaopd.config.toml import apply_overrides, default_tag, section_of
 from vaopd.errors import ConfigError
+from vaopd.types import Degradation
 
 MINIMAL = """
 [run]
@@ -25,6 +47,11 @@ steps = 10
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> None:
+    old_names.warn_once.cache_clear()
+
+
 @pytest.fixture
 def minimal(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
@@ -32,23 +59,25 @@ def minimal(tmp_path: Path) -> Path:
     return path
 
 
-def count_fields(model: type[pydantic.BaseModel]) -> int:
-    kinds = [field.annotation for field in model.model_fields.values()]
-    return sum(count_fields(kind) if isinstance(kind, type) and issubclass(kind, Section) else 1 for kind in kinds)
+def sections_of(model: type[Section]) -> list[type[Section]]:
+    """A section and all below it, each variant of a union included."""
+    found = [model]
+    for field in model.model_fields.values():
+        variants = variants_of(field)
+        kinds = variants.members if variants else [field.annotation]
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        found += [section for kind in below for section in sections_of(kind)]
+    return found
 
 
-def test_the_configuration_stays_small() -> None:
-    assert count_fields(Config) < 60
-
-
-def test_every_field_is_documented() -> None:
+@pytest.mark.parametrize("model", [Config, ServiceConfig])
+def test_every_field_is_documented(model: type[Section]) -> None:
     """The docstring under a field is its description."""
-    sections = [field.annotation for field in Config.model_fields.values()]
     assert [
         f"{section.__name__}.{name}"
-        for section in sections
+        for section in sections_of(model)
         for name, field in section.model_fields.items()
-        if not field.description
+        if not field.description and not section_of(field) and not variants_of(field)
     ] == []
 
 
@@ -56,7 +85,9 @@ def test_what_is_left_out_has_the_paper_s_value(minimal: Path) -> None:
     config = load_config(minimal)
     assert config.trainer.learning_rate == 1e-6
     assert config.trainer.betas == (0.9, 0.95)
-    assert (config.degradation.kind, config.degradation.strength) == ("pixelate", 0.1)
+    assert config.degradation.as_degradation() == Degradation(kind="pixelate", strength=0.1)
+    assert config.teacher.payload_keywords() == {"payload": "hidden"}
+    assert config.teacher.loss_keywords() == {}
     assert config.run_folder == Path("runs/first")
 
 
@@ -87,7 +118,9 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
         ("run.name=../elsewhere", r"run\.name: .*pattern"),
         ("teacher.address=localhost", r"teacher\.address: .*pattern"),
         ("teacher.address=one:50051,two", r"teacher\.address: .*pattern"),
-        ("teacher.payload=none", r"use hidden, top_k or sampled"),
+        ("teacher.payload=none", r"teacher\.payload: must be one of 'hidden', .*'sampled', got 'none'"),
+        ("rollout.engine.name=vllm", r"rollout\.engine: must be one of 'vllm', 'transformers'"),
+        ("data.min_pixels=0", r"data\.min_pixels: .* greater than or equal to 1, got 0"),
         ("trainer.processes=3", r"prompts_per_step = 16 must be a multiple of trainer\.processes = 3"),
         ("steps=3", r"not of the form section\.key=value"),
     ],
@@ -95,6 +128,12 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
 def test_a_wrong_value_is_named_with_its_key_and_the_remedy(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(minimal, [override])
+
+
+def test_pixel_bounds_that_no_image_can_have_are_refused(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.min_pixels = 2048 is above data\.max_pixels = 1024"):
+        load_config(minimal, ["data.min_pixels=2048", "data.max_pixels=1024"])
+    load_config(minimal, ["data.min_pixels=1024", "data.max_pixels=1024"])
 
 
 def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
@@ -116,3 +155,219 @@ def test_a_resolved_configuration_can_be_read_again(minimal: Path, tmp_path: Pat
     (tmp_path / "resolved.toml").write_text(to_toml(config))
     assert load_config(tmp_path / "resolved.toml") == config
     assert "min_pixels" not in tomllib.loads(to_toml(config))["data"]
+
+
+# -- variants ----------------------------------------------------------------------------------------------------------
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"nothing is to be said, and this is: {line}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "objective", "keywords"),
+    [
+        ([], VaOpd(), {"variant": "va_opd", "temperature": 1.0, "high_fraction": 0.2, "high_weight": 0.5}),
+        (["variant=standard"], StandardOpd(), {"variant": "standard"}),
+        (
+            ["variant=rollout_weights", "temperature=2.0"],
+            RolloutWeightsOnly(temperature=2.0),
+            {"variant": "rollout_weights", "temperature": 2.0},
+        ),
+        (
+            ["variant=token_groups", "high_weight=0.7"],
+            TokenGroupsOnly(high_weight=0.7),
+            {"variant": "token_groups", "high_fraction": 0.2, "high_weight": 0.7},
+        ),
+        (
+            ["variant=masked", "mask=bottom"],
+            MaskedOpd(mask="bottom"),
+            {"variant": "masked", "mask": "bottom", "mask_fraction": 0.1},
+        ),
+    ],
+)
+def test_an_objective_has_the_fields_of_its_variant_alone(
+    minimal: Path, overrides: list[str], objective: Section, keywords: dict[str, object]
+) -> None:
+    config = load_config(minimal, [f"objective.{override}" for override in overrides], warn=refuse)
+    assert config.objective == objective
+    assert config.objective.as_keywords() == keywords
+
+
+def test_payload_degradation_and_engine_are_variants_too(minimal: Path) -> None:
+    overrides = ["teacher.payload=top_k", "teacher.top_k=8", "degradation.kind=black", "rollout.engine=transformers"]
+    config = load_config(minimal, overrides, warn=refuse)
+    assert config.teacher == TopKTeacher(model="models/teacher", top_k=8)
+    assert config.teacher.payload_keywords() == {"payload": "top_k", "top_k": 8}
+    assert config.degradation == PlainDegradation(kind="black")
+    assert config.rollout == TransformersRollout()
+    config = load_config(minimal, ["teacher.payload=sampled", "teacher.sampled_estimator=k1"], warn=refuse)
+    assert config.teacher == SampledTeacher(model="models/teacher", sampled_estimator="k1")
+    assert config.teacher.payload_keywords() == {"payload": "sampled"}
+    assert config.teacher.loss_keywords() == {"estimator": "k1"}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"objective": {"mask_fraction": 0.3}},
+            r'objective\.mask_fraction: no such key with variant = "va_opd"; it belongs to variant = "masked": set',
+        ),
+        (
+            {"objective": {"variant": "standard", "high_weight": 0.3}},
+            r'with variant = "standard"; it belongs to variant = "va_opd" or variant = "token_groups"',
+        ),
+        ({"objective": {"variant": "masked", "temperature": 2}}, r'it belongs to variant = "va_opd" or .*weights"'),
+        ({"degradation": {"kind": "black", "strength": 0.3}}, r'it belongs to kind = "pixelate" or kind = "blur"'),
+        ({"rollout": {"engine": "transformers", "engine_options": {}}}, r'it belongs to engine = "vllm"'),
+        ({"teacher": {"model": "m", "top_k": 3}}, r'with payload = "hidden"; it belongs to payload = "top_k"'),
+        ({"teacher": {"model": "m", "payload": "top_k", "sampled_estimator": "k1"}}, r'it belongs to payload = "sampl'),
+        ({"objective": {"variant": "masked", "masks": 1}}, r"masks: no such key; known here: variant, mask, mask_frac"),
+        ({"objective": {"variant": "masked", "mask": 1}}, r"objective\.mask: Input should be 'top'.*, got 1"),
+        ({"objective": 3}, r"objective: .*dictionary.*, got 3"),
+    ],
+)
+def test_a_variant_refuses_the_fields_of_another_one(section: dict[str, object], message: str) -> None:
+    values = tomllib.loads(MINIMAL) | section
+    with pytest.raises(ConfigError, match=message):
+        validate(Config, values, origin="run.toml")
+
+
+def test_an_override_that_chooses_another_variant_leaves_the_file_s_one_behind(minimal: Path) -> None:
+    """Otherwise `--set rollout.engine=transformers` would ask for a change of every file with engine_options."""
+    minimal.write_text(
+        MINIMAL.replace("[teacher]\n", '[teacher]\npayload = "top_k"\ntop_k = 8\n')
+        + "[rollout]\ntop_p = 0.9\nengine_options = { max_model_len = 512 }\n[objective]\ntemperature = 2.0\n"
+    )
+    overrides = ["rollout.engine=transformers", "objective.variant=rollout_weights", "teacher.payload=hidden"]
+    config = load_config(minimal, overrides, warn=refuse)
+    assert config.rollout == TransformersRollout(top_p=0.9)
+    assert config.objective == RolloutWeightsOnly(temperature=2.0)  # which this variant knows too
+    assert config.teacher == HiddenTeacher(model="models/teacher")
+
+
+class Whole(Section):
+    """Not sharded."""
+
+    kind: Literal["none"] = "none"
+
+
+class Sharded(Section):
+    """Sharded over ranks."""
+
+    kind: Literal["fsdp"] = "fsdp"
+    ranks: int = 2
+
+
+class Optimizer(Section):
+    sharding: Annotated[Whole | Sharded, Discriminator("kind"), default_tag("kind", "none")] = Whole()
+
+
+class Nested(Section):
+    optimizer: Optimizer = Optimizer()
+
+
+def test_a_section_with_variants_may_stand_in_another_section() -> None:
+    values = {"optimizer": {"sharding": {"kind": "fsdp", "ranks": 4}}}
+    assert validate(Nested, values, origin="x").optimizer.sharding == Sharded(ranks=4)
+    with pytest.raises(ConfigError, match=r'optimizer\.sharding\.ranks: no such key with kind = "none"'):
+        validate(Nested, {"optimizer": {"sharding": {"ranks": 4}}}, origin="x")
+    apply_overrides(Nested, values, ["optimizer.sharding.kind=none"])
+    assert values == {"optimizer": {"sharding": {"kind": "none"}}}
+    apply_overrides(Nested, values, ["optimizer.sharding={ kind = 'fsdp', ranks = 8 }"])
+    assert values == {"optimizer": {"sharding": {"kind": "fsdp", "ranks": 8}}}
+
+
+# -- old keys, for one release -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "says"),
+    [
+        (
+            ["objective.mask=random", "objective.mask_fraction=0.3"],
+            'objective.mask, objective.mask_fraction have no effect with objective.variant = "va_opd"',
+        ),
+        (["teacher.top_k=3"], 'teacher.top_k has no effect with teacher.payload = "hidden"'),
+        (
+            ["objective.sampled_estimator=k1"],
+            'objective.sampled_estimator has no effect with teacher.payload = "hidden"',
+        ),
+        (
+            [
+                "rollout.engine=transformers",
+                "rollout.engine_options={ x = 3 }",
+                "degradation.kind=black",
+                "degradation.strength=0.3",
+            ],
+            'degradation.strength has no effect with degradation.kind = "black"; '
+            'rollout.engine_options has no effect with rollout.engine = "transformers"',
+        ),
+    ],
+)
+def test_a_key_of_another_variant_is_dropped_with_one_line(minimal: Path, old: list[str], says: str) -> None:
+    lines: list[str] = []
+    config = load_config(minimal, old, warn=lines.append)
+    assert lines == [f"{minimal}: {says}; the next release refuses this"]
+    choices = [override for override in old if override.split("=")[0] in ("rollout.engine", "degradation.kind")]
+    assert config == load_config(minimal, choices, warn=refuse)
+
+
+def test_the_estimator_s_old_place_still_works(minimal: Path) -> None:
+    lines: list[str] = []
+    config = load_config(minimal, ["teacher.payload=sampled", "objective.sampled_estimator=k1"], warn=lines.append)
+    assert config.teacher.loss_keywords() == {"estimator": "k1"}
+    says = "objective.sampled_estimator is now teacher.sampled_estimator; the next release refuses this"
+    assert lines == [f"{minimal}: {says}"]
+    both = ["teacher.payload=sampled", "teacher.sampled_estimator=k3", "objective.sampled_estimator=k1"]
+    with pytest.raises(
+        ConfigError, match=r"sampled_estimator: is the old name of teacher\.sampled_estimator, which is"
+    ):
+        load_config(minimal, both)
+
+
+def test_old_keys_are_named_once_in_a_process(minimal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        load_config(minimal, ["objective.mask=random"])
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "objective.mask has no effect" in record.getMessage()
+
+
+OF_THE_RELEASE_BEFORE = """
+[run]
+name = "first"
+[data]
+source = "datasets/geometry"
+[student]
+model = "models/student"
+[teacher]
+model = "models/teacher"
+payload = "hidden"
+top_k = 64
+[degradation]
+kind = "pixelate"
+strength = 0.1
+[objective]
+variant = "va_opd"
+temperature = 1.0
+high_fraction = 0.2
+high_weight = 0.5
+mask = "top"
+mask_fraction = 0.1
+sampled_estimator = "k3"
+[rollout]
+engine = "vllm"
+engine_options = {}
+[trainer]
+steps = 10
+"""
+
+
+def test_a_run_of_the_release_before_can_be_read(minimal: Path, tmp_path: Path) -> None:
+    """Its resolved config.toml had every field, whatever the variant."""
+    (tmp_path / "config.toml").write_text(OF_THE_RELEASE_BEFORE)
+    lines: list[str] = []
+    assert load_config(tmp_path / "config.toml", warn=lines.append) == load_config(minimal)
+    assert len(lines) == 1

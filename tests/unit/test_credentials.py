@@ -132,12 +132,12 @@ def test_a_host_that_is_no_name_is_refused(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('[tls]\ncert = "a"', "cert and key go together"),
-        ('[tls]\nclient_ca = "a"', "client_ca is of no use without TLS"),
-        ('[tls]\ncert = "a"\nkey = "b"\nplaintext = true', "contradicts cert"),
-        ("[quotas]\ngroups_per_minute = 5", "quotas need keys.file"),
-        ('[keys]\nfile = "k"\n[quotas]\ngroups_per_minute = 0', "groups_per_minute"),
-        ('[keys]\nfolder = "k"', "known here: file"),
+        ('[teacher.tls]\ncert = "a"', "cert and key go together"),
+        ('[teacher.tls]\nclient_ca = "a"', "client_ca is of no use without TLS"),
+        ('[teacher.tls]\ncert = "a"\nkey = "b"\nplaintext = true', "contradicts cert"),
+        ("[teacher.quotas]\ngroups_per_minute = 5", "quotas need keys.file"),
+        ('[teacher.keys]\nfile = "k"\n[teacher.quotas]\ngroups_per_minute = 0', "groups_per_minute"),
+        ('[teacher.keys]\nfolder = "k"', "known here: file"),
     ],
 )
 def test_a_service_configuration_that_cant_be_meant_is_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -147,8 +147,10 @@ def test_a_service_configuration_that_cant_be_meant_is_refused(tmp_path: Path, t
 
 
 def test_files_are_looked_for_beside_the_configuration(tmp_path: Path) -> None:
-    (tmp_path / "service.toml").write_text('[keys]\nfile = "keys.json"\n[tls]\ncert = "/etc/s.pem"\nkey = "s.key"')
-    service = load_service_config(tmp_path / "service.toml")
+    (tmp_path / "service.toml").write_text(
+        '[teacher.keys]\nfile = "keys.json"\n[teacher.tls]\ncert = "/etc/s.pem"\nkey = "s.key"'
+    )
+    service = load_service_config(tmp_path / "service.toml").teacher
     assert service.keys.file == tmp_path / "keys.json"
     assert (service.tls.cert, service.tls.key) == (Path("/etc/s.pem"), tmp_path / "s.key")
     assert service.tls.client_ca is None

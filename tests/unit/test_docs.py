@@ -40,7 +40,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data.mkdir(parents=True)
     for split in ("train", "validation"):
         (data / f"{split}.parquet").touch()
-    (tmp_path / "service.toml").write_text("[sharing]\nweights = { main-run = 3.0 }\n")
+    (tmp_path / "service.toml").write_text("[teacher.sharing]\nweights = { main-run = 3.0 }\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

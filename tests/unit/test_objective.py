@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, tensor
 
 from tests.support.tolerance import assert_within, gamma
 from vaopd import objective
-from vaopd.config import ObjectiveConfig
+from vaopd.config import Config, variants_of
 from vaopd.errors import InvalidInput, NumericalError
 from vaopd.scoring import weights as in_numpy
 
@@ -148,7 +148,16 @@ def test_rows_are_padded_and_may_be_read_only() -> None:
 
 
 def test_the_configuration_s_variants_are_the_objective_s() -> None:
-    assert set(get_args(ObjectiveConfig.model_fields["variant"].annotation)) == set(objective.VARIANTS)
+    """Each has keyword arguments that `group_weights` takes, with the same defaults."""
+    variants = variants_of(Config.model_fields["objective"])
+    assert variants is not None
+    names = [name for member in variants.members for name in variants.names(member)]
+    assert sorted(names) == sorted(objective.VARIANTS)
+    for member, name in zip(variants.members, names, strict=True):
+        settings = member().model_dump()
+        assert settings["variant"] == name
+        weights = objective.group_weights(VA, MASK, **settings)
+        torch.testing.assert_close(weights, objective.group_weights(VA, MASK, variant=name))
 
 
 # ------------------------------------------------------------------------------------------------ torch and numpy agree

@@ -26,7 +26,7 @@ from vaopd.run.records import read_run
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
-from vaopd_teacher.intake.prepare import Envelope, Preparer
+from vaopd_teacher.intake.prepare import CallSettings, Preparer
 
 
 def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         return PreparedImage(pixel_values=torch.zeros(1), grid=(1, 1, 1), num_tokens=1)
 
     reader: Any = SimpleNamespace(
-        max_tokens=9, prepare_image=prepare_image, from_token_ids=lambda *_: None, check_response=lambda *_, **__: None
+        max_tokens=9, prepare_image=prepare_image, read_token_ids=lambda *_: None, check_response=lambda *_, **__: None
     )
     store = ImageStore(10_000)
     store.put(image)
@@ -107,7 +107,7 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         tokens=teacher_pb2.TokenPrompt(token_ids=[1], image_sha256=[image.sha256]),
         rollouts=[teacher_pb2.RolloutTokens(rollout_id="0", response_ids=[2])],
     )
-    preparer.prepare(group, Envelope(payload="none", top_k=0, degradation=Degradation(kind="noise")))
+    preparer.prepare(group, CallSettings(payload="none", top_k=0, degradation=Degradation(kind="noise")))
     _original, degraded = seen
     return degraded
 

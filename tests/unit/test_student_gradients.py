@@ -10,7 +10,7 @@ from tests.support import tolerance
 from tests.support.families import ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
 from tests.support.tolerance import assert_within
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import TrainerConfig
 from vaopd.divergence import token_logprobs
 from vaopd.vlm.model import Segment, Vlm
 from vaopd_trainer.student_loss import StudentLoss
@@ -43,7 +43,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def shared_gradients(vlm: Vlm) -> dict[str, torch.Tensor]:
     segments = prompts_and_responses(vlm)
     ids = np.concatenate([ids for segment in segments for ids in segment.responses])
-    token_logprobs(vlm.response_hidden(segments), vlm.head, torch.from_numpy(ids)).sum().backward()
+    token_logprobs(vlm.compute_response_hidden(segments), vlm.head, torch.from_numpy(ids)).sum().backward()
     return gradients(vlm.model)
 
 
@@ -82,8 +82,7 @@ def test_a_token_that_weighs_one_percent_more_is_noticed_in_nearly_every_paramet
 def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(student: Vlm) -> None:
     kept = shared_gradients(student)
     student.model.zero_grad()
-    settings = {"trainer": TrainerConfig(steps=1), "objective": ObjectiveConfig()}
-    StudentLoss(student, teacher_head=None, checkpoint_activations=True, **settings)  # type: ignore[arg-type]
+    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1), checkpoint_activations=True)
     runs: list[str] = []
     last = student.model.model.language_model.layers[-1]
     last.mlp.register_forward_pre_hook(lambda *_: runs.append("mlp"))
@@ -93,5 +92,5 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(
 
 
 def test_on_a_cpu_activations_are_kept_unless_asked(student: Vlm) -> None:
-    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1), objective=ObjectiveConfig())
+    StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))
     assert not student.model.is_gradient_checkpointing

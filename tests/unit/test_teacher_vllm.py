@@ -27,7 +27,7 @@ from vaopd_teacher.engines.vllm_extension import log_probs
 def test_vllm_reads_one_placeholder_per_image(family: str, sizes: list[tuple[int, int]]) -> None:
     vlm = family_vlm(family)
     pictures = [drawing(seed, size) for seed, size in enumerate(sizes)]
-    expected = vlm.rendered_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
+    expected = vlm.render_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
     assert collapse_images(vlm, ask(vlm, pictures)) == expected
 
 
@@ -99,12 +99,12 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     ("written", "says"),
     [
         ('backend = "vllm"\nprocesses = 2', "use options.tensor_parallel_size"),
-        ("options = { max_model_len = 512 }", "options are vLLM's"),
+        ("options = { max_model_len = 512 }", 'it belongs to backend = "vllm": set that'),
         ('backend = "tgi"', "engine.backend"),
     ],
 )
 def test_an_engine_that_can_not_be_is_refused_with_its_remedy(tmp_path: Path, written: str, says: str) -> None:
-    (tmp_path / "service.toml").write_text(f"[engine]\n{written}\n")
+    (tmp_path / "service.toml").write_text(f"[teacher.engine]\n{written}\n")
     with pytest.raises(ConfigError, match=says):
         load_service_config(tmp_path / "service.toml")
 

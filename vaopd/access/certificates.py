@@ -1,7 +1,7 @@
 """Certificates for development, by trustme: an authority, a server and a client, elliptic curve P-256.
 
     ca.pem                     what clients and, for mTLS, the server trust
-    server.pem, server.key     [tls] cert and key of the service
+    server.pem, server.key     [teacher.tls] or [api.tls] cert and key
     client.pem, client.key     VAOPD_TLS_CERT and VAOPD_TLS_KEY of trainers and API
 
 Server and client are valid for days. The authority's own key is thrown away, so nothing can be signed that these files

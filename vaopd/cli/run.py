@@ -1,4 +1,4 @@
-"""`vaopd up` and `vaopd demo`: every process of a run on this host."""
+"""`vaopd up` and `vaopd demo`: start all processes of a run on this host."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
-from vaopd.cli.services import add_service_argument
 from vaopd.process.extras import require
+from vaopd.process.flags import add_service_flag, service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
@@ -27,45 +27,50 @@ next
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    demo = subparsers.add_parser("demo", help="a whole run of the tiny pair on two CPU cores, in a few minutes")
+    """Adds `vaopd demo` and `vaopd up`."""
+    demo = subparsers.add_parser("demo", help="run the tiny pair on two CPU cores, in about nine minutes")
     demo.add_argument("--name", help="the run's name (default: demo-DATE-TIME)")
-    demo.add_argument("--steps", type=int, help="optimizer steps (default: as in configs/tiny.toml)")
-    demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss")
-    demo.add_argument("--seed", type=int, default=0, help="order of the prompts and sampling")
-    demo.set_defaults(command=_demo)
+    demo.add_argument("--steps", type=int, help="optimizer steps (default: those of configs/tiny.toml)")
+    demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss (default va_opd)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of sampling (default 0)")
+    demo.set_defaults(command=_run_demo)
 
-    up = subparsers.add_parser("up", help="Redis, teacher, workers, API and trainer of a configuration, on this host")
-    add_config_arguments(up)
-    up.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    up.add_argument(
-        "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
+    up = subparsers.add_parser(
+        "up", help="start Redis, teacher, workers, API and trainer of a configuration on this host"
     )
-    up.add_argument("--teacher", metavar="HOST:PORT[,…]", help="share this running teacher, or replicas; start none")
-    add_service_argument(up)
-    up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
+    add_config_arguments(up)
+    up.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    up.add_argument(
+        "--restart-trainer", action="store_true", help="resume automatically when the trainer is killed by a signal"
+    )
+    up.add_argument(
+        "--teacher", metavar="HOST:PORT[,…]", help="use this running teacher, or replicas of it, and start none"
+    )
+    add_service_flag(up)
+    up.add_argument("--no-api", dest="api", action="store_false", help="don't start the scoring API")
     up.add_argument(
         "--gpus",
         action="append",
         default=[],
         metavar="ROLE=DEVICES",
         help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
-        "(repeatable; several for rollout go to the workers in turn)",
+        "(repeatable; rollout's devices are dealt to the workers in turn)",
     )
     up.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
-        help="serve Prometheus metrics on 127.0.0.1: teacher, workers and trainer from port N on; 0: on free ones",
+        help="serve Prometheus metrics of teacher, workers and trainer on 127.0.0.1, from port N on; 0: on free ports",
     )
-    up.add_argument("--log-format", choices=FORMATS, help=f"of the processes' logs (also {FORMAT_VARIABLE})")
-    up.set_defaults(command=_up)
+    up.add_argument("--log-format", choices=FORMATS, help=f"format of the processes' logs (also {FORMAT_VARIABLE})")
+    up.set_defaults(command=_run_up)
 
 
-def _up(arguments: argparse.Namespace) -> int:
-    from vaopd.config import load_config, load_service_config
+def _run_up(arguments: argparse.Namespace) -> int:
+    from vaopd.config import load_config
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
-    load_service_config(arguments.service_file)  # what is wrong with it is told before anything is started
+    service_config(arguments)  # raises for an invalid file before anything is started
     gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
@@ -79,7 +84,7 @@ def _up(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
-        service=arguments.service_file,
+        service=arguments.service,
         api=arguments.api,
         gpus=gpus,
         metrics_port=arguments.metrics_port,
@@ -88,22 +93,22 @@ def _up(arguments: argparse.Namespace) -> int:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
     roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
     require(*roles)
-    return up(options, say=_say, show=_show(), check=lambda config: check(config, needs))
+    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
     from vaopd.launch.up import UpOptions, new_run_name, up
 
     if not DEMO_CONFIG.exists():
-        raise ConfigError(f"{DEMO_CONFIG} is not here; run the demo in the root of the repository")
+        raise ConfigError(f"{DEMO_CONFIG} doesn't exist here; run the demo in the repository's root")
     require("services", "tiny")
     overrides = [
         f"run.name={arguments.name or new_run_name('demo')}",
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
-        # Free ports, so that a second run, or anything else on this host, is in nobody's way.
+        # Free ports, so that a second run or another program on this host isn't disturbed.
         "teacher.address=127.0.0.1:0",
         "api.address=127.0.0.1:0",
     ]
@@ -115,12 +120,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     check(config, ("student", "teacher", "data", "engine"))
     _say(
         f"run {config.run.name}: {config.trainer.steps} steps of {config.trainer.prompts_per_step} prompts × "
-        f"{config.trainer.rollouts_per_prompt} rollouts; 180 take about eight minutes on two cores. Ctrl-C ends it"
+        f"{config.trainer.rollouts_per_prompt} rollouts; 180 steps take about 8 minutes on two cores. Ctrl-C ends it"
     )
     _say(f"logs and results: {config.run_folder}")
-    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_show())
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_make_show())
     if code == 0:
-        _tell_result(config.run_folder)
+        _print_result(config.run_folder)
     return code
 
 
@@ -133,7 +138,7 @@ def _make_demo_data(folder: Path) -> None:
     handwritten_geometry.write(folder, seed=0, train=4000, validation=300, test=600)
 
 
-def _tell_result(folder: Path) -> None:
+def _print_result(folder: Path) -> None:
     from vaopd.report import read_run, write_report
 
     evaluations = read_run(folder).evaluations
@@ -154,8 +159,8 @@ def _say(line: str) -> None:
     draw(sys.stderr, f"vaopd: {line}", stays=True)
 
 
-def _show() -> Callable[[str], None] | None:
-    """Draws a line that the next one may cover; only a terminal can."""
+def _make_show() -> Callable[[str], None] | None:
+    """Returns a function that draws a line over the one before, None where standard error is no terminal."""
     from vaopd.telemetry.progress_line import draw
 
     return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

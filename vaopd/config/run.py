@@ -1,21 +1,30 @@
-"""The configuration of a run: one TOML file, one pydantic model, under sixty fields in all (a test counts them).
+"""The configuration of a run: one TOML file, one pydantic model, a section for each concern.
 
-`load_config(path, overrides)` reads it; `--set section.key=value` on the command line overrides a field. Wrong keys,
-types and paths are named with the remedy. Importing this module loads nothing heavy.
+A section with variants is a discriminated union: each variant is a class with the fields that it alone knows, and
+refuses the others'. `load_config(path, overrides)` reads a file; `--set section.key=value` on the command line
+overrides a field. Wrong keys, types and paths are named with the remedy. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import tomli_w
-from pydantic import Field
+from pydantic import Discriminator, Field
 
-from vaopd.config.toml import Section, apply_override, read_toml, validate
-from vaopd.types import STRENGTH_MEANINGS, DegradationKind, PayloadKind
+from vaopd.config.old_names import Warn, accept_run_keys, warn_once
+from vaopd.config.toml import Section, apply_overrides, default_tag, read_toml, validate
+from vaopd.types import DEGRADATIONS, STRENGTH_MEANINGS, Degradation, DegradationKind
+
+if TYPE_CHECKING:
+    _ScaledKind = DegradationKind
+    _PlainKind = DegradationKind
+else:
+    _ScaledKind = Literal[tuple(kind for kind, meaning in DEGRADATIONS.items() if meaning)]
+    _PlainKind = Literal[tuple(kind for kind, meaning in DEGRADATIONS.items() if not meaning)]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
@@ -24,6 +33,8 @@ Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
 
 
 class RunConfig(Section):
+    """A run's name and folder."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Names the run's folder and, in Redis and at the teacher, its job."""
     folder: Path = Path("runs")
@@ -33,6 +44,8 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
+    """The problems to train and to evaluate on."""
+
     source: str
     """A local folder of Parquet files, or a hub id such as hiyouga/geometry3k."""
     train_split: str = "train"
@@ -43,13 +56,15 @@ class DataConfig(Section):
     """The split that evaluation reads."""
     instruction: str = ""
     """Appended to every question, e.g. how to state the final answer."""
-    min_pixels: int | None = None
+    min_pixels: int | None = Field(None, ge=1)
     """Images are scaled up to at least this many pixels; empty: the processor's own (paper: 262144)."""
-    max_pixels: int | None = None
+    max_pixels: int | None = Field(None, ge=1)
     """Images are scaled down to at most this many pixels; empty: the processor's own (paper: 4194304)."""
 
 
 class StudentConfig(Section):
+    """The model that is trained."""
+
     model: str
     """Folder or hub id of the student."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -58,7 +73,7 @@ class StudentConfig(Section):
     """Whether the vision tower learns too (paper: yes)."""
 
 
-class TeacherConfig(Section):
+class _Teacher(Section):
     model: str
     """Folder or hub id of the teacher; only the teacher server reads it."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -67,40 +82,143 @@ class TeacherConfig(Section):
     """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
     address: Addresses = "127.0.0.1:50051"
     """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
-    payload: PayloadKind = "hidden"
-    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
-    top_k: int = Field(64, ge=1)
-    """k of the top_k payload."""
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
 
+    def payload_keywords(self) -> dict[str, Any]:
+        """Returns what the teacher's client takes of this section: `payload`, and `top_k` where it has an effect."""
+        return self.model_dump(include={"payload", "top_k"})
 
-class DegradationConfig(Section):
-    kind: DegradationKind = "pixelate"
+    def loss_keywords(self) -> dict[str, Any]:
+        """Returns what the student's loss takes of this section: `estimator`, where the payload needs one."""
+        return {}
+
+
+class HiddenTeacher(_Teacher):
+    """Hidden states of the teacher travel: the exact KL, or at int8 half of the bytes."""
+
+    payload: Literal["hidden", "hidden_int8"] = "hidden"
+    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
+
+
+class TopKTeacher(_Teacher):
+    """The likeliest tokens travel, and the rest as one tail."""
+
+    payload: Literal["top_k"] = "top_k"
+    """How the teacher's distribution travels."""
+    top_k: int = Field(64, ge=1)
+    """k: how many tokens of each position."""
+
+
+class SampledTeacher(_Teacher):
+    """Only the log-prob of the sampled token travels."""
+
+    payload: Literal["sampled"] = "sampled"
+    """How the teacher's distribution travels."""
+    sampled_estimator: Literal["k1", "k3"] = "k3"
+    """The single-sample estimator of the KL."""
+
+    def loss_keywords(self) -> dict[str, Any]:
+        """Returns the estimator."""
+        return {"estimator": self.sampled_estimator}
+
+
+TeacherConfig = Annotated[
+    HiddenTeacher | TopKTeacher | SampledTeacher, Discriminator("payload"), default_tag("payload", "hidden")
+]
+
+
+class _Degradation(Section):
+    def as_degradation(self) -> Degradation:
+        """Returns it as the teacher's client takes it."""
+        return Degradation(**self.model_dump())
+
+
+class ScaledDegradation(_Degradation):
+    """A degradation that can be weaker or stronger."""
+
+    kind: _ScaledKind = "pixelate"
     """The degraded view (paper: pixelate). The others are for experiments."""
-    strength: float = Field(0.1, ge=0, le=1, description=f"{STRENGTH_MEANINGS}.")
+    strength: float = Field(0.1, gt=0, le=1, description=f"{STRENGTH_MEANINGS}.")
 
 
-class ObjectiveConfig(Section):
-    variant: Literal["va_opd", "standard", "rollout_weights", "token_groups", "masked"] = "va_opd"
-    """The loss: the paper's, the baseline, either component alone, or the baseline with tokens masked out."""
+class PlainDegradation(_Degradation):
+    """A degradation that leaves nothing to choose."""
+
+    kind: _PlainKind
+    """The degraded view."""
+
+
+DegradationConfig = Annotated[
+    ScaledDegradation | PlainDegradation, Discriminator("kind"), default_tag("kind", "pixelate")
+]
+
+
+class _Objective(Section):
+    def as_keywords(self) -> dict[str, Any]:
+        """Returns `variant` and its own fields, as keyword arguments of `objective.group_weights`."""
+        return self.model_dump()
+
+
+class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
     """tau of the rollout weights (method.md, "Rollout weights")."""
+
+
+class _TokenGrouping(_Objective):
     high_fraction: float = Field(0.2, gt=0, le=1)
     """Fraction of a rollout's tokens that form the high group V."""
     high_weight: Fraction = 0.5
     """lambda: the share of the loss that the high group gets."""
+
+
+class VaOpd(_RolloutWeighting, _TokenGrouping):
+    """The paper's loss: rollout weights and token groups."""
+
+    variant: Literal["va_opd"] = "va_opd"
+    """The loss: the paper's, the baseline, either component alone, or the baseline with tokens masked out."""
+
+
+class StandardOpd(_Objective):
+    """The baseline: every token of every rollout weighs the same."""
+
+    variant: Literal["standard"] = "standard"
+    """The loss."""
+
+
+class RolloutWeightsOnly(_RolloutWeighting):
+    """The paper's rollout weights alone."""
+
+    variant: Literal["rollout_weights"] = "rollout_weights"
+    """The loss."""
+
+
+class TokenGroupsOnly(_TokenGrouping):
+    """The paper's token groups alone."""
+
+    variant: Literal["token_groups"] = "token_groups"
+    """The loss."""
+
+
+class MaskedOpd(_Objective):
+    """The baseline without some of the tokens."""
+
+    variant: Literal["masked"] = "masked"
+    """The loss."""
     mask: Literal["top", "bottom", "random"] = "top"
-    """Which tokens the masked variant drops, by VA."""
+    """Which tokens are dropped, by VA."""
     mask_fraction: Fraction = 0.1
-    """How many of a rollout's tokens the masked variant drops."""
-    sampled_estimator: Literal["k1", "k3"] = "k3"
-    """The single-sample estimator that the sampled payload allows."""
+    """How many of a rollout's tokens are dropped."""
 
 
-class RolloutConfig(Section):
-    engine: Literal["vllm", "transformers"] = "vllm"
-    """What samples the rollouts."""
+ObjectiveConfig = Annotated[
+    VaOpd | StandardOpd | RolloutWeightsOnly | TokenGroupsOnly | MaskedOpd,
+    Discriminator("variant"),
+    default_tag("variant", "va_opd"),
+]
+
+
+class _Rollout(Section):
     workers: int = Field(1, ge=1)
     """How many workers `vaopd up` starts."""
     temperature: float = Field(0.7, ge=0)
@@ -111,11 +229,30 @@ class RolloutConfig(Section):
     """Responses are cut here and kept (paper: 4096)."""
     requests_per_batch: int = Field(16, ge=1)
     """How many prompt groups a worker samples at once."""
+
+
+class VllmRollout(_Rollout):
+    """vLLM samples."""
+
+    engine: Literal["vllm"] = "vllm"
+    """The library that samples the rollouts."""
     engine_options: dict[str, Any] = Field({})
     """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
 
 
+class TransformersRollout(_Rollout):
+    """transformers' own `generate` samples: slower, and for every model that transformers knows."""
+
+    engine: Literal["transformers"] = "transformers"
+    """The library that samples the rollouts."""
+
+
+RolloutConfig = Annotated[VllmRollout | TransformersRollout, Discriminator("engine"), default_tag("engine", "vllm")]
+
+
 class TrainerConfig(Section):
+    """The optimizer, the batches and the checkpoints."""
+
     steps: int = Field(ge=1)
     """Optimizer steps in all; the schedule ends there."""
     prompts_per_step: int = Field(16, ge=1)
@@ -125,9 +262,9 @@ class TrainerConfig(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW (paper: 1e-6)."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's (paper: 0.9, 0.95)."""
+    """β1 and β2 of AdamW (paper: 0.9, 0.95)."""
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW's (paper: 0.1)."""
+    """Weight decay of AdamW (paper: 0.1)."""
     warmup_fraction: Fraction = 0.05
     """Linear warm-up, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -137,18 +274,20 @@ class TrainerConfig(Section):
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose (tokens, vocabulary) logits exist at once in the fused divergence."""
     max_policy_lag: int = Field(0, ge=0)
-    """How many versions old a group's policy may be (paper: 0). Above 0, generation overlaps with training."""
+    """How many versions old a group's policy may be (paper: 0). Above 0, sampling overlaps with training."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints; groups are acknowledged only then."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many checkpoints stay on disk, the best one aside."""
+    """How many of the newest checkpoints stay on disk."""
     processes: int = Field(1, ge=1)
     """Ranks of the trainer on this host, through accelerate."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Besides metrics.jsonl, which is always written."""
+    """Where metrics go besides metrics.jsonl, which is always written."""
 
 
 class EvaluationConfig(Section):
+    """The evaluation on held-out problems (avg@n)."""
+
     every: int = Field(50, ge=0)
     """Steps between evaluations on the validation split; 0 = never."""
     prompts: int = Field(200, ge=1)
@@ -160,6 +299,8 @@ class EvaluationConfig(Section):
 
 
 class QueueConfig(Section):
+    """The queue between the trainer and the workers."""
+
     url: str = Field("redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://|^embedded$")
     """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own."""
     lease_s: float = Field(60, gt=0)
@@ -169,20 +310,22 @@ class QueueConfig(Section):
 
 
 class ApiConfig(Section):
+    """The scoring API."""
+
     address: Address = "127.0.0.1:8080"
     """host:port where the API listens."""
 
 
 class Config(Section):
-    """A whole run. Sections without required keys may be left out."""
+    """A whole run. A section without required keys may be left out."""
 
     run: RunConfig
     data: DataConfig
     student: StudentConfig
     teacher: TeacherConfig
-    degradation: DegradationConfig = DegradationConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    degradation: DegradationConfig = ScaledDegradation()
+    objective: ObjectiveConfig = VaOpd()
+    rollout: RolloutConfig = VllmRollout()
     trainer: TrainerConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     queue: QueueConfig = QueueConfig()
@@ -195,25 +338,30 @@ class Config(Section):
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
                 f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
             )
+        lowest, highest = self.data.min_pixels, self.data.max_pixels
+        if lowest is not None and highest is not None and lowest > highest:
+            raise ValueError(f"data.min_pixels = {lowest} is above data.max_pixels = {highest}; no image has both")
         if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
             raise ValueError(
                 f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "
                 "set evaluation.samples = 1 or evaluation.temperature > 0"
             )
-        if self.teacher.payload == "none":
-            raise ValueError('teacher.payload = "none" carries no distribution; use hidden, top_k or sampled')
         return self
 
     @property
     def run_folder(self) -> Path:
+        """The folder of everything that the run writes: run.folder / run.name."""
         return self.run.folder / self.run.name
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, warn: Warn = warn_once) -> Config:
+    """Reads a TOML file and applies overrides such as "trainer.steps=10".
+
+    `warn` gets a line that names the old keys, if there are any. Raises ConfigError with key and remedy.
+    """
     values = read_toml(path)
-    for override in overrides:
-        apply_override(values, override)
+    apply_overrides(Config, values, overrides)
+    accept_run_keys(Config, values, origin=str(path), warn=warn)
     return validate(Config, values, origin=str(path))
 
 

@@ -1,35 +1,58 @@
-"""The configuration of a shared teacher service: who may use it, and how it is shared among the jobs.
+"""The service file: settings of the processes, independent of the job, in a section for each process.
 
-A run's configuration (`vaopd.config`) says what one job wants; this file belongs to whoever runs the service, and is
-optional: `vaopd teacher CONFIG --service SERVICE.toml`. Importing this module loads nothing heavy.
+A run's configuration (`vaopd.config.run`) says what one job wants; this file belongs to the operator of the
+service, and is optional: `vaopd teacher CONFIG --service SERVICE.toml`, and so `rollout`, `api` and `up`. Each process
+reads its own section. Importing this module loads nothing heavy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 
-from vaopd.config.toml import Section, read_toml, validate
+from vaopd.config.old_names import Warn, accept_flags, accept_service_keys, warn_once
+from vaopd.config.toml import Section, default_tag, read_toml, validate
+
+
+def _from_its_folder(path: Path, info: ValidationInfo) -> Path:
+    return Path((info.context or {}).get("folder", "")) / path
+
+
+ServicePath = Annotated[Path, AfterValidator(_from_its_folder)]
+"""A file that is looked for beside the service file, unless its path is absolute."""
 
 
 class SharingConfig(Section):
+    """How the device is shared among jobs."""
+
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Shares of the device by job name, relative to each other; a job that isn't named has weight 1."""
     max_waiting_groups: int = Field(4096, ge=1)
-    """Groups of all jobs that are accepted and not yet answered; beyond, calls are refused with a retry hint."""
+    """Groups of all jobs that are accepted and not yet answered; above it, calls are refused with a retry hint."""
     max_waiting_groups_per_job: int = Field(1024, ge=1)
-    """The same, of one job."""
+    """The same for each job."""
 
 
 class ImagesConfig(Section):
+    """Room for images in memory."""
+
     encoded_bytes: int = Field(2**30, ge=1)
-    """Room for images as they were uploaded; the least recently used go first, and clients upload them again."""
+    """Room for images as uploaded; the least recently used are dropped first, and clients upload them again."""
     prepared_bytes: int = Field(2**30, ge=1)
     """Room for decoded images of both views; a 512 × 512 image takes about 6 MB in each."""
     vision_bytes: int = Field(2**31, ge=0)
-    """Room in the host's memory for what the vision tower made of an image's view; 0 keeps nothing.
+    """Room in the host's memory for the vision tower's output for each view of an image; 0 keeps nothing.
 
     In bfloat16 an image token takes 2 × hidden size × (1 + deepstack layers) bytes: 32 KiB in an 8B teacher, 8 MiB for
     a 512 × 512 image. Room for a whole data set saves the tower from the second epoch on.
@@ -37,21 +60,30 @@ class ImagesConfig(Section):
 
 
 class TlsConfig(Section):
-    """Files in PEM; `vaopd certs FOLDER` makes a set for development. Renewed files are taken up without a restart."""
+    """Files in PEM; `vaopd certs FOLDER` makes a set for development."""
 
-    cert: Path | None = None
+    cert: ServicePath | None = None
     """The server's certificate, followed by those between it and the root."""
-    key: Path | None = None
+    key: ServicePath | None = None
     """The certificate's private key."""
-    client_ca: Path | None = None
-    """Asks every client for a certificate that this authority signed (mTLS)."""
-    plaintext: bool = False
-    """Serves without TLS on other addresses than the loopback too: only for a network that nobody else is on."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.cert is None) != (self.key is None):
             raise ValueError("cert and key go together; give both, or neither")
+        return self
+
+
+class TeacherTlsConfig(TlsConfig):
+    """Files in PEM; `vaopd certs FOLDER` makes a set. Renewed ones are taken up without a restart."""
+
+    client_ca: ServicePath | None = None
+    """Clients must show a certificate that this authority signed (mTLS)."""
+    plaintext: bool = False
+    """Serves without TLS on other addresses than the loopback too: only for a network without other hosts."""
+
+    @model_validator(mode="after")
+    def _fits_the_teacher(self) -> Self:
         if self.client_ca is not None and self.cert is None:
             raise ValueError("client_ca is of no use without TLS; give cert and key too")
         if self.plaintext and self.cert is not None:
@@ -60,62 +92,118 @@ class TlsConfig(Section):
 
 
 class KeysConfig(Section):
-    file: Path | None = None
-    """The API keys, one per job (`vaopd keys add JOB`); without it, whoever reaches the port may use the teacher."""
+    """The API keys that are accepted."""
+
+    file: ServicePath | None = None
+    """The API keys, one per job (`vaopd keys add JOB`); without it, every client is served."""
 
 
 class QuotasConfig(Section):
+    """Limits of prompt groups per minute."""
+
     groups_per_minute: PositiveInt | None = None
     """Prompt groups of one job that are accepted in a minute; that many at once, refilled evenly. None: no quota."""
     jobs: dict[str, PositiveInt] = Field(default_factory=dict)
     """The same for single jobs, by name."""
 
 
-class EngineConfig(Section):
-    backend: Literal["transformers", "vllm"] = "transformers"
-    """Who holds the weights. vllm: for teachers that only vLLM can hold; it sends no hidden states."""
+class ApiQuotasConfig(Section):
+    """Limits of requests per minute."""
+
+    requests_per_minute: PositiveInt | None = None
+    """Requests of one key's job, without keys of one address; a batch counts its requests. None: no quota."""
+
+
+class TransformersBackend(Section):
+    """Sends all payloads."""
+
+    backend: Literal["transformers"] = "transformers"
+    """The library that holds the weights; vllm is for teachers that only vLLM can hold."""
     processes: int = Field(1, ge=1)
-    """Ranks that share every text layer among them (tensor parallelism), one device each; transformers only."""
+    """Ranks that share every text layer among them (tensor parallelism), one device each."""
+
+
+class VllmBackend(Section):
+    """Sends log-probs and top-k, no hidden states."""
+
+    backend: Literal["vllm"] = "vllm"
+    """The library that holds the weights."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of vLLM's own (`vllm.LLM`), e.g. tensor_parallel_size, max_model_len, quantization; vllm only."""
+    """Arguments of vLLM's own (`vllm.LLM`), e.g. tensor_parallel_size, max_model_len, quantization."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.backend == "vllm" and self.processes > 1:
+    @model_validator(mode="before")
+    @classmethod
+    def _ranks_are_an_option(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "processes" in values:
             raise ValueError("vllm starts its ranks by itself; use options.tensor_parallel_size instead of processes")
-        if self.backend != "vllm" and self.options:
-            raise ValueError('options are vLLM\'s; leave them out, or set backend = "vllm"')
-        return self
+        return values
 
 
-class ServiceConfig(Section):
-    engine: EngineConfig = EngineConfig()
+EngineConfig = Annotated[
+    TransformersBackend | VllmBackend, Discriminator("backend"), default_tag("backend", "transformers")
+]
+
+
+class TeacherServiceConfig(Section):
+    """The teacher server."""
+
+    engine: EngineConfig = TransformersBackend()
     sharing: SharingConfig = SharingConfig()
     images: ImagesConfig = ImagesConfig()
-    tls: TlsConfig = TlsConfig()
+    tls: TeacherTlsConfig = TeacherTlsConfig()
     keys: KeysConfig = KeysConfig()
     quotas: QuotasConfig = QuotasConfig()
     stuck_after_s: PositiveFloat = 300.0
-    """A forward that takes longer than this is taken for a hanging device: the process ends, to be restarted."""
+    """Seconds after which a forward counts as a hanging device: the process ends, to be restarted."""
+    drain_s: PositiveFloat = 60.0
+    """Seconds that accepted calls may take after SIGTERM."""
 
     @model_validator(mode="after")
     def _quotas_need_keys(self) -> Self:
         if self.keys.file is None and (self.quotas.groups_per_minute or self.quotas.jobs):
-            raise ValueError("quotas need keys.file; without keys a job's name is whatever the client says")
+            raise ValueError("quotas need keys.file; without keys a client may give any job's name")
         return self
 
 
-def load_service_config(path: str | Path | None) -> ServiceConfig:
+class RolloutServiceConfig(Section):
+    """A rollout worker."""
+
+    stuck_after_s: PositiveFloat = 1800.0
+    """Seconds after which a batch counts as a hanging engine: the process ends, and another worker takes over."""
+    drain_s: PositiveFloat = 10.0
+    """Seconds that the batch in progress may take after SIGTERM; unfinished requests are handed back."""
+
+
+class ApiServiceConfig(Section):
+    """The scoring API."""
+
+    tls: TlsConfig = TlsConfig()
+    keys: KeysConfig = KeysConfig()
+    quotas: ApiQuotasConfig = ApiQuotasConfig()
+    stuck_after_s: PositiveFloat = 60.0
+    """Seconds without a turn of the event loop after which the process ends, to be restarted."""
+    drain_s: PositiveFloat = 10.0
+    """Seconds that accepted requests may take after SIGTERM."""
+
+
+class ServiceConfig(Section):
+    """The whole file. The trainer has no settings of this kind."""
+
+    teacher: TeacherServiceConfig = TeacherServiceConfig()
+    rollout: RolloutServiceConfig = RolloutServiceConfig()
+    api: ApiServiceConfig = ApiServiceConfig()
+
+
+def load_service_config(
+    path: str | Path | None, *, flags: Mapping[str, Any] = {}, warn: Warn = warn_once
+) -> ServiceConfig:
     """Reads a TOML file; the defaults when there is none. Raises ConfigError with key and remedy.
 
-    Files named in it are looked for beside it, unless their paths are absolute.
+    `flags`: values of flags of the release before, which go over the file. `warn` gets the lines that name old keys
+    and flags.
     """
-    if path is None:
-        return ServiceConfig()
-    config = validate(ServiceConfig, read_toml(path), origin=str(path))
-    folder = Path(path).parent
-    tls = {name: folder / file for name in ("cert", "key", "client_ca") if (file := getattr(config.tls, name))}
-    keys = {"file": folder / config.keys.file} if config.keys.file else {}
-    return config.model_copy(
-        update={"tls": config.tls.model_copy(update=tls), "keys": config.keys.model_copy(update=keys)}
-    )
+    values = read_toml(path) if path is not None else {}
+    accept_service_keys(values, origin=str(path), warn=warn)
+    accept_flags(values, flags, warn=warn)
+    origin = str(path) if path is not None else ", ".join(flags)
+    return validate(ServiceConfig, values, origin=origin, folder=Path(path).parent if path is not None else None)

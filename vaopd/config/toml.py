@@ -1,24 +1,75 @@
-"""Reads TOML into pydantic sections: overrides from the command line, wrong keys named with the remedy."""
+"""Reads TOML into pydantic sections: overrides from the command line, unions of variants, errors that name the key."""
 
 from __future__ import annotations
 
+import copy
 import tomllib
+import typing
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydantic
+from pydantic.fields import FieldInfo
 
 from vaopd.errors import ConfigError
 
 
 class Section(pydantic.BaseModel):
+    """A table of a TOML file. It refuses unknown keys; the docstring under a field describes it."""
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 S = TypeVar("S", bound=Section)
 
 
+class Variants(NamedTuple):
+    """A section that is one of several classes, by the value of its key `tag`; without it, the first one."""
+
+    tag: str
+    members: tuple[type[Section], ...]
+
+    def member(self, values: Mapping[str, Any]) -> type[Section] | None:
+        """Returns the class that `values` ask for; None if no class has that tag."""
+        name = values.get(self.tag, self.default)
+        return next((member for member in self.members if name in self.names(member)), None)
+
+    def names(self, member: type[Section]) -> tuple[str, ...]:
+        """Returns the tag's values that stand for `member`."""
+        return typing.get_args(member.model_fields[self.tag].annotation)
+
+    @property
+    def default(self) -> str:
+        """The tag's value when it is left out."""
+        return str(self.members[0].model_fields[self.tag].default)
+
+    def owners(self, key: str) -> str:
+        """Returns the variants that know `key`, as a file would choose them; "" if none does."""
+        names = [name for member in self.members if key in member.model_fields for name in self.names(member)]
+        return " or ".join(f'{self.tag} = "{name}"' for name in names)
+
+
+def default_tag(tag: str, value: str) -> pydantic.BeforeValidator:
+    """Lets a discriminated union do without its tag, which then is `value`, the first class's default."""
+    return pydantic.BeforeValidator(lambda values: {tag: value, **values} if isinstance(values, dict) else values)
+
+
+def variants_of(field: FieldInfo) -> Variants | None:
+    """Returns the variants of a field that is a discriminated union of sections; None for every other field."""
+    tags = [item.discriminator for item in field.metadata if isinstance(item, pydantic.Discriminator)]
+    return Variants(tag=str(tags[0]), members=typing.get_args(field.annotation)) if tags else None
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """Returns the class of a field that is one section; None for a value or a union."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parses a file. Raises ConfigError if it can't be read or is not TOML."""
     try:
         text = Path(path).read_text()
     except OSError as error:
@@ -29,43 +80,109 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
-def validate(model: type[S], values: dict[str, Any], *, origin: str) -> S:
-    """`values` as a `model`. Raises ConfigError that lists every wrong key."""
+def validate(model: type[S], values: dict[str, Any], *, origin: str, folder: Path | None = None) -> S:
+    """Returns `values` as a `model`. Raises ConfigError that lists every wrong key.
+
+    `folder`: relative paths that the model takes from there are looked for in it (`service.ServicePath`).
+    """
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context={"folder": folder or Path()})
     except pydantic.ValidationError as error:
         lines = [_describe(model, item) for item in error.errors()]
         raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def apply_overrides(model: type[Section], values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets values from "section.key=value" each; a bare word is a string. Raises ConfigError on another form.
+
+    An override that chooses another variant drops the keys that belong to the file's variant: they are of no use any
+    more, and nobody should have to change the file for that.
+    """
+    written = copy.deepcopy(values)
+    overridden = [_apply_override(values, override) for override in overrides]
+    _drop_left_variants(model, values, written, (), overridden)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
+    parts = tuple(key.strip().split("."))
     if not separator or len(parts) < 2:
         raise ConfigError(f"--set {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+        value = text
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
     values[parts[-1]] = value
+    return parts
 
 
-def _describe(model: type[pydantic.BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location) or "configuration"
+def _drop_left_variants(
+    model: type[Section], values: Any, written: Any, place: tuple[str, ...], overridden: list[tuple[str, ...]]
+) -> None:
+    """Drops keys of the variants that a file, `written`, chose and that `values`, after the overrides, don't."""
+    for name, field in model.model_fields.items():
+        section, before = values.get(name), written.get(name)
+        if not isinstance(section, dict) or not isinstance(before, dict):
+            continue
+        here, variants = (*place, name), variants_of(field)
+        chosen = variants.member(section) if variants is not None else section_of(field)
+        left = variants.member(before) if variants is not None else None
+        if chosen is None:
+            continue
+        if left is not None and left is not chosen:
+            given = {parts[len(here)] for parts in overridden if len(parts) > len(here) and parts[: len(here)] == here}
+            for key in set(before) & set(left.model_fields) - set(chosen.model_fields) - given:
+                section.pop(key, None)
+        _drop_left_variants(chosen, section, before, here, overridden)
+
+
+def _describe(model: type[Section], error: Any) -> str:
+    """Returns one of pydantic's errors as "key: what is wrong with it"."""
+    place = _locate(model, error["loc"])
+    key = ".".join(place.parts) or "configuration"
+    if error["type"] == "union_tag_invalid":
+        assert place.variants is not None
+        return (
+            f"{key}.{place.variants.tag}: must be one of {error['ctx']['expected_tags']}, got {error['ctx']['tag']!r}"
+        )
     if error["type"] == "extra_forbidden":
-        return f"{key}: no such key; known here: {', '.join(_known_keys(model, location[:-1]))}"
+        assert place.section is not None
+        if place.variants is not None and (owners := place.variants.owners(place.parts[-1])):
+            chosen = f'{place.variants.tag} = "{place.tag}"'
+            return f"{key}: no such key with {chosen}; it belongs to {owners}: set that, or leave the key out"
+        return f"{key}: no such key; known here: {', '.join(place.section.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: is required"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" + ("" if error["type"] == "value_error" else f", got {error['input']!r}")
 
 
-def _known_keys(model: Any, location: list[str]) -> list[str]:
-    for part in location:
-        model = model.model_fields[part].annotation
-    return list(model.model_fields)
+class _Place(NamedTuple):
+    """Where an error is: the key, the section that holds its last part, and of which variants that section is one."""
+
+    parts: list[str]
+    section: type[Section] | None
+    variants: Variants | None
+    tag: str | None
+
+
+def _locate(model: type[Section], location: Sequence[int | str]) -> _Place:
+    """Follows pydantic's location, in which a union's name is followed by the tag of the variant."""
+    place = _Place([], model, None, None)
+    steps = deque(map(str, location))
+    while steps:
+        parts, section = [*place.parts, steps.popleft()], place.section
+        field = section.model_fields.get(parts[-1]) if section is not None else None
+        variants = variants_of(field) if field is not None else None
+        if variants is not None:
+            tag = steps.popleft() if steps else None
+            place = _Place(parts, variants.member({variants.tag: tag}), variants, tag)
+        elif not steps:
+            place = place._replace(parts=parts)
+        else:
+            place = _Place(parts, section_of(field) if field is not None else None, None, None)
+    return place

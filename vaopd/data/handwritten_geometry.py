@@ -1,9 +1,11 @@
 r"""Generates handwritten geometry: small figures with numbers that are real scans of handwritten digits.
 
 A figure of 96×96 px (a triangle, a rectangle or an angle) has handwritten numbers beside its sides. With the numbers
-read, the rest is easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The scans are
-scikit-learn's `load_digits` (1797 scans of 8×8 px). Each scan belongs to one split, whatever the seed: a model that was
-trained on any training split has never seen a scan of a validation or test split.
+read, the rest is easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The scans
+are the 1797 of `digits.csv.gz`, 8×8 px each: the test set of E. Alpaydin and C. Kaynak, Optical Recognition of
+Handwritten Digits (UCI Machine Learning Repository, 1998, CC BY 4.0), as scikit-learn ships it. scikit-learn itself is
+not installed: transformers would import it in every process, for a second. Each scan belongs to one split, whatever the
+seed: a model that was trained on any training split has never seen a scan of a validation or test split.
 
 >>> question = Question(kind="triangle_perimeter", numbers=(3, 4, 5))
 >>> question.answer
@@ -14,11 +16,13 @@ trained on any training split has never seen a scan of a validation or test spli
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -152,19 +156,17 @@ class Question:
 @cache
 def scans(split: Split) -> Scans:
     """Loads the scans of one split; no two splits share one."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
+    packed = resources.files("vaopd.data").joinpath("digits.csv.gz").read_bytes()
+    lines = gzip.decompress(packed).decode().splitlines()
+    table = np.loadtxt(lines, delimiter=",", dtype=np.uint8)  # 64 pixels of 0 to 16, then the digit
+    images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
+    order = np.random.default_rng(0).permutation(len(labels))
     parts = {
         "test": slice(0, HELD_OUT_PER_DIGIT),
         "validation": slice(HELD_OUT_PER_DIGIT, 2 * HELD_OUT_PER_DIGIT),
         "train": slice(2 * HELD_OUT_PER_DIGIT, None),
     }
-    return {
-        digit: digits.images[order[digits.target[order] == digit][parts[split]]].astype(np.float32) / 16.0
-        for digit in range(10)
-    }
+    return {digit: images[order[labels[order] == digit][parts[split]]].astype(np.float32) / 16.0 for digit in range(10)}
 
 
 def write(folder: Path, *, seed: int, train: int, validation: int, test: int) -> None:

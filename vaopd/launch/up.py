@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaopd.config import Config, load_config
+from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
@@ -31,6 +31,7 @@ TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
+AFTER_DRAIN_S = 10.0  # of a process whose drain_s the service file sets, until it is killed
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -45,8 +46,8 @@ class UpOptions:
     """Restart a trainer that was killed by a signal, from its last checkpoint."""
     teacher: str | None = None
     """host:port of a running teacher for this run to share; None starts one."""
-    service: str | None = None
-    """The configuration of the teacher service (`vaopd.config.service`), where this launch starts one."""
+    service: Path | None = None
+    """The service file (`vaopd.config.service`) of the processes that this launch starts."""
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
@@ -96,6 +97,7 @@ class _Launch:
         self._supervisor = supervisor
         self._say = say
         self._logs = config.run_folder / "logs"
+        self._services = load_service_config(options.service, warn=ignore)  # each process names old keys itself
         self._overrides = list(options.overrides)
         self._metrics: dict[str, str] = {}  # process -> host:port
 
@@ -153,8 +155,6 @@ class _Launch:
         announce = self._announce_file("teacher")
         devices = self._options.gpus.get("teacher", (None,))[0]
         arguments: tuple[str, ...] = ("--announce", str(announce))
-        if self._options.service is not None:
-            arguments += ("--service", self._options.service)
         self._supervisor.start(
             self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
         )
@@ -173,13 +173,14 @@ class _Launch:
         self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
         self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
         address = announce.read_text().strip()
-        if self._options.metrics_port is not None:
+        url = f"{'https' if self._services.api.tls.cert else 'http'}://{address}"
+        if self._options.metrics_port is not None and not self._api_is_guarded:
             self._list_target("api", address)  # it serves its metrics on its one port
         again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
         self._supervisor.set_restart_argv("api", again.argv)
         name = self._config.run.name
-        self._say(f"view the teacher's visual advantage: http://{address}/ (the API: http://{address}/docs)")
-        self._say(f"follow the run: http://{address}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
+        self._say(f"view the teacher's visual advantage: {url}/ (the API: {url}/docs)")
+        self._say(f"follow the run: {url}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
 
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
@@ -211,14 +212,26 @@ class _Launch:
         devices: str | None,
         is_ready: Callable[[], bool] | None = None,
     ) -> Child:
-        if role != "api" and self._options.metrics_port is not None:
+        settings = getattr(self._services, role, None)  # the trainer has none
+        if settings is not None and self._options.service is not None:
+            arguments += ("--service", str(self._options.service))
+        grace_s = None
+        if settings is not None and "drain_s" in settings.model_fields_set:
+            grace_s = settings.drain_s + AFTER_DRAIN_S
+        if (role != "api" or self._api_is_guarded) and self._options.metrics_port is not None:
             arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
         return Child(
             name=name,
             argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
             environment=environment(self._config, devices=devices),
             is_ready=is_ready,
+            grace_s=grace_s,
         )
+
+    @property
+    def _api_is_guarded(self) -> bool:
+        """Whether Prometheus could not read metrics on the API's own port."""
+        return bool(self._services.api.tls.cert or self._services.api.keys.file)
 
     def _metrics_address(self, name: str) -> str:
         """Chooses the address of a process that is started for the first time; a restart takes the same again."""

@@ -1,5 +1,6 @@
 """Starts processes alike, and ends those that hang."""
 
-from vaopd.process.entry import add_monitoring_arguments, main, parser
+from vaopd.process.entry import main, parser
+from vaopd.process.flags import add_flags, service_config
 
-__all__ = ["add_monitoring_arguments", "main", "parser"]
+__all__ = ["add_flags", "main", "parser", "service_config"]

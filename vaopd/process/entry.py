@@ -1,7 +1,7 @@
-"""Opens every process of the system: common options, log lines, traces and the metrics' port.
+"""Opens every process of the system: its flags, log lines, traces and configuration.
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = process.parser("vaopd_teacher", "Serves a frozen teacher over gRPC.")
+        parser = process.parser("teacher", "Serves a frozen teacher over gRPC.")
         return process.main(_run, parser, argv)     # _run(arguments, config) imports torch, gRPC and the like
 
 Importing this module loads no such library, so that `--help` answers at once.
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from vaopd.errors import VaopdError
 from vaopd.files.durable import atomic_file
+from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
-from vaopd.telemetry.metrics_port import METRICS_VARIABLE
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -30,25 +30,13 @@ log = logging.getLogger(__name__)
 FAILED = 2
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all processes have; `python -m MODULE` runs the process."""
-    made = argparse.ArgumentParser(prog=module, description=description)
+def parser(role: Role, description: str) -> argparse.ArgumentParser:
+    """Returns the parser of `python -m vaopd_ROLE`."""
+    made = argparse.ArgumentParser(prog=f"vaopd_{role}", description=description)
     made.add_argument("--config", type=Path, required=True, help="the run's TOML file")
     made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="overrides a field")
-    add_monitoring_arguments(made)
+    add_flags(made, role)
     return made
-
-
-def add_monitoring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `vaopd ROLE` passes on unchanged to the process."""
-    parser.add_argument(
-        "--metrics-address",
-        metavar="HOST:PORT",
-        help=f"serve Prometheus metrics there, to whoever can reach it; port 0: a free one (also {METRICS_VARIABLE})",
-    )
-    parser.add_argument(
-        "--log-format", choices=logs.FORMATS, help=f"of the lines on standard error (also {logs.FORMAT_VARIABLE})"
-    )
 
 
 def main(

@@ -24,7 +24,6 @@ _DISTRIBUTIONS = {
     "huggingface_hub": "transformers",  # which brings it
     "multipart": "python-multipart",
     "python_multipart": "python-multipart",
-    "sklearn": "scikit-learn",
     "starlette": "fastapi",
 }
 """Modules that are called otherwise than the distribution to install."""

@@ -19,7 +19,9 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vaopd.degradation import view_name
 from vaopd.http_types import RolloutScore, ScoreReply
+from vaopd.types import Degradation
 
 EDGES_NATS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, float("inf"))
 AGAINST_NATS = 1.0
@@ -63,6 +65,12 @@ def summary(reply: ScoreReply) -> str:
         f"Of {tokens} tokens the top 10 % carry {percent(reply.share_of_top_10)} of the visual advantage, "
         f"the top 20 % carry {percent(reply.share_of_top_20)}."
     )
+
+
+def describe_source(reply: ScoreReply) -> str:
+    """Names the teacher and the degraded view, with its strength if it has one."""
+    view = Degradation(kind=reply.degradation.kind, strength=reply.degradation.strength)
+    return f"{reply.model}, degraded view: {view_name(view).replace(':', ' ')}"
 
 
 def heading(reply: ScoreReply, k: int) -> str:
@@ -147,8 +155,6 @@ _TEMPLATES = jinja2.Environment(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
 )
 
 
@@ -157,6 +163,7 @@ def html_page(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> st
     return _TEMPLATES.get_template("views.html.jinja").render(
         question=question,
         reply=reply,
+        source=describe_source(reply),
         summary=summary(reply),
         views=[(_data_url(view.original), _data_url(view.degraded)) for view in views],
         responses=[
@@ -195,7 +202,7 @@ def picture(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> Imag
     """Draws question, both views and the coloured tokens, at twice the size for sharp screens."""
     page = _Page()
     page.text(question, 40, INK)
-    page.text(f"{reply.model}, degraded view: {reply.degradation.kind} {reply.degradation.strength:g}", 26, MUTED)
+    page.text(describe_source(reply), 26, MUTED)
     page.text(summary(reply), 26, MUTED)
     for view in views:
         page.images((view.original, view.degraded))

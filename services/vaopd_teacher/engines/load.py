@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from vaopd import payloads
-from vaopd.config import Config, ServiceConfig
+from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
@@ -34,7 +34,7 @@ def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engi
     )
 
 
-def load(config: Config, service: ServiceConfig) -> Backend:
+def load(config: Config, service: TeacherServiceConfig) -> Backend:
     """Loads the teacher of a configuration, with the data section's pixel bounds, as the trainer's processor has them.
 
     Raises ConfigError when the configuration's backend can't run here.
@@ -42,17 +42,18 @@ def load(config: Config, service: ServiceConfig) -> Backend:
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)
-    if service.engine.backend == "vllm":
+    engine = service.engine
+    if engine.backend == "vllm":
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
-        return load_vllm(config, service.engine.options)
+        return load_vllm(config, engine.options)
     backend_of = partial(
         transformers_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
     )
-    if service.engine.processes > 1:
+    if engine.processes > 1:
         from vaopd_teacher.engines.tensor_parallel import lead
 
-        leading = lead(config, processes=service.engine.processes)
+        leading = lead(config, processes=engine.processes)
         return replace(backend_of(leading), close=leading.end_followers)
     return backend_of(
         Vlm.load(

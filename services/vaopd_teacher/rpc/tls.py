@@ -8,13 +8,13 @@ import ssl
 
 import grpc
 
-from vaopd.config import TlsConfig
+from vaopd.config import TeacherTlsConfig
 from vaopd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def server_credentials(tls: TlsConfig, address: str) -> grpc.ServerCredentials | None:
+def server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCredentials | None:
     """Returns the port's credentials, None for plaintext.
 
     Raises ConfigError for plaintext that other hosts could reach, and for unusable files.
@@ -23,8 +23,8 @@ def server_credentials(tls: TlsConfig, address: str) -> grpc.ServerCredentials |
         if tls.plaintext or is_loopback(address):
             return None
         raise ConfigError(
-            f"teacher.address = {address!r} can be reached from other hosts: give [tls] cert and key in the service's "
-            "file (`vaopd certs FOLDER` makes some), or [tls] plaintext = true if nobody else is on that network"
+            f"teacher.address = {address!r} can be reached from other hosts: give [teacher.tls] cert and key in the "
+            "service file (`vaopd certs FOLDER` makes some), or plaintext = true if nobody else is on that network"
         )
     files = _Files(tls)
     return grpc.dynamic_ssl_server_credentials(
@@ -48,7 +48,7 @@ def is_loopback(address: str) -> bool:
 class _Files:
     """Reads the files again when gRPC asks, at every handshake, so that a renewed certificate needs no restart."""
 
-    def __init__(self, tls: TlsConfig) -> None:
+    def __init__(self, tls: TeacherTlsConfig) -> None:
         self._tls = tls
         self._content: tuple[bytes, bytes, bytes | None] | None = None
 
@@ -82,12 +82,12 @@ class _Files:
             return tls.key.read_bytes(), tls.cert.read_bytes(), tls.client_ca.read_bytes() if tls.client_ca else None
         except ssl.SSLError:
             raise ConfigError(
-                f"[tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} (and client_ca) must be PEM files that "
-                "belong together, the key without a pass phrase; `vaopd certs FOLDER` makes a set"
+                f"[teacher.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} (and client_ca) must be PEM files "
+                "that belong together, the key without a pass phrase; `vaopd certs FOLDER` makes a set"
             ) from None
         except OSError as error:
             names = ", ".join(repr(str(path)) for path in (tls.cert, tls.key, tls.client_ca) if path is not None)
-            raise ConfigError(f"[tls] one of {names} can't be read ({error.strerror})") from None
+            raise ConfigError(f"[teacher.tls] one of {names} can't be read ({error.strerror})") from None
 
 
 def _configuration(key: bytes, cert: bytes, client_ca: bytes | None) -> grpc.ServerCertificateConfiguration:
