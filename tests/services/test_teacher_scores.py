@@ -132,8 +132,10 @@ def test_both_views_equal_plain_forwards(either: TeacherInProcess, sizes: list[t
 
 
 def test_what_the_image_shows_has_an_advantage_over_the_blurred_view(either: TeacherInProcess) -> None:
-    (scored,) = score(either.target, token_request(tiny_vlm(), "g", pictures=[drawing(1)]), payload="none")
-    assert max(advantage.max() for advantage in scored.visual_advantage) > 0.001
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)], text=QUESTION)
+    (scored,) = score(either.target, request, payload="none")
+    error = torch.cat([plain.error for plain in Plain.of([drawing(1)], request)])
+    assert_noticed(np.concatenate(scored.visual_advantage), 0.0, error)
 
 
 @pytest.mark.slow
