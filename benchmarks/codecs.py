@@ -9,7 +9,6 @@ one with its student, and two of random weights, wider, whose student is the tea
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,12 @@ from typing import Any
 import groups
 import grpc
 import numpy as np
-import PIL.Image
 import serving
 import tables
 import torch
 from torch import Tensor
 
-from vaopd import divergence
+from vaopd import divergence, images
 from vaopd.client.answers import GroupAssembly
 from vaopd.divergence import FullTarget, SampledTarget, Target, TopKTarget
 from vaopd.payloads import PAYLOADS, decode, hidden_states
@@ -60,9 +58,9 @@ class Pair:
 
 def hidden_of(vlm: Vlm, request: ScoreRequest) -> Tensor:
     """(M, D) for the original view."""
-    images = tuple(vlm.prepare_image(PIL.Image.open(io.BytesIO(image.data)).convert("RGB")) for image in request.images)
+    prepared = tuple(vlm.prepare_image(images.decode(image)) for image in request.images)
     assert request.prompt_token_ids is not None
-    prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=images)
+    prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=prepared)
     responses = tuple(np.asarray(ids, dtype=np.int64) for ids in request.responses)
     with torch.no_grad():
         return vlm.response_hidden([Segment(prompt=prompt, responses=responses)])
