@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ import numpy as np
 import PIL.Image
 
 from vaopd.errors import ConfigError, InvalidInput, Mismatch
-from vaopd.types import ImagePart, Message
+from vaopd.types import ImagePart, Message, TextPart
 from vaopd.vlm.families import Family, PreparedImage, family_for
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
@@ -76,6 +77,14 @@ class PromptReader:
         return self.family.vision_token_ids(self.processor, self.config)
 
     @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Special tokens as texts, which the tokenizer would read as ids wherever they stand."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        names |= set(self.tokenizer.convert_ids_to_tokens(sorted(self.vision_token_ids)))
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    @cached_property
     def fingerprint(self) -> str:
         return tokenizer_fingerprint(self.tokenizer)
 
@@ -91,15 +100,22 @@ class PromptReader:
         return PreparedPrompt(token_ids=self.expand(self.rendered_ids(messages), prepared), images=prepared)
 
     def rendered_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of `messages` with one placeholder per image, as inference engines take it beside the images."""
+        """The prompt of `messages` with one placeholder per image, as inference engines take it beside the images.
+
+        Raises InvalidInput for a text that holds a control token: it would end a turn or forge one.
+        """
+        for message in messages:
+            # Templates join the texts of a message; some trim them or put the images in front.
+            joined = "".join(part.text.strip() for part in message.content if isinstance(part, TextPart))
+            if found := self._control_tokens.search(joined):
+                raise InvalidInput(
+                    f"a text holds {found[0]!r}, a control token or placeholder of the model; take it out"
+                )
         text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
-        if (found := ids.count(self.family.image_token_id(self.config))) != images:
-            raise InvalidInput(
-                f"the rendered prompt holds {found} image placeholders for {images} images; "
-                "a text must not contain the placeholder itself"
-            )
+        if (count := ids.count(self.family.image_token_id(self.config))) != images:
+            raise InvalidInput(f"the rendered prompt holds {count} image placeholders for {images} images")
         return ids
 
     def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:
