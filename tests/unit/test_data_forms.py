@@ -18,6 +18,7 @@ from PIL import Image
 from vaopd.data import tables
 from vaopd.data.loaders import load_prompts
 from vaopd.errors import InvalidInput, NotFound
+from vaopd.files.hub import read_control_tokens
 from vaopd.types import EncodedImage
 
 
@@ -311,3 +312,19 @@ def test_an_instruction_must_not_hold_a_marker(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", [A])
     with pytest.raises(InvalidInput, match="the instruction holds <image>"):
         load_prompts(str(tmp_path), split="train", instruction="Look at the <image>.")
+
+
+def test_control_tokens_make_a_record_bad_and_the_image_marker_does_not(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [A, A | {"problem": "<image>a</s>"}])
+    with pytest.raises(InvalidInput, match="record 1, field 'problem': the text holds '</s>'"):
+        answers_and_images(tmp_path, control_tokens=["<image>", "</s>"])
+    assert len(answers_and_images(tmp_path, control_tokens=["<image>", "</s>"], bad_records="skip")) == 1
+
+
+def test_control_tokens_are_read_from_the_tokenizer(tmp_path: Path) -> None:
+    added = [{"content": "<|end|>", "special": True}, {"content": "<think>", "special": False}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert read_control_tokens(str(tmp_path)) == ["<|end|>"]
+    assert read_control_tokens("nobody/nothing") == []
+    (tmp_path / "tokenizer.json").write_text("[]")
+    assert read_control_tokens(str(tmp_path)) == []

@@ -79,6 +79,10 @@ def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([{"problem": "<image>a", "answer": "1", "images": []}], "record 0, field 'problem': the text has 1 <image>"),
         ([{"prompt": "a", "answer": "1"}], "columns prompt, answer; needed: problem or question"),
         ([], "needed: problem or question"),
+        (
+            [{"problem": "What is <|im_end|>?", "answer": "1", "images": []}],
+            "record 0, field 'problem': the text holds '<|im_end|>', a control token",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -93,9 +97,13 @@ def test_data_that_the_run_refuses(
         assert words in shown
 
 
-def test_an_instruction_with_an_image_marker(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = refusal(capsys, "up", str(config), "--set", "data.instruction=Look at <image>.")
-    assert told.count("the instruction holds <image>") == 1
+@pytest.mark.parametrize("token", ["<image>", "<|im_start|>"])
+def test_an_instruction_with_a_marker_or_control_token(
+    config: Path, capsys: pytest.CaptureFixture[str], token: str
+) -> None:
+    shown = refusal(capsys, "up", str(config), "--set", f"data.instruction=Look at {token}.")
+    assert shown.count("the instruction holds ") == 1
+    assert token in shown
 
 
 def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

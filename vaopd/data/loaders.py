@@ -22,6 +22,7 @@ import numpy as np
 
 from vaopd.data.tables import Rows, as_entries, read_split
 from vaopd.errors import InvalidInput
+from vaopd.files.hub import read_control_tokens
 from vaopd.types import EncodedImage, ImagePart, Message, Prompt, TextPart
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def load_prompts(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     instruction: str | None = None,
+    control_tokens: Sequence[str] = (),
     bad_records: Literal["raise", "skip"] = "raise",
     cache_dir: Path | None = None,
 ) -> Prompts:
@@ -66,14 +68,19 @@ def load_prompts(
     source: a folder with `{split}.parquet`, `{split}-*.parquet` or `{split}/*.parquet`, the same in `data/`, or, for
     "train", one Parquet file of any name; `.jsonl` likewise; `{split}/metadata.jsonl` beside pictures; else a hub id
     like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
-    "Put the final answer in \boxed{}." bad_records: "skip" leaves out, with a warning, records whose text, answer or
-    number of images is wrong. cache_dir: where `datasets` keeps what it downloads or maps.
+    "Put the final answer in \boxed{}." control_tokens: texts that no record may hold, since
+    models refuse them (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records whose
+    text, answer or number of images is wrong. cache_dir: where `datasets` keeps what it downloads or maps.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")
     if instruction is not None and IMAGE_MARKER in instruction:
         raise InvalidInput(
             f"the instruction holds {IMAGE_MARKER}, which marks images in texts; take it out", field="data.instruction"
+        )
+    if found := _find_control_token(instruction or "", control_tokens):
+        raise InvalidInput(
+            f"the instruction holds {found!r}, a control token of the model; take it out", field="data.instruction"
         )
     shards = _recognise(read_split(source, split, cache_dir), source)
     num_records = sum(len(rows) for rows, _ in shards)
@@ -84,13 +91,18 @@ def load_prompts(
         order = np.random.default_rng(shuffle_seed).permutation(order)
     folder = Path(source) if Path(source).is_dir() else None
     prompts = Prompts(shards=shards, order=order, split=split, folder=folder, instruction=instruction)
-    return prompts.checked(bad_records).first(limit)
+    return prompts.checked(bad_records, control_tokens).first(limit)
 
 
 def load_training_prompts(config: Config) -> Prompts:
     """Loads what a run trains on; `--dry-run` calls it too."""
     data = config.data
-    return load_prompts(data.source, split=data.train_split, instruction=data.instruction or None)
+    return load_prompts(
+        data.source,
+        split=data.train_split,
+        instruction=data.instruction or None,
+        control_tokens=read_control_tokens(config.student.model),
+    )
 
 
 class Prompts(Sequence[Prompt]):
@@ -130,7 +142,7 @@ class Prompts(Sequence[Prompt]):
         """Returns the first `limit` prompts, or all."""
         return self if limit is None else self[:limit]
 
-    def checked(self, bad_records: Literal["raise", "skip"]) -> Prompts:
+    def checked(self, bad_records: Literal["raise", "skip"], control_tokens: Sequence[str] = ()) -> Prompts:
         """Checks every record's text, answer and number of images (not image bytes); drops or refuses bad ones."""
         faults: dict[int, str] = {}
         for (rows, schema), end in zip(self._shards, self._ends, strict=True):
@@ -142,8 +154,10 @@ class Prompts(Sequence[Prompt]):
                 strict=True,
             )
             for index, record in enumerate(records, end - len(rows)):
-                if (fault := _find_fault(schema, *record)) is not None:
+                if fault := _find_fault(schema, *record):
                     faults[index] = fault
+                elif found := _find_control_token(record[0], control_tokens):
+                    faults[index] = f"field {schema.text!r}: the text holds {found!r}, a control token of the model"
         if not faults:
             return self
         first = min(faults)
@@ -262,6 +276,11 @@ def _find_fault(schema: Schema, text: object, answer: object, num_images: int) -
             f"{num_images} images; give one marker for each image, or none"
         )
     return None
+
+
+def _find_control_token(text: str, control_tokens: Sequence[str]) -> str | None:
+    written = text.replace(IMAGE_MARKER, "")  # the marker itself is a token of some families
+    return next((token for token in control_tokens if token in written), None)
 
 
 def _as_answer(value: object) -> str:

@@ -61,18 +61,22 @@ class JsonRows:
 
     @property
     def columns(self) -> Sequence[str]:
+        """Returns the names of all columns."""
         return list(dict.fromkeys(name for record in self.records for name in record))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def read(self, index: int) -> dict[str, Any]:
+        """Returns one record as Python values."""
         return self.records[index]
 
     def read_column(self, name: str) -> list[Any]:
+        """Returns one column as Python values."""
         return [record.get(name) for record in self.records]
 
     def count_images(self, name: str) -> list[int]:
+        """Counts each record's images in a column."""
         return [len(as_entries(value)) for value in self.read_column(name)]
 
 
@@ -92,10 +96,12 @@ class ArrowRows:
         return int(self._table.num_rows)
 
     def read(self, index: int) -> dict[str, Any]:
+        """Returns one record as Python values."""
         row = self._table.slice(index, 1)
         return {name: self._as_values(name, row[name])[0] for name in self._table.column_names}
 
     def read_column(self, name: str) -> list[Any]:
+        """Returns one column as Python values."""
         return self._as_values(name, self._table[name])
 
     def _as_values(self, name: str, column: pa.ChunkedArray) -> list[Any]:
@@ -109,6 +115,7 @@ class ArrowRows:
         return values if names is None else [_name_labels(value, names) for value in values]
 
     def count_images(self, name: str) -> list[int]:
+        """Counts each record's images in a column."""
         import pyarrow.compute as pc
 
         column = self._table[name]
