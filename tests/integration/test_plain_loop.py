@@ -65,7 +65,7 @@ def test_its_hidden_states_are_those_of_the_trainer(example: Any, data: Path) ->
     np.testing.assert_array_equal(rendered.token_ids, inputs["input_ids"][0].numpy())
     with torch.no_grad():
         found = example.compute_hidden(student.model, inputs, responses)
-        expected = student.response_hidden(
+        expected = student.compute_response_hidden(
             [Segment(prompt=rendered, responses=tuple(response.numpy() for response in responses))]
         )
     relative = tolerance.forward(student.config, dtype=torch.float64)

@@ -66,4 +66,4 @@ def test_a_runs_folder_names_job_and_redis(
     assert main(["queue", "drop", "--all", "--run", str(tmp_path)]) == 0
     assert two_letters.dead_letters().list() == []
     assert main(["queue", "dead"]) == 2
-    assert "give --job JOB, or --run RUN" in capsys.readouterr().err
+    assert "use --job JOB or --run RUN" in capsys.readouterr().err

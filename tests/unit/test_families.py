@@ -19,7 +19,7 @@ from tests.support.teacher import drawing, encoded, question
 from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.vlm.families import family_for
+from vaopd.vlm.families import find_family
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PromptReader, load_processor
 
@@ -48,7 +48,7 @@ def responses(vlm: Vlm, *lengths: int) -> tuple[np.ndarray, ...]:
 def shared_logprobs(vlm: Vlm, *segments: Segment) -> list[torch.Tensor]:
     """One (T_k,) per response, from one forward over all segments."""
     ids = [ids for segment in segments for ids in segment.responses]
-    flat = token_logprobs(vlm.response_hidden(segments), vlm.head, torch.from_numpy(np.concatenate(ids)))
+    flat = token_logprobs(vlm.compute_response_hidden(segments), vlm.head, torch.from_numpy(np.concatenate(ids)))
     return list(flat.split([len(response) for response in ids]))
 
 
@@ -60,7 +60,7 @@ def test_a_prompt_is_read_as_the_processor_reads_it(family: str, pictures: list[
     expected = plain_inputs(vlm, messages, pictures)["input_ids"][0].tolist()
     prompt = ask(vlm, pictures)
     assert prompt.token_ids.tolist() == expected
-    assert vlm.from_token_ids(prompt.token_ids, prompt.images).images == prompt.images
+    assert vlm.read_token_ids(prompt.token_ids, prompt.images).images == prompt.images
 
 
 def test_an_image_in_tiles_has_a_run_of_placeholders_for_each_tile() -> None:
@@ -77,7 +77,7 @@ def test_a_prompt_with_a_placeholder_too_few_is_refused(family: str) -> None:
     prompt = ask(vlm, PICTURES["one image"])
     last = np.flatnonzero(prompt.token_ids == vlm.family.image_token_id(vlm.config))[-1]
     with pytest.raises(InvalidInput, match="placeholder runs"):
-        vlm.from_token_ids(np.delete(prompt.token_ids, last), prompt.images)
+        vlm.read_token_ids(np.delete(prompt.token_ids, last), prompt.images)
 
 
 @pytest.mark.numeric
@@ -208,7 +208,7 @@ def test_the_model_generates_from_a_prepared_prompt_what_transformers_does(
     expected = plain.generate(**plain_inputs(vlm, messages, pictures), **settings)
     prompt = ask(vlm, pictures)
     ids = torch.from_numpy(prompt.token_ids)[None]
-    inputs = vlm.family.generation_inputs(vlm.model, ids, prompt.images)
+    inputs = vlm.family.make_generation_inputs(vlm.model, ids, prompt.images)
     assert torch.equal(vlm.model.generate(ids, **inputs, **settings), expected)
 
 
@@ -216,4 +216,4 @@ def test_a_family_without_an_adapter_is_named_with_those_that_have_one() -> None
     with pytest.raises(
         ConfigError, match=r"'llava' has no adapter; known: idefics3, internvl, qwen2_5_vl, qwen3_vl, sm"
     ):
-        family_for("llava")
+        find_family("llava")

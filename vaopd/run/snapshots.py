@@ -50,7 +50,7 @@ def publish_snapshot(
     return PolicyVersion(version=version, path=str(path), sha256=digest)
 
 
-def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
+def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
     """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
     if (model / WEIGHTS_FILE).is_file():
         return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
