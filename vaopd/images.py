@@ -6,6 +6,7 @@ Bytes, pixels and scans bound the time too, which can't be capped by itself: a d
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 
@@ -57,6 +58,22 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
         return opened.convert("RGB")
     except Exception:
         raise ImageRefused(f"{name} ({width}×{height} {opened.format}) is damaged; re-encode it") from None
+
+
+def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int) -> PIL.Image.Image:
+    """Scales a picture to pixel bounds, each side floored (method.md, "Visual advantage").
+
+    A picture within the bounds is returned as it is. The floor may leave it a little below `min_pixels`.
+
+    >>> scale_to_bounds(PIL.Image.new("RGB", (200, 150)), min_pixels=262_144, max_pixels=4_194_304).size
+    (591, 443)
+    """
+    pixels = image.width * image.height
+    wanted = min(max(pixels, min_pixels), max_pixels)
+    if wanted == pixels:
+        return image
+    factor = math.sqrt(wanted / pixels)
+    return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
 
 
 def _count_jpeg_scans(data: bytes) -> int:
