@@ -80,6 +80,7 @@ def serve(
             teachers=Teachers([config.teacher.address, *further_teachers], options=options),
             student=None if student is None else Student(student, dtype=config.student.dtype),
             runs=runs,
+            pixel_bounds=(config.data.min_pixels, config.data.max_pixels),
             metrics=metrics,
             metrics_route=metrics_route,
             access=Access(

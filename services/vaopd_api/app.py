@@ -19,7 +19,6 @@ from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.degradation import degrade, view_seed
 from vaopd.errors import NotFound
 from vaopd.http_types import (
     BatchReply,
@@ -33,8 +32,8 @@ from vaopd.http_types import (
     StudentsReply,
     TeachersReply,
 )
-from vaopd.images import decode
 from vaopd.report import content_security_policy
+from vaopd.scoring.views import make_views
 from vaopd.types import Degradation, EncodedImage, SamplingSettings
 from vaopd_api import batch, openapi, problems
 from vaopd_api.access import Access
@@ -55,6 +54,9 @@ DEGRADED_AT_ONCE = 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(require_json)]
 REVALIDATE = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 while nothing has changed
+
+PixelBounds = tuple[int | None, int | None]
+"""The fewest and the most pixels of an image; None: the processor's own."""
 
 
 class Sampler(Protocol):
@@ -83,6 +85,7 @@ def create_app(
     metrics_route: bool = True,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    pixel_bounds: PixelBounds = (None, None),
 ) -> FastAPI:
     """Builds the application that `vaopd_api.__main__` serves.
 
@@ -90,6 +93,7 @@ def create_app(
     runs: the folder of the runs whose reports are shown.
     metrics_route: whether /metrics is a route here, rather than on a port of its own.
     access: None: no keys and no quota.
+    pixel_bounds: those of the teacher, where the degraded view is asked for by itself.
     """
     metrics = metrics or Metrics()
     access = access or Access()
@@ -102,7 +106,7 @@ def create_app(
     _add_health(app, teachers)
     if metrics_route:
         _add_metrics(app, metrics)
-    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access)
+    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access, pixel_bounds)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
     _add_pages(app)
@@ -129,7 +133,9 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
         return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access) -> None:
+def _add_scoring(
+    app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access, pixel_bounds: PixelBounds
+) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
     @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
@@ -171,10 +177,10 @@ def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: 
         responses=openapi.PROBLEMS | {200: {"content": {"image/png": {}}, "description": "the degraded view, a PNG"}},
     )
     async def degraded_view(body: DegradeBody) -> Response:
-        """Returns the degraded view as the teacher sees it, before the model's own scaling."""
+        """Returns the degraded view as the teacher sees it, of the picture scaled to the run's pixel bounds."""
         image = image_from_text(body.image, field="image")
         async with decoding:
-            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation))
+            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation), pixel_bounds)
         return Response(png, media_type="image/png")
 
 
@@ -238,10 +244,11 @@ def _add_pages(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
 
-def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
+def degraded_png(image: EncodedImage, degradation: Degradation, pixel_bounds: PixelBounds) -> bytes:
     """Returns the degraded view exactly as the teacher makes it: same caps, noise seeded by the content."""
     written = io.BytesIO()
-    degrade(decode(image), degradation, seed=view_seed(image.sha256)).save(written, "PNG")
+    min_pixels, max_pixels = pixel_bounds
+    make_views(image, degradation, min_pixels=min_pixels, max_pixels=max_pixels).degraded.save(written, "PNG")
     return written.getvalue()
 
 

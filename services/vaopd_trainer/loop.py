@@ -57,9 +57,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        self.schedule = get_cosine_schedule_with_warmup(
-            optimizer, round(settings.warmup_fraction * settings.steps), settings.steps
-        )
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
         self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
 
     # -- the run ------------------------------------------------------------------------------------------------------

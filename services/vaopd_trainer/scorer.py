@@ -154,7 +154,10 @@ class GroupScorer:
 
     def _prepare(self, prompt: Prompt, group: RolloutGroup) -> PreparedPrompt:
         """Renders the prompt with the student's processor; raises Mismatch if the rollout engine read other tokens."""
-        decoded = {image.sha256: self._student.prepare_image(images.decode(image)) for image in prompt.images}
+        decoded = {
+            image.sha256: self._student.prepare_image(self._student.scale_image(images.decode(image)))
+            for image in prompt.images
+        }
         rendered = self._student.render(prompt.messages, decoded)
         if not np.array_equal(rendered.token_ids, group.prompt_token_ids):
             raise Mismatch(

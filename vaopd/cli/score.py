@@ -138,13 +138,10 @@ def _write_files(
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
-    from vaopd.degradation import degrade, view_seed
     from vaopd.errors import ConfigError
-    from vaopd.images import decode
-    from vaopd.scoring.views import Views, html_page, picture
+    from vaopd.scoring.views import html_page, make_views, picture
 
-    decoded = [(decode(image), view_seed(image.sha256)) for image in images]
-    views = [Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded]
+    views = [make_views(image, degradation) for image in images]
     try:
         if arguments.png is not None:
             picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")

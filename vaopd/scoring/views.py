@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +20,10 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vaopd.degradation import view_name
+from vaopd.degradation import degrade, view_name, view_seed
 from vaopd.http_types import RolloutScore, ScoreReply
-from vaopd.types import Degradation
+from vaopd.images import decode, scale_to_bounds
+from vaopd.types import Degradation, EncodedImage
 
 EDGES_NATS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, float("inf"))
 AGAINST_NATS = 1.0
@@ -39,6 +41,17 @@ class Views:
 
     original: Image.Image
     degraded: Image.Image
+
+
+def make_views(
+    encoded: EncodedImage, degradation: Degradation, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Views:
+    """Makes both views of an image as a teacher with these pixel bounds makes them, noise included.
+
+    None: a bound that isn't known; the picture is then taken as it is stored. Raises ImageRefused or LimitExceeded.
+    """
+    image = scale_to_bounds(decode(encoded), min_pixels=min_pixels or 1, max_pixels=max_pixels or sys.maxsize)
+    return Views(original=image, degraded=degrade(image, degradation, seed=view_seed(encoded.sha256)))
 
 
 def percent(share: float) -> str:

@@ -276,11 +276,11 @@ class Preparer:
     def _both_views(
         self, sha256: str, degradation: Degradation, decode: Callable[[], PIL.Image.Image]
     ) -> tuple[PreparedImage, PreparedImage]:
-        """Returns both views from the cache; missing ones are made from one decoding."""
-        decoded = cache(decode)
+        """Returns both views from the cache; missing ones are made of one picture, decoded and scaled once."""
+        scaled = cache(lambda: self._reader.scale_image(decode()))
         seed = view_seed(sha256)
-        original = self._view(f"{sha256}:original", decoded)
-        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(decoded(), degradation, seed=seed))
+        original = self._view(f"{sha256}:original", scaled)
+        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(scaled(), degradation, seed=seed))
         if original.grid != degraded.grid:
             raise Mismatch(
                 f"image {sha256[:12]}… has grid {original.grid} in the original and {degraded.grid} in the degraded "
