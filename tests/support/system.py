@@ -27,7 +27,7 @@ from vaopd.launch.up import service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
-_TIMEOUT_S = 300.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
+_TIMEOUT_S = 600.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
 _DEFAULTS: dict[str, Any] = {
