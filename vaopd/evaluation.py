@@ -57,6 +57,7 @@ class HeldOutResult:
 def held_out_prompts(config: Config) -> Sequence[Prompt]:
     """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
     from vaopd.data.loaders import load_prompts
+    from vaopd.files.hub import read_control_tokens
 
     return load_prompts(
         config.data.validation_source or config.data.source,
@@ -64,6 +65,7 @@ def held_out_prompts(config: Config) -> Sequence[Prompt]:
         limit=config.evaluation.prompts,
         shuffle_seed=42,  # method.md
         instruction=config.data.instruction or None,
+        control_tokens=read_control_tokens(config.student.model),
     )
 
 

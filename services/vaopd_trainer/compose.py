@@ -26,7 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from vaopd import client
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
-from vaopd.data.loaders import load_prompts
+from vaopd.data.loaders import load_training_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
@@ -72,7 +72,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
     student = _load_student(config, start)
     prompts = TrainingPrompts(
-        load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None),
+        load_training_prompts(config),
         per_step=config.trainer.prompts_per_step,
         seed=config.run.seed,
     )

@@ -96,6 +96,14 @@ def test_a_vision_token_inside_a_response(api: Api, name: str) -> None:
     assert f"token id {token} is a vision placeholder" in error_of(answer)["detail"]
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"])
+@pytest.mark.usefixtures("same_afterwards")
+def test_a_control_token_inside_a_question(api: Api, name: str) -> None:
+    answer = api.score(**{**BODY, "question": f"What does {name} mean?"})
+    assert answer.status_code == 422
+    assert f"a text holds '{name}'" in error_of(answer)["detail"]
+
+
 @pytest.mark.usefixtures("same_afterwards")
 def test_more_tokens_than_the_model_takes(api: Api) -> None:
     answer = api.score(image=PNG, question=QUESTION, response_token_ids=[5] * 1024)

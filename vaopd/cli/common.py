@@ -55,7 +55,7 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
             case "teacher":
                 yield from _find_model_problems("teacher.model", config.teacher.model)
             case "data":
-                yield from _find_data_problems(config)
+                yield from dict.fromkeys(_find_data_problems(config))
             case "engine":
                 yield from filter(None, [engine_problem(config)])
             case "redis":
@@ -95,14 +95,20 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
 
 
 def _find_data_problems(config: Config) -> Iterator[str]:
+    from vaopd.data.loaders import load_training_prompts
+    from vaopd.errors import VaopdError
+    from vaopd.evaluation import held_out_prompts
     from vaopd.files.hub import is_hub_id
 
-    source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
-    folder = Path(source)
-    if folder.is_dir():
-        for split in dict.fromkeys(splits):
-            if not any(folder.rglob(f"*{split}*.parquet")) and not any((folder / split).glob("*.parquet")):
-                yield f"data.source = {source}: the folder has no Parquet file for the split {split!r}"
-    elif not is_hub_id(source):
-        made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
-        yield f"data.source = {source}: no such folder; {made}"
+    data = config.data
+    validation = "validation_source" if data.validation_source else "source"
+    for key, load in (("source", load_training_prompts), (validation, held_out_prompts)):
+        source = getattr(data, key)
+        if Path(source).is_dir():
+            try:
+                load(config)
+            except VaopdError as error:
+                yield f"data.{key} = {source}: {error}"
+        elif not is_hub_id(source):
+            made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
+            yield f"data.{key} = {source}: no such folder; {made}"
