@@ -150,7 +150,7 @@ class RolloutWorker:
 
     def _load(self, version: int) -> bool:
         """Loads the weights of `version` where needed; False when that version isn't announced."""
-        policy = self._policy(version)
+        policy = self._find_policy(version)
         if policy is None:
             return False
         loaded = self._engine.policy
@@ -161,7 +161,7 @@ class RolloutWorker:
                 self._engine.load_policy(policy)
         except VaopdError:
             # A trainer withdraws a version before it deletes the snapshot: that is no error of this worker.
-            if self._policy(version) != policy:
+            if self._find_policy(version) != policy:
                 return False
             raise
         log.info(
@@ -172,7 +172,7 @@ class RolloutWorker:
         )
         return True
 
-    def _policy(self, version: int) -> PolicyVersion | None:
+    def _find_policy(self, version: int) -> PolicyVersion | None:
         try:
             return self._queue.policy(version)
         except Unavailable as error:

@@ -31,7 +31,7 @@ from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import DEGRADATION_KINDS
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.load import load, transformers_backend
+from vaopd_teacher.engines.load import load, make_backend
 from vaopd_teacher.hang_watch import Watchdog
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 from vaopd_teacher.intake.prepare import Preparer
@@ -116,7 +116,7 @@ class TeacherServer:
             backend = teacher
         else:
             vision_bytes = service.images.vision_bytes
-            backend = transformers_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+            backend = make_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
         metrics = metrics or TeacherMetrics()
         self.serving = False
         """Whether health checks are answered with SERVING."""

@@ -110,7 +110,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
         """Returns those of the images that are not stored."""
-        return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
+        return pb.MissingImagesResponse(sha256=self._store.find_missing(request.sha256))
 
     async def GetHead(
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
@@ -215,10 +215,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         if with_token_texts:
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
-            score.token_texts.extend(await self._on_thread(self._preparer.token_texts, ids))
+            score.decode_tokens.extend(await self._on_thread(self._preparer.decode_tokens, ids))
             if group.payload == "top_k":
                 alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
-                texts = await self._on_thread(self._preparer.token_texts, alternatives)
+                texts = await self._on_thread(self._preparer.decode_tokens, alternatives)
                 score.payload_texts.update(zip(alternatives.tolist(), texts, strict=True))
         size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
         if size > limit:
