@@ -203,7 +203,7 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
     @app.get("/v1/runs", tags=["runs"])
     async def list_runs(request: Request) -> RunsReply:
         """Lists the runs whose reports are served here; with a key, only the run of the key's job."""
-        return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
+        return RunsReply(runs=await runs.list_summaries(job=request.scope.get("job")))
 
     @app.get(
         "/runs/{name}/report",

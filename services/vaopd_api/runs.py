@@ -50,7 +50,7 @@ class Runs:
         self._summaries: dict[str, tuple[Signature, RunModel]] = {}
         self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
 
-    async def summaries(self, *, job: str | None) -> list[RunModel]:
+    async def list_summaries(self, *, job: str | None) -> list[RunModel]:
         """Returns the runs that can be read, latest change first; with `job`, only that job's run."""
         if self._folder is None:
             return []

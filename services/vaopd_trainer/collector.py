@@ -86,7 +86,7 @@ class Collector:
         self._ledger.write("resumed", step=step)
         self._finished.update(group_ids)
 
-    def groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
+    def wait_for_groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
         """Yields the groups of these ids as they arrive, several at a time; ends when each has come or is dead."""
         self._check = check
         open_ids = set(group_ids) - self._dead

@@ -154,7 +154,7 @@ class Coordinator:
         Every rank gets as many messages as it has groups: None for a group that will not come.
         """
         missing = {str(group): group.index % self._ranks.world for group in self._prompts.list_groups(step)}  # -> rank
-        for groups in self._collector.groups(list(missing), check=self.check):
+        for groups in self._collector.wait_for_groups(list(missing), check=self.check):
             self._metrics.note_progress()
             mine = []
             for group in groups:

@@ -19,7 +19,7 @@ class Access:
     def __init__(self, store: KeyStore | None = None) -> None:
         self._store = store
 
-    def caller(self, metadata: Iterable[tuple[str, Any]] | None) -> str | None:
+    def identify(self, metadata: Iterable[tuple[str, Any]] | None) -> str | None:
         """Returns the job of the call's key, None without keys. Raises Unauthenticated."""
         if self._store is None:
             return None

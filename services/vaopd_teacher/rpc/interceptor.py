@@ -38,7 +38,7 @@ _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 """Methods that need no key, for probes and load balancers."""
 
 
-def reason_of(error: Exception) -> str:
+def name_reason(error: Exception) -> str:
     """Returns the `reason` label of a refused call."""
     if isinstance(error, QueueFull):
         return "queue_full"
@@ -113,11 +113,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         caller: str | None = None
         if method not in _OPEN:
             try:
-                caller = self._access.caller(handler_call_details.invocation_metadata)
+                caller = self._access.identify(handler_call_details.invocation_metadata)
                 if method == self._with_work:
                     self._check_room()
             except VaopdError as error:
-                return self._refusing(method, error, job=caller)
+                return self._make_refusing_handler(method, error, job=caller)
         call = _CallContext(handler_call_details, caller, self._access)
         parse = _tolerate_malformed(handler.request_deserializer)
         serialise = handler.response_serializer
@@ -132,7 +132,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
-    def _refusing(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
+    def _make_refusing_handler(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
         """Returns a handler that answers a call of any kind with a status and reads none of its messages."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
@@ -145,7 +145,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         if isinstance(error, grpc.aio.AbortError):  # the handler has answered with a status itself
             raise error
-        self._on_refused(job, reason_of(error))
+        self._on_refused(job, name_reason(error))
         metadata: tuple[tuple[str, bytes], ...] = ()
         if isinstance(error, VaopdError):
             code, message = status_of(error), str(error)
@@ -213,12 +213,12 @@ class _CallContext:
 
     def check(self, request: Any) -> Any:
         """Returns the request, or the stream of them; raises an error for a malformed or forbidden one."""
-        return self._each(request) if hasattr(request, "__aiter__") else self._checked(request)
+        return self._check_each(request) if hasattr(request, "__aiter__") else self._check_message(request)
 
-    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _check_each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             self._read += 1
-            yield self._checked(request)
+            yield self._check_message(request)
 
     def locate(self, error: Exception) -> Exception:
         """Adds the index of a stream's wrong message, unless the error names a field; streams are read in order."""
@@ -226,7 +226,7 @@ class _CallContext:
             error.field = f"[{self._read - 1}]"
         return error
 
-    def _checked(self, request: Any) -> Any:
+    def _check_message(self, request: Any) -> Any:
         if isinstance(request, _Malformed):
             raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
         self._access.check_job(self.job, request)

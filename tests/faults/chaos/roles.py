@@ -206,7 +206,7 @@ class _Trainer:
                 self._outside.put("corrupt", "requests", f"corrupt-{key}", b"\xff\xff")
         logprobs: dict[str, list[float]] = {}
         groups: dict[str, RolloutGroup] = {}
-        for arrived in self._collector.groups(world.group_ids(step), check=check):
+        for arrived in self._collector.wait_for_groups(world.group_ids(step), check=check):
             groups |= {group.group_id: group for group in arrived}
             logprobs |= self._scores_of(arrived)
         for group_id in world.group_ids(step):
