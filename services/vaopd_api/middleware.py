@@ -54,7 +54,7 @@ class Envelope:
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         token = logs.request_id.set(name)
-        parent = tracing.parent_of(_read_headers(scope))
+        parent = tracing.read_parent(_read_headers(scope))
         traced = tracing.begin(f"HTTP {scope['method']}", parent=parent, path=scope["path"])
         started, status = time.monotonic(), 0
 
@@ -89,7 +89,7 @@ class Envelope:
         if status != 200 or route not in QUIET:
             job = scope.get("job") or "-"
             values = (name, method, route, status, job, elapsed_s)
-            logger.info("request %s: %s %s %d, job %s, %.3f s", *values, extra=logs.fields(job=scope.get("job")))
+            logger.info("request %s: %s %s %d, job %s, %.3f s", *values, extra=logs.make_fields(job=scope.get("job")))
 
 
 def _read_headers(scope: Scope) -> list[tuple[str, str]]:

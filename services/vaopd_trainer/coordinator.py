@@ -30,7 +30,7 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
-from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
+from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -232,7 +232,7 @@ class Coordinator:
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
-        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
+        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.make_fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
                 prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
@@ -256,7 +256,7 @@ class Coordinator:
         checkpoint.save(
             self._folder / "checkpoints",
             state,
-            student=without_tied_head(weights, tied=ties_head(self._student.path)),
+            student=drop_tied_head(weights, tied=has_tied_head(self._student.path)),
             optimizer=optimizer,
             keep=self._config.trainer.keep_checkpoints,
         )

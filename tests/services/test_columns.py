@@ -139,9 +139,9 @@ def test_an_answer_without_the_column_is_that_of_an_older_teacher(informed: Teac
     lengths = [len(ids) for ids in request.responses]
     message = pb.GroupScore(group_id="g", lengths=lengths)
     columns_to_pb(dict.fromkeys(ALWAYS, np.zeros(sum(lengths), np.float32)), message)
-    assert isinstance(GroupAssembly(message, request, "none").result(), GroupScore)
+    assert isinstance(GroupAssembly(message, request, "none").make_result(), GroupScore)
     with pytest.raises(Mismatch, match=f"sent no column {GAP}"):
-        GroupAssembly(message, request, "none", [GAP]).result()
+        GroupAssembly(message, request, "none", [GAP]).make_result()
 
 
 # ---------------------------------------------------------------------------------------------- the teacher's entropy

@@ -71,12 +71,12 @@ def load_prompts(
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")
     folder = Path(source) if Path(source).is_dir() else None
     if folder is not None:
-        table = _local_table(folder, split, cache_dir)
+        table = _load_local_table(folder, split, cache_dir)
     elif _HUB_ID.fullmatch(source):
-        table = _hub_table(source, split, cache_dir)
+        table = _load_hub_table(source, split, cache_dir)
     else:
         raise NotFound(f"{source!r} is neither a folder nor a hub id (owner/name); check the path")
-    schema = _schema_of(table, source)
+    schema = _detect_schema(table, source)
     order = np.arange(table.num_rows)
     if shuffle_seed is not None:
         order = np.random.default_rng(shuffle_seed).permutation(order)
@@ -133,12 +133,12 @@ class Prompts(Sequence[Prompt]):
         faults = {
             index: fault
             for index, record in enumerate(zip(texts, answers, counts, strict=True))
-            if (fault := self._fault(*record)) is not None
+            if (fault := self._find_fault(*record)) is not None
         }
         if not faults:
             return self
         first = min(faults)
-        message = f"{self._where(first)}, {faults[first]}"
+        message = f"{self._locate(first)}, {faults[first]}"
         if len(faults) > 1:
             message += f" ({len(faults)} of {len(texts)} records are bad: {str(sorted(faults)[:10])[1:-1]} …)"
         if bad_records == "raise":
@@ -151,7 +151,7 @@ class Prompts(Sequence[Prompt]):
         other._order = order
         return other
 
-    def _fault(self, text: object, answer: object, num_images: int) -> str | None:
+    def _find_fault(self, text: object, answer: object, num_images: int) -> str | None:
         if not isinstance(text, str) or not text.replace(IMAGE_MARKER, "").strip():
             return f"field {self._schema.text!r}: the text is missing or empty"
         if answer is None or not str(answer).strip():
@@ -164,13 +164,13 @@ class Prompts(Sequence[Prompt]):
             )
         return None
 
-    def _where(self, index: int) -> str:
+    def _locate(self, index: int) -> str:
         return f"{self._schema.name} split {self._split!r}, record {index}"
 
     def _prompt(self, index: int) -> Prompt:
         record: dict[str, Any] = self._table.slice(index, 1).to_pylist()[0]
         images = [
-            self._image(entry, index, position) for position, entry in enumerate(record[self._schema.images] or [])
+            self._read_image(entry, index, position) for position, entry in enumerate(record[self._schema.images] or [])
         ]
         text: str = record[self._schema.text]
         if self._instruction is not None:
@@ -183,20 +183,20 @@ class Prompts(Sequence[Prompt]):
             answer=str(record[self._schema.answer]).strip(),
         )
 
-    def _image(self, entry: object, index: int, position: int) -> EncodedImage:
+    def _read_image(self, entry: object, index: int, position: int) -> EncodedImage:
         """Reads the encoded bytes, from the record itself or from the file that it names."""
-        where = f"{self._where(index)}, field '{self._schema.images}[{position}]'"
+        where = f"{self._locate(index)}, field '{self._schema.images}[{position}]'"
         data = entry.get("bytes") if isinstance(entry, dict) else None
         if data is None:
             path = entry.get("path") if isinstance(entry, dict) else entry
             if not isinstance(path, str) or not path:
                 raise InvalidInput(f"{where}: there are neither image bytes nor a path; correct or drop the record")
-            data = self._file(path, where)
+            data = self._read_file(path, where)
         if not data.startswith(_MAGIC):
             raise InvalidInput(f"{where}: not a PNG, JPEG or WEBP image ({len(data)} bytes); convert or drop it")
         return EncodedImage(data=data)
 
-    def _file(self, path: str, where: str) -> bytes:
+    def _read_file(self, path: str, where: str) -> bytes:
         if self._folder is None:
             raise InvalidInput(
                 f"{where}: the image {path!r} is a file beside the Parquet file, which the hub's loader "
@@ -231,7 +231,7 @@ def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | Im
     return tuple(parts)
 
 
-def _local_table(folder: Path, split: str, cache_dir: Path | None) -> pa.Table:
+def _load_local_table(folder: Path, split: str, cache_dir: Path | None) -> pa.Table:
     files = _split_files(folder, split)
     if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
         import pyarrow as pa
@@ -241,7 +241,7 @@ def _local_table(folder: Path, split: str, cache_dir: Path | None) -> pa.Table:
     from datasets import load_dataset
 
     names = [str(file) for file in files]
-    mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_text(cache_dir))
+    mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_read_text(cache_dir))
     return mapped.data.table
 
 
@@ -259,11 +259,11 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     )
 
 
-def _hub_table(source: str, split: str, cache_dir: Path | None) -> pa.Table:
+def _load_hub_table(source: str, split: str, cache_dir: Path | None) -> pa.Table:
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, split=split, cache_dir=_text(cache_dir)).data.table
+        return load_dataset(source, split=split, cache_dir=_read_text(cache_dir)).data.table
     except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
         raise NotFound(
             f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
@@ -271,7 +271,7 @@ def _hub_table(source: str, split: str, cache_dir: Path | None) -> pa.Table:
         ) from error
 
 
-def _schema_of(table: pa.Table, source: str) -> Schema:
+def _detect_schema(table: pa.Table, source: str) -> Schema:
     import pyarrow as pa
 
     for schema in SCHEMAS:
@@ -285,5 +285,5 @@ def _schema_of(table: pa.Table, source: str) -> Schema:
     raise InvalidInput(f"{source} has columns {', '.join(table.column_names)}; needed: {known}; rename them")
 
 
-def _text(path: Path | None) -> str | None:
+def _read_text(path: Path | None) -> str | None:
     return None if path is None else str(path)

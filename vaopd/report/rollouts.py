@@ -17,7 +17,7 @@ from PIL import Image
 
 from vaopd.degradation import degrade, view_seed
 from vaopd.images import decode
-from vaopd.run.records import Run, json_lines
+from vaopd.run.records import Run, read_json_lines
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
 
@@ -65,7 +65,7 @@ def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     if path.exists():
-        for _, line in json_lines(path):
+        for _, line in read_json_lines(path):
             steps[line["step"]][line["group_id"]].append(line)
     shown = []
     for step in dict.fromkeys((min(steps), max(steps))) if steps else ():

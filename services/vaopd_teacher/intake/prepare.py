@@ -34,10 +34,10 @@ from vaopd.wire.teacher import (
     DEGRADATION_KINDS,
     PAYLOAD_KINDS,
     TOKEN_LETTERS,
+    count_tokens,
     degradation_from_pb,
     payload_kind_from_pb,
     prompt_tokens_of,
-    tokens_of,
 )
 from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
@@ -65,7 +65,7 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
     if groups > limit:
         raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
-    tokens, limit = sum(map(tokens_of, request.groups)), teacher.limits.max_tokens_per_request
+    tokens, limit = sum(map(count_tokens, request.groups)), teacher.limits.max_tokens_per_request
     if tokens > limit:
         raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]

@@ -42,7 +42,7 @@ class Call:
             on_delivery=self._results.put_nowait,
             loop=asyncio.get_running_loop(),
             expires=self._expires,
-            trace=tracing.current(),
+            trace=tracing.get_context(),
         )
         self._unread.update((group.group_id, unit) for group in groups)
         self._scheduler.submit(unit)

@@ -27,7 +27,7 @@ from vaopd.errors import (
 from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.logs import REQUEST_ID, REQUEST_ID_KEY
 from vaopd.wire import errors as wire_errors
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd_teacher.rpc.access import Access
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def name_reason(error: Exception) -> str:
         return "queue_full"
     if isinstance(error, Busy):
         return "quota"
-    return status_of(error).name.lower() if isinstance(error, VaopdError) else "internal"
+    return choose_status(error).name.lower() if isinstance(error, VaopdError) else "internal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._on_refused(job, name_reason(error))
         metadata: tuple[tuple[str, bytes], ...] = ()
         if isinstance(error, VaopdError):
-            code, message = status_of(error), str(error)
+            code, message = choose_status(error), str(error)
             metadata = ((wire_errors.KEY, wire_errors.pack(code.value[0], error)),)
         else:
             log.error("%s failed", method, exc_info=error)
@@ -156,7 +156,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         # The message stays out of the log: it may quote the request.
         job = job[:64] if job else None
         refused = (repr(job) if job else "-", method, code.name, context.peer())
-        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
+        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.make_fields(job=job))
         return await context.abort(code, message, metadata)
 
     def _guard_unary(
@@ -209,7 +209,7 @@ class _CallContext:
         sent = dict(self._metadata or ())
         if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
             logs.request_id.set(name)
-        return tracing.begin(self.method, parent=tracing.parent_of(self._metadata), job=self.job)
+        return tracing.begin(self.method, parent=tracing.read_parent(self._metadata), job=self.job)
 
     def check(self, request: Any) -> Any:
         """Returns the request, or the stream of them; raises an error for a malformed or forbidden one."""

@@ -27,7 +27,7 @@ from vaopd.telemetry import logs
 from vaopd.types import TeacherDescription
 from vaopd.wire import errors as wire_errors
 from vaopd.wire.common import image_from_pb
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd.wire.teacher import columns_to_pb, description_to_pb
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore
@@ -168,7 +168,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 failed,
                 unanswered,
                 elapsed_s,
-                extra=logs.fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
+                extra=logs.make_fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
             )
 
     def _give_up(self, call: Call) -> None:
@@ -215,7 +215,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         if with_token_texts:
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
-            score.decode_tokens.extend(await self._run_on_thread(self._preparer.decode_tokens, ids))
+            score.token_texts.extend(await self._run_on_thread(self._preparer.decode_tokens, ids))
             if group.payload == "top_k":
                 alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
                 texts = await self._run_on_thread(self._preparer.decode_tokens, alternatives)
@@ -246,7 +246,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
-    code = status_of(error).value[0]
+    code = choose_status(error).value[0]
     details = wire_errors.pack(code, error)
     return pb.ScoreGroupsResponse(
         error=pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=details)
