@@ -107,7 +107,7 @@ def committed_answer(text: str) -> str | None:
     It is the content of the first complete \boxed{…}; without one, the text after the first "answer is".
     """
     for start in _BOXED.finditer(text):
-        content = _balanced(text, start.end())
+        content = _read_balanced(text, start.end())
         if content is not None:
             return content.strip() or None
     said = _ANSWER_IS.search(text)
@@ -126,7 +126,7 @@ def is_correct(response_text: str, answer: str) -> bool:
     committed = committed_answer(response_text)
     # ViRL39K writes its references as \boxed{…}.
     reference = committed_answer(answer) if _BOXED.match(answer.strip()) else answer.strip()
-    return committed is not None and _equal(committed, reference or answer.strip())
+    return committed is not None and _are_equal(committed, reference or answer.strip())
 
 
 def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
@@ -136,7 +136,7 @@ def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
     return sum(sum(samples) / len(samples) for samples in correct) / len(correct)
 
 
-def _balanced(text: str, start: int) -> str | None:
+def _read_balanced(text: str, start: int) -> str | None:
     """Returns the text from `start` to the brace that closes the one before it; None if the response was cut off."""
     depth = 1
     for end in range(start, len(text)):
@@ -148,7 +148,7 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _equal(committed: str, answer: str) -> bool:
+def _are_equal(committed: str, answer: str) -> bool:
     if committed == answer:
         return True
     if max(len(committed), len(answer)) > MAX_ANSWER_CHARS or _COSTLY.search(committed) or _COSTLY.search(answer):

@@ -42,7 +42,7 @@ from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
 from vaopd_api.runs import Runs
-from vaopd_api.scorer import AdHocScorer, decode_images, degradation_of, teacher_model
+from vaopd_api.scorer import AdHocScorer, decode_images, make_degradation, make_teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -119,7 +119,7 @@ def _add_health(app: FastAPI, teachers: Teachers) -> None:
         """Returns 200 while the process is alive."""
         return Health(status="ok")
 
-    @app.get("/readyz", tags=["health"], responses=openapi.problems(503))
+    @app.get("/readyz", tags=["health"], responses=openapi.describe_problems(503))
     async def readyz() -> Health:
         """Returns 200 while a teacher answers."""
         await teachers.describe()
@@ -130,7 +130,7 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
         """Returns the API's metrics in Prometheus' text format."""
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_scoring(
@@ -138,16 +138,16 @@ def _add_scoring(
 ) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
-    @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
+    @app.get("/v1/teachers", tags=["scoring"], responses=openapi.describe_problems(503))
     async def list_teachers() -> TeachersReply:
         """Lists the teachers that score here, with their limits."""
-        return TeachersReply(teachers=[teacher_model(found) for found in (await teachers.describe()).values()])
+        return TeachersReply(teachers=[make_teacher_model(found) for found in (await teachers.describe()).values()])
 
     @app.post("/v1/score", tags=["scoring"], responses=openapi.PROBLEMS, openapi_extra=openapi.SCORE_BODY)
     async def score(request: Request) -> ScoreReply:
         """Scores one response or a group of responses to a question about no, one or several images."""
         body, images = await read_score(request)
-        return await unless_disconnected(request, scorer.score(body, images))
+        return await run_unless_disconnected(request, scorer.score(body, images))
 
     @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
     async def score_batch(request: Request) -> Any:
@@ -167,7 +167,7 @@ def _add_scoring(
             )
             return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
-        return await unless_disconnected(request, collected())
+        return await run_unless_disconnected(request, collected())
 
     @app.post(
         "/v1/degrade",
@@ -180,7 +180,7 @@ def _add_scoring(
         """Returns the degraded view as the teacher sees it, of the picture scaled to the run's pixel bounds."""
         image = image_from_text(body.image, field="image")
         async with decoding:
-            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation), pixel_bounds)
+            png = await asyncio.to_thread(make_degraded_png, image, make_degradation(body.degradation), pixel_bounds)
         return Response(png, media_type="image/png")
 
 
@@ -209,13 +209,14 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
     @app.get("/v1/runs", tags=["runs"])
     async def list_runs(request: Request) -> RunsReply:
         """Lists the runs whose reports are served here; with a key, only the run of the key's job."""
-        return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
+        return RunsReply(runs=await runs.list_summaries(job=request.scope.get("job")))
 
     @app.get(
         "/runs/{name}/report",
         tags=["runs"],
         response_class=HTMLResponse,
-        responses=openapi.problems(401, 403, 404, 500) | {304: {"description": "not changed since If-None-Match"}},
+        responses=openapi.describe_problems(401, 403, 404, 500)
+        | {304: {"description": "not changed since If-None-Match"}},
     )
     async def report(name: str, request: Request) -> Response:
         """Returns a run's report, one self-contained page, which updates itself until the run is finished."""
@@ -244,7 +245,7 @@ def _add_pages(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
 
-def degraded_png(image: EncodedImage, degradation: Degradation, pixel_bounds: PixelBounds) -> bytes:
+def make_degraded_png(image: EncodedImage, degradation: Degradation, pixel_bounds: PixelBounds) -> bytes:
     """Returns the degraded view exactly as the teacher makes it: same caps, noise seeded by the content."""
     written = io.BytesIO()
     min_pixels, max_pixels = pixel_bounds
@@ -252,10 +253,10 @@ def degraded_png(image: EncodedImage, degradation: Degradation, pixel_bounds: Pi
     return written.getvalue()
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+async def run_unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Returns the work's result; if the client disconnects first, cancels the work, and with it the teacher's."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(_wait_until_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -266,6 +267,6 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_until_disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -32,7 +32,7 @@ from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
-from vaopd.run.checkpoints import FILE, latest_checkpoint
+from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
 from vaopd.types import TeacherDescription
@@ -69,7 +69,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     if ranks.is_coordinator:
         _prepare_folder(config, resume=resume)
     ranks.barrier()
-    start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
     student = _load_student(config, start)
     prompts = TrainingPrompts(
         load_training_prompts(config),

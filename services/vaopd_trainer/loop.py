@@ -142,7 +142,7 @@ class Trainer:
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
         kill_points.pass_point("collected", step)
-        results = list(scorer.results(check=self._check_alone))
+        results = list(scorer.wait_for_results(check=self._check_alone))
         kill_points.pass_point("scored", step)
         refused = self.ranks.gather([[r.group_id, r.reason] for r in results if isinstance(r, Refused)])
         if self.coordinator is not None:

@@ -29,7 +29,7 @@ class PromptOrder:
     def index(self, position: int) -> int:
         """Returns the data set's index, 0 … prompts − 1, of the prompt at `position`."""
         epoch, place = divmod(position, self._dealt)
-        return int(_permutation(self.prompts, self.seed, epoch)[place])
+        return int(_permute(self.prompts, self.seed, epoch)[place])
 
 
 class TrainingPrompts:
@@ -50,7 +50,7 @@ class TrainingPrompts:
 
 
 @lru_cache(maxsize=4)
-def _permutation(prompts: int, seed: int, epoch: int) -> np.ndarray:
+def _permute(prompts: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(prompts)
 
 

@@ -99,7 +99,7 @@ class GroupScorer:
             context = contextvars.copy_context()
             self._futures.append(self._pool.submit(context.run, self._score, list(groups)))
 
-    def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
+    def wait_for_results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
         """Yields the outcome of every group submitted since the last call; waits for them.
 
         Raises the error that ended a scoring call. `check` is called during the wait and may raise to end it.

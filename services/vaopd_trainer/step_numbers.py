@@ -126,11 +126,11 @@ def describe_rollouts(
             "question": question.strip(),
             "answer": prompt.answer,
             "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
-            "visual_advantage": _rounded(score.visual_advantage[k]),
-            "teacher_logprobs": _rounded(score.teacher_logprobs[k]),
-            "degraded_logprobs": _rounded(score.degraded_logprobs[k]),
-            "rollout_logprobs": _rounded(rollout.rollout_logprobs),
-            "kl": _rounded(kl_M[start : start + len(rollout.response_ids)]),
+            "visual_advantage": _round(score.visual_advantage[k]),
+            "teacher_logprobs": _round(score.teacher_logprobs[k]),
+            "degraded_logprobs": _round(score.degraded_logprobs[k]),
+            "rollout_logprobs": _round(rollout.rollout_logprobs),
+            "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
             "correct": is_correct(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer),
         }
@@ -140,5 +140,5 @@ def describe_rollouts(
         yield record
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _round(values: np.ndarray) -> list[float]:
     return [round(float(value), 5) for value in values]

@@ -23,7 +23,7 @@ import redis
 
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
-from vaopd.launch.up import service_argv
+from vaopd.launch.up import make_service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
@@ -257,7 +257,7 @@ class System:
         environment: dict[str, str] | None = None,
         launch: tuple[str, ...] = (),
     ) -> Process:
-        argv = service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
+        argv = make_service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
         if launch:
             assert argv[1] == "-m"
             argv = (argv[0], *launch, *argv[3:])

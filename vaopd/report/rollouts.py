@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vaopd.run.records import Run, json_lines
+from vaopd.run.records import Run, read_json_lines
 from vaopd.scoring.views import make_views
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
@@ -64,7 +64,7 @@ def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     if path.exists():
-        for _, line in json_lines(path):
+        for _, line in read_json_lines(path):
             steps[line["step"]][line["group_id"]].append(line)
     shown = []
     for step in dict.fromkeys((min(steps), max(steps))) if steps else ():
