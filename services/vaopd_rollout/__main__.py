@@ -35,7 +35,8 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
     service = process.read_service_config(arguments).rollout
     worker = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
     logs.share(job=config.run.name, worker=worker)
-    from vaopd_rollout.metrics import WorkerMetrics
+    with process.loading():
+        from vaopd_rollout.metrics import WorkerMetrics
 
     metrics = WorkerMetrics(job=config.run.name)
     with metrics_port.serve_metrics(metrics.registry, metrics_port.choose_metrics_address(arguments)):
@@ -58,7 +59,8 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
         max_deliveries=config.queue.max_deliveries,
     )
     metrics.watch(leases=lambda: len(queue.held()))
-    engine = build_engine(config, worker=worker)
+    with process.loading():
+        engine = build_engine(config, worker=worker)
     stop = Stop(drain_s=service.drain_s)
     stop.install()
     batch = config.rollout.requests_per_batch

@@ -25,8 +25,9 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
         code = _as_one_of(engine.processes, config)
         if code is not None:
             return code
-    from vaopd_teacher.metrics import TeacherMetrics
-    from vaopd_teacher.server import serve
+    with process.loading():
+        from vaopd_teacher.metrics import TeacherMetrics
+        from vaopd_teacher.server import serve
 
     metrics = TeacherMetrics()
     with metrics_port.serve_metrics(metrics.registry, metrics_port.choose_metrics_address(arguments)):
@@ -42,7 +43,8 @@ def _as_one_of(processes: int, config: Config) -> int | None:
         return die_as(launch(ranks, processes=processes))
     if os.environ["RANK"] == "0":
         return None
-    from vaopd_teacher.engines.tensor_parallel import follow
+    with process.loading():
+        from vaopd_teacher.engines.tensor_parallel import follow
 
     return follow(config, processes=processes)
 

@@ -8,7 +8,6 @@ Whatever the device does, the process is gone drain_s + 7 s after the signal.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -245,7 +244,8 @@ async def serve(
     make_server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
         KeyStore.load(service.keys.file)
-    backend = load(config, service)
+    with entry.loading():
+        backend = load(config, service)
     server = TeacherServer(
         backend,
         model=config.teacher.model,
@@ -254,10 +254,6 @@ async def serve(
         ends_process=True,
         metrics=metrics,
     )
-    # The objects of the libraries and the model stay for good (torch and transformers make a million): each garbage
-    # collection that looked through them delayed every call by 0.3 s.
-    gc.collect()
-    gc.freeze()
     address = await server.start(config.teacher.address)
     signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -32,8 +32,9 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
         from vaopd.process.ranks import end_with_the_launcher
 
         end_with_the_launcher()
-    from vaopd_trainer.compose import run
-    from vaopd_trainer.metrics import TrainerMetrics
+    with process.loading():
+        from vaopd_trainer.compose import run
+        from vaopd_trainer.metrics import TrainerMetrics
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from vaopd import client
+from vaopd import client, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_training_prompts
@@ -70,7 +70,8 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         _prepare_folder(config, resume=resume)
     ranks.barrier()
     start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
-    student = _load_student(config, start)
+    with process.loading():
+        student = _load_student(config, start)
     prompts = TrainingPrompts(
         load_training_prompts(config),
         per_step=config.trainer.prompts_per_step,

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError
+from vaopd.process import entry
 from vaopd.process.ranks import end_with_the_launcher
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.model import Encode, Segment, Vlm
@@ -108,7 +109,8 @@ def lead(config: Config, *, processes: int) -> LeadingVlm:
 
 def follow(config: Config, *, processes: int) -> int:
     """Runs a rank other than 0 until rank 0 ends it; returns its exit status."""
-    vlm = _load(config, processes)
+    with entry.loading():
+        vlm = _load(config, processes)
     link = Link()
     compute_revision(vlm.model)  # rank 0 needs it, and all ranks have to take part
     for number in (signal.SIGTERM, signal.SIGINT):
