@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
 
-# PYTHON=python3.13 takes that one, in place of the first that serves of 3.12, 3.11 and 3.13.
+# PYTHON=python3.13 uses that one, in place of the first usable one of 3.12, 3.11 and 3.13.
 $(STAMP): pyproject.toml
 	@PYTHON="$(PYTHON)" deploy/setup.sh $(VENV)
 	@touch $@
@@ -19,7 +19,7 @@ demo: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python benchmarks/opd_vs_vaopd.py
 
-# Each is a command of its own and prints its tables; --json FILE keeps the numbers for benchmarks/plots.py.
+# Each prints its tables; --json FILE saves the numbers for benchmarks/plots.py.
 BENCHMARKS := floor paired_scoring against_vllm train_step fused_kl codecs service_cost sharing
 bench: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
@@ -27,7 +27,7 @@ bench: $(STAMP)
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/viewer.py --screenshots docs/images
 
-# Both print their seed; SEED=N repeats one. The first takes three minutes, the second a quarter of an hour.
+# Both print their seed; SEED=N repeats it. The first takes 3 minutes, the second 15.
 SEED_OPTION = $(if $(SEED),--seed $(SEED))
 chaos: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos $(SEED_OPTION)
@@ -35,7 +35,7 @@ chaos: $(STAMP)
 chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
-# Three at a time on two cores: many tests wait for a process or a deadline. A file stays together, with its servers.
+# Three workers on two cores, since many tests wait for a process or a deadline. A file's tests share their servers.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
@@ -55,11 +55,11 @@ docs: reference
 	test -x $(BIN)/mkdocs || $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# docs/reference, out of the code.
+# docs/reference, generated from the code.
 reference: $(STAMP)
 	$(BIN)/python docs/tools/reference.py
 
-# A longer search for inputs that aren't refused by name; FUZZ_SECONDS for each of the decoders.
+# A longer search for inputs that aren't refused with a named error; FUZZ_SECONDS for each decoder.
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=3.0'

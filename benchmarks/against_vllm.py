@@ -1,9 +1,9 @@
-"""The group engine against vLLM's `prompt_logprobs`: the same tokens and images in, the same log-probs out, both warm.
+"""Compares the group engine with vLLM's `prompt_logprobs`, both warm: same tokens and images, same log-probs.
 
-One command, one table: `python benchmarks/against_vllm.py`. vLLM runs in this process with its defaults (chunked
-prefill, prefix caching; a request that asks for prompt log-probs never reads that cache) and gets all rollouts of both
-views at once, to batch as it likes; of the log-probs it is asked for the given tokens' own only. Two cases: an image
-that neither has met, which both cut into patches and encode, and one that both have met.
+`python benchmarks/against_vllm.py` prints one table. vLLM runs in this process with its defaults (chunked prefill,
+prefix caching; a request for prompt log-probs never reads that cache). It gets all rollouts of both views at once and
+is asked only for the given tokens' log-probs. Two cases: an image that is new to both, which both cut into patches and
+encode, and one that is in both caches.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SHAPES = [
     Shape(prompt=650, response=128, rollouts=8),
 ]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
-"""Of log-probs, in nats; other kernels, and in bfloat16 other roundings."""
+"""Allowed difference of log-probs, in nats: the kernels differ, and in bfloat16 the rounding."""
 
 
 def start_vllm(folder: Path, threads: int) -> Any:
-    """vLLM in this process, so that both sides have the same cores and the same clock."""
+    """Starts vLLM in this process, so that both sides have the same cores and the same clock."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -56,7 +56,7 @@ def start_vllm(folder: Path, threads: int) -> Any:
     from vllm import ModelRegistry
 
     for name in AutoConfig.from_pretrained(folder).architectures or ():
-        if name in ModelRegistry.models:  # looked at here, not in a subprocess of its own
+        if name in ModelRegistry.models:  # inspected here, not in a subprocess
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     llm: Any = vllm.LLM(
         model=str(folder),
@@ -67,13 +67,13 @@ def start_vllm(folder: Path, threads: int) -> Any:
         seed=0,
         **options,
     )
-    # It says again and again that it keeps the number of threads that it was started with, which is what is wanted.
+    # It warns at every image that it keeps its number of threads, which is intended.
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     return llm
 
 
-def unexpanded(vlm: Vlm, token_ids: np.ndarray) -> list[int]:
-    """The prompt with one placeholder for its image, which is what vLLM reads."""
+def collapse_image(vlm: Vlm, token_ids: np.ndarray) -> list[int]:
+    """Returns the prompt with one placeholder for its image, as vLLM reads it."""
     is_image = token_ids == vlm.family.image_token_id(vlm.model.config)
     first = int(np.flatnonzero(is_image)[0])
     keep = ~is_image
@@ -81,10 +81,10 @@ def unexpanded(vlm: Vlm, token_ids: np.ndarray) -> list[int]:
     return token_ids[keep].tolist()
 
 
-def by_vllm(
+def score_with_vllm(
     llm: Any, prompt: Sequence[int], images: Sequence[PIL.Image.Image], responses: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """(2·M,) log-probs of the response tokens, original view first."""
+    """Scores with vLLM; returns the response tokens' log-probs (2·M,), original view first."""
     from vllm import SamplingParams
 
     requests = [
@@ -103,7 +103,7 @@ def by_vllm(
 
 def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> dict[str, Any]:
     group = groups.group(vlm, shape)
-    prompt = unexpanded(vlm, group.original.token_ids)
+    prompt = collapse_image(vlm, group.original.token_ids)
     seconds, difference = {}, 0.0
     for case in ("new", "known"):
         turns = repeats if case == "new" else 1
@@ -111,18 +111,18 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
         vllm_turns, engine_turns = cycle(pictures), cycle(enumerate(pictures))
         kept = groups.prepare(vlm, pictures[0], key=f"{shape}:kept")
 
-        def by_engine(case: str = case, turns: Any = engine_turns, kept: Any = kept) -> np.ndarray:
+        def score_with_engine(case: str = case, turns: Any = engine_turns, kept: Any = kept) -> np.ndarray:
             turn, images = next(turns)
-            # A known image's patches are kept, as the server keeps them; a new one is cut into patches here.
+            # A known image's patches are cached, as in the server; a new image is cut into patches here.
             ready = kept if case == "known" else groups.prepare(vlm, images, key=f"{shape}:{turn}")
             return groups.logprobs(groups.score(engine, [groups.with_images(group, ready)]))
 
-        def by_other(turns: Any = vllm_turns) -> np.ndarray:
-            return by_vllm(llm, prompt, next(turns), group.responses)
+        def score_with_other(turns: Any = vllm_turns) -> np.ndarray:
+            return score_with_vllm(llm, prompt, next(turns), group.responses)
 
         sides: dict[str, Callable[[], np.ndarray]] = {
-            "vllm": by_other,
-            "engine": by_engine,
+            "vllm": score_with_other,
+            "engine": score_with_engine,
         }
         seconds[case], results = timing.interleaved(sides, repeats=repeats)
         difference = max(difference, float(np.abs(results["vllm"] - results["engine"]).max()))

@@ -1,9 +1,9 @@
-"""What each payload weighs on the wire, and how far the KL from it is from the exact one.
+"""Measures each payload's size on the wire, and the error of the KL computed from it.
 
-One command, one table: `python benchmarks/codecs.py`. A real server answers one prompt group per payload; counted are
-the serialised messages of the answer, per response token: log-probs of both views, VA, the payload and all that goes
-around them. The exact KL comes from float64 logits of the float32 teacher, full vocabulary. Three teachers: the tiny
-one with its student, and two of random weights, wider, whose student is the teacher with noise on its hidden states.
+`python benchmarks/codecs.py` prints one table. A real server answers one prompt group per payload; the size is that of
+the answer's serialised messages per response token: log-probs of both views, VA, the payload and all framing. The exact
+KL comes from float64 logits of the float32 teacher over the full vocabulary. Three teachers: the tiny one with its
+student, and two wider ones of random weights, with the teacher plus noise on its hidden states as the student.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from vaopd_teacher.server import TeacherServer
 
 ROLLOUTS, RESPONSE, TOP_K = 4, 128, 64
 LOGPROB_BYTES = 12
-"""Log-probs of both views and VA in float32: they always come along."""
+"""Log-probs of both views and VA in float32, which every answer has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A teacher, what to ask it, and the student's side: hidden (M, D_S), head (V, D_S), log-probs (M, V) float64."""
+    """A teacher, a request, and the student's side: hidden (M, D_S), head (V, D_S), log-probs (M, V) float64."""
 
     name: str
     folder: Path
@@ -55,30 +55,30 @@ class Pair:
     student_head: Tensor
     exact_kl: Tensor
     sampled: tuple[Tensor, Tensor]
-    """A token drawn from the student at every position and the teacher's log-prob of it, (M,) each."""
+    """A token drawn from the student at each position, and the teacher's log-prob of it, (M,) each."""
 
 
-def hidden_of(vlm: Vlm, request: ScoreRequest) -> Tensor:
-    """(M, D) for the original view."""
+def compute_hidden(vlm: Vlm, request: ScoreRequest) -> Tensor:
+    """Computes the original view's hidden states (M, D)."""
     images = tuple(vlm.prepare_image(PIL.Image.open(io.BytesIO(image.data)).convert("RGB")) for image in request.images)
     assert request.prompt_token_ids is not None
     prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=images)
     responses = tuple(np.asarray(ids, dtype=np.int64) for ids in request.responses)
     with torch.no_grad():
-        return vlm.response_hidden([Segment(prompt=prompt, responses=responses)])
+        return vlm.compute_response_hidden([Segment(prompt=prompt, responses=responses)])
 
 
-def pair(name: str, folder: Path, student_folder: Path | None) -> Pair:
+def make_pair(name: str, folder: Path, student_folder: Path | None) -> Pair:
     teacher = Vlm.load(folder, dtype="float32")
     request = serving.group(teacher, "g", seed=0, side_px=96, rollouts=ROLLOUTS, response_tokens=RESPONSE)
-    hidden, head = hidden_of(teacher, request), teacher.head.detach()
+    hidden, head = compute_hidden(teacher, request), teacher.head.detach()
     generator = torch.Generator().manual_seed(0)
     if student_folder is None:
         noise = torch.randn(hidden.shape, generator=generator)
         student_hidden, student_head = hidden + 0.5 * hidden.std() * noise, head
     else:
         student = Vlm.load(student_folder, dtype="float32")
-        student_hidden, student_head = hidden_of(student, request), student.head.detach()
+        student_hidden, student_head = compute_hidden(student, request), student.head.detach()
     kl, tokens, teacher_logprobs = [], [], []
     for theirs, ours in zip(hidden.double().split(64), student_hidden.double().split(64), strict=True):
         log_q = torch.log_softmax(theirs @ head.double().T, -1)
@@ -98,7 +98,7 @@ def pair(name: str, folder: Path, student_folder: Path | None) -> Pair:
 
 
 async def ask(server: str, request: ScoreRequest, payload: PayloadKind) -> tuple[GroupScore, int]:
-    """One group's answer, and the bytes of its messages."""
+    """Scores one group; returns the answer and the bytes of its messages."""
     message = score_request_to_pb([request], job="", payload=payload, top_k=TOP_K)
     async with grpc.aio.insecure_channel(server) as channel:
         stub: Any = teacher_pb2_grpc.TeacherStub(channel)
@@ -121,7 +121,7 @@ async def ask(server: str, request: ScoreRequest, payload: PayloadKind) -> tuple
 
 
 async def measure(work: Pair, dtype: str, kinds: Sequence[PayloadKind]) -> list[dict[str, Any]]:
-    """One server, whose dtype the hidden payload travels in."""
+    """Measures the payloads of a server that computes, and sends hidden states, in `dtype`."""
     vlm = Vlm.load(work.folder, dtype=dtype)
     server = TeacherServer(vlm, model=str(work.folder), batch_tokens=8192)
     target = await server.start("127.0.0.1:0")
@@ -133,7 +133,7 @@ async def measure(work: Pair, dtype: str, kinds: Sequence[PayloadKind]) -> list[
     found = []
     for kind, (score, size) in answers.items():
         expected = {"hidden": width * vlm.head.element_size(), "hidden_int8": width + 4, "top_k": 8 * TOP_K + 4}
-        for label, against in targets(work, kind, score, head):
+        for label, against in make_targets(work, kind, score, head):
             with torch.no_grad():
                 kl = divergence.fused_divergence(work.student_hidden, work.student_head, against).double()
             error = kl - work.exact_kl
@@ -152,8 +152,8 @@ async def measure(work: Pair, dtype: str, kinds: Sequence[PayloadKind]) -> list[
     return found
 
 
-def targets(work: Pair, kind: PayloadKind, score: GroupScore, head: Tensor) -> Iterator[tuple[str, Target]]:
-    """What the trainer makes of the answer; of sampled log-probs, either estimator."""
+def make_targets(work: Pair, kind: PayloadKind, score: GroupScore, head: Tensor) -> Iterator[tuple[str, Target]]:
+    """Yields the trainer's targets from the answer; for sampled log-probs, one for each estimator."""
     if kind == "top_k":
         yield f"top_k({TOP_K}) + tail", TopKTarget(**decode(score.payload))
     elif kind == "sampled":
@@ -166,8 +166,8 @@ def targets(work: Pair, kind: PayloadKind, score: GroupScore, head: Tensor) -> I
 
 
 @contextmanager
-def random_teacher(width: int) -> Iterator[Path]:
-    """The benchmarks' random model at another hidden size, with a single layer: what counts is what it sends."""
+def make_random_teacher(width: int) -> Iterator[Path]:
+    """Makes a random model of this hidden size; a single layer is enough, since only its payload matters."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
@@ -188,14 +188,14 @@ def main() -> None:
     found: list[dict[str, Any]] = []
 
     def add(name: str, folder: Path, student_folder: Path | None) -> None:
-        work = pair(name, folder, student_folder)
+        work = make_pair(name, folder, student_folder)
         found.extend(asyncio.run(measure(work, "float32", offered)))
         found.extend(asyncio.run(measure(work, "bfloat16", ["hidden"])))
 
     groups.quiet()
     add("tiny-teacher", serving.TINY_TEACHER, serving.ROOT / "models" / "tiny-student")
     for width in () if options.quick else (384, 2048):
-        with random_teacher(width) as folder:
+        with make_random_teacher(width) as folder:
             add("random", folder, None)
 
     tables.table(
@@ -214,7 +214,7 @@ def main() -> None:
     )  # fmt: skip
     widest = [row for row in found if row["payload"] == "hidden, bfloat16"][-1]
     reached = "reached" if widest["bytes"] < 1.01 * widest["expected"] else "not reached"
-    print(f"\nTo reach: hidden at 2·D + 12 bytes plus under 1 %: {reached} at {widest['teacher']}.")
+    print(f"\nTarget: hidden at 2·D + 12 bytes plus under 1 %: {reached} at {widest['teacher']}.")
     tables.save(options.json, "codecs", {"rows": found})
 
 

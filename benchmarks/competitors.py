@@ -1,8 +1,8 @@
-"""What one would write with transformers alone, to measure the engine and the trainer's forward against.
+"""Plain transformers implementations to compare the engine and the trainer's forward with.
 
 *usual*: each rollout by itself with its image, logits of all positions, log-softmax, gather. *careful*: the rollouts of
-a group in one right-padded batch, each row with its image, LM head on response rows only; or with the image's features
-computed once for all rows that show it.
+a group in one right-padded batch, each row with its image, LM head on response rows only; optionally the image's
+features are computed once for all of its rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_teacher.engines.engine import PreparedGroup
 
 
-def model_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What a processor returns for a right-padded batch; every row brings its own image."""
+def make_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Returns a right-padded batch as a processor does; every row has its own image."""
     longest = max(len(row) for row in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -37,17 +37,17 @@ def model_inputs(model: Any, prompts: Sequence[PreparedPrompt], rows: Sequence[n
     return {name: tensor.to(timing.DEVICE) for name, tensor in inputs.items()} | {"use_cache": False}
 
 
-def rows_of(group: PreparedGroup) -> list[tuple[PreparedPrompt, np.ndarray]]:
-    """Both views, original first."""
+def list_rows(group: PreparedGroup) -> list[tuple[PreparedPrompt, np.ndarray]]:
+    """Returns prompt and response of each row in both views, original first."""
     return [(prompt, ids) for prompt in (group.original, group.degraded) for ids in group.responses]
 
 
 @torch.inference_mode()
-def usual(model: Any, group: PreparedGroup) -> np.ndarray:
-    """(2·M,) log-probs of the response tokens."""
+def score_usual(model: Any, group: PreparedGroup) -> np.ndarray:
+    """Scores the rollouts one by one: (2·M,) log-probs of the response tokens."""
     parts = []
-    for prompt, response in rows_of(group):
-        inputs = model_inputs(model, [prompt], [np.concatenate((prompt.token_ids, response))])
+    for prompt, response in list_rows(group):
+        inputs = make_inputs(model, [prompt], [np.concatenate((prompt.token_ids, response))])
         logits = model(**inputs).logits[:, :-1].float()
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
         parts.append(logprobs[0, len(prompt.token_ids) - 1 :].cpu().numpy())
@@ -55,25 +55,25 @@ def usual(model: Any, group: PreparedGroup) -> np.ndarray:
 
 
 @torch.inference_mode()
-def careful(model: Any, group: PreparedGroup, *, share_image: bool) -> np.ndarray:
-    """(2·M,) log-probs of the response tokens."""
-    prompts, responses = zip(*rows_of(group), strict=True)
-    hidden = response_hidden(model, prompts, responses, share_image=share_image)
+def score_careful(model: Any, group: PreparedGroup, *, share_image: bool) -> np.ndarray:
+    """Scores each view as one batch: (2·M,) log-probs of the response tokens."""
+    prompts, responses = zip(*list_rows(group), strict=True)
+    hidden = compute_response_hidden(model, prompts, responses, share_image=share_image)
     ids = torch.from_numpy(np.concatenate(responses)).to(hidden.device)
     logits = (hidden @ model.get_output_embeddings().weight.T).float()
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
     return (chosen - logits.logsumexp(-1)).cpu().numpy()
 
 
-def response_hidden(
+def compute_response_hidden(
     model: Any, prompts: Sequence[PreparedPrompt], responses: Sequence[np.ndarray], *, share_image: bool
 ) -> torch.Tensor:
-    """(M, D) hidden states that predict the response tokens, row i being prompts[i] and responses[i]."""
+    """Computes the hidden states (M, D) that predict the response tokens; row i is prompts[i] and responses[i]."""
     rows = [np.concatenate((p.token_ids, r[:-1])) for p, r in zip(prompts, responses, strict=True)]
-    inputs = model_inputs(model, prompts, rows)
+    inputs = make_inputs(model, prompts, rows)
     if share_image:
         del inputs["pixel_values"]
-        inputs["mm_encoder_outputs"] = {"image": shared_features(model, prompts)}
+        inputs["mm_encoder_outputs"] = {"image": share_features(model, prompts)}
     hidden = model.model(**inputs).last_hidden_state
     starts = [len(prompt.token_ids) - 1 for prompt in prompts]
     return torch.cat(
@@ -81,8 +81,8 @@ def response_hidden(
     )
 
 
-def shared_features(model: Any, prompts: Sequence[PreparedPrompt]) -> Any:
-    """One run of the vision tower over the distinct images, its output repeated for the rows that show them."""
+def share_features(model: Any, prompts: Sequence[PreparedPrompt]) -> Any:
+    """Runs the vision tower once over the distinct images, and repeats its output for their rows."""
     images = [image for prompt in prompts for image in prompt.images]
     distinct = list({id(image): image for image in images}.values())
     features = model.model.get_image_features(

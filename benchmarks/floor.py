@@ -1,10 +1,10 @@
-"""What scoring a prompt group costs at least, by arithmetic: operations, bytes, and a device's time for them.
+"""Computes a lower bound for scoring a prompt group: operations, bytes, and a device's time for them.
 
-One command, its tables: `python benchmarks/floor.py`: the paper's setting, Qwen3-VL-8B as the teacher on one H100. The
-other commands use `scoring_cost` too, for what their own model and shapes allow. Counted are matrix products (two
-operations per weight and token), attention (causal where it is) and the bytes that must move; not counted are norms,
-rotations, activation functions, launches and whatever a device does below its peak. A floor, therefore; the ratio of
-two of them is what less work is worth when both sides are equally well made.
+`python benchmarks/floor.py` prints tables for the paper's setting, Qwen3-VL-8B as the teacher on one H100. The other
+commands use `count_scoring_cost` for their own model and shapes. It counts matrix products (two operations per weight
+and token), attention (causal if it is) and the bytes that must move. It leaves out norms, rotations, activation
+functions, launches and any loss against the device's peak, so it is a lower bound. The ratio of two bounds is the gain
+from less work if both sides are equally well implemented.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The published config.json of Qwen/Qwen3-VL-8B-Instruct, as far as it matters here.
+# The relevant part of the published config.json of Qwen/Qwen3-VL-8B-Instruct.
 QWEN3_VL_8B = {
     "tie_word_embeddings": False,
     "text_config": {
@@ -44,9 +44,9 @@ PUBLISHED_PARAMETERS = 8.77e9
 H100_FLOPS, H100_BYTES_PER_S = 989e12, 3.35e12
 ITEM_BYTES = 2  # bf16
 SETTINGS = ((400, 500), (650, 1000), (1000, 2000), (1500, 4000))
-"""(P, R) between the paper's ends."""
+"""(P, R): settings within the paper's range."""
 TEXT_TOKENS = 50
-"""Of a prompt; the others are its image's."""
+"""Tokens of a prompt that are text; the others are its image's."""
 
 Side = Literal["engine", "known image", "careful", "shared image", "usual"]
 SIDES: tuple[Side, ...] = ("engine", "known image", "shared image", "careful", "usual")
@@ -54,7 +54,7 @@ SIDES: tuple[Side, ...] = ("engine", "known image", "shared image", "careful", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """flops, bytes moved, and the largest thing beside weights and activations: the logits, in bytes."""
+    """Operations, bytes moved, and the logits' bytes, the most memory besides weights and activations."""
 
     flops: float
     bytes: float
@@ -62,7 +62,7 @@ class Cost:
 
     @property
     def h100_s(self) -> float:
-        """Compute and memory traffic overlap at best."""
+        """Seconds on an H100 if compute and memory traffic overlap completely."""
         return max(self.flops / H100_FLOPS, self.bytes / H100_BYTES_PER_S)
 
 
@@ -102,14 +102,14 @@ class Model:
 
     @property
     def text_weights(self) -> int:
-        return self.layers * _weights(self.text_matrices)
+        return self.layers * _count_weights(self.text_matrices)
 
     @property
     def vision_weights(self) -> int:
         return (
-            self.depth * _weights(self.vision_matrices)
-            + self.mergers * _weights(self.merger_matrices)
-            + _weights([self.patch_matrix])
+            self.depth * _count_weights(self.vision_matrices)
+            + self.mergers * _count_weights(self.merger_matrices)
+            + _count_weights([self.patch_matrix])
         )
 
     @property
@@ -118,52 +118,62 @@ class Model:
 
     @property
     def parameters(self) -> int:
-        """Without norms and biases."""
+        """Number of weights, without norms and biases."""
         embeddings = self.head_weights * (1 if self.tied else 2)
         return self.text_weights + self.vision_weights + embeddings + self.positions * self.vision_width
 
-    def vision_cost(self, image_tokens: int) -> tuple[float, float]:
-        """Operations and bytes of activations for one image; every patch attends to every patch."""
+    def count_vision_cost(self, image_tokens: int) -> tuple[float, float]:
+        """Counts operations and bytes of activations for one image; every patch attends to every patch."""
         patches = self.merged * image_tokens
-        layer = 2 * patches * _weights(self.vision_matrices) + 4 * patches**2 * self.vision_width
-        merger = 2 * image_tokens * _weights(self.merger_matrices)
-        flops = self.depth * layer + self.mergers * merger + 2 * patches * _weights([self.patch_matrix])
-        moved = patches * self.depth * _widths(self.vision_matrices) + patches * _widths([self.patch_matrix])
-        moved += self.mergers * image_tokens * _widths(self.merger_matrices)
+        layer = 2 * patches * _count_weights(self.vision_matrices) + 4 * patches**2 * self.vision_width
+        merger = 2 * image_tokens * _count_weights(self.merger_matrices)
+        flops = self.depth * layer + self.mergers * merger + 2 * patches * _count_weights([self.patch_matrix])
+        moved = patches * self.depth * _count_widths(self.vision_matrices) + patches * _count_widths(
+            [self.patch_matrix]
+        )
+        moved += self.mergers * image_tokens * _count_widths(self.merger_matrices)
         return flops, ITEM_BYTES * moved
 
-    def text_cost(self, tokens: int, pairs: int, keys: int) -> tuple[float, float]:
-        """pairs: of a query and a key that it looks at; keys: keys that have to be read for them."""
+    def count_text_cost(self, tokens: int, pairs: int, keys: int) -> tuple[float, float]:
+        """Counts operations and bytes of activations of the text layers.
+
+        pairs: of a query and a key that it attends to.
+        keys: keys that have to be read for them.
+        """
         flops = 2 * tokens * self.text_weights + 4 * self.heads_width * pairs * self.layers
-        moved = self.layers * (tokens * _widths(self.text_matrices) + 2 * keys * self.kv_width)
+        moved = self.layers * (tokens * _count_widths(self.text_matrices) + 2 * keys * self.kv_width)
         return flops, ITEM_BYTES * moved
 
 
-def _weights(matrices: Sequence[tuple[int, int]]) -> int:
+def _count_weights(matrices: Sequence[tuple[int, int]]) -> int:
     return sum(rows * columns for rows, columns in matrices)
 
 
-def _widths(matrices: Sequence[tuple[int, int]]) -> int:
-    """Numbers read and written per token when every matrix's input and output pass through memory once."""
+def _count_widths(matrices: Sequence[tuple[int, int]]) -> int:
+    """Counts the numbers read and written per token if every matrix's input and output pass through memory once."""
     return sum(rows + columns for rows, columns in matrices)
 
 
-def scoring_cost(model: Model, side: Side, *, prompt: int, image_tokens: int, lengths: Sequence[int]) -> Cost:
-    """Both views of one group whose responses have these lengths; `side` as in benchmarks/competitors.py."""
+def count_scoring_cost(model: Model, side: Side, *, prompt: int, image_tokens: int, lengths: Sequence[int]) -> Cost:
+    """Counts the cost of both views of one group.
+
+    side: the implementation, as in benchmarks/competitors.py.
+    lengths: tokens of each response.
+    """
     rollouts, longest = len(lengths), max(lengths)
-    own_pairs = [_causal(length) + length * prompt for length in lengths]
+    own_pairs = [_count_causal_pairs(length) + length * prompt for length in lengths]
     if side in ("engine", "known image"):
         tokens, heads, forwards = prompt + sum(lengths), sum(lengths), 1
-        pairs, keys = _causal(prompt) + sum(own_pairs), prompt + sum(prompt + length for length in lengths)
+        pairs, keys = _count_causal_pairs(prompt) + sum(own_pairs), prompt + sum(prompt + length for length in lengths)
     else:
         rows = lengths if side == "usual" else [longest] * rollouts  # one by one, or padded
         tokens = sum(prompt + length for length in rows)
-        pairs, keys = sum(_causal(prompt + length) for length in rows), tokens
+        pairs, keys = sum(_count_causal_pairs(prompt + length) for length in rows), tokens
         heads = tokens if side == "usual" else sum(lengths)
         forwards = 2 * rollouts if side == "usual" else 1
     images = {"engine": 1, "shared image": 1, "known image": 0}.get(side, rollouts)
-    vision_flops, vision_bytes = model.vision_cost(image_tokens)
-    text_flops, text_bytes = model.text_cost(tokens, pairs, keys)
+    vision_flops, vision_bytes = model.count_vision_cost(image_tokens)
+    text_flops, text_bytes = model.count_text_cost(tokens, pairs, keys)
     # A logit: written, read and widened to float32, read for the log-sum-exp; or written again by a log-softmax.
     per_logit = 2 * ITEM_BYTES + 4 + 4 + (4 if side == "usual" else 0)
     flops = 2 * (images * vision_flops + text_flops + 2 * heads * model.head_weights)
@@ -180,7 +190,7 @@ def scoring_cost(model: Model, side: Side, *, prompt: int, image_tokens: int, le
     return Cost(flops=flops, bytes=moved, logits_bytes=kept * logit_rows * model.vocabulary)
 
 
-def training_flops(
+def count_training_flops(
     model: Model,
     side: Literal["shared", "per sequence", "image shared"],
     *,
@@ -188,14 +198,17 @@ def training_flops(
     image_tokens: int,
     lengths: Sequence[int],
 ) -> float:
-    """Forward and backward (twice the forward) of one view; at the heads, both forwards and the student's backward."""
+    """Counts the operations of one view's forward and backward (twice the forward).
+
+    At the heads: both models' forwards and the student's backward.
+    """
     matching: dict[str, Side] = {"shared": "engine", "per sequence": "careful", "image shared": "shared image"}
-    cost = scoring_cost(model, matching[side], prompt=prompt, image_tokens=image_tokens, lengths=lengths)
+    cost = count_scoring_cost(model, matching[side], prompt=prompt, image_tokens=image_tokens, lengths=lengths)
     head = 2 * sum(lengths) * model.head_weights
     return 3 * (cost.flops / 2 - head) + 4 * head
 
 
-def _causal(length: int) -> int:
+def _count_causal_pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
@@ -216,10 +229,10 @@ def main() -> None:
     print_growth(model)
 
 
-def cost_at(model: Model, side: Side, setting: tuple[int, int], rollouts: int) -> Cost:
+def count_cost_at(model: Model, side: Side, setting: tuple[int, int], rollouts: int) -> Cost:
     prompt, response = setting
     lengths = [response] * rollouts
-    return scoring_cost(model, side, prompt=prompt, image_tokens=prompt - TEXT_TOKENS, lengths=lengths)
+    return count_scoring_cost(model, side, prompt=prompt, image_tokens=prompt - TEXT_TOKENS, lengths=lengths)
 
 
 def print_floors(model: Model, rollouts: int, groups: int) -> None:
@@ -229,9 +242,9 @@ def print_floors(model: Model, rollouts: int, groups: int) -> None:
     )  # fmt: skip
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header))
     for prompt, response in SETTINGS:
-        engine_s = cost_at(model, "engine", (prompt, response), rollouts).h100_s
+        engine_s = count_cost_at(model, "engine", (prompt, response), rollouts).h100_s
         for side in SIDES:
-            cost = cost_at(model, side, (prompt, response), rollouts)
+            cost = count_cost_at(model, side, (prompt, response), rollouts)
             cells = (
                 prompt, response, side, f"{cost.flops / 1e12:.0f}", f"{cost.bytes / 1e9:.0f}",
                 f"{1000 * cost.flops / H100_FLOPS:.0f}", f"{1000 * cost.bytes / H100_BYTES_PER_S:.0f}",
@@ -241,7 +254,7 @@ def print_floors(model: Model, rollouts: int, groups: int) -> None:
 
 
 def print_growth(model: Model) -> None:
-    """How the gain depends on K, and what the pieces weigh."""
+    """Prints the gain for several K, and the sizes of the parts."""
     header = (
         "P", "R", "usual over engine: K 1", "K 4", "K 8", "K 16", "tokens of a K 4 group, both views",
         "hidden payload per rollout, MB", "vision features per view, MB",
@@ -250,7 +263,7 @@ def print_growth(model: Model) -> None:
     for prompt, response in SETTINGS:
         factors = []
         for rollouts in (1, 4, 8, 16):
-            usual, engine = (cost_at(model, side, (prompt, response), rollouts) for side in ("usual", "engine"))
+            usual, engine = (count_cost_at(model, side, (prompt, response), rollouts) for side in ("usual", "engine"))
             factors.append(usual.h100_s / engine.h100_s)
         payload = response * (2 * model.width + 12) / 1e6
         features = (prompt - TEXT_TOKENS) * model.mergers * model.width * ITEM_BYTES / 1e6

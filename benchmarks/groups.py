@@ -1,8 +1,7 @@
-"""Random models and prompt groups of a shape.
+"""Makes random models and prompt groups of a given shape.
 
 The models are Qwen3-VL of the real classes with random weights: text 384 wide and 8 layers, vision 256 wide and 6
-layers, about 36 M parameters with a vocabulary of 32 000 and 82 M with 151 936. They are made from their configuration;
-nothing is downloaded.
+layers, about 36 M parameters with a vocabulary of 32 000 and 82 M with 151 936. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BATCH_TOKENS = 16_384
 """The configuration's default."""
 VISION_CACHE_BYTES = 2**28
 IMAGE_SIDES = {150: (11, 11), 650: (25, 24), 1500: (38, 38)}
-"""Image tokens by height and width that leave room for a question in a prompt of so many tokens."""
+"""Prompt tokens -> image tokens by height and width that leave room for a question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +69,7 @@ QUICK = Shape(prompt=150, response=16, rollouts=2)
 
 
 def save_model(folder: Path, *, vocabulary: int, layers: int = 8, seed: int = 0) -> Path:
-    """A random Qwen3-VL with tokenizer and processor, as a folder that transformers and vLLM load."""
+    """Saves a random Qwen3-VL with tokenizer and processor in a folder that transformers and vLLM can load."""
     ensure_torchvision()
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -124,7 +123,7 @@ def save_model(folder: Path, *, vocabulary: int, layers: int = 8, seed: int = 0)
 
 
 def _widened(tokenizer: Any, vocabulary: int) -> Any:
-    """The tiny tokenizer with entries that no merge makes, so that its logical vocabulary is as wide as the LM head."""
+    """Adds entries that no merge makes, so that the tiny tokenizer's vocabulary is as wide as the LM head."""
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     words = dict(learned["vocab"])
     for index in range(len(words), vocabulary - len(SPECIAL_TOKENS)):
@@ -144,7 +143,7 @@ def load(folder: Path) -> Vlm:
 
 
 def load_plain(folder: Path) -> Any:
-    """The same weights with transformers' own attention, as one would load them without this project."""
+    """Loads the same weights with transformers' own attention, as without this project."""
     from transformers import AutoModelForImageTextToText
 
     quiet()
@@ -155,7 +154,7 @@ def load_plain(folder: Path) -> Any:
 
 
 def quiet() -> None:
-    """The table is what a command prints; transformers' progress bars are not part of it."""
+    """Switches off transformers' progress bars, so that a command prints only its table."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -165,7 +164,7 @@ def quiet() -> None:
 
 
 def picture(shape: Shape, seed: int) -> PIL.Image.Image:
-    """Noise, of the size whose image tokens leave room for the question."""
+    """Draws noise of a size that leaves room for the question."""
     height, width = (side * PATCH_PX * MERGE for side in IMAGE_SIDES[shape.prompt])
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
@@ -177,7 +176,7 @@ def both_views(shape: Shape, seed: int) -> list[PIL.Image.Image]:
 
 
 def prepare(vlm: Vlm, images: Sequence[PIL.Image.Image], *, key: str | None = None) -> list[PreparedImage]:
-    """As the vision tower reads them. `key` names them for caches; without, no cache keeps them."""
+    """Turns images into the vision tower's input. `key` names them for caches; without it, none keeps them."""
     return [
         replace(vlm.prepare_image(image), key=None if key is None else f"{key}:{index}")
         for index, image in enumerate(images)
@@ -185,24 +184,24 @@ def prepare(vlm: Vlm, images: Sequence[PIL.Image.Image], *, key: str | None = No
 
 
 def prompt_ids(vlm: Vlm, shape: Shape, image: PreparedImage) -> np.ndarray:
-    """(P,) the chat template's tokens around the image, the question as long as it takes to reach P."""
+    """Renders a prompt (P,): the image and a question long enough to reach P."""
     message = Message(role="user", content=(ImagePart(sha256="image"), TextPart(text="What is the perimeter?")))
     ids = vlm.render([message], {"image": image}).token_ids
     end = int(np.flatnonzero(ids == vlm.family.image_token_id(vlm.model.config))[-1]) + 2
     if (missing := shape.prompt - len(ids)) < 0:
-        raise SystemExit(f"the prompt has {len(ids)} tokens, {shape.prompt} are wanted; use a smaller image")
+        raise SystemExit(f"the prompt has {len(ids)} tokens, not {shape.prompt}; use a smaller image")
     return np.concatenate((ids[:end], np.resize(ids[end:], missing), ids[end:]))
 
 
 def response_ids(vlm: Vlm, shape: Shape, seed: int) -> tuple[np.ndarray, ...]:
-    """K arrays (T_k,) of words drawn at random, none of them special."""
+    """Draws K arrays (T_k,) of random token ids, none of them special."""
     rng = np.random.default_rng(seed + 1)
     words = vlm.vocab_size - len(SPECIAL_TOKENS)
     return tuple(rng.integers(0, words, length) for length in shape.lengths)
 
 
 def group(vlm: Vlm, shape: Shape, *, seed: int = 0, images: Sequence[PreparedImage] | None = None) -> PreparedGroup:
-    """A prompt group that only the device is missing for, with the hidden payload."""
+    """Makes a prompt group that is ready for the engine, with the hidden payload."""
     original, degraded = images or prepare(vlm, both_views(shape, seed))
     ids = prompt_ids(vlm, shape, original)
     return PreparedGroup(
@@ -216,7 +215,7 @@ def group(vlm: Vlm, shape: Shape, *, seed: int = 0, images: Sequence[PreparedIma
 
 
 def with_images(prepared: PreparedGroup, images: Sequence[PreparedImage]) -> PreparedGroup:
-    """The same group about other pixels of the same size."""
+    """Returns the group with other images of the same size."""
     original, degraded = images
     return replace(
         prepared,
@@ -226,7 +225,7 @@ def with_images(prepared: PreparedGroup, images: Sequence[PreparedImage]) -> Pre
 
 
 def engine_for(vlm: Vlm) -> GroupEngine:
-    """As the server makes it, with room for some images' features."""
+    """Makes the engine as the server does, with a cache for some images' features."""
     cache = VisionCache(vlm, capacity_bytes=VISION_CACHE_BYTES)
     return GroupEngine(vlm, batch_tokens=BATCH_TOKENS, vision_cache=cache)
 
@@ -240,7 +239,7 @@ def score(engine: GroupEngine, groups: Sequence[PreparedGroup]) -> list[EngineRe
 
 
 def logprobs(results: Sequence[EngineResult]) -> np.ndarray:
-    """(2·M,) both views of every group, one after the other."""
+    """Concatenates both views' log-probs of every group: (2·M,)."""
     return np.concatenate(
         [part for r in results for part in (r.columns["teacher_logprobs"], r.columns["degraded_logprobs"])]
     )

@@ -298,32 +298,33 @@ def page() -> str:
     placements = "\n".join(placement_sections())
     return f"""# Memory and placement, computed
 
-Made by `python benchmarks/memory_table.py`, which says how; `make reference` writes it anew. A GiB is 2^30 bytes.
-An 80 GB card has {CARD_GIB} GiB, of which {MARGIN:.0%} are left as a margin. None of it has been measured on a GPU;
-what the backward pass of a layer needs was counted on the real layers, on a CPU.
+This page shows how much memory teacher, worker and trainer need, and which of 2, 4 or 8 cards each gets.
+`python benchmarks/memory_table.py` computes it and says how; `make reference` updates the page. A GiB is 2^30 bytes.
+An 80 GB card has {CARD_GIB} GiB, of which {MARGIN:.0%} are left as a margin. Nothing here has been measured on a GPU;
+the memory of a layer's backward pass was counted on the real layers, on a CPU.
 
 ## The models
 
 {model_table()}
-The teacher's forward is one of `teacher.batch_tokens = {BATCH_TOKENS}`. Its cache of the vision tower's output lies
-in the host's memory.
+The teacher's forward has `teacher.batch_tokens = {BATCH_TOKENS}`. Its cache of the vision tower's output is in the
+host's memory.
 
 ## A trainer rank
 
 {trainer_table()}
-A group is one forward and backward: the prompt once, and all K responses. The longest that fits on an 80 GB card of its
-own, in tokens:
+A group is one forward and backward: the prompt once, and all K responses. The longest group that fits on an 80 GB card
+used by nothing else, in tokens:
 
 {group_table()}
 A large image costs as much as thousands of tokens: `data.max_pixels` is the first thing to lower, then
 `rollout.max_new_tokens`, then `trainer.chunk_tokens`. Activations are checkpointed, which is the default on a GPU.
 Weights are replicated on every rank, not sharded.
 
-## Who goes where: a 2B student on 80 GB cards
+## Placement: a 2B student on 80 GB cards
 
-The teacher gets as few cards as hold it; of the others, most go to the trainer. Watch a step's times in `vaopd report`:
-long *waiting for rollouts* asks for more workers, long *waiting for scores* for another teacher, the rest for more
-ranks.
+The teacher gets as few cards as it fits on; of the others, most go to the trainer. Look at a step's times in
+`vaopd report`: if *waiting for rollouts* is long, add workers; if *waiting for scores* is long, add a teacher;
+otherwise add ranks.
 
 {placements}"""
 

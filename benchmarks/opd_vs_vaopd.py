@@ -1,7 +1,7 @@
-"""VA-OPD beside Standard OPD: `make compare`. The same student, prompts and seeds, three seeds each.
+"""Compares VA-OPD with Standard OPD (`make compare`): the same student and prompts, three seeds each.
 
 Runs configs/tiny.toml once per variant and seed, one after the other, and draws both held-out accuracy curves with
-bands (the range over the seeds). Runs that are there already are kept: an interrupted comparison goes on where it was.
+bands (the range over the seeds). Finished runs are kept, so an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Paired scoring: the group engine against what one would write instead, in time and in memory.
+"""Compares the group engine with plain implementations of paired scoring, in time and memory.
 
-One command, its tables: `python benchmarks/paired_scoring.py`. Every side scores the same prompt group in both views
-and must come to the same log-probs. *engine* is the teacher's `GroupEngine` on an image that it meets for the
-first time, *known image* the same on one whose features it remembers; the others are those of `competitors.py`.
+`python benchmarks/paired_scoring.py` prints tables. Every side scores the same prompt group in both views and must
+compute the same log-probs. *engine* is the teacher's `GroupEngine` on a new image, *known image* the same with the
+image's features in its cache; the others are those of `competitors.py`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ SHAPES = [
     Shape(prompt=650, response=128, rollouts=8),
 ]
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.25}
-"""Of log-probs, in nats: random models, and in bfloat16 other kernels per batch shape."""
+"""Allowed difference of log-probs, in nats: in bfloat16, the kernels depend on the batch's shape."""
 
 
-def sides(vlm: Vlm, plain: Any, engine: GroupEngine, shape: Shape) -> dict[str, Callable[[], np.ndarray]]:
-    """Every side of one shape, by name; a group whose images have no key is new to the engine each time."""
+def make_sides(vlm: Vlm, plain: Any, engine: GroupEngine, shape: Shape) -> dict[str, Callable[[], np.ndarray]]:
+    """Returns every side for one shape, by name. Images without a key are new to the engine each time."""
     group = groups.group(vlm, shape)
     known = groups.with_images(group, [replace(i, key=f"{shape}:{n}") for n, i in enumerate(images_of(group))])
     return {
-        "usual": lambda: competitors.usual(plain, group),
-        "careful": lambda: competitors.careful(plain, group, share_image=False),
-        "shared image": lambda: competitors.careful(plain, group, share_image=True),
+        "usual": lambda: competitors.score_usual(plain, group),
+        "careful": lambda: competitors.score_careful(plain, group, share_image=False),
+        "shared image": lambda: competitors.score_careful(plain, group, share_image=True),
         "engine": lambda: groups.logprobs(groups.score(engine, [group])),
         "known image": lambda: groups.logprobs(groups.score(engine, [known])),
     }
@@ -64,15 +64,15 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
     model = floor.Model(vlm.config.to_dict())
     matmul = timing.matmul_flops_per_s()
     found: list[dict[str, Any]] = []
-    for run in sides(vlm, plain, engine, QUICK).values():
-        run()  # kernels are chosen, thread pools are there
+    for run in make_sides(vlm, plain, engine, QUICK).values():
+        run()  # warm-up of kernels and thread pools
     for shape in shapes:
-        seconds, results = timing.interleaved(sides(vlm, plain, engine, shape), repeats=repeats)
+        seconds, results = timing.interleaved(make_sides(vlm, plain, engine, shape), repeats=repeats)
         difference = max(float(np.abs(result - results["engine"]).max()) for result in results.values())
         if difference > TOLERANCE[timing.DTYPE]:
             raise SystemExit(f"{shape}: log-probs differ by {difference:.2g} nats; the sides don't do the same work")
         counted = {
-            name: floor.scoring_cost(
+            name: floor.count_scoring_cost(
                 model, name, prompt=shape.prompt, image_tokens=groups.image_tokens(shape), lengths=shape.lengths
             ).flops
             for name in floor.SIDES
@@ -111,16 +111,16 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
         ("shape", "engine", "usual", "careful", "careful, image shared", "engine, known image",
          "engine's operations at matmul's rate", "largest difference, nats"),
         rows,
-        "Factors are the other side's time over the engine's on an image that is new to both, of what counting "
-        f"operations allows (benchmarks/floor.py). A matrix product alone reaches {matmul / 1e9:.0f} GFLOP/s here.",
+        "Factors: the other side's time over the engine's, on an image that is new to both, 'of' the factor by counted "
+        f"operations (benchmarks/floor.py). A matrix product alone reaches {matmul / 1e9:.0f} GFLOP/s here.",
     )  # fmt: skip
     return found
 
 
 def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[dict[str, Any]]:
-    """One group with K = 1 … 8 on an image that the engine knows, so that what grows is text.
+    """Measures one group with K = 1 … 8 on a cached image, so that only text grows.
 
-    P + K·R is what the layers compute. The LM head is on responses only, so with it a group grows faster: with K·R.
+    The layers compute P + K·R tokens. The LM head is on responses only, so with it the time grows faster, with K·R.
     """
     images = groups.prepare(vlm, groups.both_views(shape, seed=3), key="scaling")
     cache = VisionCache(vlm, capacity_bytes=groups.VISION_CACHE_BYTES)
@@ -134,12 +134,12 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
         sides[f"score {k}"] = partial(groups.score, engine, [group])
         sides[f"layers {k}"] = partial(layers_only, vlm, segments, cache)
         expected[k] = (shape.prompt + k * shape.response) / (shape.prompt + shape.response)
-        cost = floor.scoring_cost(
+        cost = floor.count_scoring_cost(
             model, "known image", prompt=shape.prompt, image_tokens=groups.image_tokens(shape), lengths=at.lengths
         )
         counted[k] = cost.flops
     for run in (sides["score 1"], sides["layers 1"]):
-        run()  # the image is known now
+        run()  # the image is cached now
     seconds, _ = timing.interleaved(sides, repeats=repeats)
     found: list[dict[str, Any]] = []
     for k in expected:
@@ -169,11 +169,11 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
 
 @torch.inference_mode()
 def layers_only(vlm: Vlm, segments: Sequence[Segment], cache: VisionCache) -> torch.Tensor:
-    return vlm.response_hidden(segments, encode=cache.features)
+    return vlm.compute_response_hidden(segments, encode=cache.features)
 
 
 def vision_runs(vlm: Vlm, engine: GroupEngine, shape: Shape) -> dict[str, int]:
-    """How often the vision tower runs for a new image, and when another group asks about the same one."""
+    """Counts the vision tower's runs for a new image, and for another group with the same image."""
     runs = 0
 
     def count(*_: object) -> None:
@@ -191,14 +191,14 @@ def vision_runs(vlm: Vlm, engine: GroupEngine, shape: Shape) -> dict[str, int]:
     hook.remove()
     tables.table(
         f"Runs of the vision tower, {shape}",
-        ("the image is", "runs", "to reach"),
+        ("the image is", "runs", "target"),
         [["new", str(counts["first"]), ""], ["asked about again", str(counts["again"]), "0"]],
     )
     return counts
 
 
 def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
-    """Peak extra memory of one group, each measurement in a process of its own."""
+    """Measures the peak extra memory of one group, each time in a new process."""
     cases = [(folder, QUICK)] if quick else [
         (folder, HEADLINE),
         (folder, replace(HEADLINE, response=512)),
@@ -214,9 +214,11 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         peaks: dict[str, int | None] = {}
         for name in names:
             if name == "careful" and 2.5 * matrix > timing.free_bytes():
-                peaks[name] = None  # rather no figure than a machine that starts killing
+                peaks[name] = None  # no figure is better than a system that kills processes
                 continue
-            rollouts = 1 if name == "usual" else shape.rollouts  # one after the other: as many as you like, same peak
+            rollouts = (
+                1 if name == "usual" else shape.rollouts
+            )  # run one after the other, so the peak doesn't depend on their number
             child = [str(model), str(shape.prompt), str(shape.response), str(rollouts), name]
             peaks[name] = timing.in_subprocess(__file__, child)["bytes"]
         found.append(
@@ -237,19 +239,21 @@ def memory(folder: Path, wide: Path, quick: bool) -> list[dict[str, Any]]:
         "Peak extra memory of scoring one group, both views",
         ("vocabulary", "shape", *names, "T × V in float32, T = 2·K·R"),
         rows,
-        "Usual is one rollout at a time, the least memory that it can do with.",
+        "Usual is one rollout at a time, which needs the least memory.",
     )
     return found
 
 
 def measure_memory(arguments: Sequence[str]) -> None:
-    """In the child: prints the bytes as JSON."""
+    """Prints the bytes as JSON; run in a child process."""
     folder, prompt, response, rollouts, name = arguments
     vlm = groups.load(Path(folder))
     plain = None if name == "engine" else groups.load_plain(Path(folder))
     engine = groups.engine_for(vlm)
-    sides(vlm, plain, engine, QUICK)[name]()  # libraries, thread pools and kernels are there
-    run = sides(vlm, plain, engine, Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts)))[name]
+    make_sides(vlm, plain, engine, QUICK)[name]()  # warm-up of libraries, thread pools and kernels
+    run = make_sides(vlm, plain, engine, Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts)))[
+        name
+    ]
     print(json.dumps({"bytes": timing.peak_extra_bytes(run)}))
 
 

@@ -1,6 +1,6 @@
-"""Draws what the commands measured: `python benchmarks/plots.py`, from benchmarks/results/*.json into docs/images.
+"""Draws the benchmarks' results: `python benchmarks/plots.py`, from benchmarks/results/*.json into docs/images.
 
-The numbers are those that `--json` wrote; the H100's floors are computed here, from benchmarks/floor.py.
+The numbers were written by `--json`; the H100's lower bounds are computed here, by benchmarks/floor.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def figure(path: Path, *, columns: int = 1, size: tuple[float, float]) -> Iterat
 
 
 def bars(axes: Axes, entries: list[dict[str, Any]], names: list[str], *, unit: str) -> None:
-    """Grouped by entry; each has `values` by name and, for some names, `marks`."""
+    """Draws bars grouped by entry; an entry has `values` by name and, for some names, `marks`."""
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         places = [index + (number - (len(names) - 1) / 2) * width for index in range(len(entries))]
@@ -63,7 +63,7 @@ def bars(axes: Axes, entries: list[dict[str, Any]], names: list[str], *, unit: s
         axes.bar(places, values, width * 0.92, color=SIDE_COLOURS[name], label=SIDE_NAMES[name])
         marks = [(x, entry["marks"][name]) for x, entry in zip(places, entries, strict=True) if name in entry["marks"]]
         if marks:
-            label = None if number else "what counting operations allows"
+            label = None if number else "by counted operations"
             axes.plot(*zip(*marks, strict=True), "_", color="#444444", markersize=9, label=label)
     axes.set_xticks(range(len(entries)), [entry["label"] for entry in entries])
     axes.set_ylabel(unit)
@@ -71,7 +71,7 @@ def bars(axes: Axes, entries: list[dict[str, Any]], names: list[str], *, unit: s
 
 
 def label(shape: str) -> str:
-    """'P 650, R 128, K 4' on two lines."""
+    """Breaks a shape such as 'P 650, R 128, K 4' into two lines."""
     prompt, response, rollouts = shape.split(", ")
     return f"{prompt}, {rollouts}\n{response}"
 
@@ -156,7 +156,7 @@ def draw_floor(images: Path) -> None:
     model = floor.Model(floor.QWEN3_VL_8B)
     entries: list[dict[str, Any]] = []
     for prompt, response in floor.SETTINGS:
-        costs = {side: floor.cost_at(model, side, (prompt, response), rollouts=4) for side in floor.SIDES}
+        costs = {side: floor.count_cost_at(model, side, (prompt, response), rollouts=4) for side in floor.SIDES}
         values = {side: 16 * cost.h100_s for side, cost in costs.items()}
         entries.append({"label": f"P {prompt}\nR {response}", "values": values, "marks": {}})
     with figure(images / "bench-floor-h100.png", size=(6.4, 3.4)) as axes:

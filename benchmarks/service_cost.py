@@ -1,8 +1,8 @@
-"""What the service costs: the engine alone against the same groups through gRPC, scheduler and four clients.
+"""Measures the cost of the service: the engine alone against gRPC, scheduler and four clients.
 
-One command, one table: `python benchmarks/service_cost.py`. Both sides score the same prepared prompts in forwards of
-the same size on one thread, in turns; images are at the teacher beforehand. Answers must be equal within 1e-4 nats.
-Processor time doesn't depend on who else uses the machine: what the server's other threads take beside the engine's.
+`python benchmarks/service_cost.py` prints one table. Both sides score the same prompts in forwards of the same size on
+one thread, in turns; the images are uploaded beforehand. Answers must be equal within 1e-4 nats. Processor time of the
+engine's and the server's other threads is given too, since it doesn't depend on other work on the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLIENTS = 4
 
 
 def request(vlm: Vlm, shape: groups.Shape, seed: int) -> ScoreRequest:
-    """As a trainer sends it; every eighth group is about the same image."""
+    """Makes a request as a trainer sends it; every eighth group has the same image."""
     image = encoded(groups.picture(shape, seed % 8))
     prepared_image = vlm.prepare_image(groups.picture(shape, seed % 8))
     return ScoreRequest(
@@ -46,7 +46,7 @@ def request(vlm: Vlm, shape: groups.Shape, seed: int) -> ScoreRequest:
 
 
 def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
-    """As the server prepares them."""
+    """Prepares the requests as the server does."""
     store, views = ImageStore(2**30), PreparedImages(2**30)
     preparer = Preparer(vlm, store=store, views=views, limits=TeacherLimits())
     for request in requests:
@@ -58,7 +58,7 @@ def prepared(vlm: Vlm, requests: Sequence[ScoreRequest]) -> list[PreparedGroup]:
 
 
 def forwards(groups: Sequence[PreparedGroup], batch_tokens: int) -> list[list[PreparedGroup]]:
-    """Cut as the service cuts a call."""
+    """Splits groups into forwards as the service does."""
     batches: list[list[PreparedGroup]] = [[]]
     for item in groups:
         if batches[-1] and sum(group.tokens for group in [*batches[-1], item]) > batch_tokens:
@@ -126,7 +126,7 @@ async def measure(options: argparse.Namespace, model: Path) -> None:
          f"{statistics.median(ratios):.3f}", "≥ 0.95"),
         ("processor time per group, engine's thread / all of the server", f"{engine_ms:.0f} / {server_ms:.0f} ms", ""),
     ]  # fmt: skip
-    title = f"The service's own cost: {options.groups} groups of {shape}, {options.groups_per_forward} in a forward"
+    title = f"Cost of the service: {options.groups} groups of {shape}, {options.groups_per_forward} in a forward"
     print_table(title, rows)
 
 

@@ -1,4 +1,4 @@
-"""What the measurements of the teacher service share: requests, a server process, percentiles and a table."""
+"""Requests, a server process, percentiles and a table, for the measurements of the teacher service."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TINY_TEACHER = ROOT / "models" / "tiny-teacher"
 
 
 def group(vlm: Vlm, name: str, *, seed: int, side_px: int, rollouts: int, response_tokens: int) -> ScoreRequest:
-    """A prompt group as a trainer sends it, about a picture of noise of its own."""
+    """Makes a prompt group as a trainer sends it, with its own image of noise."""
     rng = np.random.default_rng(seed)
     picture = PIL.Image.fromarray(rng.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8))
     image = encoded(picture)
@@ -50,7 +50,7 @@ def encoded(picture: PIL.Image.Image) -> EncodedImage:
 
 
 def tokens_of(request: ScoreRequest) -> int:
-    """What the scheduler charges for it: both views, the prompt once in each."""
+    """Counts the tokens that the scheduler charges: both views, the prompt once in each."""
     assert request.prompt_token_ids is not None
     return 2 * (len(request.prompt_token_ids) + sum(len(ids) - 1 for ids in request.responses))
 
@@ -61,7 +61,7 @@ class Server:
     pid: int
 
     def cpu_s(self) -> tuple[float, float]:
-        """Processor time so far of the busiest thread, which is the engine's, and of all threads; Linux only."""
+        """Returns the processor time of the busiest thread, the engine's, and of all threads; Linux only."""
         threads = []
         for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
             fields = stat.read_text().rpartition(")")[2].split()
@@ -71,7 +71,7 @@ class Server:
 
 @contextmanager
 def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout_s: float = 300.0) -> Iterator[Server]:
-    """A real server process on a free port of the loopback. `service`: its service file's text."""
+    """Runs a server process on a free port of the loopback. `service`: the text of its service file."""
     with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as name:
         folder = Path(name)
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -109,10 +109,10 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def print_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Rows of (what, measured, to reach), in Markdown."""
+    """Prints rows of (quantity, measured, target) in Markdown."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "grpcio"))
     print(f"\n{title}\n\n{date.today()}, {device}, Python {platform.python_version()}, {versions}\n")
-    print("| | measured | to reach |\n| --- | --- | --- |")
+    print("| | measured | target |\n| --- | --- | --- |")
     for what, measured, wanted in rows:
         print(f"| {what} | {measured} | {wanted} |")

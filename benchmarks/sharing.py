@@ -1,8 +1,8 @@
-"""Several jobs at one teacher: shares, a light job's latency beside one that floods, and service under overload.
+"""Measures several jobs at one teacher: shares, a light job's latency beside a heavy one, service under overload.
 
-One command, one table: `python benchmarks/sharing.py`. A real server process with the tiny teacher, real clients in
-this process. A forward holds one large group, which costs a CPU nothing and bounds what a light job waits for: the rest
-of one forward. `--requests` sets the number of latency samples, `--window-s` the length of every other measurement.
+`python benchmarks/sharing.py` prints one table. A real server process has the tiny teacher; real clients are in this
+process. A forward holds one large group: a CPU loses nothing by that, and a light job waits at most for the rest of one
+forward. `--requests` sets the number of latency samples, `--window-s` the length of every other measurement.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def renamed(request: ScoreRequest) -> ScoreRequest:
 
 
 async def score(client: TeacherClient, *requests: ScoreRequest) -> float:
-    """Seconds from the call to its last result."""
+    """Scores requests in one call; returns the seconds to its last result."""
     started = time.monotonic()
     async for result in client.score([renamed(request) for request in requests]):
         if not isinstance(result, GroupScore):
@@ -49,7 +49,7 @@ async def score(client: TeacherClient, *requests: ScoreRequest) -> float:
 async def busy(
     target: str, job: str, request: ScoreRequest, *, calls: int, groups: int, done: Callable[[int], object] = int
 ) -> AsyncIterator[None]:
-    """A job that always has so many calls of so many groups each at the teacher; `done` hears of tokens served."""
+    """Keeps `calls` calls of `groups` groups each at the teacher; calls `done` with the tokens served."""
 
     async def forever(client: TeacherClient) -> None:
         while True:
@@ -70,7 +70,7 @@ async def busy(
 
 
 async def latency(target: str, light: ScoreRequest, flood: ScoreRequest, count: int) -> dict[str, list[float]]:
-    """One group at a time with pauses, alone and beside a flood, in turns so that both see the same machine."""
+    """Measures single groups with pauses, alone and beside a flood, in turns so that both see the same machine."""
     seconds: dict[str, list[float]] = {"alone": [], "beside a flood": []}
     async with TeacherClient(target, job="light") as client:
         forward_s = min([await score(client, light) for _ in range(5)])
@@ -89,7 +89,7 @@ async def latency(target: str, light: ScoreRequest, flood: ScoreRequest, count: 
 
 
 async def shares(target: str, window_s: float, **jobs: tuple[ScoreRequest, int, int]) -> dict[str, float]:
-    """Each job's part of the tokens served; jobs are given as (request, calls, groups in a call)."""
+    """Returns each job's share of the tokens served; a job is (request, calls, groups in a call)."""
     served: Counter[str] = Counter()
 
     def counter(job: str) -> Callable[[int], object]:
@@ -107,7 +107,7 @@ async def shares(target: str, window_s: float, **jobs: tuple[ScoreRequest, int, 
 
 
 async def peak(target: str, request: ScoreRequest, window_s: float) -> float:
-    """Groups per second with as many calls as keep the device busy."""
+    """Measures groups per second with enough calls to keep the device busy."""
     groups: Counter[str] = Counter()
     async with busy(target, "peak", request, calls=8, groups=8, done=lambda _: groups.update(["done"])):
         await asyncio.sleep(1.0)
@@ -117,7 +117,10 @@ async def peak(target: str, request: ScoreRequest, window_s: float) -> float:
 
 
 async def overload(target: str, request: ScoreRequest, per_second: float, window_s: float) -> tuple[float, list[float]]:
-    """Calls of one group at a fixed rate, none of which comes back -> goodput, groups per second; refusals, seconds."""
+    """Sends calls of one group at a fixed rate, without retries.
+
+    Returns the goodput in groups per second, and the seconds to each refusal.
+    """
     finished: list[float] = []
     refused: list[float] = []
     async with grpc.aio.insecure_channel(target) as channel:
@@ -201,7 +204,7 @@ def main() -> None:
     large, small = (
         group(vlm, f"{k}", seed=k, side_px=256, rollouts=k, response_tokens=options.response_tokens) for k in (4, 2)
     )
-    # As the server does: a collection of what torch has made takes 0.3 s, and would be told as the server's delay.
+    # As the server does: a garbage collection of torch's objects takes 0.3 s, and would count as the server's delay.
     gc.collect()
     gc.freeze()
     with teacher_server(options.model, batch_tokens=tokens_of(large), service=SERVICE) as server:

@@ -1,4 +1,4 @@
-"""The commands' options, and what they print: tables in Markdown with the machine's facts, numbers as JSON."""
+"""The commands' options and output: tables in Markdown with the machine's data, numbers as JSON."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from timing import DTYPE, ON_GPU
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all commands have."""
+    """Returns a parser with the options that all commands have."""
     result = argparse.ArgumentParser(description=description.split("\n")[0])
     result.add_argument("--repeats", type=int, default=5, help="timed turns of each side")
     result.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: count this process's CPU time, for one thread on a machine that others use too",
+        help="cpu: measure this process's CPU time, for one thread on a machine with other work",
     )
     result.add_argument("--threads", type=int, default=1, help="CPU threads; one core leaves the other to the system")
     result.add_argument("--full", action="store_true", help="all shapes, not only those with a target: half an hour")
-    result.add_argument("--quick", action="store_true", help="the smallest shape only: does it run at all?")
+    result.add_argument("--quick", action="store_true", help="the smallest shape only, to see whether it runs")
     result.add_argument("--json", type=Path, help="also write the numbers here, for benchmarks/plots.py")
     result.add_argument("--child", nargs="*", help=argparse.SUPPRESS)
     return result
 
 
 def chosen(options: argparse.Namespace, shapes: Sequence[Shape], usual: int) -> list[Shape]:
-    """All shapes, the `usual` first ones, or the one that shows whether it runs at all."""
+    """Returns all shapes, the first `usual` ones, or the smallest, as the options say."""
     if options.quick:
         return [QUICK]
     return list(shapes if options.full else shapes[:usual])
@@ -49,7 +49,7 @@ def apply(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.clock == "cpu":
         if ON_GPU or options.threads != 1:
-            raise SystemExit("--clock cpu means something for one CPU thread only; leave it out")
+            raise SystemExit("--clock cpu is for one CPU thread only; leave it out")
         timing.count_cpu_time()
 
 
@@ -83,7 +83,7 @@ def cpu_name() -> str:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *notes: str) -> None:
-    """Prints it in Markdown."""
+    """Prints a table in Markdown."""
     facts = machine()
     print(f"\n### {title}\n")
     print(", ".join(f"{value}" if key != "load" else f"load average {value}" for key, value in facts.items()) + "\n")
@@ -97,7 +97,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *not
 
 
 def save(path: Path | None, name: str, numbers: Mapping[str, Any]) -> None:
-    """Into a JSON file, in which parts that were not measured now keep what they hold."""
+    """Writes numbers into a JSON file; parts that were not measured now stay as they are."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(path.read_text()) if path.exists() else {}

@@ -1,6 +1,6 @@
-"""Time and memory of what runs here: the device, the clock, sides that take turns, peaks in a process of their own.
+"""Measures time and memory: the device, the clock, sides that take turns, peaks in a new process.
 
-On a GPU everything runs there in bfloat16, else on the CPU in float32.
+With a GPU, everything runs there in bfloat16, else on the CPU in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _clock = time.perf_counter
 
 
 def count_cpu_time() -> None:
-    """Of this process, in place of the wall clock: for one thread on a machine that others use too."""
+    """Measures this process's CPU time in place of wall time, for one thread on a machine with other work."""
     global _clock
     _clock = time.process_time
 
@@ -37,7 +37,7 @@ def clock_name() -> str:
 
 
 def interleaved(sides: Mapping[str, Callable[[], Any]], *, repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds and the last result of every side; the sides take turns, so that all see the same machine."""
+    """Returns every side's median seconds and last result; the sides take turns, so that all see the same machine."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     results: dict[str, Any] = {}
     progress = Progress(f"measuring {', '.join(sides)}", total=repeats * len(sides), unit="turns")
@@ -58,9 +58,9 @@ def synchronise() -> None:
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
-    """How far memory rises above where it stands, while `run` runs: device memory on a GPU, else resident pages.
+    """Measures how far memory rises while `run` runs: device memory on a GPU, else resident pages.
 
-    Call it in a process of its own (`in_subprocess`): pages that the allocator kept from earlier work would hide some.
+    Call it in a new process (`in_subprocess`): pages that the allocator kept from earlier work would hide some.
     """
     if ON_GPU:
         torch.cuda.synchronize()
@@ -71,7 +71,7 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     reset_peak = Path("/proc/self/clear_refs")
     if reset_peak.exists():
-        reset_peak.write_text("5")  # Linux: the high-water mark starts again from here
+        reset_peak.write_text("5")  # Linux: resets the high-water mark
         before = _proc_status_bytes("VmRSS")
         run()
         return _proc_status_bytes("VmHWM") - before
@@ -82,14 +82,14 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
 
 
 def matmul_flops_per_s(size: int = 1024, repeats: int = 5) -> float:
-    """What a large matrix product reaches here, in the precision that everything runs in: the ceiling for the rest."""
+    """Measures the rate of a large matrix product in the same precision, an upper bound for the rest."""
     left, right = torch.randn(2, size, size, device=DEVICE, dtype=getattr(torch, DTYPE))
     seconds, _ = interleaved({"matmul": lambda: left @ right}, repeats=2 * repeats)
     return 2 * size**3 / seconds["matmul"]
 
 
 def free_bytes() -> float:
-    """Memory that nobody uses now; infinite where the system doesn't say."""
+    """Returns the free memory; infinite if the system doesn't report it."""
     if ON_GPU:
         return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
@@ -105,7 +105,7 @@ def _proc_status_bytes(field: str) -> int:
 
 
 def in_subprocess(script: str, arguments: Sequence[str]) -> Any:
-    """Runs one of these scripts with `--child ARGUMENTS` -> what it printed as JSON on its last line."""
+    """Runs one of these scripts with `--child ARGUMENTS`; returns the JSON of its last line."""
     command = [sys.executable, script, "--threads", str(torch.get_num_threads()), "--child", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:

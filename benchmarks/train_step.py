@@ -1,9 +1,9 @@
-"""Forward and backward of the student's loss with prompts shared among siblings, against one row per rollout.
+"""Compares the student's loss with shared prompts and with one row per rollout, forward and backward.
 
-One command, its tables: `python benchmarks/train_step.py`. *shared* is `vaopd_trainer.student_loss.StudentLoss` as the
-trainer calls it. *per sequence* is what one would write: the siblings in one right-padded batch, each row with its
-image, the same fused divergence over the response rows. *image shared* runs the vision tower once for the siblings.
-All start from the same weights and must come to the same gradients.
+`python benchmarks/train_step.py` prints tables. *shared* is `vaopd_trainer.student_loss.StudentLoss` as the trainer
+calls it. *per sequence* is the plain implementation: the siblings in one right-padded batch, each row with its image,
+and the same fused divergence over the response rows. *image shared* runs the vision tower once for the siblings. All
+start from the same weights and must compute the same gradients.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SHAPES = [
     Shape(prompt=650, response=128, rollouts=8),
 ]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
-"""Of the whole gradient: norm of the difference over the norm."""
+"""Allowed difference of the whole gradient, relative to its norm."""
 SIDES = ("shared", "per sequence", "image shared")
 
 
 def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
-    """A scored group of this shape: random advantages, and hidden states as of a teacher of the same width."""
+    """Makes a scored group: random advantages, and hidden states of a teacher of the same width."""
     prepared = groups.group(vlm, shape)
     rng = np.random.default_rng(7)
     hidden = torch.from_numpy(rng.standard_normal((sum(shape.lengths), vlm.hidden_size), dtype=np.float32))
@@ -80,14 +80,14 @@ def teacher_head(vlm: Vlm) -> torch.Tensor:
     return head.to(timing.DEVICE, vlm.head.dtype)
 
 
-def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], float]]:
-    """Each runs forward and backward, leaves the gradients in its model and returns the loss."""
+def make_sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], float]]:
+    """Returns the sides; each runs forward and backward, leaves gradients in its model and returns the loss."""
     head = teacher_head(vlm)
     trainer = TrainerConfig(steps=1)
     loss_module = StudentLoss(vlm, teacher_head=head, trainer=trainer)
     scored = group.scored
     prompts = [scored.prompt] * len(scored.responses)
-    if timing.ON_GPU:  # as the trainer does there
+    if timing.ON_GPU:  # as the trainer does on that device
         plain.gradient_checkpointing_enable({"use_reentrant": False})
         plain.train()
 
@@ -99,7 +99,7 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
 
     def per_sequence(share_image: bool) -> float:
         plain.zero_grad(set_to_none=False)
-        hidden = competitors.response_hidden(plain, prompts, scored.responses, share_image=share_image)
+        hidden = competitors.compute_response_hidden(plain, prompts, scored.responses, share_image=share_image)
         teacher = to_torch(scored.score.payload.tensors["hidden"]).to(hidden.device)
         own_head = plain.get_output_embeddings().weight
         target = FullTarget(hidden=teacher, head=head)
@@ -117,10 +117,10 @@ def sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable[[], 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     model = floor.Model(vlm.config.to_dict())
-    for run in sides(vlm, plain, weighted_group(vlm, QUICK)).values():
+    for run in make_sides(vlm, plain, weighted_group(vlm, QUICK)).values():
         run()  # gradients are allocated, kernels are there
     for shape in shapes:
-        runs = sides(vlm, plain, weighted_group(vlm, shape))
+        runs = make_sides(vlm, plain, weighted_group(vlm, shape))
         seconds, losses = timing.interleaved(runs, repeats=repeats)
         runs["per sequence"]()
         whole, worst = gradient_difference(vlm.model, plain)
@@ -153,7 +153,7 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
             ]
             for f in found
         ],
-        "Factors are the other side's time over the shared one's, of what counting operations allows "
+        "Factors: the other side's time over the shared one's, 'of' the factor by counted operations "
         "(benchmarks/floor.py). Gradient difference: norm of the difference over the norm, of all parameters together "
         "and of the parameter where it is largest.",
     )  # fmt: skip
@@ -162,7 +162,9 @@ def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list
 
 def operations(model: floor.Model, side: Any, shape: Shape) -> float:
     image_tokens = groups.image_tokens(shape)
-    return floor.training_flops(model, side, prompt=shape.prompt, image_tokens=image_tokens, lengths=shape.lengths)
+    return floor.count_training_flops(
+        model, side, prompt=shape.prompt, image_tokens=image_tokens, lengths=shape.lengths
+    )
 
 
 def factor(entry: dict[str, Any], side: str) -> str:
@@ -171,7 +173,7 @@ def factor(entry: dict[str, Any], side: str) -> str:
 
 
 def gradient_difference(ours: Any, other: Any) -> tuple[float, float]:
-    """Relative to the norm: of the whole gradient, and the largest of any one parameter that has a gradient at all."""
+    """Returns the relative difference of the whole gradient, and the largest of a parameter with a gradient."""
     theirs = dict(other.named_parameters())
     square, whole, worst = 0.0, 0.0, 0.0
     norms = {}
@@ -182,7 +184,7 @@ def gradient_difference(ours: Any, other: Any) -> tuple[float, float]:
         square += norms[name][1] ** 2
         whole += distance**2
     for distance, norm in norms.values():
-        # A bias whose gradient cancels exactly (a key's, inside a softmax) is rounding noise and nothing else.
+        # If a bias's gradient cancels exactly (a key's, inside a softmax), only rounding noise is left.
         if norm > 1e-6 * square**0.5:
             worst = max(worst, distance / norm)
     return (whole / square) ** 0.5, worst
@@ -197,7 +199,7 @@ def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
             peaks[name] = timing.in_subprocess(__file__, child)["bytes"]
         found.append({"shape": str(shape), "bytes": peaks})
     tables.table(
-        "Peak extra memory of forward and backward, weights and gradients aside",
+        "Peak extra memory of forward and backward, without weights and gradients",
         ("shape", *SIDES),
         [[f["shape"], *(f"{f['bytes'][name] / 2**20:.0f} MiB" for name in SIDES)] for f in found],
     )
@@ -205,13 +207,13 @@ def memory(folder: Path, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
 
 
 def measure_memory(arguments: Sequence[str]) -> None:
-    """In the child: prints the bytes as JSON."""
+    """Prints the bytes as JSON; run in a child process."""
     folder, prompt, response, rollouts, name = arguments
     vlm = groups.load(Path(folder))
     plain = groups.load_plain(Path(folder))
-    sides(vlm, plain, weighted_group(vlm, QUICK))[name]()  # gradients are allocated, kernels are there
+    make_sides(vlm, plain, weighted_group(vlm, QUICK))[name]()  # gradients are allocated, kernels are there
     shape = Shape(prompt=int(prompt), response=int(response), rollouts=int(rollouts))
-    run = sides(vlm, plain, weighted_group(vlm, shape))[name]
+    run = make_sides(vlm, plain, weighted_group(vlm, shape))[name]
     print(json.dumps({"bytes": timing.peak_extra_bytes(run)}))
 
 

@@ -1,8 +1,8 @@
-"""Where the visual advantage lies: `python benchmarks/va_concentration.py RUN`.
+"""Prints how VA is spread over the kinds of tokens: `python benchmarks/va_concentration.py RUN`.
 
 Reads the rollouts that a run of the tiny pair kept (RUN/samples.jsonl), takes the top 10 % of all their response tokens
-by VA and prints what share of all VA they carry, and what kind of token they are. "Read" digits stand in the first
-sentence, where the numbers are read from the image; the others are copied from there, or results.
+by VA and prints their share of all VA and their kinds. "Read" digits are in the first sentence, where the numbers are
+read from the image; the others are copied from there, or results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KINDS = ("digit, read", "digit, copied or result", "word or sign")
 
 
 def kinds_of(tokens: list[str]) -> list[str]:
-    """One of KINDS per token."""
+    """Returns one of KINDS for each token."""
     kinds, reading = [], True
     for token in tokens:
         kinds.append(KINDS[2] if not token.strip().isdigit() else KINDS[0] if reading else KINDS[1])

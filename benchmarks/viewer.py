@@ -1,10 +1,10 @@
-"""The viewer in a headless Chromium: screenshots for the documentation, page weight, time to the first score.
+"""Opens the viewer in headless Chromium: screenshots for the documentation, page size, time to the first score.
 
     python benchmarks/viewer.py            # prints the numbers
     python benchmarks/viewer.py --screenshots docs/images
 
-A tiny teacher and the API are started on free ports and ended again. The first score is timed from the click on an
-example until its tokens are painted: the very first one after the start, then the median of ten.
+It starts a tiny teacher and the API on free ports and stops them at the end. A score is timed from the click on an
+example until its tokens are painted: the first one after the start, then the median of ten.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def measure(browser: Browser, url: str) -> None:
             if number == 0:
                 files = [response for response in seen.responses if "/v1/" not in response.url]
                 weight = sum(len(response.body()) for response in files if response.url.startswith("http"))
-                print(f"page weight, uncompressed, with three examples: {weight / 1000:.1f} kB in {len(files)} files")
+                print(f"page size, uncompressed, with three examples: {weight / 1000:.1f} kB in {len(files)} files")
                 print(f"page loaded and teachers listed: {loaded - opened:.2f} s")
     print(f"first score: {seconds[0]:.2f} s after the click; median of {TIMED}: {statistics.median(seconds[1:]):.2f} s")
 

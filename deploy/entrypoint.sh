@@ -1,6 +1,6 @@
 #!/bin/sh
-# vaopd's command line with the options of $VAOPD_OPTIONS. `train` goes on with the run in $VAOPD_RUN_FOLDER if there is
-# one, since whatever supervises a container starts the same command again after a fault.
+# Runs vaopd's command line with the options of $VAOPD_OPTIONS. `train` resumes the run in $VAOPD_RUN_FOLDER if there is
+# one, since a container's supervisor runs the same command again after a fault.
 set -eu
 if [ "$1" = train ] && [ -e "${VAOPD_RUN_FOLDER:-}/metrics.jsonl" ]; then
     set -- "$@" --resume

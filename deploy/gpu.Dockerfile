@@ -19,7 +19,7 @@ ENV HOME=/tmp XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/
 
 # The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
 WORKDIR /app
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE NOTICE ./
 RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
  && pip install --quiet '.[gpu]' \
  && pip uninstall --quiet --yes vaopd \

@@ -1,10 +1,10 @@
-"""Checks running containers against SECURITY.md's baseline, from inside and by what the engine says of them.
+"""Checks running containers against SECURITY.md's baseline, from inside and by the engine's `inspect`.
 
     python3 deploy/hardening.py [--engine docker|podman] [--project vaopd]
 
 Each container of the project: an account that is not root, no capabilities, no new privileges, a root file system that
 can't be written; ports published on the loopback only; Redis on internal networks only. Prints a line per container;
-exit status 1 when one of them differs. Standard library only.
+exit status 1 if one of them differs. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 NO_CAPABILITIES = "0000000000000000"
-# One shell command, of what every image has.
+# One shell command, of programs that every image has.
 INSIDE = "cat /proc/self/status; touch /vaopd-was-here 2>/dev/null && echo writable: yes || echo writable: no"
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     engine, project = arguments.engine, arguments.project
     names = run(engine, "ps", "--filter", f"label=com.docker.compose.project={project}", "--format", "{{.Names}}")
     if not names.split():
-        print(f"no running container of project {project!r}; bring it up first", file=sys.stderr)
+        print(f"no running container of project {project!r}; start it first", file=sys.stderr)
         return 2
     internal = {
         network["Name" if "Name" in network else "name"]
@@ -38,15 +38,15 @@ def main() -> int:
     differs = 0
     for name in sorted(names.split()):
         [container] = json.loads(run(engine, "inspect", name))
-        problems = [*inside(run(engine, "exec", name, "sh", "-c", INSIDE)), *outside(container, internal)]
+        problems = [*check_inside(run(engine, "exec", name, "sh", "-c", INSIDE)), *check_outside(container, internal)]
         differs += bool(problems)
-        print(f"{name}: {'; '.join(problems) or 'as it should be'}")
+        print(f"{name}: {'; '.join(problems) or 'passes'}")
     return 1 if differs else 0
 
 
-def inside(told: str) -> list[str]:
-    """`told`: what INSIDE prints."""
-    status = {key: value.split() for key, _, value in (line.partition(":") for line in told.splitlines())}
+def check_inside(output: str) -> list[str]:
+    """Returns the problems in the output of INSIDE."""
+    status = {key: value.split() for key, _, value in (line.partition(":") for line in output.splitlines())}
     problems = []
     if "0" in status["Uid"]:
         problems.append("runs as root")
@@ -59,8 +59,8 @@ def inside(told: str) -> list[str]:
     return problems
 
 
-def outside(container: dict[str, Any], internal: set[str]) -> list[str]:
-    """`container`: what `inspect` says of it; `internal`: the networks that have no way out or in."""
+def check_outside(container: dict[str, Any], internal: set[str]) -> list[str]:
+    """Returns the problems of a container's `inspect`; `internal`: the names of internal networks."""
     settings = container["NetworkSettings"]
     published = [binding for bindings in (settings["Ports"] or {}).values() for binding in bindings or ()]
     problems = [

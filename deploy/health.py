@@ -1,6 +1,6 @@
-"""Health checks from inside a container: `health.py grpc HOST:PORT` or `health.py http URL`; exits with 0 or 1.
+"""Checks a service's health inside a container: `health.py grpc HOST:PORT` or `health.py http URL`; exits with 0 or 1.
 
-A teacher with TLS is asked with what VAOPD_TLS_CA, VAOPD_TLS_CERT and VAOPD_TLS_KEY name, as any client does.
+For a teacher with TLS it uses VAOPD_TLS_CA, VAOPD_TLS_CERT and VAOPD_TLS_KEY, as any client does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TIMEOUT_S = 5.0
 
 
 def grpc_serving(address: str) -> bool:
-    """Asks the standard gRPC health service about the whole server."""
+    """Returns whether the standard gRPC health service reports the server as serving."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 

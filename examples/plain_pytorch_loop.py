@@ -29,7 +29,7 @@ from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
 def make_request(group_id: str, prompt: Prompt, prompt_ids: Tensor, responses: list[Tensor]) -> ScoreRequest:
-    """Makes one prompt group for the teacher, of the very token ids that the student read and sampled."""
+    """Makes one prompt group for the teacher from the token ids that the student read and sampled."""
     return ScoreRequest(
         group_id=group_id,
         prompt_token_ids=prompt_ids.cpu().numpy().astype(np.int32),

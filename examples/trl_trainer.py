@@ -5,7 +5,7 @@
 
 TRL samples `num_generations` completions of each prompt, which is a prompt group, and keeps the optimizer, the
 schedule, logging, checkpoints and the ranks. Two of its methods are replaced: one asks the teacher, one computes the
-loss. Both are internals of TRL: written for and tried with 1.16 (pip install 'trl==1.16.*'), on one rank.
+loss. Both are internals of TRL: written for and tested with 1.16 (pip install 'trl==1.16.*'), on one rank.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vaopd.types import EncodedImage, Prompt, ScoreRequest, TextPart, images_in_
 from vaopd.vlm.prompts import tokenizer_fingerprint
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
-ensure_torchvision()  # TRL imports torchvision, and a CUDA build beside a CPU torch needs help; else it does nothing
+ensure_torchvision()  # TRL imports torchvision; this helps a CUDA build of it beside a CPU torch, and does nothing else
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:
-    """Returns rewards of 0: GRPO asks for some, but here the teacher's distribution takes their place."""
+    """Returns rewards of 0, which GRPO requires; the teacher's distribution replaces them here."""
     return [0.0] * len(completions)
 
 
@@ -114,7 +114,7 @@ def select_ids(padded: Tensor, mask: Tensor) -> np.ndarray:
 
 
 def encode(image: PIL.Image.Image) -> EncodedImage:
-    """Encodes the very pixels that the student sees."""
+    """Encodes the pixels that the student sees."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return EncodedImage(data=file.getvalue())

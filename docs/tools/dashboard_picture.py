@@ -1,8 +1,8 @@
-"""Draws the dashboard's panels from a running Prometheus: its answers to the dashboard's own queries, as a picture.
+"""Draws the dashboard's panels as a picture, from a running Prometheus' answers to the dashboard's queries.
 
     python docs/tools/dashboard_picture.py http://127.0.0.1:9099 docs/images/dashboard.png --minutes 5
 
-For documentation made where there is no Grafana; it shows what the panels show, not how Grafana looks.
+For documentation made without Grafana: the panels' content is the same, their look is not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("prometheus", metavar="URL")
     parser.add_argument("picture", metavar="FILE", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0, help="how far back")
-    parser.add_argument("--end", type=float, default=time.time(), help="until when, seconds since 1970 (default: now)")
+    parser.add_argument(
+        "--end", type=float, default=time.time(), help="end of the time range, seconds since 1970 (default: now)"
+    )
     arguments = parser.parse_args()
     end = arguments.end
     panels = json.loads(DASHBOARD.read_text())["panels"]
@@ -46,7 +48,7 @@ def main() -> None:
 
 
 def draw(panels: list[dict[str, Any]], url: str, *, start: float, end: float) -> plt.Figure:
-    """Panels are placed as in the dashboard, in a grid of 24 columns."""
+    """Draws the panels in the dashboard's grid of 24 columns."""
     mpl.rcParams |= {"font.size": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 8}
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = plt.figure(figsize=(15, 0.29 * height), dpi=100)

@@ -31,7 +31,7 @@ NOTE = "<!-- Made by `make reference`; don't edit. -->\n"
 
 
 def pages() -> dict[str, str]:
-    """File name -> text, for the whole folder."""
+    """Returns the text of each page of the folder, by file name."""
     from vaopd.config import Config, ServiceConfig
 
     return {
@@ -59,14 +59,14 @@ def pages() -> dict[str, str]:
 
 
 def configuration(title: str, text: str, model: type[pydantic.BaseModel]) -> str:
-    """The page of a file: a table for each section, and one for each variant of a section."""
+    """Renders a file's page: a table for each section, and one for each variant of a section."""
     return "\n".join([f"{NOTE}# {title}\n\n{text}\n", *section("", model, dict(model.model_fields))])
 
 
 def section(
     name: str, model: type[pydantic.BaseModel], fields: dict[str, FieldInfo], *, heading: str = "", words: str = ""
 ) -> Iterator[str]:
-    """A section's own keys, then the sections in it."""
+    """Yields a section's own keys, then the sections in it."""
     from vaopd.config.toml import section_of, variants_of
 
     below = {key: field for key, field in fields.items() if section_of(field) or variants_of(field)}
@@ -84,7 +84,7 @@ def section(
 
 
 def union(name: str, variants: Variants) -> Iterator[str]:
-    """The keys that all variants have, then each variant with those that it has beside them."""
+    """Yields the keys that all variants have, then each variant with its other keys."""
     tag, members = variants.tag, variants.members
     common = [key for key in members[0].model_fields if all(key in member.model_fields for member in members)]
     values = ", ".join(code(value) for member in members for value in variants.names(member))
@@ -100,7 +100,7 @@ def union(name: str, variants: Variants) -> Iterator[str]:
 
 
 def first_paragraph(model: type[pydantic.BaseModel]) -> str:
-    """The first paragraph of a class's own docstring."""
+    """Returns the first paragraph of a class's own docstring."""
     return " ".join((vars(model).get("__doc__") or "").partition("\n\n")[0].split())
 
 
@@ -125,7 +125,7 @@ def toml(value: Any) -> str:
 
 
 def kind(annotation: Any, metadata: list[Any]) -> str:
-    """A type in words, with its bounds."""
+    """Describes a type in words, with its bounds."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return kind(arguments[0], [*arguments[1:], *metadata])
@@ -159,7 +159,7 @@ def bounds(metadata: list[Any]) -> Iterator[str]:
 
 
 def metrics() -> str:
-    """The page of the metrics: RUN/metrics.jsonl and Prometheus."""
+    """Renders the page of the metrics: RUN/metrics.jsonl and Prometheus."""
     from vaopd_trainer import step_numbers as trainer
 
     def rows(descriptions: dict[str, str]) -> str:
@@ -169,7 +169,7 @@ def metrics() -> str:
     parts = [
         f"{NOTE}# Metrics\n",
         "## RUN/metrics.jsonl\n",
-        "One JSON object per line. What is missing or not finite is left out, never 0. The same numbers go to "
+        "One JSON object per line. A missing or non-finite number is left out, never 0. The same numbers go to "
         "TensorBoard and the other trackers as `train/KEY`.\n",
         '### `"kind": "train"`, after each step\n',
         "Beside `step`, which counts from 0, and `time_s`, seconds since 1970:\n",
@@ -180,7 +180,7 @@ def metrics() -> str:
         "## Prometheus\n",
         "With `--metrics-address HOST:PORT` each process serves `/metrics`, the API on its own port too: "
         "[Watching it in production](../monitoring.md). Beside these, each has `process_…`: memory, CPU time, open "
-        "files, when it was started.\n",
+        "files, start time.\n",
     ]
     for name, registry in registries().items():
         parts += [f"### {name}\n", prometheus(registry)]
@@ -188,7 +188,7 @@ def metrics() -> str:
 
 
 def registries() -> dict[str, CollectorRegistry]:
-    """One per kind of process."""
+    """Returns one registry for each kind of process."""
     from vaopd_api.metrics import Metrics
     from vaopd_rollout.metrics import WorkerMetrics
     from vaopd_teacher.metrics import TeacherMetrics
@@ -203,7 +203,7 @@ def registries() -> dict[str, CollectorRegistry]:
 
 
 def prometheus(registry: CollectorRegistry) -> str:
-    """A table of a registry's metrics."""
+    """Renders a table of a registry's metrics."""
     lines = ["| metric | type | labels | meaning |", "| --- | --- | --- | --- |"]
     for collector in list(registry._collector_to_names):  # the registry has no public list of what was registered
         for metric in collector.describe():  # type: ignore[attr-defined]
@@ -218,7 +218,7 @@ def prometheus(registry: CollectorRegistry) -> str:
 
 
 def command_line() -> str:
-    """The page of the commands, with the help of each."""
+    """Renders the page of the commands, with the help of each."""
     from vaopd.cli import build_parser
 
     os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
@@ -233,7 +233,7 @@ def command_line() -> str:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """A parser and, depth first, those of its subcommands."""
+    """Yields a parser and, depth first, those of its subcommands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -245,11 +245,13 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def http_api() -> str:
-    """The page of the HTTP API, from its OpenAPI document."""
+    """Renders the page of the HTTP API from its OpenAPI document."""
     from vaopd_api.app import create_app
     from vaopd_api.teachers import Teachers
 
-    document = create_app(teachers=Teachers(["127.0.0.1:1"], options={})).openapi()  # asks nobody before it is asked
+    document = create_app(
+        teachers=Teachers(["127.0.0.1:1"], options={})
+    ).openapi()  # makes no call before its first request
     parts = [
         f"{NOTE}# HTTP API\n",
         "How to use it: [the API](../api.md). The running API has the same as OpenAPI, at `/openapi.json`, and a page "
@@ -271,7 +273,7 @@ def http_api() -> str:
 
 
 def parameters(operation: dict[str, Any]) -> Iterator[str]:
-    """A table of a route's parameters."""
+    """Yields a table of a route's parameters."""
     found = operation.get("parameters", [])
     if found:
         rows = [
@@ -281,7 +283,7 @@ def parameters(operation: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
-    """A table of an object's fields."""
+    """Yields a table of an object's fields."""
     yield f"### {name}\n"
     if text := schema.get("description"):
         yield " ".join(text.split()) + "\n"
@@ -295,7 +297,7 @@ def schema_table(name: str, schema: dict[str, Any]) -> Iterator[str]:
 
 
 def schema_name(schema: dict[str, Any]) -> str:
-    """A type of the OpenAPI document in words."""
+    """Describes a type of the OpenAPI document in words."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
@@ -315,7 +317,7 @@ def schema_name(schema: dict[str, Any]) -> str:
 
 
 def memory() -> str:
-    """The page of the memory that each process needs."""
+    """Renders the page of the memory that each process needs."""
     spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
     assert spec is not None
     assert spec.loader is not None

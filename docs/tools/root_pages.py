@@ -1,4 +1,4 @@
-"""mkdocs hook: pages from the repository's root and the decisions join the site; links to code become plain text."""
+"""A mkdocs hook: adds the root's pages and the decisions to the site, and turns links to code into plain text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """The decisions, and the pages from the root that there are, at the end of the navigation."""
+    """Adds the decisions and the existing root pages at the end of the navigation."""
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"), reverse=True)
     config.nav += [
         {"Decisions": [f"decisions/{path.name}" for path in decisions]},

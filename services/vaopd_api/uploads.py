@@ -16,6 +16,7 @@ OTHER_FORMATS = re.compile(
     re.DOTALL,
 )
 BEGINNING_BYTES = 2048  # enough to recognise a format
+URL_SAFE = str.maketrans("-_", "+/")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -27,8 +28,10 @@ def image_from_text(text: str, *, field: str) -> EncodedImage:
         header, separator, text = text.partition(",")
         if not separator or not header.endswith(";base64"):
             raise ApiError(422, f"{field} is a data URL without base64; use data:image/png;base64,…", field=field)
+    # As encoders write it: lines of 76 characters, the URL-safe alphabet, no padding.
+    text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(
             422, f"{field} is not base64 ({len(text)} characters); send a file's bytes", field=field

@@ -30,7 +30,7 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
-from vaopd.run.snapshots import link_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
+from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -116,7 +116,7 @@ class Coordinator:
 
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
-        link_snapshot(self._snapshot, self._folder / "model")
+        keep_snapshot(self._snapshot, self._folder / "model")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
 
@@ -191,7 +191,7 @@ class Coordinator:
         self._metrics.note_evaluation(result.accuracy, result.standard_error)
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
-            link_snapshot(self._snapshot, self._folder / "best")
+            keep_snapshot(self._snapshot, self._folder / "best")
         self._metrics_file.write(
             {
                 "kind": "eval",

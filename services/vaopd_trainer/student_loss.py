@@ -95,7 +95,7 @@ class StudentLoss(nn.Module):
         """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
         segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
         responses = [response for segment in segments for response in segment.responses]
-        hidden = self._student.response_hidden(segments)
+        hidden = self._student.compute_response_hidden(segments)
         weights = torch.cat([group.token_weights for group in groups])
         return divergence.fused_loss(
             hidden,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import schemathesis
@@ -23,9 +21,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.support.api import Api, start_api
-from tests.support.models import tiny_vlm
-from tests.support.teacher import teacher_in_process
+from tests.support.api import Api
 from vaopd_api.app import create_app
 from vaopd_api.teachers import Teachers
 
@@ -40,13 +36,6 @@ CHECKS = [
 _PATHS = create_app(teachers=Teachers([], options={})).openapi()["paths"]
 ROUTES = [(method.upper(), path) for path, methods in _PATHS.items() for method in methods]
 WITH_A_BODY = [(method, path) for method, path in ROUTES if "requestBody" in _PATHS[path][method.lower()]]
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    folder: Path = tmp_path_factory.mktemp("api")
-    with teacher_in_process(tiny_vlm()) as teacher:
-        yield from start_api(folder, teacher.target)
 
 
 @pytest.fixture(scope="module")

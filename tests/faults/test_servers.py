@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,9 @@ import pytest
 
 from tests.support.api import Api, error_of, start_api
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, teacher_process, token_request
+from tests.support.teacher import TeacherInProcess, drawing, teacher_process, token_request
 from vaopd.client import SyncTeacherClient
 from vaopd.types import GroupScore
-
-
-@pytest.fixture(scope="module")
-def teacher() -> Iterator[TeacherInProcess]:
-    with teacher_in_process(tiny_vlm()) as running:
-        yield running
 
 
 def fill_disk(pid: int, log: Path) -> int:

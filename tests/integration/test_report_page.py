@@ -12,14 +12,8 @@ from playwright.sync_api import Browser
 
 from tests.support.api import Api, start_api, with_keys
 from tests.support.runs import make_run
-from tests.support.viewer import PHONE, chromium, serious_findings, viewer
+from tests.support.viewer import PHONE, serious_findings, viewer
 from vaopd.access.keys import add_key
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

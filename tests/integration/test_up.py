@@ -34,7 +34,7 @@ def test_viewer_report_and_student_while_the_run_goes_on(system: System, tmp_pat
             assert found, told.read_text()
             return found[1]
 
-        viewer = announced(r"looks at: (http://\S+/) ")
+        viewer = announced(r"visual advantage: (http://\S+/) ")
         report = announced(r"follow the run: (http://\S+/runs/watched/report)")
         with httpx.Client(base_url=viewer, timeout=120) as http:
             assert "Visual advantage viewer" in http.get("/").text

@@ -13,17 +13,11 @@ from playwright.sync_api import Browser
 from tests.support.api import Api, start_api, with_keys
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess
-from tests.support.viewer import PHONE, Viewer, chromium, serious_findings, viewer
+from tests.support.viewer import PHONE, Viewer, serious_findings, viewer
 from vaopd.access.keys import add_key
 from vaopd_api.app import PAGE
 
 EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

@@ -8,21 +8,30 @@ import json
 import re
 import socket
 import ssl
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from tests.support import tolerance
 from tests.support.api import BODY, IMAGE, PNG, QUESTION, Api, error_of, service_file, start_api, with_keys
-from tests.support.teacher import TeacherInProcess
+from tests.support.models import LARGEST_LOGIT, tiny_vlm
+from tests.support.teacher import TeacherInProcess, token_request
+from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
 from vaopd import objective
 from vaopd.access.certificates import make_certificates
 from vaopd.access.keys import add_key, revoke_key
+from vaopd.client import SyncTeacherClient
 from vaopd.degradation import pixelate
+from vaopd.http_types import DegradationModel
+from vaopd.scoring.reply import make_reply
+from vaopd.types import GroupScore
 from vaopd_api.access import Quota
 from vaopd_api.problems import ApiError
 
@@ -47,9 +56,18 @@ def test_the_high_group_and_the_shares_are_the_objective_s(api: Api) -> None:
         assert answer[key] == pytest.approx(objective.va_share_of_top(values, mask, fraction=fraction))
 
 
-def test_without_any_advantage_there_are_no_shares(api: Api) -> None:
-    answer = api.score(**BODY, degradation={"kind": "pixelate", "strength": 1.0}).json()
-    assert (answer["share_of_top_10"], answer["share_of_top_20"]) == (None, None)
+def test_without_any_advantage_there_are_no_shares(teacher: TeacherInProcess) -> None:
+    """Not asked of a teacher: of equal views it says what is equal but for rounding."""
+    with SyncTeacherClient(teacher.target, payload="none") as client:
+        (score,) = client.score([token_request(tiny_vlm(), "g")], with_token_texts=True)
+    assert isinstance(score, GroupScore)
+    equal = replace(
+        score,
+        degraded_logprobs=score.teacher_logprobs,
+        visual_advantage=tuple(map(np.zeros_like, score.visual_advantage)),
+    )
+    answer = make_reply(equal, teacher.description, degradation=DegradationModel(), top_k=0)
+    assert (answer.share_of_top_10, answer.share_of_top_20) == (None, None)
 
 
 def test_ranks_and_alternatives_on_request(api: Api) -> None:
@@ -65,7 +83,8 @@ def test_ranks_and_alternatives_on_request(api: Api) -> None:
             found += 1
             same = alternatives[rank - 1]
             assert (same["id"], same["text"]) == (token["id"], token["text"])
-            assert same["logprob"] == pytest.approx(rollout["teacher_logprobs"][t], abs=1e-5)
+            error = 2 * tolerance.forward(tiny_vlm().config) * LARGEST_LOGIT
+            assert_within(same["logprob"], rollout["teacher_logprobs"][t], error)
     assert found
     assert api.score(**BODY).json()["rollouts"][0]["alternatives"] is None
 

@@ -1,5 +1,4 @@
 """`vaopd queue`: dead letters as an operator meets them."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -8,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.groups import a_request, answer, take_one
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.queue_jobs import Job
 from vaopd.cli import main
 
 
@@ -68,4 +66,4 @@ def test_a_runs_folder_names_job_and_redis(
     assert main(["queue", "drop", "--all", "--run", str(tmp_path)]) == 0
     assert two_letters.dead_letters().list() == []
     assert main(["queue", "dead"]) == 2
-    assert "give --job JOB, or --run RUN" in capsys.readouterr().err
+    assert "use --job JOB or --run RUN" in capsys.readouterr().err

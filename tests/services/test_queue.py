@@ -1,5 +1,4 @@
 """The queue on a real Valkey keeps the contract, and what only Redis has: its keys, its settings and its address."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ import pytest
 
 from tests.support.groups import a_request
 from tests.support.queue_contract import QueueContract
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.queue_jobs import Job
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis

@@ -1,5 +1,4 @@
 """Trained = published − dead-lettered, each once: workers that die now and then, a trainer killed twice."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -10,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.groups import a_request, an_answer
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.queue_jobs import Job
 from vaopd.errors import LeaseLost
 from vaopd.queue import Lease, WorkerQueue
 

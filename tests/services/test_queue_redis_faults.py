@@ -1,5 +1,4 @@
 """The queue against a real Valkey that loses replies, is full, is killed, or comes back empty."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ import pytest
 
 from tests.support.groups import a_request, an_answer, answer, collect_one, take_one
 from tests.support.lost_replies import LossyRelay
-from tests.support.queue_jobs import Job, a_job
-from tests.support.redis import job, redis_server
+from tests.support.queue_jobs import Job
 from tests.support.waiting import wait_until
 from vaopd.errors import LeaseLost, Mismatch, Unavailable
 from vaopd.queue import TrainerQueue, WorkerQueue, connection

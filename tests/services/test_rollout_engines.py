@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from tests.support.rollouts import MAX_PIXELS, PlainStudent, ask, noise_image, random_student
+from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
 from vaopd.sampling.engine import RolloutEngine
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
@@ -128,9 +128,10 @@ def test_logprobs_are_the_loaded_weights_own_after_each_of_two_updates(engine, p
         for rollout in group.rollouts:
             expected = references[version].sampled_logprobs(request, rollout.response_ids)
             stale = references[(version + 2) % 3].sampled_logprobs(request, rollout.response_ids)
+            error = references[version].sampled_error(request, rollout.response_ids)
             assert rollout.rollout_logprobs.dtype == np.float32
-            assert np.abs(rollout.rollout_logprobs - expected).max() < 1e-3
-            assert np.abs(rollout.rollout_logprobs - stale).max() > 1e-2
+            assert_within(rollout.rollout_logprobs, expected, error)
+            assert_noticed(stale, expected, error)
 
 
 def test_temperature_zero_is_greedy_and_all_siblings_are_equal(engine, references):
@@ -160,7 +161,7 @@ def test_any_number_of_images(engine, references, images):
     assert group.prompt_token_ids.tolist() == references[0].inputs(request)["input_ids"][0].tolist()
     for rollout in group.rollouts:
         expected = references[0].sampled_logprobs(request, rollout.response_ids)
-        assert np.abs(rollout.rollout_logprobs - expected).max() < 1e-3
+        assert_within(rollout.rollout_logprobs, expected, references[0].sampled_error(request, rollout.response_ids))
 
 
 CUT_PNG = EncodedImage(data=noise_image(1).data[:200])
@@ -199,7 +200,7 @@ def test_the_same_seed_and_group_draw_the_same_responses(engine):
     assert responses(answer(engine, ask("other", seed=3))) != first
 
 
-def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies, tmp_path):
+def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies, references, tmp_path):
     request = ask(images=(noise_image(0),))
     before = answer(engine, request)
     announced = random_student(tmp_path, version=1)
@@ -212,8 +213,10 @@ def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies
     assert engine.policy == policies[0]
     after = answer(engine, request)
     assert responses(after) == responses(before)
-    for one, other in itertools.pairwise((before, after)):
-        np.testing.assert_array_equal(one.rollouts[0].rollout_logprobs, other.rollouts[0].rollout_logprobs)
+    one, other = before.rollouts[0], after.rollouts[0]
+    # vLLM has the prompt's keys now, and computes less of it: another order of summation.
+    error = references[0].sampled_error(request, one.response_ids)
+    assert_within(other.rollout_logprobs, one.rollout_logprobs, error)
 
 
 @pytest.mark.slow

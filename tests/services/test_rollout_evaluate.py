@@ -16,7 +16,7 @@ from vaopd.cli import main
 from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
 from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct
-from vaopd.run.snapshots import snapshot_of
+from vaopd.run.snapshots import make_snapshot
 from vaopd.types import PolicyVersion
 
 CONFIG = """
@@ -87,7 +87,7 @@ def test_a_model_in_several_files_becomes_one_snapshot(tmp_path: Path) -> None:
     (parted / "config.json").write_bytes((whole / "config.json").read_bytes())
     for number, part in enumerate((names[::2], names[1::2])):
         save_file({name: tensors[name] for name in part}, parted / f"model-{number}.safetensors")
-    policy = snapshot_of(parted, tmp_path / "scratch")
+    policy = make_snapshot(parted, tmp_path / "scratch")
     joined = load_file(Path(policy.path) / "model.safetensors")
     assert sorted(joined) == names
     assert all((joined[name] == tensors[name]).all() for name in names)

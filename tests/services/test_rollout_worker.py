@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.redis import job, redis_server  # noqa: F401
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
+from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
@@ -45,14 +45,14 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PolicyVersion]:
 
 
 @pytest.fixture
-def trainer(redis_server, job) -> Iterator[TrainerQueue]:  # noqa: F811
+def trainer(redis_server, job) -> Iterator[TrainerQueue]:
     with closing(TrainerQueue(url=redis_server.url, job=job)) as queue:
         queue.acquire()
         yield queue
 
 
 @pytest.fixture
-def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:  # noqa: F811
+def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     """Starts the process and returns once it is ready; whatever a test leaves is killed."""
     config = tmp_path / "run.toml"
     config.write_text(CONFIG.format(job=job, model=policies[0].path, url=redis_server.url))
@@ -90,8 +90,9 @@ def collect(trainer: TrainerQueue, count: int) -> dict[str, RolloutGroup]:
 def assert_sampled_by(policy: PolicyVersion, request: RolloutRequest, group: RolloutGroup) -> None:
     assert (group.policy_version, group.policy_sha256) == (policy.version, policy.sha256)
     for rollout in group.rollouts:
-        expected = PlainStudent(policy).sampled_logprobs(request, rollout.response_ids)
-        assert abs(rollout.rollout_logprobs - expected).max() < 1e-3
+        plain = PlainStudent(policy)
+        expected, error = (f(request, rollout.response_ids) for f in (plain.sampled_logprobs, plain.sampled_error))
+        assert_within(rollout.rollout_logprobs, expected, error)
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_requests_become_groups_of_the_policy_that_they_name(start_worker, train
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, policies, redis_server, job):  # noqa: F811
+def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, policies, redis_server, job):
     trainer.publish_policy(policies[0])
     for index in range(8):
         # Minutes of work in all.

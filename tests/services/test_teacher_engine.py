@@ -30,10 +30,10 @@ class SmallDevice(Vlm):
 
     room = 4
 
-    def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+    def compute_response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
         if (wanted := sum(len(segment.responses) for segment in segments)) > self.room:
             raise torch.OutOfMemoryError(f"no room for {wanted} responses")
-        return super().response_hidden(segments, encode=encode)
+        return super().compute_response_hidden(segments, encode=encode)
 
 
 def on_small_device() -> SmallDevice:

@@ -45,7 +45,7 @@ def test_a_message_holds_all_that_a_forward_needs(family: str) -> None:
     images = [image for segment in segments for image in segment.prompt.images]
     with torch.inference_mode():
         features = vlm.encode_images(images)
-        expected = vlm.response_hidden(segments)
+        expected = vlm.compute_response_hidden(segments)
         assert torch.equal(compute(vlm, pack_forward(segments, images, features)), expected)
 
 
@@ -66,14 +66,14 @@ def test_out_of_memory_in_a_forward_that_others_compute_too_is_no_groups_fault(m
         path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=link
     )
     segments = [Segment(prompt=ask(vlm, [drawing(0)]), responses=(np.array([5, 6]),))]
-    assert torch.equal(leading.response_hidden(segments), vlm.response_hidden(segments))
+    assert torch.equal(leading.compute_response_hidden(segments), vlm.compute_response_hidden(segments))
 
     def no_room(*_: object, **__: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Vlm, "response_hidden", no_room)
+    monkeypatch.setattr(Vlm, "compute_response_hidden", no_room)
     with pytest.raises(RuntimeError, match=r"lower teacher.batch_tokens") as caught:
-        leading.response_hidden(segments)
+        leading.compute_response_hidden(segments)
     assert not isinstance(caught.value, torch.OutOfMemoryError)
     assert len(link.sent) == 2
 

@@ -1,5 +1,4 @@
 """The trainer's collector on a Valkey that is full, away, or comes back empty."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.support.collectors import MakeCollector, a_policy, make_collector, never
+from tests.support.collectors import MakeCollector, a_policy, never
 from tests.support.groups import a_request, an_answer, answer
 from vaopd.errors import LeaseLost
 from vaopd.queue import TrainerQueue, WorkerQueue

@@ -22,7 +22,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The files of a wheel that is built from the tracked sources."""
     folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in (*tracked.stdout.split(), "pyproject.toml", "README.md"):
+    for name in (*tracked.stdout.split(), "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]

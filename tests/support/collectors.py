@@ -1,7 +1,4 @@
-"""Collectors over a queue, with policies 0 to 3 announced. Import the fixture where it is used:
-
-from tests.support.collectors import make_collector  # noqa: F401
-"""
+"""Collectors over a queue, with policies 0 to 3 announced, as a pytest plugin."""
 
 from __future__ import annotations
 

@@ -1,11 +1,6 @@
-"""A job on the queue in memory; `queue_jobs` has the same on Redis. Import the fixture where it is used:
-
-from tests.support.memory_jobs import a_job  # noqa: F401
-"""
+"""A job on the queue in memory, with the methods of a job on Redis (`queue_jobs`)."""
 
 from __future__ import annotations
-
-import pytest
 
 from tests.support.memory_queue import MemoryBroker, MemoryTrainer, MemoryWorker
 
@@ -38,8 +33,3 @@ class MemoryJob:
 
     def put_raw(self, stream: str, key: str, body: bytes) -> None:
         self.put_fields(stream, {"key": key, "body": body})
-
-
-@pytest.fixture
-def a_job() -> MemoryJob:
-    return MemoryJob()

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from vaopd.tiny.build import build_model
-from vaopd.tiny.config import named
+from vaopd.tiny.config import find_model
 from vaopd.tiny.tokenizer import build_processor
 from vaopd.vlm.model import Vlm
 
+LARGEST_LOGIT = 32.0
+"""No tiny model's logits come near it: the scale of their rounding where a test sees single log-probs only."""
 _SHIPPED = Path(__file__).parents[2] / "models"
 # Emptied when the interpreter ends.
 _UNTRAINED = tempfile.TemporaryDirectory(prefix="vaopd-untrained-")
@@ -23,7 +25,7 @@ def save_untrained(folder: Path, *, name: str = "teacher", seed: int = 0) -> Pat
     processor = build_processor()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build_model(named(name).size, processor.tokenizer)
+        model = build_model(find_model(name).size, processor.tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 """What trainer and workers can rely on, as tests of both implementations of the queue.
 
-A test module makes a subclass of `QueueContract` and imports a fixture `a_job`: that of `queue_jobs` (Redis) or that of
-`memory_jobs`. Messages are compared where both must name the same things. `queue_fault_contract` has the tests of
+A test module makes a subclass of `QueueContract`; its folder's fixture `a_job` is on Redis, or in memory (tests/unit).
+Messages are compared where both must name the same things. `queue_fault_contract` has the tests of
 trainers and workers that fail.
 """
 

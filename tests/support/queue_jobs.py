@@ -1,14 +1,14 @@
-"""A job on a Redis, for tests of the queue: its trainers and workers are closed at the end, whatever their state."""
+"""A job on the tests' Valkey, as a pytest plugin. Its trainers and workers are closed at the end, in any state."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import pytest
 import redis
 
-from tests.support.redis import job, redis_server  # noqa: F401
 from vaopd.queue import DeadLetters, TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis
 
@@ -54,6 +54,21 @@ class Job:
 
 
 @pytest.fixture
-def a_job(redis_server: EmbeddedRedis, job: str) -> Iterator[Job]:  # noqa: F811
+def job(redis_server: EmbeddedRedis) -> Iterator[str]:
+    """The name of a job of the test's own. Afterwards the job is purged, as its trainer would; no key may be left."""
+    name = f"test-{uuid.uuid4().hex[:8]}"
+    yield name
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.delete(f"vaopd:{{{name}}}:trainer")  # a test may leave its trainer in possession
+        with closing(TrainerQueue(url=redis_server.url, job=name)) as trainer:
+            trainer.acquire()
+            trainer.purge()
+        leaked = sorted(key.decode() for key in client.scan_iter("vaopd:*"))
+    assert not leaked, f"keys left behind: {leaked}"
+
+
+@pytest.fixture
+def a_job(redis_server: EmbeddedRedis, job: str) -> Iterator[Job]:
+    """Trainers and workers of that job. tests/unit has a fixture of this name whose queue is in memory."""
     with ExitStack() as stack:
         yield Job(redis_server.url, job, stack)

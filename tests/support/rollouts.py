@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from tests.support import tolerance
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import TinySize
 from vaopd.tiny.tokenizer import build_processor
@@ -106,6 +107,12 @@ class PlainStudent:
     def sampled_logprobs(self, request: RolloutRequest, response_ids: np.ndarray) -> np.ndarray:
         """(T,)"""
         return self.logprobs(request, response_ids)[np.arange(len(response_ids)), response_ids]
+
+    def sampled_error(self, request: RolloutRequest, response_ids: np.ndarray) -> np.ndarray:
+        """(T,): how far another float32 forward's log-probs may be from `sampled_logprobs`."""
+        rows = torch.from_numpy(self.logprobs(request, response_ids))
+        of_logits = tolerance.forward(self.model.config) * rows.abs().amax(-1, keepdim=True)
+        return tolerance.log_softmax(rows, of_logits).numpy()[np.arange(len(response_ids)), response_ids]
 
     def greedy(self, request: RolloutRequest, *, banned: list[int], eos_ids: list[int]) -> list[int]:
         response: list[int] = []

@@ -34,7 +34,7 @@ class Scores(nn.Module):
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         ids = np.concatenate([ids for segment in segments for ids in segment.responses])
-        return token_logprobs(self.vlm.response_hidden(segments), self.vlm.head, torch.from_numpy(ids))
+        return token_logprobs(self.vlm.compute_response_hidden(segments), self.vlm.head, torch.from_numpy(ids))
 
 
 def segments_for(vlm: Vlm) -> list[Segment]:

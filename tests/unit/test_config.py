@@ -120,6 +120,7 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
         ("teacher.address=one:50051,two", r"teacher\.address: .*pattern"),
         ("teacher.payload=none", r"teacher\.payload: must be one of 'hidden', .*'sampled', got 'none'"),
         ("rollout.engine.name=vllm", r"rollout\.engine: must be one of 'vllm', 'transformers'"),
+        ("data.min_pixels=0", r"data\.min_pixels: .* greater than or equal to 1, got 0"),
         ("trainer.processes=3", r"prompts_per_step = 16 must be a multiple of trainer\.processes = 3"),
         ("steps=3", r"not of the form section\.key=value"),
     ],
@@ -127,6 +128,12 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
 def test_a_wrong_value_is_named_with_its_key_and_the_remedy(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(minimal, [override])
+
+
+def test_pixel_bounds_that_no_image_can_have_are_refused(minimal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.min_pixels = 2048 is above data\.max_pixels = 1024"):
+        load_config(minimal, ["data.min_pixels=2048", "data.max_pixels=1024"])
+    load_config(minimal, ["data.min_pixels=1024", "data.max_pixels=1024"])
 
 
 def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:

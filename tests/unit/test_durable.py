@@ -38,22 +38,6 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_writer_that_dies_before_the_rename_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "keys.json"
-    path.write_bytes(b"old")
-    pid = os.fork()
-    if pid == 0:  # the child dies with all of the new content on disk
-        durable.Path.replace = lambda self, target: os._exit(0)  # type: ignore[method-assign, assignment]
-        with atomic_file(path) as file:
-            file.write(b"new")
-        os._exit(1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert path.read_bytes() == b"old"
-    with atomic_file(path) as file:  # the dead one's file does not matter
-        file.write(b"newer")
-    assert path.read_bytes() == b"newer"
-
-
 def test_content_and_folder_are_on_disk_in_the_right_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys.json"
     seen = []

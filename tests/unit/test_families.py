@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +14,14 @@ import torch
 
 from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_vlm, plain_inputs, plain_logprobs, plain_model
+from tests.support.models import model_folder
 from tests.support.teacher import drawing, encoded, question
 from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.vlm.families import family_for
+from vaopd.vlm.families import find_family
 from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.prompts import PromptReader, load_processor
 
 PICTURES = {
     "no image": [],
@@ -43,7 +48,7 @@ def responses(vlm: Vlm, *lengths: int) -> tuple[np.ndarray, ...]:
 def shared_logprobs(vlm: Vlm, *segments: Segment) -> list[torch.Tensor]:
     """One (T_k,) per response, from one forward over all segments."""
     ids = [ids for segment in segments for ids in segment.responses]
-    flat = token_logprobs(vlm.response_hidden(segments), vlm.head, torch.from_numpy(np.concatenate(ids)))
+    flat = token_logprobs(vlm.compute_response_hidden(segments), vlm.head, torch.from_numpy(np.concatenate(ids)))
     return list(flat.split([len(response) for response in ids]))
 
 
@@ -55,7 +60,7 @@ def test_a_prompt_is_read_as_the_processor_reads_it(family: str, pictures: list[
     expected = plain_inputs(vlm, messages, pictures)["input_ids"][0].tolist()
     prompt = ask(vlm, pictures)
     assert prompt.token_ids.tolist() == expected
-    assert vlm.from_token_ids(prompt.token_ids, prompt.images).images == prompt.images
+    assert vlm.read_token_ids(prompt.token_ids, prompt.images).images == prompt.images
 
 
 def test_an_image_in_tiles_has_a_run_of_placeholders_for_each_tile() -> None:
@@ -72,7 +77,7 @@ def test_a_prompt_with_a_placeholder_too_few_is_refused(family: str) -> None:
     prompt = ask(vlm, PICTURES["one image"])
     last = np.flatnonzero(prompt.token_ids == vlm.family.image_token_id(vlm.config))[-1]
     with pytest.raises(InvalidInput, match="placeholder runs"):
-        vlm.from_token_ids(np.delete(prompt.token_ids, last), prompt.images)
+        vlm.read_token_ids(np.delete(prompt.token_ids, last), prompt.images)
 
 
 @pytest.mark.numeric
@@ -141,6 +146,38 @@ def test_no_vision_token_may_stand_in_a_response(family: str) -> None:
         vlm.check_response(np.array([5, placeholder]), prompt, max_tokens=512)
 
 
+def test_tokens_after_the_first_eos_are_refused() -> None:
+    """As a padded batch has them; method.md: the first EOS is a valid token, those after it are masked."""
+    vlm = family_vlm("qwen3_vl")
+    prompt = ask(vlm, [])
+    eos = vlm.eos_ids[0]
+    vlm.check_response(np.array([5, 6, eos]), prompt, max_tokens=512)
+    for padding in ([eos], [eos] * 5, [0, 0]):
+        with pytest.raises(InvalidInput, match=rf"has {len(padding)} tokens after its first EOS \(id {eos}\)"):
+            vlm.check_response(np.array([5, 6, eos, *padding]), prompt, max_tokens=512)
+
+
+@pytest.mark.parametrize(
+    ("declared", "eos_ids"), [("[473, 471]", (473, 471)), ("471", (471, 473)), ("473", (473,)), ("null", (473,))]
+)
+def test_generation_config_and_tokenizer_both_name_ends_of_a_response(
+    tmp_path: Path, declared: str, eos_ids: tuple[int, ...]
+) -> None:
+    """In the tiny tokenizer 473 is <|im_end|>, its EOS, and 471 <|endoftext|>."""
+    folder = shutil.copytree(model_folder("student"), tmp_path / "student")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": json.loads(declared)}))
+    assert PromptReader.open(folder).eos_ids == eos_ids
+
+
+def test_a_pixel_bound_that_crosses_the_processor_s_own_is_refused() -> None:
+    """The tiny models' processor scales to at least 1024 and at most 147456 pixels."""
+    for bounds in ({"max_pixels": 1000}, {"min_pixels": 147_457}):
+        with pytest.raises(ConfigError, match=r"data\.min_pixels and data\.max_pixels: .*; set both"):
+            load_processor(model_folder("student"), **bounds)
+    load_processor(model_folder("student"), max_pixels=1024)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vision_tower_stays_on_plain_attention(family: str) -> None:
     vlm = family_vlm(family)
@@ -171,7 +208,7 @@ def test_the_model_generates_from_a_prepared_prompt_what_transformers_does(
     expected = plain.generate(**plain_inputs(vlm, messages, pictures), **settings)
     prompt = ask(vlm, pictures)
     ids = torch.from_numpy(prompt.token_ids)[None]
-    inputs = vlm.family.generation_inputs(vlm.model, ids, prompt.images)
+    inputs = vlm.family.make_generation_inputs(vlm.model, ids, prompt.images)
     assert torch.equal(vlm.model.generate(ids, **inputs, **settings), expected)
 
 
@@ -179,4 +216,4 @@ def test_a_family_without_an_adapter_is_named_with_those_that_have_one() -> None
     with pytest.raises(
         ConfigError, match=r"'llava' has no adapter; known: idefics3, internvl, qwen2_5_vl, qwen3_vl, sm"
     ):
-        family_for("llava")
+        find_family("llava")

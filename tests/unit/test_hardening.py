@@ -31,26 +31,26 @@ def container(service: str, *, network: str = BACKEND, **ports: str) -> dict[str
 
 
 def test_a_container_as_it_should_be() -> None:
-    assert hardening.inside(status()) == []
-    assert hardening.outside(container("redis"), {BACKEND}) == []
-    assert hardening.outside(container("api", network="vaopd_frontend", **{"127.0.0.1": "8080"}), {BACKEND}) == []
+    assert hardening.check_inside(status()) == []
+    assert hardening.check_outside(container("redis"), {BACKEND}) == []
+    assert hardening.check_outside(container("api", network="vaopd_frontend", **{"127.0.0.1": "8080"}), {BACKEND}) == []
 
 
 def test_each_fault_inside_is_named() -> None:
-    assert hardening.inside(status(uid=0)) == ["runs as root"]
-    assert hardening.inside(status(capabilities=SOME))[0].startswith(f"has capabilities: CapPrm {SOME}")
-    assert hardening.inside(status(no_new_privileges=0)) == ["may gain privileges"]
-    assert hardening.inside(status(writable="yes")) == ["its root file system can be written"]
+    assert hardening.check_inside(status(uid=0)) == ["runs as root"]
+    assert hardening.check_inside(status(capabilities=SOME))[0].startswith(f"has capabilities: CapPrm {SOME}")
+    assert hardening.check_inside(status(no_new_privileges=0)) == ["may gain privileges"]
+    assert hardening.check_inside(status(writable="yes")) == ["its root file system can be written"]
 
 
 def test_a_port_for_everybody_is_named() -> None:
-    assert hardening.outside(container("api", **{"0.0.0.0": "8080"}), {BACKEND}) == [
+    assert hardening.check_outside(container("api", **{"0.0.0.0": "8080"}), {BACKEND}) == [
         "port 8080 is published on 0.0.0.0"
     ]
 
 
 def test_redis_has_no_way_in() -> None:
-    assert hardening.outside(container("redis", network="vaopd_frontend"), {BACKEND}) == [
+    assert hardening.check_outside(container("redis", network="vaopd_frontend"), {BACKEND}) == [
         "is on network vaopd_frontend, which is not internal"
     ]
-    assert hardening.outside(container("redis", **{"127.0.0.1": "6379"}), {BACKEND}) == ["publishes port 6379"]
+    assert hardening.check_outside(container("redis", **{"127.0.0.1": "6379"}), {BACKEND}) == ["publishes port 6379"]

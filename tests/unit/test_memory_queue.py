@@ -1,10 +1,9 @@
 """The queue in memory keeps the contract; what unit tests show with it holds for Redis."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
 from tests.support.groups import a_request, an_answer, take_one
-from tests.support.memory_jobs import MemoryJob, a_job
+from tests.support.memory_jobs import MemoryJob
 from tests.support.queue_contract import QueueContract
 
 

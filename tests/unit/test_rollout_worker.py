@@ -1,5 +1,4 @@
 """The rollout worker's loop on the queue in memory, with an engine that computes nothing."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.support.groups import a_request, an_answer, collect_one
-from tests.support.memory_jobs import MemoryJob, a_job
+from tests.support.memory_jobs import MemoryJob
 from vaopd.errors import InvalidInput, Mismatch
 from vaopd.sampling.engine import Outcome
 from vaopd.types import PolicyVersion, RolloutRequest

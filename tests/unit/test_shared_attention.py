@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.tolerance import assert_noticed, assert_within, gamma
 from vaopd.errors import ConfigError
-from vaopd.vlm.shared_attention import BUCKET_FILL, Layout, attention
+from vaopd.vlm.shared_attention import BUCKET_FILL, Layout, attend
 
 pytestmark = pytest.mark.numeric
 
@@ -54,7 +54,7 @@ def states(length: int, *, kv_heads: int = KV_HEADS) -> tuple[Tensor, Tensor, Te
 def test_forward_and_gradients_equal_dense_attention(window: int | None, kv_heads: int) -> None:
     layout = Layout(SEGMENTS)
     inputs = states(layout.length, kv_heads=kv_heads)
-    shared, _ = attention(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5, sliding_window=window)
+    shared, _ = attend(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5, sliding_window=window)
     expected = dense(*inputs, may_see(SEGMENTS, window))
     torch.testing.assert_close(shared, expected, rtol=1e-6, atol=1e-10)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_under_autocast_mixed_precisions_meet_in_the_lower_one() -> None:
     layout = Layout(SEGMENTS)
     query, key, value = (tensor.detach().float() for tensor in states(layout.length))
     with torch.autocast("cpu", torch.bfloat16):
-        shared, _ = attention(torch.nn.Module(), query, key, value.bfloat16(), None, layout=layout, scaling=DIM**-0.5)
+        shared, _ = attend(torch.nn.Module(), query, key, value.bfloat16(), None, layout=layout, scaling=DIM**-0.5)
     assert shared.dtype == torch.bfloat16
     mask, scale = may_see(SEGMENTS), DIM**-0.5
     expected = dense(query, key, value, mask)
@@ -102,4 +102,4 @@ def test_ragged_siblings_are_padded_within_buckets_of_like_length_only() -> None
 def test_what_it_cannot_do_is_refused_by_name() -> None:
     layout = Layout([(3, (2,))])
     with pytest.raises(ConfigError, match="softcap"):
-        attention(torch.nn.Module(), *states(layout.length), None, layout=layout, softcap=50.0)
+        attend(torch.nn.Module(), *states(layout.length), None, layout=layout, softcap=50.0)

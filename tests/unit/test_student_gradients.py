@@ -43,7 +43,7 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def shared_gradients(vlm: Vlm) -> dict[str, torch.Tensor]:
     segments = prompts_and_responses(vlm)
     ids = np.concatenate([ids for segment in segments for ids in segment.responses])
-    token_logprobs(vlm.response_hidden(segments), vlm.head, torch.from_numpy(ids)).sum().backward()
+    token_logprobs(vlm.compute_response_hidden(segments), vlm.head, torch.from_numpy(ids)).sum().backward()
     return gradients(vlm.model)
 
 

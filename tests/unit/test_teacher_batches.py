@@ -25,9 +25,9 @@ LENGTHS = [(20, 33, 7, 1), (12, 12), (5,), (40, 11, 12)]
 class Recorded(Vlm):
     """The tiny teacher, noting the forwards: for each segment the prompt's tokens and the responses'."""
 
-    def response_hidden(self, segments: list[Segment], *, encode: Encode | None = None) -> torch.Tensor:  # type: ignore[override]
+    def compute_response_hidden(self, segments: list[Segment], *, encode: Encode | None = None) -> torch.Tensor:  # type: ignore[override]
         FORWARDS.append([(len(s.prompt.token_ids), [len(ids) for ids in s.responses]) for s in segments])
-        return super().response_hidden(segments, encode=encode)
+        return super().compute_response_hidden(segments, encode=encode)
 
 
 FORWARDS: list[list[tuple[int, list[int]]]] = []

@@ -27,7 +27,7 @@ from vaopd_teacher.engines.vllm_extension import log_probs
 def test_vllm_reads_one_placeholder_per_image(family: str, sizes: list[tuple[int, int]]) -> None:
     vlm = family_vlm(family)
     pictures = [drawing(seed, size) for seed, size in enumerate(sizes)]
-    expected = vlm.rendered_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
+    expected = vlm.render_ids(question("How long is it?", [encoded(picture) for picture in pictures]))
     assert collapse_images(vlm, ask(vlm, pictures)) == expected
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vaopd.tiny.config import MODELS
-from vaopd.tiny.measure import held_out_accuracy
+from vaopd.tiny.measure import measure_accuracy
 from vaopd.tiny.tokenizer import build_tokenizer
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
@@ -49,7 +49,7 @@ def test_the_measured_accuracy_can_be_measured_again(name: str, lowest: float, h
     """The card's number is of 600 questions; these 120 have a standard error of 0.02 (teacher) and 0.04 (student)."""
     model, processor = load(name)
 
-    measured = held_out_accuracy(model, processor, num_questions=120, seed=1)["accuracy"]
+    measured = measure_accuracy(model, processor, num_questions=120, seed=1)["accuracy"]
 
     assert lowest <= measured <= highest
     assert json.loads((FOLDER / f"tiny-{name}/training.json").read_text())["held_out_questions"] == 600

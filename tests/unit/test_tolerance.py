@@ -118,7 +118,7 @@ def _forward(vlm: Vlm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     ids = torch.randint(200, (3, 40), generator=torch.Generator().manual_seed(7)).numpy()
     shown = ([], [drawing(0)], [drawing(1, (128, 64)), drawing(2)])
     segments = [Segment(prompt=ask(other, pictures), responses=tuple(ids)) for pictures in shown]
-    hidden = other.response_hidden(segments)
+    hidden = other.compute_response_hidden(segments)
     return hidden.double(), (hidden @ other.head.T).double()
 
 

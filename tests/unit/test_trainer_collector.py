@@ -1,5 +1,4 @@
 """The trainer's collector on the queue in memory: each wanted group once, whatever the queue delivers."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.collectors import MakeCollector, a_policy, make_collector, never
+from tests.support.collectors import MakeCollector, a_policy, never
 from tests.support.groups import a_request, an_answer, answer, take_one
-from tests.support.memory_jobs import MemoryJob, a_job
+from tests.support.memory_jobs import MemoryJob
 from vaopd.run.ledger import audit
 from vaopd.types import RolloutGroup, RolloutRequest
 from vaopd_trainer.collector import Collector

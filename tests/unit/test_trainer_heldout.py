@@ -1,5 +1,4 @@
 """Held-out evaluation through the queue: avg@n by hand, and what a resumed run makes of it."""
-# ruff: noqa: F401, F811  (fixtures are imported, then named as parameters)
 
 from __future__ import annotations
 
@@ -9,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.support.collectors import MakeCollector, make_collector
+from tests.support.collectors import MakeCollector
 from tests.support.groups import an_answer
-from tests.support.memory_jobs import MemoryJob, a_job
+from tests.support.memory_jobs import MemoryJob
 from vaopd.config import Config, validate
 from vaopd.queue import WorkerEnd
 from vaopd.types import Message, Prompt, TextPart

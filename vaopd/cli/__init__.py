@@ -1,4 +1,4 @@
-"""The command line. Each subcommand imports what is heavy only when it runs, so `--help` answers at once."""
+"""The command line. Each subcommand imports heavy packages only when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 done, 1 a check found something wrong, 2 an error that was told, 130 Ctrl-C."""
+    """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
@@ -35,19 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; Python would complain again when it flushes at exit.
+        # The reader (head, less) has closed its end; without this, Python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Builds the parser of all commands; docs/tools/reference.py prints its help texts."""
     parser = argparse.ArgumentParser(
         prog="vaopd",
-        description="Distil a vision-language teacher into a small student, weighting what depends on seeing.",
-        epilog="Begin with `vaopd demo`: a whole run on two CPU cores.",
+        description="Distil a vision-language teacher into a student, weighting the tokens that depend on the image.",
+        epilog="Start with `vaopd demo`: a whole run on two CPU cores.",
     )
     parser.add_argument("--version", action="version", version=vaopd.__version__)
-    parser.add_argument("--verbose", action="store_true", help="show where an error comes from (also VAOPD_DEBUG=1)")
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error (also VAOPD_DEBUG=1)")
     parser.set_defaults(extra="services")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     for module in (run, services, score, evaluate, make, watch, report, ledger, queue, keys, certs, doctor):

@@ -1,4 +1,4 @@
-"""`python -m vaopd.cli`, the same as `vaopd`."""
+"""Makes `python -m vaopd.cli` the same as `vaopd`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`vaopd certs FOLDER`: certificates for development."""
+"""`vaopd certs FOLDER`: makes certificates for development."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ if TYPE_CHECKING:
 
 
 def add_parsers(subparsers: Subparsers) -> None:
+    """Adds `vaopd certs`."""
     certs = subparsers.add_parser("certs", help="make TLS certificates for development")
-    certs.add_argument("folder", metavar="FOLDER", type=Path, help="where authority, server and client files are put")
+    certs.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        help="the folder to write the authority's, server's and client's files to",
+    )
     certs.add_argument(
         "--host",
         metavar="NAME",
         action="append",
         default=[],
-        help="a name or address of the server beside localhost (repeatable)",
+        help="another name or address of the server, besides localhost (repeatable)",
     )
-    certs.add_argument("--days", type=int, default=30, metavar="N", help="how long they are valid (default 30)")
-    certs.add_argument("--replace", action="store_true", help="overwrite those that are there")
+    certs.add_argument("--days", type=int, default=30, metavar="N", help="days until they expire (default 30)")
+    certs.add_argument("--replace", action="store_true", help="overwrite existing files")
     certs.set_defaults(command=_make, extra="certs")
 
 

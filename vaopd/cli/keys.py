@@ -1,4 +1,4 @@
-"""`vaopd keys add | list | revoke`: the API keys of a shared service, kept in a file as digests."""
+"""`vaopd keys add | list | revoke`: manages the API keys of a shared service; the file holds only digests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ if TYPE_CHECKING:
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    keys = subparsers.add_parser("keys", help="the API keys of a shared service")
+    """Adds `vaopd keys add | list | revoke`."""
+    keys = subparsers.add_parser("keys", help="manage the API keys of a shared service")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="make a key for a job and print it, this once")
+    add = actions.add_parser("add", help="make a key for a job and print it, once")
     add.add_argument("job", metavar="JOB", help="the job's name, which is its run's name")
     add.add_argument(
-        "--expires", metavar="DAYS", type=_days, default=90.0, help='days until it expires, or "never" (default 90)'
+        "--expires",
+        metavar="DAYS",
+        type=_parse_days,
+        default=90.0,
+        help='days until it expires, or "never" (default 90)',
     )
     add.set_defaults(command=_add)
-    actions.add_parser("list", help="every key's id, job and state").set_defaults(command=_list)
-    revoke = actions.add_parser("revoke", help="make a key invalid; running services notice at once")
-    revoke.add_argument("id", metavar="ID", help="as `vaopd keys list` shows it")
+    actions.add_parser("list", help="list every key's id, job and state").set_defaults(command=_list)
+    revoke = actions.add_parser("revoke", help="make a key invalid, at once in running services too")
+    revoke.add_argument("id", metavar="ID", help="the key's id, from `vaopd keys list`")
     revoke.set_defaults(command=_revoke)
     for parser in actions.choices.values():
         parser.add_argument(
@@ -34,7 +39,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         )
 
 
-def _days(text: str) -> float | None:
+def _parse_days(text: str) -> float | None:
     return None if text == "never" else float(text)
 
 
@@ -43,8 +48,8 @@ def _add(arguments: argparse.Namespace) -> int:
 
     print(add_key(arguments.file, arguments.job, expires_days=arguments.expires))
     print(
-        "vaopd: this is shown once and kept nowhere; store it in a file that only its job reads, "
-        "which VAOPD_API_KEY_FILE names there",
+        "vaopd: the key is shown only now and stored nowhere. Save it in a file that only its job can read, and name "
+        "that file in the job's VAOPD_API_KEY_FILE",
         file=sys.stderr,
     )
     return 0

@@ -1,4 +1,4 @@
-"""`vaopd ledger RUN`: was every published group trained once, or given up with a reason?"""
+"""`vaopd ledger RUN`: checks that every published group was trained once, or given up for a reason."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ SHOWN_PROBLEMS = 20
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    ledger = subparsers.add_parser("ledger", help="proves that a run lost no group and trained none twice")
-    ledger.add_argument("run", metavar="RUN", type=Path, help="a run's folder, of one that still runs too")
-    ledger.add_argument("--groups", action="store_true", help="a line for every group as well")
-    ledger.set_defaults(command=_ledger)
+    """Adds `vaopd ledger`."""
+    ledger = subparsers.add_parser("ledger", help="check that a run lost no group and trained none twice")
+    ledger.add_argument("run", metavar="RUN", type=Path, help="a run's folder; the run may still be running")
+    ledger.add_argument("--groups", action="store_true", help="also print a line for each group")
+    ledger.set_defaults(command=_check_ledger)
 
 
-def _ledger(arguments: argparse.Namespace) -> int:
+def _check_ledger(arguments: argparse.Namespace) -> int:
     from vaopd.run.ledger import audit
 
     books = audit(arguments.run)
@@ -55,12 +56,12 @@ def _print_groups(books: Audit) -> None:
     print(f"{'group':<22}{'step':>6}{'policy':>8}  {'worker':<16}{'checkpoint':>10}  outcome")
     for fate in books.fates:
         print(
-            f"{fate.group_id:<22}{_or_dash(fate.step):>6}{_or_dash(fate.delivered_policy):>8}  "
-            f"{fate.worker or '–':<16}{_or_dash(fate.checkpoint):>10}  {_outcome(fate, books.step)}"
+            f"{fate.group_id:<22}{_format_number(fate.step):>6}{_format_number(fate.delivered_policy):>8}  "
+            f"{fate.worker or '–':<16}{_format_number(fate.checkpoint):>10}  {_describe_outcome(fate, books.step)}"
         )
 
 
-def _outcome(fate: Fate, done: int) -> str:
+def _describe_outcome(fate: Fate, done: int) -> str:
     dropped = ", ".join(f"{number} × {reason}" for reason, number in fate.dropped.items())
     return (
         fate.outcome(done)
@@ -69,5 +70,5 @@ def _outcome(fate: Fate, done: int) -> str:
     )
 
 
-def _or_dash(number: int | None) -> str:
+def _format_number(number: int | None) -> str:
     return "–" if number is None else str(number)

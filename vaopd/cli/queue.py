@@ -1,4 +1,4 @@
-"""`vaopd queue dead | retry | drop`: what was given up, and what shall become of it."""
+"""`vaopd queue dead | retry | drop`: lists requests and groups that were given up, publishes them again, drops them."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ PAGE = 100
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    queue = subparsers.add_parser("queue", help="the dead letters of a job: requests and groups that were given up")
+    """Adds `vaopd queue dead | retry | drop`."""
+    queue = subparsers.add_parser(
+        "queue", help="list, retry or drop a job's dead letters: requests and groups that were given up"
+    )
     actions = queue.add_subparsers(required=True, metavar="ACTION")
-    dead = actions.add_parser("dead", help="list them, the oldest first, each with its reason")
-    dead.set_defaults(command=_dead, extra="queue")
+    dead = actions.add_parser("dead", help="list them, oldest first, each with its reason")
+    dead.set_defaults(command=_list_dead, extra="queue")
     retry = actions.add_parser(
         "retry",
-        help="publish again",
-        description="Publishes dead letters again. A run uses them if it has not closed their step yet: one that goes "
-        "on from an earlier checkpoint does, one that is beyond it drops them and counts them.",
+        help="publish them again",
+        description="Publishes dead letters again. A run uses them only if it hasn't closed their step yet, for "
+        "example after it was resumed from an earlier checkpoint; otherwise it drops and counts them.",
     )
     retry.set_defaults(command=_retry, extra="queue")
-    drop = actions.add_parser("drop", help="remove for good")
+    drop = actions.add_parser("drop", help="remove them for good")
     drop.set_defaults(command=_drop, extra="queue")
     for parser in (retry, drop):
         which = parser.add_mutually_exclusive_group(required=True)
-        which.add_argument("ids", metavar="ID", nargs="*", default=[], help="as `vaopd queue dead` shows it")
+        which.add_argument("ids", metavar="ID", nargs="*", default=[], help="a letter's id, from `vaopd queue dead`")
         which.add_argument("--all", action="store_true", help="every letter of the job")
     for parser in (dead, retry, drop):
-        parser.add_argument("--run", metavar="RUN", type=Path, help="a run's folder, which names job and Redis")
+        parser.add_argument(
+            "--run", metavar="RUN", type=Path, help="a run's folder, whose config.toml names job and Redis"
+        )
         parser.add_argument("--job", metavar="JOB", help="the job's name, which is its run's name")
         parser.add_argument("--url", metavar="URL", help=f"Redis or Valkey (default: that of RUN, or {URL})")
 
 
-def _dead(arguments: argparse.Namespace) -> int:
-    with closing(_letters_of(arguments)) as letters:
+def _list_dead(arguments: argparse.Namespace) -> int:
+    with closing(_open_letters(arguments)) as letters:
         print(f"{'id':<22}  {'group':<22}{'policy':>7}  {'stream':<8}{'deliveries':>11}  reason")
-        for letter in _every(letters):
+        for letter in _list_all(letters):
             version = "–" if letter.policy_version is None else letter.policy_version
             print(
                 f"{letter.entry_id:<22}  {letter.group_id:<22}{version:>7}  {letter.stream:<8}{letter.deliveries:>11}  "
@@ -52,22 +57,22 @@ def _dead(arguments: argparse.Namespace) -> int:
 
 
 def _retry(arguments: argparse.Namespace) -> int:
-    with closing(_letters_of(arguments)) as letters:
-        for entry_id in _chosen(arguments, letters):
+    with closing(_open_letters(arguments)) as letters:
+        for entry_id in _choose_ids(arguments, letters):
             letters.retry(entry_id)
-            print(f"{entry_id} is published again")
+            print(f"{entry_id} was published again")
     return 0
 
 
 def _drop(arguments: argparse.Namespace) -> int:
-    with closing(_letters_of(arguments)) as letters:
-        for entry_id in _chosen(arguments, letters):
+    with closing(_open_letters(arguments)) as letters:
+        for entry_id in _choose_ids(arguments, letters):
             letters.drop(entry_id)
-            print(f"{entry_id} is dropped")
+            print(f"{entry_id} was dropped")
     return 0
 
 
-def _letters_of(arguments: argparse.Namespace) -> DeadLetters:
+def _open_letters(arguments: argparse.Namespace) -> DeadLetters:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
     from vaopd.queue import DeadLetters
@@ -77,16 +82,16 @@ def _letters_of(arguments: argparse.Namespace) -> DeadLetters:
         config = load_config(arguments.run / "config.toml")
         job, url = job or config.run.name, url or config.queue.url
     if not job:
-        raise ConfigError("which job? give --job JOB, or --run RUN")
+        raise ConfigError("no job is given; use --job JOB or --run RUN")
     return DeadLetters(url=url or URL, job=job, patience_s=5.0)
 
 
-def _every(letters: DeadLetters) -> list[DeadLetter]:
+def _list_all(letters: DeadLetters) -> list[DeadLetter]:
     found: list[DeadLetter] = []
     while page := letters.list(after=found[-1].entry_id if found else "", limit=PAGE):
         found += page
     return found
 
 
-def _chosen(arguments: argparse.Namespace, letters: DeadLetters) -> list[str]:
-    return [letter.entry_id for letter in _every(letters)] if arguments.all else arguments.ids
+def _choose_ids(arguments: argparse.Namespace, letters: DeadLetters) -> list[str]:
+    return [letter.entry_id for letter in _list_all(letters)] if arguments.all else arguments.ids

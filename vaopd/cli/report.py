@@ -1,4 +1,4 @@
-"""`vaopd report`: a run, or several compared, as one HTML file."""
+"""`vaopd report`: writes a run, or several compared, as one HTML file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ if TYPE_CHECKING:
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    report = subparsers.add_parser("report", help="curves, configuration and rollouts of a run, as one HTML file")
+    """Adds `vaopd report`."""
+    report = subparsers.add_parser("report", help="write curves, configuration and rollouts of a run as one HTML file")
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders; several are compared")
-    report.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in the (first) run's folder")
     report.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="only the accuracy curves, as an image (.png, .svg or .pdf)"
+        "--output", type=Path, metavar="FILE", help="the file to write (default: report.html in the first run's folder)"
+    )
+    report.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="write only the accuracy curves, as an image (.png, .svg or .pdf)"
     )
     report.add_argument(
         "--band",
         choices=("standard-error", "range"),
         default="range",
-        help="band around the mean over seeds: their standard error, or lowest to highest (default)",
+        help="the band around the mean over seeds: its standard error, or lowest to highest (default)",
     )
     report.set_defaults(command=_report, extra="report")
 

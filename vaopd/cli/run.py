@@ -1,4 +1,4 @@
-"""`vaopd up` and `vaopd demo`: every process of a run on this host."""
+"""`vaopd up` and `vaopd demo`: start all processes of a run on this host."""
 
 from __future__ import annotations
 
@@ -28,45 +28,49 @@ next
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd demo` and `vaopd up`."""
-    demo = subparsers.add_parser("demo", help="a whole run of the tiny pair on two CPU cores, in a few minutes")
+    demo = subparsers.add_parser("demo", help="run the tiny pair on two CPU cores, in about nine minutes")
     demo.add_argument("--name", help="the run's name (default: demo-DATE-TIME)")
-    demo.add_argument("--steps", type=int, help="optimizer steps (default: as in configs/tiny.toml)")
-    demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss")
-    demo.add_argument("--seed", type=int, default=0, help="order of the prompts and sampling")
-    demo.set_defaults(command=_demo)
+    demo.add_argument("--steps", type=int, help="optimizer steps (default: those of configs/tiny.toml)")
+    demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss (default va_opd)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of sampling (default 0)")
+    demo.set_defaults(command=_run_demo)
 
-    up = subparsers.add_parser("up", help="Redis, teacher, workers, API and trainer of a configuration, on this host")
+    up = subparsers.add_parser(
+        "up", help="start Redis, teacher, workers, API and trainer of a configuration on this host"
+    )
     add_config_arguments(up)
     up.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
     up.add_argument(
-        "--restart-trainer", action="store_true", help="resume by itself when the trainer is killed by a signal"
+        "--restart-trainer", action="store_true", help="resume automatically when the trainer is killed by a signal"
     )
-    up.add_argument("--teacher", metavar="HOST:PORT[,…]", help="share this running teacher, or replicas; start none")
+    up.add_argument(
+        "--teacher", metavar="HOST:PORT[,…]", help="use this running teacher, or replicas of it, and start none"
+    )
     add_service_flag(up)
-    up.add_argument("--no-api", dest="api", action="store_false", help="start no scoring API")
+    up.add_argument("--no-api", dest="api", action="store_false", help="don't start the scoring API")
     up.add_argument(
         "--gpus",
         action="append",
         default=[],
         metavar="ROLE=DEVICES",
         help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
-        "(repeatable; several for rollout go to the workers in turn)",
+        "(repeatable; rollout's devices are dealt to the workers in turn)",
     )
     up.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
-        help="serve Prometheus metrics on 127.0.0.1: teacher, workers and trainer from port N on; 0: on free ones",
+        help="serve Prometheus metrics of teacher, workers and trainer on 127.0.0.1, from port N on; 0: on free ports",
     )
-    up.add_argument("--log-format", choices=FORMATS, help=f"of the processes' logs (also {FORMAT_VARIABLE})")
-    up.set_defaults(command=_up)
+    up.add_argument("--log-format", choices=FORMATS, help=f"format of the processes' logs (also {FORMAT_VARIABLE})")
+    up.set_defaults(command=_run_up)
 
 
-def _up(arguments: argparse.Namespace) -> int:
+def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
-    service_config(arguments)  # raises for what is wrong with it, before anything is started
+    service_config(arguments)  # raises for an invalid file before anything is started
     gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
@@ -89,22 +93,22 @@ def _up(arguments: argparse.Namespace) -> int:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
     roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
     require(*roles)
-    return up(options, say=_say, show=_show(), check=lambda config: check(config, needs))
+    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
     from vaopd.launch.up import UpOptions, new_run_name, up
 
     if not DEMO_CONFIG.exists():
-        raise ConfigError(f"{DEMO_CONFIG} is not here; run the demo in the root of the repository")
+        raise ConfigError(f"{DEMO_CONFIG} doesn't exist here; run the demo in the repository's root")
     require("services", "tiny")
     overrides = [
         f"run.name={arguments.name or new_run_name('demo')}",
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
-        # Free ports, so that a second run on this host, or another program, is not disturbed.
+        # Free ports, so that a second run or another program on this host isn't disturbed.
         "teacher.address=127.0.0.1:0",
         "api.address=127.0.0.1:0",
     ]
@@ -116,10 +120,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     check(config, ("student", "teacher", "data", "engine"))
     _say(
         f"run {config.run.name}: {config.trainer.steps} steps of {config.trainer.prompts_per_step} prompts × "
-        f"{config.trainer.rollouts_per_prompt} rollouts; 180 take about eight minutes on two cores. Ctrl-C ends it"
+        f"{config.trainer.rollouts_per_prompt} rollouts; 180 steps take about 8 minutes on two cores. Ctrl-C ends it"
     )
     _say(f"logs and results: {config.run_folder}")
-    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_show())
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_make_show())
     if code == 0:
         _print_result(config.run_folder)
     return code
@@ -155,7 +159,7 @@ def _say(line: str) -> None:
     draw(sys.stderr, f"vaopd: {line}", stays=True)
 
 
-def _show() -> Callable[[str], None] | None:
+def _make_show() -> Callable[[str], None] | None:
     """Returns a function that draws a line over the one before, None where standard error is no terminal."""
     from vaopd.telemetry.progress_line import draw
 

@@ -1,4 +1,4 @@
-"""`vaopd score`: what a running teacher says of one question about images, token by token."""
+"""`vaopd score`: prints a running teacher's scores of a response, token by token."""
 
 from __future__ import annotations
 
@@ -18,30 +18,42 @@ TIMEOUT_S = 60.0
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    score = subparsers.add_parser("score", help="visual advantage of a response's tokens, from a running teacher")
-    score.add_argument(
-        "--image", action="append", default=[], type=Path, metavar="FILE", help="PNG, JPEG or WEBP (repeatable)"
+    """Adds `vaopd score`."""
+    score = subparsers.add_parser(
+        "score", help="print the visual advantage of a response's tokens, from a running teacher"
     )
-    score.add_argument("--question", required=True)
+    score.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="an image: PNG, JPEG or WEBP (repeatable)",
+    )
+    score.add_argument("--question", required=True, help="the question about the images")
     what = score.add_mutually_exclusive_group(required=True)
-    what.add_argument("--response", action="append", help="repeat it to compare several")
+    what.add_argument("--response", action="append", help="a response to score (repeatable, to compare several)")
     what.add_argument(
         "--generate", nargs="?", type=int, const=4, metavar="K", help="let --student answer K times (default 4)"
     )
-    score.add_argument("--student", metavar="MODEL", help="folder or hub id of the student of --generate")
-    score.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
-    score.add_argument("--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="(default %(default)s)")
+    score.add_argument("--student", metavar="MODEL", help="the student of --generate: a folder or hub id")
+    score.add_argument("--seed", type=int, default=0, help="seed of --generate (default 0)")
+    score.add_argument(
+        "--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="the teacher (default %(default)s)"
+    )
     score.add_argument(
         "--degradation",
         default="pixelate",
         metavar="KIND",
-        help="how the degraded view is made; an unknown kind lists them all (default %(default)s)",
+        help="how to make the degraded view; an unknown kind prints the list (default %(default)s)",
     )
-    score.add_argument("--strength", type=float, default=0.1, help="of the degradation (default 0.1)")
-    score.add_argument("--table", action="store_true", help="a line per token in a terminal too, as elsewhere")
-    score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score answers")
-    score.add_argument("--png", type=Path, metavar="FILE", help="draw it, too")
-    score.add_argument("--html", type=Path, metavar="FILE", help="write it into one self-contained file, too")
+    score.add_argument("--strength", type=float, default=0.1, help="strength of the degradation, 0 to 1 (default 0.1)")
+    score.add_argument("--table", action="store_true", help="print a line per token, as without a terminal")
+    score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score returns it")
+    score.add_argument("--png", type=Path, metavar="FILE", help="also draw the scores as an image")
+    score.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the scores as one self-contained HTML file"
+    )
     score.set_defaults(command=_score, extra="model")
 
 
@@ -54,7 +66,7 @@ def _score(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
-    responses: Sequence[str | list[int]] = arguments.response or _generated(arguments, images)
+    responses: Sequence[str | list[int]] = arguments.response or _generate(arguments, images)
     reply = ask(
         arguments.teacher, images=images, question=arguments.question, responses=responses, degradation=degradation
     )
@@ -75,7 +87,7 @@ def ask(
     responses: Sequence[str | list[int]],
     degradation: Degradation,
 ) -> ScoreReply:
-    """One group's score. Raises what the teacher refuses."""
+    """Scores one group. Raises the teacher's error if it refuses."""
     import numpy as np
 
     from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient, from_environment
@@ -90,7 +102,7 @@ def ask(
         messages=user_turn(question, images),
     )
     credentials = from_environment()
-    # With a key it is the job that the key belongs to.
+    # With a key, the job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": "score"}
     options |= {"timeout_s": TIMEOUT_S, "payload": "none", "degradation": degradation}
     with SyncTeacherClient(teacher, **options) as client:
@@ -103,15 +115,15 @@ def ask(
 
 
 def wants_colour(terminal: bool) -> bool:
-    """Only in a terminal that can, and for people who don't mind (no-color.org)."""
+    """Returns whether to colour the output: in a terminal that supports it, unless NO_COLOR is set (no-color.org)."""
     return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def _generated(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
+def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
     from vaopd.errors import ConfigError
 
     if arguments.student is None:
-        raise ConfigError("--generate needs --student MODEL, the folder or hub id of who is to answer")
+        raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
     from vaopd.sampling.adhoc import AdHocStudent
     from vaopd.types import SamplingSettings
 

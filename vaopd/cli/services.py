@@ -1,6 +1,6 @@
-"""`vaopd train | teacher | rollout | api`: one process of the system in the foreground.
+"""`vaopd train | teacher | rollout | api`: run one process of the system in the foreground.
 
-The process replaces this one, so that signals and exit codes are the service's own.
+It replaces this process, so that signals and exit codes are the service's own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
 COMMANDS: dict[str, tuple[Role, str]] = {
-    "train": ("trainer", "a trainer alone, against a running teacher, Redis and workers"),
-    "teacher": ("teacher", "the teacher server (gRPC)"),
-    "rollout": ("rollout", "one rollout worker"),
-    "api": ("api", "the scoring API (HTTP)"),
+    "train": ("trainer", "run a trainer alone, against a running teacher, Redis and workers"),
+    "teacher": ("teacher", "run the teacher server (gRPC)"),
+    "rollout": ("rollout", "run one rollout worker"),
+    "api": ("api", "run the scoring API (HTTP)"),
 }
 NEEDS: dict[Role, tuple[Needs, ...]] = {
     "trainer": ("student", "data"),
@@ -45,12 +45,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from vaopd.launch.up import service_argv
 
     role: Role = arguments.role
-    # The process that follows reads both files again, and names their old keys itself.
+    # The service reads both files again, and warns of their old keys itself.
     config = load_config(arguments.config, arguments.overrides, warn=warn_once if arguments.dry_run else ignore)
     service_config(arguments, quiet=not arguments.dry_run)
     if arguments.dry_run:
         return dry_run(config, NEEDS[role])
-    # A taken port is the service's own to report: it may be free again by the time it listens.
+    # The service reports a taken port itself: it may be free again by the time the service listens.
     check(config, [need for need in NEEDS[role] if not need.endswith("port")])
     argv = service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
     sys.stdout.flush()

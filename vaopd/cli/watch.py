@@ -1,4 +1,4 @@
-"""`vaopd watch`: how a run stands, kept up to date while it goes on."""
+"""`vaopd watch`: shows a run's progress and updates it while the run continues."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ if TYPE_CHECKING:
 
 
 def add_parsers(subparsers: Subparsers) -> None:
-    watch = subparsers.add_parser("watch", help="how a run stands, kept up to date until it is finished")
+    """Adds `vaopd watch`."""
+    watch = subparsers.add_parser("watch", help="show a run's progress, updated until it is finished")
     watch.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/demo-…")
-    watch.add_argument("--once", action="store_true", help="tell it once and exit")
-    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="print it once and exit")
+    watch.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="seconds between two updates (default 2)"
+    )
     watch.set_defaults(command=_watch)
 
 

@@ -56,9 +56,9 @@ class DataConfig(Section):
     """The split that evaluation reads."""
     instruction: str = ""
     """Appended to every question, e.g. how to state the final answer."""
-    min_pixels: int | None = None
+    min_pixels: int | None = Field(None, ge=1)
     """Images are scaled up to at least this many pixels; empty: the processor's own (paper: 262144)."""
-    max_pixels: int | None = None
+    max_pixels: int | None = Field(None, ge=1)
     """Images are scaled down to at most this many pixels; empty: the processor's own (paper: 4194304)."""
 
 
@@ -338,6 +338,9 @@ class Config(Section):
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
                 f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
             )
+        lowest, highest = self.data.min_pixels, self.data.max_pixels
+        if lowest is not None and highest is not None and lowest > highest:
+            raise ValueError(f"data.min_pixels = {lowest} is above data.max_pixels = {highest}; no image has both")
         if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
             raise ValueError(
                 f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "

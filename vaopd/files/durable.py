@@ -62,6 +62,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's content; the mode is the umask's. File systems that can share the blocks do so.
+
+    Never a hard link: an editor that writes in place would change both, perhaps a model in somebody's cache.
+    """
+    with source.open("rb") as read, target.open("wb") as written:
+        try:
+            while os.copy_file_range(read.fileno(), written.fileno(), 2**30):
+                pass
+        except OSError:  # another file system, or a kernel without it
+            read.seek(0)
+            written.seek(0)
+            shutil.copyfileobj(read, written)
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

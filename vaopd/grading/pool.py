@@ -95,6 +95,8 @@ def _running() -> _Worker:
 def _forget() -> None:
     """In a forked child: the worker belongs to the parent, and a lock may be held by a thread that isn't here."""
     global _worker, _lock, _slots
+    if _worker is not None:
+        _worker.socket.close()
     _worker, _lock, _slots = None, threading.Lock(), threading.BoundedSemaphore(AT_ONCE)
 
 
@@ -106,8 +108,8 @@ class _Worker:
     """The worker process and this end of its socket."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(START_S)
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.settimeout(START_S)
         # No site-packages start-up, no variables: only the places where modules are. A fixed seed orders sympy's sets.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
@@ -119,21 +121,21 @@ class _Worker:
         )
         theirs.close()
         try:
-            problem = self._socket.recv(4096).decode()
+            problem = self.socket.recv(4096).decode()
         except TimeoutError:
             problem = f"no answer within {START_S:g} s"
         if problem != "ready":
             self.close()
             raise Unavailable(f"the judge's process could not start ({problem}); install math-verify: vaopd[trainer]")
         self.ready_at = time.monotonic()
-        self._socket.settimeout(LIMIT_S)
+        self.socket.settimeout(LIMIT_S)
 
     def ask(self, request: bytes, *, until: float) -> bool | None:
         """Sends a request and waits for its verdict; raises ConnectionError when the worker is gone."""
         receiver, sender = os.pipe()
         try:
             try:
-                socket.send_fds(self._socket, [request], [sender])
+                socket.send_fds(self.socket, [request], [sender])
             except TimeoutError:
                 return None
             finally:
@@ -148,6 +150,6 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the process; a comparison in it ends at its deadline."""
-        self._socket.close()
+        self.socket.close()
         self._process.kill()
         self._process.wait()

@@ -24,10 +24,11 @@ def add_flags(parser: argparse.ArgumentParser, role: Role) -> None:
     parser.add_argument(
         "--metrics-address",
         metavar="HOST:PORT",
-        help=f"serve Prometheus metrics there, to all who can reach it; port 0: a free one (also {METRICS_VARIABLE})",
+        help="serve Prometheus metrics on this address, without authentication; port 0: a free one "
+        f"(also {METRICS_VARIABLE})",
     )
     parser.add_argument(
-        "--log-format", choices=logs.FORMATS, help=f"of the lines on standard error (also {logs.FORMAT_VARIABLE})"
+        "--log-format", choices=logs.FORMATS, help=f"format of the logs on standard error (also {logs.FORMAT_VARIABLE})"
     )
 
 
@@ -85,11 +86,9 @@ def _add_api(parser: argparse.ArgumentParser) -> None:
     add_service_flag(parser)
     _add_announce(parser)
     parser.add_argument(
-        "--teacher", action="append", default=[], metavar="HOST:PORT", help="a further teacher to choose (repeatable)"
+        "--teacher", action="append", default=[], metavar="HOST:PORT", help="another teacher to offer (repeatable)"
     )
-    parser.add_argument(
-        "--student", metavar="MODEL", help="a student that answers questions here (loaded when first asked)"
-    )
+    parser.add_argument("--student", metavar="MODEL", help="a student that answers questions, loaded at the first one")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
     old = _old_names(parser)
     old.add_argument("--keys", type=_absolute, metavar="FILE", help="now file in [api.keys]")
@@ -99,11 +98,18 @@ def _add_api(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_announce(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--announce", type=Path, metavar="FILE", help="write host:port there once it serves")
+    parser.add_argument(
+        "--announce",
+        type=Path,
+        metavar="FILE",
+        help="write the address, HOST:PORT, to this file once the service is ready",
+    )
 
 
 def _old_names(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    return parser.add_argument_group("old names, until the next release", "of settings in the service file (--service)")
+    return parser.add_argument_group(
+        "old names, until the next release", "these settings are now in the service file (--service)"
+    )
 
 
 def _absolute(text: str) -> Path:

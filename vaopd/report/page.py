@@ -32,8 +32,6 @@ _TEMPLATES = jinja2.Environment(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
 )
 
 

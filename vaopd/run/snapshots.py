@@ -10,14 +10,16 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from vaopd.errors import InvalidInput, Mismatch, NotFound
-from vaopd.files.durable import atomic_folder
+from vaopd.files.durable import atomic_folder, copy_file
 from vaopd.types import PolicyVersion
 
 WEIGHTS_FILE = "model.safetensors"
@@ -40,14 +42,15 @@ def publish_snapshot(
     path = snapshot_path(folder, version)
     tensors = without_tied_head(state, tied=ties_head(model_files_from))
     with atomic_folder(path) as aside:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, aside / WEIGHTS_FILE)
         digest = _sha256(aside / WEIGHTS_FILE)
         for source in model_files(model_files_from):
-            _link_or_copy(source, aside / source.name)
+            copy_file(source, aside / source.name)
+        _name_dtype(aside / "config.json", tensors.values())
     return PolicyVersion(version=version, path=str(path), sha256=digest)
 
 
-def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
+def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
     """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
     if (model / WEIGHTS_FILE).is_file():
         return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
@@ -58,11 +61,11 @@ def snapshot_of(model: Path, scratch: Path) -> PolicyVersion:
     return publish_snapshot(scratch, 0, state, model_files_from=model)
 
 
-def link_snapshot(policy: PolicyVersion, target: Path) -> None:
-    """Keeps a snapshot as `target`, a model folder that pruning doesn't touch; replaces an existing one."""
+def keep_snapshot(policy: PolicyVersion, target: Path) -> None:
+    """Keeps a snapshot as `target`, a model folder of its own that pruning doesn't touch; replaces an existing one."""
     with atomic_folder(target) as aside:
         for source in Path(policy.path).iterdir():
-            _link_or_copy(source, aside / source.name)
+            copy_file(source, aside / source.name)
 
 
 def snapshot_path(folder: Path, version: int) -> Path:
@@ -116,6 +119,14 @@ def verify_snapshot(policy: PolicyVersion) -> None:
         )
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file with the mode that the umask gives; the library's own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def ties_head(model_folder: Path) -> bool:
     """Whether the model's LM head is its embedding matrix, by config.json."""
     config = json.loads((model_folder / "config.json").read_text()) if (model_folder / "config.json").is_file() else {}
@@ -158,11 +169,28 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where the file system allows it: a tokenizer of 11 MB is then stored once, not per snapshot."""
-    # Hub caches hold symbolic links; a link to one would break when the folder is mounted elsewhere.
-    source = source.resolve()
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)
+def _name_dtype(config_file: Path, tensors: Iterable[torch.Tensor]) -> None:
+    """Writes the weights' precision into config.json, so that `dtype="auto"` loads them as they are.
+
+    The student's own config.json may name the precision that it was read in, not the one that it was trained in.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.numel()
+    if not sizes:
+        return
+    dtype = str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+    config = json.loads(config_file.read_text())
+    written = _with_dtype(config, dtype) | {"dtype": dtype}
+    if written != config:
+        config_file.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Returns a configuration in which every precision that is named, also of its parts, is `dtype`."""
+    found = {}
+    for key, value in config.items():
+        named = key in ("dtype", "torch_dtype")
+        found[key] = dtype if named else _with_dtype(value, dtype) if isinstance(value, dict) else value
+    return found

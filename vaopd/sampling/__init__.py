@@ -1,1 +1,1 @@
-"""A student that answers, in any process: rollout requests come in, groups of responses leave."""
+"""Samples responses from a student, in any process. In: rollout requests. Out: groups of rollouts."""

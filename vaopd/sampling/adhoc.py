@@ -1,6 +1,6 @@
-"""Answers one question now with a student in this process: for the API's `--student` and `vaopd score --generate`.
+"""Answers a single question with a student in this process, for the API's `--student` and `vaopd score --generate`.
 
-The student is loaded when the first question comes; until then it costs nothing and needs no torch.
+The student is loaded at the first question; until then it needs neither memory nor torch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = logging.getLogger("vaopd.api")
 
 
 class AdHocStudent:
-    """`model`: a folder or hub id. Used by one thread, the engine's."""
+    """A student that answers questions. Use it from one thread."""
 
     def __init__(self, model: str, *, dtype: str = "float32") -> None:
-        """Raises NotFound for a name that can't be a model."""
+        """Takes a folder or hub id; loads nothing yet. Raises NotFound for a name that can't be a model."""
         if not Path(model).is_dir() and not is_hub_id(model):
             raise NotFound(f"student {model!r} is no folder here, and no hub id of the form ORG/NAME")
         self.model = Path(model).name
@@ -37,12 +37,13 @@ class AdHocStudent:
 
     @property
     def loaded(self) -> bool:
+        """Whether the model is in memory."""
         return self._loaded is not None
 
     def answer(
         self, question: str, images: Sequence[EncodedImage], sampling: SamplingSettings, num_responses: int
     ) -> SampleReply:
-        """Samples `num_responses` answers. Raises what the engine refuses."""
+        """Samples `num_responses` answers. Raises InvalidInput, LimitExceeded or Mismatch as the engine does."""
         student = self._loaded = self._loaded or _Loaded(self._source, dtype=self._dtype)
         request = RolloutRequest(
             group_id=uuid.uuid4().hex,
@@ -70,10 +71,10 @@ class AdHocStudent:
 
 
 class _Loaded:
-    """The model in memory; belongs to the thread that made it."""
+    """The model in memory; only the thread that made it may use it."""
 
     def __init__(self, model: str, *, dtype: str) -> None:
-        from vaopd.run.snapshots import snapshot_of
+        from vaopd.run.snapshots import make_snapshot
         from vaopd.sampling.transformers_engine import TransformersEngine  # torch
         from vaopd.vlm.prompts import load_processor, tokenizer_fingerprint
 
@@ -83,6 +84,6 @@ class _Loaded:
         self.fingerprint = tokenizer_fingerprint(self.tokenizer)
         self.engine: TransformersEngine = TransformersEngine(folder, worker="api", dtype=dtype)
         with tempfile.TemporaryDirectory(prefix="vaopd-student-") as scratch:
-            self.policy: PolicyVersion = snapshot_of(folder, Path(scratch))
+            self.policy: PolicyVersion = make_snapshot(folder, Path(scratch))
             self.engine.load_policy(self.policy)
         log.info("the student %s is loaded", model)

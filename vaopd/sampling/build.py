@@ -1,4 +1,4 @@
-"""Builds the engine that a configuration asks for."""
+"""Builds the rollout engine of a configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(config: Config, *, worker: str) -> RolloutEngine:
+    """Builds the engine of `rollout.engine` for `student.model`; `worker` names it in its rollouts."""
     model, dtype = config.student.model, config.student.dtype
     min_pixels, max_pixels = config.data.min_pixels, config.data.max_pixels
     if config.rollout.engine == "transformers":

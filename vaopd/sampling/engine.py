@@ -1,6 +1,6 @@
-"""What a rollout engine is, and what all engines share: reading a request, seeds, bans, checked numbers.
+"""The protocol of rollout engines, and the code that they share: prompts, seeds, banned tokens, checks.
 
-In: requests of one policy version. Out: one outcome per request, a finished group or the error of that request alone.
+In: requests of one policy version. Out: an outcome for each request, a finished group or the error of that request.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import PIL.Image
@@ -19,61 +19,74 @@ from vaopd.images import decode
 from vaopd.types import ImagePart, PolicyVersion, Rollout, RolloutGroup, RolloutRequest
 from vaopd.vlm.prompts import PromptReader
 
-# What is the request's own fault, and leaves the engine as it was.
+# Errors of a single request, after which the engine can be used on.
 RefusedRequest = (InvalidInput, LimitExceeded, Mismatch)
 Outcome = RolloutGroup | InvalidInput | LimitExceeded | Mismatch
 FinishReason = Literal["stop", "length"]
 
 
 class RolloutEngine(Protocol):
-    """Samples responses with one set of weights at a time. Used by one thread."""
+    """Samples responses with one set of weights at a time. Use it from one thread."""
 
     @property
     def policy(self) -> PolicyVersion | None:
-        """The snapshot whose weights are loaded; None before the first one, and after one that failed half-way."""
+        """The loaded snapshot; None before the first one, and after one that failed half-way."""
         ...
 
     def load_policy(self, policy: PolicyVersion) -> None:
-        """Loads a snapshot without a restart and forgets all that the old weights computed.
+        """Loads a snapshot without a restart, and drops everything that the old weights computed.
 
-        Raises Mismatch for a snapshot whose digest is not the announced one; the old weights then stay.
+        Raises Mismatch if the snapshot's digest is not the announced one; the old weights then stay.
         """
         ...
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
-        """Outcome i answers request i. An engine that fails as a whole raises: then it must not be used any more."""
+        """Samples all requests; outcome i answers request i.
+
+        Raises when the engine fails as a whole; it must not be used any more then.
+        """
         ...
 
     def close(self) -> None:
-        """Gives back the memory and ends child processes."""
+        """Frees the memory and ends child processes."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """Turns requests into what engines read, through the reader that the trainer uses too."""
+    """Turns requests into an engine's input, with the same reader as the trainer."""
 
     reader: PromptReader
-    eos_ids: tuple[int, ...]
 
     @classmethod
     def load(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Prompting:
+        """Loads tokenizer, processor and EOS ids of a folder or hub id. Raises ConfigError or InvalidInput."""
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        return cls(reader=reader, eos_ids=_eos_ids(path, reader.tokenizer))
+        if not reader.eos_ids:
+            raise InvalidInput(
+                f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id"
+            )
+        return cls(reader=reader)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, at least one."""
+        return self.reader.eos_ids
 
     @property
     def vocab_size(self) -> int:
-        """V, logical: the tokenizer's ids."""
+        """V, logical: the number of the tokenizer's ids."""
         return self.reader.vocab_size
 
     @property
     def vision_token_ids(self) -> tuple[int, ...]:
+        """Ids that must not be sampled, in ascending order."""
         return tuple(sorted(self.reader.vision_token_ids))
 
     def read(self, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
-        """The prompt's token ids, one placeholder per image, and the RGB images in that order.
+        """Returns the prompt's token ids with one placeholder per image, and the RGB images in that order.
 
-        Raises InvalidInput for a request that no worker can answer.
+        Raises InvalidInput, ImageRefused or LimitExceeded for a request that no worker can answer.
         """
         check_settings(request)
         by_sha = {image.sha256: image for image in request.images}
@@ -81,11 +94,11 @@ class Prompting:
         if missing := [sha for sha in named if sha not in by_sha]:
             raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
         decoded = {sha: decode(by_sha[sha]) for sha in set(named)}
-        return self.reader.rendered_ids(request.messages), [decoded[sha] for sha in named]
+        return self.reader.render_ids(request.messages), [decoded[sha] for sha in named]
 
 
 def check_settings(request: RolloutRequest) -> None:
-    """Raises InvalidInput for sampling settings out of range; NaN is out of every range."""
+    """Raises InvalidInput for sampling settings out of range; NaN always is."""
     sampling = request.sampling
     if not request.messages:
         raise InvalidInput(f"group {request.group_id!r} has no messages; a prompt needs at least one")
@@ -101,7 +114,7 @@ def check_settings(request: RolloutRequest) -> None:
 
 
 def check_version(request: RolloutRequest, policy: PolicyVersion) -> None:
-    """Raises Mismatch for a request that wants other weights than those loaded."""
+    """Raises Mismatch for a request for another policy version than the loaded one."""
     if request.policy_version != policy.version:
         raise Mismatch(
             f"group {request.group_id!r} wants policy version {request.policy_version}, "
@@ -109,11 +122,11 @@ def check_version(request: RolloutRequest, policy: PolicyVersion) -> None:
         )
 
 
-def sibling_seed(request: RolloutRequest) -> int:
-    """The seed of sibling 0; sibling k has this plus k (as vLLM does by itself).
+def derive_seed(request: RolloutRequest) -> int:
+    """Returns the seed of sibling 0; sibling k's seed is k more, as in vLLM.
 
-    Made of the run's seed and the group, so that groups differ, and a request that is delivered again draws the same
-    numbers. 62 bits, so that adding k never leaves a signed 64-bit integer.
+    Derived from the run's seed and the group's id, so that groups differ and a redelivered request draws the same
+    numbers. It has 62 bits, so that the sum with k is a signed 64-bit integer.
     """
     digest = hashlib.sha256(f"{request.sampling.seed}:{request.group_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
@@ -122,7 +135,10 @@ def sibling_seed(request: RolloutRequest) -> int:
 def make_rollout(
     request: RolloutRequest, index: int, *, response_ids: Sequence[int], logprobs: Sequence[float], finish: FinishReason
 ) -> Rollout:
-    """Raises NumericalError for a log-prob that isn't finite: such weights must not sample on."""
+    """Makes a rollout of sampled tokens.
+
+    Raises NumericalError for a log-prob that isn't finite, since such weights must not be sampled from any more.
+    """
     values = np.asarray(logprobs, dtype=np.float32)
     if not np.isfinite(values).all():
         raise NumericalError(
@@ -132,7 +148,7 @@ def make_rollout(
     return Rollout(
         rollout_id=f"{request.group_id}/{index}",
         response_ids=np.asarray(response_ids, dtype=np.int32),
-        rollout_logprobs=np.minimum(values, 0.0),  # rounding may leave a certain token's at +1e-8
+        rollout_logprobs=np.minimum(values, 0.0),  # rounding may leave +1e-8 for a certain token
         finish_reason=finish,
     )
 
@@ -146,6 +162,7 @@ def make_group(
     worker: str,
     generation_s: float,
 ) -> RolloutGroup:
+    """Puts a request's rollouts together; `generation_s` is the time that the engine took."""
     return RolloutGroup(
         group_id=request.group_id,
         policy_version=policy.version,
@@ -155,19 +172,3 @@ def make_group(
         worker=worker,
         generation_s=generation_s,
     )
-
-
-def _eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Where a response ends: generation_config.json's EOS ids; without that file, the tokenizer's."""
-    from transformers import GenerationConfig
-
-    try:
-        declared = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # the file is optional
-        declared = None
-    if declared is None:
-        declared = tokenizer.eos_token_id
-    ids = [declared] if isinstance(declared, int) else list(declared or ())
-    if not ids:
-        raise InvalidInput(f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id")
-    return tuple(ids)

@@ -1,4 +1,4 @@
-"""Measures a model's held-out accuracy with the rollout engine in this process: no queue, trainer or teacher."""
+"""Measures a model's held-out accuracy with a rollout engine in this process, without queue, trainer or teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vaopd.config import Config
 from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
 from vaopd.files.hub import model_folder
 from vaopd.grading import Verdict, judge, prepare
-from vaopd.run.snapshots import snapshot_of
+from vaopd.run.snapshots import make_snapshot
 from vaopd.sampling.build import build_engine
 from vaopd.sampling.engine import Outcome
 from vaopd.types import Prompt, RolloutGroup
@@ -34,7 +34,7 @@ def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Ca
         return [judge(text, answer) for text in texts]
 
     with tempfile.TemporaryDirectory(prefix="vaopd-eval-") as scratch:
-        policy = snapshot_of(folder, Path(scratch))
+        policy = make_snapshot(folder, Path(scratch))
         engine = build_engine(config, worker="eval")
         try:
             engine.load_policy(policy)

@@ -1,4 +1,4 @@
-"""transformers' `generate` as a rollout engine, for hosts without vLLM. One request after the other, K rows each."""
+"""A rollout engine over transformers' `generate`, for hosts without vLLM. Runs one request at a time, with K rows."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vaopd.sampling.engine import (
     Prompting,
     RefusedRequest,
     check_version,
+    derive_seed,
     make_group,
     make_rollout,
-    sibling_seed,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutGroup, RolloutRequest
 from vaopd.vlm.model import Vlm
@@ -29,7 +29,7 @@ from vaopd.vlm.prompts import PreparedPrompt
 
 
 class TransformersEngine:
-    """`model` is a folder or hub id, whose processor and EOS ids hold for all its snapshots."""
+    """The rollout engine without vLLM; see `RolloutEngine` for its methods."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class TransformersEngine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
+        """Takes a folder or hub id; its processor and EOS ids are used for all snapshots."""
         self._worker = worker
         self._dtype = dtype
         self._min_pixels = min_pixels
@@ -51,12 +52,14 @@ class TransformersEngine:
 
     @property
     def policy(self) -> PolicyVersion | None:
+        """The loaded snapshot."""
         return self._policy
 
     def load_policy(self, policy: PolicyVersion) -> None:
+        """Loads a snapshot; see `RolloutEngine`."""
         verify_snapshot(policy)
         self._policy = None
-        self._vlm = None  # before the new weights arrive, so that both are never in memory
+        self._vlm = None  # before the new weights are loaded, so that both are never in memory
         vlm = Vlm.load(
             policy.path,
             dtype=self._dtype,
@@ -64,12 +67,13 @@ class TransformersEngine:
             min_pixels=self._min_pixels,
             max_pixels=self._max_pixels,
         )
-        # Empty, so that nothing of the model's own (top_k, repetition_penalty, …) is mixed into a request's settings.
+        # Empty, so that the model's own settings (top_k, repetition_penalty, …) don't mix with a request's.
         vlm.model.generation_config = GenerationConfig()
         self._vlm = vlm
         self._policy = policy
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        """Samples all requests, one after the other; see `RolloutEngine`."""
         vlm, policy = self._vlm, self._policy
         if vlm is None or policy is None:
             raise Mismatch("no policy is loaded; call load_policy first")
@@ -77,18 +81,19 @@ class TransformersEngine:
         for request in requests:
             try:
                 check_version(request, policy)
-                outcomes.append(self._group(vlm, policy, request))
+                outcomes.append(self._sample_group(vlm, policy, request))
             except RefusedRequest as error:
                 outcomes.append(error)
         return outcomes
 
     def close(self) -> None:
+        """Frees the model's memory."""
         self._vlm = None
         self._policy = None
 
-    def _group(self, vlm: Vlm, policy: PolicyVersion, request: RolloutRequest) -> RolloutGroup:
+    def _sample_group(self, vlm: Vlm, policy: PolicyVersion, request: RolloutRequest) -> RolloutGroup:
         start = time.monotonic()
-        prompt = self._prompt(vlm, request)
+        prompt = self._prepare_prompt(vlm, request)
         ids_KT, logprobs_KT = self._sample(vlm, request, prompt)
         if request.sampling.temperature == 0:
             ids_KT = np.repeat(ids_KT, request.num_rollouts, axis=0)
@@ -102,7 +107,7 @@ class TransformersEngine:
             generation_s=time.monotonic() - start,
         )
 
-    def _prompt(self, vlm: Vlm, request: RolloutRequest) -> PreparedPrompt:
+    def _prepare_prompt(self, vlm: Vlm, request: RolloutRequest) -> PreparedPrompt:
         ids, images = self._prompting.read(request)
         prepared = [vlm.prepare_image(image) for image in images]
         expanded = vlm.expand(ids, prepared)
@@ -111,11 +116,11 @@ class TransformersEngine:
                 f"the prompt of group {request.group_id!r} has {len(expanded)} tokens, the model's limit is "
                 f"{vlm.max_tokens} with the response; shorten it or scale its images down"
             )
-        return vlm.from_token_ids(expanded, prepared)
+        return vlm.read_token_ids(expanded, prepared)
 
     @torch.inference_mode()
     def _sample(self, vlm: Vlm, request: RolloutRequest, prompt: PreparedPrompt) -> tuple[np.ndarray, np.ndarray]:
-        """Response ids and log-probs, (K, T) each, or (1, T) when greedy; what follows the first EOS means nothing."""
+        """Returns response ids and log-probs, (K, T) each, or (1, T) if greedy; values after the first EOS are void."""
         sampling = request.sampling
         greedy = sampling.temperature == 0
         settings: dict[str, Any] = {"do_sample": False}
@@ -125,7 +130,7 @@ class TransformersEngine:
         recorder = _BanAndRecord(vlm.vocab_size, self._prompting.vision_token_ids)
         input_ids = torch.from_numpy(prompt.token_ids)[None].to(self._device)
         with torch.random.fork_rng():
-            torch.manual_seed(sibling_seed(request))
+            torch.manual_seed(derive_seed(request))
             sequences = vlm.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -136,10 +141,10 @@ class TransformersEngine:
                     **settings,
                 ),
                 logits_processor=LogitsProcessorList([recorder]),
-                **vlm.family.generation_inputs(vlm.model, input_ids, prompt.images),
+                **vlm.family.make_generation_inputs(vlm.model, input_ids, prompt.images),
             )
         response_KT = sequences[:, input_ids.shape[1] :]
-        return response_KT.cpu().numpy(), recorder.logprobs(response_KT).cpu().numpy()
+        return response_KT.cpu().numpy(), recorder.collect_logprobs(response_KT).cpu().numpy()
 
     def _cut(self, request: RolloutRequest, index: int, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
         ends = np.flatnonzero(np.isin(ids, self._prompting.eos_ids))
@@ -151,9 +156,9 @@ class TransformersEngine:
 
 
 class _BanAndRecord(LogitsProcessor):
-    """Stands before temperature and top-p: keeps the student's own log-probs, then bans what must not be sampled.
+    """Runs before temperature and top-p: records the student's log-probs, then bans ids that must not be sampled.
 
-    Only one step's (K, V) log-probs exist at a time: which token was sampled from them shows at the next step.
+    Only one step's log-probs (K, V) exist at a time: the sampled token is known at the next step.
     """
 
     def __init__(self, vocab_size: int, banned: Sequence[int]) -> None:
@@ -171,8 +176,8 @@ class _BanAndRecord(LogitsProcessor):
         allowed[:, self._banned] = float("-inf")
         return allowed  # type: ignore[return-value]
 
-    def logprobs(self, response_KT: torch.Tensor) -> torch.Tensor:
-        """(K, T) float32, once generation is over."""
+    def collect_logprobs(self, response_KT: torch.Tensor) -> torch.Tensor:
+        """Returns the sampled tokens' log-probs (K, T), float32. Call it once, after generation."""
         self._record(response_KT[:, -1])
         return torch.stack(self._recorded, dim=1)
 

@@ -1,7 +1,7 @@
-"""vLLM as a rollout engine; `vllm_extension` runs inside vLLM.
+"""A rollout engine over vLLM; `vllm_extension` runs inside vLLM.
 
-In: requests. Out: groups, K siblings from one vLLM request each, so that prompt and image are computed once. New
-weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md says what was measured and what did not work.
+In: requests. Out: groups; the K siblings of a group are one vLLM request, so that prompt and image are computed once.
+New weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md has the measurements and the failures.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vaopd.sampling.engine import (
     Prompting,
     RefusedRequest,
     check_version,
+    derive_seed,
     make_group,
     make_rollout,
-    sibling_seed,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutRequest
 from vaopd.vlm import vllm_start
 
-# The engine would no longer be what the trainer takes it for.
+# Options that the trainer relies on.
 _OURS = ("model", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "mm_processor_kwargs")
 
 
 class VllmEngine:
-    """`model` is a folder or hub id; its own weights are never sampled from: `load_policy` comes first."""
+    """The rollout engine over vLLM; see `RolloutEngine` for its methods."""
 
     def __init__(
         self,
@@ -41,9 +41,15 @@ class VllmEngine:
         max_pixels: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
+        """Starts vLLM for a folder or hub id; its own weights are never sampled from.
+
+        options: `rollout.engine_options`, by vLLM's names.
+
+        Raises ConfigError for an option that the worker sets itself, and if vLLM isn't installed.
+        """
         options = dict(options or {})
         if taken := sorted(set(options) & set(_OURS) - {"dtype"}):
-            raise ConfigError(f"rollout.engine_options.{taken[0]} is what the worker sets itself; leave it out")
+            raise ConfigError(f"rollout.engine_options.{taken[0]} is set by the worker itself; leave it out")
         if options.pop("dtype", dtype) != dtype:
             raise ConfigError(f"rollout.engine_options.dtype must be student.dtype, which is {dtype}; leave it out")
         self._worker = worker
@@ -56,27 +62,30 @@ class VllmEngine:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             extension="vaopd.sampling.vllm_extension.RolloutExtension",
-            logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: the student's own at temperature 1
+            logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: those of the student at temperature 1
         )
-        self._max_images = vllm_start.max_images(self._llm)
+        self._max_images = vllm_start.read_max_images(self._llm)
         self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._prompting.vocab_size,))
 
     @property
     def policy(self) -> PolicyVersion | None:
+        """The loaded snapshot."""
         return self._policy
 
     def load_policy(self, policy: PolicyVersion) -> None:
+        """Loads a snapshot in place and empties vLLM's caches; see `RolloutEngine`."""
         verify_snapshot(policy)
         self._policy = None
         self._llm.collective_rpc("load_snapshot", args=(policy.path,))
-        # Keys, values and image features of the old weights must not be met again. The encoder cache has two halves:
-        # the runner's is emptied by reload_weights, the scheduler's is not, and would promise features that are gone.
+        # Keys, values and image features of the old weights must not be used again. The encoder cache has two halves:
+        # reload_weights empties the runner's but not the scheduler's, which would then promise features that are gone.
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
-            raise VaopdError("vLLM did not reset its prefix cache, since requests still run; start the worker anew")
+            raise VaopdError("vLLM did not reset its prefix cache, since requests still run; restart the worker")
         self._policy = policy
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        """Samples all requests in one batch; see `RolloutEngine`."""
         policy = self._policy
         if policy is None:
             raise Mismatch("no policy is loaded; call load_policy first")
@@ -89,7 +98,7 @@ class VllmEngine:
                 accepted.append(index)
             except RefusedRequest as error:
                 outcomes[index] = error
-        # In the order of their arrival; the ids that enqueue returns are internal ones, which outputs don't bear.
+        # In the order of `accepted`. The ids that enqueue returns are internal ones, which outputs don't have.
         finished = self._llm.wait_for_completion(use_tqdm=False)
         generation_s = time.monotonic() - start
         if len(finished) != len(accepted):
@@ -100,13 +109,14 @@ class VllmEngine:
                 request,
                 policy,
                 prompt_token_ids=output.prompt_token_ids,
-                rollouts=_rollouts(request, output),
+                rollouts=_make_rollouts(request, output),
                 worker=self._worker,
                 generation_s=generation_s,
             )
         return [outcomes[index] for index in range(len(requests))]
 
     def close(self) -> None:
+        """Stops vLLM."""
         vllm_start.stop(self._llm)
 
     def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
@@ -123,34 +133,34 @@ class VllmEngine:
         if images:
             prompt["multi_modal_data"] = {"image": images}
         try:
-            # One at a time, so that a refused request does not take the others with it.
-            self._llm.enqueue(prompt, self._sampling(request), use_tqdm=False)
+            # One at a time, so that a refused request doesn't fail the others.
+            self._llm.enqueue(prompt, self._make_sampling_params(request), use_tqdm=False)
         except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
 
-    def _sampling(self, request: RolloutRequest) -> Any:
+    def _make_sampling_params(self, request: RolloutRequest) -> Any:
         from vllm import SamplingParams
 
         sampling = request.sampling
         greedy = sampling.temperature == 0
         return SamplingParams(
-            # Greedy siblings are equal, and vLLM refuses to compute them K times.
+            # Greedy siblings are equal, and vLLM refuses n > 1 for them.
             n=1 if greedy else request.num_rollouts,
             temperature=sampling.temperature,
             top_p=1.0 if greedy else sampling.top_p,
             top_k=0,
             max_tokens=sampling.max_new_tokens,
-            seed=None if greedy else sibling_seed(request),
-            logprobs=0,  # the sampled token's own, nothing else
+            seed=None if greedy else derive_seed(request),
+            logprobs=0,  # the sampled token's only
             logit_bias={token_id: float("-inf") for token_id in self._prompting.vision_token_ids},
-            # Exactly the EOS ids that the model declares; vLLM's own idea of EOS is switched off.
+            # Exactly the EOS ids that the model declares, in place of vLLM's own EOS.
             ignore_eos=True,
             stop_token_ids=list(self._prompting.eos_ids),
             detokenize=False,
         )
 
 
-def _rollouts(request: RolloutRequest, output: Any) -> list[Rollout]:
+def _make_rollouts(request: RolloutRequest, output: Any) -> list[Rollout]:
     siblings = sorted(output.outputs, key=lambda sibling: sibling.index)
     if len(siblings) == 1:
         siblings *= request.num_rollouts  # greedy

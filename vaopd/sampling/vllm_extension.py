@@ -15,18 +15,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  
 
 
 class RolloutExtension:
-    """What vLLM's worker must do beyond its own, for rollouts that train."""
+    """Methods that rollouts add to vLLM's worker."""
 
-    model_runner: Any  # vLLM's worker, whose base class this becomes, has both
+    model_runner: Any  # vLLM makes this a base class of its worker, which has both
     reload_weights: Any
 
     def narrow_to_logical_vocabulary(self, vocab_size: int) -> None:
         """Narrows the model's output to the tokenizer's ids.
 
-        LM heads are padded (Qwen3-VL: 151 936 rows for 151 669 ids). With the padding at minus infinity it is never
-        sampled, and the raw log-probs are normalised over the logical vocabulary, as the trainer's are. Doing it here
-        costs one assignment per step; `allowed_token_ids` would cost a list of the whole vocabulary with every request,
-        and `logit_bias` would leave the padding's mass in the log-probs.
+        LM heads are padded (Qwen3-VL: 151 936 rows for 151 669 ids). At minus infinity, padding is never sampled, and
+        the raw log-probs are normalised over the logical vocabulary, as in the trainer. Here this costs one assignment
+        per step; `allowed_token_ids` would send the whole vocabulary with every request, and `logit_bias` would leave
+        the padding's mass in the log-probs.
         """
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
@@ -41,10 +41,10 @@ class RolloutExtension:
         model.compute_logits = narrowed
 
     def load_snapshot(self, folder: str) -> None:
-        """New weights in place, the tied LM head included."""
+        """Replaces the weights in place, a tied LM head included."""
         self.reload_weights(weights_path=folder)
         # On a CPU, vLLM computes with a packed copy of each matrix. A tied head is not in the snapshot, so reloading
-        # leaves its copy as it was: the new layers would be read through the old head.
+        # does not change its copy: the new layers would be combined with the old head.
         for module in self.model_runner.get_model().modules():
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)

@@ -1,4 +1,4 @@
-"""An untrained tiny model of the real Qwen3-VL classes, from its size."""
+"""Builds an untrained tiny model of the real Qwen3-VL classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
 INITIALIZER_RANGE = 0.06
-"""Three times the usual: at this width 0.02 starts too flat and costs hundreds of steps."""
+"""Three times the usual: at this width, 0.02 starts too flat, and training takes hundreds of steps more."""
 
 
 def build_model(size: TinySize, tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    """Random weights from torch's global generator; fp32."""
+    """Builds a model with random fp32 weights from torch's global generator."""
     ensure_torchvision()
     from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 

@@ -1,8 +1,8 @@
-"""The sizes and training recipes of the tiny models, as tables.
+"""Sizes and training recipes of the tiny models.
 
-Teacher and student differ in what they have seen, hardly in size: the student knows the language and the arithmetic but
-has seen two scans of each digit only, so what it lacks is reading. The vocabularies are padded to different widths, as
-real LM heads are, and the teachers' heads are untied (as in Qwen3-VL-8B) where the student's is tied (as in the 2B).
+Teacher and student differ in their training data, hardly in size: the student knows the language and the arithmetic but
+has seen only two scans of each digit, so it has yet to learn to read. The vocabularies are padded to different widths,
+as real LM heads are. The teachers' heads are untied, as in Qwen3-VL-8B; the student's is tied, as in the 2B.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_POSITIONS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinySize:
-    """The shape of one model. heads = hidden / HEAD_DIM in both towers; mlp is twice hidden."""
+    """The shape of one model. Both towers have hidden / HEAD_DIM heads, and MLPs twice as wide as hidden."""
 
     hidden: int
     layers: int
@@ -35,31 +35,34 @@ class TinySize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyRecipe:
-    """How one model is pre-trained; the optimiser is the same for all (pretrain.py)."""
+    """The training of one model; the optimiser is the same for all (pretrain.py)."""
 
     steps: int
     read_only_steps: int
-    """The first steps ask for nothing but reading: the vision tower learns several times sooner that way."""
+    """The first steps train only reading: the vision tower then learns several times faster."""
     read_share: float
-    """Share of "Read the numbers." afterwards."""
+    """Share of reading questions in the other steps, 0 to 1."""
     scans_per_digit: int | None
     """None: every scan of the training split."""
     pixelated_share: float
-    """Share of images shown pixelated to 10 %, with the numbers of another figure as the target. A teacher that has
-    seen some has a calibrated guess for a number that it can't see; one that hasn't answers each such number with the
-    same digit, and VA then depends on the digit. (With the true numbers as the target a teacher learnt to read half of
-    the pixelated figures from their grey levels, and VA all but vanished.)"""
+    """Share of images shown pixelated to 10 %, with the numbers of another figure as the target. With them, a teacher
+    learns a calibrated guess for a number that it can't see; without them, it answers every such number with the same
+    digit, and VA then depends on the digit. (With the true numbers as the target, a teacher learnt to read half of the
+    pixelated figures from their grey levels, and VA all but vanished.)"""
     habit: tuple[float, ...]
+    """Probability of each phrasing, see `vaopd.data.handwritten_geometry`."""
     seed: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyModel:
+    """Shape and training of one model."""
+
     size: TinySize
     recipe: TinyRecipe
 
 
-def _teacher_recipe(steps: int, seed: int) -> TinyRecipe:
+def _make_teacher_recipe(steps: int, seed: int) -> TinyRecipe:
     return TinyRecipe(
         steps=steps,
         read_only_steps=800,
@@ -83,7 +86,7 @@ MODELS: dict[str, TinyModel] = {
             padded_vocab=512,
             tied=False,
         ),
-        recipe=_teacher_recipe(steps=3000, seed=1),
+        recipe=_make_teacher_recipe(steps=3000, seed=1),
     ),
     "student": TinyModel(
         size=TinySize(
@@ -117,7 +120,7 @@ MODELS: dict[str, TinyModel] = {
             padded_vocab=512,
             tied=False,
         ),
-        recipe=_teacher_recipe(steps=3000, seed=3),
+        recipe=_make_teacher_recipe(steps=3000, seed=3),
     ),
     "teacher-large": TinyModel(
         size=TinySize(
@@ -130,13 +133,13 @@ MODELS: dict[str, TinyModel] = {
             padded_vocab=512,
             tied=False,
         ),
-        recipe=_teacher_recipe(steps=2500, seed=4),
+        recipe=_make_teacher_recipe(steps=2500, seed=4),
     ),
 }
 
 
-def named(name: str) -> TinyModel:
-    """Raises InvalidInput for a name that isn't in the table."""
+def find_model(name: str) -> TinyModel:
+    """Returns a model of the table. Raises InvalidInput for an unknown name."""
     if name not in MODELS:
         raise InvalidInput(f"there is no tiny model {name!r}; choose one of {', '.join(MODELS)}")
     return MODELS[name]

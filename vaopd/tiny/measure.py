@@ -1,4 +1,4 @@
-"""Greedy accuracy of a tiny model on figures drawn with held-out scans."""
+"""Measures a tiny model's greedy accuracy on figures drawn with held-out scans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from vaopd.data.handwritten_geometry import Question, Split, draw, random_question, scans
 from vaopd.degradation import pixelate
 from vaopd.evaluation import is_correct
-from vaopd.tiny.tokenizer import chat_text
+from vaopd.tiny.tokenizer import render_chat
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = 64
 BATCH = 50
 
 
-def held_out_accuracy(
+def measure_accuracy(
     model: Qwen3VLForConditionalGeneration,
     processor: Qwen3VLProcessor,
     *,
@@ -28,7 +28,10 @@ def held_out_accuracy(
     split: Split = "test",
     seed: int = 0,
 ) -> dict[str, float]:
-    """Share of right greedy answers: "accuracy", the same pixelated to 10 % ("accuracy_pixelated"), and by kind."""
+    """Measures the share of right greedy answers, 0 to 1.
+
+    Returns "accuracy", "accuracy_pixelated" (images pixelated to 10 %) and "accuracy_KIND" for each kind of question.
+    """
     rng = np.random.default_rng(seed)
     by_kind: dict[str, list[tuple[Question, Image.Image]]] = defaultdict(list)
     for _ in range(num_questions):
@@ -40,8 +43,10 @@ def held_out_accuracy(
     for kind, asked in by_kind.items():  # prompts of one kind are equally long, so none needs padding
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]
-            right[kind] += _num_right(model, processor, batch)
-            right_pixelated += _num_right(model, processor, [(question, pixelate(image)) for question, image in batch])
+            right[kind] += _count_right(model, processor, batch)
+            right_pixelated += _count_right(
+                model, processor, [(question, pixelate(image)) for question, image in batch]
+            )
     return {
         "accuracy": round(sum(right.values()) / num_questions, 4),
         "accuracy_pixelated": round(right_pixelated / num_questions, 4),
@@ -49,10 +54,10 @@ def held_out_accuracy(
     }
 
 
-def _num_right(
+def _count_right(
     model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, batch: list[tuple[Question, Image.Image]]
 ) -> int:
-    text = chat_text(processor, batch[0][0].asked)
+    text = render_chat(processor, batch[0][0].asked)
     inputs = processor(text=[text] * len(batch), images=[image for _, image in batch], return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[misc]
     responses = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,9 +1,9 @@
-"""Pre-trains a tiny model: supervised on drawn examples, the loss on the response only.
+"""Pre-trains a tiny model: supervised on drawn examples, with the loss on the response only.
 
-What arrives: a name of the table in config.py. What leaves: a folder that transformers and vLLM load like any Qwen3-VL
-(weights, configuration, processor, chat template) with `training.json`, the accuracy measured on scans that no
-training example shows. Every example is drawn afresh, so there is no data set and no epoch. Run by `vaopd models make
-NAME FOLDER` or `python -m vaopd.tiny NAME FOLDER`.
+In: a name of the table in config.py. Out: a folder that transformers and vLLM load like any Qwen3-VL (weights,
+configuration, processor, chat template), with `training.json`, the accuracy on scans that training never shows. Each
+example is drawn when it is needed, so there is no data set and no epoch. Run it by `vaopd models make NAME FOLDER` or
+`python -m vaopd.tiny NAME FOLDER`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
 from vaopd.telemetry.progress_line import Progress
 from vaopd.tiny.build import build_model
-from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, named
-from vaopd.tiny.measure import held_out_accuracy
-from vaopd.tiny.tokenizer import build_processor, chat_text
+from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, find_model
+from vaopd.tiny.measure import measure_accuracy
+from vaopd.tiny.tokenizer import build_processor, render_chat
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,8 @@ HELD_OUT_QUESTIONS = 600
 
 
 class Example(NamedTuple):
+    """One training example."""
+
     prompt: str
     response: str
     image: np.ndarray
@@ -56,13 +58,15 @@ class Example(NamedTuple):
 
 
 def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None = None) -> dict[str, object]:
-    """Pre-train the model `name`, write it to `folder`, and return what training.json says.
+    """Pre-trains the model `name`, writes it to `folder` and returns the content of training.json.
 
-    seed and steps default to those of the table. With another number of steps the phases keep their proportion.
+    seed, steps: default to those of the table; with another number of steps, the phases keep their proportion.
+
+    Raises InvalidInput for an unknown name and for less than one step.
     """
     import torch
 
-    model_of_table = named(name)
+    model_of_table = find_model(name)
     recipe = model_of_table.recipe
     seed = recipe.seed if seed is None else seed
     steps = recipe.steps if steps is None else steps
@@ -84,7 +88,7 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_questions": HELD_OUT_QUESTIONS,
-        **held_out_accuracy(model, processor, num_questions=HELD_OUT_QUESTIONS),
+        **measure_accuracy(model, processor, num_questions=HELD_OUT_QUESTIONS),
         "training_s": round(training_s),
         "recipe": asdict(recipe),
     }
@@ -101,7 +105,7 @@ def train(
     seed: int,
     steps: int,
 ) -> None:
-    """AdamW with warm-up and a cosine down to a hundredth; `model` is trained in place."""
+    """Trains `model` in place: AdamW with warm-up, then a cosine down to a hundredth of the learning rate."""
     import torch
 
     available = scans("train")
@@ -114,9 +118,9 @@ def train(
         rng = np.random.default_rng([seed, step])
         read_share = 1.0 if step < read_only_steps else recipe.read_share
         examples = [draw_example(chosen, recipe, read_share, rng) for _ in range(BATCH)]
-        loss = response_loss(model, processor, examples)
+        loss = compute_loss(model, processor, examples)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * _schedule(step, steps)
+            group["lr"] = LEARNING_RATE * _scale_learning_rate(step, steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -125,30 +129,30 @@ def train(
 
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
-    """One example. A pixelated image is answered with the numbers of another figure: a guess, as far as can be seen."""
+    """Draws one example. A pixelated image gets the answer of another figure, see `TinyRecipe.pixelated_share`."""
     question = random_question(rng)
     image = draw(question, scans_by_digit, rng)
     if rng.random() < recipe.pixelated_share:
         image = pixelate(image)
-        question = _another(question, rng)
+        question = _draw_another(question, rng)
     phrasing = random_phrasing(rng, recipe.habit)
     if rng.random() < read_share:
         return Example(READ_QUESTION, question.reading(phrasing[0]), np.asarray(image))
     return Example(question.asked, question.solution(phrasing), np.asarray(image))
 
 
-def _another(question: Question, rng: np.random.Generator) -> Question:
-    """A random question of the same kind."""
+def _draw_another(question: Question, rng: np.random.Generator) -> Question:
+    """Draws another question of the same kind."""
     while True:
         other = random_question(rng)
         if other.kind == question.kind:
             return other
 
 
-def response_loss(
+def compute_loss(
     model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, examples: list[Example]
 ) -> torch.Tensor:
-    """Mean cross-entropy over the response tokens of the batch, the closing <|im_end|> included."""
+    """Computes the mean cross-entropy over the batch's response tokens, the closing <|im_end|> included."""
     import torch
 
     ids, targets = encode(processor, examples)  # (B, S), (B, S)
@@ -159,7 +163,7 @@ def response_loss(
     )
     hidden = model.model(
         input_ids=ids,
-        pixel_values=patches(np.stack([example.image for example in examples])),
+        pixel_values=cut_patches(np.stack([example.image for example in examples])),
         image_grid_thw=grid,
         position_ids=positions.expand(3, len(examples), ids.shape[1]),
         use_cache=False,
@@ -169,13 +173,13 @@ def response_loss(
 
 
 def encode(processor: Qwen3VLProcessor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S), padded at the end, and for each position the token to be said next, or IGNORED: (B, S)."""
+    """Returns token ids (B, S), padded at the end, and targets (B, S): the next response token, or IGNORED."""
     import torch
 
     tokenizer = processor.tokenizer
     image_tokens = processor.image_token * (SIZE_PX // PATCH_PX // MERGE) ** 2
     prompts = tokenizer(
-        [chat_text(processor, example.prompt).replace(processor.image_token, image_tokens) for example in examples]
+        [render_chat(processor, example.prompt).replace(processor.image_token, image_tokens) for example in examples]
     )["input_ids"]
     responses = tokenizer([example.response + tokenizer.eos_token for example in examples])["input_ids"]
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
@@ -188,10 +192,10 @@ def encode(processor: Qwen3VLProcessor, examples: list[Example]) -> tuple[torch.
     return ids, targets
 
 
-def patches(images: np.ndarray) -> torch.Tensor:
-    """(n, 96, 96, 3) uint8 → (n·36, 1536): what the image processor makes of them, all at once and many times sooner.
+def cut_patches(images: np.ndarray) -> torch.Tensor:
+    """Cuts images into patches as the image processor does, but faster: (n, 96, 96, 3) uint8 -> (n·36, 1536).
 
-    Order as Qwen3-VL's: patches by merge block, in each block row by row; in a patch channel, time, row, column.
+    Qwen3-VL's order: patches by merge block, row by row in each block; channel, time, row and column in a patch.
     """
     import torch
 
@@ -201,11 +205,11 @@ def patches(images: np.ndarray) -> torch.Tensor:
     ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)  # n, block row, block column, row, column, channel, y, x
     still = ordered.unsqueeze(6).expand(
         *ordered.shape[:6], 2, PATCH_PX, PATCH_PX
-    )  # an image is a film of 2 same frames
+    )  # an image is a video of 2 equal frames
     return still.reshape(n * side * side, -1)
 
 
-def _schedule(step: int, steps: int) -> float:
+def _scale_learning_rate(step: int, steps: int) -> float:
     warm_up = min(WARM_UP_STEPS, steps // 5)
     if step < warm_up:
         return (step + 1) / warm_up

@@ -1,7 +1,7 @@
-"""The tiny models' tokenizer: byte-level BPE in Qwen's own arrangement, trained on the task's sentences.
+"""Builds the tiny models' tokenizer: byte-level BPE in Qwen's arrangement, trained on the task's sentences.
 
-Every digit is a token of its own (Qwen's splitting rule does that), so that a digit that is read is one decision, and
-the special tokens are Qwen's, so that the real processor, chat template and vLLM take it for what it is.
+Every digit is one token, by Qwen's splitting rule, so that reading a digit is one decision. The special tokens are
+Qwen's, so that the real processor, chat template and vLLM work with it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 NUM_TOKENS = 479
-"""With the special tokens: 256 bytes, as many merges as fit, and the 8 above at the end."""
+"""256 bytes, as many merges as fit, and at the end the 8 special tokens."""
 
 _EVERYDAY = (
-    # Beside the task's own sentences, so that other English doesn't fall apart into bytes.
+    # Added to the task's sentences, so that other English isn't split into bytes.
     "system user assistant You are a helpful assistant. Put the final answer in \\boxed{}. What is the number in the "
     "image? There is one figure with two numbers here and they have been written by hand. First look at the picture, "
     "then think about which side is meant, because the question asks for something that can be worked out from it. "
@@ -43,7 +43,7 @@ _EVERYDAY = (
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Train it; the same bytes every time."""
+    """Trains the tokenizer; the result is always the same, byte for byte."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -59,7 +59,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(_corpus(), trainer)
+    raw.train_from_iterator(_make_corpus(), trainer)
     learned = json.loads(raw.to_str())["model"]
     return assemble_tokenizer(learned["vocab"], learned["merges"])
 
@@ -67,7 +67,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def assemble_tokenizer(
     vocab: dict[str, int], merges: Sequence[Sequence[str]], *, max_positions: int = MAX_POSITIONS
 ) -> Qwen2Tokenizer:
-    """`vocab` (word to id, without gaps), then Qwen's special tokens."""
+    """Makes a tokenizer of `vocab` (word to id, without gaps), followed by Qwen's special tokens."""
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
 
@@ -93,7 +93,7 @@ def assemble_tokenizer(
 
 
 def build_processor() -> Qwen3VLProcessor:
-    """The real processor with the tiny tokenizer, patches of 16 px and 96×96 px as 9 image tokens."""
+    """Builds the real processor with the tiny tokenizer; an image of 96×96 px becomes 9 tokens."""
     ensure_torchvision()
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
@@ -113,8 +113,8 @@ def build_processor() -> Qwen3VLProcessor:
     )
 
 
-def chat_text(processor: Qwen3VLProcessor, asked: str) -> str:
-    """The prompt as the chat template renders it: one image, then the question."""
+def render_chat(processor: Qwen3VLProcessor, asked: str) -> str:
+    """Renders a prompt of one image and a question in the chat template."""
     content = [{"type": "image"}, {"type": "text", "text": asked}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def chat_text(processor: Qwen3VLProcessor, asked: str) -> str:
     )
 
 
-def _corpus() -> list[str]:
+def _make_corpus() -> list[str]:
     example = {"triangle": (3, 4, 5), "rectangle": (6, 7), "angle": (89,)}
     sentences = [READ_QUESTION] * 8 + [_EVERYDAY]
     for kind in KINDS:

@@ -1,1 +1,1 @@
-"""A vision-language model as teacher, trainer and engines read it. Imports nothing by itself."""
+"""Vision-language models for teacher, trainer and engines. Imports nothing by itself: name the file that you need."""

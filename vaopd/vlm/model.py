@@ -1,8 +1,8 @@
-"""A vision-language model with its tokenizer and processor: the one way in which teacher and trainer read a prompt.
+"""Runs a vision-language model over prompt groups, the same way in teacher and trainer.
 
-What arrives: prompt groups, each a prompt with the responses after it. What leaves: hidden states of the response
-tokens, over which `vaopd.divergence` applies the LM head in chunks. A prompt is computed once for all of its responses
-(`vaopd.vlm.shared_attention`), its images once per forward. What is specific to a family is in `families/`.
+In: prompt groups, each a prompt with its responses. Out: hidden states of the response tokens, to which
+`vaopd.divergence` applies the LM head in chunks. A prompt is computed once for all of its responses
+(`vaopd.vlm.shared_attention`), its images once per forward. Code for a single family is in `families/`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Encode = Callable[[Sequence[PreparedImage]], list[ImageFeatures]]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Segment:
-    """A prompt and the responses (T_k,) after it: one view of a prompt group, or a part of its siblings."""
+    """A prompt and its responses (T_k,): one view of a prompt group, or some of its siblings."""
 
     prompt: PreparedPrompt
     responses: tuple[np.ndarray, ...]
 
     @property
     def tokens(self) -> int:
-        """What a forward computes; a response's last token is only predicted, never read."""
+        """Tokens that a forward computes. A response's last token is only predicted, never read."""
         return len(self.prompt.token_ids) + sum(len(ids) - 1 for ids in self.responses)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vlm(PromptReader):
-    """A loaded model. `load` makes it; the attributes are read-only."""
+    """A loaded model with its processor. Made by `load`; the attributes are read-only."""
 
     path: Path
     model: Any
@@ -55,10 +55,15 @@ class Vlm(PromptReader):
         max_pixels: int | None = None,
         tensor_parallel: bool = False,
     ) -> Vlm:
-        """Loads a folder or hub id; `device_map` (accelerate) spreads the weights over several devices.
+        """Loads a model, in evaluation mode, from a folder or hub id.
 
-        `tensor_parallel` spreads each text layer over all ranks of the process group, which then have to make the same
+        dtype: torch's name of the weights' type.
+        device_map: accelerate's; spreads the weights over several devices, and `device` is then ignored.
+        min_pixels, max_pixels: override the processor's bounds on an image's size.
+        tensor_parallel: splits each text layer over all ranks of the process group; all ranks must then make the same
         calls.
+
+        Raises ConfigError for a model that isn't found or a family without an adapter.
         """
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
@@ -83,29 +88,31 @@ class Vlm(PromptReader):
             processor=reader.processor,
             config=model.config,
             family=reader.family,
+            eos_ids=reader.eos_ids,
         )
 
     @property
     def head(self) -> torch.Tensor:
-        """(V, D): the LM head's rows for the logical vocabulary; a view of the parameter."""
+        """The LM head's rows for the logical vocabulary, (V, D); a view of the parameter."""
         return self.model.get_output_embeddings().weight[: self.vocab_size]
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the embeddings, which take the token ids."""
         return self.model.get_input_embeddings().weight.device
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
-        """The vision tower's output for each image; it runs once, over the distinct objects among them."""
+        """Returns the vision tower's output for each image. The tower runs once, over the distinct objects."""
         distinct = list({id(image): image for image in images}.values())
         features = self.family.encode_images(self.model, distinct) if distinct else []
         by_id = dict(zip(map(id, distinct), features, strict=True))
         return [by_id[id(image)] for image in images]
 
-    def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
-        """(M, D) hidden states that predict the response tokens, segment after segment, in one forward.
+    def compute_response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+        """Computes the hidden states (M, D) that predict the response tokens, in one forward.
 
-        `encode`: where images' features come from, if not from `encode_images`.
+        M: all response tokens, segment after segment, response after response.
+        encode: returns the images' features in place of `encode_images`, for example from a cache.
         """
         images = [image for segment in segments for image in segment.prompt.images]
         features = (encode or self.encode_images)(images)
@@ -114,7 +121,7 @@ class Vlm(PromptReader):
         at = 0
         for segment in segments:
             prompt = torch.from_numpy(segment.prompt.token_ids)
-            places = self.family.prompt_positions(self.model, prompt, segment.prompt.images)
+            places = self.family.compute_positions(self.model, prompt, segment.prompt.images)
             ids.append(prompt)
             positions.append(places)
             last, after = at + len(prompt) - 1, int(places.max()) + 1
@@ -127,7 +134,7 @@ class Vlm(PromptReader):
                 rows += [last, *range(at, at + read)]
                 at += read
         device = self.device
-        hidden = self.family.hidden(
+        hidden = self.family.compute_hidden(
             self.model, torch.cat(ids).to(device), torch.cat(positions, dim=1).to(device), features, layout
         )
         return hidden[torch.tensor(rows, device=hidden.device)]

@@ -1,8 +1,7 @@
-"""Prompts as models read them: chat template, placeholders, vision ids, checks. No weights are needed for any of it.
+"""Turns prompts into what models read: chat template, placeholders, vision ids, checks. Needs no weights.
 
-What arrives: messages or token ids, decoded images. What leaves: token ids with every image's placeholders in place.
-Teacher, trainer and rollout worker all read prompts through `PromptReader`. Nothing here is specific to a family: see
-`vaopd.vlm.families`.
+In: messages or token ids, decoded images. Out: token ids with every image's placeholders. Teacher, trainer and rollout
+worker all read prompts through `PromptReader`. Code for a single family is in `vaopd.vlm.families`.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ import PIL.Image
 
 from vaopd.errors import ConfigError, InvalidInput, Mismatch
 from vaopd.types import ImagePart, Message
-from vaopd.vlm.families import Family, PreparedImage, family_for
+from vaopd.vlm.families import Family, PreparedImage, find_family
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PreparedPrompt:
-    """A prompt as a model reads it: token_ids (P,) int64, placeholders expanded, and one image per placeholder run."""
+    """A prompt as a model reads it: token_ids (P,) int64 with placeholders expanded, and the images in their order."""
 
     token_ids: np.ndarray
     images: tuple[PreparedImage, ...]
@@ -34,61 +33,73 @@ class PreparedPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReader:
-    """A model's processor, configuration and family."""
+    """Reads prompts for one model: its processor, configuration and family."""
 
     processor: Any
     config: Any
     family: Family
+    eos_ids: tuple[int, ...] = ()
+    """Each of them ends a response: generation_config.json's, then the tokenizer's own."""
 
     @classmethod
     def open(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> PromptReader:
-        """Of a model folder or hub id."""
+        """Makes the reader of a model folder or hub id. Raises ConfigError as `load_processor` and `find_family` do."""
         processor = load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path)
-        return cls(processor=processor, config=config, family=family_for(config.model_type))
+        eos_ids = _read_eos_ids(path, processor.tokenizer)
+        return cls(processor=processor, config=config, family=find_family(config.model_type), eos_ids=eos_ids)
 
     @property
     def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
         return self.processor.tokenizer
 
     @cached_property
     def vocab_size(self) -> int:
-        """V, logical: the tokenizer's ids. The LM head may be padded to more rows."""
+        """V, logical: the number of the tokenizer's ids. The LM head may be padded to more rows."""
         return len(self.tokenizer)
 
     @property
     def hidden_size(self) -> int:
+        """D, of the text model."""
         return int(self.config.get_text_config().hidden_size)
 
     @cached_property
     def max_tokens(self) -> int:
-        """Prompt and response together."""
+        """The longest prompt and response together that the model can read."""
         return int(self.config.get_text_config().max_position_embeddings)
 
     @cached_property
     def vision_token_ids(self) -> frozenset[int]:
-        """Never sampled and never scored: inside a response they would be taken for places of image features."""
+        """Ids that are never sampled and never scored: in a response, the model would put image features there."""
         return self.family.vision_token_ids(self.processor, self.config)
 
     @cached_property
     def fingerprint(self) -> str:
+        """The tokenizer's fingerprint, see `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self.tokenizer)
 
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
+        """Turns an RGB image into the vision tower's input."""
         return self.family.prepare_image(self.processor, image)
 
     def render(self, messages: Sequence[Message], images: Mapping[str, PreparedImage]) -> PreparedPrompt:
-        """The prompt of `messages` in the chat template; `images` by SHA-256, each used as often as it is named."""
+        """Renders messages in the chat template, with placeholders expanded.
+
+        images: by SHA-256; an image is used as often as the messages name it.
+
+        Raises InvalidInput for an image that is missing, and for a text that contains the placeholder.
+        """
         named = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
         if missing := [sha for sha in named if sha not in images]:
-            raise InvalidInput(f"the messages name image {missing[0][:12]}…, which was not sent along")
+            raise InvalidInput(f"the messages name image {missing[0][:12]}…, which was not sent")
         prepared = tuple(images[sha] for sha in named)
-        return PreparedPrompt(token_ids=self.expand(self.rendered_ids(messages), prepared), images=prepared)
+        return PreparedPrompt(token_ids=self.expand(self.render_ids(messages), prepared), images=prepared)
 
-    def rendered_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of `messages` with one placeholder per image, as inference engines take it beside the images."""
+    def render_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Renders messages with one placeholder per image, as inference engines want it. Raises as `render` does."""
         text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
@@ -100,13 +111,16 @@ class PromptReader:
         return ids
 
     def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:
-        """(P,) int64: puts each image's tokens in the place of its one placeholder."""
+        """Replaces each image's one placeholder by the image's tokens: (P,) int64."""
         placeholder = self.family.image_token_id(self.config)
-        tokens = (self.family.image_tokens(self.processor, self.config, image) for image in images)
+        tokens = (self.family.make_image_tokens(self.processor, self.config, image) for image in images)
         return np.array([t for i in ids for t in (next(tokens) if i == placeholder else (i,))], dtype=np.int64)
 
-    def from_token_ids(self, token_ids: np.ndarray, images: Sequence[PreparedImage]) -> PreparedPrompt:
-        """A prompt that somebody else rendered; every placeholder run must fit its image's grid."""
+    def read_token_ids(self, token_ids: np.ndarray, images: Sequence[PreparedImage]) -> PreparedPrompt:
+        """Checks a prompt that another process rendered, and joins it with its images.
+
+        Raises InvalidInput for an empty prompt, an unknown id, and a run of placeholders that doesn't fit its image.
+        """
         ids = np.asarray(token_ids, dtype=np.int64)
         if ids.size == 0:
             raise InvalidInput("the prompt is empty; it needs at least one token")
@@ -133,6 +147,11 @@ class PromptReader:
         if ids.size == 0:
             raise InvalidInput("the response is empty; it needs at least one token (the EOS counts)")
         self._check_ids(ids, "response")
+        ends = np.flatnonzero(np.isin(ids[:-1], self.eos_ids))
+        if ends.size:
+            raise InvalidInput(
+                f"the response has {ids.size - 1 - ends[0]} tokens after its first EOS (id {ids[ends[0]]}); cut it"
+            )
         if (vision := ids[np.isin(ids, list(self.vision_token_ids))]).size:
             raise InvalidInput(f"response token id {vision[0]} is a vision placeholder; ban it when sampling")
         if (total := len(prompt.token_ids) + ids.size) > max_tokens:
@@ -143,23 +162,36 @@ class PromptReader:
 
 
 def load_processor(path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
-    """The processor of a folder or hub id. Pixel bounds override its own; all processes of a job must use the same."""
+    """Loads the processor of a folder or hub id.
+
+    min_pixels, max_pixels: override the processor's own bounds; all processes of a job must use the same.
+
+    Raises ConfigError for a model that isn't found, and for a processor that lacks a package.
+    """
     ensure_torchvision()
     from transformers import AutoProcessor
 
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
-        return AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
+        processor: Any = AutoProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
     except OSError:
         raise ConfigError(
             f"no model with a processor at {str(path)!r}; give a folder that exists or a hub id that can be reached"
         ) from None
     except ImportError as error:  # SmolVLM's needs num2words
         raise ConfigError(f"the processor of {str(path)!r} can't be loaded: {error}") from None
+    size = getattr(processor.image_processor, "size", {})
+    # Qwen's: areas in pixels. Of a bound that isn't given the processor has its own.
+    if set(map(bool, bounds.values())) == {True, False} and size["shortest_edge"] > size["longest_edge"]:
+        raise ConfigError(
+            f"data.min_pixels and data.max_pixels: with the processor's own bound they are {size['shortest_edge']} and "
+            f"{size['longest_edge']}, which no image can satisfy; set both"
+        )
+    return processor
 
 
 def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates read."""
+    """Converts messages to the form that chat templates read."""
     return [
         {
             "role": message.role,
@@ -173,15 +205,30 @@ def chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hex SHA-256 over the logical vocabulary, id by id, added tokens included. Equal means: ids mean the same."""
+    """Returns a hex SHA-256 over the vocabulary, id by id, added tokens included.
+
+    Two tokenizers with the same fingerprint use the same ids for the same tokens.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary, ensure_ascii=True).encode()).hexdigest()
 
 
 def check_same_tokenizer(*, student: str, teacher: str) -> None:
-    """Raises Mismatch, naming both fingerprints, when they differ."""
+    """Raises Mismatch, naming both fingerprints, if they differ."""
     if student != teacher:
         raise Mismatch(
             f"student's tokenizer {student[:12]}… and teacher's {teacher[:12]}… have different vocabularies; "
             "token ids can't be shared. Use models of one family"
         )
+
+
+def _read_eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the union, since a checkpoint that was tuned on chats may name the chat's EOS in its tokenizer alone."""
+    from transformers import GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # the file is optional
+        declared = None
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    return tuple(dict.fromkeys(id for id in (*ids, tokenizer.eos_token_id) if id is not None))

@@ -1,11 +1,11 @@
 """Attention over packed prompt groups: siblings read their prompt's keys and values instead of computing them again.
 
-A packed row holds, for one prompt after the other, its tokens and then its responses': [prompt₁, resp₁₁ … resp₁ₖ,
-prompt₂, …], without padding, so that every linear layer does each token's work once. Only attention needs to know who
-may see whom: a prompt sees itself, a response sees its prompt and itself, all causally. `Layout` says where what lies;
-it travels as an argument through the model's call, so that a layer recomputed in a backward pass gets the same one.
+A packed row holds each prompt's tokens, followed by its responses': [prompt₁, resp₁₁ … resp₁ₖ, prompt₂, …], without
+padding, so that every linear layer computes each token once. Only attention depends on the segments: a prompt sees
+itself, a response sees its prompt and itself, all causally. `Layout` holds their places; it is passed as an argument
+through the model's call, so that a layer recomputed in a backward pass gets the same one.
 
-`ATTENTION` is the name to load a text model with. Without a layout it is transformers' own "sdpa".
+Load a text model with `attn_implementation=ATTENTION`. Without a layout it is transformers' own "sdpa".
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from vaopd.errors import ConfigError
 
 ATTENTION = "vaopd_shared_prompt"
 BUCKET_FILL = 0.75
-"""Siblings at least this much as long as the longest of their bucket share its attention call, padded to its length."""
+"""Siblings of at least this share of the longest one's length are padded to it and share its attention call."""
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux")
-"""What some families ask of attention beyond causality and a window; none that has an adapter does."""
+"""Options that some families pass to attention; none of the families with an adapter does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bucket:
-    """Siblings of like length. rows (count, longest): places in the packed row; a short one repeats its last place."""
+    """Siblings of similar length."""
 
     count: int
     longest: int
     start: int | None
-    """Where they lie one after the other when all are equally long: then nothing needs to be gathered."""
+    """Their first place if all are equally long and contiguous, so that nothing needs to be gathered; else None."""
     rows: Tensor
+    """(count, longest): places in the packed row; a shorter sibling repeats its last place."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentLayout:
-    """One prompt and its siblings: where its tokens start, how many they are, and the buckets."""
+    """One prompt and its siblings: its first place, its number of tokens, and the siblings' buckets."""
 
     start: int
     prompt: int
@@ -49,7 +50,9 @@ class SegmentLayout:
 
 
 class Layout:
-    """Who lies where in a packed row. `segments`: prompt length and the responses' lengths, of one after the other.
+    """The places of prompts and responses in a packed row.
+
+    segments: for each prompt its length and its responses' lengths, in the order of the row.
 
     >>> Layout([(5, (3, 3)), (4, (2,))]).length
     17
@@ -69,32 +72,32 @@ class Layout:
                 starts.append(at)
                 at += length
             buckets = []
-            for members in _like_lengths(responses):
-                bucket = _bucket([(starts[k], responses[k]) for k in members])
+            for members in _group_by_length(responses):
+                bucket = _make_bucket([(starts[k], responses[k]) for k in members])
                 buckets.append(bucket)
                 written.append(bucket.rows.flatten())
                 ragged = ragged or bucket.start is None or len(buckets) > 1
             self.segments.append(SegmentLayout(start, prompt, tuple(buckets)))
         self.length = at
-        # Where each place's result stands among what attention computed; None: it is in order already.
-        self._order = _inverse(torch.cat(written), at) if ragged else None
+        # The index of each place's result among attention's results; None if they are in order.
+        self._order = _invert(torch.cat(written), at) if ragged else None
         self._copies: dict[torch.device, Layout] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
-    def in_order(self, computed: Tensor) -> Tensor:
-        """(…, computed, heads, d) → (…, length, heads, d): padding dropped, each result at its token's place."""
+    def restore_order(self, computed: Tensor) -> Tensor:
+        """Drops padding and puts each result at its token's place: (…, computed, heads, d) -> (…, length, heads, d)."""
         return computed if self._order is None else computed.index_select(1, self._order)
 
-    def mask(self, queries: int, keys: int, window: int) -> Tensor:
-        """(queries, keys) bool, True where the query may look. Kept, since all layers use the same few."""
+    def find_mask(self, queries: int, keys: int, window: int) -> Tensor:
+        """Returns a mask (queries, keys), True where the query sees the key; cached, since all layers use the same."""
         wanted = queries, keys, window
         if wanted not in self._masks:
             ahead = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
             self._masks[wanted] = ((ahead <= 0) & (ahead > -window)).to(self.device)
         return self._masks[wanted]
 
-    def on(self, device: torch.device) -> Layout:
-        """The same with its indices on `device`; copied once per device."""
+    def copy_to(self, device: torch.device) -> Layout:
+        """Returns the layout with its indices on `device`; copied once per device."""
         if device == self.device:
             return self
         if device not in self._copies:
@@ -114,8 +117,8 @@ class Layout:
         return self._copies[device]
 
 
-def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the non-empty ones, in buckets of like length, each in its given order."""
+def _group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Returns the indices of the non-empty responses in buckets of similar length, each in the given order."""
     buckets: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[index] == 0:
@@ -126,7 +129,7 @@ def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(bucket) for bucket in buckets]
 
 
-def _bucket(members: Sequence[tuple[int, int]]) -> Bucket:
+def _make_bucket(members: Sequence[tuple[int, int]]) -> Bucket:
     longest = max(length for _, length in members)
     offsets = torch.arange(longest)
     rows = torch.stack([start + offsets.clamp(max=length - 1) for start, length in members])
@@ -135,14 +138,14 @@ def _bucket(members: Sequence[tuple[int, int]]) -> Bucket:
     return Bucket(len(members), longest, first if contiguous else None, rows)
 
 
-def _inverse(written: Tensor, length: int) -> Tensor:
-    """For each place the first position in `written` that holds it; padding repeats a place later on."""
+def _invert(written: Tensor, length: int) -> Tensor:
+    """Returns for each place the first position in `written` that holds it; padding repeats a place later."""
     order = torch.empty(length, dtype=torch.long)
     order[written.flip(0)] = torch.arange(len(written)).flip(0)
     return order
 
 
-def attention(
+def attend(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -155,7 +158,11 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, heads, length, d), keys and values with a divisor of the heads."""
+    """Computes attention within each segment; the signature is transformers' attention interface.
+
+    query: (1, heads, length, d); key, value: the same with a divisor of the heads. Returns (1, length, heads, d), and
+    None for the attention weights. Raises ConfigError for an option that isn't supported.
+    """
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -164,9 +171,9 @@ def attention(
         )
     if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise ConfigError(f"{type(module).__name__} asks for {asked[0]}, which shared-prompt attention doesn't have")
-    layout = layout.on(query.device)
+    layout = layout.copy_to(query.device)
     if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for the usual call; the kernels that know lower-right causality are called past it.
+        # As autocast does for the usual call; the kernels with lower-right causality bypass it.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     assert query.shape[2] == layout.length, (tuple(query.shape), layout.length)
@@ -174,16 +181,18 @@ def attention(
     parts = []
     for segment in layout.segments:
         q, k, v = (tensor.narrow(2, segment.start, segment.prompt) for tensor in (query, key, value))
-        parts.append(_causal(q, k, v, sliding_window, layout, options).transpose(1, 2))
+        parts.append(_attend_causally(q, k, v, sliding_window, layout, options).transpose(1, 2))
         for bucket in segment.buckets:
             own_q, own_k, own_v = (_take(tensor, bucket) for tensor in (query, key, value))
-            out = _causal(own_q, _after(k, own_k), _after(v, own_v), sliding_window, layout, options)
+            out = _attend_causally(
+                own_q, _prepend_prompt(k, own_k), _prepend_prompt(v, own_v), sliding_window, layout, options
+            )
             parts.append(out.transpose(1, 2).flatten(0, 1).unsqueeze(0))
-    return layout.in_order(torch.cat(parts, dim=1)), None
+    return layout.restore_order(torch.cat(parts, dim=1)), None
 
 
 def _take(tensor: Tensor, bucket: Bucket) -> Tensor:
-    """(1, heads, length, d) → (count, heads, longest, d)"""
+    """Gathers a bucket's rows: (1, heads, length, d) -> (count, heads, longest, d)."""
     if bucket.start is not None:
         taken = tensor.narrow(2, bucket.start, bucket.count * bucket.longest)
     else:
@@ -191,24 +200,27 @@ def _take(tensor: Tensor, bucket: Bucket) -> Tensor:
     return taken.unflatten(2, (bucket.count, bucket.longest)).squeeze(0).transpose(0, 1)
 
 
-def _after(prompt: Tensor, own: Tensor) -> Tensor:
-    """The prompt's keys (1, heads, P, d) before each sibling's own (count, heads, R, d)."""
+def _prepend_prompt(prompt: Tensor, own: Tensor) -> Tensor:
+    """Puts the prompt's keys or values (1, heads, P, d) before each sibling's own (count, heads, R, d)."""
     return torch.cat((prompt.expand(len(own), -1, -1, -1), own), dim=2)
 
 
-def _causal(
+def _attend_causally(
     query: Tensor, key: Tensor, value: Tensor, window: int | None, layout: Layout, options: dict[str, Any]
 ) -> Tensor:
-    """The last query sees all keys, the one before all but the last, and so on; never further back than `window`."""
+    """Computes lower-right causal attention: the last query sees all keys, the one before it all but the last.
+
+    window: the number of keys that a query sees at most.
+    """
     queries, keys = query.shape[2], key.shape[2]
     if window is not None and window < keys:
-        mask: Tensor | None = layout.mask(queries, keys, window)
+        mask: Tensor | None = layout.find_mask(queries, keys, window)
     elif queries == keys:
         mask = None
     elif query.device.type == "cpu":
-        mask = layout.mask(queries, keys, keys)
+        mask = layout.find_mask(queries, keys, keys)
     else:
-        mask = causal_lower_right(queries, keys)  # a flag for the kernels that know it, never a matrix there
+        mask = causal_lower_right(queries, keys)  # a flag for the kernels that support it, never a matrix there
     # With a mask, CUDA's fast kernels want as many key heads as query heads; the CPU's takes fewer.
     groups = query.shape[1] // key.shape[1]
     if repeat := groups > 1 and mask is not None and query.device.type != "cpu":
@@ -219,14 +231,17 @@ def _causal(
 
 
 def register() -> None:
-    """Makes `ATTENTION` known to transformers; more than once does nothing."""
+    """Registers `ATTENTION` with transformers; calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, attention)
+    AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def no_mask(device: torch.device) -> Tensor:
-    """What to give as `attention_mask` with a layout: four axes mean to transformers that the mask is ready made."""
+def make_empty_mask(device: torch.device) -> Tensor:
+    """Returns an empty `attention_mask` to pass beside a layout.
+
+    It has four axes, since transformers leaves such a mask as it is and builds none of its own.
+    """
     return torch.empty((1, 1, 0, 0), device=device)

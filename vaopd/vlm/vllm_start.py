@@ -1,4 +1,4 @@
-"""Starts and stops vLLM, for rollouts as for a teacher; what each of them needs beyond that is in its own engine."""
+"""Starts and stops vLLM, for rollouts and for a teacher. The rest is in their own engines."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from vaopd.errors import ConfigError
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 MAX_IMAGES_PER_PROMPT = 8
-"""The default; the option limit_mm_per_prompt overrides it. On a GPU, vLLM reserves memory for so many."""
+"""The default; the option limit_mm_per_prompt overrides it. On a GPU, vLLM reserves memory for that many."""
 CPU_KV_CACHE_BYTES = 2**30
 
 
 def start(
     model: str,
     *,
-    dtype: Any,  # of vLLM's own literals
+    dtype: Any,  # one of vLLM's literals
     options: Mapping[str, Any],
     min_pixels: int | None,
     max_pixels: int | None,
     extension: str,
     **ours: Any,
 ) -> Any:
-    """A `vllm.LLM`. `options`: the user's, of vLLM's own names; `extension`: the class that joins vLLM's workers.
+    """Starts a `vllm.LLM`.
 
-    Raises ConfigError where there is no vLLM.
+    options: the user's, by vLLM's names.
+    min_pixels, max_pixels: override the processor's bounds on an image's size.
+    extension: the class that vLLM adds to its workers, by its full name.
+    ours: more of vLLM's options, set by the engine.
+
+    Raises ConfigError if vLLM isn't installed.
     """
     options = dict(options)
     _prepare_process(options)
@@ -49,18 +54,19 @@ def start(
         **options,
         **ours,
     )
-    # On a CPU it warns at every image that threads were not set, which is how it is meant to be. (Set before, the level
-    # would be lost: starting the engine configures vLLM's loggers anew.)
+    # On a CPU it warns at every image that threads were not set, which is intended. The level is set only now, since
+    # starting the engine configures vLLM's loggers again.
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     return llm
 
 
-def max_images(llm: Any) -> int:
-    """How many images a prompt may have."""
+def read_max_images(llm: Any) -> int:
+    """Returns the number of images that a prompt may have."""
     return int(llm.llm_engine.model_config.multimodal_config.get_limit_per_prompt("image"))
 
 
 def stop(llm: Any) -> None:
+    """Ends the engine, its processes and its process group."""
     llm.llm_engine.engine_core.shutdown()
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
         # The engine's process group is this process's own.
@@ -70,11 +76,11 @@ def stop(llm: Any) -> None:
 
 
 def _prepare_process(options: dict[str, Any]) -> None:
-    """What must be settled before vLLM is imported. Values that the user has set in the environment stay."""
+    """Sets environment and options that must be set before vLLM is imported. The user's environment has priority."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
     ensure_torchvision()
-    if not _on_cpu():
+    if not _is_on_cpu():
         return
     options.setdefault("enforce_eager", True)  # compiling takes longer than a CPU run is likely to last
     if options["enforce_eager"]:
@@ -83,18 +89,18 @@ def _prepare_process(options: dict[str, Any]) -> None:
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and "gpu_memory_utilization" not in options:
         options.setdefault("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES)
     if options.get("tensor_parallel_size", 1) == options.get("pipeline_parallel_size", 1) == 1:
-        # The engine in this process: no second and third import of vLLM, and the torchvision shim holds by itself.
+        # The engine runs in this process: vLLM is imported once, not three times, and the torchvision shim applies.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-def _on_cpu() -> bool:
+def _is_on_cpu() -> bool:
     import torch
 
     return not torch.accelerator.is_available()
 
 
 def _register_in_process(model: str) -> None:
-    """Has vLLM look at the model's class here, not in a subprocess (7 s), which would lack the torchvision shim."""
+    """Makes vLLM inspect the model's class here, not in a subprocess (7 s), which would lack the torchvision shim."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

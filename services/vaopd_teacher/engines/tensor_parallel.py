@@ -67,8 +67,8 @@ class LeadingVlm(Vlm):
 
     link: Link
 
-    def response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
-        """Computes the hidden states (M, D) together with the followers; see `Vlm.response_hidden`.
+    def compute_response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
+        """Computes the hidden states (M, D) together with the followers; see `Vlm.compute_response_hidden`.
 
         Raises RuntimeError, which ends the process, when the memory is exhausted.
         """
@@ -77,7 +77,9 @@ class LeadingVlm(Vlm):
         by_id = dict(zip(map(id, images), features, strict=True))
         self.link.send(pack_forward(segments, images, features))
         try:
-            return super().response_hidden(segments, encode=lambda images: [by_id[id(image)] for image in images])
+            return super().compute_response_hidden(
+                segments, encode=lambda images: [by_id[id(image)] for image in images]
+            )
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"out of memory in a forward of {sum(segment.tokens for segment in segments)} tokens, which several "
@@ -94,7 +96,13 @@ def lead(config: Config, *, processes: int) -> LeadingVlm:
     """Loads rank 0's model; blocks until all ranks have loaded theirs."""
     vlm = _load(config, processes)
     return LeadingVlm(
-        path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family, link=Link()
+        path=vlm.path,
+        model=vlm.model,
+        processor=vlm.processor,
+        config=vlm.config,
+        family=vlm.family,
+        eos_ids=vlm.eos_ids,
+        link=Link(),
     )
 
 
@@ -121,7 +129,7 @@ def follow(config: Config, *, processes: int) -> int:
 def compute(vlm: Vlm, message: bytes) -> torch.Tensor:
     """Computes a rank's part of the forward that the message describes: -> (M, D)."""
     segments, features = unpack_forward(message, vlm.device)
-    return vlm.response_hidden(segments, encode=lambda images: [features[id(image)] for image in images])
+    return vlm.compute_response_hidden(segments, encode=lambda images: [features[id(image)] for image in images])
 
 
 def pack_forward(

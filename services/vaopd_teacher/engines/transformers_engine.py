@@ -123,7 +123,7 @@ class GroupEngine:
 
     def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
-        hidden = self._vlm.response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
+        hidden = self._vlm.compute_response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
         head = self._vlm.head
         hidden = hidden.to(head.device)
         ids = torch.from_numpy(np.concatenate([ids for part in batch for ids in part.segment.responses]))

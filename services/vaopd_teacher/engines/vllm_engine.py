@@ -137,7 +137,7 @@ def collapse_images(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
     written: list[int] = []
     at = 0
     for image in prompt.images:
-        tokens = reader.family.image_tokens(reader.processor, reader.config, image)
+        tokens = reader.family.make_image_tokens(reader.processor, reader.config, image)
         while at < len(given) and not (given[at] == tokens[0] and given[at : at + len(tokens)] == tokens):
             written.append(given[at])
             at += 1
@@ -230,10 +230,11 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         processor=reader.processor,
         config=reader.config,
         family=reader.family,
+        eos_ids=reader.eos_ids,
         # vLLM generates a token after all that it scores.
         limit_tokens=min(reader.max_tokens, llm.llm_engine.model_config.max_model_len - 1),
     )
-    engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.max_images(llm))
+    engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.read_max_images(llm))
     return Backend(
         reader=pictures,
         engine=engine,

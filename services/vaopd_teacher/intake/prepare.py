@@ -246,7 +246,7 @@ class Preparer:
             names = list(group.tokens.image_sha256)
             views = self._views(names, degradation)
             return tuple(  # type: ignore[return-value]
-                self._reader.from_token_ids(token_ids, [view[sha] for sha in names]) for view in views
+                self._reader.read_token_ids(token_ids, [view[sha] for sha in names]) for view in views
             )
         if kind == "messages":
             messages = messages_from_pb(group.messages.messages)

@@ -1,6 +1,6 @@
-"""Everything that is specific to a model family sits in one adapter per family; `vaopd.vlm.model` is the same for all.
+"""Adapters, one for each model family, with all code that is specific to it; `vaopd.vlm.model` is the same for all.
 
-To add a family: write a module beside `internvl.py` that satisfies `Family` and name it in `_FAMILIES`.
+To add a family, write a module beside `internvl.py` that satisfies `Family`, and name it in `_FAMILIES`.
 """
 
 from __future__ import annotations
@@ -18,58 +18,63 @@ from vaopd.vlm.families.internvl import InternVL
 from vaopd.vlm.families.qwen_vl import Qwen3VL, Qwen25VL
 from vaopd.vlm.shared_attention import Layout
 
-__all__ = ["Family", "ImageFeatures", "PreparedImage", "TpPlan", "family_for"]
+__all__ = ["Family", "ImageFeatures", "PreparedImage", "TpPlan", "find_family"]
 
 
 class Family(Protocol):
-    """What `vaopd.vlm.model` needs to know about a family of vision-language models.
+    """The methods that `vaopd.vlm` needs for a family of vision-language models.
 
-    `processor` and `config` are transformers' own; so is `model`, a …ForConditionalGeneration.
+    `processor`, `config` and `model` (a …ForConditionalGeneration) are transformers' own.
     """
 
     tp_plan: TpPlan
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
-        """Pixel values and the number of placeholder tokens of one RGB image."""
+        """Computes the pixel values, grid and number of placeholder tokens of one RGB image."""
         ...
 
     def image_token_id(self, config: Any) -> int:
-        """The placeholder: once per image in a rendered prompt, once per image token where the model reads it."""
+        """Returns the placeholder's id: one per image in a rendered prompt, one per image token after expansion."""
         ...
 
-    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
-        """What stands for an image in the tokens that the model reads: its placeholders and any marks around them."""
+    def make_image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        """Returns the ids that replace an image's placeholder: its image tokens and any marks around them."""
         ...
 
     def runs(self, image: PreparedImage) -> list[int]:
-        """The lengths of the image's runs of placeholders, in order: one run, or one for each tile."""
+        """Returns the lengths of the image's runs of placeholders, in order: one run, or one for each tile."""
         ...
 
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
-        """Every id that announces vision input; none of them may stand inside a response."""
+        """Returns every id that announces vision input; a response must not contain any."""
         ...
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
-        """The part that `student.train_vision_tower = false` freezes."""
+        """Returns the module that `student.train_vision_tower = false` freezes."""
         ...
 
     def language_model(self, model: Any) -> torch.nn.Module:
-        """The text model without its LM head; takes `inputs_embeds`, `position_ids` and the attention's `layout`."""
+        """Returns the text model without its LM head; it takes `inputs_embeds`, `position_ids` and `layout`."""
         ...
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
-        """The vision tower's output for each of the images, which are distinct and at least one."""
+        """Runs the vision tower over the images, distinct and at least one; returns each one's features."""
         ...
 
-    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
-        """What `model.generate` takes beside the prompt's input_ids (1, P)."""
+    def make_generation_inputs(
+        self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]
+    ) -> dict[str, Any]:
+        """Returns the arguments of `model.generate` besides the prompt's input_ids (1, P)."""
         ...
 
-    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
-        """(A, P) position ids of a prompt (P,), A axes; a response goes on at the largest plus 1, on every axis."""
+    def compute_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        """Computes the position ids (A, P) of a prompt (P,) on A axes.
+
+        A response continues with the largest plus 1, on every axis.
+        """
         ...
 
-    def hidden(
+    def compute_hidden(
         self,
         model: Any,
         input_ids: torch.Tensor,
@@ -77,7 +82,7 @@ class Family(Protocol):
         features: Sequence[ImageFeatures],
         layout: Layout,
     ) -> torch.Tensor:
-        """(length, D): what the LM head reads, for a packed row (length,) with positions (A, length)."""
+        """Computes the LM head's input (length, D) for a packed row (length,) with positions (A, length)."""
         ...
 
 
@@ -90,8 +95,8 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
-def family_for(model_type: str) -> Family:
-    """The adapter for a configuration's `model_type`; raises ConfigError for a family that has none."""
+def find_family(model_type: str) -> Family:
+    """Returns the adapter for a configuration's `model_type`. Raises ConfigError for a family without one."""
     if model_type not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
         raise ConfigError(f"model family {model_type!r} has no adapter; known: {known}. Add one in vaopd/vlm/families")

@@ -1,4 +1,4 @@
-"""What the adapters of all families hand to `vaopd.vlm.model`, and what they share."""
+"""Types and functions that the adapters of all families share."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from vaopd.vlm.shared_attention import Layout, no_mask
+from vaopd.vlm.shared_attention import Layout, make_empty_mask
 
 TpPlan = dict[str, str] | Literal["auto"]
-"""How tensor parallelism splits the text layers, in transformers' terms; "auto": transformers has a plan itself."""
+"""How tensor parallelism splits the text layers, in transformers' terms; "auto": by transformers' own plan."""
 
 ImageFeatures = tuple[torch.Tensor, ...]
-"""Of one image: its embeddings (num_tokens, D), then what a family adds in deeper layers, of the same shape each."""
+"""One image's embeddings (num_tokens, D), then those that a family adds in deeper layers, each of the same shape."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedImage:
-    """One image as the vision tower reads it; compared by identity, so that sharing an object means sharing the work.
-
-    pixel_values: whatever the family's vision tower takes, rows being patches or tiles; grid: (t, h, w) in patches, or
-    what takes its place; num_tokens: placeholder tokens that the prompt holds for it; key: content and view by name,
-    for caches, if known.
-    """
+    """One image as the vision tower reads it. Compared by identity: an object used twice is encoded once."""
 
     pixel_values: torch.Tensor
+    """The vision tower's input; rows are patches or tiles."""
     grid: tuple[int, int, int]
+    """(t, h, w) in patches, or the family's equivalent."""
     num_tokens: int
+    """Placeholder tokens in the prompt."""
     key: str | None = None
+    """Names content and view, for caches; None if unknown."""
 
 
 class TextModelOf(Protocol):
-    """The part of a family that `packed_hidden` needs."""
+    """The part of a family that `compute_packed_hidden` needs."""
 
-    def image_token_id(self, config: Any) -> int: ...
-    def language_model(self, model: Any) -> torch.nn.Module: ...
+    def image_token_id(self, config: Any) -> int:
+        """See `Family`."""
+        ...
+
+    def language_model(self, model: Any) -> torch.nn.Module:
+        """See `Family`."""
+        ...
 
 
-def packed_hidden(
+def compute_packed_hidden(
     family: TextModelOf,
     model: Any,
     input_ids: torch.Tensor,
@@ -48,9 +52,11 @@ def packed_hidden(
     layout: Layout,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """(length, D): the text model's last hidden states of a packed row, images embedded at the placeholders.
+    """Computes the text model's last hidden states (length, D) of a packed row, with images at the placeholders.
 
-    input_ids: (1, length); position_ids: as the text model takes them; images: embeddings (tokens, D) in order.
+    input_ids: (1, length).
+    position_ids: in the text model's form.
+    images: embeddings (tokens, D) in the order of the placeholders.
     """
     embeddings = model.get_input_embeddings()(input_ids)
     if images:
@@ -59,7 +65,7 @@ def packed_hidden(
     outputs = family.language_model(model)(
         inputs_embeds=embeddings,
         position_ids=position_ids,
-        attention_mask=no_mask(embeddings.device),
+        attention_mask=make_empty_mask(embeddings.device),
         use_cache=False,
         layout=layout,
         **kwargs,

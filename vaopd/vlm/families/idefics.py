@@ -1,4 +1,4 @@
-"""SmolVLM and Idefics3: an image is cut into tiles, each with a run of placeholders of its own; plain RoPE."""
+"""SmolVLM and Idefics3: an image is cut into tiles, each with its own run of placeholders; plain RoPE."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 import PIL.Image
 import torch
 
-from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
+from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden
 from vaopd.vlm.shared_attention import Layout
 
 
 class Idefics3:
-    """`PreparedImage.grid` is (tiles, rows, columns): rows × columns tiles, and one that shows the whole picture."""
+    """Adapter for SmolVLM and Idefics3.
+
+    `PreparedImage.grid` is (tiles, rows, columns): rows × columns tiles, and one that shows the whole picture.
+    """
 
     tp_plan: TpPlan = "auto"
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
+        """Cuts the image into tiles and normalises them."""
         features = processor.image_processor(images=[image], return_row_col_info=True, return_tensors="pt")
         tiles = features["pixel_values"][0]
         return PreparedImage(
@@ -27,43 +31,54 @@ class Idefics3:
         )
 
     def image_token_id(self, config: Any) -> int:
+        """Returns the id of `<image>`."""
         return int(config.image_token_id)
 
-    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+    def make_image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        """Returns the tiles' placeholders with the marks of rows and columns between them."""
         _, rows, columns = image.grid
         text = processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
         ids: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def runs(self, image: PreparedImage) -> list[int]:
+        """Returns one run for each tile, all of the same length."""
         tiles = image.grid[0]
         return [image.num_tokens // tiles] * tiles
 
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
+        """Returns the ids of the image's placeholders and marks."""
         names = ("<image>", "<video>", "<fake_token_around_image>", "<global-img>")
         vocabulary = processor.tokenizer.get_vocab()
         return frozenset(id for token, id in vocabulary.items() if token in names or token.startswith("<row_"))
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
+        """Returns the SigLIP encoder."""
         return model.model.vision_model
 
     def language_model(self, model: Any) -> torch.nn.Module:
+        """Returns the text model."""
         return model.model.text_model
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        """Encodes the tiles of all images in one call."""
         pixels = torch.cat([image.pixel_values for image in images])[None].to(model.model.vision_model.device)
         tiles = model.model.get_image_features(pixels, return_dict=True).pooler_output
         return [(part.flatten(0, 1),) for part in tiles.split([image.grid[0] for image in images])]
 
-    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
+    def make_generation_inputs(
+        self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]
+    ) -> dict[str, Any]:
+        """Returns all tiles as (1, tiles, 3, H, W), empty without images."""
         if not images:
             return {}
         return {"pixel_values": torch.cat([image.pixel_values for image in images])[None].to(input_ids.device)}
 
-    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+    def compute_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        """Counts from 0: (1, P)."""
         return torch.arange(len(token_ids))[None]
 
-    def hidden(
+    def compute_hidden(
         self,
         model: Any,
         input_ids: torch.Tensor,
@@ -71,5 +86,6 @@ class Idefics3:
         features: Sequence[ImageFeatures],
         layout: Layout,
     ) -> torch.Tensor:
+        """Computes the hidden states with the images at their placeholders."""
         embeddings = [part for (part,) in features]
-        return packed_hidden(self, model, input_ids[None], positions, embeddings, layout)
+        return compute_packed_hidden(self, model, input_ids[None], positions, embeddings, layout)

@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 import torch
 
-from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, packed_hidden
+from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden
 from vaopd.vlm.shared_attention import Layout
 
 _SPLIT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
@@ -16,9 +16,12 @@ _SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwis
 
 
 class Qwen25VL:
+    """Adapter for Qwen2.5-VL. `PreparedImage.grid` is (t, h, w) in patches, before merging."""
+
     tp_plan: TpPlan = "auto"
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
+        """Cuts the image into patches; `merge_size`² of them become one token."""
         features = processor.image_processor(images=[image], return_tensors="pt")
         grid = tuple(int(n) for n in features["image_grid_thw"][0])
         merge = processor.image_processor.merge_size
@@ -29,54 +32,67 @@ class Qwen25VL:
         )
 
     def image_token_id(self, config: Any) -> int:
+        """Returns the id of `<|image_pad|>`."""
         return int(config.image_token_id)
 
-    def image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+    def make_image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
+        """Returns the placeholders; the chat template has the marks around them."""
         return [self.image_token_id(config)] * image.num_tokens
 
     def runs(self, image: PreparedImage) -> list[int]:
+        """Returns one run for the whole image."""
         return [image.num_tokens]
 
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
+        """Returns the ids of image, video, their marks and `<|vision_pad|>`."""
         # <|vision_pad|> is in the tokenizer only, the configuration has no field for it.
         pad = processor.tokenizer.get_vocab().get("<|vision_pad|>")
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         return frozenset(ids) | (frozenset() if pad is None else {pad})
 
     def vision_tower(self, model: Any) -> torch.nn.Module:
+        """Returns the vision encoder."""
         return model.model.visual
 
     def language_model(self, model: Any) -> torch.nn.Module:
+        """Returns the text model."""
         return model.model.language_model
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        """Encodes the patches of all images in one call."""
         return [(embeddings,) for embeddings in self._encode(model, images).pooler_output]
 
     @staticmethod
     def _encode(model: Any, images: Sequence[PreparedImage]) -> Any:
         device = model.model.visual.device
         return model.model.get_image_features(
-            torch.cat([image.pixel_values for image in images]).to(device), _grids(images, device), return_dict=True
+            torch.cat([image.pixel_values for image in images]).to(device),
+            _stack_grids(images, device),
+            return_dict=True,
         )
 
-    def generation_inputs(self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]) -> dict[str, Any]:
+    def make_generation_inputs(
+        self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]
+    ) -> dict[str, Any]:
+        """Returns patches, grids and token types, empty without images."""
         if not images:
             return {}
         return {
             "pixel_values": torch.cat([image.pixel_values for image in images]).to(input_ids.device),
-            "image_grid_thw": _grids(images, input_ids.device),
+            "image_grid_thw": _stack_grids(images, input_ids.device),
             "mm_token_type_ids": (input_ids == self.image_token_id(model.config)).int(),
         }
 
-    def prompt_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+    def compute_positions(self, model: Any, token_ids: torch.Tensor, images: Sequence[PreparedImage]) -> torch.Tensor:
+        """Computes the multimodal RoPE index: (3, P), for time, height and width."""
         positions, _ = model.model.get_rope_index(
             token_ids[None],
             mm_token_type_ids=(token_ids == self.image_token_id(model.config)).int()[None],
-            image_grid_thw=_grids(images, token_ids.device) if images else None,
+            image_grid_thw=_stack_grids(images, token_ids.device) if images else None,
         )
         return positions[:, 0]
 
-    def hidden(
+    def compute_hidden(
         self,
         model: Any,
         input_ids: torch.Tensor,
@@ -84,32 +100,40 @@ class Qwen25VL:
         features: Sequence[ImageFeatures],
         layout: Layout,
     ) -> torch.Tensor:
-        return packed_hidden(
+        """Computes the hidden states with the images at their placeholders."""
+        return compute_packed_hidden(
             self,
             model,
             input_ids[None],
             positions[:, None],
             [embeddings for embeddings, *_ in features],
             layout,
-            **self._deeper(model, input_ids[None], features),
+            **self._make_deepstack_arguments(model, input_ids[None], features),
         )
 
-    def _deeper(self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
-        """What the text model takes besides embeddings."""
+    def _make_deepstack_arguments(
+        self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]
+    ) -> dict[str, Any]:
+        """Returns the text model's arguments besides embeddings."""
         return {}
 
 
 class Qwen3VL(Qwen25VL):
-    # transformers 5.19 has none for it; this is Qwen2.5-VL's. The norms of queries and keys go over one head each.
+    """Adapter for Qwen3-VL, as Qwen2.5-VL with deepstack features."""
+
+    # transformers 5.19 has no plan for it; this is Qwen2.5-VL's. The norms of queries and keys are within one head.
     tp_plan: TpPlan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
         f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
     }
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
+        """Encodes the patches; the features of deeper layers follow the embeddings."""
         features = self._encode(model, images)
         return list(zip(features.pooler_output, *features.deepstack_features, strict=True))
 
-    def _deeper(self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
+    def _make_deepstack_arguments(
+        self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]
+    ) -> dict[str, Any]:
         if not features:
             return {}
         _, *deepstack = zip(*features, strict=True)
@@ -119,5 +143,5 @@ class Qwen3VL(Qwen25VL):
         }
 
 
-def _grids(images: Sequence[PreparedImage], device: torch.device) -> torch.Tensor:
+def _stack_grids(images: Sequence[PreparedImage], device: torch.device) -> torch.Tensor:
     return torch.tensor([image.grid for image in images], device=device)
