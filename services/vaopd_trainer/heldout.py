@@ -8,7 +8,7 @@ import numpy as np
 
 from vaopd.config import Config
 from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
-from vaopd.grading import Verdict, judge, prepare
+from vaopd.grading import Verdict, judge
 from vaopd.types import Prompt
 from vaopd_trainer.collector import Collector
 
@@ -31,7 +31,6 @@ def evaluate(
     requests = list(held_out_requests(prompts, version=version, config=config))
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
     collector.enqueue(requests, oldest_version=version, step=None, check=check)
-    prepare()
     verdicts = {group_id: [Verdict.WRONG] * config.evaluation.samples for group_id in answers}
     done = 0
     for groups in collector.groups(list(answers), check=check):

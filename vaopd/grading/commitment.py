@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -38,6 +39,16 @@ _BLANK = re.compile(
 )
 
 
+MAX_BLANK_CHARS = 200
+MAX_SENTENCE_CHARS = 1500
+"""Bounds the search for an answer's end, so that thousands of markers in one line take no minutes."""
+
+
+class _Box(NamedTuple):
+    start: int
+    answer: str
+
+
 @dataclass(frozen=True, slots=True)
 class Commitment:
     """An answer as the response writes it, and whether it stood in a box."""
@@ -59,11 +70,8 @@ def committed_answer(text: str) -> str | None:
 def find_commitment(text: str) -> Commitment | None:
     """Returns the first commitment outside <think>…</think>, or None. Takes time linear in the text's length."""
     text = drop_reasoning(text)
-    boxes = list(_find_boxes(text))
-    marked = next(_find_marked(text, boxes), None)
-    if boxes and (marked is None or boxes[0][0] < marked[0]):
-        return Commitment(boxes[0][2], boxed=True)
-    return marked and marked[1]
+    box = next(_find_boxes(text), None)
+    return _find_marked(text, box) or (Commitment(box.answer, boxed=True) if box else None)
 
 
 def drop_reasoning(text: str) -> str:
@@ -82,11 +90,11 @@ def cut_reason(answer: str) -> str:
 
 def is_blank(answer: str) -> bool:
     """Whether nothing, or only a placeholder, is left of an answer."""
-    return _BLANK.fullmatch(answer) is not None
+    return len(answer) < MAX_BLANK_CHARS and _BLANK.fullmatch(answer) is not None
 
 
-def _find_boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    """Yields start, end and content of each complete box that isn't blank, in order."""
+def _find_boxes(text: str) -> Iterator[_Box]:
+    """Yields each complete box that isn't blank, in order."""
     closed: dict[int, int] = {}
     opened: list[int] = []
     for brace in _BRACES.finditer(text):
@@ -97,31 +105,30 @@ def _find_boxes(text: str) -> Iterator[tuple[int, int, str]]:
     for box in _BOX.finditer(text):
         end = closed.get(box.end())  # None: the response was cut off inside
         if end is not None and not is_blank(content := text[box.end() + 1 : end]):
-            yield box.start(), end + 1, content.strip()
+            yield _Box(box.start(), content.strip())
 
 
-def _find_marked(text: str, boxes: list[tuple[int, int, str]]) -> Iterator[tuple[int, Commitment]]:
-    """Yields the position and the answer after each marker that an answer follows."""
-    for marker in _MARKER.finditer(text):
+def _find_marked(text: str, box: _Box | None) -> Commitment | None:
+    """Returns the answer after the first marker that one follows, if that marker stands before the first box."""
+    for marker in _MARKER.finditer(text, 0, box.start if box else len(text)):
         start = _skip_opening(text, marker.end())
-        end = _SENTENCE_END.search(text, start)
+        end = _SENTENCE_END.search(text, start, start + MAX_SENTENCE_CHARS)
         assert end is not None  # it finds the end of the text
         stop = end.start()
         if text[start:stop].rstrip(" *_$").endswith((":", "：")):  # "The answer is as follows:"
             start = stop = _skip_opening(text, stop)
-        box = next((box for box in boxes if box[0] >= start), None)
-        if box is not None and (box[0] == start or box[0] < stop):
-            before = text[start : box[0]]
+        if box and (box.start == start or box.start < stop):
             # "7, so \boxed{8}" has committed to 7; "x = \boxed{7}" and "the sum of 3 and 4, \boxed{7}" have not.
+            before = " ".join(text[start : box.start].split())
             said = cut_reason(before)
             if said == before or not re.search(r"\d|^\(?[A-Z]\)?$", said) or re.search(r"(?<!\\)\b[A-Za-z]{4,}", said):
-                yield marker.start(), Commitment(box[2], boxed=True)
-                continue
-            stop = box[0]
+                return Commitment(box.answer, boxed=True)
+            stop = box.start
         answer = cut_reason(text[start:stop]).strip().strip("$*_`").strip()
         answer = re.sub(r"\s*\\[)\]]$", "", answer)
         if not is_blank(answer):
-            yield marker.start(), Commitment(answer, boxed=False)
+            return Commitment(answer, boxed=False)
+    return None
 
 
 def _skip_opening(text: str, start: int) -> int:

@@ -61,8 +61,8 @@ def ask(questions: Sequence[Question]) -> bool | None:
         for _ in range(2):  # a worker that someone else has ended is started again, once
             worker = _running()
             deadline = max(began + LIMIT_S, worker.ready_at + LEAST_S) - _MARGIN_S
-            request = json.dumps({"questions": list(map(astuple, questions)), "deadline": deadline})
-            with contextlib.suppress(ConnectionError):
+            request = json.dumps([deadline, *map(astuple, questions)], ensure_ascii=False)
+            with contextlib.suppress(OSError):
                 return worker.ask(request.encode(), until=deadline + _MARGIN_S)
             close(worker)
         return None
@@ -126,7 +126,10 @@ class _Worker:
             problem = f"no answer within {START_S:g} s"
         if problem != "ready":
             self.close()
-            raise Unavailable(f"the judge's process could not start ({problem}); install math-verify: vaopd[trainer]")
+            raise Unavailable(
+                f"the judge's process could not start ({problem or 'it ended'}); install math-verify: vaopd[trainer]"
+            )
+        self.pid = self._process.pid
         self.ready_at = time.monotonic()
         self.socket.settimeout(LIMIT_S)
 

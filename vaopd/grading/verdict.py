@@ -29,8 +29,8 @@ VERSION = 2
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer goes to math-verify as it is; a longer reference is compared as text only."""
-MAX_RESPONSE_CHARS = 50_000
-"""A longer response without a committed answer is not judged, unless the texts are equal."""
+MAX_RESPONSE_CHARS = 20_000
+"""Of a longer response without a committed answer the end is judged; a longer committed answer is not judged."""
 
 # Dates, telephone and version numbers: no differences, quotients or decimals.
 _DATE = re.compile(
@@ -108,7 +108,8 @@ def _ask_for_all(response: str, reference: str) -> Iterator[Question]:
     wanted, _ = split_units(clean(reference))
     parts = take_apart(wanted)
     if parts and not find_option(wanted, strict=True) and not _DATE.search(wanted) and re.search(r"[\d\\$]", response):
-        yield Question(_NOT_MEANT.sub(" ", _DATE.sub(" ", response)), parts.core, extract=True)
+        end = response[-MAX_RESPONSE_CHARS:]
+        yield Question(_NOT_MEANT.sub(" ", _DATE.sub(" ", end)), parts.core, extract=True)
 
 
 def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
@@ -120,6 +121,8 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         return
     given, wanted = clean(answer), clean(reference)
     yield _same_text(given, wanted)
+    if not given:
+        return
     named, option = find_option(given), find_option(wanted, strict=True)
     if option and (named or not option.text):
         yield Verdict.RIGHT if named and named.letter == option.letter else Verdict.WRONG

@@ -68,18 +68,21 @@ def serve(requests: socket.socket, equal: Callable[[str, str, bool], bool]) -> N
     if not message:
         os._exit(0)
     if os.fork() == 0:
-        answer(json.loads(message), pipes[0], equal)
+        deadline, *questions = json.loads(message)
+        answer(deadline, questions, pipes[0], equal)
     os.close(pipes[0])
 
 
-def answer(request: dict[str, Any], pipe: int, equal: Callable[[str, str, bool], bool]) -> NoReturn:
+def answer(
+    deadline: float, questions: list[tuple[str, str, bool]], pipe: int, equal: Callable[[str, str, bool], bool]
+) -> NoReturn:
     """Writes the verdict of one request, within its limits, and ends the process."""
     try:
         os.close(0)  # the caller's end must not seem open when the worker has ended
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, request["deadline"] - time.monotonic()))
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, deadline - time.monotonic()))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        verdict = any(equal(*question) for question in request["questions"])
+        verdict = any(equal(*question) for question in questions)
         os.write(pipe, b"1" if verdict else b"0")
     finally:
         os._exit(0)
