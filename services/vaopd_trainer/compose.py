@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from vaopd import client, process
+from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_training_prompts
@@ -84,6 +84,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
         coordinator = None
         if ranks.is_coordinator:
+            grading.prepare()  # the judge's process, so that no evaluation waits for it
             queue = _take_job(config, stack, resume=resume)
             keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue), every_s=queue.lease_s / 3))
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)

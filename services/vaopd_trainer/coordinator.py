@@ -22,6 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -192,16 +193,7 @@ class Coordinator:
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
             keep_snapshot(self._snapshot, self._folder / "best")
-        self._metrics_file.write(
-            {
-                "kind": "eval",
-                "step": version,
-                "accuracy": result.accuracy,
-                "standard_error": result.standard_error,
-                "prompts": result.prompts,
-                "samples": result.samples,
-            }
-        )
+        self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
         self._track({"eval/accuracy": result.accuracy}, version)
         self._progress_line.accuracy = result.accuracy
         self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")

@@ -145,9 +145,10 @@ def _print_result(folder: Path) -> None:
     path = write_report([folder])
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        gain = 100 * (last.accuracy - first.accuracy)
+        gain = f"{100 * (last.accuracy - first.accuracy):+.1f} points"
         print(
-            f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain:+.1f} points)"
+            f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain})"
+            f"\njudge    {last.judge}"
         )
     print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
     print(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))

@@ -117,6 +117,8 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
             yield (f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
         problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
         yield ("judged on", problems, "± one standard error")
+        judges = " and ".join(dict.fromkeys(evaluation.judge or "1" for evaluation in run.evaluations))
+        yield ("judge", judges, "its version")
     state = "finished" if run.finished else "not finished"
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
     yield ("optimizer steps", steps, state)

@@ -43,11 +43,11 @@ class Token(NamedTuple):
 
 
 class ShownRollout(NamedTuple):
-    """One rollout; `correct` is None where the run didn't record it."""
+    """One rollout; `verdict` is "right", "wrong", "not judged", or empty where the run didn't record it."""
 
     tokens: list[Token]
     weight: float
-    correct: bool | None
+    verdict: str
 
 
 class ShownGroup(NamedTuple):
@@ -81,10 +81,15 @@ def _show_group(rollouts: Sequence[Rollout], run: Run) -> ShownGroup:
         answer=str(rollouts[0]["answer"]),
         pictures=list(_draw_views(data, run)) if data is not None else [],
         rollouts=[
-            ShownRollout(_show_tokens(rollout, fraction), rollout["rollout_weight"], rollout.get("correct"))
+            ShownRollout(_show_tokens(rollout, fraction), rollout["rollout_weight"], _read_verdict(rollout))
             for rollout in rollouts
         ],
     )
+
+
+def _read_verdict(rollout: Rollout) -> str:
+    correct = {True: "right", False: "wrong"}.get(rollout.get("correct", ""), "")  # an earlier vaopd wrote only this
+    return str(rollout.get("verdict", correct))
 
 
 def _show_tokens(rollout: Rollout, high_fraction: float) -> list[Token]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vaopd.errors import NotFound
-from vaopd.run.records import Run, read_run
+from vaopd.run.records import Evaluation, Run, read_run
 from vaopd.telemetry.progress_line import format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -88,10 +88,17 @@ def block(run: Run, *, now_s: float) -> list[str]:
     if run.evaluations:
         last = run.evaluations[-1]
         curve = draw_sparkline([evaluation.accuracy for evaluation in run.evaluations])
-        lines.append(f"{'accuracy':<16}{last.accuracy:>9.1%}  {curve}  ± {last.standard_error:.1%}, step {last.step}")
+        error = f"± {last.standard_error:.1%}, step {last.step}{_describe_judge(last)}"
+        lines.append(f"{'accuracy':<16}{last.accuracy:>9.1%}  {curve}  {error}")
     if quiet := _describe_silence(run, now_s):
         lines.append(quiet)
     return lines
+
+
+def _describe_judge(evaluation: Evaluation) -> str:
+    """Returns how many answers were not judged, if any, and the judge's version, if the run recorded it."""
+    unjudged = f", {evaluation.not_judged} not judged" if evaluation.not_judged else ""
+    return f"{unjudged}, judge {evaluation.judge}" if evaluation.judge else unjudged
 
 
 def format_line(run: Run) -> str:
@@ -107,7 +114,7 @@ def format_line(run: Run) -> str:
             parts.append(f"{name} {values[-1]:{form}}" if name else f"{values[-1]:{form}} rollouts/s")
     if run.evaluations:
         last = run.evaluations[-1]
-        parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}")
+        parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}{_describe_judge(last)}")
     parts.append(_format_time_left(run))
     return "  ".join(part for part in parts if part)
 

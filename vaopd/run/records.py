@@ -24,18 +24,24 @@ RECENT_STEPS = 20  # a step's duration is the median of so many, so that an eval
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1]."""
+    """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1].
+
+    judge: its version; empty in a run of an earlier vaopd. not_judged: answers it could not compare within its limits.
+    """
 
     step: int
     accuracy: float
     standard_error: float
     prompts: int
     samples: int
+    not_judged: int = 0
+    judge: str = ""
 
     @property
     def label(self) -> str:
-        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"."""
-        return f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
+        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"; then how many were not judged."""
+        label = f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
+        return f"{label} ({self.not_judged} not judged)" if self.not_judged else label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,8 @@ def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
         standard_error=_read_number(line, "standard_error", where),
         prompts=int(_read_number(line, "prompts", where)),
         samples=int(_read_number(line, "samples", where)),
+        not_judged=int(line.get("not_judged", 0)),
+        judge=str(line.get("judge", "")),
     )
 
 
