@@ -97,7 +97,11 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         return PreparedImage(pixel_values=torch.zeros(1), grid=(1, 1, 1), num_tokens=1)
 
     reader: Any = SimpleNamespace(
-        max_tokens=9, prepare_image=prepare_image, read_token_ids=lambda *_: None, check_response=lambda *_, **__: None
+        max_tokens=9,
+        scale_image=lambda image: image,
+        prepare_image=prepare_image,
+        read_token_ids=lambda *_: None,
+        check_response=lambda *_, **__: None,
     )
     store = ImageStore(10_000)
     store.put(image)
