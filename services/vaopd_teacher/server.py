@@ -30,7 +30,7 @@ from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import DEGRADATION_KINDS
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.load import load, transformers_backend
+from vaopd_teacher.engines.load import load, make_backend
 from vaopd_teacher.hang_watch import Watchdog
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 from vaopd_teacher.intake.prepare import Preparer
@@ -41,7 +41,7 @@ from vaopd_teacher.metrics import Cache, TeacherMetrics
 from vaopd_teacher.rpc.access import Access, Quotas
 from vaopd_teacher.rpc.interceptor import ErrorInterceptor
 from vaopd_teacher.rpc.servicer import CHUNK_BYTES, TeacherServicer
-from vaopd_teacher.rpc.tls import server_credentials
+from vaopd_teacher.rpc.tls import make_server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
     )
 
 
-def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
+def _make_options(limits: TeacherLimits) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
@@ -115,7 +115,7 @@ class TeacherServer:
             backend = teacher
         else:
             vision_bytes = service.images.vision_bytes
-            backend = transformers_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+            backend = make_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
         metrics = metrics or TeacherMetrics()
         self.serving = False
         """Whether health checks are answered with SERVING."""
@@ -153,7 +153,7 @@ class TeacherServer:
         self._calls = ErrorInterceptor(
             SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
-        self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
+        self._server = grpc.aio.server(interceptors=[self._calls], options=_make_options(limits))
         servicer = TeacherServicer(
             description=self.description,
             head=backend.head,
@@ -189,7 +189,7 @@ class TeacherServer:
         Raises ConfigError when the address can't be listened on.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        credentials = server_credentials(self._tls, address)
+        credentials = make_server_credentials(self._tls, address)
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(address)
@@ -241,7 +241,7 @@ async def serve(
         raise ConfigError(
             f"teacher.address = {config.teacher.address!r} lists several; that is for clients, a teacher listens on one"
         )
-    server_credentials(service.tls, config.teacher.address)
+    make_server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
         KeyStore.load(service.keys.file)
     with entry.loading():

@@ -76,7 +76,7 @@ class Collector:
             self._ledger.write("published", group=request.group_id, step=step, policy=request.policy_version)
             self._until_redis_takes_it(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
         ids = [request.group_id for request in requests]
-        log.info("%d groups requested", len(ids), extra=logs.fields(step=step, groups=ids))
+        log.info("%d groups requested", len(ids), extra=logs.make_fields(step=step, groups=ids))
         self._inbox.extend(self._early)
         self._early = []
         self._until_redis_takes_it(self._sort)
@@ -86,7 +86,7 @@ class Collector:
         self._ledger.write("resumed", step=step)
         self._finished.update(group_ids)
 
-    def groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
+    def wait_for_groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
         """Yields the groups of these ids as they arrive, several at a time; ends when each has come or is dead."""
         self._check = check
         open_ids = set(group_ids) - self._dead
@@ -211,7 +211,7 @@ class Collector:
             # trainer that resumes before the next checkpoint.
             self._spares[group.group_id] = [*spares, delivered.entry_id]
         self.counts[reason] += 1
-        log.info("dropped group %s: %s", group.group_id, reason, extra=logs.fields(group=group.group_id))
+        log.info("dropped group %s: %s", group.group_id, reason, extra=logs.make_fields(group=group.group_id))
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
 
     def _take_arrived(self, group_id: str) -> RolloutGroup:
@@ -224,7 +224,7 @@ class Collector:
     def _give_up(self, group_id: str, reason: str, entry_id: str | None) -> None:
         if entry_id is not None:  # None: it was lost with a Redis that came back empty
             self._until_redis_takes_it(lambda: self._queue.dead_letter(entry_id, reason))
-        log.error("gave up group %s: %s", group_id, reason, extra=logs.fields(group=group_id))
+        log.error("gave up group %s: %s", group_id, reason, extra=logs.make_fields(group=group_id))
         self.counts["dead"] += 1
         self._ledger.write("dead", group=group_id, reason=reason)
 
@@ -299,6 +299,8 @@ class Collector:
         for request in self._queue.unpublished(waiting):
             group_id = request.group_id
             log.warning(
-                "Redis has lost the request for group %s: published again", group_id, extra=logs.fields(group=group_id)
+                "Redis has lost the request for group %s: published again",
+                group_id,
+                extra=logs.make_fields(group=group_id),
             )
             self._queue.enqueue(request)

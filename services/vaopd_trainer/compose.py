@@ -23,16 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from vaopd import client, process
+from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
-from vaopd.data.loaders import load_prompts
+from vaopd.data.loaders import load_training_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
-from vaopd.run.checkpoints import FILE, latest_checkpoint
+from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
 from vaopd.types import TeacherDescription
@@ -69,11 +69,11 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     if ranks.is_coordinator:
         _prepare_folder(config, resume=resume)
     ranks.barrier()
-    start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
     with process.loading():
         student = _load_student(config, start)
     prompts = TrainingPrompts(
-        load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None),
+        load_training_prompts(config),
         per_step=config.trainer.prompts_per_step,
         seed=config.run.seed,
     )
@@ -84,6 +84,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
         coordinator = None
         if ranks.is_coordinator:
+            grading.prepare()  # the judge's process, so that no evaluation waits for it
             queue = _take_job(config, stack, resume=resume)
             keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue), every_s=queue.lease_s / 3))
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)

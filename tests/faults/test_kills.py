@@ -43,7 +43,7 @@ def assert_each_group_once(job: Job) -> None:
     assert [record["step"] for record in job.records("eval")] == [0, 2, 4, 6, 8]
     books = audit(job.folder)
     assert books.problems == []
-    assert {fate.outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}
+    assert {fate.name_outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}
 
 
 def test_an_undisturbed_run_trains_every_group_once(undisturbed: Job) -> None:

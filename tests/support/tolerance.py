@@ -8,9 +8,9 @@ Model: every operation is right up to a factor 1 + δ, |δ| ≤ u = ε/2 (2^-24 
 torch's softmax kernels have. First order: products of errors, 1e-7 of the bound, are left out. Source of the bounds:
 N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 to 3.5.
 
-Not from here: comparisons of float64 with float64, where the default of `pytest.approx` (1e-6 relative) and an explicit
-1e-10 are ten and six orders of magnitude above ε; and bitwise equality of what the same process computed twice in the
-same shapes. Other shapes or other batches are other orders of summation: their results differ.
+Not from here: numbers made in float64, where the default of `pytest.approx` (1e-6 relative) and an explicit 1e-10 are
+ten and six orders of magnitude above ε (of float32, that default is 16 u: a dozen terms of one sign); and bitwise
+equality of what was computed twice in the same shapes. Other shapes or batches are other orders of summation.
 """
 
 from __future__ import annotations

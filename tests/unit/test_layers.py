@@ -100,7 +100,7 @@ def test_there_is_no_circle() -> None:
 TORCH_FREE = (
     *("types", "errors", "config", "telemetry", "wire", "client", "http_types", "http_client", "scoring", "images"),
     *("degradation", "access", "files", "net", "queue", "launch", "process", "cli", "run"),
-    "columns",
+    *("columns", "grading"),
 )
 WITH_TORCH = ("vaopd.run.snapshots",)
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FAILED = 2
 
 
-def parser(role: Role, description: str) -> argparse.ArgumentParser:
+def make_parser(role: Role, description: str) -> argparse.ArgumentParser:
     """Returns the parser of `python -m vaopd_ROLE`."""
     made = argparse.ArgumentParser(prog=f"vaopd_{role}", description=description)
     made.add_argument("--config", type=Path, required=True, help="the run's TOML file")

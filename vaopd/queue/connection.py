@@ -76,14 +76,14 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def dedupe_key(group_id: str, policy_version: int) -> str:
+def make_dedupe_key(group_id: str, policy_version: int) -> str:
     """Returns the key under which a request and its group are published once."""
     return f"{group_id}@{policy_version}"
 
 
 def check_key(key: bytes, group_id: str, policy_version: int) -> None:
     """Raises InvalidInput for a body that is filed under the key of another one, which would be recorded twice."""
-    if key != (named := dedupe_key(group_id, policy_version)).encode():
+    if key != (named := make_dedupe_key(group_id, policy_version)).encode():
         raise InvalidInput(f"it is filed under {key.decode(errors='replace')!r} and holds {named!r}")
 
 
@@ -156,7 +156,7 @@ class Connection:
     def run(self, name: str, *args: str | int | bytes) -> Any:
         """Runs NAME.lua on this job's keys; `vaopd.queue.scripts` has its signature."""
         if name not in self._scripts:
-            self._scripts[name] = self.redis.register_script(scripts.script_text(name))
+            self._scripts[name] = self.redis.register_script(scripts.read_script(name))
         script = self._scripts[name]
         return self.call(lambda: script(keys=list(self.key.values()), args=args))
 
@@ -177,7 +177,7 @@ class Connection:
             raise ConfigError(f"Redis at {self.where} has version {version}; this needs Redis 7 or Valkey 8, or newer")
         return scripts.join(self.run, uuid.uuid4().hex)
 
-    def entry(self, stream: str, entry_id: str) -> tuple[bytes, bytes] | None:
+    def read_entry(self, stream: str, entry_id: str) -> tuple[bytes, bytes] | None:
         """Returns dedupe key and body of an entry of "requests" or "groups"; None when it is gone."""
         found = self.call(lambda: self.redis.xrange(self.key[stream], entry_id, entry_id))
         return (found[0][1][b"key"], found[0][1][b"body"]) if found else None
