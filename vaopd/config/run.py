@@ -274,7 +274,7 @@ class TrainerConfig(Section):
     groups_per_forward: int = Field(1, ge=1)
     """Prompt groups in one forward and backward; siblings always stay together."""
     chunk_tokens: int = Field(1024, ge=1)
-    """Tokens whose (tokens, vocabulary) logits exist at once in the fused divergence."""
+    """Tokens for which the fused divergence holds (tokens, vocabulary) logits at once."""
     max_policy_lag: int = Field(0, ge=0)
     """How many versions old a group's policy may be (paper: 0). Above 0, sampling overlaps with training."""
     checkpoint_every: int = Field(50, ge=1)

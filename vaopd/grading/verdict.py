@@ -60,7 +60,7 @@ class Verdict(Enum):
 def judge(response: str, answer: str) -> Verdict:
     """Compares the response's committed answer, or all of it if it commits to none, with the reference.
 
-    An answer comes within two seconds and needs 512 MB, whatever the expression, from any thread. The first call that
+    For any expression, an answer takes at most two seconds and 512 MB, from any thread. The first call that
     needs math-verify also starts its process. Raises InvalidInput when the reference is empty.
     """
     if not answer.strip():

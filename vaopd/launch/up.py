@@ -31,7 +31,7 @@ TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
-AFTER_DRAIN_S = 10.0  # of a process whose drain_s the service file sets, until it is killed
+AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -117,7 +117,7 @@ class _Launch:
         self._overrides.append(f"{key}={value}")
 
     def _start_redis(self) -> str:
-        """Starts a server whose append-only file is in the run's folder, so that a resumed run finds its queue."""
+        """Starts a server with its append-only file in the run's folder, so that a resumed run finds its queue."""
         from vaopd.queue.embedded import is_server_ready, make_server_argv, make_server_url
 
         folder = self._config.run_folder / "queue"
