@@ -15,7 +15,7 @@ from pathlib import Path
 
 SETTINGS: dict[str, dict[str, str]] = {
     "this processor's own": {},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "no AVX in torch": {"ATEN_CPU_CAPABILITY": "default"},
     "SSE4.1 everywhere": {
         "ATEN_CPU_CAPABILITY": "default",
