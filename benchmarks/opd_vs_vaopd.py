@@ -36,8 +36,9 @@ def main() -> int:
             if code := subprocess.call(command):
                 return code
     for folder in runs:
-        curve = "  ".join(f"{e.step}: {e.accuracy:.3f}" for e in read_run(folder).evaluations)
-        print(f"{folder.name:24} {curve}")
+        evaluations = read_run(folder).evaluations
+        curve = "  ".join(f"{e.step}: {e.accuracy:.3f}" for e in evaluations)
+        print(f"{folder.name:24} {curve}  (judge {evaluations[-1].judge})")
     plot_accuracy(runs, options.plot, band="range")
     print(f"plot: {options.plot}")
     return 0

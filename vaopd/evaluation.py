@@ -10,52 +10,56 @@ True
 
 from __future__ import annotations
 
-import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vaopd.errors import InvalidInput
+from vaopd.grading import Verdict, committed_answer, judge, judge_version
 from vaopd.types import GroupId, Prompt, RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from vaopd.config import Config
 
-MAX_ANSWER_CHARS = 300
-"""A longer "answer" is a runaway response; it is compared as text only."""
-
-_BOXED = re.compile(r"\\f?boxed\s*\{")
-# "The answer is 12." or "Answer: 12": up to the end of the sentence; a point between digits doesn't end it.
-_ANSWER_IS = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+?)(?:\.(?!\d)|[\n;]|$)", re.IGNORECASE)
-# Expressions that can keep a computer algebra system busy for ever: towers and large exponents, and factorials.
-# math-verify's own timeout is a signal, which only the main thread may set, so these are compared as text instead.
-_COSTLY = re.compile(r"(\^|\*\*).*(\^|\*\*)|(\^|\*\*)\s*\{?\s*-?\d{4,}|!|\\(sum|prod|int|lim)\b", re.DOTALL)
+__all__ = [
+    "HeldOutResult",
+    "Verdict",
+    "avg_at_n",
+    "committed_answer",
+    "held_out_prompts",
+    "held_out_requests",
+    "held_out_result",
+    "is_correct",
+    "judge",
+    "judge_version",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutResult:
     """A held-out accuracy: mean correctness over prompts and samples (avg@n), with its standard error over prompts.
 
-    Both in [0, 1].
+    Both in [0, 1]. not_judged: answers with a comparison that was cut off, counted as wrong. judge: its version.
     """
 
     accuracy: float
     standard_error: float
     prompts: int
     samples: int
+    not_judged: int = 0
+    judge: str = field(default_factory=judge_version)
 
     def __str__(self) -> str:
         of = f"avg@{self.samples}, {self.prompts} problems"
-        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({of})"
+        open_ = f", {self.not_judged} not judged" if self.not_judged else ""
+        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({of}{open_}; judge {self.judge})"
 
 
 def held_out_prompts(config: Config) -> Sequence[Prompt]:
-    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
+    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 in every run."""
     from vaopd.data.loaders import load_prompts
     from vaopd.files.hub import read_control_tokens
 
@@ -88,9 +92,9 @@ def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config
         )
 
 
-def held_out_result(correct: Mapping[str, Sequence[bool]]) -> HeldOutResult:
-    """Computes the accuracy from each prompt's samples, right or wrong, by group id; equally many for all."""
-    rows = list(correct.values())
+def held_out_result(correct: Mapping[str, Sequence[Verdict | bool]]) -> HeldOutResult:
+    """Computes the accuracy from the verdicts on each prompt's samples, by group id; equally many for all."""
+    rows = [[bool(verdict) for verdict in row] for row in correct.values()]
     accuracy = avg_at_n(rows)
     means = np.array([np.mean(row) for row in rows])
     return HeldOutResult(
@@ -98,35 +102,16 @@ def held_out_result(correct: Mapping[str, Sequence[bool]]) -> HeldOutResult:
         standard_error=float(means.std() / math.sqrt(len(means))),
         prompts=len(rows),
         samples=len(rows[0]),
+        not_judged=sum(verdict is Verdict.NOT_JUDGED for row in correct.values() for verdict in row),
     )
 
 
-def committed_answer(text: str) -> str | None:
-    r"""Returns the first answer that the response commits to, or None.
-
-    It is the content of the first complete \boxed{…}; without one, the text after the first "answer is".
-    """
-    for start in _BOXED.finditer(text):
-        content = _balanced(text, start.end())
-        if content is not None:
-            return content.strip() or None
-    said = _ANSWER_IS.search(text)
-    if said is None:
-        return None
-    return said.group(1).strip().strip("$*").strip() or None
-
-
 def is_correct(response_text: str, answer: str) -> bool:
-    """Whether the response's committed answer equals the reference; without one it is wrong.
+    """Whether the response's committed answer equals the reference; False where that was not judged.
 
-    Raises InvalidInput when the reference is empty.
+    Raises InvalidInput when the reference is empty. `vaopd.grading.judge` also distinguishes wrong from not judged.
     """
-    if not answer.strip():
-        raise InvalidInput("the reference answer is empty, so no answer can be compared with it; drop or correct it")
-    committed = committed_answer(response_text)
-    # ViRL39K writes its references as \boxed{…}.
-    reference = committed_answer(answer) if _BOXED.match(answer.strip()) else answer.strip()
-    return committed is not None and _equal(committed, reference or answer.strip())
+    return bool(judge(response_text, answer))
 
 
 def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
@@ -134,30 +119,3 @@ def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
     if not correct or not all(len(samples) for samples in correct):
         raise InvalidInput(f"avg@n needs at least one question and one sample of each, got {len(correct)} questions")
     return sum(sum(samples) / len(samples) for samples in correct) / len(correct)
-
-
-def _balanced(text: str, start: int) -> str | None:
-    """Returns the text from `start` to the brace that closes the one before it; None if the response was cut off."""
-    depth = 1
-    for end in range(start, len(text)):
-        if text[end] in "{}" and text[end - 1] != "\\":
-            depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                return text[start:end]
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _equal(committed: str, answer: str) -> bool:
-    if committed == answer:
-        return True
-    if max(len(committed), len(answer)) > MAX_ANSWER_CHARS or _COSTLY.search(committed) or _COSTLY.search(answer):
-        return False
-    from math_verify import parse, verify
-
-    # It warns, once per process, that it runs without its timeout: that is intended (see _COSTLY).
-    for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    reference = parse(f"${answer}$", parsing_timeout=None)
-    given = parse(f"${committed}$", parsing_timeout=None)
-    return bool(verify(reference, given, timeout_seconds=None))

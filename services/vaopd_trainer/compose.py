@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from vaopd import client
+from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
 from vaopd.data.loaders import load_training_prompts
@@ -32,7 +32,7 @@ from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
-from vaopd.run.checkpoints import FILE, latest_checkpoint
+from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
 from vaopd.types import TeacherDescription
@@ -69,8 +69,9 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     if ranks.is_coordinator:
         _prepare_folder(config, resume=resume)
     ranks.barrier()
-    start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
-    student = _load_student(config, start)
+    start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    with process.loading():
+        student = _load_student(config, start)
     prompts = TrainingPrompts(
         load_training_prompts(config),
         per_step=config.trainer.prompts_per_step,
@@ -83,6 +84,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
         coordinator = None
         if ranks.is_coordinator:
+            grading.prepare()  # the judge's process, so that no evaluation waits for it
             queue = _take_job(config, stack, resume=resume)
             keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue), every_s=queue.lease_s / 3))
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
@@ -150,7 +152,7 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     """Loads the student with the weights of checkpoint `start`, if given."""
     student = Vlm.load(
         config.student.model,
-        dtype="float32",  # whatever the compute precision: steps of 1e-6 would vanish in bfloat16
+        dtype="float32",  # at any compute precision: steps of 1e-6 would vanish in bfloat16
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
@@ -205,6 +207,6 @@ def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> T
 
 
 def _renew(queue: TrainerQueue) -> None:
-    # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+    # The collector refills a Redis that came back empty, even if the keeper notices first.
     with contextlib.suppress(Mismatch):
         queue.renew()

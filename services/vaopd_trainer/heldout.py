@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vaopd.config import Config
-from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result, is_correct
+from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
+from vaopd.grading import Verdict, judge
 from vaopd.types import Prompt
 from vaopd_trainer.collector import Collector
 
@@ -30,13 +31,13 @@ def evaluate(
     requests = list(held_out_requests(prompts, version=version, config=config))
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
     collector.enqueue(requests, oldest_version=version, step=None, check=check)
-    correct = {group_id: [False] * config.evaluation.samples for group_id in answers}
+    verdicts = {group_id: [Verdict.WRONG] * config.evaluation.samples for group_id in answers}
     done = 0
-    for groups in collector.groups(list(answers), check=check):
+    for groups in collector.wait_for_groups(list(answers), check=check):
         done += len(groups)
         on_progress(done, len(answers))
         for group in groups:
-            correct[group.group_id] = [
-                is_correct(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
+            verdicts[group.group_id] = [
+                judge(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
             ]
-    return held_out_result(correct), tuple(answers)
+    return held_out_result(verdicts), tuple(answers)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vaopd import objective
-from vaopd.evaluation import is_correct
+from vaopd.grading import judge
 from vaopd.types import Prompt, TextPart
 from vaopd_trainer.student_loss import WeightedGroup
 
@@ -50,6 +50,8 @@ EVALUATION_DESCRIPTIONS = {
     "standard_error": "of the accuracy, over problems",
     "prompts": "held-out problems",
     "samples": "answers to each, the n of avg@n",
+    "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
+    "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
@@ -120,19 +122,21 @@ def describe_rollouts(
     )
     start = 0
     for k, rollout in enumerate(group.scored.group.rollouts):
+        verdict = judge(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer)
         record: dict[str, Any] = {
             "group_id": group.scored.group.group_id,
             "rollout_id": rollout.rollout_id,
             "question": question.strip(),
             "answer": prompt.answer,
             "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
-            "visual_advantage": _rounded(score.visual_advantage[k]),
-            "teacher_logprobs": _rounded(score.teacher_logprobs[k]),
-            "degraded_logprobs": _rounded(score.degraded_logprobs[k]),
-            "rollout_logprobs": _rounded(rollout.rollout_logprobs),
-            "kl": _rounded(kl_M[start : start + len(rollout.response_ids)]),
+            "visual_advantage": _round(score.visual_advantage[k]),
+            "teacher_logprobs": _round(score.teacher_logprobs[k]),
+            "degraded_logprobs": _round(score.degraded_logprobs[k]),
+            "rollout_logprobs": _round(rollout.rollout_logprobs),
+            "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
-            "correct": is_correct(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer),
+            "correct": bool(verdict),
+            "verdict": verdict.value,
         }
         if k == 0 and prompt.images and group.scored.index < _IMAGES_SHOWN:
             record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
@@ -140,5 +144,5 @@ def describe_rollouts(
         yield record
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _round(values: np.ndarray) -> list[float]:
     return [round(float(value), 5) for value in values]

@@ -33,7 +33,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.types import TeacherLimits
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd_api.access import OPEN, Access
 from vaopd_api.app import create_app
 from vaopd_api.problems import describe
@@ -134,13 +134,13 @@ def test_a_teacher_that_isn_t_here(api: Api) -> None:
 def test_one_error_tree_has_one_status_in_each_protocol(
     kind: type[VaopdError], grpc_status: str, http_status: int
 ) -> None:
-    assert status_of(kind("x")).name == grpc_status
+    assert choose_status(kind("x")).name == grpc_status
     assert describe(kind("x"))[0].status == http_status
 
 
 def test_what_has_to_wait_is_told_how_long_in_each_protocol() -> None:
     full = errors.Busy("full", 2.5)
-    assert status_of(full).name == "RESOURCE_EXHAUSTED"
+    assert choose_status(full).name == "RESOURCE_EXHAUSTED"
     problem, headers = describe(full)
     assert (problem.status, headers["Retry-After"]) == (429, "3")
 
@@ -157,7 +157,7 @@ def key_file(tmp_path: Path) -> Path:
 async def test_every_route_but_health_and_the_page_refuses_without_a_key(key_file: Path) -> None:
     """Also routes that are added some day: whoever opens one has to say so in `OPEN`, and here."""
     app = create_app(
-        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore.load(key_file).job_of)
+        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore.load(key_file).find_job)
     )
     routes = {
         (method, route.path)

@@ -22,7 +22,7 @@ from vaopd.errors import LimitExceeded
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest, TeacherLimits
-from vaopd.wire.teacher import score_request_to_pb, tokens_of
+from vaopd.wire.teacher import count_tokens, score_request_to_pb
 
 CODE = grpc.StatusCode
 MAX_TOKENS = 200
@@ -51,14 +51,14 @@ def capped() -> Iterator[TeacherInProcess]:
 def test_what_counts_is_the_prompt_once_and_every_response() -> None:
     request = token_request(tiny_vlm(), "g", responses=["12", "345"])
     assert request.prompt_token_ids is not None
-    assert tokens_of(message(request).groups[0]) == len(request.prompt_token_ids) + 3 + 4  # each with its EOS
+    assert count_tokens(message(request).groups[0]) == len(request.prompt_token_ids) + 3 + 4  # each with its EOS
 
 
 def test_a_batch_over_the_token_cap_is_refused(capped: TeacherInProcess) -> None:
     golden = message(group("golden"))
     before = answers(capped.target, golden)
     request = message(*(group(f"g{n}", tokens=60) for n in range(4)))
-    tokens = sum(map(tokens_of, request.groups))
+    tokens = sum(map(count_tokens, request.groups))
     with pytest.raises(grpc.RpcError, match=f"holds {tokens} tokens, the limit is 200; split it") as caught:
         answers(capped.target, request)
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]

@@ -266,8 +266,8 @@ def test_the_environment_says_where_too(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VAOPD_METRICS_ADDRESS", "0.0.0.0:9091")
     parser = argparse.ArgumentParser()
     process.add_flags(parser, "trainer")
-    assert metrics_port.metrics_address(parser.parse_args([])) == "0.0.0.0:9091"
-    assert metrics_port.metrics_address(parser.parse_args(["--metrics-address", "127.0.0.1:0"])) == "127.0.0.1:0"
+    assert metrics_port.choose_metrics_address(parser.parse_args([])) == "0.0.0.0:9091"
+    assert metrics_port.choose_metrics_address(parser.parse_args(["--metrics-address", "127.0.0.1:0"])) == "127.0.0.1:0"
 
 
 def test_mean_advantage_is_of_each_rollout() -> None:

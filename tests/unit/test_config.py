@@ -136,6 +136,16 @@ def test_pixel_bounds_that_no_image_can_have_are_refused(minimal: Path) -> None:
     load_config(minimal, ["data.min_pixels=1024", "data.max_pixels=1024"])
 
 
+@pytest.mark.parametrize(
+    ("steps", "fraction", "expected"), [(655, 0.05, 32), (640, 0.05, 32), (100, 0.29, 29), (10, 0.05, 0), (7, 1.0, 7)]
+)
+def test_the_warm_up_is_the_exact_fraction_rounded_down(
+    minimal: Path, steps: int, fraction: float, expected: int
+) -> None:
+    config = load_config(minimal, [f"trainer.steps={steps}", f"trainer.warmup_fraction={fraction}"])
+    assert config.trainer.warmup_steps == expected
+
+
 def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml.*can't be read"):
         load_config(tmp_path / "nowhere.toml")

@@ -121,7 +121,7 @@ def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: 
 
 
 def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_installed", lambda package: False)
+    monkeypatch.setattr(checks, "_is_installed", lambda package: False)
     told = refusal(capsys, "rollout", str(config))
     assert "vLLM is not installed" in told
     assert "--set rollout.engine=transformers" in told

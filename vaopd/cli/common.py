@@ -45,8 +45,8 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """Yields the problems that would stop a process with these needs, each with its key and remedy."""
-    from vaopd.launch.checks import engine_problem, gpu_problem, redis_problem, tokenizer_problem
-    from vaopd.net.ports import port_problem
+    from vaopd.launch.checks import find_engine_problem, find_gpu_problem, find_redis_problem, find_tokenizer_problem
+    from vaopd.net.ports import find_port_problem
 
     for need in needs:
         match need:
@@ -57,15 +57,15 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
             case "data":
                 yield from dict.fromkeys(_find_data_problems(config))
             case "engine":
-                yield from filter(None, [engine_problem(config)])
+                yield from filter(None, [find_engine_problem(config)])
             case "redis":
-                yield from filter(None, [redis_problem(config)])
+                yield from filter(None, [find_redis_problem(config)])
             case "device":
-                yield from filter(None, [gpu_problem(config), tokenizer_problem(config)])
+                yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":
                 key = need.replace(" port", ".address")
                 address = config.teacher.address if need == "teacher port" else config.api.address
-                if problem := port_problem(address):
+                if problem := find_port_problem(address):
                     yield f"{key} = {address}: {problem}; stop what listens there, or --set {key}=HOST:PORT"
 
 

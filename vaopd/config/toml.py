@@ -95,8 +95,8 @@ def validate(model: type[S], values: dict[str, Any], *, origin: str, folder: Pat
 def apply_overrides(model: type[Section], values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Sets values from "section.key=value" each; a bare word is a string. Raises ConfigError on another form.
 
-    An override that chooses another variant drops the keys that belong to the file's variant: they are of no use any
-    more, and nobody should have to change the file for that.
+    An override that chooses another variant drops the keys that belong to the file's variant: they have no
+    effect any more, and the file need not be changed for that.
     """
     written = copy.deepcopy(values)
     overridden = [_apply_override(values, override) for override in overrides]

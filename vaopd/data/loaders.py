@@ -69,8 +69,8 @@ def load_prompts(
     "train", one Parquet file of any name; `.jsonl` likewise; `{split}/metadata.jsonl` beside pictures; else a hub id
     like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
     "Put the final answer in \boxed{}." control_tokens: texts that no record may hold, since models refuse them
-    (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records whose text, answer
-    or number of images is wrong. cache_dir: where `datasets` keeps what it downloads or maps.
+    (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records with a wrong text,
+    answer or number of images. cache_dir: where `datasets` keeps what it downloads or maps.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")

@@ -125,7 +125,7 @@ class ArrowRows:
 
 
 def as_entries(value: object) -> Sequence[object]:
-    """Returns the images of one record, whose column may hold a list or one image.
+    """Returns the images of one record; its column may hold a list or one image.
 
     >>> as_entries(None), as_entries("a.png"), as_entries(["a.png", "b.png"])
     ([], ['a.png'], ['a.png', 'b.png'])
@@ -251,7 +251,7 @@ def _read_pictures(folder: Path, file: Path, split: str) -> Rows:
 
 
 def _check_image_type(kind: pa.DataType, name: str, file: Path | None) -> bool:
-    """Tells whether a column holds lists of images rather than one image each; raises InvalidInput if neither."""
+    """Returns whether a column holds lists of images, not one image each. Raises InvalidInput for neither."""
     import pyarrow as pa
 
     types = pa.types

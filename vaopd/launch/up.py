@@ -24,14 +24,14 @@ from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
-from vaopd.net.ports import LOOPBACK, free_port, port_problem
+from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
-AFTER_DRAIN_S = 10.0  # of a process whose drain_s the service file sets, until it is killed
+AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -85,7 +85,7 @@ def up(
         return interrupted.exit_code
     finally:
         if options.metrics_port is not None:
-            targets_file(config).unlink(missing_ok=True)
+            locate_targets_file(config).unlink(missing_ok=True)
 
 
 class _Launch:
@@ -117,19 +117,19 @@ class _Launch:
         self._overrides.append(f"{key}={value}")
 
     def _start_redis(self) -> str:
-        """Starts a server whose append-only file is in the run's folder, so that a resumed run finds its queue."""
-        from vaopd.queue.embedded import server_answers, server_argv, server_url
+        """Starts a server with its append-only file in the run's folder, so that a resumed run finds its queue."""
+        from vaopd.queue.embedded import is_server_ready, make_server_argv, make_server_url
 
         folder = self._config.run_folder / "queue"
         if not self._options.resume and folder.exists():
             shutil.rmtree(folder)  # left by a launch that ended before its first step
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        argv = server_argv(port=port, folder=folder, append_only="everysec")
-        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: server_answers(port), stop_order=2)
+        argv = make_server_argv(port=port, folder=folder, append_only="everysec")
+        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: is_server_ready(port), stop_order=2)
         self._supervisor.start(child)
         self._supervisor.wait_ready("redis", timeout_s=REDIS_TIMEOUT_S)
-        return server_url(port)
+        return make_server_url(port)
 
     def _start_workers(self) -> None:
         from vaopd.queue import TrainerQueue
@@ -219,11 +219,11 @@ class _Launch:
         if settings is not None and "drain_s" in settings.model_fields_set:
             grace_s = settings.drain_s + AFTER_DRAIN_S
         if (role != "api" or self._api_is_guarded) and self._options.metrics_port is not None:
-            arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
+            arguments += ("--metrics-address", self._metrics.get(name) or self._choose_metrics_address(name))
         return Child(
             name=name,
-            argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
-            environment=environment(self._config, devices=devices),
+            argv=make_service_argv(role, self._options.config_path, self._overrides, *arguments),
+            environment=make_environment(self._config, devices=devices),
             is_ready=is_ready,
             grace_s=grace_s,
         )
@@ -233,7 +233,7 @@ class _Launch:
         """Whether Prometheus could not read metrics on the API's own port."""
         return bool(self._services.api.tls.cert or self._services.api.keys.file)
 
-    def _metrics_address(self, name: str) -> str:
+    def _choose_metrics_address(self, name: str) -> str:
         """Chooses the address of a process that is started for the first time; a restart takes the same again."""
         port = self._options.metrics_port
         address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port()}"
@@ -248,7 +248,7 @@ class _Launch:
             {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
             for name, address in self._metrics.items()
         ]
-        entry.announce(json.dumps(targets, indent=1), targets_file(self._config))
+        entry.announce(json.dumps(targets, indent=1), locate_targets_file(self._config))
 
     def _announce_file(self, name: str) -> Path:
         path = self._logs / f"{name}.address"
@@ -256,7 +256,7 @@ class _Launch:
         return path
 
 
-def targets_file(config: Config) -> Path:
+def locate_targets_file(config: Config) -> Path:
     """Returns the file in which Prometheus finds a run's processes.
 
     It is not in the run's folder: file_sd_configs takes patterns in a file's name only, not in its folder's.
@@ -264,13 +264,13 @@ def targets_file(config: Config) -> Path:
     return config.run.folder / f"{config.run.name}.targets.json"
 
 
-def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
+def make_service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
     """Returns the command line of one service's process."""
     settings = [part for override in overrides for part in ("--set", override)]
     return (sys.executable, "-m", f"vaopd_{role}", "--config", str(config_path), *settings, *arguments)
 
 
-def environment(config: Config, *, devices: str | None) -> dict[str, str]:
+def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     """Returns the variables that a child gets beside the launcher's own; those that are set there are kept."""
     added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not has_gpu():
@@ -289,7 +289,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
     if options.api:
         wanted["api.address"] = config.api.address
     for key, address in wanted.items():
-        problem = port_problem(address)
+        problem = find_port_problem(address)
         if problem:
             raise ConfigError(
                 f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
@@ -311,6 +311,6 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return placed
 
 
-def new_run_name(prefix: str) -> str:
+def make_run_name(prefix: str) -> str:
     """Returns PREFIX-DATE-TIME, in local time."""
     return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -117,14 +117,16 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
             yield (f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
         problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
         yield ("judged on", problems, "± one standard error")
+        judges = " and ".join(dict.fromkeys(evaluation.judge or "1" for evaluation in run.evaluations))
+        yield ("judge", judges, "its version")
     state = "finished" if run.finished else "not finished"
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
     yield ("optimizer steps", steps, state)
     yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
-        if (mean := run.mean(key)) is not None:
+        if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
-    means = [run.mean(key) for key in TIMES]
+    means = [run.compute_mean(key) for key in TIMES]
     if all(mean is not None for mean in means):
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
 
@@ -138,7 +140,7 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return {
-        "figures": [Markup(svg) for svg in plots.comparison_svgs(runs, band=band)],
+        "figures": [Markup(svg) for svg in plots.render_comparison(runs, band=band)],
         "band": band,
         "rows": [_row(run) for run in runs],
         "differences": [(key, *(_value(values.get(key)) for values in flat)) for key in differing],
@@ -150,7 +152,7 @@ def _row(run: Run) -> tuple[str, ...]:
     from vaopd.report.plots import VARIANT_NAMES
 
     first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
-    rate = run.mean("rollouts_per_s")
+    rate = run.compute_mean("rollouts_per_s")
     steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, not finished")
     name = VARIANT_NAMES.get(run.variant, run.variant)
     return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vaopd.config import Config
-from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result, is_correct
+from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
 from vaopd.files.hub import model_folder
+from vaopd.grading import Verdict, judge, prepare
 from vaopd.run.snapshots import make_snapshot
 from vaopd.sampling.build import build_engine
 from vaopd.sampling.engine import Outcome
@@ -24,26 +25,27 @@ def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Ca
     name = config.student.model
     folder = model_folder(name, role="student")
     tokenizer = load_processor(folder).tokenizer
+    prepare()
 
-    def grade(outcome: Outcome, answer: str) -> list[bool]:
+    def grade(outcome: Outcome, answer: str) -> list[Verdict]:
         if not isinstance(outcome, RolloutGroup):
-            return [False] * config.evaluation.samples
+            return [Verdict.WRONG] * config.evaluation.samples
         texts = (tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in outcome.rollouts)
-        return [is_correct(text, answer) for text in texts]
+        return [judge(text, answer) for text in texts]
 
     with tempfile.TemporaryDirectory(prefix="vaopd-eval-") as scratch:
         policy = make_snapshot(folder, Path(scratch))
         engine = build_engine(config, worker="eval")
         try:
             engine.load_policy(policy)
-            correct: dict[str, list[bool]] = {}
+            verdicts: dict[str, list[Verdict]] = {}
             requests = list(held_out_requests(prompts, version=policy.version, config=config))
             size = config.rollout.requests_per_batch
             for start in range(0, len(requests), size):
                 batch = requests[start : start + size]
                 for request, outcome, prompt in zip(batch, engine.generate(batch), prompts[start:], strict=False):
-                    correct[request.group_id] = grade(outcome, prompt.answer)
-                on_progress(len(correct))
-            return held_out_result(correct)
+                    verdicts[request.group_id] = grade(outcome, prompt.answer)
+                on_progress(len(verdicts))
+            return held_out_result(verdicts)
         finally:
             engine.close()

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 
 from vaopd.errors import ConfigError, InvalidInput, Mismatch
+from vaopd.images import scale_to_bounds
 from vaopd.types import ImagePart, Message, TextPart
 from vaopd.vlm.families import Family, PreparedImage, find_family
 from vaopd.vlm.torchvision_compat import ensure_torchvision
@@ -90,8 +91,16 @@ class PromptReader:
         """The tokenizer's fingerprint, see `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self.tokenizer)
 
+    def scale_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Scales a decoded picture to the processor's pixel bounds, before any view is made of it.
+
+        The processor would do so itself, but only after the degradation, and a small picture then has coarser cells.
+        """
+        bounds = self.family.pixel_bounds(self.processor)
+        return image if bounds is None else scale_to_bounds(image, min_pixels=bounds[0], max_pixels=bounds[1])
+
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
-        """Turns an RGB image into the vision tower's input."""
+        """Prepares a picture that `scale_image` returned, or a degraded view of it, for the vision tower."""
         return self.family.prepare_image(self.processor, image)
 
     def render(self, messages: Sequence[Message], images: Mapping[str, PreparedImage]) -> PreparedPrompt:

@@ -1,0 +1,67 @@
+"""Recognises option letters: "A", "(A)", "A. 12", "Option A", "C because it is green"; not "A or B", "A triangle"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vaopd.grading.commitment import cut_reason
+
+_OPTION = re.compile(
+    r"(?i:(?:the )?(?:correct )?(?:option|choice|answer|选项|选择|选)(?: is)?:? ?)?"
+    r"(?:\( ?(?P<round>[A-Za-z]) ?\)|\[ ?(?P<square>[A-Za-z]) ?\]"
+    r"|(?P<bare>[A-Z])(?![\w'^(])|(?P<small>[a-z])(?=[).]|$))"
+)
+_TEXT = re.compile(r" ?[.):、，,] ?(?P<text>.+)")
+# After a bracket the option's text may follow at once.
+_NEXT_OPTION = re.compile(
+    r"(?:[,/&] ?|(?:and|or|nor|to)\b ?|[或和与至])*\(?[A-Z]\)?(?![a-z])|(?:and|or|nor)\b|[或和与至]"
+)
+_REMARK = re.compile(
+    r" (?:is|are|was) (?:the )?(?:only )?(?:correct|right|true|answer|best)"
+    r"| \([^()]{2,}\)$| -+ ?(?:\d|[A-Za-z\\]{2})| ?=> "
+)
+_FOLLOWS = re.compile(r" (?:[\d$]|\\(?:frac|sqrt|pi)(?![a-z])|[A-Z]?[a-z]{2})")
+_SEVERAL = re.compile(r"[A-J](?: ?(?:,|;|&|and) ?[A-J])+")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option's letter in upper case, and its text where that follows."""
+
+    letter: str
+    text: str = ""
+
+
+def find_option(answer: str, *, strict: bool = False) -> Option | None:
+    """Returns the option that a cleaned answer names. strict: only by its letter alone or with point or bracket."""
+    found = _OPTION.match(answer)
+    if found is None:
+        return None
+    letter = next(letter for letter in found.groups() if letter).upper()
+    rest = answer[found.end() :].rstrip()
+    if rest in ("", ")", ".", "]"):
+        return Option(letter)
+    bracketed = bool(found["round"] or found["square"])
+    text = _TEXT.fullmatch(rest) or (re.fullmatch(" ?(?P<text>.+)", rest) if bracketed else None)
+    if _NEXT_OPTION.match(text["text"] if text else rest.lstrip()):
+        return None
+    if text and not re.match(r" ?, ?\D", rest):
+        return Option(letter, text["text"])
+    if strict:
+        return None
+    if not cut_reason(rest).strip(" ,") or _REMARK.match(rest):
+        return Option(letter)
+    # "A triangle", "I think": a letter that is also a word says nothing.
+    follows = _FOLLOWS.match(rest)
+    article = letter in "AI" and re.match(r" [A-Za-z]", rest)
+    return Option(letter, rest.strip()) if follows and not article else None
+
+
+def find_options(answer: str) -> frozenset[str] | None:
+    """Returns the letters of "A, C", "A and C" or "AC" (in alphabetical order, so no points of a figure)."""
+    if _SEVERAL.fullmatch(answer):
+        return frozenset(re.findall("[A-J]", answer))
+    if re.fullmatch("[A-J]{2,}", answer) and list(answer) == sorted(set(answer)):
+        return frozenset(answer)
+    return None

@@ -1,0 +1,159 @@
+r"""Brings an answer into one form: plain LaTeX, apart from its words and units.
+
+>>> clean(r"**$2$½** √3 × 1\,000.")
+'2\\frac{1}{2} \\sqrt{3} \\times 1000'
+>>> take_apart("the length is 12 apples")
+Parts(core='12', words='apples')
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+# Pairs; a command is followed by a space.
+_PAIRS = r"""
+− - – - — - ‐ - ﹣ - ⁄ / ∶ : 、 , 。 . ’ ' ‘ ' “ " ” " × \times · \cdot ⋅ \cdot ∙ \cdot ÷ \div ± \pm √ \sqrt ∛ \sqrt[3]
+≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≠ \neq ≈ \approx ∈ \in ∞ \infty ∪ \cup ∩ \cap ∅ \emptyset ∠ \angle △ \triangle
+° ^\circ º ^\circ 度 ^\circ π \pi α \alpha β \beta γ \gamma θ \theta λ \lambda φ \phi 平方 square 立方 cubic
+""".split()  # noqa: SIM905
+_SYMBOLS = {
+    symbol: plain if len(plain) == 1 else f" {plain} " for symbol, plain in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)
+}
+_SYMBOL = re.compile("|".join(_SYMBOLS))
+_SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
+_STYLED = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|operatorname|f?box(?:ed)?|overline(?=\s*\{[A-Z]{2}\}))"
+    r"\s*\{([^{}]*)\}"
+)
+_GROUPS_OF_THREE = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+|(?:\{,\}\d{3})+|(?:(?:\\[,; ]| )\d{3})+)(?!\d|,\d)")
+_STEPS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(\\sqrt(?:\[3\])?)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\1{\2}"),
+        (r"\\?(?<![A-Za-z])sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"\\(?:left|right|displaystyle|limits|[Bb]igg?[lr]?)(?![A-Za-z])|\\!|\\?\$|\\[()]|(?<!\\)\\[][]|`", ""),
+        (r"(?<![\w)}])\*\*([^*]+)\*\*(?![\w(\\])|^[*_]+|[*_]+$", r"\1"),
+        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin)?space(?![A-Za-z])", " "),
+        (r"(\d)[eE]([+-]?\d{1,9})(?![\dA-Za-z.])", r"\1\\times 10^{\2}"),
+        (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
+        (r"(?<![A-Za-z])(?:negative|minus) (?=[\d\\])", "-"),
+        (r"\s*\b(?:percent(?:age)?|pct)\b|\s*(?<!\\)%", r"\\%"),
+        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", " deg "),
+        (r" deg ([CF])\b", r" deg\1"),
+        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+        (r"\s+", " "),
+    )
+)
+_TENS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "百": 2, "千": 3, "万": 4, "亿": 8}
+_TEN = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|[百千万亿](?![克米升瓦]))(?![a-z])")
+_DIGIT_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+_FUNCTIONS = frozenset(
+    """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min gcd lcm""".split()  # noqa: SIM905
+)
+# A number beside one of these is not the answer itself.
+_CHANGES_A_NUMBER = frozenset(
+    """or and nor not no never isn't without between less more fewer least most greater than over above below under plus
+    minus times divided multiplied half third quarter twice double triple negative squared cubed square cube root
+    factorial power to hundred thousand million billion trillion dozen am pm mod base""".split()  # noqa: SIM905
+)
+_WORD = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]*|[\u4e00-\u9fff]+)\\)?[,:.，：]?")
+_AFTER = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]+|[\u4e00-\u9fff]+)\\)?[,:.，：]?")
+_HAN = re.compile("[\u4e00-\u9fff]")
+_HAN_CHANGES = re.compile("[不非没无或和与至到半倍分点万亿千百十]|[大小多少]于")
+
+
+def _normalize(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def clean(text: str) -> str:
+    """Returns the answer in plain LaTeX: no dollar signs, Markdown, styles or thin spaces; Unicode as commands."""
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{found[0].translate(_SCRIPTS)}}}", text)
+    text = re.sub("[₀-₉]+", lambda found: f"_{{{found[0].translate(_SCRIPTS)}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda found: r"\frac{{{}}}{{{}}}".format(*_normalize(found[0]).split("⁄")), text)
+    text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)  # before, too: º would be an o
+    text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], _normalize(text))
+    text = re.sub(r"(\.\d*)\\(?:overline|dot)\s*\{?(\d+)\}?", r"\1(\2)", text)  # a repeating decimal: 0.(3)
+    while (plain := _STYLED.sub(r" \1 ", text)) != text:
+        text = plain
+    text = _GROUPS_OF_THREE.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
+    for pattern, replacement in _STEPS:
+        text = pattern.sub(replacement, text)
+    text = _TEN.sub(lambda found: rf"\times 10^{{{_TENS[found[1]]}}}", text).strip(' ,;:"').rstrip(" .,;:")
+    return str(_DIGIT_WORDS.index(text.lower())) if text.lower() in _DIGIT_WORDS else text
+
+
+def text_key(text: str) -> str:
+    """Returns what two texts must share to be equal: no spaces, articles or hyphens; words in one case."""
+    text = re.sub(r"^(?:the|an?) (?=[a-z])", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|\s", "", text).rstrip(".")
+    return text.casefold() if re.search("[A-Za-z]{2}", text) else text
+
+
+def is_wordy(text: str) -> bool:
+    """Whether a cleaned answer holds words, no products of letters: "cat", "BCA", Chinese; not "2ab" or "xy"."""
+    if _HAN.search(text):
+        return True
+    text = re.sub(r"\\(?:begin|end) ?\{\w+\*?\}", "", text)
+    operator = re.search(r"[+*/^=_<>|\\(]|(?<![A-Za-z])-|-(?![A-Za-z])", text)
+    for run in re.finditer(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text):
+        attached = text[run.start() - 1 : run.start()].isdigit()
+        product = not re.search("[A-Zaeiou]", run[0]) or (len(run[0]) <= 3 and (attached or operator))
+        if run[0] not in _FUNCTIONS and run[0] not in ("and", "or") and not product:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The expression in an answer, and the words after it as `text_key`: "12 red apples" is 12 and "redapples"."""
+
+    core: str
+    words: str
+
+
+def take_apart(text: str) -> Parts | None:
+    """Separates the expression in a cleaned answer from the words around it; None if the words matter."""
+    tokens = re.sub("([\u4e00-\u9fff]+)", r" \1 ", text).split()
+    start, end = 0, len(tokens)
+    while start < end and _WORD.fullmatch(tokens[start]) and tokens[start] not in _FUNCTIONS:
+        start += 1
+    if not re.search("[a-z]{2}|[\u4e00-\u9fff]", " ".join(tokens[:start])):
+        start = 0  # "x 5" is a product, and "AB + CD" a sum
+    while end > start and _AFTER.fullmatch(tokens[end - 1]):
+        end -= 1
+    while (
+        end < len(tokens)
+        and len(tokens[end]) < 3
+        and tokens[end] not in ("in", "of", "is")
+        and not _HAN.match(tokens[end])
+    ):
+        end += 1  # "3 ab" is a product
+    core, before, after = (" ".join(part) for part in (tokens[start:end], tokens[:start], tokens[end:]))
+    words = f"{before} {after}"
+    if not core and not is_wordy(text):
+        return Parts(text, "")
+    if not core or is_wordy(core) or _HAN_CHANGES.search(words):
+        return None
+    if _CHANGES_A_NUMBER & set(re.findall(r"[a-z']+", words.lower())):
+        return None
+    return Parts(core.strip(" ,:"), text_key(after.strip("(),:. ")))

@@ -1,0 +1,192 @@
+r"""Decides whether a response's committed answer equals the reference.
+
+>>> judge(r"So it is \boxed{\frac{1}{2}}.", "0.5")
+<Verdict.RIGHT: 'right'>
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from enum import Enum
+from fractions import Fraction
+from functools import lru_cache
+from importlib import metadata
+from typing import Literal
+
+from vaopd.errors import InvalidInput
+from vaopd.grading import pool
+from vaopd.grading.choices import find_option, find_options
+from vaopd.grading.commitment import cut_reason, drop_reasoning, find_commitment
+from vaopd.grading.forms import clean, take_apart, text_key
+from vaopd.grading.pool import Question
+from vaopd.grading.quantities import equal_numbers, read_number, split_units
+
+VERSION = 2
+"""Counts changes of a verdict. 1 was judged in the calling process, and by text where that could take for ever."""
+
+MAX_ANSWER_CHARS = 1000
+"""A longer answer goes to math-verify as it is; a longer reference is compared as text only."""
+MAX_RESPONSE_CHARS = 20_000
+"""Of a longer response without a committed answer the end is judged; a longer committed answer is not judged."""
+
+# Dates, telephone and version numbers: no differences, quotients or decimals.
+_DATE = re.compile(
+    r"(?<![\d.,/-])(?:\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{4}年\d{1,2}月(?:\d{1,2}[日号])?"
+    r"|\d+-\d+-\d+|\d+\.\d+\.\d+|\d{4}-\d{1,2}|\d{4}-\d{4}|\d{3}-\d{4})(?![\d/-]|\.\d)"
+)
+_NOT_MEANT = re.compile(r"(?:\bnot\b|不是)\W{0,3}[\d.,]+")
+_APPROXIMATELY = re.compile(r"\\approx|\\simeq")
+_EQUALS = re.compile(r"(?<![<>!\\])=(?![=>])(?![^{]*\})")  # outside braces
+_COMPUTED = re.compile(r"[-+*/^]|\\(?:frac|sqrt|times|cdot)|^\s*\d")
+# math-verify would add, divide or drop these.
+_SEPARATE_NUMBERS = re.compile(r"(?<!_)\d [\d.]|\d ?: ?\d+ ?:|\d ?'|\\[lc]?dots|\.\.\.")
+
+
+class Verdict(Enum):
+    """What became of an answer. Only RIGHT is true in a condition."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    NOT_JUDGED = "not judged"
+    """The comparison was cut off by its limit of time or memory, and the texts differ."""
+
+    def __bool__(self) -> bool:
+        return self is Verdict.RIGHT
+
+
+def judge(response: str, answer: str) -> Verdict:
+    """Compares the response's committed answer, or all of it if it commits to none, with the reference.
+
+    For any expression, an answer takes at most two seconds and 512 MB, from any thread. The first call that
+    needs math-verify also starts its process. Raises InvalidInput when the reference is empty.
+    """
+    if not answer.strip():
+        raise InvalidInput("the reference answer is empty, so no answer can be compared with it; drop or correct it")
+    boxed = find_commitment(answer) if "box" in answer else None  # ViRL39K writes its references as \boxed{…}
+    reference = boxed.answer if boxed and boxed.boxed else answer.strip()
+    commitment = find_commitment(response)
+    if commitment is not None:
+        return _judge(commitment.answer, reference, "boxed" if commitment.boxed else "said")
+    return _judge(drop_reasoning(response).strip(), reference, "whole")
+
+
+def judge_version() -> str:
+    """Returns the judge's version and math-verify's, for the record beside an accuracy."""
+    return f"{VERSION}, math-verify {metadata.version('math-verify')}"
+
+
+@lru_cache(maxsize=8192)
+def _judge(answer: str, reference: str, form: Literal["boxed", "said", "whole"]) -> Verdict:
+    """Looks for a reading of the answer that equals the reference; asks math-verify once, for what is left open."""
+    readings = [answer, cut_reason(answer)] if len(answer) <= MAX_ANSWER_CHARS else [answer]
+    if form != "boxed" and answer.endswith("!"):  # a factorial or an exclamation
+        readings.append(answer.rstrip("! "))
+    questions: list[Question] = []
+    for reading in dict.fromkeys(readings):
+        for finding in _compare(reading, reference):
+            if finding is Verdict.RIGHT:
+                return finding
+            if isinstance(finding, Question):
+                questions.append(finding)
+    if form == "whole":
+        questions += _ask_for_all(answer, reference)
+    if any(
+        len(question.given) > MAX_RESPONSE_CHARS or len(question.wanted) > MAX_ANSWER_CHARS for question in questions
+    ):
+        return Verdict.NOT_JUDGED
+    if not questions:
+        return Verdict.WRONG
+    equal = pool.ask(questions)
+    return Verdict.NOT_JUDGED if equal is None else Verdict.RIGHT if equal else Verdict.WRONG
+
+
+def _ask_for_all(response: str, reference: str) -> Iterator[Question]:
+    """Yields the question whether a response that commits to nothing holds the reference, if that is mathematics."""
+    wanted, _ = split_units(clean(reference))
+    parts = take_apart(wanted)
+    if parts and not find_option(wanted, strict=True) and not _DATE.search(wanted) and re.search(r"[\d\\$]", response):
+        end = response[-MAX_RESPONSE_CHARS:]
+        yield Question(_NOT_MEANT.sub(" ", _DATE.sub(" ", end)), parts.core, extract=True)
+
+
+def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
+    """Yields what is found out about an answer, reading by reading: a verdict, or a question to math-verify."""
+    if answer == reference:
+        yield Verdict.RIGHT
+    if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
+        yield Question(answer, reference)
+        return
+    given, wanted = clean(answer), clean(reference)
+    yield _same_text(given, wanted)
+    if not given:
+        return
+    named, option = find_option(given), find_option(wanted, strict=True)
+    if option and (named or not option.text):
+        yield Verdict.RIGHT if named and named.letter == option.letter else Verdict.WRONG
+        return
+    letters, options = find_options(given), find_options(wanted)
+    if letters and options and not (given.isalpha() and wanted.isalpha()):
+        yield Verdict.RIGHT if letters == options else Verdict.WRONG
+        return
+    wanted = option.text if option else wanted
+    for reading in [given, named.text] if named and named.text else [given]:
+        for pair in _right_sides(reading, wanted):
+            yield _compare_values(*pair)
+
+
+def _right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
+    """Yields the pairs to compare: "x = 5" with "5" as 5 with 5, each side of an approximation by itself."""
+    for one, other in itertools.product(_APPROXIMATELY.split(given), _APPROXIMATELY.split(wanted)):
+        left, right = _EQUALS.split(one), _EQUALS.split(other)
+        named = len(right) == 1 or not _COMPUTED.search(right[0])  # what the reference's left side is: a name
+        same = len(left) == 1 or len(right) == 1 or text_key(left[0]) == text_key(right[0])
+        if named and same and not re.search(r"[,;]|\b(?:and|or)\b", one + other):
+            one, other = left[-1], right[-1]
+        yield one.strip(), other.strip()
+
+
+def _compare_values(given: str, wanted: str) -> Verdict | Question:
+    """Compares two cleaned answers that name no option."""
+    if _DATE.search(given) or _DATE.search(wanted):
+        return _same_text(*(_DATE.sub(_plain_date, text) for text in (given, wanted)))
+    (given, units), (wanted, wanted_units) = split_units(given), split_units(wanted)
+    parts, wanted_parts = take_apart(given), take_apart(wanted)
+    if parts is None or wanted_parts is None:
+        return _same_text(given, wanted)
+    given, wanted = parts.core, wanted_parts.core
+    names, wanted_names = ({unit.name for unit in found} for found in (units, wanted_units))
+    if (names and wanted_names and names != wanted_names) or not _same_noun(parts.words, wanted_parts.words):
+        return Verdict.WRONG
+    # Units count where both have them: 1 m is 100 cm, and 1 m is 1.
+    factors = [
+        {unit.factor for unit in found if names and wanted_names} or {Fraction(1)} for found in (units, wanted_units)
+    ]
+    number, wanted_number = read_number(given), read_number(wanted)
+    if number and wanted_number and max(map(len, factors)) == 1:
+        one, other = (
+            replace(one, value=one.value * min(of)) for one, of in zip((number, wanted_number), factors, strict=True)
+        )
+        return Verdict.RIGHT if equal_numbers(one, other) else Verdict.WRONG
+    if factors[0] != factors[1] or _SEPARATE_NUMBERS.search(given) or _SEPARATE_NUMBERS.search(wanted):
+        return _same_text(given, wanted)
+    if (names, wanted_names) == ({"deg"}, set()) and r"\pi" in wanted:
+        given = rf"\frac{{({given})\pi}}{{180}}"
+    if (names, wanted_names) == (set(), {"deg"}) and r"\pi" in given:
+        wanted = rf"\frac{{({wanted})\pi}}{{180}}"
+    return _same_text(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
+
+
+def _same_text(given: str, wanted: str) -> Verdict:
+    return Verdict.RIGHT if given and text_key(given) == text_key(wanted) else Verdict.WRONG
+
+
+def _same_noun(one: str, other: str) -> bool:
+    """Whether the words after two numbers may name the same: one says more, or none at all."""
+    return one.rstrip("s") in other or other.rstrip("s") in one
+
+
+def _plain_date(found: re.Match[str]) -> str:
+    return "-".join(str(int(part)) for part in re.findall(r"\d+", found[0]))
