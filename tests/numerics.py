@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _own_capability() -> str:
-    """AVX512, AVX2, DEFAULT or another architecture's: what torch chooses unless told."""
+    """AVX512, AVX2, DEFAULT or another architecture's: what torch chooses by itself."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     environment = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
     return subprocess.run(
