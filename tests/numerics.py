@@ -15,7 +15,7 @@ from pathlib import Path
 
 SETTINGS: dict[str, dict[str, str]] = {
     "this processor's own": {},
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "no AVX in torch": {"ATEN_CPU_CAPABILITY": "default"},
     "SSE4.1 everywhere": {
         "ATEN_CPU_CAPABILITY": "default",
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _own_capability() -> str:
-    """AVX512, AVX2, DEFAULT or another architecture's: what torch chooses unless told."""
+    """AVX512, AVX2, DEFAULT or another architecture's: what torch chooses by itself."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     environment = {key: value for key, value in os.environ.items() if key != "ATEN_CPU_CAPABILITY"}
     return subprocess.run(
