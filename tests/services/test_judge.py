@@ -119,15 +119,15 @@ def test_a_caller_that_finds_no_slot_gives_up(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("patient")
 def test_a_worker_that_was_killed_is_started_again() -> None:
     prepare()
-    before = pool._running().pid
+    before = pool._get_worker().pid
     os.kill(before, signal.SIGKILL)
     assert judge(r"\boxed{2\sqrt{3}}", r"\sqrt{12}") is Verdict.RIGHT
-    assert pool._running().pid != before
+    assert pool._get_worker().pid != before
 
 
 def test_close_leaves_no_process() -> None:
     prepare()
-    worker = pool._running().pid
+    worker = pool._get_worker().pid
     pool.close()
     assert not lives(worker)
 
