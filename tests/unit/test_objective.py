@@ -19,6 +19,8 @@ from vaopd.config import Config, find_variants
 from vaopd.errors import InvalidInput, NumericalError
 from vaopd.scoring import weights as in_numpy
 
+pytestmark = pytest.mark.numeric
+
 VA = tensor([[0.0, 3.0, 0.5], [0.1, 0.3, 0.0]])
 MASK = tensor([[True, True, True], [True, True, False]])
 WEIGHTS = tensor([0.25, 0.75])

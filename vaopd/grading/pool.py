@@ -5,8 +5,8 @@
          └────── each request ◄── child: writes one byte, or is ended and writes none
 
 A child inherits nothing from an earlier comparison, so a verdict doesn't depend on the order, and needs no restart. Not
-forked from the caller, since a fork would break torch's and gRPC's threads. The worker ends with its caller, even if
-that is killed: the socket closes. A busy child's alarm ends it in time.
+forked from the caller, since a fork would break torch's and gRPC's threads. The worker ends with its caller, even a
+killed one: the socket closes. A busy child's alarm ends it in time.
 """
 
 from __future__ import annotations
