@@ -1,4 +1,4 @@
-"""Scores the requests of a batch, each by itself and a few at a time, and yields the results as they are done."""
+"""Scores the requests of a batch, a few at a time; yields each result when it is done."""
 
 from __future__ import annotations
 

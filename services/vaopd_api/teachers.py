@@ -1,4 +1,4 @@
-"""Calls the API's teachers, each time with a new client, so that a teacher may be replaced by another."""
+"""Calls the API's teachers, each time with a new client, since a teacher may be replaced."""
 
 from __future__ import annotations
 

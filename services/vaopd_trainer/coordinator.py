@@ -139,7 +139,7 @@ class Coordinator:
         prune_snapshots(self._folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
 
     def enqueue(self, step: int) -> None:
-        """Asks for the groups of this step and, with a lag, of the next ones, which this policy may serve already."""
+        """Requests the groups of this step and, with a lag, of the next ones that this policy may serve."""
         settings = self._config.trainer
         newest = step + settings.max_policy_lag
         for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):

@@ -129,7 +129,7 @@ class Trainer:
     # -- groups -------------------------------------------------------------------------------------------------------
 
     def _collect(self, step: int, scorer: GroupScorer) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """Returns this rank's groups of the step, in the order of the prompts, and the seconds that they took.
+        """Returns this rank's groups of the step, in the order of the prompts, and the seconds of waiting.
 
         Each is scored as soon as it has arrived.
         """

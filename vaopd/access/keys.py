@@ -190,7 +190,7 @@ def check_job(job: str) -> str:
 
 
 def add_key(path: Path, job: str, *, expires_days: float | None = DEFAULT_DAYS) -> str:
-    """Makes a key for `job`, adds its digest to the file, which is created if missing, and returns the key.
+    """Makes a key for `job`, adds its digest to the file (created if missing) and returns the key.
 
     Raises ConfigError for a job's name, lifetime or file that can't be used.
     """

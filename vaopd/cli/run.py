@@ -161,7 +161,7 @@ def _say(line: str) -> None:
 
 
 def _make_show() -> Callable[[str], None] | None:
-    """Returns a function that draws a line over the one before, None where standard error is no terminal."""
+    """Returns a function that draws over the last line; None without a terminal."""
     from vaopd.telemetry.progress_line import draw
 
     return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

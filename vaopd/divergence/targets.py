@@ -27,7 +27,7 @@ class Target(Protocol):
         ...
 
     def in_precision(self, autocast: torch.dtype | None) -> Self:
-        """Returns it with its matrices in the precision of the products, so that no chunk has to convert them again."""
+        """Returns the target with matrices in the precision of the products, converted once for all chunks."""
         ...
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Writes files and folders that appear whole or not at all, and survive a crash once they are there."""
+"""Writes files and folders that appear whole or not at all, and then survive a crash."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Supervisor:
         return running.process.pid
 
     def set_restart_argv(self, name: str, argv: Sequence[str]) -> None:
-        """Sets the command line of a restart, once the first run has shown it (for example the port that it got)."""
+        """Sets the command line of a restart, for example with the port that the first run got."""
         running = self._running[name]
         running.child = dataclasses.replace(running.child, restart_argv=tuple(argv))
 

@@ -113,5 +113,5 @@ def _add_old_names(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def _make_absolute(text: str) -> Path:
-    """Paths on a command line are from the working directory, those in a service file from its folder."""
+    """Makes a command line's path absolute, since paths in a service file are from its folder."""
     return Path(text).absolute()

@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def launch(argv: Sequence[str], *, processes: int) -> int:
-    """Runs `argv` once per rank, passes SIGTERM and SIGINT on, and returns 0 or the first other exit code.
+    """Runs `argv` once per rank, forwards SIGTERM and SIGINT, and returns 0 or the first other code.
 
     When a rank fails, the others are ended, which would wait for it for ever. −n stands for a death by signal n.
     """

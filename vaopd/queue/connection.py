@@ -82,7 +82,7 @@ def make_dedupe_key(group_id: str, policy_version: int) -> str:
 
 
 def check_key(key: bytes, group_id: str, policy_version: int) -> None:
-    """Raises InvalidInput for a body that is filed under the key of another one, which would be recorded twice."""
+    """Raises InvalidInput for a body under another body's key, which would be recorded twice."""
     if key != (named := make_dedupe_key(group_id, policy_version)).encode():
         raise InvalidInput(f"it is filed under {key.decode(errors='replace')!r} and holds {named!r}")
 

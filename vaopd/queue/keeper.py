@@ -9,7 +9,7 @@ from vaopd.errors import Unavailable, VaopdError
 
 
 class LeaseKeeper:
-    """Calls `renew` at once and then every `every_s` in a thread of its own while the `with` block runs.
+    """Calls `renew` at once, then every `every_s`, on a thread, during the `with` block.
 
     >>> with trainer_queue.keeper() as keeper:      # doctest: +SKIP
     ...     keeper.check()                          # between steps: raises LeaseLost or Mismatch if renewing did

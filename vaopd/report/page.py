@@ -36,7 +36,7 @@ _TEMPLATES = jinja2.Environment(
 
 
 def write_report(folders: Sequence[Path], *, output: Path | None = None, band: str = "range") -> Path:
-    """Writes the page of the runs in `folders` and returns its path, `output` or report.html in the first folder.
+    """Writes the page of the runs and returns its path: `output`, or report.html in the first folder.
 
     Several runs are compared first, then shown one by one. `band`: see `report_html`. Raises NotFound or InvalidInput.
     """

@@ -60,7 +60,7 @@ class ShownGroup(NamedTuple):
 
 
 def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
-    """Returns the first and the last step with samples, and up to GROUPS_SHOWN groups of each, with images first."""
+    """Returns the first and last step with samples, with up to GROUPS_SHOWN groups each, images first."""
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     if path.exists():

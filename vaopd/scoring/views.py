@@ -94,7 +94,7 @@ def make_heading(reply: ScoreReply, k: int) -> str:
 
 
 def make_histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
-    """Returns for each range of VA its name, the share of all tokens in it, and their share of all VA."""
+    """Returns each range of VA with its name, its share of all tokens and its share of all VA."""
     va = np.concatenate([np.array(rollout.visual_advantage) for rollout in reply.rollouts])
     rows = []
     for low, high in pairwise(EDGES_NATS):

@@ -246,7 +246,10 @@ def check_same_tokenizer(*, student: str, teacher: str) -> None:
 
 
 def _read_eos_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the union, since a checkpoint that was tuned on chats may name the chat's EOS in its tokenizer alone."""
+    """Returns generation_config.json's EOS ids and the tokenizer's.
+
+    Both, since a checkpoint that was tuned on chats may name the chat's EOS in its tokenizer only.
+    """
     from transformers import GenerationConfig
 
     try:

@@ -100,7 +100,7 @@ def _is_on_cpu() -> bool:
 
 
 def _register_in_process(model: str) -> None:
-    """Makes vLLM inspect the model's class here, not in a subprocess (7 s), which would lack the torchvision shim."""
+    """Makes vLLM inspect the model's class here: its subprocess takes 7 s and lacks the torchvision shim."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

@@ -45,10 +45,10 @@ def list_views(names: Iterable[str]) -> set[View]:
 def compute(
     names: Iterable[str], hidden: Mapping[View, Tensor], head: Tensor, *, chunk_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Computes columns (M,) from hidden states (M, D) by view and the LM head (V, D), `chunk_tokens` at a time.
+    """Computes columns (M,) from each view's hidden states (M, D) and the LM head (V, D).
 
-    Products run in the precision of the inputs, everything after them in float32. A view's log-probs are computed once
-    for all columns that read them.
+    Works on `chunk_tokens` tokens at a time. Products run in the precision of the inputs, everything after them in
+    float32. A view's log-probs are computed once for all columns that read them.
     """
     chunks: dict[str, list[Tensor]] = {name: [] for name in names}
     if not chunks:

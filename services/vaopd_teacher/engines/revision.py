@@ -26,7 +26,7 @@ _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def compute_revision(model: Any) -> str:
-    """Returns a hex SHA-256, equal on every host and for every placement of the same weights in the same dtype.
+    """Returns a hex SHA-256 that is equal on every host for the same weights in the same dtype.
 
     If several ranks share the model, all of them have to call this at the same time.
     """
@@ -42,7 +42,7 @@ def compute_revision(model: Any) -> str:
 
 
 def compute_folder_revision(folder: Path, *, dtype: str) -> str:
-    """Returns a hex SHA-256 of a folder's weights, however they are cut into files, and of the dtype to compute in.
+    """Returns a hex SHA-256 of a folder's weights, in any number of files, and of the compute dtype.
 
     Raises ConfigError when the folder holds no safetensors files.
     """

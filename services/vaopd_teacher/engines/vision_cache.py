@@ -1,4 +1,4 @@
-"""A cache of the frozen vision tower's output by image and view, so that further epochs don't run the tower again.
+"""Caches the frozen vision tower's output by image and view, for later epochs.
 
 An entry holds everything that the text model takes of an image, deepstack features included, in the host's memory,
 within a byte budget; the least recently used are dropped. Each image is encoded by itself, so that its features are the

@@ -1,4 +1,4 @@
-"""Limits how many groups wait, of all jobs and of each, and says when a refused call may be sent again.
+"""Limits the waiting groups, of all jobs and of each; a refusal has a retry hint.
 
 A refusal's retry hint is the time in which enough of the backlog will have been scored: of the whole backlog at the
 device's measured pace, of one job's part at that job's share of the pace. Runs on the event loop.
@@ -47,7 +47,7 @@ class Admission:
         return dict(self._waiting)
 
     def check_any_room(self) -> None:
-        """Raises QueueFull when no group of any job fits, so that a call is refused before it is read."""
+        """Raises QueueFull when no group of any job fits, before a call is read."""
         self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
 
     def admit(self, job: str, groups: int) -> None:

@@ -18,7 +18,7 @@ FEW_TOKENS = 8192
 
 
 class Ahead:
-    """Gives a job's calls turns to prepare one unit each, while few of its tokens wait for the device.
+    """Lets a job's calls prepare one unit each in turn, while few of its tokens wait.
 
     `waiting_tokens` returns a job's prepared tokens in the line; call `look` whenever they may have become fewer.
     """

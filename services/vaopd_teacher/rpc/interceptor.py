@@ -133,7 +133,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
     def _make_refusing_handler(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
-        """Returns a handler that answers a call of any kind with a status and reads none of its messages."""
+        """Returns a handler that answers any call with a status, without reading its messages."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
             await self._abort(context, method, error, job=job)
