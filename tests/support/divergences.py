@@ -46,7 +46,7 @@ def sampled(ids: Tensor, estimator: str) -> Terms:
 
 
 def rest_error(log_probs: Tensor, k: int, n: int) -> Tensor:
-    """Bounds the error of the log-mass after the k likeliest ids when it is made of n log-probs: k … n and the rest of 1.
+    """Bounds the error of the log-mass after the k likeliest ids, when it is made of n log-probs: k … n, the rest of 1.
 
     float32 moves that rest by up to 2^-22 of the entropy, and it is left out when it isn't larger than that: lost where
     it is small (with twice the bound, for what is seen of it is moved as well), never made up of rounding alone, whose
