@@ -143,7 +143,7 @@ class ScoringClient:
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
 
     def runs(self) -> list[RunModel]:
-        """Returns the runs whose reports the API serves."""
+        """Returns the runs that the API has reports of."""
         return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
@@ -254,7 +254,7 @@ class AsyncScoringClient:
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
 
     async def runs(self) -> list[RunModel]:
-        """Returns the runs whose reports the API serves."""
+        """Returns the runs that the API has reports of."""
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(

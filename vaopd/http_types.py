@@ -204,7 +204,7 @@ class BatchReply(Reply):
 
 
 class DegradeBody(Model):
-    """An image whose degraded view is wanted."""
+    """An image to degrade."""
 
     model_config = pydantic.ConfigDict(json_schema_extra={"examples": [{"image": PIXEL}]})
 
@@ -306,7 +306,7 @@ class RunModel(Reply):
 
 
 class RunsReply(Reply):
-    """The runs whose reports are served here."""
+    """The runs that this API has reports of."""
 
     runs: list[RunModel]
     """Latest change first; none if the API was started without --runs."""

@@ -51,7 +51,7 @@ def group_weights(
     mask, mask_fraction, seed: of `masked_response`. Settings that a variant doesn't use have no effect.
 
     Raises InvalidInput for an empty group, an empty response, a mask or a setting out of range; NumericalError for a
-    valid token whose VA is not finite.
+    valid token with a VA that is not finite.
     """
     if variant not in VARIANTS:
         raise InvalidInput(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")

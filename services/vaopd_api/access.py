@@ -20,7 +20,7 @@ OPEN_FOLDER = "/page/"
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
 
 JobOfKey = Callable[[str], str]
-"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
+"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.find_job`)."""
 
 
 class Quota:

@@ -90,7 +90,7 @@ def create_app(
     """Builds the application that `vaopd_api.__main__` serves.
 
     student: None: /v1/sample answers 404.
-    runs: the folder of the runs whose reports are shown.
+    runs: the folder with the runs to report on.
     metrics_route: whether /metrics is a route here, rather than on a port of its own.
     access: None: no keys and no quota.
     pixel_bounds: those of the teacher, where the degraded view is asked for by itself.
@@ -161,13 +161,13 @@ def _add_scoring(
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
 
-        async def collected() -> BatchReply:
+        async def collect_results() -> BatchReply:
             results = sorted(
                 [result async for result in batch.score_items(scorer, items)], key=lambda found: found.index
             )
             return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
-        return await run_unless_disconnected(request, collected())
+        return await run_unless_disconnected(request, collect_results())
 
     @app.post(
         "/v1/degrade",
@@ -208,7 +208,7 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
 
     @app.get("/v1/runs", tags=["runs"])
     async def list_runs(request: Request) -> RunsReply:
-        """Lists the runs whose reports are served here; with a key, only the run of the key's job."""
+        """Lists the runs with a report here; with a key, only the run of the key's job."""
         return RunsReply(runs=await runs.list_summaries(job=request.scope.get("job")))
 
     @app.get(

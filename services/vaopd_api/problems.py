@@ -156,7 +156,7 @@ def _describe_validation_error(error: RequestValidationError) -> Problem:
 def name_field(location: tuple[Any, ...]) -> str | None:
     """Returns a location as a field's name, without a union's arms.
 
-    >>> field_name(("body", "responses", 0, "list[constrained-int]", 3))
+    >>> name_field(("body", "responses", 0, "list[constrained-int]", 3))
     'responses.0.3'
     """
     parts = [str(part) for part in location if part not in ("body", "str", "constrained-str") and "[" not in str(part)]

@@ -186,7 +186,7 @@ class RolloutWorker:
         with (
             tracing.span("generate", groups=ids, policy_version=version),
             self._metrics.time_batch(),
-            # The keeper renews the leases whatever the engine does, so no other worker would notice that it hangs.
+            # The keeper renews the leases even while the engine hangs, so no other worker would take them over.
             hang_timer.limit_time(self._stuck_after_s),
         ):
             outcomes = self._engine.generate([lease.request for lease in batch])

@@ -2,7 +2,7 @@
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
 within `drain_s`, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
-Whatever the device does, the process is gone drain_s + 7 s after the signal.
+Even if the device hangs, the process ends at most drain_s + 7 s after the signal.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
-"""How long a drained process waits for a forward in progress, whose calls have all ended."""
+"""How long a drained process waits for a forward in progress after all of its calls have ended."""
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 

@@ -43,7 +43,7 @@ class Collector:
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
         self._spares: dict[str, list[str]] = {}  # group_id -> entry_ids of duplicates, kept until the group is durable
-        self._durable: list[str] = []  # entries whose groups are in a checkpoint, not yet acknowledged
+        self._durable: list[str] = []  # entries of groups that are in a checkpoint, not yet acknowledged
         self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
         # Groups and letters for requests that a killed trainer made and this one has yet to make. Enqueueing those
         # again adds nothing to the queue, so neither may be lost.
@@ -291,7 +291,7 @@ class Collector:
         log.warning(
             "waiting for %d groups; rollout workers alive: %s", missing, ", ".join(workers) or "none (start one)"
         )
-        # A Redis whose host lost power comes back without its last second: what was published then is published again.
+        # After a power cut, Redis lacks its last second: requests published in it are published again.
         if any(self._queue.policy(version) is None for version in self._policies):
             for version in sorted(self._policies):
                 self._queue.publish_policy(self._policies[version])

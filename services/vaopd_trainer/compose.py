@@ -111,7 +111,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.make_loss_keywords()),
             coordinator=coordinator,
         )
         if start is not None:
@@ -152,7 +152,7 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     """Loads the student with the weights of checkpoint `start`, if given."""
     student = Vlm.load(
         config.student.model,
-        dtype="float32",  # whatever the compute precision: steps of 1e-6 would vanish in bfloat16
+        dtype="float32",  # at any compute precision: steps of 1e-6 would vanish in bfloat16
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
@@ -173,7 +173,7 @@ def _connect_teacher(
             job=config.run.name,
             degradation=config.degradation.as_degradation(),
             tokenizer_fingerprint=student.fingerprint,
-            **config.teacher.payload_keywords(),
+            **config.teacher.make_payload_keywords(),
             **client.from_environment(),
         )
     )
@@ -207,6 +207,6 @@ def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> T
 
 
 def _renew(queue: TrainerQueue) -> None:
-    # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+    # The collector refills a Redis that came back empty, even if the keeper notices first.
     with contextlib.suppress(Mismatch):
         queue.renew()

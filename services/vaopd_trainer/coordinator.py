@@ -82,7 +82,9 @@ class Coordinator:
         self._metrics = metrics
         self._track = track
         self._stop = stop
-        self._folder = config.run_folder.resolve()  # workers read snapshots there, whatever their working folder
+        self._folder = (
+            config.run_folder.resolve()
+        )  # absolute, since workers with another working folder read snapshots there
         self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
         self._samples_file = JsonLines(self._folder / "samples.jsonl")
         self._snapshot: PolicyVersion

@@ -50,7 +50,7 @@ EVALUATION_DESCRIPTIONS = {
     "standard_error": "of the accuracy, over problems",
     "prompts": "held-out problems",
     "samples": "answers to each, the n of avg@n",
-    "not_judged": "answers whose comparison was cut off by its limit of time or memory; counted as wrong",
+    "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
     "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""

@@ -115,6 +115,7 @@ def test_padding_and_vision_ids_are_never_sampled(engine):
     assert not np.isin(sampled, VISION_IDS).any()
 
 
+@pytest.mark.numeric
 def test_logprobs_are_the_loaded_weights_own_after_each_of_two_updates(engine, policies, references):
     # One image throughout: features of the old vision tower, or keys of the old layers, must not be met again.
     image = noise_image(0)
@@ -152,6 +153,7 @@ def test_a_tiny_top_p_leaves_the_likeliest_token_only(engine):
     assert responses(nucleus) == responses(greedy)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("images", [(), (noise_image(1), noise_image(2))], ids=["no image", "two images"])
 def test_any_number_of_images(engine, references, images):
     request = ask(images=images)

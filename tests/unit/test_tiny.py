@@ -81,6 +81,7 @@ def test_the_template_renders_system_turns_plain_text_and_several_images(process
     )
 
 
+@pytest.mark.numeric
 def test_training_input_equals_what_the_real_processor_makes(processor: Any) -> None:
     batch = examples(8)
 
@@ -101,6 +102,7 @@ def test_training_input_equals_what_the_real_processor_makes(processor: Any) -> 
         assert ids[row, positions + 1].tolist() == targets[row][counted].tolist()
 
 
+@pytest.mark.numeric
 def test_the_training_loss_equals_a_plain_forward_of_each_example(processor: Any) -> None:
     """One padded batch with shared position ids against one unpadded forward per example."""
     torch.manual_seed(0)

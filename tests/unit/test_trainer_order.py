@@ -74,5 +74,6 @@ def test_the_list_groups_all_steps_take_the_prompts_in_their_order() -> None:
     training = TrainingPrompts(prompts, per_step=4, seed=3)
     dealt = [int(training.find_prompt(group).prompt_id) for step in range(3) for group in training.list_groups(step)]
     assert dealt == [PromptOrder(prompts=6, seed=3, per_step=4).index(position) for position in range(12)]
-    assert sorted(dealt[:6]) == sorted(dealt[6:]) == list(range(6))
+    for step in range(3):  # a step is an epoch here, and two prompts of each permutation are left out
+        assert len(set(dealt[4 * step : 4 * step + 4])) == 4
     assert [str(group) for group in training.list_groups(2)] == [f"train-000002-000{index}" for index in range(4)]

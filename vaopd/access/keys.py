@@ -1,7 +1,7 @@
 """API keys, one per job and holder, in a JSON file that holds their digests, never the keys. Loads nothing heavy.
 
     key = add_key(Path("keys.json"), "geometry", expires_days=90)          # shown once, stored nowhere
-    KeyStore.load("keys.json").job_of(key)                                 # "geometry"
+    KeyStore.load("keys.json").find_job(key)                                 # "geometry"
 
 A key is `vaopd_ID_SECRET`. ID names its entry, in logs too; SECRET is 256 random bits. Plain SHA-256 is enough for
 such secrets: salts and slow hashes protect passwords that can be guessed, and 2^256 values can't be tried.

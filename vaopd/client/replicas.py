@@ -35,9 +35,9 @@ _POLL_S = 0.01
 def split_addresses(target: str) -> list[str]:
     """Returns the replicas that a target names. Raises ConfigError when it names none, or one twice.
 
-    >>> addresses("first:50051, second:50051")
+    >>> split_addresses("first:50051, second:50051")
     ['first:50051', 'second:50051']
-    >>> addresses("ipv4:10.0.0.1:50051,10.0.0.2:50051")  # gRPC's own way of listing them
+    >>> split_addresses("ipv4:10.0.0.1:50051,10.0.0.2:50051")  # gRPC's own way of listing them
     ['10.0.0.1:50051', '10.0.0.2:50051']
     """
     found = [part.strip() for part in re.sub(r"^ipv[46]:", "", target).split(",")]

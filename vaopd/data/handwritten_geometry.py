@@ -4,13 +4,13 @@ A figure of 96×96 px (a triangle, a rectangle or an angle) has handwritten numb
 read, the rest is easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The scans
 are the 1797 of `digits.csv.gz`, 8×8 px each: the test set of E. Alpaydin and C. Kaynak, Optical Recognition of
 Handwritten Digits (UCI Machine Learning Repository, 1998, CC BY 4.0), as scikit-learn ships it. scikit-learn itself is
-not installed: transformers would import it in every process, for a second. Each scan belongs to one split, whatever the
+not installed: transformers would import it in every process, for a second. Each scan belongs to one split, for every
 seed: a model that was trained on any training split has never seen a scan of a validation or test split.
 
 >>> question = Question(kind="triangle_perimeter", numbers=(3, 4, 5))
 >>> question.answer
 '12'
->>> question.solution(phrasing=(0, 0, 0))
+>>> question.write_solution(phrasing=(0, 0, 0))
 'The sides are 3, 4 and 5. The perimeter is 3+4+5=12. So the answer is \\boxed{12}.'
 """
 

@@ -55,7 +55,7 @@ def explain_missing_module(error: ImportError, extra: str) -> str | None:
     module = error.name or ""
     distribution = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
     having = [name for name in _read_extras() if distribution in list_packages(name)]
-    if not having:  # a module of ours, or a part of a package whose version doesn't fit
+    if not having:  # a module of ours, or missing in the installed version of a package
         return None
     chosen = extra if extra in having else min(having, key=lambda name: len(list_packages(name)))
     return f"{distribution} is not installed; pip install 'vaopd[{chosen}]'"

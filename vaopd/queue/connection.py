@@ -1,8 +1,8 @@
 """Sends a job's commands to Redis: time limits, retries and errors in one place.
 
-Retries are done here and not by redis-py, which by default repeats any command ten times. Whatever goes through `call`
-may be repeated after a lost reply: the scripts check what exists before they write, a read with `>` is delivered again
-(trainer: from its last id; worker: once the lease runs out), all others are plain reads.
+Retries are done here and not by redis-py, which by default repeats any command ten times. Each command that passes
+`call` may be repeated after a lost reply: the scripts check what exists before they write, a read with `>` is delivered
+again (trainer: from its last id; worker: once the lease runs out), all others are plain reads.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Connection:
             self.where = f"{parts.hostname}:{parts.port or 6379}"
             self.redis: Any = redis.Redis.from_url(
                 url,
-                protocol=2,  # one shape of replies, whatever redis-py's default becomes
+                protocol=2,  # replies keep their shape if redis-py's default changes
                 socket_timeout=SOCKET_TIMEOUT_S,
                 socket_connect_timeout=SOCKET_TIMEOUT_S,
                 socket_keepalive=True,

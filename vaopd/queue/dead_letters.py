@@ -43,7 +43,7 @@ def _read_letters(connection: Connection, start: str, end: str, limit: int) -> l
 
 
 class DeadLetters:
-    """Shows a job's dead letters to people, who publish one again or drop it. They stay until then."""
+    """Lists a job's dead letters for an operator, to publish again or drop. They stay until then."""
 
     def __init__(self, *, url: str, job: str, patience_s: float = 30.0) -> None:
         """patience_s: how long to wait for a Redis that does not answer."""
@@ -57,7 +57,7 @@ class DeadLetters:
         """Publishes a letter's body again, as a new entry without deliveries. Raises NotFound when it is gone."""
         letter = self._find(entry_id)
         self._connection.join()
-        # A letter that is gone by now was published by this very call, whose reply was lost, or by another process.
+        # A letter that is gone by now was published by this call, with its reply lost, or by another process.
         scripts.retry_dead(self._connection.run, entry_id, letter.stream, letter.body)
 
     def drop(self, entry_id: str) -> None:

@@ -2,7 +2,7 @@
 
 In: finished groups. Out: requests and policy versions. Waits for: a group. A group stays in Redis until `acknowledge`,
 which is called only once a checkpoint that contains its effect is durable; until then a resumed trainer gets it again.
-Each write is fenced: a trainer whose lease ran out is refused (LeaseLost), even when it still runs.
+Each write is fenced: a trainer with a lease that ran out is refused (LeaseLost), even when it still runs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TrainerQueue(TrainerEnd):
         return self._run(scripts.enqueue, key, rollout_request_to_bytes(request))
 
     def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-        """Returns the requests whose dedupe key has no record."""
+        """Returns the requests without a record of their dedupe key."""
         if not requests:
             return []
         connection = self._connection

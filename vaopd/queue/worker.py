@@ -1,7 +1,7 @@
 """The rollout worker's end of the queue, in Redis.
 
 In: requests, each under a lease. Out: finished groups, one commit each. Waits for: a request, or for another worker's
-lease to run out. A worker that dies leaves its leases to the others; one whose lease ran out while it hung is refused
+lease to run out. A worker that dies leaves its leases to the others; one that hung until its lease ran out is refused
 (LeaseLost).
 """
 
@@ -54,7 +54,7 @@ class WorkerQueue(WorkerEnd):
         self._lock = threading.Lock()
 
     def take(self, *, block_s: float, max_requests: int = 1) -> list[Lease]:
-        """Leases requests whose lease ran out, else new ones; waits up to `block_s`.
+        """Leases requests with a lease that ran out, else new ones; waits up to `block_s`.
 
         After `max_deliveries` deliveries without a commit a request goes to the dead letters instead.
         """

@@ -189,7 +189,7 @@ def compute_band(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
 def smooth(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
     """Returns the centred mean over `width` values, fewer at either end.
 
-    >>> running_mean([1, 2, 6, 3], width=3)
+    >>> smooth([1, 2, 6, 3], width=3)
     [1.5, 3.0, 3.6666666666666665, 4.5]
     """
     half = width // 2

@@ -122,9 +122,9 @@ def format_line(run: Run) -> str:
 def draw_sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
     """Draws values between their lowest and highest; more than `width` of them are averaged in equal stretches.
 
-    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+    >>> draw_sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
-    >>> sparkline([0, 0, 7, 7], width=2)
+    >>> draw_sparkline([0, 0, 7, 7], width=2)
     '▁█'
     """
     count = min(width, len(values))

@@ -57,7 +57,7 @@ def make_views(
 def format_percent(share: float) -> str:
     """Formats a share, 0 to 1; only all of it becomes 100 %.
 
-    >>> percent(0.99996), percent(1.0), percent(0.0731)
+    >>> format_percent(0.99996), format_percent(1.0), format_percent(0.0731)
     ('> 99.9 %', '100.0 %', '7.3 %')
     """
     return "> 99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"

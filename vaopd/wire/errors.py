@@ -61,7 +61,7 @@ _CLASSES: tuple[type[VaopdError], ...] = (
 def name_reason(kind: type[VaopdError]) -> str:
     """Returns the nearest class of `_CLASSES` in capitals.
 
-    >>> reason_of(ImageRefused)
+    >>> name_reason(ImageRefused)
     'IMAGE_REFUSED'
     """
     known = next(base for base in kind.__mro__ if base in _CLASSES)

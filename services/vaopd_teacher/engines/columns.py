@@ -38,7 +38,7 @@ COMPUTED: dict[str, Computation] = {
 
 
 def list_views(names: Iterable[str]) -> set[View]:
-    """Returns the views whose hidden states these columns need."""
+    """Returns the views that these columns need hidden states of."""
     return {view for name in names for view in COMPUTED[name].views}
 
 

@@ -1,6 +1,6 @@
 """Scores prepared prompt groups on the device: log-probs of both views and the payload. Synchronous, one thread.
 
-In: groups whose prompts and images are ready. Out: one result per group, in order, as soon as its last part is done. A
+In: prepared groups. Out: one result per group, in order, as soon as its last part is done. A
 view of a group is computed at once: its prompt, then its K responses against the prompt's keys and values. A forward
 takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split into its views, and a
 larger view into parts of its siblings, with the prompt repeated. The vision tower runs once per image and view, or not
@@ -88,7 +88,7 @@ class GroupEngine:
         except torch.OutOfMemoryError:
             log.warning("out of memory with %d tokens in a forward", sum(part.tokens for part in batch))
             hidden = None
-        if hidden is None:  # outside the handler, whose traceback would keep the tensors of the failed forward alive
+        if hidden is None:  # outside the handler: its traceback would keep the failed forward's tensors alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._run_smaller(batch, groups, progress, halve)
@@ -152,7 +152,7 @@ class GroupEngine:
 
 
 def _choose_views(group: PreparedGroup) -> set[View]:
-    """Returns the views whose hidden states are needed beyond the log-probs."""
+    """Returns the views that need their hidden states kept after the log-probs."""
     kept = columns.list_views(group.columns)
     return kept | {"original"} if group.payload in ("hidden", "hidden_int8", "top_k") else kept
 

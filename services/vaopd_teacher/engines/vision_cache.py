@@ -2,7 +2,7 @@
 
 An entry holds everything that the text model takes of an image, deepstack features included, in the host's memory,
 within a byte budget; the least recently used are dropped. Each image is encoded by itself, so that its features are the
-same bits whichever forward needs them first. Only for weights that never change: the student trains its tower.
+same bits in every forward. Only for weights that never change: the student trains its tower.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """vLLM as a teacher backend, for teachers that only vLLM can hold: both views of a group by `prompt_logprobs`.
 
-In: prepared groups whose images are pictures, since vLLM has its own processor. Out: log-probs of both views, and the
+In: prepared groups with pictures as images, since vLLM has its own processor. Out: log-probs of both views, and the
 top k; no column on request, since vLLM returns single log-probs. Each rollout is a request of its own in each view:
 vLLM never reads its prefix cache for a request for prompt log-probs. Images are named by content and view, so that none
 of vLLM's caches can mistake one view for the other.
@@ -65,7 +65,7 @@ class _Progress:
 
 
 class VllmTeacherEngine:
-    """The engine over a running `vllm.LLM` whose logits are log-probs over the logical vocabulary."""
+    """The engine over a running `vllm.LLM`; the extension makes its logits log-probs over the logical vocabulary."""
 
     def __init__(self, llm: Any, reader: PictureReader, *, max_images: int) -> None:
         self._llm = llm

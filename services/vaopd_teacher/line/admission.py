@@ -47,7 +47,7 @@ class Admission:
         return dict(self._waiting)
 
     def check_any_room(self) -> None:
-        """Raises QueueFull when not even one group fits, whichever job's: then a call is refused without reading it."""
+        """Raises QueueFull when no group of any job fits, so that a call is refused before it is read."""
         self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
 
     def admit(self, job: str, groups: int) -> None:

@@ -6,7 +6,7 @@ that returns after a pause starts at the clock, with no credit for the pause and
 
 Why not deficit round robin: a round there serves every other job's quantum first, so a light job's delay grows with the
 number of jobs that flood; here it is next after the forward in progress. Why not finish times (WFQ): they need the
-device's speed. The service per weight of two busy jobs differs by at most one unit of each, whatever the speed
+device's speed. The service per weight of two busy jobs differs by at most one unit of each, at any speed
 (Goyal, Vin, Cheng: Start-time fair queueing, 1996).
 """
 

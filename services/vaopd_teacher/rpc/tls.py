@@ -24,7 +24,7 @@ def make_server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerC
             return None
         raise ConfigError(
             f"teacher.address = {address!r} can be reached from other hosts: give [teacher.tls] cert and key in the "
-            "service file (`vaopd certs FOLDER` makes some), or plaintext = true if nobody else is on that network"
+            "service file (`vaopd certs FOLDER` makes some), or plaintext = true on a network without other users"
         )
     files = _Files(tls)
     return grpc.dynamic_ssl_server_credentials(

@@ -31,7 +31,7 @@ class Idefics3:
         )
 
     def pixel_bounds(self, processor: Any) -> tuple[int, int] | None:
-        """Returns None: the tiles have one size, whatever the picture's."""
+        """Returns None: the tiles have one size for every picture."""
         return None
 
     def image_token_id(self, config: Any) -> int:
