@@ -9,7 +9,6 @@ student, and two wider ones of random weights, with the teacher plus noise on it
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,12 @@ from typing import Any
 import groups
 import grpc
 import numpy as np
-import PIL.Image
 import serving
 import tables
 import torch
 from torch import Tensor
 
-from vaopd import divergence
+from vaopd import divergence, images
 from vaopd.client.answers import GroupAssembly
 from vaopd.divergence import FullTarget, SampledTarget, Target, TopKTarget
 from vaopd.payloads import PAYLOADS, decode, hidden_states
@@ -60,9 +58,9 @@ class Pair:
 
 def compute_hidden(vlm: Vlm, request: ScoreRequest) -> Tensor:
     """Computes the original view's hidden states (M, D)."""
-    images = tuple(vlm.prepare_image(PIL.Image.open(io.BytesIO(image.data)).convert("RGB")) for image in request.images)
+    prepared = tuple(vlm.prepare_image(images.decode(image)) for image in request.images)
     assert request.prompt_token_ids is not None
-    prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=images)
+    prompt = PreparedPrompt(token_ids=request.prompt_token_ids.astype(np.int64), images=prepared)
     responses = tuple(np.asarray(ids, dtype=np.int64) for ids in request.responses)
     with torch.no_grad():
         return vlm.compute_response_hidden([Segment(prompt=prompt, responses=responses)])

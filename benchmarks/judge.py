@@ -69,7 +69,7 @@ def peak_memory_mb(stop: threading.Event, peak: list[float]) -> None:
     """Samples the resident memory of worker and comparisons together, until `stop`."""
     while not stop.wait(SAMPLE_EVERY_S):
         total = 0.0
-        worker = pool._running().pid
+        worker = pool._get_worker().pid
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])

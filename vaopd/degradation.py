@@ -78,19 +78,19 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
         raise InvalidInput(f"pixelation ratio must be above 0 and at most 1 (the paper: 0.1), got {ratio}")
     if ratio == 1.0:
         return image.copy()
-    small = (_shrunk(image.width, ratio), _shrunk(image.height, ratio))
-    return _by_plain_mode(
+    small = (_shrink_side(image.width, ratio), _shrink_side(image.height, ratio))
+    return _apply_in_plain_mode(
         image,
         lambda plain: plain.resize(small, Image.Resampling.BILINEAR).resize(plain.size, Image.Resampling.NEAREST),
     )
 
 
-def _shrunk(side_px: int, ratio: float) -> int:
+def _shrink_side(side_px: int, ratio: float) -> int:
     # The small term keeps a whole number whole: 100 * 0.29 is 28.999… in binary.
     return max(1, math.floor(side_px * ratio + 1e-9))
 
 
-def _by_plain_mode(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _apply_in_plain_mode(image: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Applies `change` in a mode that can be resampled (palette indices can't), then returns to the own mode."""
     if image.mode in _PLAIN_MODES:
         return change(image)
@@ -106,26 +106,26 @@ def _blur(plain: Image.Image, strength: float) -> Image.Image:
     return plain.filter(ImageFilter.GaussianBlur(strength * min(plain.size)))
 
 
-def _mean_colour(plain: Image.Image) -> Image.Image:
+def _fill_with_mean(plain: Image.Image) -> Image.Image:
     pixels = np.asarray(plain, dtype=np.float64)
     mean = np.atleast_1d(pixels.mean(axis=(0, 1))).round().astype(int).tolist()
     return Image.new(plain.mode, plain.size, tuple(mean) if len(mean) > 1 else mean[0])
 
 
-def _black(plain: Image.Image) -> Image.Image:
-    return _opaque(Image.new("RGB", plain.size).convert(plain.mode))
+def _fill_with_black(plain: Image.Image) -> Image.Image:
+    return _make_opaque(Image.new("RGB", plain.size).convert(plain.mode))
 
 
-def _noise(plain: Image.Image, seed: int) -> Image.Image:
+def _draw_noise(plain: Image.Image, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     bands = [
         Image.fromarray(rng.integers(0, 256, size=(plain.height, plain.width), dtype=np.uint8))
         for _ in plain.getbands()
     ]
-    return _opaque(Image.merge(plain.mode, bands) if len(bands) > 1 else bands[0])
+    return _make_opaque(Image.merge(plain.mode, bands) if len(bands) > 1 else bands[0])
 
 
-def _opaque(plain: Image.Image) -> Image.Image:
+def _make_opaque(plain: Image.Image) -> Image.Image:
     if "A" in plain.getbands():
         plain.putalpha(_OPAQUE)
     return plain
@@ -134,8 +134,8 @@ def _opaque(plain: Image.Image) -> Image.Image:
 # Image, strength, seed -> degraded view.
 _DEGRADE: Mapping[DegradationKind, Callable[[Image.Image, float, int], Image.Image]] = {
     "pixelate": lambda image, strength, _: pixelate(image, strength),
-    "blur": lambda image, strength, _: _by_plain_mode(image, lambda plain: _blur(plain, strength)),
-    "mean_colour": lambda image, *_: _by_plain_mode(image, _mean_colour),
-    "black": lambda image, *_: _by_plain_mode(image, _black),
-    "noise": lambda image, _, seed: _by_plain_mode(image, lambda plain: _noise(plain, seed)),
+    "blur": lambda image, strength, _: _apply_in_plain_mode(image, lambda plain: _blur(plain, strength)),
+    "mean_colour": lambda image, *_: _apply_in_plain_mode(image, _fill_with_mean),
+    "black": lambda image, *_: _apply_in_plain_mode(image, _fill_with_black),
+    "noise": lambda image, _, seed: _apply_in_plain_mode(image, lambda plain: _draw_noise(plain, seed)),
 }

@@ -42,7 +42,7 @@ __all__ = [
 class HeldOutResult:
     """A held-out accuracy: mean correctness over prompts and samples (avg@n), with its standard error over prompts.
 
-    Both in [0, 1]. not_judged: answers whose comparison was cut off, counted as wrong. judge: its version.
+    Both in [0, 1]. not_judged: answers with a comparison that was cut off, counted as wrong. judge: its version.
     """
 
     accuracy: float
@@ -59,8 +59,9 @@ class HeldOutResult:
 
 
 def held_out_prompts(config: Config) -> Sequence[Prompt]:
-    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 whatever the run's seed."""
+    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 in every run."""
     from vaopd.data.loaders import load_prompts
+    from vaopd.files.hub import read_control_tokens
 
     return load_prompts(
         config.data.validation_source or config.data.source,
@@ -68,6 +69,7 @@ def held_out_prompts(config: Config) -> Sequence[Prompt]:
         limit=config.evaluation.prompts,
         shuffle_seed=42,  # method.md
         instruction=config.data.instruction or None,
+        control_tokens=read_control_tokens(config.student.model),
     )
 
 
@@ -107,7 +109,7 @@ def held_out_result(correct: Mapping[str, Sequence[Verdict | bool]]) -> HeldOutR
 def is_correct(response_text: str, answer: str) -> bool:
     """Whether the response's committed answer equals the reference; False where that was not judged.
 
-    Raises InvalidInput when the reference is empty. See `vaopd.grading.judge`, which also tells wrong from not judged.
+    Raises InvalidInput when the reference is empty. `vaopd.grading.judge` also distinguishes wrong from not judged.
     """
     return bool(judge(response_text, answer))
 

@@ -91,7 +91,7 @@ def ask(
     """
     return ScoreBody(
         question=question,
-        images=[_encoded(image) for image in images],
+        images=[_encode_image(image) for image in images],
         responses=[response if isinstance(response, str) else list(response) for response in responses],
         degradation=degradation,
         teacher=teacher,
@@ -117,7 +117,9 @@ class ScoringClient:
         patience_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(base_url=base_url, headers=_headers(api_key), timeout=timeout_s, transport=transport)
+        self._http = httpx.Client(
+            base_url=base_url, headers=_make_headers(api_key), timeout=timeout_s, transport=transport
+        )
         self._patience_s = patience_s
 
     def __enter__(self) -> Self:
@@ -141,7 +143,7 @@ class ScoringClient:
         return _read(StudentsReply, self._ask("GET", "/v1/students")).students
 
     def runs(self) -> list[RunModel]:
-        """Returns the runs whose reports the API serves."""
+        """Returns the runs that the API has reports of."""
         return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
 
     def score(
@@ -171,30 +173,34 @@ class ScoringClient:
         """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
-            request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
-            with closing(self._sent(request)) as answer:
+            request = self._http.build_request(
+                "POST", "/v1/score/batch", **_encode_batch(requests[start:][:MAX_BATCH_ITEMS])
+            )
+            with closing(self._send(request)) as answer:
                 try:
                     for line in answer.iter_lines():
                         yield from reader.read(line)
                 except httpx.TransportError as error:
-                    raise _lost(error) from None
+                    raise _make_lost_error(error) from None
             reader.end()
 
     def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
         """Returns the degraded view that the teacher sees, as PNG."""
-        return self._ask("POST", "/v1/degrade", DegradeBody(image=_encoded(image), degradation=degradation)).content
+        return self._ask(
+            "POST", "/v1/degrade", DegradeBody(image=_encode_image(image), degradation=degradation)
+        ).content
 
     def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
         """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
-        body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
+        body = SampleBody(question=question, images=[_encode_image(image) for image in images], **settings)
         return _read(SampleReply, self._ask("POST", "/v1/sample", body))
 
     def _ask(self, method: str, path: str, body: pydantic.BaseModel | None = None) -> httpx.Response:
-        with closing(self._sent(self._http.build_request(method, path, **_json(body)))) as answer:
+        with closing(self._send(self._http.build_request(method, path, **_encode_body(body)))) as answer:
             answer.read()
         return answer
 
-    def _sent(self, request: httpx.Request) -> httpx.Response:
+    def _send(self, request: httpx.Request) -> httpx.Response:
         backoff = Backoff(self._patience_s)
         while True:
             try:
@@ -203,9 +209,9 @@ class ScoringClient:
                     return answer
                 with closing(answer):
                     answer.read()
-                raise _refusal(answer)
+                raise _make_refusal(answer)
             except httpx.TransportError as error:
-                time.sleep(backoff.delay_s(_lost(error)))
+                time.sleep(backoff.delay_s(_make_lost_error(error)))
             except (errors.Busy, errors.Unavailable) as refused:
                 time.sleep(backoff.delay_s(refused))
 
@@ -223,7 +229,7 @@ class AsyncScoringClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=_headers(api_key), timeout=timeout_s, transport=transport
+            base_url=base_url, headers=_make_headers(api_key), timeout=timeout_s, transport=transport
         )
         self._patience_s = patience_s
 
@@ -248,7 +254,7 @@ class AsyncScoringClient:
         return _read(StudentsReply, await self._ask("GET", "/v1/students")).students
 
     async def runs(self) -> list[RunModel]:
-        """Returns the runs whose reports the API serves."""
+        """Returns the runs that the API has reports of."""
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
@@ -278,37 +284,39 @@ class AsyncScoringClient:
         """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
-            request = self._http.build_request("POST", "/v1/score/batch", **_batch(requests[start:][:MAX_BATCH_ITEMS]))
-            answer = await self._sent(request)
+            request = self._http.build_request(
+                "POST", "/v1/score/batch", **_encode_batch(requests[start:][:MAX_BATCH_ITEMS])
+            )
+            answer = await self._send(request)
             try:
                 async for line in answer.aiter_lines():
                     for result in reader.read(line):
                         yield result
             except httpx.TransportError as error:
-                raise _lost(error) from None
+                raise _make_lost_error(error) from None
             finally:
                 await answer.aclose()
             reader.end()
 
     async def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
         """Returns the degraded view that the teacher sees, as PNG."""
-        body = DegradeBody(image=_encoded(image), degradation=degradation)
+        body = DegradeBody(image=_encode_image(image), degradation=degradation)
         return (await self._ask("POST", "/v1/degrade", body)).content
 
     async def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
         """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
-        body = SampleBody(question=question, images=[_encoded(image) for image in images], **settings)
+        body = SampleBody(question=question, images=[_encode_image(image) for image in images], **settings)
         return _read(SampleReply, await self._ask("POST", "/v1/sample", body))
 
     async def _ask(self, method: str, path: str, body: pydantic.BaseModel | None = None) -> httpx.Response:
-        answer = await self._sent(self._http.build_request(method, path, **_json(body)))
+        answer = await self._send(self._http.build_request(method, path, **_encode_body(body)))
         try:
             await answer.aread()
         finally:
             await answer.aclose()
         return answer
 
-    async def _sent(self, request: httpx.Request) -> httpx.Response:
+    async def _send(self, request: httpx.Request) -> httpx.Response:
         backoff = Backoff(self._patience_s)
         while True:
             try:
@@ -317,9 +325,9 @@ class AsyncScoringClient:
                     return answer
                 await answer.aread()
                 await answer.aclose()
-                raise _refusal(answer)
+                raise _make_refusal(answer)
             except httpx.TransportError as error:
-                await asyncio.sleep(backoff.delay_s(_lost(error)))
+                await asyncio.sleep(backoff.delay_s(_make_lost_error(error)))
             except (errors.Busy, errors.Unavailable) as refused:
                 await asyncio.sleep(backoff.delay_s(refused))
 
@@ -349,20 +357,20 @@ class _Events:
             raise errors.Unavailable("the API ended a batch early; send the requests without a result again")
 
 
-def _headers(api_key: str | None) -> dict[str, str]:
+def _make_headers(api_key: str | None) -> dict[str, str]:
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
-def _json(body: pydantic.BaseModel | None) -> dict[str, Any]:
+def _encode_body(body: pydantic.BaseModel | None) -> dict[str, Any]:
     return {} if body is None else {"json": body.model_dump(mode="json", exclude_defaults=True)}
 
 
-def _batch(requests: Sequence[ScoreBody]) -> dict[str, Any]:
+def _encode_batch(requests: Sequence[ScoreBody]) -> dict[str, Any]:
     items = [request.model_dump(mode="json", exclude_defaults=True) for request in requests]
     return {"json": {"requests": items}, "headers": {"Accept": "text/event-stream"}}
 
 
-def _encoded(image: ImageSource) -> str:
+def _encode_image(image: ImageSource) -> str:
     if isinstance(image, bytes):
         return base64.b64encode(image).decode()
     try:
@@ -381,7 +389,7 @@ def _read(model: type[M], answer: httpx.Response) -> M:
         ) from None
 
 
-def _refusal(answer: httpx.Response) -> errors.VaopdError:
+def _make_refusal(answer: httpx.Response) -> errors.VaopdError:
     """Returns the API's problem as an error, with the request's id, which is in the API's log."""
     try:
         problem = Problem.model_validate_json(answer.content)
@@ -395,6 +403,6 @@ def _refusal(answer: httpx.Response) -> errors.VaopdError:
     return _KINDS.get(answer.status_code, errors.VaopdError)(message)
 
 
-def _lost(error: httpx.TransportError) -> errors.Unavailable:
+def _make_lost_error(error: httpx.TransportError) -> errors.Unavailable:
     place = error.request.url.copy_with(path="/", query=None)
     return errors.Unavailable(f"the scoring API at {place} can't be reached ({type(error).__name__}); is it running?")

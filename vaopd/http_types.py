@@ -21,7 +21,7 @@ Text = Annotated[str, Field(min_length=1)]
 ImageText = Annotated[str, Field(min_length=1)]
 
 
-def _known_column(name: str) -> str:
+def _check_column(name: str) -> str:
     if name not in columns_on_request():
         raise ValueError(f"there is no such column; known are {', '.join(columns_on_request())}")
     return name
@@ -29,7 +29,7 @@ def _known_column(name: str) -> str:
 
 ColumnName = Annotated[
     str,
-    pydantic.AfterValidator(_known_column),
+    pydantic.AfterValidator(_check_column),
     pydantic.WithJsonSchema({"type": "string", "enum": list(columns_on_request())}),
 ]
 
@@ -101,7 +101,7 @@ class ScoreBody(Model):
     """Further numbers to compute for each token, by name."""
 
     @pydantic.model_validator(mode="after")
-    def _one_of_each(self) -> ScoreBody:
+    def _check_choices(self) -> ScoreBody:
         given = [name for name in ("response", "response_token_ids", "responses") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -204,7 +204,7 @@ class BatchReply(Reply):
 
 
 class DegradeBody(Model):
-    """An image whose degraded view is wanted."""
+    """An image to degrade."""
 
     model_config = pydantic.ConfigDict(json_schema_extra={"examples": [{"image": PIXEL}]})
 
@@ -306,7 +306,7 @@ class RunModel(Reply):
 
 
 class RunsReply(Reply):
-    """The runs whose reports are served here."""
+    """The runs that this API has reports of."""
 
     runs: list[RunModel]
     """Latest change first; none if the API was started without --runs."""

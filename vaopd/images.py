@@ -6,10 +6,14 @@ Bytes, pixels and scans bound the time too, which can't be capped by itself: a d
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 
+import numpy as np
 import PIL.Image
+import PIL.ImageCms
+import PIL.ImageFile
 
 from vaopd.errors import ImageRefused, LimitExceeded
 from vaopd.types import EncodedImage
@@ -20,11 +24,28 @@ MAX_ASPECT_RATIO = 200  # the image processors of the Qwen family refuse more
 MAX_JPEG_SCANS = 32
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not those that occur inside a scan
 _TEM, _EOI, _SOS = 0x01, 0xD9, 0xDA
+_MAX_PROFILE_BYTES = 4 * 2**20  # a press's tables take up to about three
+_SAME_COLOUR = 2
+"""Levels of 255. The many spellings of sRGB differ by less, and pictures that say "sRGB" stay as they are stored."""
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+_SRGB = PIL.ImageCms.createProfile("sRGB")
 
 
 def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int = 32_000_000) -> PIL.Image.Image:
-    """Decodes an image to RGB; transparency is laid over white, so that all processes see the same.
+    """Decodes an image to 8-bit RGB as a viewer shows it; every process reads pictures here.
 
+    16-bit samples keep their high byte, an ICC profile is applied, transparency lies over white, and the picture stands
+    as its EXIF orientation says (MAX_ASPECT_RATIO and `max_pixels` hold either way).
     Raises LimitExceeded above `max_bytes`, ImageRefused unless it is a sound PNG, JPEG or WEBP within the caps.
     The libraries' messages are left out on purpose: they hold heap addresses.
     """
@@ -49,14 +70,96 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
     if opened.format not in ("PNG", "WEBP") and _count_jpeg_scans(image.data) > MAX_JPEG_SCANS:
         raise ImageRefused(f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit; re-encode it")
     try:
-        opened.load()
-        if opened.has_transparency_data:
-            rgba = opened.convert("RGBA")
-            white = PIL.Image.new("RGBA", rgba.size, "white")
-            return PIL.Image.alpha_composite(white, rgba).convert("RGB")
-        return opened.convert("RGB")
+        return _draw(opened, image.data)
     except Exception:
         raise ImageRefused(f"{name} ({width}×{height} {opened.format}) is damaged; re-encode it") from None
+
+
+def _draw(opened: PIL.ImageFile.ImageFile, data: bytes) -> PIL.Image.Image:
+    colours, alpha = _split_alpha(opened, data)
+    rgb = _to_srgb(colours, opened.info.get("icc_profile"))
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    turn = _UPRIGHT.get(_read_orientation(opened.info.get("exif")))
+    upright = rgb if turn is None else rgb.transpose(turn)
+    upright.info.clear()  # a file made of it would be turned, and its colours changed, once more
+    return upright
+
+
+def _split_alpha(opened: PIL.ImageFile.ImageFile, data: bytes) -> tuple[PIL.Image.Image, PIL.Image.Image | None]:
+    """Returns the colours (mode L, RGB or CMYK) and the alpha channel, None where all is opaque."""
+    samples = opened.tile[0][3] if opened.format == "PNG" and opened.tile else None
+    opened.load()
+    key = opened.info.get("transparency")
+    if opened.mode.startswith("I"):  # 16-bit grey, which Pillow's `convert` clips to its lowest 256 levels
+        grey = np.asarray(opened)
+        transparent = None if key is None else grey == key
+        return PIL.Image.fromarray((grey >> 8).astype(np.uint8)), _make_alpha(transparent)
+    if samples == "RGB;16B" and key is not None:  # the key has 16 bits, of which `load` dropped eight
+        low = PIL.Image.open(io.BytesIO(data), formats=("PNG",))
+        low.tile = [low.tile[0]._replace(args="RGB;16L")]
+        exact = np.asarray(opened).astype(np.uint16) << 8 | np.asarray(low)
+        del opened.info["transparency"]
+        return opened, _make_alpha((exact == key).all(axis=-1))
+    if samples in ("L;2", "L;4") and key is not None:  # `load` spreads the samples over 0..255, and not the key
+        opened.info["transparency"] = key * (85 if samples == "L;2" else 17)
+    alpha = opened.convert("RGBA").getchannel("A") if opened.has_transparency_data else None
+    opened.info.pop("transparency", None)
+    plain = "L" if opened.mode in ("1", "L", "LA") else opened.mode if opened.mode == "CMYK" else "RGB"
+    return opened.convert(plain), alpha
+
+
+def _make_alpha(transparent: np.ndarray | None) -> PIL.Image.Image | None:
+    return None if transparent is None else PIL.Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
+
+
+def _to_srgb(colours: PIL.Image.Image, profile: bytes | None) -> PIL.Image.Image:
+    """Applies an ICC profile that changes colours visibly; one that is damaged or of other channels counts as none."""
+    if profile and len(profile) <= _MAX_PROFILE_BYTES:
+        try:
+            transform = PIL.ImageCms.buildTransform(
+                PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile)), _SRGB, colours.mode, "RGB"
+            )
+            if colours.mode == "CMYK" or _changes_colours(transform, colours.mode):
+                return PIL.ImageCms.applyTransform(colours, transform) or colours.convert("RGB")
+        except (PIL.ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return colours.convert("RGB")
+
+
+def _changes_colours(transform: PIL.ImageCms.ImageCmsTransform, mode: str) -> bool:
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    grid = levels[:, None] if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 16, 3)
+    sample = PIL.Image.fromarray(grid)
+    shown = np.asarray(PIL.ImageCms.applyTransform(sample, transform)).astype(int)
+    return bool(np.abs(shown - np.asarray(sample.convert("RGB"))).max() > _SAME_COLOUR)
+
+
+def _read_orientation(data: bytes | None) -> int:
+    """Reads the tag by which cameras say how they were held; 1, upright, where it can't be read."""
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(data or b"")
+        return int(exif.get(_EXIF_ORIENTATION, 1))
+    except Exception:  # Pillow raises many kinds for damaged metadata; the pixels may be sound
+        return 1
+
+
+def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int) -> PIL.Image.Image:
+    """Scales a picture to pixel bounds, each side floored (method.md, "Visual advantage").
+
+    A picture within the bounds is returned as it is. The floor may leave it a little below `min_pixels`.
+
+    >>> scale_to_bounds(PIL.Image.new("RGB", (200, 150)), min_pixels=262_144, max_pixels=4_194_304).size
+    (591, 443)
+    """
+    pixels = image.width * image.height
+    wanted = min(max(pixels, min_pixels), max_pixels)
+    if wanted == pixels:
+        return image
+    factor = math.sqrt(wanted / pixels)
+    return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
 
 
 def _count_jpeg_scans(data: bytes) -> int:

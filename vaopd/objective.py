@@ -51,7 +51,7 @@ def group_weights(
     mask, mask_fraction, seed: of `masked_response`. Settings that a variant doesn't use have no effect.
 
     Raises InvalidInput for an empty group, an empty response, a mask or a setting out of range; NumericalError for a
-    valid token whose VA is not finite.
+    valid token with a VA that is not finite.
     """
     if variant not in VARIANTS:
         raise InvalidInput(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
@@ -155,7 +155,7 @@ def token_weights(
     high = high_group(visual_advantage, response_mask, high_fraction=high_fraction)
     low = response_mask & ~high
     high_count, low_count = high.sum(-1), low.sum(-1)
-    weights = _one_per_rollout(rollout_weights, response_mask)
+    weights = _check_weights(rollout_weights, response_mask)
     high_mass = torch.where(low_count > 0, high_weight * weights, weights)
     high_share, low_share = high_mass / high_count, (weights - high_mass) / low_count.clamp_min(1)
     return high * high_share[:, None] + low * low_share[:, None]
@@ -164,7 +164,7 @@ def token_weights(
 def mean_weights(response_mask: Tensor, rollout_weights: Tensor) -> Tensor:
     """Weights each token by the plain mean of its rollout: (N, T), (N,) -> (N, T). Uniform 1/K is Standard OPD."""
     response_mask = _read_mask(response_mask, response_mask.shape)
-    return response_mask * (_one_per_rollout(rollout_weights, response_mask) / _count_tokens(response_mask))[:, None]
+    return response_mask * (_check_weights(rollout_weights, response_mask) / _count_tokens(response_mask))[:, None]
 
 
 def masked_response(
@@ -225,7 +225,7 @@ def _widen(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _one_per_rollout(rollout_weights: Tensor, response_mask: Tensor) -> Tensor:
+def _check_weights(rollout_weights: Tensor, response_mask: Tensor) -> Tensor:
     """Refuses weights of another shape than (N,): a (B, K) tensor would be spread over tokens without an error."""
     if rollout_weights.shape != response_mask.shape[:1]:
         raise InvalidInput(

@@ -102,7 +102,7 @@ class Prompt:
 def images_in_order(messages: Iterable[Message], images: Iterable[EncodedImage]) -> tuple[EncodedImage, ...]:
     """Returns one image per image part of the messages, in the order in which the model reads them.
 
-    Raises KeyError for a part whose image is not among `images`.
+    Raises KeyError for an image part that is not among `images`.
     """
     by_sha256 = {image.sha256: image for image in images}
     return tuple(

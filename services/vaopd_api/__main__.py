@@ -25,21 +25,21 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the API and returns its exit code."""
-    return process.main(_run, process.parser("api", "Serves the scoring API over HTTP."), argv)
+    return process.main(_run, process.make_parser("api", "Serves the scoring API over HTTP."), argv)
 
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
     from vaopd_api.metrics import Metrics
 
     metrics = Metrics()
-    address = metrics_port.metrics_address(arguments)
+    address = metrics_port.choose_metrics_address(arguments)
     with metrics_port.serve_metrics(metrics.registry, address):
         serve(
             config,
             further_teachers=arguments.teacher,
             student=arguments.student,
             runs=arguments.runs,
-            service=process.service_config(arguments).api,
+            service=process.read_service_config(arguments).api,
             announce=arguments.announce,
             metrics=metrics,
             metrics_route=address is None,  # else only that address serves them
@@ -80,10 +80,11 @@ def serve(
             teachers=Teachers([config.teacher.address, *further_teachers], options=options),
             student=None if student is None else Student(student, dtype=config.student.dtype),
             runs=runs,
+            pixel_bounds=(config.data.min_pixels, config.data.max_pixels),
             metrics=metrics,
             metrics_route=metrics_route,
             access=Access(
-                job_of_key=None if keys is None else KeyStore.load(keys).job_of,
+                job_of_key=None if keys is None else KeyStore.load(keys).find_job,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),
             ),
         ),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from vaopd.access.keys import bearer
+from vaopd.access.keys import read_bearer
 from vaopd.access.quota import WINDOW_S, TokenBuckets
 from vaopd_api.problems import ApiError
 
@@ -20,7 +20,7 @@ OPEN_FOLDER = "/page/"
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
 
 JobOfKey = Callable[[str], str]
-"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.job_of`)."""
+"""Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.find_job`)."""
 
 
 class Quota:
@@ -68,7 +68,7 @@ class Access:
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return
         if self._job_of_key is not None:
-            scope["job"] = self._job_of_key(bearer(Headers(scope=scope).get("authorization")))
+            scope["job"] = self._job_of_key(read_bearer(Headers(scope=scope).get("authorization")))
         if path in COUNTED:
             self.charge(scope)
 

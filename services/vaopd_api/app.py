@@ -19,7 +19,6 @@ from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.degradation import degrade, view_seed
 from vaopd.errors import NotFound
 from vaopd.http_types import (
     BatchReply,
@@ -33,8 +32,8 @@ from vaopd.http_types import (
     StudentsReply,
     TeachersReply,
 )
-from vaopd.images import decode
 from vaopd.report import content_security_policy
+from vaopd.scoring.views import make_views
 from vaopd.types import Degradation, EncodedImage, SamplingSettings
 from vaopd_api import batch, openapi, problems
 from vaopd_api.access import Access
@@ -43,7 +42,7 @@ from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
 from vaopd_api.runs import Runs
-from vaopd_api.scorer import AdHocScorer, decode_images, degradation_of, teacher_model
+from vaopd_api.scorer import AdHocScorer, decode_images, make_degradation, make_teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -55,6 +54,9 @@ DEGRADED_AT_ONCE = 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(require_json)]
 REVALIDATE = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 while nothing has changed
+
+PixelBounds = tuple[int | None, int | None]
+"""The fewest and the most pixels of an image; None: the processor's own."""
 
 
 class Sampler(Protocol):
@@ -83,13 +85,15 @@ def create_app(
     metrics_route: bool = True,
     access: Access | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    pixel_bounds: PixelBounds = (None, None),
 ) -> FastAPI:
     """Builds the application that `vaopd_api.__main__` serves.
 
     student: None: /v1/sample answers 404.
-    runs: the folder of the runs whose reports are shown.
+    runs: the folder with the runs to report on.
     metrics_route: whether /metrics is a route here, rather than on a port of its own.
     access: None: no keys and no quota.
+    pixel_bounds: those of the teacher, where the degraded view is asked for by itself.
     """
     metrics = metrics or Metrics()
     access = access or Access()
@@ -102,7 +106,7 @@ def create_app(
     _add_health(app, teachers)
     if metrics_route:
         _add_metrics(app, metrics)
-    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access)
+    _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access, pixel_bounds)
     _add_sampling(app, student)
     _add_runs(app, Runs(runs))
     _add_pages(app)
@@ -115,7 +119,7 @@ def _add_health(app: FastAPI, teachers: Teachers) -> None:
         """Returns 200 while the process is alive."""
         return Health(status="ok")
 
-    @app.get("/readyz", tags=["health"], responses=openapi.problems(503))
+    @app.get("/readyz", tags=["health"], responses=openapi.describe_problems(503))
     async def readyz() -> Health:
         """Returns 200 while a teacher answers."""
         await teachers.describe()
@@ -126,22 +130,24 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def prometheus() -> Response:
         """Returns the API's metrics in Prometheus' text format."""
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access) -> None:
+def _add_scoring(
+    app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access, pixel_bounds: PixelBounds
+) -> None:
     decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
 
-    @app.get("/v1/teachers", tags=["scoring"], responses=openapi.problems(503))
+    @app.get("/v1/teachers", tags=["scoring"], responses=openapi.describe_problems(503))
     async def list_teachers() -> TeachersReply:
         """Lists the teachers that score here, with their limits."""
-        return TeachersReply(teachers=[teacher_model(found) for found in (await teachers.describe()).values()])
+        return TeachersReply(teachers=[make_teacher_model(found) for found in (await teachers.describe()).values()])
 
     @app.post("/v1/score", tags=["scoring"], responses=openapi.PROBLEMS, openapi_extra=openapi.SCORE_BODY)
     async def score(request: Request) -> ScoreReply:
         """Scores one response or a group of responses to a question about no, one or several images."""
         body, images = await read_score(request)
-        return await unless_disconnected(request, scorer.score(body, images))
+        return await run_unless_disconnected(request, scorer.score(body, images))
 
     @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
     async def score_batch(request: Request) -> Any:
@@ -155,13 +161,13 @@ def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: 
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
 
-        async def collected() -> BatchReply:
+        async def collect_results() -> BatchReply:
             results = sorted(
                 [result async for result in batch.score_items(scorer, items)], key=lambda found: found.index
             )
             return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
-        return await unless_disconnected(request, collected())
+        return await run_unless_disconnected(request, collect_results())
 
     @app.post(
         "/v1/degrade",
@@ -171,10 +177,10 @@ def _add_scoring(app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: 
         responses=openapi.PROBLEMS | {200: {"content": {"image/png": {}}, "description": "the degraded view, a PNG"}},
     )
     async def degraded_view(body: DegradeBody) -> Response:
-        """Returns the degraded view as the teacher sees it, before the model's own scaling."""
+        """Returns the degraded view as the teacher sees it, of the picture scaled to the run's pixel bounds."""
         image = image_from_text(body.image, field="image")
         async with decoding:
-            png = await asyncio.to_thread(degraded_png, image, degradation_of(body.degradation))
+            png = await asyncio.to_thread(make_degraded_png, image, make_degradation(body.degradation), pixel_bounds)
         return Response(png, media_type="image/png")
 
 
@@ -202,14 +208,15 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
 
     @app.get("/v1/runs", tags=["runs"])
     async def list_runs(request: Request) -> RunsReply:
-        """Lists the runs whose reports are served here; with a key, only the run of the key's job."""
-        return RunsReply(runs=await runs.summaries(job=request.scope.get("job")))
+        """Lists the runs with a report here; with a key, only the run of the key's job."""
+        return RunsReply(runs=await runs.list_summaries(job=request.scope.get("job")))
 
     @app.get(
         "/runs/{name}/report",
         tags=["runs"],
         response_class=HTMLResponse,
-        responses=openapi.problems(401, 403, 404, 500) | {304: {"description": "not changed since If-None-Match"}},
+        responses=openapi.describe_problems(401, 403, 404, 500)
+        | {304: {"description": "not changed since If-None-Match"}},
     )
     async def report(name: str, request: Request) -> Response:
         """Returns a run's report, one self-contained page, which updates itself until the run is finished."""
@@ -238,17 +245,18 @@ def _add_pages(app: FastAPI) -> None:
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
 
 
-def degraded_png(image: EncodedImage, degradation: Degradation) -> bytes:
+def make_degraded_png(image: EncodedImage, degradation: Degradation, pixel_bounds: PixelBounds) -> bytes:
     """Returns the degraded view exactly as the teacher makes it: same caps, noise seeded by the content."""
     written = io.BytesIO()
-    degrade(decode(image), degradation, seed=view_seed(image.sha256)).save(written, "PNG")
+    min_pixels, max_pixels = pixel_bounds
+    make_views(image, degradation, min_pixels=min_pixels, max_pixels=max_pixels).degraded.save(written, "PNG")
     return written.getvalue()
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
+async def run_unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     """Returns the work's result; if the client disconnects first, cancels the work, and with it the teacher's."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(_wait_until_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -259,6 +267,6 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         task.cancel()
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_until_disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -19,7 +19,7 @@ async def score_items(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterato
     """Yields one result per item, as they are done. Closing it early cancels the rest."""
     slots = asyncio.Semaphore(IN_FLIGHT)
 
-    async def one(index: int, item: Any) -> BatchResult:
+    async def score_one(index: int, item: Any) -> BatchResult:
         async with slots:
             try:
                 body = problems.parse(ScoreBody, item)
@@ -28,7 +28,7 @@ async def score_items(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterato
             except Exception as error:  # any error concerns this item only
                 return BatchResult(index=index, problem=problems.describe(error)[0])
 
-    tasks = [asyncio.create_task(one(index, item)) for index, item in enumerate(items)]
+    tasks = [asyncio.create_task(score_one(index, item)) for index, item in enumerate(items)]
     try:
         for done in asyncio.as_completed(tasks):
             yield await done

@@ -33,8 +33,8 @@ class _InMemory(MultiPartParser):
 
 async def read_score(request: Request) -> tuple[ScoreBody, list[EncodedImage]]:
     """Returns a request to score with its images. Raises ApiError or RequestValidationError."""
-    if content_type(request) == FORM:
-        return _from_form(await _form(request))
+    if read_content_type(request) == FORM:
+        return _from_form(await _read_form(request))
     body = parse(ScoreBody, await read_json(request))
     return body, decode_images(body.image, body.images)
 
@@ -54,14 +54,14 @@ async def read_batch(request: Request) -> list[Any]:
 
 async def require_json(request: Request) -> None:
     """Raises ApiError (415) for a body that is not JSON."""
-    kind = content_type(request)
+    kind = read_content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"content type {kind or 'none'!r} is not application/json")
 
 
 async def read_json(request: Request) -> Any:
     """Returns the body's JSON. Raises ApiError: 415 for another content type, 400 for malformed JSON."""
-    kind = content_type(request)
+    kind = read_content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"content type {kind or 'none'!r} is neither application/json nor {FORM}")
     content = await request.body()
@@ -74,12 +74,12 @@ async def read_json(request: Request) -> Any:
         raise ApiError(400, f"the body is not valid JSON: {reason}") from None
 
 
-def content_type(request: Request) -> str:
+def read_content_type(request: Request) -> str:
     """Returns the content type in lower case, without parameters; "" where there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _form(request: Request) -> FormData:
+async def _read_form(request: Request) -> FormData:
     try:
         return await _InMemory(
             request.headers,
@@ -103,7 +103,7 @@ def _from_form(form: FormData) -> tuple[ScoreBody, list[EncodedImage]]:
     degradation: dict[str, Any] = {}
     for key, value in form.multi_items():
         if key == "image":
-            images.append(_image(value, field=f"image.{len(images)}"))
+            images.append(_read_image(value, field=f"image.{len(images)}"))
         elif isinstance(value, UploadFile):
             raise ApiError(422, f"{key[:64]}: only image is a file", field=key[:64])
         elif key == "response":
@@ -118,7 +118,7 @@ def _from_form(form: FormData) -> tuple[ScoreBody, list[EncodedImage]]:
     return parse(ScoreBody, values | ({"degradation": degradation} if degradation else {})), images
 
 
-def _image(value: UploadFile | str, *, field: str) -> EncodedImage:
+def _read_image(value: UploadFile | str, *, field: str) -> EncodedImage:
     if isinstance(value, str):
         return image_from_text(value, field=field)
     return image_from_bytes(value.file.read(), field=field)

@@ -36,6 +36,6 @@ class Metrics:
             registry=self.registry,
         )
 
-    def exposition(self) -> bytes:
+    def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -54,7 +54,8 @@ class Envelope:
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         token = logs.request_id.set(name)
-        traced = tracing.begin(f"HTTP {scope['method']}", parent=tracing.parent_of(_headers(scope)), path=scope["path"])
+        parent = tracing.read_parent(_read_headers(scope))
+        traced = tracing.begin(f"HTTP {scope['method']}", parent=parent, path=scope["path"])
         started, status = time.monotonic(), 0
 
         async def with_headers(message: Message) -> None:
@@ -74,7 +75,7 @@ class Envelope:
         except Exception as error:
             if status:
                 raise  # part of the reply is sent, so the connection has to be closed
-            await problems.error_response(error)(scope, receive, with_headers)
+            await problems.make_error_response(error)(scope, receive, with_headers)
         finally:
             self._record(scope, name, status, time.monotonic() - started)
             traced()
@@ -88,10 +89,10 @@ class Envelope:
         if status != 200 or route not in QUIET:
             job = scope.get("job") or "-"
             values = (name, method, route, status, job, elapsed_s)
-            logger.info("request %s: %s %s %d, job %s, %.3f s", *values, extra=logs.fields(job=scope.get("job")))
+            logger.info("request %s: %s %s %d, job %s, %.3f s", *values, extra=logs.make_fields(job=scope.get("job")))
 
 
-def _headers(scope: Scope) -> list[tuple[str, str]]:
+def _read_headers(scope: Scope) -> list[tuple[str, str]]:
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
 
 
@@ -108,7 +109,7 @@ class Gate:
             try:
                 self._access.admit(scope)
             except Exception as error:
-                await problems.error_response(error)(scope, receive, send)
+                await problems.make_error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -127,20 +128,20 @@ class BodyLimit:
             return
         declared = int(Headers(scope=scope).get("content-length", "0"))  # the HTTP server refuses what isn't a number
         if declared > self._max_bytes:
-            error = ApiError(413, self._message(declared), headers={"Connection": "close"})
-            await problems.error_response(error)(scope, receive, send)
+            error = ApiError(413, self._describe_limit(declared), headers={"Connection": "close"})
+            await problems.make_error_response(error)(scope, receive, send)
             return
         received = 0
 
-        async def counted() -> Message:
+        async def receive_counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise ApiError(413, self._message(received))
+                raise ApiError(413, self._describe_limit(received))
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, receive_counted, send)
 
-    def _message(self, size: int) -> str:
+    def _describe_limit(self, size: int) -> str:
         return f"the body has {size} bytes or more, the limit is {self._max_bytes}; send fewer or smaller images"

@@ -40,13 +40,13 @@ EXAMPLE = {
 }
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def describe_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describes the problems with these statuses for a route's `responses`."""
     content = {PROBLEM_JSON: {"schema": {"$ref": REF.format(model=Problem.__name__)}, "example": EXAMPLE}}
     return {status: {"description": MEANINGS[status], "content": content} for status in statuses}
 
 
-PROBLEMS = problems(*MEANINGS)
+PROBLEMS = describe_problems(*MEANINGS)
 BATCH_REPLIES: dict[int | str, dict[str, Any]] = PROBLEMS | {
     200: {
         "model": BatchReply,

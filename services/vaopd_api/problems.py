@@ -75,7 +75,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
-    return error_response(error)
+    return make_error_response(error)
 
 
 def parse(model: type[pydantic.BaseModel], value: Any) -> Any:
@@ -86,7 +86,7 @@ def parse(model: type[pydantic.BaseModel], value: Any) -> Any:
         raise RequestValidationError(error.errors()) from None
 
 
-def error_response(error: Exception) -> JSONResponse:
+def make_error_response(error: Exception) -> JSONResponse:
     """Returns the HTTP response for an error."""
     answer, headers = describe(error)
     if answer.status in (429, 503):
@@ -108,11 +108,11 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
             logger.warning("%s", error)
             return make_problem(503, "the teacher can't be reached, is starting or is draining; try again"), {}
         case errors.Unauthenticated():
-            return _vaopd(error), {"WWW-Authenticate": 'Bearer realm="vaopd"'}
+            return _describe_vaopd_error(error), {"WWW-Authenticate": 'Bearer realm="vaopd"'}
         case errors.VaopdError():
-            return _vaopd(error), {}
+            return _describe_vaopd_error(error), {}
         case RequestValidationError():
-            return _validation(error), {}
+            return _describe_validation_error(error), {}
         case _:
             logger.error("unexpected error", exc_info=error)
             return make_problem(500, "the API failed unexpectedly; see its log"), {}
@@ -133,7 +133,7 @@ def make_problem(status: int, detail: str, *, field: str | None = None, code: st
     )
 
 
-def _vaopd(error: errors.VaopdError) -> Problem:
+def _describe_vaopd_error(error: errors.VaopdError) -> Problem:
     for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
             return make_problem(status, str(error), code=code, field=getattr(error, "field", None))
@@ -141,22 +141,22 @@ def _vaopd(error: errors.VaopdError) -> Problem:
     return make_problem(502, "the teacher failed; see its log")
 
 
-def _validation(error: RequestValidationError) -> Problem:
+def _describe_validation_error(error: RequestValidationError) -> Problem:
     """Returns the problem of the first error only, so that all problems have one shape."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return make_problem(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', 'unreadable')}")
-    field = field_name(first["loc"])
+    field = name_field(first["loc"])
     if first["type"] == "extra_forbidden":
         return make_problem(422, f"{field}: no such key; /docs lists the known keys", field=field)
     message = first["msg"].removeprefix("Value error, ")
     return make_problem(422, f"{field}: {message}" if field else message, field=field)
 
 
-def field_name(location: tuple[Any, ...]) -> str | None:
+def name_field(location: tuple[Any, ...]) -> str | None:
     """Returns a location as a field's name, without a union's arms.
 
-    >>> field_name(("body", "responses", 0, "list[constrained-int]", 3))
+    >>> name_field(("body", "responses", 0, "list[constrained-int]", 3))
     'responses.0.3'
     """
     parts = [str(part) for part in location if part not in ("body", "str", "constrained-str") and "[" not in str(part)]

@@ -50,7 +50,7 @@ class Runs:
         self._summaries: dict[str, tuple[Signature, RunModel]] = {}
         self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
 
-    async def summaries(self, *, job: str | None) -> list[RunModel]:
+    async def list_summaries(self, *, job: str | None) -> list[RunModel]:
         """Returns the runs that can be read, latest change first; with `job`, only that job's run."""
         if self._folder is None:
             return []
@@ -70,13 +70,13 @@ class Runs:
         for path in folder.iterdir() if folder.is_dir() else ():
             if _is_run(path):
                 try:
-                    runs.append(self._summary(path))
+                    runs.append(self._find_summary(path))
                 except (VaopdError, OSError) as error:
                     logger.warning("run %s is left out: %s", path.name, error)
         return sorted(runs, key=lambda run: run.changed, reverse=True)
 
-    def _summary(self, path: Path) -> RunModel:
-        signature = _signature(path)
+    def _find_summary(self, path: Path) -> RunModel:
+        signature = _read_signature(path)
         known = self._summaries.get(path.name)
         if known is None or known[0] != signature:
             known = self._summaries[path.name] = (signature, _summarise(path, signature))
@@ -86,7 +86,7 @@ class Runs:
         if self._folder is None or not NAME.fullmatch(name) or not _is_run(self._folder / name):
             raise NotFound(f"there is no run {name[:128]!r} here; GET /v1/runs lists the runs")
         path = self._folder / name
-        signature = _signature(path)
+        signature = _read_signature(path)
         known = self._reports.get(name)
         if known is None or known[0] != signature:
             known = self._reports[name] = (signature, _draw(path))
@@ -98,7 +98,7 @@ def _is_run(path: Path) -> bool:
     return bool(NAME.fullmatch(path.name)) and not path.is_symlink() and (path / "config.toml").is_file()
 
 
-def _signature(path: Path) -> Signature:
+def _read_signature(path: Path) -> Signature:
     files = ((name, path / name) for name in FILES)
     return tuple((name, file.stat().st_mtime_ns, file.stat().st_size) for name, file in files if file.is_file())
 

@@ -45,10 +45,10 @@ class AdHocScorer:
         request = score_request(body, images, suffix=suffix)
         try:
             score = await self._teachers.score(
-                address, request, degradation_of(body.degradation), top_k=top_k, columns=body.columns
+                address, request, make_degradation(body.degradation), top_k=top_k, columns=body.columns
             )
         except InvalidInput as error:
-            raise in_terms_of_the_request(error, body, images) from None
+            raise translate_error(error, body, images) from None
         answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
@@ -56,7 +56,7 @@ class AdHocScorer:
         return answer
 
 
-def in_terms_of_the_request(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
+def translate_error(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
     """Returns the teacher's error with the request's keys in place of the teacher's digests and ids."""
     message = str(error)
     for index, image in enumerate(images):
@@ -69,7 +69,7 @@ def in_terms_of_the_request(error: InvalidInput, body: ScoreBody, images: list[E
     return error
 
 
-def degradation_of(model: DegradationModel) -> Degradation:
+def make_degradation(model: DegradationModel) -> Degradation:
     """Returns the request's degradation as the teacher's client takes it."""
     return Degradation(kind=model.kind, strength=model.strength)
 
@@ -96,7 +96,7 @@ def score_request(body: ScoreBody, images: list[EncodedImage], *, suffix: str = 
     )
 
 
-def teacher_model(description: TeacherDescription) -> TeacherModel:
+def make_teacher_model(description: TeacherDescription) -> TeacherModel:
     """Returns a teacher's description as the API sends it."""
     return TeacherModel(
         model=description.model,

@@ -81,7 +81,7 @@ class Teachers:
             "top_k": max(top_k, 1),
         }
         async with TeacherClient(address, **options) as client:
-            with _own_credentials():
+            with _map_operator_errors():
                 async for result in client.score([request], with_token_texts=True, columns=columns):
                     if isinstance(result, GroupFailure):
                         raise result.error
@@ -91,12 +91,12 @@ class Teachers:
     async def _describe(self, address: str) -> TeacherDescription:
         options: ClientOptions = {**self._options, "timeout_s": CONNECT_TIMEOUT_S}
         async with TeacherClient(address, **options) as client:
-            with _own_credentials():
+            with _map_operator_errors():
                 return await client.describe()
 
 
 @contextmanager
-def _own_credentials() -> Iterator[None]:
+def _map_operator_errors() -> Iterator[None]:
     """Turns errors that are the operator's to fix into 502: the API's key is refused, or replicas differ."""
     try:
         yield

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the worker with these options; returns its exit code."""
-    parser = process.parser("rollout", "Samples responses with the student's newest weights.")
+    parser = process.make_parser("rollout", "Samples responses with the student's newest weights.")
     return process.main(_run, parser, argv)
 
 
@@ -32,13 +32,14 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
             "name a running one: --set queue.url=redis://HOST:PORT/0"
         )
-    service = process.service_config(arguments).rollout
+    service = process.read_service_config(arguments).rollout
     worker = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
     logs.share(job=config.run.name, worker=worker)
-    from vaopd_rollout.metrics import WorkerMetrics
+    with process.loading():
+        from vaopd_rollout.metrics import WorkerMetrics
 
     metrics = WorkerMetrics(job=config.run.name)
-    with metrics_port.serve_metrics(metrics.registry, metrics_port.metrics_address(arguments)):
+    with metrics_port.serve_metrics(metrics.registry, metrics_port.choose_metrics_address(arguments)):
         run(config, worker=worker, metrics=metrics, service=service)
     return 0
 
@@ -58,7 +59,8 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
         max_deliveries=config.queue.max_deliveries,
     )
     metrics.watch(leases=lambda: len(queue.held()))
-    engine = build_engine(config, worker=worker)
+    with process.loading():
+        engine = build_engine(config, worker=worker)
     stop = Stop(drain_s=service.drain_s)
     stop.install()
     batch = config.rollout.requests_per_batch

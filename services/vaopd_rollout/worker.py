@@ -150,7 +150,7 @@ class RolloutWorker:
 
     def _load(self, version: int) -> bool:
         """Loads the weights of `version` where needed; False when that version isn't announced."""
-        policy = self._policy(version)
+        policy = self._find_policy(version)
         if policy is None:
             return False
         loaded = self._engine.policy
@@ -161,18 +161,18 @@ class RolloutWorker:
                 self._engine.load_policy(policy)
         except VaopdError:
             # A trainer withdraws a version before it deletes the snapshot: that is no error of this worker.
-            if self._policy(version) != policy:
+            if self._find_policy(version) != policy:
                 return False
             raise
         log.info(
             "policy version %d (%s…) is loaded",
             policy.version,
             policy.sha256[:12],
-            extra=logs.fields(policy_version=policy.version),
+            extra=logs.make_fields(policy_version=policy.version),
         )
         return True
 
-    def _policy(self, version: int) -> PolicyVersion | None:
+    def _find_policy(self, version: int) -> PolicyVersion | None:
         try:
             return self._queue.policy(version)
         except Unavailable as error:
@@ -186,8 +186,8 @@ class RolloutWorker:
         with (
             tracing.span("generate", groups=ids, policy_version=version),
             self._metrics.time_batch(),
-            # The keeper renews the leases whatever the engine does, so no other worker would notice that it hangs.
-            hang_timer.ends_within(self._stuck_after_s),
+            # The keeper renews the leases even while the engine hangs, so no other worker would take them over.
+            hang_timer.limit_time(self._stuck_after_s),
         ):
             outcomes = self._engine.generate([lease.request for lease in batch])
         self._generating = []
@@ -198,7 +198,7 @@ class RolloutWorker:
             else:
                 group_id = lease.request.group_id
                 log.warning(
-                    "group %s goes to the dead letters: %s", group_id, outcome, extra=logs.fields(group=group_id)
+                    "group %s goes to the dead letters: %s", group_id, outcome, extra=logs.make_fields(group=group_id)
                 )
                 self._commit(lease, lambda lease=lease, reason=str(outcome): self._queue.fail(lease, reason))  # type: ignore[misc]
         groups = [outcome for outcome in outcomes if isinstance(outcome, RolloutGroup)]
@@ -208,7 +208,7 @@ class RolloutWorker:
             len(groups),
             len(batch),
             tokens,
-            extra=logs.fields(groups=ids, policy_version=version),
+            extra=logs.make_fields(groups=ids, policy_version=version),
         )
 
     def _commit(self, lease: Lease, commit: Callable[[], object]) -> None:
@@ -219,7 +219,7 @@ class RolloutWorker:
                 return
             except LeaseLost as error:
                 self._metrics.count_error("lease_lost")
-                log.warning("%s", error, extra=logs.fields(group=lease.request.group_id))
+                log.warning("%s", error, extra=logs.make_fields(group=lease.request.group_id))
                 return
             except Unavailable as error:
                 if self._stop.requested:
@@ -230,7 +230,7 @@ class RolloutWorker:
                     "group %s is kept until it can be published: %s",
                     group_id,
                     error,
-                    extra=logs.fields(group=group_id),
+                    extra=logs.make_fields(group=group_id),
                 )
                 self._stop.wait(RETRY_S)
 

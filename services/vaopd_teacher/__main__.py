@@ -15,21 +15,22 @@ from vaopd.telemetry import metrics_port
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the service; returns the exit status."""
-    return process.main(_run, process.parser("teacher", "Serves a frozen teacher over gRPC."), argv)
+    return process.main(_run, process.make_parser("teacher", "Serves a frozen teacher over gRPC."), argv)
 
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
-    service = process.service_config(arguments).teacher
+    service = process.read_service_config(arguments).teacher
     engine = service.engine
     if engine.backend == "transformers" and engine.processes > 1:
         code = _as_one_of(engine.processes, config)
         if code is not None:
             return code
-    from vaopd_teacher.metrics import TeacherMetrics
-    from vaopd_teacher.server import serve
+    with process.loading():
+        from vaopd_teacher.metrics import TeacherMetrics
+        from vaopd_teacher.server import serve
 
     metrics = TeacherMetrics()
-    with metrics_port.serve_metrics(metrics.registry, metrics_port.metrics_address(arguments)):
+    with metrics_port.serve_metrics(metrics.registry, metrics_port.choose_metrics_address(arguments)):
         return asyncio.run(serve(config, service=service, announce=arguments.announce, metrics=metrics))
 
 
@@ -42,7 +43,8 @@ def _as_one_of(processes: int, config: Config) -> int | None:
         return die_as(launch(ranks, processes=processes))
     if os.environ["RANK"] == "0":
         return None
-    from vaopd_teacher.engines.tensor_parallel import follow
+    with process.loading():
+        from vaopd_teacher.engines.tensor_parallel import follow
 
     return follow(config, processes=processes)
 

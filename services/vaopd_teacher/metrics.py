@@ -116,7 +116,7 @@ class TeacherMetrics:
             buckets=FILL_BUCKETS,
             registry=self.registry,
         )
-        self._state = _AtScrape(self._known)
+        self._state = _AtScrape(self._list_jobs)
         self.registry.register(self._state)
 
     def watch(self, server: Server) -> None:
@@ -125,7 +125,7 @@ class TeacherMetrics:
 
     def count_scored(self, job: str, scored: EngineResult, *, latency_s: float) -> None:
         """Counts a scored group, `latency_s` after its call's arrival."""
-        job, group = self._seen(job), scored.group
+        job, group = self._see_job(job), scored.group
         self._groups.labels(job).inc()
         self._tokens.labels(job).inc(group.tokens)
         self._latency.labels(job).observe(latency_s)
@@ -135,21 +135,21 @@ class TeacherMetrics:
 
     def count_failed(self, job: str) -> None:
         """Counts a group that was answered with an error."""
-        self._failed.labels(self._seen(job)).inc()
+        self._failed.labels(self._see_job(job)).inc()
 
     def count_refused(self, job: str | None, reason: str) -> None:
         """Counts a call that was refused as a whole; `job`: None when it is not known."""
-        self._refused.labels(self._seen(job) if job else "-", reason).inc()
+        self._refused.labels(self._see_job(job) if job else "-", reason).inc()
 
     def observe_batch(self, fill: float) -> None:
         """Notes a batch for the device, as its share of `teacher.batch_tokens`."""
         self._fill.observe(fill)
 
-    def _known(self) -> list[str]:
+    def _list_jobs(self) -> list[str]:
         with self._lock:
             return list(self._jobs)
 
-    def _seen(self, job: str) -> str:
+    def _see_job(self, job: str) -> str:
         """Returns a job's label; ends the series of the job that has been silent for longest to make room."""
         job = job[:LABEL_CHARACTERS]
         with self._lock:
@@ -198,9 +198,9 @@ class _AtScrape(Collector):
         if server is not None:
             limit.add_metric([], server.admission.limit)
             empty = dict.fromkeys(self._jobs(), 0.0)
-            for job, count in (empty | _by_label(server.admission.waiting_by_job())).items():
+            for job, count in (empty | _sum_by_label(server.admission.count_waiting_by_job())).items():
                 groups.add_metric([job], count)
-            for job, cost in (empty | _by_label(server.scheduler.waiting_tokens_by_job())).items():
+            for job, cost in (empty | _sum_by_label(server.scheduler.waiting_tokens_by_job())).items():
                 tokens.add_metric([job], cost)
             batches.add_metric([], server.scheduler.forwards)
             busy.add_metric([], server.scheduler.busy_seconds)
@@ -215,7 +215,7 @@ class _AtScrape(Collector):
     describe = collect
 
 
-def _by_label(values: Mapping[str, float]) -> dict[str, float]:
+def _sum_by_label(values: Mapping[str, float]) -> dict[str, float]:
     """Sums the values by label, of the MAX_JOBS largest; names with the same beginning share a label."""
     summed: collections.defaultdict[str, float] = collections.defaultdict(float)
     for job, value in values.items():

@@ -2,13 +2,12 @@
 
 Start: load, listen, health SERVING. SIGTERM or SIGINT: health NOT_SERVING, new calls UNAVAILABLE, accepted calls finish
 within `drain_s`, exit 0. The engine failed or hangs: health NOT_SERVING, waiting calls UNAVAILABLE, exit 1.
-Whatever the device does, the process is gone drain_s + 7 s after the signal.
+Even if the device hangs, the process ends at most drain_s + 7 s after the signal.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -31,7 +30,7 @@ from vaopd.vlm.model import Vlm
 from vaopd.wire.teacher import DEGRADATION_KINDS
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.load import load, transformers_backend
+from vaopd_teacher.engines.load import load, make_backend
 from vaopd_teacher.hang_watch import Watchdog
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 from vaopd_teacher.intake.prepare import Preparer
@@ -42,14 +41,14 @@ from vaopd_teacher.metrics import Cache, TeacherMetrics
 from vaopd_teacher.rpc.access import Access, Quotas
 from vaopd_teacher.rpc.interceptor import ErrorInterceptor
 from vaopd_teacher.rpc.servicer import CHUNK_BYTES, TeacherServicer
-from vaopd_teacher.rpc.tls import server_credentials
+from vaopd_teacher.rpc.tls import make_server_credentials
 
 log = logging.getLogger(__name__)
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
-"""How long a drained process waits for a forward in progress, whose calls have all ended."""
+"""How long a drained process waits for a forward in progress after all of its calls have ended."""
 _MESSAGE_OVERHEAD_BYTES = 1024
 
 
@@ -75,7 +74,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
     )
 
 
-def _options(limits: TeacherLimits) -> list[tuple[str, int]]:
+def _make_options(limits: TeacherLimits) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
@@ -116,7 +115,7 @@ class TeacherServer:
             backend = teacher
         else:
             vision_bytes = service.images.vision_bytes
-            backend = transformers_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
+            backend = make_backend(teacher, batch_tokens=batch_tokens, vision_bytes=vision_bytes, engine=engine)
         metrics = metrics or TeacherMetrics()
         self.serving = False
         """Whether health checks are answered with SERVING."""
@@ -154,7 +153,7 @@ class TeacherServer:
         self._calls = ErrorInterceptor(
             SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
-        self._server = grpc.aio.server(interceptors=[self._calls], options=_options(limits))
+        self._server = grpc.aio.server(interceptors=[self._calls], options=_make_options(limits))
         servicer = TeacherServicer(
             description=self.description,
             head=backend.head,
@@ -190,7 +189,7 @@ class TeacherServer:
         Raises ConfigError when the address can't be listened on.
         """
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        credentials = server_credentials(self._tls, address)
+        credentials = make_server_credentials(self._tls, address)
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(address)
@@ -242,10 +241,11 @@ async def serve(
         raise ConfigError(
             f"teacher.address = {config.teacher.address!r} lists several; that is for clients, a teacher listens on one"
         )
-    server_credentials(service.tls, config.teacher.address)
+    make_server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
         KeyStore.load(service.keys.file)
-    backend = load(config, service)
+    with entry.loading():
+        backend = load(config, service)
     server = TeacherServer(
         backend,
         model=config.teacher.model,
@@ -254,10 +254,6 @@ async def serve(
         ends_process=True,
         metrics=metrics,
     )
-    # The objects of the libraries and the model stay for good (torch and transformers make a million): each garbage
-    # collection that looked through them delayed every call by 0.3 s.
-    gc.collect()
-    gc.freeze()
     address = await server.start(config.teacher.address)
     signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

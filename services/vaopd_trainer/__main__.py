@@ -16,7 +16,7 @@ from vaopd.telemetry import logs, metrics_port
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one rank, or starts all of them; returns the exit code."""
-    parser = process.parser("trainer", "Trains a student; one job.")
+    parser = process.make_parser("trainer", "Trains a student; one job.")
     given = sys.argv[1:] if argv is None else argv
     return process.main(lambda arguments, config: _run(arguments, config, given), parser, given)
 
@@ -32,15 +32,16 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
         from vaopd.process.ranks import end_with_the_launcher
 
         end_with_the_launcher()
-    from vaopd_trainer.compose import run
-    from vaopd_trainer.metrics import TrainerMetrics
+    with process.loading():
+        from vaopd_trainer.compose import run
+        from vaopd_trainer.metrics import TrainerMetrics
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     metrics = TrainerMetrics(job=config.run.name, steps=config.trainer.steps)
     # The coordinator has the numbers of all ranks.
-    address = metrics_port.metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
+    address = metrics_port.choose_metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
     with metrics_port.serve_metrics(metrics.registry, address):
         return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
 

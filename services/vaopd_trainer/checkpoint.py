@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_folder
-from vaopd.run.checkpoints import RunState, checkpoints_in, write_run_state
+from vaopd.run.checkpoints import RunState, list_checkpoints, write_run_state
 from vaopd.run.snapshots import save_tensors
 from vaopd_trainer import kill_points
 
@@ -43,7 +43,7 @@ def save(
             "intact: make room, and resume"
         ) from None
     kill_points.pass_point("renamed", state.step)
-    for old in checkpoints_in(folder)[:-keep]:
+    for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 

@@ -43,7 +43,7 @@ class Collector:
         self._arrived: dict[str, Delivered] = {}
         self._unacknowledged: dict[str, str] = {}  # group_id -> entry_id, handed out
         self._spares: dict[str, list[str]] = {}  # group_id -> entry_ids of duplicates, kept until the group is durable
-        self._durable: list[str] = []  # entries whose groups are in a checkpoint, not yet acknowledged
+        self._durable: list[str] = []  # entries of groups that are in a checkpoint, not yet acknowledged
         self._finished: set[str] = set()  # handed out, trained before a resume, or dead: never wanted again
         # Groups and letters for requests that a killed trainer made and this one has yet to make. Enqueueing those
         # again adds nothing to the queue, so neither may be lost.
@@ -76,7 +76,7 @@ class Collector:
             self._ledger.write("published", group=request.group_id, step=step, policy=request.policy_version)
             self._until_redis_takes_it(lambda request=request: self._queue.enqueue(request))  # type: ignore[misc]
         ids = [request.group_id for request in requests]
-        log.info("%d groups requested", len(ids), extra=logs.fields(step=step, groups=ids))
+        log.info("%d groups requested", len(ids), extra=logs.make_fields(step=step, groups=ids))
         self._inbox.extend(self._early)
         self._early = []
         self._until_redis_takes_it(self._sort)
@@ -86,7 +86,7 @@ class Collector:
         self._ledger.write("resumed", step=step)
         self._finished.update(group_ids)
 
-    def groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
+    def wait_for_groups(self, group_ids: Sequence[str], *, check: Check) -> Iterator[list[RolloutGroup]]:
         """Yields the groups of these ids as they arrive, several at a time; ends when each has come or is dead."""
         self._check = check
         open_ids = set(group_ids) - self._dead
@@ -211,7 +211,7 @@ class Collector:
             # trainer that resumes before the next checkpoint.
             self._spares[group.group_id] = [*spares, delivered.entry_id]
         self.counts[reason] += 1
-        log.info("dropped group %s: %s", group.group_id, reason, extra=logs.fields(group=group.group_id))
+        log.info("dropped group %s: %s", group.group_id, reason, extra=logs.make_fields(group=group.group_id))
         self._ledger.write("dropped", group=group.group_id, policy=group.policy_version, reason=reason)
 
     def _take_arrived(self, group_id: str) -> RolloutGroup:
@@ -224,7 +224,7 @@ class Collector:
     def _give_up(self, group_id: str, reason: str, entry_id: str | None) -> None:
         if entry_id is not None:  # None: it was lost with a Redis that came back empty
             self._until_redis_takes_it(lambda: self._queue.dead_letter(entry_id, reason))
-        log.error("gave up group %s: %s", group_id, reason, extra=logs.fields(group=group_id))
+        log.error("gave up group %s: %s", group_id, reason, extra=logs.make_fields(group=group_id))
         self.counts["dead"] += 1
         self._ledger.write("dead", group=group_id, reason=reason)
 
@@ -291,7 +291,7 @@ class Collector:
         log.warning(
             "waiting for %d groups; rollout workers alive: %s", missing, ", ".join(workers) or "none (start one)"
         )
-        # A Redis whose host lost power comes back without its last second: what was published then is published again.
+        # After a power cut, Redis lacks its last second: requests published in it are published again.
         if any(self._queue.policy(version) is None for version in self._policies):
             for version in sorted(self._policies):
                 self._queue.publish_policy(self._policies[version])
@@ -299,6 +299,8 @@ class Collector:
         for request in self._queue.unpublished(waiting):
             group_id = request.group_id
             log.warning(
-                "Redis has lost the request for group %s: published again", group_id, extra=logs.fields(group=group_id)
+                "Redis has lost the request for group %s: published again",
+                group_id,
+                extra=logs.make_fields(group=group_id),
             )
             self._queue.enqueue(request)

@@ -23,16 +23,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
-from vaopd import client, grading
+from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
-from vaopd.data.loaders import load_prompts
+from vaopd.data.loaders import load_training_prompts
 from vaopd.errors import ConfigError, Mismatch
 from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
-from vaopd.run.checkpoints import FILE, latest_checkpoint
+from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import load_state
 from vaopd.types import TeacherDescription
@@ -69,10 +69,11 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     if ranks.is_coordinator:
         _prepare_folder(config, resume=resume)
     ranks.barrier()
-    start = latest_checkpoint(config.run_folder / "checkpoints") if resume else None
-    student = _load_student(config, start)
+    start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+    with process.loading():
+        student = _load_student(config, start)
     prompts = TrainingPrompts(
-        load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None),
+        load_training_prompts(config),
         per_step=config.trainer.prompts_per_step,
         seed=config.run.seed,
     )
@@ -110,7 +111,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.make_loss_keywords()),
             coordinator=coordinator,
         )
         if start is not None:
@@ -151,7 +152,7 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     """Loads the student with the weights of checkpoint `start`, if given."""
     student = Vlm.load(
         config.student.model,
-        dtype="float32",  # whatever the compute precision: steps of 1e-6 would vanish in bfloat16
+        dtype="float32",  # at any compute precision: steps of 1e-6 would vanish in bfloat16
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
@@ -172,7 +173,7 @@ def _connect_teacher(
             job=config.run.name,
             degradation=config.degradation.as_degradation(),
             tokenizer_fingerprint=student.fingerprint,
-            **config.teacher.payload_keywords(),
+            **config.teacher.make_payload_keywords(),
             **client.from_environment(),
         )
     )
@@ -206,6 +207,6 @@ def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> T
 
 
 def _renew(queue: TrainerQueue) -> None:
-    # A Redis that came back empty is the collector's to fill again, whichever of the two notices first.
+    # The collector refills a Redis that came back empty, even if the keeper notices first.
     with contextlib.suppress(Mismatch):
         queue.renew()

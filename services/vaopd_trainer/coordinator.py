@@ -31,7 +31,7 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
-from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot, ties_head, without_tied_head
+from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -82,7 +82,9 @@ class Coordinator:
         self._metrics = metrics
         self._track = track
         self._stop = stop
-        self._folder = config.run_folder.resolve()  # workers read snapshots there, whatever their working folder
+        self._folder = (
+            config.run_folder.resolve()
+        )  # absolute, since workers with another working folder read snapshots there
         self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
         self._samples_file = JsonLines(self._folder / "samples.jsonl")
         self._snapshot: PolicyVersion
@@ -155,7 +157,7 @@ class Coordinator:
         Every rank gets as many messages as it has groups: None for a group that will not come.
         """
         missing = {str(group): group.index % self._ranks.world for group in self._prompts.list_groups(step)}  # -> rank
-        for groups in self._collector.groups(list(missing), check=self.check):
+        for groups in self._collector.wait_for_groups(list(missing), check=self.check):
             self._metrics.note_progress()
             mine = []
             for group in groups:
@@ -224,7 +226,7 @@ class Coordinator:
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
-        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.fields(step=step, groups=ids))
+        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.make_fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
                 prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
@@ -248,7 +250,7 @@ class Coordinator:
         checkpoint.save(
             self._folder / "checkpoints",
             state,
-            student=without_tied_head(weights, tied=ties_head(self._student.path)),
+            student=drop_tied_head(weights, tied=has_tied_head(self._student.path)),
             optimizer=optimizer,
             keep=self._config.trainer.keep_checkpoints,
         )

@@ -33,7 +33,7 @@ def evaluate(
     collector.enqueue(requests, oldest_version=version, step=None, check=check)
     verdicts = {group_id: [Verdict.WRONG] * config.evaluation.samples for group_id in answers}
     done = 0
-    for groups in collector.groups(list(answers), check=check):
+    for groups in collector.wait_for_groups(list(answers), check=check):
         done += len(groups)
         on_progress(done, len(answers))
         for group in groups:

@@ -57,9 +57,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
-        self.schedule = get_cosine_schedule_with_warmup(
-            optimizer, round(settings.warmup_fraction * settings.steps), settings.steps
-        )
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
         self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ class Trainer:
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
         kill_points.pass_point("collected", step)
-        results = list(scorer.results(check=self._check_alone))
+        results = list(scorer.wait_for_results(check=self._check_alone))
         kill_points.pass_point("scored", step)
         refused = self.ranks.gather([[r.group_id, r.reason] for r in results if isinstance(r, Refused)])
         if self.coordinator is not None:

@@ -140,17 +140,17 @@ class _AtScrape(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics; those of the queue's depth only while Redis answers."""
         if self.depth is None:
-            return self._families(None)
+            return self._make_families(None)
         try:
-            return self._families(self.depth())
+            return self._make_families(self.depth())
         except VaopdError:  # redis_up says so; the trainer's log says why
-            return self._families(None)
+            return self._make_families(None)
 
     def describe(self) -> Iterator[Metric]:
         """Yields the metrics without reading Redis."""
-        return self._families(None)
+        return self._make_families(None)
 
-    def _families(self, depth: Depth | None) -> Iterator[Metric]:
+    def _make_families(self, depth: Depth | None) -> Iterator[Metric]:
         groups = CounterMetricFamily(
             "vaopd_trainer_groups",
             "Groups by fate: trained; stale, duplicate and other_weights were dropped; dead will never come",
@@ -161,11 +161,11 @@ class _AtScrape(Collector):
             groups.add_metric([self._job, fate], self.counts.get(fate, 0))
         yield groups
         up = "1 when Redis answered this scrape; the next four are missing when it didn't"
-        yield self._gauge("redis_up", up, 0 if depth is None else 1)
+        yield self._make_gauge("redis_up", up, 0 if depth is None else 1)
         for name, (key, text) in DEPTHS.items():
-            yield self._gauge(name, text, None if depth is None else getattr(depth, key))
+            yield self._make_gauge(name, text, None if depth is None else getattr(depth, key))
 
-    def _gauge(self, name: str, text: str, value: int | None) -> GaugeMetricFamily:
+    def _make_gauge(self, name: str, text: str, value: int | None) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"vaopd_trainer_{name}", text, labels=[JOB])
         if value is not None:
             family.add_metric([self._job], value)

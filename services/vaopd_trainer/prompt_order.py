@@ -15,19 +15,21 @@ from vaopd.types import GroupId, Prompt, RolloutRequest, SamplingSettings
 
 
 class PromptOrder:
-    """Maps a position in the run to a prompt's index in the data set; every epoch is a new permutation of all prompts.
+    """Maps a position in the run to a prompt's index in the data set; every epoch is a new permutation of the prompts.
 
-    Positions count from 0, over the whole run.
+    Positions count from 0, over the whole run. As in the paper, an epoch ends with its last whole step: the rest of the
+    permutation is left out, unless the data set is smaller than one step.
     """
 
-    def __init__(self, *, prompts: int, seed: int) -> None:
+    def __init__(self, *, prompts: int, seed: int, per_step: int = 1) -> None:
         self.prompts = prompts
         self.seed = seed
+        self._dealt = prompts // per_step * per_step or prompts
 
     def index(self, position: int) -> int:
         """Returns the data set's index, 0 … prompts − 1, of the prompt at `position`."""
-        epoch, place = divmod(position, self.prompts)
-        return int(_permutation(self.prompts, self.seed, epoch)[place])
+        epoch, place = divmod(position, self._dealt)
+        return int(_permute(self.prompts, self.seed, epoch)[place])
 
 
 class TrainingPrompts:
@@ -36,7 +38,7 @@ class TrainingPrompts:
     def __init__(self, prompts: Sequence[Prompt], *, per_step: int, seed: int) -> None:
         self.per_step = per_step
         self._prompts = prompts
-        self._order = PromptOrder(prompts=len(prompts), seed=seed)
+        self._order = PromptOrder(prompts=len(prompts), seed=seed, per_step=per_step)
 
     def list_groups(self, step: int) -> list[GroupId]:
         """Returns the ids of the step's groups, in the order of their prompts."""
@@ -48,7 +50,7 @@ class TrainingPrompts:
 
 
 @lru_cache(maxsize=4)
-def _permutation(prompts: int, seed: int, epoch: int) -> np.ndarray:
+def _permute(prompts: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(prompts)
 
 

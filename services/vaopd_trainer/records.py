@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_file
-from vaopd.run.records import json_lines
+from vaopd.run.records import read_json_lines
 from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 
@@ -32,7 +32,7 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns all records but a last line that a crash cut short; none without a file."""
-        return [record for _, record in json_lines(self.path)] if self.path.exists() else []
+        return [record for _, record in read_json_lines(self.path)] if self.path.exists() else []
 
     def drop_from(self, step: int) -> None:
         """Removes the records of `step` and later ones: a resumed run takes those steps again."""

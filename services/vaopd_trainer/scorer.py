@@ -99,7 +99,7 @@ class GroupScorer:
             context = contextvars.copy_context()
             self._futures.append(self._pool.submit(context.run, self._score, list(groups)))
 
-    def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
+    def wait_for_results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
         """Yields the outcome of every group submitted since the last call; waits for them.
 
         Raises the error that ended a scoring call. `check` is called during the wait and may raise to end it.
@@ -154,7 +154,10 @@ class GroupScorer:
 
     def _prepare(self, prompt: Prompt, group: RolloutGroup) -> PreparedPrompt:
         """Renders the prompt with the student's processor; raises Mismatch if the rollout engine read other tokens."""
-        decoded = {image.sha256: self._student.prepare_image(images.decode(image)) for image in prompt.images}
+        decoded = {
+            image.sha256: self._student.prepare_image(self._student.scale_image(images.decode(image)))
+            for image in prompt.images
+        }
         rendered = self._student.render(prompt.messages, decoded)
         if not np.array_equal(rendered.token_ids, group.prompt_token_ids):
             raise Mismatch(

@@ -50,7 +50,7 @@ EVALUATION_DESCRIPTIONS = {
     "standard_error": "of the accuracy, over problems",
     "prompts": "held-out problems",
     "samples": "answers to each, the n of avg@n",
-    "not_judged": "answers whose comparison was cut off by its limit of time or memory; counted as wrong",
+    "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
     "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
@@ -129,11 +129,11 @@ def describe_rollouts(
             "question": question.strip(),
             "answer": prompt.answer,
             "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
-            "visual_advantage": _rounded(score.visual_advantage[k]),
-            "teacher_logprobs": _rounded(score.teacher_logprobs[k]),
-            "degraded_logprobs": _rounded(score.degraded_logprobs[k]),
-            "rollout_logprobs": _rounded(rollout.rollout_logprobs),
-            "kl": _rounded(kl_M[start : start + len(rollout.response_ids)]),
+            "visual_advantage": _round(score.visual_advantage[k]),
+            "teacher_logprobs": _round(score.teacher_logprobs[k]),
+            "degraded_logprobs": _round(score.degraded_logprobs[k]),
+            "rollout_logprobs": _round(rollout.rollout_logprobs),
+            "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
             "correct": bool(verdict),
             "verdict": verdict.value,
@@ -144,5 +144,5 @@ def describe_rollouts(
         yield record
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+def _round(values: np.ndarray) -> list[float]:
     return [round(float(value), 5) for value in values]

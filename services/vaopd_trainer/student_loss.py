@@ -1,6 +1,6 @@
 """Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
-In: scored groups and their token weights. Out: the scalar loss, whose gradient is the step's, and each token's KL.
+In: scored groups and their token weights. Out: the scalar loss, to call backward on, and each token's KL.
 """
 
 from __future__ import annotations

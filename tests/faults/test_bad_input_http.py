@@ -7,9 +7,12 @@ what depends on who asks and when. HTTP has no row "another job's data": a reque
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.types import TeacherLimits
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd_api.access import OPEN, Access
 from vaopd_api.app import create_app
 from vaopd_api.problems import describe
@@ -93,6 +96,14 @@ def test_a_vision_token_inside_a_response(api: Api, name: str) -> None:
     assert f"token id {token} is a vision placeholder" in error_of(answer)["detail"]
 
 
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|image_pad|>", "<|video_pad|>"])
+@pytest.mark.usefixtures("same_afterwards")
+def test_a_control_token_inside_a_question(api: Api, name: str) -> None:
+    answer = api.score(**{**BODY, "question": f"What does {name} mean?"})
+    assert answer.status_code == 422
+    assert f"a text holds '{name}'" in error_of(answer)["detail"]
+
+
 @pytest.mark.usefixtures("same_afterwards")
 def test_more_tokens_than_the_model_takes(api: Api) -> None:
     answer = api.score(image=PNG, question=QUESTION, response_token_ids=[5] * 1024)
@@ -123,13 +134,13 @@ def test_a_teacher_that_isn_t_here(api: Api) -> None:
 def test_one_error_tree_has_one_status_in_each_protocol(
     kind: type[VaopdError], grpc_status: str, http_status: int
 ) -> None:
-    assert status_of(kind("x")).name == grpc_status
+    assert choose_status(kind("x")).name == grpc_status
     assert describe(kind("x"))[0].status == http_status
 
 
 def test_what_has_to_wait_is_told_how_long_in_each_protocol() -> None:
     full = errors.Busy("full", 2.5)
-    assert status_of(full).name == "RESOURCE_EXHAUSTED"
+    assert choose_status(full).name == "RESOURCE_EXHAUSTED"
     problem, headers = describe(full)
     assert (problem.status, headers["Retry-After"]) == (429, "3")
 
@@ -146,7 +157,7 @@ def key_file(tmp_path: Path) -> Path:
 async def test_every_route_but_health_and_the_page_refuses_without_a_key(key_file: Path) -> None:
     """Also routes that are added some day: whoever opens one has to say so in `OPEN`, and here."""
     app = create_app(
-        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore.load(key_file).job_of)
+        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore.load(key_file).find_job)
     )
     routes = {
         (method, route.path)
@@ -211,13 +222,17 @@ def _score_one(teacher: TeacherInProcess) -> None:
 def test_a_client_that_goes_away_takes_its_work_along(tmp_path: Path) -> None:
     engine = HeldEngine()
     with teacher_in_process(tiny_vlm(), batch_tokens=30, engine=engine) as teacher:
+        waiting = lambda: teacher.server.admission.waiting  # noqa: E731
+        arrived = {"first": lambda: engine.reached == ["first"], "second": lambda: waiting() == 1}
         try:
             for api in start_api(tmp_path, teacher.target):
-                for name in ("first", "second"):
-                    # Gone as soon as it is sent.
-                    with pytest.raises(httpx.ReadTimeout):
-                        api.http.post("/v1/score", json=BODY, headers={"X-Request-Id": name}, timeout=1.0)
-                wait_until("the teacher has no work left", lambda: teacher.server.admission.waiting == 0)
+                for name, condition in arrived.items():
+                    headers = {"X-Request-Id": name, "Content-Type": "application/json"}
+                    url = api.http.base_url
+                    with closing(HTTPConnection(url.host, url.port)) as connection:
+                        connection.request("POST", "/v1/score", json.dumps(BODY), headers)
+                        wait_until(f"the teacher has the {name}", condition)
+                    wait_until("the teacher has no work left", lambda: waiting() == 0)
                 engine.go.set()
                 assert api.http.post("/v1/score", json=BODY, headers={"X-Request-Id": "third"}).status_code == 200
                 wait_until("it is logged", lambda: "499" in (tmp_path / "api.log").read_text())

@@ -1,5 +1,7 @@
-"""Processes that hang, and must end with a status that gets them restarted; the teacher's own test is
-tests/services/test_teacher_watchdog.py."""
+"""Processes that hang must end with a status that gets them restarted.
+
+The teacher's test is tests/services/test_teacher_watchdog.py, the worker's tests/services/test_rollout_worker.py.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.system import System
 from tests.support.teacher import write_config
 from tests.support.waiting import wait_until
-
-PROMPTS = 4  # in a step, by `tests.support.system`
-
 
 TIMER = "import time\nfrom vaopd.process.hang_timer import ends_within\n"
 
@@ -62,23 +60,3 @@ def test_an_api_whose_event_loop_stands_still_ends(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert "in describe" in (tmp_path / "api.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(
-    system: System, tmp_path: Path
-) -> None:
-    """For one with so little patience any engine hangs."""
-    job = system.job("hanging-engine", trainer__steps=1)
-    trainer = job.start_trainer()
-    job.until("the step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
-    service = tmp_path / "service.toml"
-    service.write_text("[rollout]\nstuck_after_s = 0.01\n")
-    impatient = job.start_worker("impatient", "--service", str(service))
-    assert impatient.exit_code() == 1
-    assert "Timeout (0:00:00.01" in impatient.text()  # above every thread's stack
-    worker = job.start_worker("patient")
-    job.finished(trainer)
-    worker.kill()
-    assert len(job.ledger()) == PROMPTS
-    assert job.pending() == {"requests": 0, "groups": 0}

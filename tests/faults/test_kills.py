@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.support.system import Job, System
+from vaopd.errors import InvalidInput
 from vaopd.run.ledger import audit
+from vaopd_trainer import checkpoint
 from vaopd_trainer.kill_points import KILL_POINTS
 
 STEPS, PROMPTS = 8, 4
@@ -40,7 +43,7 @@ def assert_each_group_once(job: Job) -> None:
     assert [record["step"] for record in job.records("eval")] == [0, 2, 4, 6, 8]
     books = audit(job.folder)
     assert books.problems == []
-    assert {fate.outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}
+    assert {fate.name_outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}
 
 
 def test_an_undisturbed_run_trains_every_group_once(undisturbed: Job) -> None:
@@ -71,59 +74,67 @@ def test_a_killed_worker_teacher_and_redis_leave_no_trace_in_the_result(system: 
     assert job.weights() == undisturbed.weights()
 
 
-def test_a_killed_trainer_resumes_and_ends_with_the_same_weights(system: System, undisturbed: Job) -> None:
-    """Its newest checkpoint is damaged as well, so that it goes on from the one before. Groups that were acknowledged
-    since are sampled anew, those that were not come again, and the evaluations are repeated.
-    """
-    job = system.job("killed-trainer", **SETTINGS)
-    trainer, worker = job.start_trainer(), job.start_worker()
-    job.until("the fifth step is done", lambda: len(job.records()) >= 5, trainer, worker)
-    trainer.kill()
-    assert len(job.ledger()) < len(job.records()) * PROMPTS  # work that no checkpoint holds is lost
+DEATHS = [
+    *("collected:1", "scored:2", "backward:3", "device:3", "stepped:4"),
+    *("written:6", "renamed:6", "unacknowledged:8"),
+]
+# A checkpoint every second step; the last one holds the whole run. What "renamed:6" has written is damaged.
+RESUMED_AT = [0, 2, 2, 2, 4, 4, 4, 8]
+BROKEN_DEVICE = """
+import sys
+from vaopd_trainer import loop
+from vaopd_trainer.__main__ import main
 
-    again = job.start_trainer()
-    assert again.exit_code() == 2
-    assert "is in use; pass --resume to continue" in again.text()
+train = loop.Trainer._train
 
-    older, newest = sorted((job.folder / "checkpoints").iterdir())
-    weights = newest / "student.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    refused = job.start_trainer(resume=True)
-    assert refused.exit_code() == 2
-    assert f"checkpoint {newest} can't be read" in refused.text()
-    shutil.rmtree(newest)  # as the message says
+def broken(self, step, *arguments):
+    if step == 3:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    return train(self, step, *arguments)
 
-    resumed = job.start_trainer(resume=True)
-    job.finished(resumed)
-    worker.kill()
-    step = int(older.name.removeprefix("step_"))
-    assert f"resumed at step {step} with {step * PROMPTS} trained groups" in resumed.text()
-    assert_each_group_once(job)
-    assert job.losses() == undisturbed.losses()
-    assert job.weights() == undisturbed.weights()
-
-
-DEATHS = ["collected:1", "scored:2", "backward:3", "stepped:4", "written:6", "renamed:6", "unacknowledged:8"]
-RESUMED_AT = [0, 2, 2, 4, 4, 6, 8]  # a checkpoint every second step; the last one holds the whole run
+loop.Trainer._train = broken
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def test_a_trainer_that_dies_at_each_of_its_points_in_turn_ends_with_the_same_weights(
     system: System, undisturbed: Job
 ) -> None:
+    """Once its device fails: the process ends, since its context can't be used again. Once its newest checkpoint is
+    damaged, so that it resumes from the one before: groups that were acknowledged since are sampled again, those that
+    were not come again, and the evaluations are repeated.
+    """
     job = system.job("killed-everywhere", **SETTINGS)
-    assert [death.partition(":")[0] for death in DEATHS] == list(KILL_POINTS)
+    assert [point for point, _, _ in (death.partition(":") for death in DEATHS) if point != "device"] == [*KILL_POINTS]
     worker = job.start_worker()
     for number, death in enumerate(DEATHS):
-        trainer = job.start_trainer(resume=number > 0, kill_at=death)
-        assert trainer.exit_code() == -signal.SIGKILL, f"at {death}: {trainer.text()[-4000:]}"
+        fails = death.startswith("device")
+        trainer = job.start_trainer(
+            resume=number > 0, kill_at="" if fails else death, launch=("-c", BROKEN_DEVICE) if fails else ()
+        )
+        if fails:
+            assert trainer.exit_code() not in (0, 130)
+            assert "device-side assert" in trainer.text()
+        else:
+            assert trainer.exit_code() == -signal.SIGKILL, f"at {death}: {trainer.text()[-4000:]}"
+        if death == "renamed:6":
+            newest = job.folder / "checkpoints" / "step_000006"
+            damage(newest / "student.safetensors")
+            with pytest.raises(InvalidInput, match=rf"checkpoint {newest} can't be read .*; remove that folder"):
+                checkpoint.load_student(newest)
+            shutil.rmtree(newest)
     last = job.start_trainer(resume=True)
     job.finished(last)
     worker.kill()
-    resumed_at = [int(step) for step in re.findall(r"resumed at step (\d+)", last.text())]
-    assert resumed_at == [step for step in RESUMED_AT if step > 0]
+    resumed = re.findall(r"resumed at step (\d+) with (\d+) trained groups", last.text())
+    assert resumed == [(f"{step}", f"{step * PROMPTS}") for step in RESUMED_AT if step > 0]
     assert_each_group_once(job)
     assert job.losses() == undisturbed.losses()
     assert job.weights() == undisturbed.weights()
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
 
 
 def test_a_frozen_trainer_that_lost_its_job_is_refused_when_it_wakes(system: System, undisturbed: Job) -> None:
@@ -156,21 +167,3 @@ def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: Sy
     assert len(new.ledger()) == 2 * PROMPTS
     assert not {key for record in new.records() for key in record if key.startswith("groups_")}  # none was dropped
     assert new.pending() == {"requests": 0, "groups": 0}
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_while_waiting_checkpoints_and_the_run_goes_on_from_there(system: System, ranks: int) -> None:
-    """With several ranks the signal reaches torch's launcher, which passes it on."""
-    job = system.job(f"interrupted-{ranks}", trainer__steps=2, trainer__processes=ranks)
-    trainer = job.start_trainer()
-    job.until("the first step's requests wait", lambda: job.stream_length("requests") >= PROMPTS, trainer)
-    trainer.send(signal.SIGTERM)
-    assert trainer.exit_code() == 130
-    assert "stopped at step 0; continue with --resume" in trainer.text()
-    assert [folder.name for folder in (job.folder / "checkpoints").iterdir()] == ["step_000000"]
-
-    worker = job.start_worker()
-    job.finished(job.start_trainer(resume=True))
-    worker.kill()
-    assert Counter(line["step"] for line in job.ledger()) == {0: PROMPTS, 1: PROMPTS}
-    assert job.pending() == {"requests": 0, "groups": 0}

@@ -15,13 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.api import BODY, error_of, start_api
 from tests.support.models import tiny_vlm
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.config import SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest, TeacherLimits
-from vaopd.wire.teacher import score_request_to_pb, tokens_of
+from vaopd.wire.teacher import count_tokens, score_request_to_pb
 
 CODE = grpc.StatusCode
 MAX_TOKENS = 200
@@ -50,14 +51,14 @@ def capped() -> Iterator[TeacherInProcess]:
 def test_what_counts_is_the_prompt_once_and_every_response() -> None:
     request = token_request(tiny_vlm(), "g", responses=["12", "345"])
     assert request.prompt_token_ids is not None
-    assert tokens_of(message(request).groups[0]) == len(request.prompt_token_ids) + 3 + 4  # each with its EOS
+    assert count_tokens(message(request).groups[0]) == len(request.prompt_token_ids) + 3 + 4  # each with its EOS
 
 
 def test_a_batch_over_the_token_cap_is_refused(capped: TeacherInProcess) -> None:
     golden = message(group("golden"))
     before = answers(capped.target, golden)
     request = message(*(group(f"g{n}", tokens=60) for n in range(4)))
-    tokens = sum(map(tokens_of, request.groups))
+    tokens = sum(map(count_tokens, request.groups))
     with pytest.raises(grpc.RpcError, match=f"holds {tokens} tokens, the limit is 200; split it") as caught:
         answers(capped.target, request)
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
@@ -104,7 +105,7 @@ async def test_under_ten_times_the_load_every_call_is_answered_or_told_when_to_c
         assert ends.keys() == {"scored", "told when to come back"}
         assert ends["scored"] >= 16
         assert teacher.server.admission.refused == ends["told when to come back"]
-        assert teacher.server.admission.waiting == 0
+        wait_until("every place is free", lambda: teacher.server.admission.waiting == 0)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
         assert await asyncio.to_thread(answers, teacher.target, golden) == before
 

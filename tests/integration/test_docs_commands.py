@@ -115,7 +115,7 @@ def serving(folder: Path, command: str) -> Iterator[str]:
         words = [*command.split(), "--announce", str(announce)]
         process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=log, stderr=log)
     try:
-        wait_until(f"{name} serves", lambda: announce.exists() or process.poll() is not None, timeout_s=120)
+        wait_until(f"{name} serves", lambda: announce.exists() or process.poll() is not None, timeout_s=600)
         yield announce.read_text()
     finally:
         process.terminate()

@@ -148,7 +148,7 @@ def naming(lines: list[dict[str, Any]], group_id: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("process", "said"),
-    [("trainer", "asked for"), ("rollout", "sampled"), ("teacher", "0 refused"), ("trainer", "trained")],
+    [("trainer", "requested"), ("rollout", "sampled"), ("teacher", "0 refused"), ("trainer", "trained")],
 )
 def test_a_group_is_followed_through_every_process_by_its_id(watched: Watched, process: str, said: str) -> None:
     found = naming(watched.logs[process], GROUP)

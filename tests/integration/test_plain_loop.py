@@ -54,6 +54,7 @@ def test_it_trains(
     assert all(float(loss) > 0 for loss in losses)
 
 
+@pytest.mark.numeric
 def test_its_hidden_states_are_those_of_the_trainer(example: Any, data: Path) -> None:
     """One plain forward per sequence there; here the prompt once for all siblings."""
     student = Vlm.load(model_folder("student"), dtype="float64")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.models import model_folder
 from tests.support.system import Job, System
 from tests.support.teacher import drawing, encoded
+from tests.support.tolerance import assert_within, gamma
 from vaopd_trainer.prompt_order import PromptOrder
 
 pytestmark = pytest.mark.slow
@@ -27,11 +29,15 @@ def weights_of(job: Job) -> dict[str, np.ndarray]:
 
 
 def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System) -> None:
-    """AdamW's step is about the learning rate, 1e-4, for every weight, however small its gradient and however much of
-    that is rounding: so weights are compared within 2 % of a step.
+    """Up to the order in which the groups' gradients are summed, each of which is computed alike.
+
+    AdamW's step is about the learning rate for every weight, however small its gradient and however much of that is
+    rounding. Four gradients' sum is off by γ_4 of their magnitudes, and by more than 2 % of itself where it is smaller
+    than 50·γ_4 = 1.2e-5 of these: so of 10^4 weights one may be off by more than 2 % of a step, up to two steps.
     """
     # Samples are written where evaluation is due: with every step's, the rollouts of both runs can be compared.
-    settings = {"trainer__steps": 2, "trainer__learning_rate": 1e-4, "evaluation__every": 1}
+    steps, rate = 2, 1e-4
+    settings = {"trainer__steps": steps, "trainer__learning_rate": rate, "evaluation__every": 1}
     one = system.job("one-rank", **settings)
     two = system.job("two-ranks", trainer__processes=2, **settings)
     one.run()
@@ -42,12 +48,19 @@ def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System) -> Non
     assert len(shared) == 2 * 2 * 2
     assert shared.items() <= one.rollouts().items()
     assert len(two.ledger()) == len(one.ledger()) == 2 * 4
-    assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
     expected, found = weights_of(one), weights_of(two)
+    # A sum over up to 4 · 2 · 12 tokens; then 2 % of a step in each of n weights, which a gradient g turns into no more
+    # than √n·|g| of it.
+    (first, second), weights = one.losses(), sum(tensor.size for tensor in expected.values())
+    of_step = 0.02 * rate * math.sqrt(weights) * one.records()[1]["grad_norm"]
+    assert_within(two.losses(), [first, second], [gamma(96) * first, gamma(96) * second + of_step])
     start = load_file(Path(model_folder("student")) / "model.safetensors")
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        np.testing.assert_allclose(tensor, expected[name], atol=2e-6, err_msg=name)
+        difference = np.abs(tensor - expected[name])
+        assert (difference > 0.02 * rate).sum() <= 1 + 1e-4 * tensor.size, name
+        assert difference.max() <= 2 * steps * rate, name
+        assert (np.abs(start[name].numpy() - expected[name]) > 0.02 * rate).mean() > 0.01, name  # the wrong is noticed
         assert not np.array_equal(tensor, start[name].numpy()), f"{name} has not learned"
 
 

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from tests.support import divergences, tolerance
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess
+from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.data import handwritten_geometry
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,6 +32,7 @@ def test_it_trains_and_its_loss_is_the_method_s(
 ) -> None:
     """Against the definition in float64: KL from both sides' whole distributions, weighted, over B groups."""
     batches: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+    configs: list[Any] = []
     compute = example.VisualAdvantageTrainer._compute_loss
 
     def remembered(self: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -42,6 +44,7 @@ def test_it_trains_and_its_loss_is_the_method_s(
             with torch.no_grad():
                 logits = model(input_ids=ids, attention_mask=mask, **seen).logits
             batches.append((inputs, logits, loss.detach()))
+            configs.append(model.config)
             batches.append((inputs, self._teacher_head, loss.detach()))
         return loss
 
@@ -54,6 +57,7 @@ def test_it_trains_and_its_loss_is_the_method_s(
     example.main()
 
     (inputs, logits, loss), (_, teacher_head, _) = batches
+    (config,) = configs
     mask = inputs["completion_mask"].bool()
     weights, length = inputs["token_weights"].double(), mask.shape[1]
     assert mask.shape[0] == 3  # one whole group in a microbatch
@@ -61,5 +65,20 @@ def test_it_trains_and_its_loss_is_the_method_s(
     student = logits[:, -length - 1 : -1, : teacher_head.shape[0]].double().log_softmax(-1)
     kl = (student.exp() * (student - teacher_logits.log_softmax(-1))).sum(-1)
     expected = (weights * kl)[mask].sum() / 2
-    np.testing.assert_allclose(loss.double().cpu(), expected.cpu(), rtol=1e-4)
+    # Two float32 forwards of the student, the teacher's sums over D, and the weighted sum.
+    error = divergences.error(
+        divergences.full,
+        student[mask],
+        teacher_logits[mask],
+        tolerance.forward(config) * student[mask].abs().amax(-1, keepdim=True),
+        tolerance.product(inputs["teacher_hidden"][mask], teacher_head),
+    )
+    weights, kl = weights[mask], kl[mask]
+    error = (weights * error).sum() / 2 + tolerance.gamma(len(kl)) * expected
+    assert_within(loss, expected, error)
+    # The heaviest token off by 1 %, the other divergence, and plain means in place of the weights.
+    reverse = divergences.full(teacher_logits[mask].log_softmax(-1), student[mask]).sum(-1)
+    assert_noticed(expected + 0.01 * (weights * kl).max() / 2, expected, error)
+    assert_noticed((weights * reverse).sum() / 2, expected, error)
+    assert_noticed((weights.mean() * kl).sum() / 2, expected, error)
     assert (output / "model.safetensors").read_bytes() != (model_folder("student") / "model.safetensors").read_bytes()

@@ -39,7 +39,7 @@ def test_viewer_report_and_student_while_the_run_goes_on(system: System, tmp_pat
         with httpx.Client(base_url=viewer, timeout=120) as http:
             assert "Visual advantage viewer" in http.get("/").text
             # The trainer writes the run's configuration first.
-            wait_until("the report is there", lambda: http.get(report).status_code == 200, timeout_s=120)
+            wait_until("the report is there", lambda: http.get(report).status_code == 200, timeout_s=600)
             assert '<body data-again="15">' in http.get(report).text
             assert http.get("/v1/students").json()["students"] == [{"model": "tiny-student", "loaded": False}]
             asked = {"image": PNG, "question": QUESTION, "num_responses": 2, "max_new_tokens": 8}

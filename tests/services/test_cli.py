@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.data_sets import write_both_splits
 from vaopd.cli import main
 
 COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "eval", "data", "models", "report"]
@@ -47,9 +48,7 @@ def make_everything(folder: Path) -> None:
         (folder / model).mkdir()
         for name in ("config.json", "tokenizer_config.json"):
             (folder / model / name).write_text("{}")
-    (folder / "data").mkdir()
-    for split in ("train", "validation"):
-        (folder / "data" / f"{split}.parquet").touch()
+    write_both_splits(folder / "data")
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

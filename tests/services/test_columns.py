@@ -27,7 +27,7 @@ from vaopd.scoring.reply import make_reply
 from vaopd.types import GroupScore
 from vaopd.wire.teacher import columns_to_pb
 from vaopd_teacher.engines import columns
-from vaopd_teacher.engines.load import transformers_backend
+from vaopd_teacher.engines.load import make_backend
 
 GAP = "likeliest_gap_nats"
 """Made up here: by how much the likeliest token's log-prob differs between the views."""
@@ -115,7 +115,7 @@ def test_a_column_with_a_number_that_is_not_finite_is_an_error_of_its_group(
 
 def test_a_backend_refuses_a_column_that_it_can_t_compute_by_name(informed: TeacherInProcess) -> None:
     assert GAP in informed.description.columns
-    lacking = replace(transformers_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0), columns=())  # as vLLM's is
+    lacking = replace(make_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0), columns=())  # as vLLM's is
     with (
         teacher_in_process(lacking) as other,
         pytest.raises(Mismatch, match=f"can't compute column '{GAP}'; on request it computes none"),
@@ -139,9 +139,9 @@ def test_an_answer_without_the_column_is_that_of_an_older_teacher(informed: Teac
     lengths = [len(ids) for ids in request.responses]
     message = pb.GroupScore(group_id="g", lengths=lengths)
     columns_to_pb(dict.fromkeys(ALWAYS, np.zeros(sum(lengths), np.float32)), message)
-    assert isinstance(GroupAssembly(message, request, "none").result(), GroupScore)
+    assert isinstance(GroupAssembly(message, request, "none").make_result(), GroupScore)
     with pytest.raises(Mismatch, match=f"sent no column {GAP}"):
-        GroupAssembly(message, request, "none", [GAP]).result()
+        GroupAssembly(message, request, "none", [GAP]).make_result()
 
 
 # ---------------------------------------------------------------------------------------------- the teacher's entropy

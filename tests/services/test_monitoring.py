@@ -266,8 +266,8 @@ def test_the_environment_says_where_too(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("VAOPD_METRICS_ADDRESS", "0.0.0.0:9091")
     parser = argparse.ArgumentParser()
     process.add_flags(parser, "trainer")
-    assert metrics_port.metrics_address(parser.parse_args([])) == "0.0.0.0:9091"
-    assert metrics_port.metrics_address(parser.parse_args(["--metrics-address", "127.0.0.1:0"])) == "127.0.0.1:0"
+    assert metrics_port.choose_metrics_address(parser.parse_args([])) == "0.0.0.0:9091"
+    assert metrics_port.choose_metrics_address(parser.parse_args(["--metrics-address", "127.0.0.1:0"])) == "127.0.0.1:0"
 
 
 def test_mean_advantage_is_of_each_rollout() -> None:
@@ -295,9 +295,9 @@ def test_a_launch_gives_each_process_a_port_that_it_keeps_and_tells_prometheus(t
     with Supervisor(logs=tmp_path / "logs", say=said.append) as supervisor:
         launch = _Launch(config, options, supervisor, said.append)
         for name in ("rollout-0", "teacher", "rollout-0"):  # the last one is a restart
-            child = launch._service(name.partition("-")[0], name, devices=None)
+            child = launch._make_service(name.partition("-")[0], name, devices=None)
             assert child.argv[-2:] == ("--metrics-address", f"127.0.0.1:{9092 if name == 'teacher' else 9091}")
-        assert "--metrics-address" not in launch._service("api", "api", devices="").argv  # it has a port already
+        assert "--metrics-address" not in launch._make_service("api", "api", devices="").argv  # it has a port already
     assert said == [
         "metrics of rollout-0: http://127.0.0.1:9091/metrics",
         "metrics of teacher: http://127.0.0.1:9092/metrics",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -52,18 +51,18 @@ def trainer(redis_server, job) -> Iterator[TrainerQueue]:
 
 
 @pytest.fixture
-def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts the process and returns once it is ready; whatever a test leaves is killed."""
     config = tmp_path / "run.toml"
     config.write_text(CONFIG.format(job=job, model=policies[0].path, url=redis_server.url))
-    command = [sys.executable, "-m", "vaopd_rollout", "--config", str(config), "--worker", "w1"]
+    command = [sys.executable, "-m", "vaopd_rollout", "--config", str(config)]
     started: list[subprocess.Popen[bytes]] = []
 
-    def start() -> subprocess.Popen[bytes]:
-        with (tmp_path / "log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def start(*arguments: str, name: str = "w1") -> subprocess.Popen[bytes]:
+        with (tmp_path / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen([*command, "--worker", name, *arguments], stdout=log, stderr=log)
         started.append(process)
-        wait_until("the worker is ready", lambda: "w1" in trainer.workers_alive())
+        wait_until("the worker is ready", lambda: name in trainer.workers_alive())
         return process
 
     yield start
@@ -141,6 +140,26 @@ def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, po
         leases = other.take(block_s=1, max_requests=8)
         assert sorted(lease.request.group_id for lease in leases) == [f"g{index}" for index in range(8)]
         assert {lease.deliveries for lease in leases} == {1}  # handing back is not a death
+
+
+@pytest.mark.slow
+def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(
+    start_worker, trainer, policies, tmp_path
+):
+    """For one with so little patience any engine hangs."""
+    short_lease = ("--set", "queue.lease_s=2")
+    trainer.publish_policy(policies[0])
+    service = tmp_path / "service.toml"
+    service.write_text("[rollout]\nstuck_after_s = 0.01\n")
+    impatient = start_worker(*short_lease, "--service", str(service))
+    log = tmp_path / "w1.log"
+    request = ask("g", images=())
+    trainer.enqueue(request)
+    assert impatient.wait(timeout=60) == 1
+    assert b"Timeout (0:00:00.01" in log.read_bytes()  # above every thread's stack
+
+    start_worker(*short_lease, name="w2")
+    assert_sampled_by(policies[0], request, collect(trainer, 1)["g"])
 
 
 def test_help_needs_nothing_heavy():

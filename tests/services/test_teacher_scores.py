@@ -131,9 +131,29 @@ def test_both_views_equal_plain_forwards(either: TeacherInProcess, sizes: list[t
     assert scored.prompt_tokens == len(request.prompt_token_ids)
 
 
+def test_both_views_are_made_of_the_picture_scaled_to_the_pixel_bounds(teacher: TeacherInProcess) -> None:
+    """The tiny processor's fewest pixels are 1024: 20×15 times √(1024/300) = 1.8475, floored, are 36×27 and 3×2 cells.
+
+    The stored picture pixelated has 2×1 cells.
+    """
+    stored = drawing(3, (20, 15))
+    scaled = stored.resize((36, 27))
+    ids = np.array([17, 5, 44, 90], np.int32)
+    request = ScoreRequest(
+        group_id="g", messages=question(QUESTION, [encoded(stored)]), images=(encoded(stored),), responses=(ids,)
+    )
+    (scored,) = score(teacher.target, request, payload="none")
+    original, degraded = Plain([scaled], ids), Plain([pixelate(scaled, 0.1)], ids)
+    assert_within(scored.teacher_logprobs[0], original.expected, original.error)
+    assert_within(scored.degraded_logprobs[0], degraded.expected, degraded.error)
+    assert_noticed(Plain([pixelate(stored, 0.1)], ids).expected, degraded.expected, degraded.error)
+
+
 def test_what_the_image_shows_has_an_advantage_over_the_blurred_view(either: TeacherInProcess) -> None:
-    (scored,) = score(either.target, token_request(tiny_vlm(), "g", pictures=[drawing(1)]), payload="none")
-    assert max(advantage.max() for advantage in scored.visual_advantage) > 0.001
+    request = token_request(tiny_vlm(), "g", pictures=[drawing(1)], text=QUESTION)
+    (scored,) = score(either.target, request, payload="none")
+    error = torch.cat([plain.error for plain in Plain.of([drawing(1)], request)])
+    assert_noticed(np.concatenate(scored.visual_advantage), 0.0, error)
 
 
 @pytest.mark.slow

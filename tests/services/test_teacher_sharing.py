@@ -202,7 +202,7 @@ def test_a_job_at_its_limit_is_told_when_to_come_back_and_the_others_get_in() ->
     with held_teacher(sharing=SharingConfig(max_waiting_groups_per_job=3)) as held:
         held.wait("greedy", 3)
         with pytest.raises(LimitExceeded, match=r"3 groups of job 'greedy' wait already, .* try again in"):
-            results(held.teacher.target, group("one-more"), job="greedy", timeout_s=0.2)
+            results(held.teacher.target, group("one-more"), job="greedy", patience_s=0.0)
         held.wait("modest", 1)
         assert "modest0" in held.serve()
     assert "one-more" not in held.engine.order

@@ -26,7 +26,7 @@ def ask(collector: Collector, *requests: RolloutRequest, check: Callable[[], Non
 
 
 def collect(collector: Collector, *group_ids: str, check: Callable[[], None] = never) -> list[RolloutGroup]:
-    return [group for groups in collector.groups(group_ids, check=check) for group in groups]
+    return [group for groups in collector.wait_for_groups(group_ids, check=check) for group in groups]
 
 
 class Stopped(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vaopd.process.extras import ROLES, explain_missing_module, missing_packages, packages_of
+from vaopd.process.extras import ROLES, explain_missing_module, find_missing_packages, list_packages
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("vaopd", "services")
@@ -96,7 +96,7 @@ sys.meta_path.insert(0, Absent())
 
 @pytest.mark.parametrize(("command", "extra"), COMMANDS.items(), ids=[name.split()[0] for name in COMMANDS])
 def test_a_command_without_its_extra_says_so_in_a_line(command: str, extra: str | None, tmp_path: Path) -> None:
-    absent = sorted({name for extra in ("services", "tiny", "http") for name in packages_of(extra)})
+    absent = sorted({name for extra in ("services", "tiny", "http") for name in list_packages(extra)})
     assert {"torch", "redis", "trustme"} <= set(absent), "the installed metadata is not pyproject.toml's"
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE.format(absent=absent))
     (tmp_path / "empty").mkdir()
@@ -117,7 +117,7 @@ def test_a_command_without_its_extra_says_so_in_a_line(command: str, extra: str 
 
 
 def test_every_role_is_complete_here() -> None:
-    assert {role: missing_packages(role) for role in ROLES} == dict.fromkeys(ROLES, ())
+    assert {role: find_missing_packages(role) for role in ROLES} == dict.fromkeys(ROLES, ())
 
 
 def test_the_command_s_own_extra_is_named_where_it_has_the_module() -> None:

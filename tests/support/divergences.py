@@ -46,7 +46,7 @@ def sampled(ids: Tensor, estimator: str) -> Terms:
 
 
 def rest_error(log_probs: Tensor, k: int, n: int) -> Tensor:
-    """Of the log-mass after the k likeliest ids, when n log-probs are known: the mass of k … n, and what n leave of 1.
+    """Bounds the error of the log-mass after the k likeliest ids when it is made of n log-probs: k … n and the rest of 1.
 
     float32 moves that rest by up to 2^-22 of the entropy, and it is left out when it isn't larger than that: lost where
     it is small (with twice the bound, for what is seen of it is moved as well), never made up of rounding alone, whose
@@ -61,11 +61,6 @@ def rest_error(log_probs: Tensor, k: int, n: int) -> Tensor:
     return torch.maximum(most / tail, tail / least).log() + tolerance.gamma(4) * log_probs.abs().amax(-1)
 
 
-def value(terms: Terms, student: Tensor, teacher: Tensor) -> Tensor:
-    """(M,) of both sides' logits (M, V)."""
-    return terms(student.double().log_softmax(-1), teacher.double().log_softmax(-1)).sum(-1)
-
-
 def error(
     terms: Terms,
     student: Tensor,
@@ -74,7 +69,7 @@ def error(
     teacher_error: Tensor | float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Of the sum in `dtype`, (M,), when both sides' logits (M, V) are off by these errors.
+    """Bounds the error of the sum in `dtype`, (M,), when both sides' logits (M, V) are off by these errors.
 
     The logits' errors reach the sum through its derivative; then both log-softmaxes and the sum round for themselves.
     """

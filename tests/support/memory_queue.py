@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
 from vaopd.queue import DeadLetter, Delivered, Lease, LeaseKeeper, TrainerEnd, WorkerEnd
-from vaopd.queue.connection import check_key, dedupe_key
+from vaopd.queue.connection import check_key, make_dedupe_key
 from vaopd.queue.worker import SUSPECT_AFTER
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
 from vaopd.wire.queue import (
@@ -152,7 +152,7 @@ class MemoryTrainer(TrainerEnd):
     def enqueue(self, request: RolloutRequest) -> bool:
         with self._broker.lock:
             broker = self._fence()
-            key = dedupe_key(request.group_id, request.policy_version)
+            key = make_dedupe_key(request.group_id, request.policy_version)
             if key in broker.published:
                 return False
             broker.published.add(key)
@@ -161,7 +161,7 @@ class MemoryTrainer(TrainerEnd):
 
     def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
         published = self._broker.published
-        return [r for r in requests if dedupe_key(r.group_id, r.policy_version) not in published]
+        return [r for r in requests if make_dedupe_key(r.group_id, r.policy_version) not in published]
 
     def requests_in_flight(self) -> int:
         return len(self._broker.streams["requests"])
@@ -215,7 +215,7 @@ class MemoryTrainer(TrainerEnd):
             broker = self._fence()
             if broker.streams["groups"].pop(entry_id, None) is None:
                 return
-            group_key, key = (dedupe_key(item.group_id, item.policy_version) for item in (group, request))
+            group_key, key = (make_dedupe_key(item.group_id, item.policy_version) for item in (group, request))
             broker.committed.pop(group_key, None)
             if group_key == key:
                 broker.published.discard(key)
@@ -346,8 +346,8 @@ class MemoryWorker(WorkerEnd):
         return LeaseKeeper(renew=self.renew, every_s=self.lease_s / 3)
 
     def complete(self, lease: Lease, group: RolloutGroup) -> bool:
-        key = dedupe_key(lease.request.group_id, lease.request.policy_version)
-        if dedupe_key(group.group_id, group.policy_version) != key:
+        key = make_dedupe_key(lease.request.group_id, lease.request.policy_version)
+        if make_dedupe_key(group.group_id, group.policy_version) != key:
             raise Mismatch(f"the group answers another request than {key!r}")
         with self._broker.lock:
             broker = self._broker

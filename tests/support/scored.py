@@ -138,7 +138,7 @@ def score(
     with scorer_for(vlm(teacher), payload=payload, degradation=degradation, **options) as (scorer, client):
         for group in sampled_groups() if groups is None else groups:
             scorer.submit([group])
-        results = list(scorer.results(check=lambda: None))
+        results = list(scorer.wait_for_results(check=lambda: None))
         head = to_torch(client.head())
     done = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
     return Scored(groups=done, refused=[r for r in results if isinstance(r, Refused)], teacher_head=head)

@@ -23,11 +23,11 @@ import redis
 
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
-from vaopd.launch.up import service_argv
+from vaopd.launch.up import make_service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
-_TIMEOUT_S = 300.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
+_TIMEOUT_S = 600.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
 _DEFAULTS: dict[str, Any] = {
@@ -257,7 +257,7 @@ class System:
         environment: dict[str, str] | None = None,
         launch: tuple[str, ...] = (),
     ) -> Process:
-        argv = service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
+        argv = make_service_argv(role, _ROOT / "configs" / "tiny.toml", overrides, *arguments)
         if launch:
             assert argv[1] == "-m"
             argv = (argv[0], *launch, *argv[3:])

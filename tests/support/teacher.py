@@ -106,7 +106,7 @@ def teacher_process(
             command, cwd=_ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
         )
     try:
-        wait_until("the teacher serves", lambda: announce.exists() or process.poll() is not None, timeout_s=180.0)
+        wait_until("the teacher serves", lambda: announce.exists() or process.poll() is not None, timeout_s=600.0)
         assert process.poll() is None, log.read_text()
         yield TeacherProcess(announce.read_text(), process)
     finally:

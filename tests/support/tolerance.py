@@ -8,9 +8,9 @@ Model: every operation is right up to a factor 1 + δ, |δ| ≤ u = ε/2 (2^-24 
 torch's softmax kernels have. First order: products of errors, 1e-7 of the bound, are left out. Source of the bounds:
 N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 to 3.5.
 
-Not from here: comparisons of float64 with float64, where the default of `pytest.approx` (1e-6 relative) and an explicit
-1e-10 are ten and six orders of magnitude above ε; and bitwise equality of what the same process computed twice in the
-same shapes. Other shapes or other batches are other orders of summation: their results differ.
+Not from here: numbers made in float64, where the default of `pytest.approx` (1e-6 relative) and an explicit 1e-10 are
+ten and six orders of magnitude above ε (of float32, that default is 16 u: a dozen terms of one sign); and bitwise
+equality of what was computed twice in the same shapes. Other shapes or batches are other orders of summation.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ TERMS_PER_WIDTH = 10
 keys 2, output 1, norm 1, MLP 1 up and 2 down (twice as wide); rounded up."""
 
 
-def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """Error of a sum or dot product of n terms t, relative to Σ|t|: γ_n = n·u / (1 − n·u).
+def gamma(terms: int, dtype: torch.dtype = torch.float32, *, exps: int = 0) -> float:
+    """Bounds the error of a sum or dot product of n terms t relative to Σ|t|: γ_n = n·u / (1 − n·u).
 
-    From 36 terms on 6·√n takes the place of n: rounding errors of both signs cancel, and with λ = 6 that fails in one
-    sum of 10^6 (N. J. Higham and T. Mary, SIAM J. Sci. Comput. 41 (2019), theorem 3.1). Not for equal terms, whose
-    errors all have one sign.
+    From 36 terms on 6·√n takes the place of n: rounding errors of both signs cancel. With λ = 6 that fails in one of
+    10^5 sums of 256 terms (2n·exp(-λ²/2); N. J. Higham and T. Mary, SIAM J. Sci. Comput. 41 (2019), theorem 3.1). It
+    isn't for equal terms, whose errors all have one sign. `exps` in the making of a term add 40 u each.
     """
-    relative = min(terms, 6 * math.sqrt(terms)) * torch.finfo(dtype).eps / 2
+    u = torch.finfo(dtype).eps / 2
+    relative = (min(terms, 6 * math.sqrt(terms)) + EXP_ROUNDINGS * exps) * u
     return relative / (1 - relative)
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Error of each element of `left @ right.T`, (M, D) and (V, D) -> (M, V): γ_D·Σ_d |left_md·right_vd|."""
+    """Bounds the error of each element of `left @ right.T`: γ_D·Σ_d |left_md·right_vd|. (M, D), (V, D) -> (M, V)"""
     return gamma(left.shape[-1], dtype) * (left.detach().double().abs() @ right.detach().double().abs().T)
 
 
 def log_softmax(logits: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Error of each log-prob of `logits` (..., V) whose elements are off by up to `error` already.
+    """Bounds the error of the log-probs of `logits` (..., V), which are off by up to `error` already.
 
     log p_j = z_j − max − log Σ exp(z − max) is off by (1 − p_j)·error_j + Σ p_i·error_i, i ≠ j (its derivatives: what
     is almost certain hardly moves), by γ_V and an exp in the sum, by one rounding of each difference, and by four of
@@ -58,17 +59,14 @@ def log_softmax(logits: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype 
     moved = (1 - 2 * p) * errors + (p * errors).sum(-1, keepdim=True)
     vocabulary, largest = z.shape[-1], z.amax(-1, keepdim=True)
     differences = gamma(1, dtype) * (largest - z + z.log_softmax(-1).abs())
-    sums = (
-        gamma(vocabulary, dtype)
-        + gamma(EXP_ROUNDINGS, dtype)
-        + gamma(4, dtype) * (largest.abs() + math.log(vocabulary))
-    )
-    return moved + differences + sums
+    of_sum = gamma(vocabulary, dtype, exps=1) + gamma(4, dtype) * (largest.abs() + math.log(vocabulary))
+    return moved + differences + of_sum
 
 
 def rollout_weights(means: Tensor, error: Tensor | float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Error of the weights softmax(z), z = (m − mean m) / (deviation + ε), of means m (..., K) off by up to `error`.
+    """Bounds the error of the rollout weights of mean advantages m (..., K) that are off by up to `error`.
 
+    The weights are softmax(z) with z = (m − mean m) / (deviation + ε).
     A difference is off by twice error + γ_K+2·max m, for that is what it is made of; the deviation, their root mean
     square, by no more; z by both over the deviation, and by γ_K+6·|z|. Softmax takes twice the largest of these.
     """
@@ -78,7 +76,7 @@ def rollout_weights(means: Tensor, error: Tensor | float = 0.0, dtype: torch.dty
     z = centred / deviation
     difference = 2 * (torch.as_tensor(error, dtype=torch.float64) + gamma(siblings + 2, dtype) * m.abs()).amax(-1, True)
     of_z = difference / deviation * (1 + z.abs()) + gamma(siblings + 6, dtype) * z.abs()
-    own = gamma(siblings, dtype) + gamma(EXP_ROUNDINGS + 3, dtype)
+    own = gamma(siblings + 3, dtype, exps=1)
     return z.softmax(-1) * (2 * of_z.amax(-1, keepdim=True) + own)
 
 
@@ -88,21 +86,21 @@ def propagated(
     errors: Sequence[Tensor | float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Error of f = Σ_n terms(x)_n, where `terms` maps inputs (M, ...) row by row to (M, n): -> (M,).
+    """Bounds the error of f = Σ_n terms(x)_n, where `terms` maps inputs (M, ...) row by row to (M, n): -> (M,).
 
-    Σ_j |∂f/∂x_j|·error_j of the inputs, by autograd in float64, and (γ_n + an exp and two roundings)·Σ|terms|: each
-    term is up to one exp, a difference and a product, and then they are summed.
+    It is Σ_j |∂f/∂x_j|·error_j of the inputs, by autograd in float64, and (γ_n+2 and an exp)·Σ|terms|: each term is up
+    to one exp, a difference and a product, and then they are summed.
     """
     leaves = [x.detach().double().requires_grad_() for x in inputs]
     parts = terms(*leaves)
     gradients = torch.autograd.grad(parts.sum(), leaves)
-    own = gamma(parts.shape[-1], dtype) + gamma(EXP_ROUNDINGS + 2, dtype)
+    own = gamma(parts.shape[-1] + 2, dtype, exps=1)
     moved = ((g.abs() * error).flatten(1).sum(-1) for g, error in zip(gradients, errors, strict=True))
     return sum(moved, own * parts.detach().abs().sum(-1))
 
 
 def forward(config: Any, *, sides: int = 2, dtype: torch.dtype = torch.float32) -> float:
-    """Error of a hidden state or a row of logits after a whole forward, relative to its norm: 3·√(sides·N)·u.
+    """Bounds the error of a hidden state or a row of logits after a whole forward: 3·√(sides·N)·u of its norm.
 
     N = 10·Σ width over the layers of text model and vision tower, the terms of all sums on the way (TERMS_PER_WIDTH).
     `sides`: 2 to compare two forwards in `dtype`, 1 for one against float64. In place of the worst case, whose
@@ -123,7 +121,7 @@ def forward(config: Any, *, sides: int = 2, dtype: torch.dtype = torch.float32) 
 
 
 def logprobs(config: Any, hidden: Tensor, head: Tensor) -> Tensor:
-    """Error of any token's log-prob after two whole float32 forwards, (M,): twice that of its row's logits.
+    """Bounds the difference of a log-prob between two whole float32 forwards: twice that of its row's logits. (M,)
 
     `hidden` (M, D) of one of them and `head` (V, D) say how large the logits are. `log_softmax` is tighter where all of
     a row's logits are at hand.
@@ -134,7 +132,7 @@ def logprobs(config: Any, hidden: Tensor, head: Tensor) -> Tensor:
 def backward(
     config: Any, gradients: Mapping[str, Tensor], *, sides: int = 2, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Error of each parameter's gradient in the 2-norm: 3 times `forward`, for a backward is twice as long.
+    """Bounds the error of each parameter's gradient in the 2-norm: 3 times `forward`, a backward being twice as long.
 
     Relative to the gradient's norm, or to a hundredth of the norm of all gradients, where it is the small rest of terms
     that cancel: a constant added to all scores changes no softmax, so that key biases have no gradient but rounding.

@@ -65,10 +65,10 @@ class Viewer:
 
     def wait_for(self, description: str, script: str) -> None:
         """Playwright's own wait_for_function evaluates strings in the page, which its security policy forbids."""
-        wait_until(description, lambda: self.page.evaluate(script), timeout_s=30)
+        wait_until(description, lambda: self.page.evaluate(script), timeout_s=120)
 
     def wait_for_error(self, words: str) -> None:
-        wait_until(f"the page says {words!r}", lambda: words in self.error, timeout_s=30)
+        wait_until(f"the page says {words!r}", lambda: words in self.error, timeout_s=120)
 
     def tokens(self, response: int = 0) -> list[str]:
         labels = self.page.locator(".tokens").nth(response).locator(".token")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(description: str, condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
+def wait_until(description: str, condition: Callable[[], object], *, timeout_s: float = 180.0) -> None:
     """Polls `condition` until it is true; fails with `description` when it does not become true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

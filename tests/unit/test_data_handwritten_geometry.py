@@ -18,9 +18,9 @@ from vaopd.data.handwritten_geometry import (
     SPLITS,
     Question,
     draw,
-    random_phrasing,
-    random_question,
-    scans,
+    draw_phrasing,
+    draw_question,
+    load_scans,
     write,
 )
 from vaopd.degradation import pixelate
@@ -63,13 +63,13 @@ def test_each_kind_of_question_with_its_chain_of_thought(
 ) -> None:
     question = Question(kind=kind, numbers=numbers)  # type: ignore[arg-type]
 
-    assert question.solution((0, 0, 0)) == solution
+    assert question.write_solution((0, 0, 0)) == solution
     assert question.answer == answer
     assert is_correct(solution, answer)
 
 
 def test_random_questions_cover_every_kind_and_are_possible_figures() -> None:
-    questions = [random_question(np.random.default_rng(i)) for i in range(500)]
+    questions = [draw_question(np.random.default_rng(i)) for i in range(500)]
 
     assert {question.kind for question in questions} == set(KINDS)
     for question in questions:
@@ -83,24 +83,24 @@ def test_random_questions_cover_every_kind_and_are_possible_figures() -> None:
 def test_teacher_and_student_habits_are_opposite() -> None:
     assert tuple(reversed(COMMON_LAST)) == COMMON_FIRST
     rng = np.random.default_rng(0)
-    drawn = np.array([random_phrasing(rng, COMMON_LAST) for _ in range(2000)])
+    drawn = np.array([draw_phrasing(rng, COMMON_LAST) for _ in range(2000)])
 
     assert np.abs(np.bincount(drawn.ravel(), minlength=4) / drawn.size - COMMON_LAST).max() < 0.02
 
 
 def test_no_two_splits_share_a_scan() -> None:
-    seen = {split: {scan.tobytes() for images in scans(split).values() for scan in images} for split in SPLITS}
+    seen = {split: {scan.tobytes() for images in load_scans(split).values() for scan in images} for split in SPLITS}
 
     for one, other in combinations(SPLITS, 2):
         assert not seen[one] & seen[other]
-    assert [len(images) for images in scans("test").values()] == [20] * 10
+    assert [len(images) for images in load_scans("test").values()] == [20] * 10
 
 
 def test_pixelation_hides_the_number_and_keeps_the_figure() -> None:
     """Two figures that differ in one digit are far apart when sharp, and nearly the same pixelated."""
 
     def drawn(numbers: tuple[int, int, int]) -> Image.Image:
-        return draw(Question(kind="triangle_perimeter", numbers=numbers), scans("train"), np.random.default_rng(0))
+        return draw(Question(kind="triangle_perimeter", numbers=numbers), load_scans("train"), np.random.default_rng(0))
 
     def distance(one: Image.Image, other: Image.Image) -> float:
         return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).max())

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vaopd.data import loaders
+from vaopd.data import tables
 from vaopd.data.loaders import load_prompts
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.types import EncodedImage, ImagePart, TextPart
@@ -140,7 +140,7 @@ def test_a_large_set_is_memory_mapped_with_the_same_prompts(tmp_path: Path, monk
     source = geometry3k(tmp_path / "set", *[(f"<image>Is it {i}?", str(i), [RED]) for i in range(5)])
     in_memory = list(load_prompts(source, split="train"))
 
-    monkeypatch.setattr(loaders, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 0)
     mapped = load_prompts(source, split="train", cache_dir=tmp_path / "cache")
 
     assert list(mapped) == in_memory
@@ -216,7 +216,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     source = parquet(tmp_path, [{"prompt": "One?"}], pa.schema([("prompt", pa.string())]), "train.parquet")
 
-    with pytest.raises(InvalidInput, match=r"columns prompt; needed: problem, answer, images \(Geometry3K\)"):
+    with pytest.raises(InvalidInput, match="columns prompt; needed: problem or question, answer, and images or image"):
         load_prompts(source, split="train")
 
 

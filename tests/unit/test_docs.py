@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.data_sets import write_both_splits
 from tests.support.documents import PAGES, ROOT, Block, blocks, script
 from vaopd.cli import build_parser, main
 from vaopd.config import ServiceConfig, validate
@@ -36,10 +37,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a clone's root, with the demo's data and a service's configuration in it."""
     for name in ("configs", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
-    data = tmp_path / "data" / "handwritten-geometry"
-    data.mkdir(parents=True)
-    for split in ("train", "validation"):
-        (data / f"{split}.parquet").touch()
+    write_both_splits(tmp_path / "data" / "handwritten-geometry")
     (tmp_path / "service.toml").write_text("[teacher.sharing]\nweights = { main-run = 3.0 }\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

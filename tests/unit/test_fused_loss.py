@@ -120,7 +120,7 @@ class Errors:
         )
         # Made of p and the divergence: (p or the sampled id) · (divergence and gap), an exp and a few roundings.
         slope, p = slope.detach().abs(), logits[0].detach().softmax(-1)
-        of_slope += (gamma(tolerance.EXP_ROUNDINGS + 4) + inner) * (slope + p)
+        of_slope += (gamma(4, exps=1) + inner) * (slope + p)
         of_slope += self.divergences[:, None] * (p + (nn.functional.one_hot(IDS, V) if kind[0] == "k" else 0))
 
         scale, hidden, head = weights()[:, None], hidden.detach().abs(), head.detach().abs()

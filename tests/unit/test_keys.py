@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vaopd.access.keys import KeyStore, add_key, bearer, read_keys, revoke_key
+from vaopd.access.keys import KeyStore, add_key, read_bearer, read_keys, revoke_key
 from vaopd.cli import main
 from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
 
@@ -28,8 +28,8 @@ def key_id(key: str) -> str:
 def test_a_key_names_its_job(file: Path) -> None:
     geometry, other = add_key(file, "geometry"), add_key(file, "other")
     store = KeyStore.load(file)
-    assert store.job_of(geometry) == "geometry"
-    assert store.job_of(other) == "other"
+    assert store.find_job(geometry) == "geometry"
+    assert store.find_job(other) == "other"
 
 
 def test_the_file_holds_a_digest_and_is_for_its_owner_only(file: Path) -> None:
@@ -63,14 +63,14 @@ def test_a_secret_has_256_bits(file: Path) -> None:
 def test_anything_else_is_refused_without_being_quoted(file: Path, change) -> None:
     key = add_key(file, "geometry")
     with pytest.raises(Unauthenticated) as caught:
-        KeyStore.load(file).job_of(change(key))
+        KeyStore.load(file).find_job(change(key))
     assert key.split("_", 2)[2][:8] not in str(caught.value)
 
 
 def test_a_secret_of_one_key_is_no_use_with_another_id(file: Path) -> None:
     one, two = add_key(file, "one"), add_key(file, "two")
     with pytest.raises(Unauthenticated, match="not known here"):
-        KeyStore.load(file).job_of(one.replace(key_id(one), key_id(two)))
+        KeyStore.load(file).find_job(one.replace(key_id(one), key_id(two)))
 
 
 def test_an_expired_key_is_refused(file: Path) -> None:
@@ -79,18 +79,18 @@ def test_an_expired_key_is_refused(file: Path) -> None:
     content["keys"][0]["expires"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     file.write_text(json.dumps(content))
     with pytest.raises(Unauthenticated, match=f"{key_id(key)} is expired; ask"):
-        KeyStore.load(file).job_of(key)
+        KeyStore.load(file).find_job(key)
 
 
 def test_a_running_service_notices_new_and_revoked_keys(file: Path) -> None:
     first = add_key(file, "first")
     store = KeyStore.load(file)
     second = add_key(file, "second")
-    assert store.job_of(second) == "second"
+    assert store.find_job(second) == "second"
     revoke_key(file, key_id(first))
     with pytest.raises(Unauthenticated, match="is revoked"):
-        store.job_of(first)
-    assert store.job_of(second) == "second"
+        store.find_job(first)
+    assert store.find_job(second) == "second"
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | 
     else:
         file.write_text(content)
     with pytest.raises(Unavailable, match="fix the key file"):
-        store.job_of(key)
+        store.find_job(key)
     file.write_text(good)
-    assert store.job_of(key) == "geometry"
+    assert store.find_job(key) == "geometry"
 
 
 def test_a_file_that_others_may_write_is_refused(file: Path) -> None:
@@ -143,13 +143,13 @@ def test_an_unknown_id_cant_be_revoked(file: Path) -> None:
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic abc", "vaopd_key"])
 def test_a_header_without_a_bearer_key_is_refused(header: str | None) -> None:
     with pytest.raises(Unauthenticated, match="send `authorization: Bearer KEY`"):
-        bearer(header)
+        read_bearer(header)
 
 
 def test_the_command_prints_a_key_once_and_lists_none(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "add", "geometry", "--expires", "never", "--file", str(file)]) == 0
     key = capsys.readouterr().out.strip()
-    assert KeyStore.load(file).job_of(key) == "geometry"
+    assert KeyStore.load(file).find_job(key) == "geometry"
     assert main(["keys", "revoke", key_id(key), "--file", str(file)]) == 0
     capsys.readouterr()
     assert main(["keys", "list", "--file", str(file)]) == 0

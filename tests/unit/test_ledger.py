@@ -41,7 +41,7 @@ def checkpoint(run: Path, step: int, *trained: tuple[str, int]) -> None:
 
 
 def outcomes(books: Audit) -> dict[str, str]:
-    return {fate.group_id: fate.outcome(books.step) for fate in books.fates}
+    return {fate.group_id: fate.name_outcome(books.step) for fate in books.fates}
 
 
 def test_books_that_balance(ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def test_a_line_says_when_how_bad_and_what() -> None:
 
 
 def test_ids_are_fields_and_what_is_not_known_is_left_out() -> None:
-    line = formatted("sampled", **logs.fields(groups=["a", "b"], step=0, job=None))
+    line = formatted("sampled", **logs.make_fields(groups=["a", "b"], step=0, job=None))
     assert line["groups"] == ["a", "b"]
     assert line["step"] == 0
     assert "job" not in line

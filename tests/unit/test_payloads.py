@@ -14,6 +14,8 @@ from vaopd.errors import InvalidInput, NumericalError
 from vaopd.payloads import decode, encode, from_torch, hidden_states, to_torch
 from vaopd.types import Payload, Tensor
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.uint8, torch.int8]

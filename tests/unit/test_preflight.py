@@ -8,9 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.support.data_sets import write_both_splits
 from tests.support.models import model_folder
 from vaopd.cli import main
 from vaopd.launch import checks
@@ -23,9 +26,7 @@ ROOT = Path(__file__).parents[2]
 def config(tmp_path: Path) -> Path:
     """A run whose models are there and whose data are a folder with both splits."""
     data = tmp_path / "data"
-    data.mkdir()
-    for split in ("train", "validation"):
-        (data / f"{split}.parquet").touch()
+    write_both_splits(data)
     path = tmp_path / "run.toml"
     path.write_text(
         f'[run]\nname = "first"\nfolder = "{tmp_path / "runs"}"\n[data]\nsource = "{data}"\n'
@@ -71,6 +72,40 @@ def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.source = /none/data: no such folder; give a folder" in told
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"problem": "a", "answer": float("nan"), "images": []}], "record 0, field 'answer': the answer is no finite"),
+        ([{"problem": "<image>a", "answer": "1", "images": []}], "record 0, field 'problem': the text has 1 <image>"),
+        ([{"prompt": "a", "answer": "1"}], "columns prompt, answer; needed: problem or question"),
+        ([], "needed: problem or question"),
+        (
+            [{"problem": "What is <|im_end|>?", "answer": "1", "images": []}],
+            "record 0, field 'problem': the text holds '<|im_end|>', a control token",
+        ),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_data_that_the_run_refuses(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, rows: list[object], words: str
+) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"data/{split}.parquet")
+    for command in ("up", "train"):
+        assert main([command, str(config), "--dry-run"]) == 1
+        shown = capsys.readouterr().err
+        assert f"data.source = {tmp_path / 'data'}: " in shown
+        assert words in shown
+
+
+@pytest.mark.parametrize("token", ["<image>", "<|im_start|>"])
+def test_an_instruction_with_a_marker_or_control_token(
+    config: Path, capsys: pytest.CaptureFixture[str], token: str
+) -> None:
+    shown = refusal(capsys, "up", str(config), "--set", f"data.instruction=Look at {token}.")
+    assert shown.count("the instruction holds ") == 1
+    assert token in shown
+
+
 def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(model_folder("teacher"), other)
@@ -86,7 +121,7 @@ def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: 
 
 
 def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_installed", lambda package: False)
+    monkeypatch.setattr(checks, "_is_installed", lambda package: False)
     told = refusal(capsys, "rollout", str(config))
     assert "vLLM is not installed" in told
     assert "--set rollout.engine=transformers" in told

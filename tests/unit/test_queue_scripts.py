@@ -62,7 +62,7 @@ def test_each_script_has_one_signature_and_each_signature_one_script() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_signature_sends_the_arguments_that_its_script_reads(name: str) -> None:
-    text = scripts.script_text(name)
+    text = scripts.read_script(name)
     numbered = {int(index) for index in re.findall(r"ARGV\[(\d+)\]", text)}
     script, arguments = sent_by(name)
     assert script == name
@@ -76,14 +76,14 @@ def test_a_signature_sends_the_arguments_that_its_script_reads(name: str) -> Non
 
 
 def test_the_keys_are_those_that_keys_lua_names_in_its_order() -> None:
-    named = re.findall(r"(\w+) = KEYS\[(\d+)\]", scripts.script_text("keys"))
+    named = re.findall(r"(\w+) = KEYS\[(\d+)\]", scripts.read_script("keys"))
     expected = [(name.replace(":", "_"), str(index)) for index, name in enumerate(scripts.KEY_NAMES, start=1)]
     assert named == expected
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_includes_the_keys_and_uses_no_other(name: str) -> None:
-    text = scripts.script_text(name)
+    text = scripts.read_script(name)
     assert "local K = {" in text
     used = set(re.findall(r"\bK\.(\w+)", text))
     assert used <= {key.replace(":", "_") for key in scripts.KEY_NAMES}

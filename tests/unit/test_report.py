@@ -21,7 +21,7 @@ from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
-from vaopd.report.plots import band_over, complete, running_mean, seed_band
+from vaopd.report.plots import compute_band, keep_finished, seed_band, smooth
 from vaopd.run.records import read_run
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
@@ -116,7 +116,11 @@ def teacher_s_noise(image: EncodedImage) -> Image.Image:
         return PreparedImage(pixel_values=torch.zeros(1), grid=(1, 1, 1), num_tokens=1)
 
     reader: Any = SimpleNamespace(
-        max_tokens=9, prepare_image=prepare_image, read_token_ids=lambda *_: None, check_response=lambda *_, **__: None
+        max_tokens=9,
+        scale_image=lambda image: image,
+        prepare_image=prepare_image,
+        read_token_ids=lambda *_: None,
+        check_response=lambda *_, **__: None,
     )
     store = ImageStore(10_000)
     store.put(image)
@@ -167,7 +171,7 @@ def test_bands_over_seeds_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_band_covers_only_the_steps_that_all_seeds_have() -> None:
-    assert band_over([{0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 4.0}], band="range") == (
+    assert compute_band([{0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.0, 1: 4.0}], band="range") == (
         [0, 1],
         [1.0, 3.0],
         [1.0, 2.0],
@@ -176,7 +180,7 @@ def test_a_band_covers_only_the_steps_that_all_seeds_have() -> None:
 
 
 def test_the_running_mean_by_hand() -> None:
-    assert running_mean([1.0, 2.0, 6.0, 3.0], width=3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert smooth([1.0, 2.0, 6.0, 3.0], width=3) == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
 
 
 def test_an_unfinished_run_does_not_cut_the_finished_ones_short(tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ def test_an_unfinished_run_does_not_cut_the_finished_ones_short(tmp_path: Path) 
     begun = read_run(make_run(tmp_path / "begun", steps=3, accuracies=(0.3,)))
     other = read_run(make_run(tmp_path / "other", variant="standard", steps=3, accuracies=(0.3,)))
     assert (done.finished, begun.finished) == (True, False)
-    assert [run.name for run in complete([done, begun, other])] == ["done", "other"]
+    assert [run.name for run in keep_finished([done, begun, other])] == ["done", "other"]
 
 
 def test_the_time_left_by_hand(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vaopd.config import (
 from vaopd.errors import ConfigError
 from vaopd.launch.supervisor import Supervisor
 from vaopd.launch.up import UpOptions, _Launch
-from vaopd.process.flags import Role, add_flags, service_config, to_argv
+from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 EVERY_SECTION = """
@@ -171,7 +171,7 @@ def test_an_old_flag_goes_over_the_file_with_a_line_that_names_the_setting(
     """Paths on the command line are from the working directory, not from the file's folder."""
     service.write_text(EVERY_SECTION)
     arguments = parsed(role, "--service", str(service), flag, value)
-    settings = service_config(arguments)
+    settings = read_service_config(arguments)
     found: object = settings
     name, _, section = key.partition(" in ")
     for part in [*section.strip("[]").split("."), name]:
@@ -184,9 +184,9 @@ def test_an_old_flag_goes_over_the_file_with_a_line_that_names_the_setting(
 
 def test_an_old_flag_is_checked_like_the_setting(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"--tls-cert:\n.*api\.tls: cert and key go together"):
-        service_config(parsed("api", "--tls-cert", "server.pem"))
+        read_service_config(parsed("api", "--tls-cert", "server.pem"))
     with pytest.raises(ConfigError, match=r"requests_per_minute: .*greater than 0, got 0"):
-        service_config(parsed("api", "--requests-per-minute", "0"))
+        read_service_config(parsed("api", "--requests-per-minute", "0"))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_launch_gives_the_file_to_each_process_that_has_a_section(service: Pat
     supervisor = Supervisor(logs=tmp_path / "logs", say=lambda line: None)  # starts nothing by itself
     launch = _Launch(config, options, supervisor, lambda line: None)
     roles = ("teacher", "rollout", "api", "trainer")
-    children = {role: launch._service(role, role, devices=None) for role in roles}
+    children = {role: launch._make_service(role, role, devices=None) for role in roles}
     given = {role for role, child in children.items() if str(service) in child.argv}
     assert given == {"teacher", "rollout", "api"}
     assert {role: child.grace_s for role, child in children.items()} == {

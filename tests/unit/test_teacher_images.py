@@ -30,7 +30,7 @@ def test_the_least_recently_used_image_makes_room() -> None:
     store.put(second)
     store.get(first.sha256)
     store.put(third)
-    assert store.missing([first.sha256, second.sha256, third.sha256]) == [second.sha256]
+    assert store.find_missing([first.sha256, second.sha256, third.sha256]) == [second.sha256]
     with pytest.raises(NotFound, match="upload it with PutImages"):
         store.get(second.sha256)
     assert (store.hits, store.misses, store.dropped) == (1, 1, 1)
@@ -41,9 +41,9 @@ def test_asking_which_images_are_missing_counts_as_use() -> None:
     first, second = encoded(1), encoded(2)
     store.put(first)
     store.put(second)
-    store.missing([first.sha256])
+    store.find_missing([first.sha256])
     store.put(encoded(3))
-    assert store.missing([first.sha256, second.sha256]) == [second.sha256]
+    assert store.find_missing([first.sha256, second.sha256]) == [second.sha256]
 
 
 def test_an_image_above_the_whole_room_is_refused() -> None:

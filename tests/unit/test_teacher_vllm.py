@@ -17,8 +17,8 @@ from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.config import load_config, load_service_config
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.prompts import PreparedPrompt
-from vaopd_teacher.engines.revision import revision_of_folder
-from vaopd_teacher.engines.vllm_engine import collapse_images, load, top_k
+from vaopd_teacher.engines.revision import compute_folder_revision
+from vaopd_teacher.engines.vllm_engine import collapse_images, load, split_top_k
 from vaopd_teacher.engines.vllm_extension import log_probs
 
 
@@ -54,7 +54,7 @@ def told(logits: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
 def test_the_tail_of_a_peaked_distribution_is_not_rounding(scale: float) -> None:
     """At 40 a tail is some e^-20 of the mass: of such a rest, 1 less a sum of usual log-probs would say nothing."""
     logits = scale * torch.randn(50, V, generator=torch.Generator().manual_seed(0))
-    ids, logprobs, tail = top_k(*told(logits, 32), 16)
+    ids, logprobs, tail = split_top_k(*told(logits, 32), 16)
     exact = torch.log_softmax(logits.double(), -1)
     expected = exact.topk(16)
     rest = exact.scatter(-1, expected.indices, -torch.inf).logsumexp(-1)
@@ -69,30 +69,30 @@ def test_the_tail_of_a_peaked_distribution_is_not_rounding(scale: float) -> None
 
 
 def test_the_whole_vocabulary_leaves_an_empty_tail() -> None:
-    _, _, tail = top_k(*told(torch.randn(3, V), V), V)
+    _, _, tail = split_top_k(*told(torch.randn(3, V), V), V)
     assert (tail == -np.inf).all()
 
 
 def test_a_folders_revision_depends_on_weights_and_dtype_and_not_on_its_files(tmp_path: Path) -> None:
     folder = save_untrained(tmp_path / "model")
-    first = revision_of_folder(folder, dtype="float32")
-    assert revision_of_folder(folder, dtype="float32") == first
-    assert revision_of_folder(folder, dtype="bfloat16") != first
+    first = compute_folder_revision(folder, dtype="float32")
+    assert compute_folder_revision(folder, dtype="float32") == first
+    assert compute_folder_revision(folder, dtype="bfloat16") != first
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     (folder / "model.safetensors").unlink()
     save_file({name: weights[name] for name in names[::2]}, folder / "model-1.safetensors")
     save_file({name: weights[name] for name in names[1::2]}, folder / "model-2.safetensors")
-    assert revision_of_folder(folder, dtype="float32") == first
+    assert compute_folder_revision(folder, dtype="float32") == first
     weights[names[0]] += 1
     save_file({name: weights[name] for name in names[::2]}, folder / "model-1.safetensors")
-    assert revision_of_folder(folder, dtype="float32") != first
+    assert compute_folder_revision(folder, dtype="float32") != first
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no safetensors"):
-        revision_of_folder(tmp_path, dtype="float32")
+        compute_folder_revision(tmp_path, dtype="float32")
 
 
 @pytest.mark.parametrize(

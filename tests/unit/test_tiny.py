@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support import tolerance
 from tests.support.tolerance import assert_noticed, assert_within, gamma
-from vaopd.data.handwritten_geometry import READ_QUESTION, scans
+from vaopd.data.handwritten_geometry import READ_QUESTION, load_scans
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
 from vaopd.tiny.build import build_model
@@ -32,7 +32,7 @@ def processor() -> Any:
 
 def examples(count: int) -> list[Example]:
     rng = np.random.default_rng(0)
-    return [draw_example(scans("train"), TEACHER.recipe, 0.2, rng) for _ in range(count)]
+    return [draw_example(load_scans("train"), TEACHER.recipe, 0.2, rng) for _ in range(count)]
 
 
 def test_every_digit_is_a_token_of_its_own(processor: Any) -> None:
@@ -81,6 +81,7 @@ def test_the_template_renders_system_turns_plain_text_and_several_images(process
     )
 
 
+@pytest.mark.numeric
 def test_training_input_equals_what_the_real_processor_makes(processor: Any) -> None:
     batch = examples(8)
 
@@ -101,6 +102,7 @@ def test_training_input_equals_what_the_real_processor_makes(processor: Any) -> 
         assert ids[row, positions + 1].tolist() == targets[row][counted].tolist()
 
 
+@pytest.mark.numeric
 def test_the_training_loss_equals_a_plain_forward_of_each_example(processor: Any) -> None:
     """One padded batch with shared position ids against one unpadded forward per example."""
     torch.manual_seed(0)
@@ -128,7 +130,7 @@ def test_the_training_loss_equals_a_plain_forward_of_each_example(processor: Any
 
 
 def test_reading_examples_have_nothing_but_the_reading(processor: Any) -> None:
-    example = draw_example(scans("train"), TEACHER.recipe, 1.0, np.random.default_rng(0))
+    example = draw_example(load_scans("train"), TEACHER.recipe, 1.0, np.random.default_rng(0))
 
     assert example.prompt == READ_QUESTION
     assert "boxed" not in example.response
@@ -139,7 +141,7 @@ def test_a_pixelated_image_is_answered_with_other_numbers_of_the_same_kind() -> 
     clear = dataclasses.replace(TEACHER.recipe, pixelated_share=0.0)
     pixelated = dataclasses.replace(TEACHER.recipe, pixelated_share=1.0)
     pairs = [
-        [draw_example(scans("train"), recipe, 0.0, np.random.default_rng(seed)) for recipe in (clear, pixelated)]
+        [draw_example(load_scans("train"), recipe, 0.0, np.random.default_rng(seed)) for recipe in (clear, pixelated)]
         for seed in range(20)
     ]
 

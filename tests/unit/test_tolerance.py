@@ -33,6 +33,7 @@ def check(difference: Tensor, bound: Tensor, *, loose: float) -> None:
 def test_gamma_by_hand() -> None:
     assert tolerance.gamma(10) == pytest.approx(10 * U / (1 - 10 * U), rel=1e-12)
     assert tolerance.gamma(10, torch.bfloat16) == pytest.approx((10 / 256) / (1 - 10 / 256), rel=1e-12)
+    assert tolerance.gamma(10, exps=1) == pytest.approx(50 * U / (1 - 50 * U), rel=1e-12)
     assert tolerance.gamma(10_000) == pytest.approx(600 * U / (1 - 600 * U), rel=1e-12)  # 6 · √n
 
 
@@ -82,7 +83,7 @@ def test_propagation_by_hand() -> None:
     """x·y + x at (2, 3), off by 0.1 and 0.2: 4 · 0.1 + 2 · 0.2, and the rounding of |6| + |2|."""
     x, y = (torch.tensor([[value]]) for value in (2.0, 3.0))
     found = tolerance.propagated(lambda x, y: torch.cat((x * y, x), -1), (x, y), (0.1, 0.2))
-    own = tolerance.gamma(2) + tolerance.gamma(tolerance.EXP_ROUNDINGS + 2)
+    own = tolerance.gamma(4, exps=1)
     assert found.tolist() == pytest.approx([0.8 + 8 * own], rel=1e-12)
 
 

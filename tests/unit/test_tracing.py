@@ -36,8 +36,8 @@ def spans() -> Iterator[InMemorySpanExporter]:
 
 def test_off_nothing_is_made_and_nothing_travels() -> None:
     with tracing.span("step", step=1):
-        assert tracing.metadata() == ()
-        assert tracing.ids() == {}
+        assert tracing.make_metadata() == ()
+        assert tracing.get_ids() == {}
 
 
 def test_off_a_caller_s_trace_is_handed_on_and_is_not_ours() -> None:
@@ -45,9 +45,9 @@ def test_off_a_caller_s_trace_is_handed_on_and_is_not_ours() -> None:
     received = [("traceparent", "00-" + "1" * 32 + "-" + "2" * 16 + "-01")]
 
     def answer() -> None:
-        end = tracing.begin("call", parent=tracing.parent_of(received))
-        assert list(tracing.metadata()) == received
-        assert tracing.ids() == {}
+        end = tracing.begin("call", parent=tracing.read_parent(received))
+        assert list(tracing.make_metadata()) == received
+        assert tracing.get_ids() == {}
         end()
 
     contextvars.copy_context().run(answer)
@@ -69,7 +69,7 @@ def test_the_standard_variables_switch_it_on(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert tracing.wanted() is wanted
+    assert tracing.is_wanted() is wanted
 
 
 @pytest.mark.parametrize(("name", "value"), [("OTEL_TRACES_EXPORTER", "zipkin"), (tracing.PROTOCOLS[1], "http/json")])
@@ -82,9 +82,9 @@ def test_an_exporter_that_there_is_none_of_is_told(name: str, value: str, monkey
 
 def test_a_span_goes_on_in_another_thread_and_on_the_other_side_of_a_call(spans: InMemorySpanExporter) -> None:
     with tracing.span("step", step=3):
-        here = tracing.current()
-        received = tracing.metadata()
-        step = tracing.ids()
+        here = tracing.get_context()
+        received = tracing.make_metadata()
+        step = tracing.get_ids()
 
     def elsewhere() -> None:
         with tracing.span("batch", parent=here, groups=["a", "b"], job=None):
@@ -95,8 +95,8 @@ def test_a_span_goes_on_in_another_thread_and_on_the_other_side_of_a_call(spans:
     thread.join()
 
     def other_process() -> None:
-        end = tracing.begin("call", parent=tracing.parent_of(received))
-        assert tracing.ids()["trace_id"] == step["trace_id"]
+        end = tracing.begin("call", parent=tracing.read_parent(received))
+        assert tracing.get_ids()["trace_id"] == step["trace_id"]
         end()
 
     thread = threading.Thread(target=other_process)
@@ -117,7 +117,7 @@ def test_calls_that_share_a_batch_are_linked(spans: InMemorySpanExporter) -> Non
     contexts = []
     for name in ("first", "second"):
         with tracing.span(name):
-            contexts.append(tracing.current())
+            contexts.append(tracing.get_context())
     with tracing.span("batch", parent=contexts[0], links=contexts[1:]):
         pass
     found = {span.name: span for span in spans.get_finished_spans()}
@@ -127,6 +127,6 @@ def test_calls_that_share_a_batch_are_linked(spans: InMemorySpanExporter) -> Non
 def test_a_header_that_is_no_trace_begins_a_new_one(spans: InMemorySpanExporter) -> None:
     received = [("traceparent", "nonsense"), ("blob-bin", b"\x00")]
     # A task of its own, as a call has one: its context ends with it.
-    contextvars.copy_context().run(lambda: tracing.begin("call", parent=tracing.parent_of(received))())
+    contextvars.copy_context().run(lambda: tracing.begin("call", parent=tracing.read_parent(received))())
     (span,) = spans.get_finished_spans()
     assert span.parent is None

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.errors import InvalidInput, LimitExceeded
-from vaopd.run.checkpoints import LedgerLine, RunState, latest_checkpoint, load_run_state
+from vaopd.run.checkpoints import LedgerLine, RunState, find_latest_checkpoint, load_run_state
 from vaopd_trainer import checkpoint
 
 
@@ -87,11 +87,11 @@ def test_the_ledger_holds_each_trained_group_with_its_step_and_policy(tmp_path: 
 
 
 def test_the_newest_are_kept_and_the_newest_of_all_is_found(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
+    assert find_latest_checkpoint(tmp_path) is None
     for step in (2, 4, 10):
         Run().save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000004", "step_000010"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_000010"
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "step_000010"
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> 
             keep=1,
         )
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
-    assert latest_checkpoint(tmp_path) == saved
+    assert find_latest_checkpoint(tmp_path) == saved
 
 
 @pytest.mark.parametrize("file", ["state.json", "ledger.jsonl", "student.safetensors", "optimizer.safetensors"])

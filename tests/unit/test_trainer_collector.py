@@ -23,7 +23,7 @@ def ask(
 
 
 def collect(collector: Collector, *group_ids: str, check: Callable[[], None] = never) -> list[RolloutGroup]:
-    return [group for groups in collector.groups(group_ids, check=check) for group in groups]
+    return [group for groups in collector.wait_for_groups(group_ids, check=check) for group in groups]
 
 
 def ids(groups: Sequence[RolloutGroup]) -> list[str]:

@@ -60,7 +60,7 @@ class World:
         )
 
     # The collector.
-    def groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
+    def wait_for_groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
         for part in self._arriving:
             check()
             yield [an_answer(a_request(group_id)) for group_id in part]

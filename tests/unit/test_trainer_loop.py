@@ -53,7 +53,7 @@ class Scorer:
             for group in groups
         ]
 
-    def results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
+    def wait_for_results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup | Refused]:
         check()
         results, self._results = self._results, []
         yield from results

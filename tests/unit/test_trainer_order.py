@@ -30,6 +30,20 @@ def test_a_position_says_everything_so_that_a_resumed_run_needs_no_cursor() -> N
     ]
 
 
+def test_an_epoch_ends_with_its_last_whole_step() -> None:
+    """Of 50 prompts in steps of 16, 48 of each permutation; 2101 prompts make 131 steps, 655 in 5 epochs."""
+    plain, dealt = PromptOrder(prompts=50, seed=3), PromptOrder(prompts=50, seed=3, per_step=16)
+    assert [dealt.index(p) for p in range(96)] == [plain.index(p) for p in (*range(48), *range(50, 98))]
+    paper = PromptOrder(prompts=2101, seed=42, per_step=16)
+    first = [paper.index(131 * 16 * number) for number in range(6)]
+    assert first == [PromptOrder(prompts=2101, seed=42).index(2101 * number) for number in range(6)]
+
+
+def test_a_data_set_smaller_than_a_step_is_dealt_on() -> None:
+    order = PromptOrder(prompts=6, seed=3, per_step=8)
+    assert [order.index(p) for p in range(16)] == [PromptOrder(prompts=6, seed=3).index(p) for p in range(16)]
+
+
 def test_another_seed_is_another_order() -> None:
     assert epoch(PromptOrder(prompts=50, seed=3), 0) != epoch(PromptOrder(prompts=50, seed=4), 0)
 
@@ -59,6 +73,7 @@ def test_the_list_groups_all_steps_take_the_prompts_in_their_order() -> None:
     prompts = [Prompt(prompt_id=str(index), messages=(), images=(), answer="") for index in range(6)]
     training = TrainingPrompts(prompts, per_step=4, seed=3)
     dealt = [int(training.find_prompt(group).prompt_id) for step in range(3) for group in training.list_groups(step)]
-    assert dealt == [PromptOrder(prompts=6, seed=3).index(position) for position in range(12)]
-    assert sorted(dealt[:6]) == sorted(dealt[6:]) == list(range(6))
+    assert dealt == [PromptOrder(prompts=6, seed=3, per_step=4).index(position) for position in range(12)]
+    for step in range(3):  # a step is an epoch here, and two prompts of each permutation are left out
+        assert len(set(dealt[4 * step : 4 * step + 4])) == 4
     assert [str(group) for group in training.list_groups(2)] == [f"train-000002-000{index}" for index in range(4)]

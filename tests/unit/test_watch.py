@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.terminal import Terminal
 from vaopd.cli import main
-from vaopd.report.watch import sparkline, watch
+from vaopd.report.watch import draw_sparkline, watch
 
 
 def make_run(folder: Path, *, steps: int, evaluated: tuple[int, ...] = (0,)) -> Path:
@@ -84,5 +84,5 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_curve_of_one_value_is_flat() -> None:
-    assert sparkline([3.0]) == "▁"
-    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert draw_sparkline([3.0]) == "▁"
+    assert draw_sparkline([3.0, 3.0]) == "▁▁"

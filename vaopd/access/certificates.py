@@ -41,7 +41,7 @@ def make_certificates(folder: Path, *, hosts: Sequence[str] = (), days: int = 30
     """
     if not 1 <= days <= 365:
         raise ConfigError(f"certificates for development can't be valid for {days} days; use 1 to 365")
-    names = [_checked(host) for host in dict.fromkeys((*OWN_HOSTS, *hosts))]
+    names = [_check_host(host) for host in dict.fromkeys((*OWN_HOSTS, *hosts))]
     paths = [folder / name for name in FILES]
     if not replace and (existing := [path.name for path in paths if path.exists()]):
         raise ConfigError(f"{folder} already holds {', '.join(existing)}; --replace replaces all of them")
@@ -67,7 +67,7 @@ def make_certificates(folder: Path, *, hosts: Sequence[str] = (), days: int = 30
     return paths
 
 
-def _checked(host: str) -> str:
+def _check_host(host: str) -> str:
     """Returns a host for trustme, which would accept networks, mail addresses and non-ASCII letters too."""
     name = host.strip("[]")
     try:

@@ -1,7 +1,7 @@
 """API keys, one per job and holder, in a JSON file that holds their digests, never the keys. Loads nothing heavy.
 
     key = add_key(Path("keys.json"), "geometry", expires_days=90)          # shown once, stored nowhere
-    KeyStore.load("keys.json").job_of(key)                                 # "geometry"
+    KeyStore.load("keys.json").find_job(key)                                 # "geometry"
 
 A key is `vaopd_ID_SECRET`. ID names its entry, in logs too; SECRET is 256 random bits. Plain SHA-256 is enough for
 such secrets: salts and slow hashes protect passwords that can be guessed, and 2^256 values can't be tried.
@@ -71,7 +71,7 @@ class Identity:
     job: str
 
 
-def bearer(header: str | None) -> str:
+def read_bearer(header: str | None) -> str:
     """Returns the key of an `Authorization` header or metadata entry. Raises Unauthenticated when there is none."""
     scheme, _, key = (header or "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
@@ -90,10 +90,10 @@ class KeyStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._seen = _signature(path)
-        self._entries: dict[str, KeyEntry] | None = _by_id(read_keys(path))
+        self._seen = _read_signature(path)
+        self._entries: dict[str, KeyEntry] | None = _index_by_id(read_keys(path))
 
-    def job_of(self, key: str) -> str:
+    def find_job(self, key: str) -> str:
         """Returns the job that a key belongs to. Raises as `identify` does."""
         return self.identify(key).job
 
@@ -102,7 +102,7 @@ class KeyStore:
 
         Raises Unauthenticated for a key that isn't valid now, Unavailable while the file can't be read.
         """
-        entries = self._current()
+        entries = self._read_entries()
         match = _KEY.fullmatch(key)
         if match is None:
             raise Unauthenticated("the API key is malformed: it has the form vaopd_ID_SECRET; copy all of it")
@@ -117,13 +117,13 @@ class KeyStore:
             raise Unauthenticated(f"API key {entry.id} is {state}; ask the service's operator for a new one")
         return Identity(key_id=entry.id, job=entry.job)
 
-    def _current(self) -> dict[str, KeyEntry]:
+    def _read_entries(self) -> dict[str, KeyEntry]:
         with self._lock:
-            signature = _signature(self._path)
+            signature = _read_signature(self._path)
             if signature != self._seen:
                 self._seen = signature
                 try:
-                    self._entries = _by_id(read_keys(self._path))
+                    self._entries = _index_by_id(read_keys(self._path))
                 except ConfigError as error:
                     # The old keys are not kept: one of them may just have been revoked.
                     self._entries = None
@@ -133,7 +133,7 @@ class KeyStore:
             return self._entries
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
+def _read_signature(path: Path) -> tuple[int, int, int] | None:
     """Returns a value that changes when the file is replaced or written; None where there is no file."""
     try:
         status = path.stat()
@@ -142,7 +142,7 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
+def _index_by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
     return {entry.id: entry for entry in entries}
 
 
@@ -206,14 +206,14 @@ def add_key(path: Path, job: str, *, expires_days: float | None = DEFAULT_DAYS) 
         created=now.isoformat(),
         expires=None if expires_days is None else (now + timedelta(days=expires_days)).isoformat(),
     )
-    with _locked(path):
+    with _lock(path):
         _write(path, [*(read_keys(path) if path.exists() else []), entry])
     return f"vaopd_{key_id}_{secret}"
 
 
 def revoke_key(path: Path, key_id: str) -> KeyEntry:
     """Marks a key as no longer valid and returns its entry. Raises NotFound for an id that isn't in the file."""
-    with _locked(path):
+    with _lock(path):
         entries = read_keys(path)
         entry = next((entry for entry in entries if entry.id == key_id), None)
         if entry is None:
@@ -226,7 +226,7 @@ def revoke_key(path: Path, key_id: str) -> KeyEntry:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """Holds a lock for one writer at a time; on the folder, since the file itself is replaced."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

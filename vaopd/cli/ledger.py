@@ -37,7 +37,7 @@ def _check_ledger(arguments: argparse.Namespace) -> int:
 
 
 def _print_summary(books: Audit) -> None:
-    training, evaluation = (books.counts(training=kind) for kind in (True, False))
+    training, evaluation = (books.count_outcomes(training=kind) for kind in (True, False))
     print(f"{books.run}, {books.step} steps in its newest checkpoint")
     print(f"{'':<24}{'training':>10}{'evaluation':>12}")
     for name in dict.fromkeys([*training, *evaluation]):
@@ -64,7 +64,7 @@ def _print_groups(books: Audit) -> None:
 def _describe_outcome(fate: Fate, done: int) -> str:
     dropped = ", ".join(f"{number} × {reason}" for reason, number in fate.dropped.items())
     return (
-        fate.outcome(done)
+        fate.name_outcome(done)
         + (f": {fate.dead}" if fate.dead is not None else "")
         + (f" (dropped: {dropped})" if dropped else "")
     )

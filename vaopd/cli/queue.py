@@ -38,7 +38,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         which.add_argument("--all", action="store_true", help="every letter of the job")
     for parser in (dead, retry, drop):
         parser.add_argument(
-            "--run", metavar="RUN", type=Path, help="a run's folder, whose config.toml names job and Redis"
+            "--run", metavar="RUN", type=Path, help="a run's folder; its config.toml names job and Redis"
         )
         parser.add_argument("--job", metavar="JOB", help="the job's name, which is its run's name")
         parser.add_argument("--url", metavar="URL", help=f"Redis or Valkey (default: that of RUN, or {URL})")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.process.extras import require
-from vaopd.process.flags import add_service_flag, service_config
+from vaopd.process.flags import add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
-    service_config(arguments)  # raises for an invalid file before anything is started
+    read_service_config(arguments)  # raises for an invalid file before anything is started
     gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
@@ -99,13 +99,13 @@ def _run_up(arguments: argparse.Namespace) -> int:
 def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
-    from vaopd.launch.up import UpOptions, new_run_name, up
+    from vaopd.launch.up import UpOptions, make_run_name, up
 
     if not DEMO_CONFIG.exists():
         raise ConfigError(f"{DEMO_CONFIG} doesn't exist here; run the demo in the repository's root")
     require("services", "tiny")
     overrides = [
-        f"run.name={arguments.name or new_run_name('demo')}",
+        f"run.name={arguments.name or make_run_name('demo')}",
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
         # Free ports, so that a second run or another program on this host isn't disturbed.

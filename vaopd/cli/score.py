@@ -59,7 +59,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _score(arguments: argparse.Namespace) -> int:
     from vaopd.errors import ConfigError
-    from vaopd.scoring.views import terminal_lines
+    from vaopd.scoring.views import make_terminal_lines
     from vaopd.types import DEGRADATIONS, Degradation, EncodedImage
 
     if arguments.degradation not in DEGRADATIONS:
@@ -75,7 +75,7 @@ def _score(arguments: argparse.Namespace) -> int:
         print(reply.model_dump_json(indent=2, exclude_none=True))
     else:
         colour = wants_colour(sys.stdout.isatty())
-        print("\n".join(terminal_lines(reply, colour=colour, table=arguments.table)))
+        print("\n".join(make_terminal_lines(reply, colour=colour, table=arguments.table)))
     return 0
 
 
@@ -138,18 +138,15 @@ def _write_files(
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
-    from vaopd.degradation import degrade, view_seed
     from vaopd.errors import ConfigError
-    from vaopd.images import decode
-    from vaopd.scoring.views import Views, html_page, picture
+    from vaopd.scoring.views import draw_picture, make_views, render_html
 
-    decoded = [(decode(image), view_seed(image.sha256)) for image in images]
-    views = [Views(original=image, degraded=degrade(image, degradation, seed=seed)) for image, seed in decoded]
+    views = [make_views(image, degradation) for image in images]
     try:
         if arguments.png is not None:
-            picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
+            draw_picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
         if arguments.html is not None:
-            arguments.html.write_text(html_page(reply, question=arguments.question, views=views))
+            arguments.html.write_text(render_html(reply, question=arguments.question, views=views))
     except OSError as error:
         raise ConfigError(f"{error.filename} can't be written ({error.strerror})") from None
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
-from vaopd.process.flags import Role, add_flags, service_config, to_argv
+from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -42,16 +42,16 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from vaopd.config import ignore, load_config
     from vaopd.config.old_names import warn_once
-    from vaopd.launch.up import service_argv
+    from vaopd.launch.up import make_service_argv
 
     role: Role = arguments.role
     # The service reads both files again, and warns of their old keys itself.
     config = load_config(arguments.config, arguments.overrides, warn=warn_once if arguments.dry_run else ignore)
-    service_config(arguments, quiet=not arguments.dry_run)
+    read_service_config(arguments, quiet=not arguments.dry_run)
     if arguments.dry_run:
         return dry_run(config, NEEDS[role])
     # The service reports a taken port itself: it may be free again by the time the service listens.
     check(config, [need for need in NEEDS[role] if not need.endswith("port")])
-    argv = service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
+    argv = make_service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
     sys.stdout.flush()
     return os.execv(argv[0], argv)

@@ -24,7 +24,7 @@ from vaopd.types import (
     ScoreRequest,
     Tensor,
 )
-from vaopd.wire.common import checked_tensor, tensor_from_pb
+from vaopd.wire.common import check_tensor, tensor_from_pb
 from vaopd.wire.teacher import columns_from_pb
 
 
@@ -56,9 +56,9 @@ class TensorAssembly:
         self._chunks.append(chunk.data)
         self._received_bytes = end
 
-    def tensor(self) -> Tensor:
+    def make_tensor(self) -> Tensor:
         """Returns the tensor, once it is complete."""
-        return checked_tensor(self._declared.dtype, tuple(self._declared.shape), b"".join(self._chunks))
+        return check_tensor(self._declared.dtype, tuple(self._declared.shape), b"".join(self._chunks))
 
 
 class GroupAssembly:
@@ -85,7 +85,7 @@ class GroupAssembly:
             raise Mismatch(f"group {chunk.group_id!r}: a chunk of tensor {chunk.name!r}, which wasn't announced")
         self._tensors[chunk.name].add(chunk)
 
-    def result(self) -> GroupScore | GroupFailure:
+    def make_result(self) -> GroupScore | GroupFailure:
         """Returns the score, or a failure when one of its numbers is not finite.
 
         Raises Mismatch when a column is missing, or has another shape or dtype than the responses ask for.
@@ -94,7 +94,9 @@ class GroupAssembly:
         lengths = list(score.lengths)
         self._check_lengths(lengths)
         edges = np.cumsum(lengths)[:-1]
-        columns = {name: self._column(tensor, name, sum(lengths)) for name, tensor in columns_from_pb(score).items()}
+        columns = {
+            name: self._make_column(tensor, name, sum(lengths)) for name, tensor in columns_from_pb(score).items()
+        }
         if missing := set(self._columns) - columns.keys():
             raise Mismatch(
                 f"group {score.group_id!r}: the teacher sent no column {sorted(missing)[0]}; it is of an older version"
@@ -115,7 +117,7 @@ class GroupAssembly:
             visual_advantage=rows["visual_advantage"],
             columns={name: rows[name] for name in self._columns},
             payload=Payload(
-                kind=self._payload, tensors={name: tensor.tensor() for name, tensor in self._tensors.items()}
+                kind=self._payload, tensors={name: tensor.make_tensor() for name, tensor in self._tensors.items()}
             ),
             prompt_tokens=score.prompt_tokens,
             response_ids=response_ids,
@@ -133,7 +135,7 @@ class GroupAssembly:
                 "client and teacher are of different versions"
             )
 
-    def _column(self, message: common_pb2.Tensor, name: str, tokens: int) -> np.ndarray:
+    def _make_column(self, message: common_pb2.Tensor, name: str, tokens: int) -> np.ndarray:
         tensor = tensor_from_pb(message)
         expected = COLUMNS[name].dtype
         if tensor.dtype != expected or tensor.shape != (tokens,):

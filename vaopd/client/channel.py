@@ -10,12 +10,12 @@ import grpc
 
 from vaopd.telemetry import logs, tracing
 from vaopd.types import TeacherLimits
-from vaopd.wire.errors import error_of
+from vaopd.wire.errors import make_error
 
 T = TypeVar("T")
 
 
-def channel_options() -> list[tuple[str, Any]]:
+def make_channel_options() -> list[tuple[str, Any]]:
     """Returns gRPC's options for a channel to one replica: message size, keep-alive, reconnection."""
     size = TeacherLimits().max_message_bytes
     policy: dict[str, Any] = {"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}
@@ -39,7 +39,7 @@ def channel_options() -> list[tuple[str, Any]]:
 def trace_metadata() -> tuple[tuple[str, str], ...]:
     """Returns the metadata that links a call to its request and its trace in the teacher's logs."""
     name = logs.request_id.get()
-    return (*(() if name is None else ((logs.REQUEST_ID_KEY, name),)), *tracing.metadata())
+    return (*(() if name is None else ((logs.REQUEST_ID_KEY, name),)), *tracing.make_metadata())
 
 
 async def await_answer(answer: Awaitable[T], target: str) -> T:
@@ -47,4 +47,4 @@ async def await_answer(answer: Awaitable[T], target: str) -> T:
     try:
         return await answer
     except grpc.aio.AioRpcError as error:
-        raise error_of(error, target) from None
+        raise make_error(error, target) from None

@@ -36,7 +36,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials
     """
     found: Credentials = {}
     if (key := _read(environment, API_KEY_FILE)) is not None:
-        found["api_key"] = api_key_from(key, origin=f"the file of {API_KEY_FILE}")
+        found["api_key"] = parse_api_key(key, origin=f"the file of {API_KEY_FILE}")
     ca, cert, cert_key = (_read(environment, name) for name in (CA, CERT, KEY))
     if (cert is None) != (cert_key is None):
         raise ConfigError(f"{CERT} and {KEY} go together; set both, or neither")
@@ -45,7 +45,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials
     return found
 
 
-def api_key_from(content: bytes, *, origin: str) -> str:
+def parse_api_key(content: bytes, *, origin: str) -> str:
     """Returns the key in a file's content: one word of visible ASCII, since it travels in a header.
 
     Raises ConfigError, naming `origin`, for any other content.

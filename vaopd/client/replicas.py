@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from vaopd.client.channel import await_answer, channel_options
+from vaopd.client.channel import await_answer, make_channel_options
 from vaopd.errors import Busy, ConfigError, InvalidInput, LimitExceeded, TeacherFault, Unavailable, VaopdError
 from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
@@ -32,12 +32,12 @@ _CONNECT_S = 5.0
 _POLL_S = 0.01
 
 
-def addresses(target: str) -> list[str]:
+def split_addresses(target: str) -> list[str]:
     """Returns the replicas that a target names. Raises ConfigError when it names none, or one twice.
 
-    >>> addresses("first:50051, second:50051")
+    >>> split_addresses("first:50051, second:50051")
     ['first:50051', 'second:50051']
-    >>> addresses("ipv4:10.0.0.1:50051,10.0.0.2:50051")  # gRPC's own way of listing them
+    >>> split_addresses("ipv4:10.0.0.1:50051,10.0.0.2:50051")  # gRPC's own way of listing them
     ['10.0.0.1:50051', '10.0.0.2:50051']
     """
     found = [part.strip() for part in re.sub(r"^ipv[46]:", "", target).split(",")]
@@ -73,7 +73,7 @@ class Replica:
     def channel(self) -> grpc.aio.Channel:
         """The channel, opened by the first call."""
         if self._channel is None:
-            options = channel_options()
+            options = make_channel_options()
             if self._tls is None:
                 self._channel = grpc.aio.insecure_channel(self.target, options=options)
             else:
@@ -159,7 +159,9 @@ class Replicas:
         metadata: Sequence[tuple[str, str]],
         timeout_s: float,
     ) -> None:
-        self._all = [Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in addresses(target)]
+        self._all = [
+            Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in split_addresses(target)
+        ]
         self._turn = 0
         self.description: TeacherDescription | None = None
         """The first replica's description, which the others have to match, until `forget`."""
@@ -205,7 +207,7 @@ class Replicas:
         candidates = [replica for replica in self._all if replica not in failed] or self._all
         if len(candidates) == 1:
             return candidates[0]
-        await _until_one_is_connected(candidates)
+        await _wait_for_connection(candidates)
         self._turn += 1
         ready = grpc.ChannelConnectivity.READY
         in_turn = [candidates[(self._turn + index) % len(candidates)] for index in range(len(candidates))]
@@ -225,7 +227,7 @@ class Replicas:
         await asyncio.sleep(backoff.delay_s(error))
 
 
-async def _until_one_is_connected(replicas: Sequence[Replica]) -> None:
+async def _wait_for_connection(replicas: Sequence[Replica]) -> None:
     """Waits until one replica is connected, all are known to be down, or `_CONNECT_S` have passed."""
     deadline = time.monotonic() + _CONNECT_S
     down = grpc.ChannelConnectivity.TRANSIENT_FAILURE

@@ -47,8 +47,8 @@ from vaopd.types import (
     TeacherLimits,
     Tensor,
 )
-from vaopd.wire.errors import error_of, group_error_of
-from vaopd.wire.teacher import prompt_group_to_pb, score_request_to_pb, tokens_of
+from vaopd.wire.errors import group_error_of, make_error
+from vaopd.wire.teacher import count_tokens, prompt_group_to_pb, score_request_to_pb
 
 T = TypeVar("T")
 
@@ -125,7 +125,7 @@ class TeacherClient:
         that differs, and Unavailable or Busy when no replica answers.
         """
         self._replicas.forget()
-        description = await self._until_answered(self._replicas.introduce)
+        description = await self._ask_until_answered(self._replicas.introduce)
         await self._replicas.introduce_others(timeout_s=min(_OTHERS_S, self._timeout_s))
         return description
 
@@ -136,16 +136,18 @@ class TeacherClient:
             description = await self._replicas.introduce(replica)
             request = pb.GetHeadRequest(revision=description.revision)
             head: TensorAssembly | None = None
-            async for chunk in self._messages(replica.stub.GetHead(request, metadata=self._metadata), replica.target):
+            async for chunk in self._read_messages(
+                replica.stub.GetHead(request, metadata=self._metadata), replica.target
+            ):
                 head = head or TensorAssembly(chunk.tensor)
                 head.add(chunk)
             if head is None or not head.complete:
                 raise TeacherFault(
                     f"the teacher at {replica.target} ended its head too early; are its versions the same?"
                 )
-            return head.tensor()
+            return head.make_tensor()
 
-        return await self._until_answered(fetch)
+        return await self._ask_until_answered(fetch)
 
     async def score(
         self, groups: Sequence[ScoreRequest], *, with_token_texts: bool = False, columns: Sequence[str] = ()
@@ -232,7 +234,7 @@ class TeacherClient:
         for message in part:
             images = groups[message.group_id].images
             refusal = next((refused[i.sha256] for i in images if i.sha256 in refused), None)
-            refusal = refusal or _too_large(message, limits)
+            refusal = refusal or _check_size(message, limits)
             if refusal is None:
                 request.groups.append(message)
             else:
@@ -249,7 +251,7 @@ class TeacherClient:
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
         call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *trace_metadata()))
-        async for message in self._messages(call, replica.target):
+        async for message in self._read_messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
                 raise TeacherFault(
@@ -268,12 +270,12 @@ class TeacherClient:
                 raise TeacherFault(f"the teacher sent a payload for group {part.group_id!r} before its score")
             if open_groups[part.group_id].complete:
                 unanswered.discard(part.group_id)
-                yield open_groups.pop(part.group_id).result()
+                yield open_groups.pop(part.group_id).make_result()
         if unanswered:
             missing = sorted(unanswered)[:5]
             raise TeacherFault(f"the teacher at {replica.target} ended a call without an answer for {missing}")
 
-    async def _until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
+    async def _ask_until_answered(self, ask: Callable[[Replica], Awaitable[T]]) -> T:
         backoff, failures = Backoff(self._patience_s), Failures()
         while True:
             replica = await self._replicas.pick(failures)
@@ -289,7 +291,7 @@ class TeacherClient:
         failures[replica] = error
         await self._replicas.pause(failures, backoff)
 
-    async def _messages(self, call: Any, target: str) -> AsyncIterator[Any]:
+    async def _read_messages(self, call: Any, target: str) -> AsyncIterator[Any]:
         """Yields the messages of a streaming call; raises the tree's errors, and Unavailable after a silence.
 
         Cancels the call when its consumer stops early.
@@ -302,7 +304,7 @@ class TeacherClient:
                 except TimeoutError:
                     raise Unavailable(f"the teacher at {target} was silent for {self._timeout_s:g} s") from None
                 except grpc.aio.AioRpcError as error:
-                    raise error_of(error, target) from None
+                    raise make_error(error, target) from None
                 if message is grpc.aio.EOF:
                     return
                 yield message
@@ -316,7 +318,7 @@ def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[
     size, tokens = _ENVELOPE_BYTES, 0
     for group in groups:
         # Ten bytes bound what protobuf adds to each nested message.
-        added, more = group.ByteSize() + 10, tokens_of(group)
+        added, more = group.ByteSize() + 10, count_tokens(group)
         fits = size + added <= limits.max_message_bytes and tokens + more <= limits.max_tokens_per_request
         if part and (not fits or len(part) == limits.max_groups_per_request):
             yield part
@@ -327,14 +329,14 @@ def _split(groups: Sequence[pb.PromptGroup], limits: TeacherLimits) -> Iterator[
         yield part
 
 
-def _too_large(group: pb.PromptGroup, limits: TeacherLimits) -> LimitExceeded | None:
+def _check_size(group: pb.PromptGroup, limits: TeacherLimits) -> LimitExceeded | None:
     """Returns an error for a group that fits into no call."""
     if (size := group.ByteSize() + _ENVELOPE_BYTES) > limits.max_message_bytes:
         return LimitExceeded(
             f"group {group.group_id!r} takes {size} bytes, the limit of a message is {limits.max_message_bytes}; "
             "send fewer rollouts in a group"
         )
-    if (tokens := tokens_of(group)) > limits.max_tokens_per_request:
+    if (tokens := count_tokens(group)) > limits.max_tokens_per_request:
         return LimitExceeded(
             f"group {group.group_id!r} holds {tokens} tokens, the limit of a call is {limits.max_tokens_per_request}; "
             "send fewer rollouts in a group"

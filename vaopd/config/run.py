@@ -7,7 +7,9 @@ overrides a field. Wrong keys, types and paths are named with the remedy. Import
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction as ExactFraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -85,11 +87,11 @@ class _Teacher(Section):
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
 
-    def payload_keywords(self) -> dict[str, Any]:
+    def make_payload_keywords(self) -> dict[str, Any]:
         """Returns what the teacher's client takes of this section: `payload`, and `top_k` where it has an effect."""
         return self.model_dump(include={"payload", "top_k"})
 
-    def loss_keywords(self) -> dict[str, Any]:
+    def make_loss_keywords(self) -> dict[str, Any]:
         """Returns what the student's loss takes of this section: `estimator`, where the payload needs one."""
         return {}
 
@@ -118,7 +120,7 @@ class SampledTeacher(_Teacher):
     sampled_estimator: Literal["k1", "k3"] = "k3"
     """The single-sample estimator of the KL."""
 
-    def loss_keywords(self) -> dict[str, Any]:
+    def make_loss_keywords(self) -> dict[str, Any]:
         """Returns the estimator."""
         return {"estimator": self.sampled_estimator}
 
@@ -266,13 +268,13 @@ class TrainerConfig(Section):
     weight_decay: float = Field(0.1, ge=0)
     """Weight decay of AdamW (paper: 0.1)."""
     warmup_fraction: Fraction = 0.05
-    """Linear warm-up, then cosine to zero (paper: 5 %)."""
+    """Linear warm-up over this fraction of the steps, rounded down, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping (paper: 1.0)."""
     groups_per_forward: int = Field(1, ge=1)
     """Prompt groups in one forward and backward; siblings always stay together."""
     chunk_tokens: int = Field(1024, ge=1)
-    """Tokens whose (tokens, vocabulary) logits exist at once in the fused divergence."""
+    """Tokens for which the fused divergence holds (tokens, vocabulary) logits at once."""
     max_policy_lag: int = Field(0, ge=0)
     """How many versions old a group's policy may be (paper: 0). Above 0, sampling overlaps with training."""
     checkpoint_every: int = Field(50, ge=1)
@@ -283,6 +285,11 @@ class TrainerConfig(Section):
     """Ranks of the trainer on this host, through accelerate."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl, which is always written."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: the fraction of all steps, exactly, rounded down."""
+        return math.floor(ExactFraction(str(self.warmup_fraction)) * self.steps)
 
 
 class EvaluationConfig(Section):
@@ -332,7 +339,7 @@ class Config(Section):
     api: ApiConfig = ApiConfig()
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _check_consistency(self) -> Config:
         if self.trainer.prompts_per_step % self.trainer.processes:
             raise ValueError(
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "

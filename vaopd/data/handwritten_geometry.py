@@ -4,13 +4,13 @@ A figure of 96×96 px (a triangle, a rectangle or an angle) has handwritten numb
 read, the rest is easy arithmetic; pixelated to 10 % the figure stays visible and the numbers do not. The scans
 are the 1797 of `digits.csv.gz`, 8×8 px each: the test set of E. Alpaydin and C. Kaynak, Optical Recognition of
 Handwritten Digits (UCI Machine Learning Repository, 1998, CC BY 4.0), as scikit-learn ships it. scikit-learn itself is
-not installed: transformers would import it in every process, for a second. Each scan belongs to one split, whatever the
+not installed: transformers would import it in every process, for a second. Each scan belongs to one split, for every
 seed: a model that was trained on any training split has never seen a scan of a validation or test split.
 
 >>> question = Question(kind="triangle_perimeter", numbers=(3, 4, 5))
 >>> question.answer
 '12'
->>> question.solution(phrasing=(0, 0, 0))
+>>> question.write_solution(phrasing=(0, 0, 0))
 'The sides are 3, 4 and 5. The perimeter is 3+4+5=12. So the answer is \\boxed{12}.'
 """
 
@@ -128,20 +128,20 @@ class Question:
     @property
     def answer(self) -> str:
         """The number that answers the question."""
-        return self._working().rpartition("=")[2]
+        return self._write_working().rpartition("=")[2]
 
-    def reading(self, phrasing: int) -> str:
+    def write_reading(self, phrasing: int) -> str:
         """Returns the sentence that reads the numbers off the figure."""
         *first, last = (str(number) for number in self.numbers)
         listed = f"{', '.join(first)} and {last}" if first else last
         return (_READ_ANGLE if self.figure == "angle" else _READ_SIDES)[phrasing].format(listed)
 
-    def solution(self, phrasing: tuple[int, int, int]) -> str:
+    def write_solution(self, phrasing: tuple[int, int, int]) -> str:
         """Returns the chain of thought: the reading, the working, the answer."""
-        worked = _WORKED[self.kind.split("_")[1]][phrasing[1]].format(self._working())
-        return f"{self.reading(phrasing[0])} {worked} {_ANSWERED[phrasing[2]].format(self.answer)}"
+        worked = _WORKED[self.kind.split("_")[1]][phrasing[1]].format(self._write_working())
+        return f"{self.write_reading(phrasing[0])} {worked} {_ANSWERED[phrasing[2]].format(self.answer)}"
 
-    def _working(self) -> str:
+    def _write_working(self) -> str:
         numbers = self.numbers
         if self.kind == "triangle_longest":
             return str(max(numbers))
@@ -154,7 +154,7 @@ class Question:
 
 
 @cache
-def scans(split: Split) -> Scans:
+def load_scans(split: Split) -> Scans:
     """Loads the scans of one split; no two splits share one."""
     packed = resources.files("vaopd.data").joinpath("digits.csv.gz").read_bytes()
     lines = gzip.decompress(packed).decode().splitlines()
@@ -187,24 +187,24 @@ def write(folder: Path, *, seed: int, train: int, validation: int, test: int) ->
         progress = Progress(f"drawing {split}", total=sizes[split], unit="problems")
         for index in range(sizes[split]):
             # A generator of its own for each problem: the first n problems don't depend on how many follow.
-            rows.append(_row(split, np.random.default_rng([seed, number, index])))
+            rows.append(_make_row(split, np.random.default_rng([seed, number, index])))
             progress.report(index + 1)
-        pq.write_table(_table(rows), folder / f"{split}.parquet", row_group_size=256)
+        pq.write_table(_make_table(rows), folder / f"{split}.parquet", row_group_size=256)
 
 
-def _row(split: Split, rng: np.random.Generator) -> dict[str, object]:
-    question = random_question(rng)
+def _make_row(split: Split, rng: np.random.Generator) -> dict[str, object]:
+    question = draw_question(rng)
     png = io.BytesIO()
-    draw(question, scans(split), rng).save(png, format="PNG")
+    draw(question, load_scans(split), rng).save(png, format="PNG")
     return {
         "problem": f"<image>{question.asked}",
         "answer": question.answer,
         "images": [{"bytes": png.getvalue(), "path": None}],
-        "solution": question.solution(random_phrasing(rng)),
+        "solution": question.write_solution(draw_phrasing(rng)),
     }
 
 
-def _table(rows: list[dict[str, object]]) -> pa.Table:
+def _make_table(rows: list[dict[str, object]]) -> pa.Table:
     import pyarrow as pa
 
     text = {"dtype": "string", "_type": "Value"}
@@ -227,7 +227,7 @@ def _table(rows: list[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def random_question(rng: np.random.Generator) -> Question:
+def draw_question(rng: np.random.Generator) -> Question:
     """Draws a question, each kind equally often.
 
     Sides are from 1 to 9, three of them always a possible triangle; angles from 10 to 89.
@@ -243,7 +243,7 @@ def random_question(rng: np.random.Generator) -> Question:
             return Question(kind=kind, numbers=sides)
 
 
-def random_phrasing(rng: np.random.Generator, habit: tuple[float, ...] = COMMON_FIRST) -> tuple[int, int, int]:
+def draw_phrasing(rng: np.random.Generator, habit: tuple[float, ...] = COMMON_FIRST) -> tuple[int, int, int]:
     """Draws a phrasing for each of the three sentences, independently."""
     first, second, third = rng.choice(PHRASINGS, size=3, p=habit)
     return int(first), int(second), int(third)

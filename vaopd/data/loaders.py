@@ -1,34 +1,34 @@
-"""Loads prompts from a local folder of Parquet or a data set of the hub, as `vaopd.types.Prompt`s.
+"""Loads prompts from a local folder or a data set of the hub, as `vaopd.types.Prompt`s.
 
-Two schemas are recognised by their columns: Geometry3K's (problem, answer, images; the generator's too) and ViRL39K's
-(question, answer, image: paths beside the Parquet file, qid). "<image>" in the text marks the place of an image; images
-without any marker come first. A bad record is an `InvalidInput` that names its index and field: text and counts are
-checked at once for all records, image bytes when a prompt is taken. Images stay encoded.
+A record has a text (`problem` as in Geometry3K, `question` as in ViRL39K), an `answer`, and `images` or `image`: one or
+a list of bytes, paths or structs of both. "<image>" in the text marks the place of an image; images without any marker
+come first. A bad record is an `InvalidInput` that names its index and field: text, answer and counts are checked at
+once for all records, image bytes when a prompt is taken. Images stay encoded.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
-from vaopd.errors import InvalidInput, NotFound
+from vaopd.data.tables import Rows, as_entries, read_split
+from vaopd.errors import InvalidInput
+from vaopd.files.hub import read_control_tokens
 from vaopd.types import EncodedImage, ImagePart, Message, Prompt, TextPart
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from vaopd.config import Config
 
 IMAGE_MARKER = "<image>"
-IN_MEMORY_BYTES = 256 * 2**20
-"""Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 _log = logging.getLogger(__name__)
 
@@ -39,14 +39,16 @@ class Schema:
 
     name: str
     text: str
-    answer: str
     images: str
-    record_id: str | None
+    answer: str = "answer"
+    record_id: str | None = None
 
 
 SCHEMAS = (
-    Schema(name="Geometry3K", text="problem", answer="answer", images="images", record_id=None),
-    Schema(name="ViRL39K", text="question", answer="answer", images="image", record_id="qid"),
+    Schema(name="Geometry3K", text="problem", images="images"),
+    Schema(name="ViRL39K", text="question", images="image", record_id="qid"),
+    Schema(name="data set", text="problem", images="image"),
+    Schema(name="data set", text="question", images="images", record_id="qid"),
 )
 
 
@@ -57,31 +59,50 @@ def load_prompts(
     limit: int | None = None,
     shuffle_seed: int | None = None,
     instruction: str | None = None,
+    control_tokens: Sequence[str] = (),
     bad_records: Literal["raise", "skip"] = "raise",
     cache_dir: Path | None = None,
 ) -> Prompts:
     r"""Loads the prompts of one split, in order or shuffled; at most `limit` of them (taken after shuffling).
 
-    source: a folder with `{split}.parquet`, `{split}-*.parquet`, the same in `data/`, or, for "train", one Parquet file
-    of any name; else a hub id like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
-    "Put the final answer in \boxed{}." bad_records: "skip" leaves out, with a warning, records whose text, answer or
-    number of images is wrong. cache_dir: where `datasets` keeps what it downloads or maps.
+    source: a folder with `{split}.parquet`, `{split}-*.parquet` or `{split}/*.parquet`, the same in `data/`, or, for
+    "train", one Parquet file of any name; `.jsonl` likewise; `{split}/metadata.jsonl` beside pictures; else a hub id
+    like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
+    "Put the final answer in \boxed{}." control_tokens: texts that no record may hold, since models refuse them
+    (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records with a wrong text,
+    answer or number of images. cache_dir: where `datasets` keeps what it downloads or maps.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")
-    folder = Path(source) if Path(source).is_dir() else None
-    if folder is not None:
-        table = _local_table(folder, split, cache_dir)
-    elif _HUB_ID.fullmatch(source):
-        table = _hub_table(source, split, cache_dir)
-    else:
-        raise NotFound(f"{source!r} is neither a folder nor a hub id (owner/name); check the path")
-    schema = _schema_of(table, source)
-    order = np.arange(table.num_rows)
+    if instruction is not None and IMAGE_MARKER in instruction:
+        raise InvalidInput(
+            f"the instruction holds {IMAGE_MARKER}, which marks images in texts; take it out", field="data.instruction"
+        )
+    if found := _find_control_token(instruction or "", control_tokens):
+        raise InvalidInput(
+            f"the instruction holds {found!r}, a control token of the model; take it out", field="data.instruction"
+        )
+    shards = _recognise(read_split(source, split, cache_dir), source)
+    num_records = sum(len(rows) for rows, _ in shards)
+    if num_records == 0:
+        raise InvalidInput(f"{source}: split {split!r} has no records; give a split that has some")
+    order = np.arange(num_records)
     if shuffle_seed is not None:
         order = np.random.default_rng(shuffle_seed).permutation(order)
-    prompts = Prompts(table=table, schema=schema, order=order, split=split, folder=folder, instruction=instruction)
-    return prompts.checked(bad_records).first(limit)
+    folder = Path(source) if Path(source).is_dir() else None
+    prompts = Prompts(shards=shards, order=order, split=split, folder=folder, instruction=instruction)
+    return prompts.checked(bad_records, control_tokens).first(limit)
+
+
+def load_training_prompts(config: Config) -> Prompts:
+    """Loads what a run trains on; `--dry-run` calls it too."""
+    data = config.data
+    return load_prompts(
+        data.source,
+        split=data.train_split,
+        instruction=data.instruction or None,
+        control_tokens=read_control_tokens(config.student.model),
+    )
 
 
 class Prompts(Sequence[Prompt]):
@@ -90,16 +111,14 @@ class Prompts(Sequence[Prompt]):
     def __init__(
         self,
         *,
-        table: pa.Table,
-        schema: Schema,
+        shards: Sequence[tuple[Rows, Schema]],
         order: np.ndarray,
         split: str,
         folder: Path | None,
         instruction: str | None,
     ) -> None:
-        columns = [schema.text, schema.answer, schema.images, schema.record_id]
-        self._table = table.select([name for name in columns if name in table.column_names])
-        self._schema = schema
+        self._shards = shards
+        self._ends = list(accumulate(len(rows) for rows, _ in shards))
         self._order = order
         self._split = split
         self._folder = folder
@@ -123,27 +142,33 @@ class Prompts(Sequence[Prompt]):
         """Returns the first `limit` prompts, or all."""
         return self if limit is None else self[:limit]
 
-    def checked(self, bad_records: Literal["raise", "skip"]) -> Prompts:
+    def checked(self, bad_records: Literal["raise", "skip"], control_tokens: Sequence[str] = ()) -> Prompts:
         """Checks every record's text, answer and number of images (not image bytes); drops or refuses bad ones."""
-        import pyarrow.compute as pc
-
-        texts = self._table[self._schema.text].to_pylist()
-        answers = self._table[self._schema.answer].to_pylist()
-        counts = pc.fill_null(pc.list_value_length(self._table[self._schema.images]), 0).to_pylist()
-        faults = {
-            index: fault
-            for index, record in enumerate(zip(texts, answers, counts, strict=True))
-            if (fault := self._fault(*record)) is not None
-        }
+        faults: dict[int, str] = {}
+        for (rows, schema), end in zip(self._shards, self._ends, strict=True):
+            has_images = schema.images in rows.columns
+            records = zip(
+                rows.read_column(schema.text),
+                rows.read_column(schema.answer),
+                rows.count_images(schema.images) if has_images else [0] * len(rows),
+                strict=True,
+            )
+            for index, record in enumerate(records, end - len(rows)):
+                if fault := _find_fault(schema, *record):
+                    faults[index] = fault
+                elif found := _find_control_token(record[0], control_tokens):
+                    faults[index] = f"field {schema.text!r}: the text holds {found!r}, a control token of the model"
         if not faults:
             return self
         first = min(faults)
-        message = f"{self._where(first)}, {faults[first]}"
+        message = f"{self._describe_place(first)}, {faults[first]}"
         if len(faults) > 1:
-            message += f" ({len(faults)} of {len(texts)} records are bad: {str(sorted(faults)[:10])[1:-1]} …)"
+            message += f" ({len(faults)} of {self._ends[-1]} records are bad: {str(sorted(faults)[:10])[1:-1]} …)"
         if bad_records == "raise":
             raise InvalidInput(f"{message}; correct the data, or load it with bad_records='skip'")
-        _log.warning("skipping %d of %d records; the first: %s", len(faults), len(texts), message)
+        _log.warning("skipping %d of %d records; the first: %s", len(faults), self._ends[-1], message)
+        if len(faults) == self._ends[-1]:
+            raise InvalidInput(f"{message}; no record is left")
         return self._with_order(self._order[~np.isin(self._order, list(faults))])
 
     def _with_order(self, order: np.ndarray) -> Prompts:
@@ -151,66 +176,135 @@ class Prompts(Sequence[Prompt]):
         other._order = order
         return other
 
-    def _fault(self, text: object, answer: object, num_images: int) -> str | None:
-        if not isinstance(text, str) or not text.replace(IMAGE_MARKER, "").strip():
-            return f"field {self._schema.text!r}: the text is missing or empty"
-        if answer is None or not str(answer).strip():
-            return f"field {self._schema.answer!r}: the answer is missing or empty"
-        markers = text.count(IMAGE_MARKER)
-        if markers not in (0, num_images):
-            return (
-                f"field {self._schema.text!r}: the text has {markers} {IMAGE_MARKER} markers and the record "
-                f"{num_images} images; give one marker for each image, or none"
-            )
-        return None
+    def _locate(self, index: int) -> tuple[Rows, Schema, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        rows, schema = self._shards[shard]
+        return rows, schema, index - self._ends[shard] + len(rows)
 
-    def _where(self, index: int) -> str:
-        return f"{self._schema.name} split {self._split!r}, record {index}"
+    def _describe_place(self, index: int) -> str:
+        return f"{self._locate(index)[1].name} split {self._split!r}, record {index}"
 
     def _prompt(self, index: int) -> Prompt:
-        record: dict[str, Any] = self._table.slice(index, 1).to_pylist()[0]
+        rows, schema, row = self._locate(index)
+        record = rows.read(row)
         images = [
-            self._image(entry, index, position) for position, entry in enumerate(record[self._schema.images] or [])
+            self._read_image(entry, f"{self._describe_place(index)}, field '{schema.images}[{position}]'", rows.file)
+            for position, entry in enumerate(as_entries(record.get(schema.images)))
         ]
-        text: str = record[self._schema.text]
+        text: str = record[schema.text]
         if self._instruction is not None:
             text = f"{text}\n{self._instruction}"
-        record_id = record.get(self._schema.record_id) if self._schema.record_id else None
+        record_id = record.get(schema.record_id) if schema.record_id else None
         return Prompt(
             prompt_id=f"{self._split}-{index}" if record_id is None else str(record_id),
             messages=(Message(role="user", content=content_parts(text, [image.sha256 for image in images])),),
             images=tuple({image.sha256: image for image in images}.values()),
-            answer=str(record[self._schema.answer]).strip(),
+            answer=_as_answer(record[schema.answer]),
         )
 
-    def _image(self, entry: object, index: int, position: int) -> EncodedImage:
+    def _read_image(self, entry: object, where: str, table: Path | None) -> EncodedImage:
         """Reads the encoded bytes, from the record itself or from the file that it names."""
-        where = f"{self._where(index)}, field '{self._schema.images}[{position}]'"
-        data = entry.get("bytes") if isinstance(entry, dict) else None
-        if data is None:
-            path = entry.get("path") if isinstance(entry, dict) else entry
-            if not isinstance(path, str) or not path:
-                raise InvalidInput(f"{where}: there are neither image bytes nor a path; correct or drop the record")
-            data = self._file(path, where)
+        stored, path = (entry.get("bytes"), entry.get("path")) if isinstance(entry, dict) else (entry, entry)
+        if isinstance(stored, bytes) and (stored or not path):
+            data = stored
+        elif isinstance(path, str) and path:
+            data = self._read_file(path, where, table)
+        else:
+            raise InvalidInput(f"{where}: there are neither image bytes nor a path; correct or drop the record")
         if not data.startswith(_MAGIC):
             raise InvalidInput(f"{where}: not a PNG, JPEG or WEBP image ({len(data)} bytes); convert or drop it")
         return EncodedImage(data=data)
 
-    def _file(self, path: str, where: str) -> bytes:
-        if self._folder is None:
+    def _read_file(self, path: str, where: str, table: Path | None) -> bytes:
+        if self._folder is None or table is None:
             raise InvalidInput(
                 f"{where}: the image {path!r} is a file beside the Parquet file, which the hub's loader "
                 "doesn't deliver; download the data set, unpack its images, and give the folder as the source"
             )
-        file = (self._folder / path).resolve()
+        try:
+            beside = (table.parent / path).resolve()
+            file = beside if beside.is_file() else (self._folder / path).resolve()
+            found = file.is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            raise InvalidInput(f"{where}: {path[:80]!r} is no path; correct or drop the record") from None
         # A record may name files of its own folder only, since the files are sent to other machines.
         if not file.is_relative_to(self._folder.resolve()):
             raise InvalidInput(f"{where}: the path {path!r} leads out of {self._folder}; use paths inside the folder")
-        if not file.is_file():
+        if not found:
             raise InvalidInput(
                 f"{where}: there is no file {file}; unpack the data set's images beside its Parquet file"
             )
         return file.read_bytes()
+
+
+def _recognise(files: Sequence[Rows], source: str) -> list[tuple[Rows, Schema]]:
+    """Finds the columns of each file; a file may lack images if another has them."""
+    names = {name for rows in files for name in rows.columns}
+    shards = []
+    for rows in (rows for rows in files if len(rows) or len(files) == 1):
+        for needs_images in (True, False):
+            fitting = [
+                schema
+                for schema in SCHEMAS
+                if {schema.text, schema.answer} <= set(rows.columns)
+                and schema.images in (rows.columns if needs_images else names)
+            ]
+            if fitting:
+                shards.append((rows, fitting[0]))
+                break
+        else:
+            known = "problem or question, answer, and images or image (an empty list where a problem has none)"
+            columns = ", ".join(rows.columns)
+            raise InvalidInput(f"{rows.file or source} has columns {columns}; needed: {known}; rename them")
+    return shards
+
+
+def _find_fault(schema: Schema, text: object, answer: object, num_images: int) -> str | None:
+    if text is not None and not isinstance(text, str):
+        return f"field {schema.text!r}: {_describe(text)} where a text belongs"
+    if not text or not text.replace(IMAGE_MARKER, "").strip():
+        return f"field {schema.text!r}: the text is missing or empty"
+    try:
+        if not _as_answer(answer):
+            return f"field {schema.answer!r}: the answer is missing or empty"
+    except InvalidInput as error:
+        return f"field {schema.answer!r}: {error}"
+    markers = text.count(IMAGE_MARKER)
+    if markers not in (0, num_images):
+        return (
+            f"field {schema.text!r}: the text has {markers} {IMAGE_MARKER} markers and the record "
+            f"{num_images} images; give one marker for each image, or none"
+        )
+    return None
+
+
+def _find_control_token(text: str, control_tokens: Sequence[str]) -> str | None:
+    written = text.replace(IMAGE_MARKER, "")  # the marker itself is a token of some families
+    return next((token for token in control_tokens if token in written), None)
+
+
+def _as_answer(value: object) -> str:
+    """Returns an answer as text, "" for none; raises InvalidInput for one that is neither text nor a finite number.
+
+    >>> _as_answer(12), _as_answer(1e-7), _as_answer([" x "])
+    ('12', '0.0000001', 'x')
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return format(Decimal(str(value)), "f")
+    raise InvalidInput(f"the answer is {_describe(value)}; give a text or a number")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    kinds = {dict: "a struct", bytes: "bytes", bool: "true or false", float: "no finite number"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
 def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | ImagePart, ...]:
@@ -229,61 +323,3 @@ def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | Im
         if sha256 is not None:
             parts.append(ImagePart(sha256=sha256))
     return tuple(parts)
-
-
-def _local_table(folder: Path, split: str, cache_dir: Path | None) -> pa.Table:
-    files = _split_files(folder, split)
-    if sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        return pa.concat_tables([pq.read_table(file) for file in files])
-    from datasets import load_dataset
-
-    names = [str(file) for file in files]
-    mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_text(cache_dir))
-    return mapped.data.table
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    for parent in (folder, folder / "data"):
-        for pattern in (f"{split}.parquet", f"{split}-*.parquet"):
-            if files := sorted(parent.glob(pattern)):
-                return files
-    lone = sorted(folder.glob("*.parquet"))
-    if split == "train" and len(lone) == 1:  # ViRL39K is published as one file, without splits
-        return lone
-    raise NotFound(
-        f"{folder} has no Parquet file of split {split!r}: looked for {split}.parquet and {split}-*.parquet, here and "
-        f"in data/; it has {', '.join(file.name for file in lone) or 'none at all'}"
-    )
-
-
-def _hub_table(source: str, split: str, cache_dir: Path | None) -> pa.Table:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(source, split=split, cache_dir=_text(cache_dir)).data.table
-    except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
-        raise NotFound(
-            f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
-            "or download it and give the folder"
-        ) from error
-
-
-def _schema_of(table: pa.Table, source: str) -> Schema:
-    import pyarrow as pa
-
-    for schema in SCHEMAS:
-        if not {schema.text, schema.answer, schema.images} <= set(table.column_names):
-            continue
-        kind = table.schema.field(schema.images).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            raise InvalidInput(f"{source}: column {schema.images!r} is of type {kind}; make it a list, one per image")
-        return schema
-    known = " or ".join(f"{s.text}, {s.answer}, {s.images} ({s.name})" for s in SCHEMAS)
-    raise InvalidInput(f"{source} has columns {', '.join(table.column_names)}; needed: {known}; rename them")
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from vaopd.divergence.measures import widen
-from vaopd.divergence.targets import FullTarget, LogProbTarget, Target, product_dtype
+from vaopd.divergence.targets import FullTarget, LogProbTarget, Target, choose_product_dtype
 from vaopd.errors import InvalidInput
 
 CHUNK_LOGITS = 2**25
@@ -74,10 +74,10 @@ def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor, *, chunk_tok
         return fused_divergence(hidden, head, LogProbTarget(token_ids=token_ids), chunk_tokens=chunk_tokens)
     length = _choose_chunk(len(hidden), len(head), chunk_tokens)
     chunks = zip(hidden.split(length), token_ids.long().split(length), strict=True)
-    return torch.cat([_token_logprobs(rows, head, ids[:, None]) for rows, ids in chunks])
+    return torch.cat([_compute_token_logprobs(rows, head, ids[:, None]) for rows, ids in chunks])
 
 
-def _token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+def _compute_token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
     """Computes one chunk, ids (m, 1) -> (m,). A function, so that its logits are gone before the next ones are made."""
     logits = widen(hidden @ head.T)
     chosen, largest = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
@@ -92,11 +92,11 @@ def top_k_logprobs(
     if not 1 <= k <= len(head):
         raise InvalidInput(f"top_k = {k} is outside [1, {len(head)}], the vocabulary")
     chunks = hidden.split(_choose_chunk(len(hidden), len(head), chunk_tokens))
-    ids, values, tails = zip(*(_top_k_logprobs(rows, head, k) for rows in chunks), strict=True)
+    ids, values, tails = zip(*(_compute_top_k_logprobs(rows, head, k) for rows in chunks), strict=True)
     return torch.cat(ids), torch.cat(values), torch.cat(tails)
 
 
-def _top_k_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_top_k_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Computes one chunk. The tail by its own log-sum-exp, in place: 1 minus the top k's mass would be rounding."""
     logits = widen(hidden @ head.T)
     values, ids = logits.topk(k, dim=-1)
@@ -128,7 +128,7 @@ class _Job:
         target.check(len(head))
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        dtype = product_dtype(hidden, head, autocast)
+        dtype = choose_product_dtype(hidden, head, autocast)
         return cls(
             target=target.in_precision(autocast),
             chunk_tokens=_choose_chunk(len(hidden), len(head), chunk_tokens),

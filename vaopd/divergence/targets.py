@@ -61,7 +61,7 @@ class FullTarget:
 
     def in_precision(self, autocast: torch.dtype | None) -> FullTarget:
         """Returns it with hidden states and head in the dtype of their product."""
-        dtype = product_dtype(self.hidden, self.head, autocast)
+        dtype = choose_product_dtype(self.hidden, self.head, autocast)
         return replace(self, hidden=self.hidden.detach().to(dtype), head=self.head.detach().to(dtype))
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
@@ -191,7 +191,7 @@ def _differentiate_logprob(log_p: Tensor, ids: Tensor, factors: Tensor) -> Tenso
     return log_p.exp_().mul_(-factors[:, None]).scatter_add_(-1, ids, factors[:, None])
 
 
-def product_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+def choose_product_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     """Returns the precision of their product, as autocast chooses it, which leaves float64 alone."""
     dtype = torch.promote_types(hidden.dtype, head.dtype)
     return dtype if autocast is None or dtype == torch.float64 else autocast

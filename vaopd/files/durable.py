@@ -58,14 +58,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _take_place(aside, path)
         _fsync(path.parent)
     finally:
-        # Whatever is aside now: the unfinished folder, or the one that was replaced.
+        # Removes the unfinished folder, or the one that was replaced.
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file's content; the mode is the umask's. File systems that can share the blocks do so.
 
-    Never a hard link: an editor that writes in place would change both, perhaps a model in somebody's cache.
+    Never a hard link: an editor that writes in place would change both, for example a model in the hub's cache.
     """
     with source.open("rb") as read, target.open("wb") as written:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def model_folder(name: str, *, role: str) -> Path:
         return Path(snapshot_download(name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
         raise NotFound(f"{role} {name!r} is no folder here and can't be had from the hub; give a folder") from None
+
+
+def read_control_tokens(name: str) -> list[str]:
+    """Reads the special tokens of a model's tokenizer as texts; none for a hub id that was not downloaded yet."""
+    file: object = Path(name) / "tokenizer.json"
+    if not Path(name).is_dir() and is_hub_id(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, "tokenizer.json")
+    try:
+        added = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("added_tokens", [])
+        return [token["content"] for token in added if token["special"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another format
+        return []

@@ -5,8 +5,8 @@
          └────── each request ◄── child: writes one byte, or is ended and writes none
 
 A child inherits nothing from an earlier comparison, so a verdict doesn't depend on the order, and needs no restart. Not
-forked from the caller, whose torch and gRPC threads a fork would break. The worker ends with its caller, even a killed
-one: the socket closes. A busy child's alarm ends it in time.
+forked from the caller, since a fork would break torch's and gRPC's threads. The worker ends with its caller, even a
+killed one: the socket closes. A busy child's alarm ends it in time.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def ask(questions: Sequence[Question]) -> bool | None:
     if not _slots.acquire(timeout=LIMIT_S):
         return None
     try:
-        for _ in range(2):  # a worker that someone else has ended is started again, once
-            worker = _running()
+        for _ in range(2):  # a worker that was ended from outside is started again, once
+            worker = _get_worker()
             deadline = max(began + LIMIT_S, worker.ready_at + LEAST_S) - _MARGIN_S
             request = json.dumps([deadline, *map(astuple, questions)], ensure_ascii=False)
             with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ def ask(questions: Sequence[Question]) -> bool | None:
 
 def prepare() -> None:
     """Starts the worker ahead of the first question, which then needn't wait for it."""
-    _running()
+    _get_worker()
 
 
 def close(worker: _Worker | None = None) -> None:
@@ -85,7 +85,7 @@ def close(worker: _Worker | None = None) -> None:
             _worker = None
 
 
-def _running() -> _Worker:
+def _get_worker() -> _Worker:
     global _worker
     with _lock:
         if _worker is None:

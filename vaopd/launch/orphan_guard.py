@@ -34,7 +34,7 @@ def main() -> None:
 def signal_groups(groups: set[int], number: signal.Signals) -> None:
     """Sends a signal to every process of the groups."""
     for group in groups:
-        # A group that is gone, or whose number another user's process has by now, needs no signal.
+        # A group that is gone, or has become another user's, needs no signal.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, number)
 

@@ -24,14 +24,14 @@ from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
-from vaopd.net.ports import LOOPBACK, free_port, port_problem
+from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
-AFTER_DRAIN_S = 10.0  # of a process whose drain_s the service file sets, until it is killed
+AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -85,7 +85,7 @@ def up(
         return interrupted.exit_code
     finally:
         if options.metrics_port is not None:
-            targets_file(config).unlink(missing_ok=True)
+            locate_targets_file(config).unlink(missing_ok=True)
 
 
 class _Launch:
@@ -117,19 +117,19 @@ class _Launch:
         self._overrides.append(f"{key}={value}")
 
     def _start_redis(self) -> str:
-        """Starts a server whose append-only file is in the run's folder, so that a resumed run finds its queue."""
-        from vaopd.queue.embedded import server_answers, server_argv, server_url
+        """Starts a server with its append-only file in the run's folder, so that a resumed run finds its queue."""
+        from vaopd.queue.embedded import is_server_ready, make_server_argv, make_server_url
 
         folder = self._config.run_folder / "queue"
         if not self._options.resume and folder.exists():
             shutil.rmtree(folder)  # left by a launch that ended before its first step
         folder.mkdir(parents=True, exist_ok=True)
         port = free_port()
-        argv = server_argv(port=port, folder=folder, append_only="everysec")
-        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: server_answers(port), stop_order=2)
+        argv = make_server_argv(port=port, folder=folder, append_only="everysec")
+        child = Child(name="redis", argv=tuple(argv), is_ready=lambda: is_server_ready(port), stop_order=2)
         self._supervisor.start(child)
         self._supervisor.wait_ready("redis", timeout_s=REDIS_TIMEOUT_S)
-        return server_url(port)
+        return make_server_url(port)
 
     def _start_workers(self) -> None:
         from vaopd.queue import TrainerQueue
@@ -148,7 +148,7 @@ class _Launch:
                     return False  # Redis itself is being restarted
 
             visible = devices[index % len(devices)] if devices else None
-            child = self._service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
+            child = self._make_service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
             self._supervisor.start(child)
 
     def _start_teacher(self) -> str:
@@ -156,12 +156,14 @@ class _Launch:
         devices = self._options.gpus.get("teacher", (None,))[0]
         arguments: tuple[str, ...] = ("--announce", str(announce))
         self._supervisor.start(
-            self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
+            self._make_service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
         )
         self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
         address = announce.read_text().strip()
         # A restart takes the same port again: trainer and API have no other address.
-        again = self._service("teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices)
+        again = self._make_service(
+            "teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices
+        )
         self._supervisor.set_restart_argv("teacher", again.argv)
         return address
 
@@ -170,13 +172,13 @@ class _Launch:
         arguments: tuple[str, ...] = ("--announce", str(announce), "--runs", str(self._config.run.folder))
         if Path(self._config.student.model).is_dir():  # a click on a page must not download a model
             arguments += ("--student", self._config.student.model)
-        self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
+        self._supervisor.start(self._make_service("api", "api", *arguments, devices="", is_ready=announce.exists))
         self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
         address = announce.read_text().strip()
         url = f"{'https' if self._services.api.tls.cert else 'http'}://{address}"
         if self._options.metrics_port is not None and not self._api_is_guarded:
             self._list_target("api", address)  # it serves its metrics on its one port
-        again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
+        again = self._make_service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
         self._supervisor.set_restart_argv("api", again.argv)
         name = self._config.run.name
         self._say(f"view the teacher's visual advantage: {url}/ (the API: {url}/docs)")
@@ -188,7 +190,7 @@ class _Launch:
         while True:
             arguments = ("--resume",) if resume else ()
             child = dataclasses.replace(
-                self._service("trainer", "trainer", *arguments, devices=devices),
+                self._make_service("trainer", "trainer", *arguments, devices=devices),
                 to_terminal=True,
                 stop_order=0,
                 grace_s=TRAINER_GRACE_S,
@@ -204,7 +206,7 @@ class _Launch:
             self._say(f"the trainer ended with code {code}; {self._supervisor.log_tail('trainer')}")
         return code if code >= 0 else 128 - code
 
-    def _service(
+    def _make_service(
         self,
         role: str,
         name: str,
@@ -219,11 +221,11 @@ class _Launch:
         if settings is not None and "drain_s" in settings.model_fields_set:
             grace_s = settings.drain_s + AFTER_DRAIN_S
         if (role != "api" or self._api_is_guarded) and self._options.metrics_port is not None:
-            arguments += ("--metrics-address", self._metrics.get(name) or self._metrics_address(name))
+            arguments += ("--metrics-address", self._metrics.get(name) or self._choose_metrics_address(name))
         return Child(
             name=name,
-            argv=service_argv(role, self._options.config_path, self._overrides, *arguments),
-            environment=environment(self._config, devices=devices),
+            argv=make_service_argv(role, self._options.config_path, self._overrides, *arguments),
+            environment=make_environment(self._config, devices=devices),
             is_ready=is_ready,
             grace_s=grace_s,
         )
@@ -233,7 +235,7 @@ class _Launch:
         """Whether Prometheus could not read metrics on the API's own port."""
         return bool(self._services.api.tls.cert or self._services.api.keys.file)
 
-    def _metrics_address(self, name: str) -> str:
+    def _choose_metrics_address(self, name: str) -> str:
         """Chooses the address of a process that is started for the first time; a restart takes the same again."""
         port = self._options.metrics_port
         address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port()}"
@@ -248,7 +250,7 @@ class _Launch:
             {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
             for name, address in self._metrics.items()
         ]
-        entry.announce(json.dumps(targets, indent=1), targets_file(self._config))
+        entry.announce(json.dumps(targets, indent=1), locate_targets_file(self._config))
 
     def _announce_file(self, name: str) -> Path:
         path = self._logs / f"{name}.address"
@@ -256,7 +258,7 @@ class _Launch:
         return path
 
 
-def targets_file(config: Config) -> Path:
+def locate_targets_file(config: Config) -> Path:
     """Returns the file in which Prometheus finds a run's processes.
 
     It is not in the run's folder: file_sd_configs takes patterns in a file's name only, not in its folder's.
@@ -264,13 +266,13 @@ def targets_file(config: Config) -> Path:
     return config.run.folder / f"{config.run.name}.targets.json"
 
 
-def service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
+def make_service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
     """Returns the command line of one service's process."""
     settings = [part for override in overrides for part in ("--set", override)]
     return (sys.executable, "-m", f"vaopd_{role}", "--config", str(config_path), *settings, *arguments)
 
 
-def environment(config: Config, *, devices: str | None) -> dict[str, str]:
+def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     """Returns the variables that a child gets beside the launcher's own; those that are set there are kept."""
     added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not has_gpu():
@@ -289,7 +291,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
     if options.api:
         wanted["api.address"] = config.api.address
     for key, address in wanted.items():
-        problem = port_problem(address)
+        problem = find_port_problem(address)
         if problem:
             raise ConfigError(
                 f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
@@ -311,6 +313,6 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return placed
 
 
-def new_run_name(prefix: str) -> str:
+def make_run_name(prefix: str) -> str:
     """Returns PREFIX-DATE-TIME, in local time."""
     return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -14,7 +14,7 @@ def free_port(host: str = LOOPBACK) -> int:
         return int(probe.getsockname()[1])
 
 
-def port_problem(address: str) -> str | None:
+def find_port_problem(address: str) -> str | None:
     """Returns why this process can't listen on HOST:PORT, or None. Port 0 is always fine."""
     if "," in address:
         return "a teacher listens on one address; clients of running ones may be given several (--teacher)"

@@ -1,6 +1,6 @@
 """Starts processes alike, and ends those that hang."""
 
-from vaopd.process.entry import main, parser
-from vaopd.process.flags import add_flags, service_config
+from vaopd.process.entry import loading, main, make_parser
+from vaopd.process.flags import add_flags, read_service_config
 
-__all__ = ["add_flags", "main", "parser", "service_config"]
+__all__ = ["add_flags", "loading", "main", "make_parser", "read_service_config"]

@@ -1,7 +1,7 @@
 """Opens every process of the system: its flags, log lines, traces and configuration.
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = process.parser("teacher", "Serves a frozen teacher over gRPC.")
+        parser = process.make_parser("teacher", "Serves a frozen teacher over gRPC.")
         return process.main(_run, parser, argv)     # _run(arguments, config) imports torch, gRPC and the like
 
 Importing this module loads no such library, so that `--help` answers at once.
@@ -10,10 +10,12 @@ Importing this module loads no such library, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 FAILED = 2
 
 
-def parser(role: Role, description: str) -> argparse.ArgumentParser:
+def make_parser(role: Role, description: str) -> argparse.ArgumentParser:
     """Returns the parser of `python -m vaopd_ROLE`."""
     made = argparse.ArgumentParser(prog=f"vaopd_{role}", description=description)
     made.add_argument("--config", type=Path, required=True, help="the run's TOML file")
@@ -68,6 +70,21 @@ def main(
         else:
             print(f"{role}: {error}", file=sys.stderr)
         return FAILED
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Suspends garbage collection while a block loads libraries and a model; they then stay outside of it.
+
+    torch and transformers make a million objects: looking through them takes a sixth of the start, and would delay
+    every call by 0.3 s later on.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def announce(text: str, path: Path) -> None:

@@ -29,17 +29,17 @@ _DISTRIBUTIONS = {
 """Modules that are called otherwise than the distribution to install."""
 
 
-def packages_of(extra: str) -> tuple[str, ...]:
+def list_packages(extra: str) -> tuple[str, ...]:
     """Returns the distributions of an extra, those of the extras that it includes too; empty for an unknown one."""
-    return tuple(dict.fromkeys(_packages(extra)))
+    return tuple(dict.fromkeys(_collect_packages(extra)))
 
 
-def missing_packages(extra: str) -> tuple[str, ...]:
+def find_missing_packages(extra: str) -> tuple[str, ...]:
     """Returns the distributions of an extra that are not installed."""
-    return tuple(name for name in packages_of(extra) if version_of(name) is None)
+    return tuple(name for name in list_packages(extra) if find_version(name) is None)
 
 
-def version_of(distribution: str) -> str | None:
+def find_version(distribution: str) -> str | None:
     """Returns the installed version; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
@@ -54,31 +54,31 @@ def explain_missing_module(error: ImportError, extra: str) -> str | None:
     """
     module = error.name or ""
     distribution = _DISTRIBUTIONS.get(module, module.replace("_", "-"))
-    having = [name for name in _extras() if distribution in packages_of(name)]
-    if not having:  # a module of ours, or a part of a package whose version doesn't fit
+    having = [name for name in _read_extras() if distribution in list_packages(name)]
+    if not having:  # a module of ours, or missing in the installed version of a package
         return None
-    chosen = extra if extra in having else min(having, key=lambda name: len(packages_of(name)))
+    chosen = extra if extra in having else min(having, key=lambda name: len(list_packages(name)))
     return f"{distribution} is not installed; pip install 'vaopd[{chosen}]'"
 
 
 def require(*extras: str) -> None:
     """Raises ConfigError, naming the distributions and the command that installs them, if any of them is missing."""
-    missing = tuple(dict.fromkeys(name for extra in extras for name in missing_packages(extra)))
+    missing = tuple(dict.fromkeys(name for extra in extras for name in find_missing_packages(extra)))
     if missing:
         asked = "services" if set(extras) >= set(ROLES) else ",".join(extras)
         raise ConfigError(f"{', '.join(missing)}: not installed; pip install 'vaopd[{asked}]'")
 
 
-def _packages(extra: str) -> Iterator[str]:
-    for name, included in _extras().get(extra, ()):
+def _collect_packages(extra: str) -> Iterator[str]:
+    for name, included in _read_extras().get(extra, ()):
         if name != "vaopd":
             yield name
         for other in included:
-            yield from _packages(other)
+            yield from _collect_packages(other)
 
 
 @functools.cache
-def _extras() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+def _read_extras() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
     """Extra -> its requirements as (distribution, extras of it)."""
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for line in importlib.metadata.requires("vaopd") or ():

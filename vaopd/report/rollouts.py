@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vaopd.degradation import degrade, view_seed
-from vaopd.images import decode
-from vaopd.run.records import Run, json_lines
+from vaopd.run.records import Run, read_json_lines
+from vaopd.scoring.views import make_views
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
 
@@ -65,7 +64,7 @@ def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
     if path.exists():
-        for _, line in json_lines(path):
+        for _, line in read_json_lines(path):
             steps[line["step"]][line["group_id"]].append(line)
     shown = []
     for step in dict.fromkeys((min(steps), max(steps))) if steps else ():
@@ -118,11 +117,10 @@ def _draw_views(data: str, run: Run) -> Iterator[Picture]:
     """Yields the image and the degraded view that the teacher sees; large ones are scaled down for the page."""
     settings = run.config.get("degradation", {})
     degradation = Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
-    encoded = EncodedImage(data=base64.b64decode(data))
-    image = decode(encoded)
-    yield _draw(image, "the image")
-    degraded = degrade(image, degradation, seed=view_seed(encoded.sha256))
-    yield _draw(degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
+    bounds = {key: run.config.get("data", {}).get(key) for key in ("min_pixels", "max_pixels")}
+    views = make_views(EncodedImage(data=base64.b64decode(data)), degradation, **bounds)
+    yield _draw(views.original, "the image")
+    yield _draw(views.degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
 
 
 def _draw(image: Image.Image, name: str) -> Picture:

@@ -51,14 +51,14 @@ def watch(
         run = read_run(folder) if (folder / "metrics.jsonl").exists() else None
         if terminal or once:
             width = shutil.get_terminal_size().columns if terminal else 100
-            lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else starting(folder))]
+            lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else describe_start(folder))]
             # Moves to the block's first line, overwrites each line, and clears lines left of a longer block.
             stream.write((f"\x1b[{drawn}F" if drawn else "") if terminal else "")
             stream.write("".join(f"{line}\x1b[K\n" if terminal else f"{line}\n" for line in lines))
             stream.write("\x1b[J" if terminal else "")
             drawn = len(lines)
         else:
-            line = plain_line(run) if run else starting(folder)[0]
+            line = format_line(run) if run else describe_start(folder)[0]
             if line != last_line:
                 stream.write(line + "\n")
                 last_line = line
@@ -68,7 +68,7 @@ def watch(
         sleep(every_s)
 
 
-def starting(folder: Path) -> list[str]:
+def describe_start(folder: Path) -> list[str]:
     """Returns the lines before the first step: the last line that each process logged."""
     lines = [f"{folder.resolve().name}: no step yet; its processes' logs are in {folder / 'logs'}"]
     for log in sorted((folder / "logs").glob("*.log")):
@@ -80,17 +80,17 @@ def starting(folder: Path) -> list[str]:
 
 def block(run: Run, *, now_s: float) -> list[str]:
     """Returns the run as a few lines; `now_s` is the time in seconds since the epoch, as in metrics.jsonl."""
-    lines = [f"{run.name}   {run.variant}, seed {run.seed}", _progress(run)]
+    lines = [f"{run.name}   {run.variant}, seed {run.seed}", _format_progress(run)]
     for key, name in CURVES:
-        _, values = run.series(key)
+        _, values = run.list_series(key)
         if values:
-            lines.append(f"{name:<16}{values[-1]:>9.4g}  {sparkline(values)}")
+            lines.append(f"{name:<16}{values[-1]:>9.4g}  {draw_sparkline(values)}")
     if run.evaluations:
         last = run.evaluations[-1]
-        curve = sparkline([evaluation.accuracy for evaluation in run.evaluations])
+        curve = draw_sparkline([evaluation.accuracy for evaluation in run.evaluations])
         error = f"± {last.standard_error:.1%}, step {last.step}{_describe_judge(last)}"
         lines.append(f"{'accuracy':<16}{last.accuracy:>9.1%}  {curve}  {error}")
-    if quiet := _quiet(run, now_s):
+    if quiet := _describe_silence(run, now_s):
         lines.append(quiet)
     return lines
 
@@ -101,7 +101,7 @@ def _describe_judge(evaluation: Evaluation) -> str:
     return f"{unjudged}, judge {evaluation.judge}" if evaluation.judge else unjudged
 
 
-def plain_line(run: Run) -> str:
+def format_line(run: Run) -> str:
     """Returns the run in one line, for logs and pipes."""
     parts = [f"step {run.steps_done}/{run.steps_planned or '?'}"]
     for key, name, form in (
@@ -109,22 +109,22 @@ def plain_line(run: Run) -> str:
         ("mean_va", "mean VA", ".3f"),
         ("rollouts_per_s", "", ".1f"),
     ):
-        _, values = run.series(key)
+        _, values = run.list_series(key)
         if values:
             parts.append(f"{name} {values[-1]:{form}}" if name else f"{values[-1]:{form}} rollouts/s")
     if run.evaluations:
         last = run.evaluations[-1]
         parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}{_describe_judge(last)}")
-    parts.append(_left(run))
+    parts.append(_format_time_left(run))
     return "  ".join(part for part in parts if part)
 
 
-def sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
+def draw_sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
     """Draws values between their lowest and highest; more than `width` of them are averaged in equal stretches.
 
-    >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+    >>> draw_sparkline([0, 1, 2, 3, 4, 5, 6, 7])
     '▁▂▃▄▅▆▇█'
-    >>> sparkline([0, 0, 7, 7], width=2)
+    >>> draw_sparkline([0, 0, 7, 7], width=2)
     '▁█'
     """
     count = min(width, len(values))
@@ -136,23 +136,23 @@ def sparkline(values: Sequence[float], *, width: int = CURVE_WIDTH) -> str:
     return "".join(BARS[round((mean - low) / (high - low) * (len(BARS) - 1))] for mean in means)
 
 
-def _progress(run: Run) -> str:
+def _format_progress(run: Run) -> str:
     if run.steps_planned is None:
         return f"step {run.steps_done}"
     share = run.steps_done / run.steps_planned
     filled = round(share * CURVE_WIDTH)
     bar = "█" * filled + "░" * (CURVE_WIDTH - filled)
-    return f"step {run.steps_done}/{run.steps_planned}  {bar} {share:.0%}  {_left(run)}"
+    return f"step {run.steps_done}/{run.steps_planned}  {bar} {share:.0%}  {_format_time_left(run)}"
 
 
-def _left(run: Run) -> str:
+def _format_time_left(run: Run) -> str:
     if run.finished:
         return "finished"
     return f"{format_duration(run.time_left.total_seconds())} left" if run.time_left else ""
 
 
-def _quiet(run: Run, now_s: float) -> str:
-    _, times = run.series("time_s")
+def _describe_silence(run: Run, now_s: float) -> str:
+    _, times = run.list_series("time_s")
     if run.finished or len(times) < 2:
         return ""
     since, usual = now_s - times[-1], (times[-1] - times[0]) / (len(times) - 1)

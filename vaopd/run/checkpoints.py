@@ -21,14 +21,14 @@ class LedgerLine:
     policy_version: int
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints of RUN/checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def find_latest_checkpoint(folder: Path) -> Path | None:
     """Returns the newest checkpoint; None for a run that ended before its first, and resumes at step 0."""
-    return next(reversed(checkpoints_in(folder)), None)
+    return next(reversed(list_checkpoints(folder)), None)
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:

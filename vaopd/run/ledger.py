@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 from vaopd.files.durable import atomic_file
-from vaopd.run.checkpoints import FILE, LedgerLine, latest_checkpoint, read_checkpoint
+from vaopd.run.checkpoints import FILE, LedgerLine, find_latest_checkpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Fate:
     checkpoint: int | None = None
     """The first checkpoint that holds it."""
 
-    def outcome(self, done: int) -> Literal["trained", "evaluated", "dead-lettered", "in flight", "lost"]:
+    def name_outcome(self, done: int) -> Literal["trained", "evaluated", "dead-lettered", "in flight", "lost"]:
         """Returns the group's outcome, when the newest checkpoint holds `done` steps."""
         if self.trained:
             return "trained"
@@ -137,14 +137,14 @@ class Audit:
     fates: list[Fate]
     problems: list[str]
 
-    def counts(self, *, training: bool) -> dict[str, int]:
+    def count_outcomes(self, *, training: bool) -> dict[str, int]:
         """Counts groups published, delivered and by outcome, of training or of evaluation; and dropped deliveries."""
         fates = [fate for fate in self.fates if (fate.step is not None) == training]
         counts = {
             "published": sum(fate.published for fate in fates),
             "delivered": sum(fate.deliveries > 0 for fate in fates),
         }
-        outcomes = Counter(fate.outcome(self.step) for fate in fates)
+        outcomes = Counter(fate.name_outcome(self.step) for fate in fates)
         names = ("trained" if training else "evaluated", "dead-lettered", "in flight", "lost")
         counts |= {name: outcomes[name] for name in names}  # type: ignore[index]
         dropped = sum((fate.dropped for fate in fates), Counter[str]())
@@ -156,7 +156,7 @@ def audit(run: Path) -> Audit:
     path = run / FILE
     if not path.is_file():
         raise NotFound(f"{run} has no {FILE}: it is not a run folder, or is of a version without ledgers")
-    newest = latest_checkpoint(run / "checkpoints")
+    newest = find_latest_checkpoint(run / "checkpoints")
     step, lines = read_checkpoint(newest) if newest is not None else (0, [])
     fates, checkpoints = _read_events(path)
     problems = []
@@ -188,7 +188,7 @@ def _find_problems(fate: Fate, done: int) -> Iterator[str]:
             )
         if fate.dead is not None:
             yield f"{name} was trained in step {line.step}, though it was dead-lettered: {fate.dead}"
-    if fate.outcome(done) == "lost":
+    if fate.name_outcome(done) == "lost":
         yield f"{name} was published for step {fate.step} and neither trained nor dead-lettered: it is lost"
 
 

@@ -88,14 +88,14 @@ class Run:
         evaluates = self.config.get("evaluation", {}).get("every", 50) > 0
         return not evaluates or bool(self.evaluations and self.evaluations[-1].step >= self.steps_planned)
 
-    def series(self, key: str) -> tuple[list[int], list[float]]:
+    def list_series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns the steps that recorded a finite `key`, and its values there."""
         points = [(line["step"], line[key]) for line in self.train if is_number(line.get(key))]
         return [step for step, _ in points], [value for _, value in points]
 
-    def mean(self, key: str) -> float | None:
+    def compute_mean(self, key: str) -> float | None:
         """Returns the mean of `key` over all steps that recorded it; None if none did."""
-        _, values = self.series(key)
+        _, values = self.list_series(key)
         return sum(values) / len(values) if values else None
 
     @property
@@ -118,11 +118,11 @@ def read_run(folder: Path) -> Run:
     train, evaluations = [], []
     metrics = folder / "metrics.jsonl"
     # A run that has just been started has no metrics yet.
-    for where, line in json_lines(metrics) if metrics.exists() else ():
+    for where, line in read_json_lines(metrics) if metrics.exists() else ():
         if line.get("kind") == "eval":
-            evaluations.append(_evaluation(line, where))
+            evaluations.append(_read_evaluation(line, where))
         elif line.get("kind") == "train":
-            _number(line, "step", where)
+            _read_number(line, "step", where)
             train.append(line)
     return Run(
         folder=folder, config_text=config_text, config=config, train=tuple(train), evaluations=tuple(evaluations)
@@ -137,7 +137,7 @@ def read_text(path: Path) -> str:
         raise NotFound(f"{path} can't be read ({error.strerror}); RUN is a run's folder, e.g. runs/demo-…") from None
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields "FILE:LINE" and the object there for every complete line; raises InvalidInput on one that is no JSON."""
     lines = read_text(path).split("\n")
     # The rest after the last newline is empty, or a line that is just being written.
@@ -154,19 +154,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _evaluation(line: dict[str, Any], where: str) -> Evaluation:
+def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
     return Evaluation(
-        step=int(_number(line, "step", where)),
-        accuracy=_number(line, "accuracy", where),
-        standard_error=_number(line, "standard_error", where),
-        prompts=int(_number(line, "prompts", where)),
-        samples=int(_number(line, "samples", where)),
+        step=int(_read_number(line, "step", where)),
+        accuracy=_read_number(line, "accuracy", where),
+        standard_error=_read_number(line, "standard_error", where),
+        prompts=int(_read_number(line, "prompts", where)),
+        samples=int(_read_number(line, "samples", where)),
         not_judged=int(line.get("not_judged", 0)),
         judge=str(line.get("judge", "")),
     )
 
 
-def _number(line: dict[str, Any], key: str, where: str) -> float:
+def _read_number(line: dict[str, Any], key: str, where: str) -> float:
     value = line.get(key)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidInput(f"{where}: {key} is {value!r}; it must be a finite number")

@@ -39,12 +39,12 @@ def publish_snapshot(
     """
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
-    path = snapshot_path(folder, version)
-    tensors = without_tied_head(state, tied=ties_head(model_files_from))
+    path = locate_snapshot(folder, version)
+    tensors = drop_tied_head(state, tied=has_tied_head(model_files_from))
     with atomic_folder(path) as aside:
         save_tensors(tensors, aside / WEIGHTS_FILE)
-        digest = _sha256(aside / WEIGHTS_FILE)
-        for source in model_files(model_files_from):
+        digest = _compute_sha256(aside / WEIGHTS_FILE)
+        for source in list_model_files(model_files_from):
             copy_file(source, aside / source.name)
         _name_dtype(aside / "config.json", tensors.values())
     return PolicyVersion(version=version, path=str(path), sha256=digest)
@@ -53,7 +53,7 @@ def publish_snapshot(
 def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
     """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
     if (model / WEIGHTS_FILE).is_file():
-        return PolicyVersion(version=0, path=str(model), sha256=_sha256(model / WEIGHTS_FILE))
+        return PolicyVersion(version=0, path=str(model), sha256=_compute_sha256(model / WEIGHTS_FILE))
     parts = sorted(model.glob("*.safetensors"))
     if not parts:
         raise NotFound(f"{model} holds no safetensors files; save the model with `save_pretrained`")
@@ -68,12 +68,12 @@ def keep_snapshot(policy: PolicyVersion, target: Path) -> None:
             copy_file(source, aside / source.name)
 
 
-def snapshot_path(folder: Path, version: int) -> Path:
+def locate_snapshot(folder: Path, version: int) -> Path:
     """Returns the snapshot's place in the run's folder."""
     return folder / "policy" / f"v{version:06d}"
 
 
-def model_files(folder: Path) -> list[Path]:
+def list_model_files(folder: Path) -> list[Path]:
     """Lists configuration, tokenizer, processor and chat template of a model folder: all but its weights."""
     if not (folder / "config.json").is_file():
         raise NotFound(f"{folder} is not a model folder: it has no config.json")
@@ -96,7 +96,7 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
     for version in removed:
         # Renamed first, so that no worker begins to read a folder that is half removed.
         doomed = policies / f".v{version:06d}.tmp-pruned"
-        snapshot_path(folder, version).rename(doomed)
+        locate_snapshot(folder, version).rename(doomed)
     for leftover in policies.glob(".v*.tmp-*"):
         shutil.rmtree(leftover)
     return removed
@@ -106,7 +106,7 @@ def verify_snapshot(policy: PolicyVersion) -> None:
     """Raises NotFound when the snapshot is missing, Mismatch when its weights are not those that were announced."""
     weights = Path(policy.path) / WEIGHTS_FILE
     try:
-        digest = _sha256(weights)
+        digest = _compute_sha256(weights)
     except FileNotFoundError:
         raise NotFound(
             f"policy version {policy.version}: no {weights}; it was pruned (take the latest version), or the trainer's "
@@ -127,14 +127,14 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def ties_head(model_folder: Path) -> bool:
+def has_tied_head(model_folder: Path) -> bool:
     """Whether the model's LM head is its embedding matrix, by config.json."""
     config = json.loads((model_folder / "config.json").read_text()) if (model_folder / "config.json").is_file() else {}
     text = config.get("text_config") or {}
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
-def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
+def drop_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
     """Returns the tensors that `save_pretrained` would write: no tied LM head, all contiguous.
 
     `load_state` is the inverse. `tied` comes from the configuration, not from the storage: a state that is gathered
@@ -155,7 +155,7 @@ def without_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
 
 
 def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads tensors from `without_tied_head`. Raises Mismatch when others are missing or unknown to the model."""
+    """Loads tensors from `drop_tied_head`. Raises Mismatch when others are missing or unknown to the model."""
     missing, strange = model.load_state_dict(dict(tensors), strict=False)
     if strange or set(missing) - {HEAD}:
         raise Mismatch(
@@ -164,7 +164,7 @@ def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
         )
 
 
-def _sha256(path: Path) -> str:
+def _compute_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

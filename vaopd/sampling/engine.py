@@ -84,7 +84,7 @@ class Prompting:
         return tuple(sorted(self.reader.vision_token_ids))
 
     def read(self, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
-        """Returns the prompt's token ids with one placeholder per image, and the RGB images in that order.
+        """Returns the prompt's token ids with one placeholder per image, and the RGB images in that order, scaled.
 
         Raises InvalidInput, ImageRefused or LimitExceeded for a request that no worker can answer.
         """
@@ -93,8 +93,8 @@ class Prompting:
         named = [part.sha256 for m in request.messages for part in m.content if isinstance(part, ImagePart)]
         if missing := [sha for sha in named if sha not in by_sha]:
             raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
-        decoded = {sha: decode(by_sha[sha]) for sha in set(named)}
-        return self.reader.render_ids(request.messages), [decoded[sha] for sha in named]
+        scaled = {sha: self.reader.scale_image(decode(by_sha[sha])) for sha in set(named)}
+        return self.reader.render_ids(request.messages), [scaled[sha] for sha in named]
 
 
 def check_settings(request: RolloutRequest) -> None:

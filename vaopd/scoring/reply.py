@@ -38,8 +38,8 @@ def make_reply(
                 high_group=high_group(views[2]).tolist(),
                 mean_visual_advantage=float(score.mean_visual_advantage[k]),
                 rollout_weight=float(weights_K[k]),
-                ranks=expected.ranks(k) if expected else None,
-                alternatives=expected.alternatives(k, top_k) if expected else None,
+                ranks=expected.list_ranks(k) if expected else None,
+                alternatives=expected.list_alternatives(k, top_k) if expected else None,
                 columns={name: values.tolist() for name, values in columns.items()},
             )
         )
@@ -67,14 +67,14 @@ class _Expected:
         self._responses = score.response_ids
         self._edges = np.cumsum([0, *(len(ids) for ids in score.response_ids)]).tolist()
 
-    def ranks(self, k: int) -> list[int | None]:
+    def list_ranks(self, k: int) -> list[int | None]:
         """Returns the rank of each token of response k, from 1; None beyond the payload."""
-        found_Tk = self._ids_Mk[self._rows(k)] == self._responses[k][:, None]
+        found_Tk = self._ids_Mk[self._slice_rows(k)] == self._responses[k][:, None]
         return [int(row.argmax()) + 1 if row.any() else None for row in found_Tk]
 
-    def alternatives(self, k: int, count: int) -> list[list[Alternative]]:
+    def list_alternatives(self, k: int, count: int) -> list[list[Alternative]]:
         """Returns the `count` most likely tokens at each place of response k, best first."""
-        ids_Tk, logprobs_Tk = self._ids_Mk[self._rows(k), :count], self._logprobs_Mk[self._rows(k), :count]
+        ids_Tk, logprobs_Tk = self._ids_Mk[self._slice_rows(k), :count], self._logprobs_Mk[self._slice_rows(k), :count]
         return [
             [
                 Alternative(id=int(token), text=self._texts.get(int(token), ""), logprob=float(logprob))
@@ -83,5 +83,5 @@ class _Expected:
             for ids, logprobs in zip(ids_Tk, logprobs_Tk, strict=True)
         ]
 
-    def _rows(self, k: int) -> slice:
+    def _slice_rows(self, k: int) -> slice:
         return slice(self._edges[k], self._edges[k + 1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +20,10 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vaopd.degradation import view_name
+from vaopd.degradation import degrade, view_name, view_seed
 from vaopd.http_types import RolloutScore, ScoreReply
-from vaopd.types import Degradation
+from vaopd.images import decode, scale_to_bounds
+from vaopd.types import Degradation, EncodedImage
 
 EDGES_NATS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, float("inf"))
 AGAINST_NATS = 1.0
@@ -41,29 +43,40 @@ class Views:
     degraded: Image.Image
 
 
-def percent(share: float) -> str:
+def make_views(
+    encoded: EncodedImage, degradation: Degradation, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Views:
+    """Makes both views of an image as a teacher with these pixel bounds makes them, noise included.
+
+    None: a bound that isn't known; the picture is then taken as it is stored. Raises ImageRefused or LimitExceeded.
+    """
+    image = scale_to_bounds(decode(encoded), min_pixels=min_pixels or 1, max_pixels=max_pixels or sys.maxsize)
+    return Views(original=image, degraded=degrade(image, degradation, seed=view_seed(encoded.sha256)))
+
+
+def format_percent(share: float) -> str:
     """Formats a share, 0 to 1; only all of it becomes 100 %.
 
-    >>> percent(0.99996), percent(1.0), percent(0.0731)
+    >>> format_percent(0.99996), format_percent(1.0), format_percent(0.0731)
     ('> 99.9 %', '100.0 %', '7.3 %')
     """
     return "> 99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
 
 
-def fractions(reply: ScoreReply) -> list[list[float]]:
+def compute_fractions(reply: ScoreReply) -> list[list[float]]:
     """Returns the strength of each token's colour, 0 to 1, by rollout."""
     scale = max(1.0, *(max(rollout.visual_advantage) for rollout in reply.rollouts))
     return [[(va / scale) ** 0.5 for va in rollout.visual_advantage] for rollout in reply.rollouts]
 
 
-def summary(reply: ScoreReply) -> str:
+def summarise(reply: ScoreReply) -> str:
     """Returns one sentence about how VA is spread over the tokens."""
     tokens = sum(len(rollout.tokens) for rollout in reply.rollouts)
     if reply.share_of_top_10 is None or reply.share_of_top_20 is None:
         return f"Seeing the image helps with none of the {tokens} tokens."
     return (
-        f"Of {tokens} tokens the top 10 % carry {percent(reply.share_of_top_10)} of the visual advantage, "
-        f"the top 20 % carry {percent(reply.share_of_top_20)}."
+        f"Of {tokens} tokens the top 10 % carry {format_percent(reply.share_of_top_10)} of the visual advantage, "
+        f"the top 20 % carry {format_percent(reply.share_of_top_20)}."
     )
 
 
@@ -73,14 +86,14 @@ def describe_source(reply: ScoreReply) -> str:
     return f"{reply.model}, degraded view: {view_name(view).replace(':', ' ')}"
 
 
-def heading(reply: ScoreReply, k: int) -> str:
+def make_heading(reply: ScoreReply, k: int) -> str:
     """Returns the heading of response k: its weight in the group and its mean VA."""
     rollout = reply.rollouts[k]
     weight = f"weight {rollout.rollout_weight:.3f}, " if len(reply.rollouts) > 1 else ""
     return f"Response {k + 1}: {weight}mean VA {rollout.mean_visual_advantage:.4f} nats per token"
 
 
-def histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
+def make_histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
     """Returns for each range of VA its name, the share of all tokens in it, and their share of all VA."""
     va = np.concatenate([np.array(rollout.visual_advantage) for rollout in reply.rollouts])
     rows = []
@@ -96,23 +109,24 @@ def histogram(reply: ScoreReply) -> list[tuple[str, float, float]]:
 # ------------------------------------------------------------------------------------------- terminal
 
 
-def terminal_lines(reply: ScoreReply, *, colour: bool, table: bool) -> Iterator[str]:
+def make_terminal_lines(reply: ScoreReply, *, colour: bool, table: bool) -> Iterator[str]:
     """Yields the score's lines: coloured running text, or with `table` a line per token; then the histogram."""
-    colours = fractions(reply)
+    colours = compute_fractions(reply)
     for k, rollout in enumerate(reply.rollouts):
-        yield _bold(heading(reply, k)) if colour else heading(reply, k)
+        yield _make_bold(make_heading(reply, k)) if colour else make_heading(reply, k)
         if table or not colour:
-            yield from _table(rollout)
+            yield from _make_table(rollout)
         else:
-            yield "".join(_coloured(rollout, t, fraction) for t, fraction in enumerate(colours[k]))
+            yield "".join(_colour(rollout, t, fraction) for t, fraction in enumerate(colours[k]))
         yield ""
     yield f"{'VA, nats':<12} {'tokens':<{BAR_CELLS + 8}} share of all VA"
-    for name, tokens, share in histogram(reply):
-        yield f"{name:<12} {_bar(tokens)} {percent(tokens):>7}  {_bar(share)} {percent(share):>7}"
-    yield summary(reply)
+    for name, tokens, share in make_histogram(reply):
+        columns = [f"{_draw_bar(part)} {format_percent(part):>7}" for part in (tokens, share)]
+        yield f"{name:<12} {'  '.join(columns)}"
+    yield summarise(reply)
 
 
-def _table(rollout: RolloutScore) -> Iterator[str]:
+def _make_table(rollout: RolloutScore) -> Iterator[str]:
     """Yields a line per token: text, both log-probs, VA in nats, a star for the high group, and a bar."""
     yield f"{'token':<18} {'original':>9} {'degraded':>9} {'VA':>7}"
     columns = (rollout.tokens, rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
@@ -121,7 +135,7 @@ def _table(rollout: RolloutScore) -> Iterator[str]:
         yield f"{token.text!r:<18} {teacher:9.3f} {degraded:9.3f} {va:7.3f} {'*' if high else ' '} {bar}".rstrip()
 
 
-def _coloured(rollout: RolloutScore, t: int, fraction: float) -> str:
+def _colour(rollout: RolloutScore, t: int, fraction: float) -> str:
     codes = []
     if fraction > 1 / (2 * len(RAMP)):
         codes += ["30", f"48;5;{RAMP[min(int(fraction * len(RAMP)), len(RAMP) - 1)]}"]
@@ -139,11 +153,11 @@ def speaks_against(rollout: RolloutScore, t: int) -> bool:
     return rollout.degraded_logprobs[t] - rollout.teacher_logprobs[t] > AGAINST_NATS
 
 
-def _bold(text: str) -> str:
+def _make_bold(text: str) -> str:
     return f"\x1b[1m{text}\x1b[0m"
 
 
-def _bar(share: float) -> str:
+def _draw_bar(share: float) -> str:
     return ("█" * round(share * BAR_CELLS)).ljust(BAR_CELLS)
 
 
@@ -158,24 +172,24 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def html_page(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> str:
+def render_html(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> str:
     """Returns the whole score as one HTML file that loads nothing."""
     return _TEMPLATES.get_template("views.html.jinja").render(
         question=question,
         reply=reply,
         source=describe_source(reply),
-        summary=summary(reply),
-        views=[(_data_url(view.original), _data_url(view.degraded)) for view in views],
+        summary=summarise(reply),
+        views=[(_make_data_url(view.original), _make_data_url(view.degraded)) for view in views],
         responses=[
-            (heading(reply, k), list(_tokens(rollout, colours)))
-            for k, (rollout, colours) in enumerate(zip(reply.rollouts, fractions(reply), strict=True))
+            (make_heading(reply, k), list(_make_tokens(rollout, colours)))
+            for k, (rollout, colours) in enumerate(zip(reply.rollouts, compute_fractions(reply), strict=True))
         ],
-        histogram=histogram(reply),
-        percent=percent,
+        histogram=make_histogram(reply),
+        percent=format_percent,
     )
 
 
-def _tokens(rollout: RolloutScore, colours: Sequence[float]) -> Iterator[dict[str, Any]]:
+def _make_tokens(rollout: RolloutScore, colours: Sequence[float]) -> Iterator[dict[str, Any]]:
     columns = (rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
     for t, token in enumerate(rollout.tokens):
         original, degraded, va = numbers = [f"{column[t]:.3f}" for column in columns]
@@ -189,7 +203,7 @@ def _tokens(rollout: RolloutScore, colours: Sequence[float]) -> Iterator[dict[st
         }
 
 
-def _data_url(image: Image.Image) -> str:
+def _make_data_url(image: Image.Image) -> str:
     written = io.BytesIO()
     image.save(written, "PNG")
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
@@ -198,19 +212,19 @@ def _data_url(image: Image.Image) -> str:
 # ------------------------------------------------------------------------------------------- PNG
 
 
-def picture(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> Image.Image:
+def draw_picture(reply: ScoreReply, *, question: str, views: Sequence[Views]) -> Image.Image:
     """Draws question, both views and the coloured tokens, at twice the size for sharp screens."""
     page = _Page()
-    page.text(question, 40, INK)
-    page.text(describe_source(reply), 26, MUTED)
-    page.text(summary(reply), 26, MUTED)
+    page.draw_text(question, 40, INK)
+    page.draw_text(describe_source(reply), 26, MUTED)
+    page.draw_text(summarise(reply), 26, MUTED)
     for view in views:
-        page.images((view.original, view.degraded))
-    colours = fractions(reply)
+        page.draw_images((view.original, view.degraded))
+    colours = compute_fractions(reply)
     for k, rollout in enumerate(reply.rollouts):
-        page.text(heading(reply, k), 28, INK)
-        page.tokens(rollout, colours[k])
-    return page.finished()
+        page.draw_text(make_heading(reply, k), 28, INK)
+        page.draw_tokens(rollout, colours[k])
+    return page.finish()
 
 
 class _Page:
@@ -221,12 +235,12 @@ class _Page:
         self._y = self.margin
         self._pen = ImageDraw.Draw(self._image)
 
-    def finished(self) -> Image.Image:
+    def finish(self) -> Image.Image:
         self._make_room(self.margin)
         return self._image.crop((0, 0, self.width, self._y + self.margin))
 
-    def text(self, text: str, size: int, colour: tuple[int, int, int]) -> None:
-        font = _font(size)
+    def draw_text(self, text: str, size: int, colour: tuple[int, int, int]) -> None:
+        font = _load_font(size)
         line = ""
         for word in [*text.split(), None]:
             longer = f"{line} {word}".strip()
@@ -238,7 +252,7 @@ class _Page:
             self._y += round(size * 1.6)
             line = word or ""
 
-    def images(self, images: Sequence[Image.Image]) -> None:
+    def draw_images(self, images: Sequence[Image.Image]) -> None:
         self._make_room(self.picture_px + 30)
         x = self.margin
         for image in images:
@@ -249,8 +263,8 @@ class _Page:
             x += size[0] + 40
         self._y += self.picture_px + 40
 
-    def tokens(self, rollout: RolloutScore, colours: Sequence[float]) -> None:
-        font = _font(30)
+    def draw_tokens(self, rollout: RolloutScore, colours: Sequence[float]) -> None:
+        font = _load_font(30)
         x = self.margin
         self._make_room(self.line_px)
         for t, token in enumerate(rollout.tokens):
@@ -275,7 +289,7 @@ class _Page:
             self._image, self._pen = longer, ImageDraw.Draw(longer)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Returns matplotlib's DejaVu font, which knows most alphabets, if installed; else Pillow's own."""
     found = importlib.util.find_spec("matplotlib")
     for folder in (found.submodule_search_locations if found else None) or ():

@@ -44,7 +44,7 @@ def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.nd
     [False, True, False, True, False, False]
     """
     high = np.zeros(len(va), bool)
-    high[np.argsort(-va, kind="stable")[: _top(len(va), high_fraction)]] = True
+    high[np.argsort(-va, kind="stable")[: _count_top(len(va), high_fraction)]] = True
     return high
 
 
@@ -56,9 +56,9 @@ def va_share_of_top(va: np.ndarray, *, fraction: float) -> float | None:
     """
     values = np.sort(va.astype(np.float64))[::-1]
     total = values.sum()
-    return float(values[: _top(len(values), fraction)].sum() / total) if total > 0 else None
+    return float(values[: _count_top(len(values), fraction)].sum() / total) if total > 0 else None
 
 
-def _top(tokens: int, fraction: float) -> int:
+def _count_top(tokens: int, fraction: float) -> int:
     """Returns ⌈fraction·tokens⌉ without rounding errors: 0.1 of 30 tokens are 3."""
     return math.ceil(Fraction(str(fraction)) * tokens)

@@ -35,7 +35,7 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 _shared: dict[str, Any] = {}
 
 
-def fields(**values: Any) -> dict[str, dict[str, Any]]:
+def make_fields(**values: Any) -> dict[str, dict[str, Any]]:
     """Returns the `extra` of a log call: `job`, `groups`, `step`, `policy_version`. Ids and numbers, never texts."""
     return {"fields": values}
 
@@ -80,7 +80,7 @@ class JsonFormatter(logging.Formatter):
         }
         if (name := request_id.get()) is not None:
             line["request"] = name
-        line |= tracing.ids()
+        line |= tracing.get_ids()
         given: Mapping[str, Any] = getattr(record, "fields", {})
         line |= {key: value for key, value in given.items() if value is not None}
         if record.exc_info:

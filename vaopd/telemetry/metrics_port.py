@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 METRICS_VARIABLE = "VAOPD_METRICS_ADDRESS"
 
 
-def metrics_address(arguments: argparse.Namespace) -> str | None:
+def choose_metrics_address(arguments: argparse.Namespace) -> str | None:
     """Returns HOST:PORT from --metrics-address or the environment, None where neither is set."""
     return arguments.metrics_address or os.environ.get(METRICS_VARIABLE) or None
 

@@ -3,8 +3,8 @@
     OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 vaopd up CONFIG
 
 Otherwise the tracer is the API's own, which records nothing. A span is continued elsewhere by its `Context`, which goes
-with a gRPC call's metadata (`metadata`, `parent_of`) and to other threads by hand (`current`). It does not go through
-Redis; there, the ids of groups are attributes of the spans on both sides.
+with a gRPC call's metadata (`make_metadata`, `read_parent`) and to other threads by hand (`get_context`). It does not
+go through Redis; there, the ids of groups are attributes of the spans on both sides.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def set_up(process: str) -> None:
 
     Raises ConfigError for an exporter or a protocol that is not known, or not installed.
     """
-    if not wanted():
+    if not is_wanted():
         return
     try:
         from opentelemetry.sdk.resources import Resource
@@ -46,11 +46,11 @@ def set_up(process: str) -> None:
     # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before this name.
     resource = Resource.create({} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": f"vaopd-{process}"})
     provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(_exporter()))
+    provider.add_span_processor(BatchSpanProcessor(_make_exporter()))
     use(provider)
 
 
-def wanted() -> bool:
+def is_wanted() -> bool:
     """Returns whether the environment asks for traces."""
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
@@ -67,7 +67,7 @@ def use(provider: trace.TracerProvider) -> None:
     _tracer = provider.get_tracer("vaopd")
 
 
-def _exporter() -> Any:
+def _make_exporter() -> Any:
     kind = os.environ.get(EXPORTER) or "otlp"
     if kind == "otlp":
         kind = next(filter(None, map(os.environ.get, PROTOCOLS)), "grpc")
@@ -88,7 +88,7 @@ def span(
 ) -> Iterator[None]:
     """Traces the block, below `parent` or the current span. Attributes are named vaopd.KEY; None is left out."""
     linked = [trace.Link(trace.get_current_span(link).get_span_context()) for link in links if link is not None]
-    with _tracer.start_as_current_span(name, context=parent, links=linked, attributes=_named(attributes)):
+    with _tracer.start_as_current_span(name, context=parent, links=linked, attributes=_name_attributes(attributes)):
         yield
 
 
@@ -97,29 +97,31 @@ def begin(name: str, *, parent: Context | None = None, **attributes: Any) -> Cal
 
     For generators, which may be closed in another task than they were begun in, where a `with` could not be undone.
     """
-    begun = _tracer.start_span(name, context=parent, kind=trace.SpanKind.SERVER, attributes=_named(attributes))
+    begun = _tracer.start_span(
+        name, context=parent, kind=trace.SpanKind.SERVER, attributes=_name_attributes(attributes)
+    )
     context.attach(trace.set_span_in_context(begun))
     return begun.end
 
 
-def current() -> Context:
+def get_context() -> Context:
     """Returns the context to give another thread, for its `parent` and `links`."""
     return context.get_current()
 
 
-def metadata() -> tuple[tuple[str, str], ...]:
+def make_metadata() -> tuple[tuple[str, str], ...]:
     """Returns the gRPC metadata by which the other side continues the trace; empty outside of one."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return tuple(carrier.items())
 
 
-def parent_of(received: Sequence[tuple[str, Any]] | None) -> Context:
-    """Returns the context that `metadata` sent; also from HTTP headers, by their names in lower case."""
+def read_parent(received: Sequence[tuple[str, Any]] | None) -> Context:
+    """Returns the context that `make_metadata` sent; also from HTTP headers, by their names in lower case."""
     return _propagator.extract({key: value for key, value in received or () if isinstance(value, str)})
 
 
-def ids() -> dict[str, str]:
+def get_ids() -> dict[str, str]:
     """Returns the current span's ids for log lines; none where this process doesn't trace."""
     found = trace.get_current_span().get_span_context()
     if not found.is_valid or found.is_remote:  # without a tracer of ours, a caller's span is the current one
@@ -127,5 +129,5 @@ def ids() -> dict[str, str]:
     return {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
 
 
-def _named(attributes: dict[str, Any]) -> dict[str, Any]:
+def _name_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
     return {f"vaopd.{key}": value for key, value in attributes.items() if value is not None}

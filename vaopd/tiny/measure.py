@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vaopd.data.handwritten_geometry import Question, Split, draw, random_question, scans
+from vaopd.data.handwritten_geometry import Question, Split, draw, draw_question, load_scans
 from vaopd.degradation import pixelate
 from vaopd.evaluation import committed_answer, is_correct
 from vaopd.tiny.tokenizer import render_chat
@@ -35,8 +35,8 @@ def measure_accuracy(
     rng = np.random.default_rng(seed)
     by_kind: dict[str, list[tuple[Question, Image.Image]]] = defaultdict(list)
     for _ in range(num_questions):
-        question = random_question(rng)
-        by_kind[question.kind].append((question, draw(question, scans(split), rng)))
+        question = draw_question(rng)
+        by_kind[question.kind].append((question, draw(question, load_scans(split), rng)))
     right: dict[str, float] = defaultdict(int)
     right_pixelated = 0
     model.eval()

@@ -22,9 +22,9 @@ from vaopd.data.handwritten_geometry import (
     Question,
     Scans,
     draw,
-    random_phrasing,
-    random_question,
-    scans,
+    draw_phrasing,
+    draw_question,
+    load_scans,
 )
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
@@ -108,7 +108,7 @@ def train(
     """Trains `model` in place: AdamW with warm-up, then a cosine down to a hundredth of the learning rate."""
     import torch
 
-    available = scans("train")
+    available = load_scans("train")
     chosen = {digit: images[: recipe.scans_per_digit] for digit, images in available.items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     read_only_steps = recipe.read_only_steps * steps // recipe.steps
@@ -130,21 +130,21 @@ def train(
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
     """Draws one example. A pixelated image gets the answer of another figure, see `TinyRecipe.pixelated_share`."""
-    question = random_question(rng)
+    question = draw_question(rng)
     image = draw(question, scans_by_digit, rng)
     if rng.random() < recipe.pixelated_share:
         image = pixelate(image)
         question = _draw_another(question, rng)
-    phrasing = random_phrasing(rng, recipe.habit)
+    phrasing = draw_phrasing(rng, recipe.habit)
     if rng.random() < read_share:
-        return Example(READ_QUESTION, question.reading(phrasing[0]), np.asarray(image))
-    return Example(question.asked, question.solution(phrasing), np.asarray(image))
+        return Example(READ_QUESTION, question.write_reading(phrasing[0]), np.asarray(image))
+    return Example(question.asked, question.write_solution(phrasing), np.asarray(image))
 
 
 def _draw_another(question: Question, rng: np.random.Generator) -> Question:
     """Draws another question of the same kind."""
     while True:
-        other = random_question(rng)
+        other = draw_question(rng)
         if other.kind == question.kind:
             return other
 

@@ -128,5 +128,5 @@ def _make_corpus() -> list[str]:
     for kind in KINDS:
         question = Question(kind=kind, numbers=example[kind.split("_")[0]])
         sentences += [question.asked] * 8
-        sentences += [question.solution((i, j, k)) for i, j, k in product(range(PHRASINGS), repeat=3)]
+        sentences += [question.write_solution((i, j, k)) for i, j, k in product(range(PHRASINGS), repeat=3)]
     return sentences

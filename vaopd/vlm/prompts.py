@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,8 @@ import numpy as np
 import PIL.Image
 
 from vaopd.errors import ConfigError, InvalidInput, Mismatch
-from vaopd.types import ImagePart, Message
+from vaopd.images import scale_to_bounds
+from vaopd.types import ImagePart, Message, TextPart
 from vaopd.vlm.families import Family, PreparedImage, find_family
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
@@ -77,12 +79,28 @@ class PromptReader:
         return self.family.vision_token_ids(self.processor, self.config)
 
     @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Special tokens as texts, which the tokenizer would read as ids wherever they stand."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        names |= set(self.tokenizer.convert_ids_to_tokens(sorted(self.vision_token_ids)))
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    @cached_property
     def fingerprint(self) -> str:
         """The tokenizer's fingerprint, see `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self.tokenizer)
 
+    def scale_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        """Scales a decoded picture to the processor's pixel bounds, before any view is made of it.
+
+        The processor would do so itself, but only after the degradation, and a small picture then has coarser cells.
+        """
+        bounds = self.family.pixel_bounds(self.processor)
+        return image if bounds is None else scale_to_bounds(image, min_pixels=bounds[0], max_pixels=bounds[1])
+
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
-        """Turns an RGB image into the vision tower's input."""
+        """Prepares a picture that `scale_image` returned, or a degraded view of it, for the vision tower."""
         return self.family.prepare_image(self.processor, image)
 
     def render(self, messages: Sequence[Message], images: Mapping[str, PreparedImage]) -> PreparedPrompt:
@@ -90,7 +108,8 @@ class PromptReader:
 
         images: by SHA-256; an image is used as often as the messages name it.
 
-        Raises InvalidInput for an image that is missing, and for a text that contains the placeholder.
+        Raises InvalidInput for an image that is missing, and for a text with a control token: it would end a
+        turn, forge one or stand for an image.
         """
         named = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
         if missing := [sha for sha in named if sha not in images]:
@@ -100,14 +119,18 @@ class PromptReader:
 
     def render_ids(self, messages: Sequence[Message]) -> list[int]:
         """Renders messages with one placeholder per image, as inference engines want it. Raises as `render` does."""
+        for message in messages:
+            # Templates join the texts of a message; some trim them or put the images in front.
+            joined = "".join(part.text.strip() for part in message.content if isinstance(part, TextPart))
+            if found := self._control_tokens.search(joined):
+                raise InvalidInput(
+                    f"a text holds {found[0]!r}, a control token or placeholder of the model; take it out"
+                )
         text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
-        if (found := ids.count(self.family.image_token_id(self.config))) != images:
-            raise InvalidInput(
-                f"the rendered prompt holds {found} image placeholders for {images} images; "
-                "a text must not contain the placeholder itself"
-            )
+        if (count := ids.count(self.family.image_token_id(self.config))) != images:
+            raise InvalidInput(f"the rendered prompt holds {count} image placeholders for {images} images")
         return ids
 
     def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:

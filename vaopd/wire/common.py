@@ -21,10 +21,10 @@ def tensor_to_pb(tensor: t.Tensor | np.ndarray) -> common_pb2.Tensor:
 
 def tensor_from_pb(message: common_pb2.Tensor) -> t.Tensor:
     """Decodes an array. Raises InvalidInput when the bytes don't fit the dtype and shape."""
-    return checked_tensor(message.dtype, tuple(message.shape), message.data)
+    return check_tensor(message.dtype, tuple(message.shape), message.data)
 
 
-def checked_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> t.Tensor:
+def check_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> t.Tensor:
     """Makes a tensor of bytes. Raises InvalidInput when they don't fit the dtype and shape."""
     if dtype not in t.ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype!r} is unknown; use one of {', '.join(t.ITEMSIZE_BYTES)}")

@@ -58,23 +58,23 @@ _CLASSES: tuple[type[VaopdError], ...] = (
 """The classes with a reason on the wire; any other is sent as its nearest base among these."""
 
 
-def reason_of(kind: type[VaopdError]) -> str:
+def name_reason(kind: type[VaopdError]) -> str:
     """Returns the nearest class of `_CLASSES` in capitals.
 
-    >>> reason_of(ImageRefused)
+    >>> name_reason(ImageRefused)
     'IMAGE_REFUSED'
     """
     known = next(base for base in kind.__mro__ if base in _CLASSES)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", known.__name__).upper()
 
 
-_BY_REASON = {reason_of(kind): kind for kind in _CLASSES}
+_BY_REASON = {name_reason(kind): kind for kind in _CLASSES}
 
 
 def pack(code: int, error: VaopdError) -> bytes:
     """Returns a serialised google.rpc.Status with `error`'s message and details; `code` is gRPC's number."""
     status = status_pb2.Status(code=code, message=str(error))
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=name_reason(type(error)), domain=DOMAIN))
     if isinstance(error, InvalidInput) and error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
@@ -143,7 +143,7 @@ _GROUP_ERRORS = {code.value[0]: error for code, error in _ERRORS.items()} | {
 """By the status number in a GroupError; INTERNAL is the only fault of one group that is the teacher's own."""
 
 
-def error_of(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
+def make_error(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
     """Returns the tree's error for a failed call to the teacher at `target`."""
     details = error.details() or error.code().name
     kind = _ERRORS.get(error.code(), VaopdError)
@@ -174,6 +174,6 @@ _STATUS: tuple[tuple[type[VaopdError], grpc.StatusCode], ...] = (
 )
 
 
-def status_of(error: VaopdError) -> grpc.StatusCode:
+def choose_status(error: VaopdError) -> grpc.StatusCode:
     """Returns the status that a call which fails with `error` ends with."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), grpc.StatusCode.INTERNAL)

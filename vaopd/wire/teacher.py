@@ -59,7 +59,7 @@ def prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
     """One group of a call. Raises InvalidInput when it has no prompt, or two."""
     group = teacher_pb2.PromptGroup(
         group_id=request.group_id,
-        rollouts=[_rollout_tokens(str(k), response) for k, response in enumerate(request.responses)],
+        rollouts=[_encode_rollout(str(k), response) for k, response in enumerate(request.responses)],
     )
     if (request.prompt_token_ids is None) == (request.messages is None):
         raise InvalidInput(f"group {request.group_id!r} needs exactly one of prompt_token_ids and messages")
@@ -71,7 +71,7 @@ def prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
     return group
 
 
-def _rollout_tokens(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.RolloutTokens:
+def _encode_rollout(rollout_id: str, response: np.ndarray | str) -> teacher_pb2.RolloutTokens:
     if isinstance(response, str):
         return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_text=response)
     return teacher_pb2.RolloutTokens(rollout_id=rollout_id, response_ids=response)
@@ -85,7 +85,7 @@ def prompt_tokens_of(group: teacher_pb2.PromptGroup) -> int:
     return sum(_IMAGE_TOKENS if part.image_sha256 else len(part.text) // TOKEN_LETTERS for part in parts)
 
 
-def tokens_of(group: teacher_pb2.PromptGroup) -> int:
+def count_tokens(group: teacher_pb2.PromptGroup) -> int:
     """Counts a group's tokens towards `max_tokens_per_request`: the prompt once, and the responses."""
     responses = (len(r.response_ids) + len(r.response_text) // TOKEN_LETTERS for r in group.rollouts)
     return prompt_tokens_of(group) + sum(responses)

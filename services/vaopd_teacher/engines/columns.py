@@ -37,8 +37,8 @@ COMPUTED: dict[str, Computation] = {
 """How each column on request is computed."""
 
 
-def views_of(names: Iterable[str]) -> set[View]:
-    """Returns the views whose hidden states these columns need."""
+def list_views(names: Iterable[str]) -> set[View]:
+    """Returns the views that these columns need hidden states of."""
     return {view for name in names for view in COMPUTED[name].views}
 
 
@@ -53,7 +53,7 @@ def compute(
     chunks: dict[str, list[Tensor]] = {name: [] for name in names}
     if not chunks:
         return {}
-    views = {view: hidden[view].split(chunk_tokens) for view in views_of(chunks)}
+    views = {view: hidden[view].split(chunk_tokens) for view in list_views(chunks)}
     for index in range(min(map(len, views.values()))):
         logprobs = {view: torch.log_softmax((rows[index] @ head.T).float(), -1) for view, rows in views.items()}
         for name, done in chunks.items():

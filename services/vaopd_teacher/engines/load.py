@@ -14,18 +14,18 @@ from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.revision import revision_of
+from vaopd_teacher.engines.revision import compute_revision
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 
-def transformers_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
+def make_backend(vlm: Vlm, *, batch_tokens: int, vision_bytes: int, engine: Engine | None = None) -> Backend:
     """Makes the transformers backend over a loaded model; `vision_bytes`: the budget for the vision tower's outputs."""
     cache = VisionCache(vlm, capacity_bytes=vision_bytes)
     return Backend(
         reader=vlm,
         engine=engine or GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=cache),
-        revision=revision_of(vlm.model),
+        revision=compute_revision(vlm.model),
         dtype=str(vlm.head.dtype).removeprefix("torch."),
         payloads=payloads.PAYLOADS,
         columns=tuple(COMPUTED),
@@ -48,7 +48,7 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
 
         return load_vllm(config, engine.options)
     backend_of = partial(
-        transformers_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
+        make_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
     )
     if engine.processes > 1:
         from vaopd_teacher.engines.tensor_parallel import lead

@@ -25,7 +25,7 @@ _SAMPLE_BYTES = 8
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
-def revision_of(model: Any) -> str:
+def compute_revision(model: Any) -> str:
     """Returns a hex SHA-256, equal on every host and for every placement of the same weights in the same dtype.
 
     If several ranks share the model, all of them have to call this at the same time.
@@ -41,13 +41,13 @@ def revision_of(model: Any) -> str:
     return digest.hexdigest()
 
 
-def revision_of_folder(folder: Path, *, dtype: str) -> str:
+def compute_folder_revision(folder: Path, *, dtype: str) -> str:
     """Returns a hex SHA-256 of a folder's weights, however they are cut into files, and of the dtype to compute in.
 
     Raises ConfigError when the folder holds no safetensors files.
     """
     digest = _digest_of_config(json.loads((folder / "config.json").read_text()) | {"dtype": dtype})
-    found = sorted(entry for path in folder.glob("*.safetensors") for entry in _weights_in(path))
+    found = sorted(entry for path in folder.glob("*.safetensors") for entry in _list_weights(path))
     if not found:
         raise ConfigError(f"{folder} holds no safetensors files; save the model with `save_pretrained`")
     for name, kind, path, start, end in found:
@@ -65,7 +65,7 @@ def _digest_of_config(config: Mapping[str, Any]) -> Any:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
-def _weights_in(path: Path) -> Iterable[tuple[str, str, Path, int, int]]:
+def _list_weights(path: Path) -> Iterable[tuple[str, str, Path, int, int]]:
     """Yields each weight's name, "shape dtype", file, start and end; a file is header length (8 bytes), JSON, bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

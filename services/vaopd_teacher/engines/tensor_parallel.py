@@ -26,11 +26,12 @@ from torch.distributed.tensor import DTensor
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError
+from vaopd.process import entry
 from vaopd.process.ranks import end_with_the_launcher
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.model import Encode, Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
-from vaopd_teacher.engines.revision import revision_of
+from vaopd_teacher.engines.revision import compute_revision
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +109,10 @@ def lead(config: Config, *, processes: int) -> LeadingVlm:
 
 def follow(config: Config, *, processes: int) -> int:
     """Runs a rank other than 0 until rank 0 ends it; returns its exit status."""
-    vlm = _load(config, processes)
+    with entry.loading():
+        vlm = _load(config, processes)
     link = Link()
-    revision_of(vlm.model)  # rank 0 needs it, and all ranks have to take part
+    compute_revision(vlm.model)  # rank 0 needs it, and all ranks have to take part
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the launcher sends them to all ranks, but rank 0 still drains
     while True:

@@ -1,6 +1,6 @@
 """Scores prepared prompt groups on the device: log-probs of both views and the payload. Synchronous, one thread.
 
-In: groups whose prompts and images are ready. Out: one result per group, in order, as soon as its last part is done. A
+In: prepared groups. Out: one result per group, in order, as soon as its last part is done. A
 view of a group is computed at once: its prompt, then its K responses against the prompt's keys and values. A forward
 takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split into its views, and a
 larger view into parts of its siblings, with the prompt repeated. The vision tower runs once per image and view, or not
@@ -40,13 +40,13 @@ class _Part:
     def tokens(self) -> int:
         return self.segment.tokens
 
-    def halves(self) -> list[_Part]:
+    def split_in_half(self) -> list[_Part]:
         """Returns two parts with half of the siblings each; a single rollout stays whole."""
         responses = self.segment.responses
         middle = (len(responses) + 1) // 2
-        return [self.of(half) for half in (responses[:middle], responses[middle:]) if half]
+        return [self.take(half) for half in (responses[:middle], responses[middle:]) if half]
 
-    def of(self, responses: Sequence[np.ndarray]) -> _Part:
+    def take(self, responses: Sequence[np.ndarray]) -> _Part:
         return _Part(self.group, self.view, Segment(prompt=self.segment.prompt, responses=tuple(responses)))
 
 
@@ -71,7 +71,7 @@ class GroupEngine:
         """Yields one result per group, in their order; see `Engine.score`."""
         progress = [_Progress() for _ in groups]
         done = 0
-        for batch, finished in _batches(groups, self._batch_tokens):
+        for batch, finished in _make_batches(groups, self._batch_tokens):
             self._run(batch, groups, progress)
             for index in range(done, finished):
                 yield self._finish(groups[index], progress[index])
@@ -88,7 +88,7 @@ class GroupEngine:
         except torch.OutOfMemoryError:
             log.warning("out of memory with %d tokens in a forward", sum(part.tokens for part in batch))
             hidden = None
-        if hidden is None:  # outside the handler, whose traceback would keep the tensors of the failed forward alive
+        if hidden is None:  # outside the handler: its traceback would keep the failed forward's tensors alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._run_smaller(batch, groups, progress, halve)
@@ -97,7 +97,7 @@ class GroupEngine:
         for part in batch:
             state, end = progress[part.group], start + sum(len(ids) for ids in part.segment.responses)
             state.logprobs[part.view].append(logprobs[start:end])
-            if part.view in _views_kept(groups[part.group]):
+            if part.view in _choose_views(groups[part.group]):
                 state.hidden[part.view].append(hidden[start:end])
             start = end
 
@@ -105,7 +105,7 @@ class GroupEngine:
         self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool
     ) -> None:
         if halve:
-            for half in _halves(batch):
+            for half in _split_batch(batch):
                 self._run(half, groups, progress, halve=False)
             return
         indices = list(dict.fromkeys(part.group for part in batch))
@@ -151,13 +151,13 @@ class GroupEngine:
         return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded, **asked}, payload)
 
 
-def _views_kept(group: PreparedGroup) -> set[View]:
-    """Returns the views whose hidden states are needed beyond the log-probs."""
-    kept = columns.views_of(group.columns)
+def _choose_views(group: PreparedGroup) -> set[View]:
+    """Returns the views that need their hidden states kept after the log-probs."""
+    kept = columns.list_views(group.columns)
     return kept | {"original"} if group.payload in ("hidden", "hidden_int8", "top_k") else kept
 
 
-def _batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
+def _make_batches(groups: Sequence[PreparedGroup], batch_tokens: int) -> Iterator[tuple[list[_Part], int]]:
     """Yields the parts of each forward, and the number of groups that are complete after it."""
     batch: list[_Part] = []
     tokens = 0
@@ -182,16 +182,16 @@ def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
     """Yields a view's siblings in their order, as many at a time as fit behind their prompt; at least one."""
     siblings: list[np.ndarray] = []
     for response in part.segment.responses:
-        if siblings and part.of([*siblings, response]).tokens > batch_tokens:
-            yield part.of(siblings)
+        if siblings and part.take([*siblings, response]).tokens > batch_tokens:
+            yield part.take(siblings)
             siblings = []
         siblings.append(response)
-    yield part.of(siblings)
+    yield part.take(siblings)
 
 
-def _halves(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
+def _split_batch(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
     """Returns two batches with half of the parts each; of a single part, with half of its siblings each."""
     if len(batch) == 1:
-        return [[half] for half in batch[0].halves()]
+        return [[half] for half in batch[0].split_in_half()]
     middle = (len(batch) + 1) // 2
     return [batch[:middle], batch[middle:]]

@@ -2,7 +2,7 @@
 
 An entry holds everything that the text model takes of an image, deepstack features included, in the host's memory,
 within a byte budget; the least recently used are dropped. Each image is encoded by itself, so that its features are the
-same bits whichever forward needs them first. Only for weights that never change: the student trains its tower.
+same bits in every forward. Only for weights that never change: the student trains its tower.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class VisionCache(ByteLru[ImageFeatures]):
         found: dict[str | int, ImageFeatures] = {}
         for image in images:
             if _name(image) not in found:
-                found[_name(image)] = self._one(image)
+                found[_name(image)] = self._encode_one(image)
         return [found[_name(image)] for image in images]
 
-    def _one(self, image: PreparedImage) -> ImageFeatures:
+    def _encode_one(self, image: PreparedImage) -> ImageFeatures:
         if image.key is not None and (kept := self._values.get(image.key)) is not None:
             self.hits += 1
             return tuple(part.to(self._vlm.device, non_blocking=True) for part in kept)

@@ -1,6 +1,6 @@
 """vLLM as a teacher backend, for teachers that only vLLM can hold: both views of a group by `prompt_logprobs`.
 
-In: prepared groups whose images are pictures, since vLLM has its own processor. Out: log-probs of both views, and the
+In: prepared groups with pictures as images, since vLLM has its own processor. Out: log-probs of both views, and the
 top k; no column on request, since vLLM returns single log-probs. Each rollout is a request of its own in each view:
 vLLM never reads its prefix cache for a request for prompt log-probs. Images are named by content and view, so that none
 of vLLM's caches can mistake one view for the other.
@@ -28,7 +28,7 @@ from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
-from vaopd_teacher.engines.revision import revision_of_folder
+from vaopd_teacher.engines.revision import compute_folder_revision
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
 """The payloads that vLLM's outputs allow: they hold log-probs, no hidden states."""
@@ -65,7 +65,7 @@ class _Progress:
 
 
 class VllmTeacherEngine:
-    """The engine over a running `vllm.LLM` whose logits are log-probs over the logical vocabulary."""
+    """The engine over a running `vllm.LLM`; the extension makes its logits log-probs over the logical vocabulary."""
 
     def __init__(self, llm: Any, reader: PictureReader, *, max_images: int) -> None:
         self._llm = llm
@@ -91,7 +91,7 @@ class VllmTeacherEngine:
             if progress[index].error is None:
                 _read(groups[index], view, k, output, progress[index])
         for group, state in zip(groups, progress, strict=True):
-            yield state.error or _result(group, state)
+            yield state.error or _make_result(group, state)
 
     def close(self) -> None:
         """Ends vLLM's processes."""
@@ -117,7 +117,7 @@ class VllmTeacherEngine:
         sampling = SamplingParams(
             max_tokens=1,  # the least that vLLM accepts
             temperature=0.0,
-            prompt_logprobs=_asked(group, view, self._reader.vocab_size),
+            prompt_logprobs=_count_asked(group, view, self._reader.vocab_size),
             flat_logprobs=True,
             detokenize=False,
         )
@@ -148,8 +148,8 @@ def collapse_images(reader: PromptReader, prompt: PreparedPrompt) -> list[int]:
     return written + given[at:]
 
 
-def _asked(group: PreparedGroup, view: View, vocab_size: int) -> int:
-    """Returns the number of likeliest tokens to ask for: twice as many as are sent, see `top_k`."""
+def _count_asked(group: PreparedGroup, view: View, vocab_size: int) -> int:
+    """Returns the number of likeliest tokens to ask for: twice as many as are sent, see `split_top_k`."""
     return min(2 * group.top_k, vocab_size) if group.payload == "top_k" and view == "original" else 0
 
 
@@ -171,10 +171,10 @@ def _read(group: PreparedGroup, view: View, k: int, output: Any, state: _Progres
         raise VaopdError("vLLM's prompt log-probs are of other tokens than the prompt's; this version isn't supported")
     state.logprobs[view].append(logprobs[:, 0].astype(np.float32))
     if ids.shape[1] > 1:
-        state.top.append(top_k(ids[:, 1:], logprobs[:, 1:], group.top_k))
+        state.top.append(split_top_k(ids[:, 1:], logprobs[:, 1:], group.top_k))
 
 
-def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Splits the n ≥ k likeliest tokens (T, n): ids (T, k) int32, log-probs (T, k), the tail's log-mass (T,) float32.
 
     The tail is the mass of the tokens after the k, by their own log-probs, plus 1 minus the mass of all n if that is
@@ -190,7 +190,7 @@ def top_k(ids: np.ndarray, logprobs: np.ndarray, k: int) -> tuple[np.ndarray, np
     return ids[:, :k].astype(np.int32), logprobs[:, :k].astype(np.float32), tail_logprobs.astype(np.float32)
 
 
-def _result(group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
+def _make_result(group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
     original, degraded = (np.concatenate(state.logprobs[view]) for view in VIEWS)
     tensors = {}
     if group.payload == "top_k":
@@ -235,10 +235,11 @@ def load(config: Config, options: Mapping[str, Any]) -> Backend:
         limit_tokens=min(reader.max_tokens, llm.llm_engine.model_config.max_model_len - 1),
     )
     engine = VllmTeacherEngine(llm, pictures, max_images=vllm_start.read_max_images(llm))
+    folder = model_folder(config.teacher.model, role="teacher")
     return Backend(
         reader=pictures,
         engine=engine,
-        revision=revision_of_folder(model_folder(config.teacher.model, role="teacher"), dtype=config.teacher.dtype),
+        revision=compute_folder_revision(folder, dtype=config.teacher.dtype),
         dtype=config.teacher.dtype,
         payloads=PAYLOADS,
         close=engine.close,

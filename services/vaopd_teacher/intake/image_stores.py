@@ -45,7 +45,7 @@ class ImageStore(ByteLru[EncodedImage]):
             self.hits += 1
             return image
 
-    def missing(self, digests: Iterable[str]) -> list[str]:
+    def find_missing(self, digests: Iterable[str]) -> list[str]:
         """Returns those of `digests` that aren't stored; the others count as used just now."""
         with self._lock:
             return [sha256 for sha256 in dict.fromkeys(digests) if self._values.get(sha256) is None]

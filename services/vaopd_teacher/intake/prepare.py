@@ -34,10 +34,10 @@ from vaopd.wire.teacher import (
     DEGRADATION_KINDS,
     PAYLOAD_KINDS,
     TOKEN_LETTERS,
+    count_tokens,
     degradation_from_pb,
     payload_kind_from_pb,
     prompt_tokens_of,
-    tokens_of,
 )
 from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
@@ -65,7 +65,7 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
     if groups > limit:
         raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
-    tokens, limit = sum(map(tokens_of, request.groups)), teacher.limits.max_tokens_per_request
+    tokens, limit = sum(map(count_tokens, request.groups)), teacher.limits.max_tokens_per_request
     if tokens > limit:
         raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]
@@ -76,10 +76,10 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         )
     _refuse_duplicates("group_id", ids, "the request", path="groups")
     return CallSettings(
-        payload=_payload(request, teacher),
+        payload=_read_payload(request, teacher),
         top_k=request.top_k,
-        degradation=_degradation(request.degradation),
-        columns=_columns(request.columns, teacher),
+        degradation=_read_degradation(request.degradation),
+        columns=_read_columns(request.columns, teacher),
     )
 
 
@@ -99,7 +99,7 @@ def cut(
     unit: list[teacher_pb2.PromptGroup] = []
     room = 0
     for group in groups:
-        tokens = _tokens(group)
+        tokens = _count_tokens(group)
         if unit and room + tokens > batch_tokens:
             yield unit, room
             unit, room = [], 0
@@ -109,14 +109,14 @@ def cut(
         yield unit, room
 
 
-def _tokens(group: teacher_pb2.PromptGroup) -> int:
+def _count_tokens(group: teacher_pb2.PromptGroup) -> int:
     """Counts the tokens of a forward for both views of a group: exact for token ids, a guess for texts."""
     prompt = prompt_tokens_of(group)
     texts = sum(len(rollout.response_text) // TOKEN_LETTERS for rollout in group.rollouts)
     return 2 * (prompt + texts + sum(max(0, len(rollout.response_ids) - 1) for rollout in group.rollouts))
 
 
-def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> PayloadKind:
+def _read_payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescription) -> PayloadKind:
     try:
         payload = payload_kind_from_pb(request.payload)
     except KeyError:
@@ -134,7 +134,7 @@ def _payload(request: teacher_pb2.ScoreGroupsRequest, teacher: TeacherDescriptio
     return payload
 
 
-def _columns(names: Sequence[str], teacher: TeacherDescription) -> tuple[str, ...]:
+def _read_columns(names: Sequence[str], teacher: TeacherDescription) -> tuple[str, ...]:
     for name in names:
         if name not in teacher.columns:
             raise Mismatch(
@@ -144,7 +144,7 @@ def _columns(names: Sequence[str], teacher: TeacherDescription) -> tuple[str, ..
     return tuple(dict.fromkeys(names))
 
 
-def _degradation(message: teacher_pb2.Degradation) -> Degradation:
+def _read_degradation(message: teacher_pb2.Degradation) -> Degradation:
     try:
         degradation = degradation_from_pb(message)
     except KeyError:
@@ -192,16 +192,16 @@ class Preparer:
         """
         decoded = self._decode(image)
         self._store.put(image)
-        self._both_views(image.sha256, self._usual, lambda: decoded)
+        self._make_both_views(image.sha256, self._usual, lambda: decoded)
 
     def prepare(self, group: teacher_pb2.PromptGroup, settings: CallSettings) -> PreparedGroup:
         """Checks and renders one group. Raises InvalidInput, LimitExceeded, Mismatch or NotFound."""
         self._check_rollouts(group)
         self._usual = settings.degradation
-        original, degraded = self._prompts(group, settings.degradation)
+        original, degraded = self._render_prompts(group, settings.degradation)
         responses = []
         for rollout in group.rollouts:
-            ids = self._response_ids(rollout)
+            ids = self._read_response_ids(rollout)
             try:
                 self._reader.check_response(ids, original, max_tokens=self._max_tokens)
             except InvalidInput as error:
@@ -217,7 +217,7 @@ class Preparer:
             columns=settings.columns,
         )
 
-    def token_texts(self, token_ids: np.ndarray) -> list[str]:
+    def decode_tokens(self, token_ids: np.ndarray) -> list[str]:
         """Decodes each token by itself; a part of a character shows as U+FFFD."""
         with self._tokenizer:
             return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
@@ -231,7 +231,7 @@ class Preparer:
         ids = [rollout.rollout_id for rollout in group.rollouts]
         _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}", path="rollouts")
 
-    def _prompts(
+    def _render_prompts(
         self, group: teacher_pb2.PromptGroup, degradation: Degradation
     ) -> tuple[PreparedPrompt, PreparedPrompt]:
         """Renders the prompt in the original and in the degraded view."""
@@ -244,7 +244,7 @@ class Preparer:
                     "images down"
                 )
             names = list(group.tokens.image_sha256)
-            views = self._views(names, degradation)
+            views = self._collect_views(names, degradation)
             return tuple(  # type: ignore[return-value]
                 self._reader.read_token_ids(token_ids, [view[sha] for sha in names]) for view in views
             )
@@ -253,12 +253,12 @@ class Preparer:
             if not messages:
                 raise InvalidInput(f"group {group.group_id!r} has an empty prompt; it needs at least one message")
             names = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
-            views = self._views(names, degradation)
+            views = self._collect_views(names, degradation)
             with self._tokenizer:
                 return tuple(self._reader.render(messages, view) for view in views)  # type: ignore[return-value]
         raise InvalidInput(f"group {group.group_id!r} has no prompt; give tokens or messages")
 
-    def _views(
+    def _collect_views(
         self, names: Sequence[str], degradation: Degradation
     ) -> tuple[dict[str, PreparedImage], dict[str, PreparedImage]]:
         """Returns each image in both views, by SHA-256."""
@@ -268,19 +268,19 @@ class Preparer:
                 raise InvalidInput(
                     f"image {sha256[:80]!r} is no SHA-256 in hex digits; upload the image with PutImages and name it so"
                 )
-            original[sha256], degraded[sha256] = self._both_views(
+            original[sha256], degraded[sha256] = self._make_both_views(
                 sha256, degradation, partial(self._decode_stored, sha256)
             )
         return original, degraded
 
-    def _both_views(
+    def _make_both_views(
         self, sha256: str, degradation: Degradation, decode: Callable[[], PIL.Image.Image]
     ) -> tuple[PreparedImage, PreparedImage]:
-        """Returns both views from the cache; missing ones are made from one decoding."""
-        decoded = cache(decode)
+        """Returns both views from the cache; missing ones are made of one picture, decoded and scaled once."""
+        scaled = cache(lambda: self._reader.scale_image(decode()))
         seed = view_seed(sha256)
-        original = self._view(f"{sha256}:original", decoded)
-        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(decoded(), degradation, seed=seed))
+        original = self._view(f"{sha256}:original", scaled)
+        degraded = self._view(f"{sha256}:{view_name(degradation)}", lambda: degrade(scaled(), degradation, seed=seed))
         if original.grid != degraded.grid:
             raise Mismatch(
                 f"image {sha256[:12]}… has grid {original.grid} in the original and {degraded.grid} in the degraded "
@@ -298,7 +298,7 @@ class Preparer:
         limits = self._limits
         return image_files.decode(image, max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
 
-    def _response_ids(self, rollout: teacher_pb2.RolloutTokens) -> np.ndarray:
+    def _read_response_ids(self, rollout: teacher_pb2.RolloutTokens) -> np.ndarray:
         if rollout.response_text and rollout.response_ids:
             raise InvalidInput(f"rollout {rollout.rollout_id!r} has ids and a text; give one of the two")
         if not rollout.response_text:

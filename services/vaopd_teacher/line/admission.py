@@ -38,16 +38,16 @@ class Admission:
         """The most groups of all jobs that may wait."""
         return self._sharing.max_waiting_groups
 
-    def waiting_of(self, job: str) -> int:
+    def count_waiting(self, job: str) -> int:
         """Returns the accepted and unanswered groups of one job."""
         return self._waiting[job]
 
-    def waiting_by_job(self) -> dict[str, int]:
+    def count_waiting_by_job(self) -> dict[str, int]:
         """Returns the accepted and unanswered groups of each job that has some. Thread-safe."""
         return dict(self._waiting)
 
     def check_any_room(self) -> None:
-        """Raises QueueFull when not even one group fits, whichever job's: then a call is refused without reading it."""
+        """Raises QueueFull when no group of any job fits, so that a call is refused before it is read."""
         self._check(self.waiting, 1, self._sharing.max_waiting_groups, "", of_job=False)
 
     def admit(self, job: str, groups: int) -> None:
@@ -71,7 +71,7 @@ class Admission:
         if (over := waiting + groups - limit) <= 0:
             return
         self.refused += 1
-        retry_after_s = min(max(self._seconds(over, job, of_job=of_job), _SHORTEST_S), _LONGEST_S)
+        retry_after_s = min(max(self._estimate_seconds(over, job, of_job=of_job), _SHORTEST_S), _LONGEST_S)
         owner = f" of job {job[:64]!r}" if of_job else ""
         raise QueueFull(
             f"{waiting} groups{owner} wait already, with {groups} more they are over the limit of {limit}; "
@@ -79,7 +79,7 @@ class Admission:
             retry_after_s=retry_after_s,
         )
 
-    def _seconds(self, groups: int, job: str, *, of_job: bool) -> float:
+    def _estimate_seconds(self, groups: int, job: str, *, of_job: bool) -> float:
         """Estimates the time until this many groups of the backlog are scored."""
         pace = self._scheduler.seconds_per_token
         history = [self._scheduler.served(job)] if of_job else list(self._scheduler.served_by_job().values())

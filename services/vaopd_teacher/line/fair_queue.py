@@ -6,7 +6,7 @@ that returns after a pause starts at the clock, with no credit for the pause and
 
 Why not deficit round robin: a round there serves every other job's quantum first, so a light job's delay grows with the
 number of jobs that flood; here it is next after the forward in progress. Why not finish times (WFQ): they need the
-device's speed. The service per weight of two busy jobs differs by at most one unit of each, whatever the speed
+device's speed. The service per weight of two busy jobs differs by at most one unit of each, at any speed
 (Goyal, Vin, Cheng: Start-time fair queueing, 1996).
 """
 
@@ -74,11 +74,11 @@ class FairQueue(Generic[T]):
 
     def head(self) -> T:
         """Returns the item that `pop` would take. Raises LookupError when nothing waits."""
-        return self._next().items[0][0]
+        return self._choose_next().items[0][0]
 
     def pop(self) -> T:
         """Takes the next item and charges its job. Raises LookupError when nothing waits."""
-        line = self._next()
+        line = self._choose_next()
         item, cost = line.items.popleft()
         self._clock = line.start
         line.start += cost / line.weight
@@ -105,7 +105,7 @@ class FairQueue(Generic[T]):
         for job in {*idle} - {*indebted[len(indebted) // 2 :]}:
             del self._lines[job]
 
-    def _next(self) -> _Line[T]:
+    def _choose_next(self) -> _Line[T]:
         # Among equal starts, the job that has been known longest.
         line = min(self._lines.values(), key=lambda line: line.start if line.items else math.inf, default=None)
         if line is None or not line.items:

@@ -115,7 +115,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._stopping = False
         self._busy_since: float | None = None
-        self._thread = threading.Thread(target=self._main, name="teacher-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -158,7 +158,7 @@ class Scheduler:
         """Puts a unit in the line. Raises Unavailable once the thread is ending."""
         with self._changed:
             if self._stopping:
-                raise _stopped()
+                raise _make_stopped_error()
             self._line.push(unit.job, unit, cost=unit.tokens)
             self._changed.notify()
 
@@ -180,13 +180,13 @@ class Scheduler:
         self._thread.join(longest_s)
         return not self._thread.is_alive()
 
-    def _main(self) -> None:
+    def _run(self) -> None:
         units: list[Unit] = []
         try:
             while units := self._take():
                 self._on_taken()
                 self._on_batch(sum(unit.room for unit in units) / self._batch_tokens)
-                with _span(units):
+                with _open_span(units):
                     self._score(units)
         except Exception:
             log.exception("the engine failed; the process has to end")
@@ -198,7 +198,7 @@ class Scheduler:
                 waiting.append(self._line.pop())
         for unit in waiting:
             for _ in range(len(unit.groups) - unit.delivered):
-                unit.deliver(_stopped())
+                unit.deliver(_make_stopped_error())
 
     def _take(self) -> list[Unit]:
         """Waits for units and takes those of the next forward; none when the thread has to end."""
@@ -230,7 +230,7 @@ class Scheduler:
                 owner.deliver(result)
                 if all(unit.cancelled for unit in units):
                     return  # the device is free for other units
-            self._pace(time.monotonic() - started, sum(unit.tokens for unit in units))
+            self._measure_pace(time.monotonic() - started, sum(unit.tokens for unit in units))
         finally:
             self._busy_since = None
             self.busy_seconds += time.monotonic() - started
@@ -245,12 +245,12 @@ class Scheduler:
             while len(self._served) > JOBS_REMEMBERED:
                 self._served.popitem(last=False)
 
-    def _pace(self, elapsed_s: float, tokens: int) -> None:
+    def _measure_pace(self, elapsed_s: float, tokens: int) -> None:
         now, before = elapsed_s / max(1, tokens), self.seconds_per_token
         self.seconds_per_token = now if before is None else before + _SMOOTHING * (now - before)
 
 
-def _span(units: Sequence[Unit]) -> AbstractContextManager[None]:
+def _open_span(units: Sequence[Unit]) -> AbstractContextManager[None]:
     """Opens a span in the first call's trace, with links to the other calls that share the batch."""
     if units[0].trace is None:
         return nullcontext()
@@ -264,5 +264,5 @@ def _span(units: Sequence[Unit]) -> AbstractContextManager[None]:
     )
 
 
-def _stopped() -> Unavailable:
+def _make_stopped_error() -> Unavailable:
     return Unavailable("the teacher is stopping; try again, another replica may answer")

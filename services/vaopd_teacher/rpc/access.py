@@ -19,12 +19,12 @@ class Access:
     def __init__(self, store: KeyStore | None = None) -> None:
         self._store = store
 
-    def caller(self, metadata: Iterable[tuple[str, Any]] | None) -> str | None:
+    def identify(self, metadata: Iterable[tuple[str, Any]] | None) -> str | None:
         """Returns the job of the call's key, None without keys. Raises Unauthenticated."""
         if self._store is None:
             return None
         header = next((value for name, value in metadata or () if name == "authorization"), None)
-        return self._store.job_of(keys.bearer(header))
+        return self._store.find_job(keys.read_bearer(header))
 
     def check_job(self, caller: str | None, request: Any) -> None:
         """Raises PermissionDenied for a request that names another job; one that names none gets the caller's."""

@@ -27,7 +27,7 @@ class Call:
         self._unread: dict[str, Unit] = {}  # group_id -> its unit, until the reader has taken the group's answer
         self._unit_read = asyncio.Event()
 
-    async def room_for_a_unit(self) -> None:
+    async def wait_for_room(self) -> None:
         """Waits until fewer than UNITS_AHEAD units are unread."""
         while len(set(self._unread.values())) >= UNITS_AHEAD:
             self._unit_read.clear()
@@ -42,7 +42,7 @@ class Call:
             on_delivery=self._results.put_nowait,
             loop=asyncio.get_running_loop(),
             expires=self._expires,
-            trace=tracing.current(),
+            trace=tracing.get_context(),
         )
         self._unread.update((group.group_id, unit) for group in groups)
         self._scheduler.submit(unit)

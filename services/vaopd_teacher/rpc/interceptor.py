@@ -27,7 +27,7 @@ from vaopd.errors import (
 from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.logs import REQUEST_ID, REQUEST_ID_KEY
 from vaopd.wire import errors as wire_errors
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd_teacher.rpc.access import Access
 
 log = logging.getLogger(__name__)
@@ -38,13 +38,13 @@ _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 """Methods that need no key, for probes and load balancers."""
 
 
-def reason_of(error: Exception) -> str:
+def name_reason(error: Exception) -> str:
     """Returns the `reason` label of a refused call."""
     if isinstance(error, QueueFull):
         return "queue_full"
     if isinstance(error, Busy):
         return "quota"
-    return status_of(error).name.lower() if isinstance(error, VaopdError) else "internal"
+    return choose_status(error).name.lower() if isinstance(error, VaopdError) else "internal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         caller: str | None = None
         if method not in _OPEN:
             try:
-                caller = self._access.caller(handler_call_details.invocation_metadata)
+                caller = self._access.identify(handler_call_details.invocation_metadata)
                 if method == self._with_work:
                     self._check_room()
             except VaopdError as error:
-                return self._refusing(method, error, job=caller)
+                return self._make_refusing_handler(method, error, job=caller)
         call = _CallContext(handler_call_details, caller, self._access)
         parse = _tolerate_malformed(handler.request_deserializer)
         serialise = handler.response_serializer
@@ -132,7 +132,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             return grpc.stream_unary_rpc_method_handler(unary, parse, serialise)
         return grpc.unary_unary_rpc_method_handler(self._guard_unary(handler.unary_unary, call), parse, serialise)
 
-    def _refusing(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
+    def _make_refusing_handler(self, method: str, error: VaopdError, *, job: str | None) -> grpc.RpcMethodHandler:
         """Returns a handler that answers a call of any kind with a status and reads none of its messages."""
 
         async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
@@ -145,10 +145,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> None:
         if isinstance(error, grpc.aio.AbortError):  # the handler has answered with a status itself
             raise error
-        self._on_refused(job, reason_of(error))
+        self._on_refused(job, name_reason(error))
         metadata: tuple[tuple[str, bytes], ...] = ()
         if isinstance(error, VaopdError):
-            code, message = status_of(error), str(error)
+            code, message = choose_status(error), str(error)
             metadata = ((wire_errors.KEY, wire_errors.pack(code.value[0], error)),)
         else:
             log.error("%s failed", method, exc_info=error)
@@ -156,7 +156,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         # The message stays out of the log: it may quote the request.
         job = job[:64] if job else None
         refused = (repr(job) if job else "-", method, code.name, context.peer())
-        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.fields(job=job))
+        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.make_fields(job=job))
         return await context.abort(code, message, metadata)
 
     def _guard_unary(
@@ -209,16 +209,16 @@ class _CallContext:
         sent = dict(self._metadata or ())
         if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
             logs.request_id.set(name)
-        return tracing.begin(self.method, parent=tracing.parent_of(self._metadata), job=self.job)
+        return tracing.begin(self.method, parent=tracing.read_parent(self._metadata), job=self.job)
 
     def check(self, request: Any) -> Any:
         """Returns the request, or the stream of them; raises an error for a malformed or forbidden one."""
-        return self._each(request) if hasattr(request, "__aiter__") else self._checked(request)
+        return self._check_each(request) if hasattr(request, "__aiter__") else self._check_message(request)
 
-    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _check_each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         async for request in requests:
             self._read += 1
-            yield self._checked(request)
+            yield self._check_message(request)
 
     def locate(self, error: Exception) -> Exception:
         """Adds the index of a stream's wrong message, unless the error names a field; streams are read in order."""
@@ -226,7 +226,7 @@ class _CallContext:
             error.field = f"[{self._read - 1}]"
         return error
 
-    def _checked(self, request: Any) -> Any:
+    def _check_message(self, request: Any) -> Any:
         if isinstance(request, _Malformed):
             raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
         self._access.check_job(self.job, request)

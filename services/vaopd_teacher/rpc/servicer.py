@@ -27,7 +27,7 @@ from vaopd.telemetry import logs
 from vaopd.types import TeacherDescription
 from vaopd.wire import errors as wire_errors
 from vaopd.wire.common import image_from_pb
-from vaopd.wire.errors import status_of
+from vaopd.wire.errors import choose_status
 from vaopd.wire.teacher import columns_to_pb, description_to_pb
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore
@@ -101,8 +101,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         return pb.PutImagesResponse(sha256=received)
 
     async def _admit_image(self, message: common_pb2.EncodedImage) -> str:
-        image = await self._on_thread(image_from_pb, message)
-        await self._on_thread(self._preparer.admit_image, image)
+        image = await self._run_on_thread(image_from_pb, message)
+        await self._run_on_thread(self._preparer.admit_image, image)
         log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
         return image.sha256
 
@@ -110,7 +110,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
         """Returns those of the images that are not stored."""
-        return pb.MissingImagesResponse(sha256=self._store.missing(request.sha256))
+        return pb.MissingImagesResponse(sha256=self._store.find_missing(request.sha256))
 
     async def GetHead(
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
@@ -127,7 +127,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         row_bytes = width * head.element_size()
         step = max(1, self._chunk_bytes // row_bytes)
         for start in range(0, rows, step):
-            part = await self._on_thread(payloads.from_torch, head[start : start + step])
+            part = await self._run_on_thread(payloads.from_torch, head[start : start + step])
             yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=part.data, tensor=described)
             described = None
 
@@ -168,7 +168,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 failed,
                 unanswered,
                 elapsed_s,
-                extra=logs.fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
+                extra=logs.make_fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
             )
 
     def _give_up(self, call: Call) -> None:
@@ -182,9 +182,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         """
         try:
             for unit, room in cut(request.groups, self._batch_tokens):
-                await call.room_for_a_unit()
+                await call.wait_for_room()
                 async with self._ahead.turn(call.job):
-                    outcomes = await asyncio.gather(*(self._prepared(group, settings) for group in unit))
+                    outcomes = await asyncio.gather(*(self._prepare_or_refuse(group, settings) for group in unit))
                     for group, outcome in zip(unit, outcomes, strict=True):
                         if isinstance(outcome, VaopdError):
                             call.refuse(group.group_id, outcome)
@@ -193,9 +193,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         except Exception as error:  # raised where the results are awaited
             call.fail(error)
 
-    async def _prepared(self, group: pb.PromptGroup, settings: CallSettings) -> PreparedGroup | VaopdError:
+    async def _prepare_or_refuse(self, group: pb.PromptGroup, settings: CallSettings) -> PreparedGroup | VaopdError:
         try:
-            return await self._on_thread(self._preparer.prepare, group, settings)
+            return await self._run_on_thread(self._preparer.prepare, group, settings)
         except VaopdError as error:
             return error
 
@@ -215,10 +215,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         if with_token_texts:
             ids = np.concatenate(group.responses)
             score.response_ids.extend(ids.tolist())
-            score.token_texts.extend(await self._on_thread(self._preparer.token_texts, ids))
+            score.token_texts.extend(await self._run_on_thread(self._preparer.decode_tokens, ids))
             if group.payload == "top_k":
                 alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
-                texts = await self._on_thread(self._preparer.token_texts, alternatives)
+                texts = await self._run_on_thread(self._preparer.decode_tokens, alternatives)
                 score.payload_texts.update(zip(alternatives.tolist(), texts, strict=True))
         size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
         if size > limit:
@@ -227,9 +227,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 "send fewer rollouts in a group"
             )
             return iter([_group_error(group.group_id, error)])
-        return self._messages(score, scored)
+        return self._make_messages(score, scored)
 
-    def _messages(self, score: pb.GroupScore, scored: EngineResult) -> Iterator[pb.ScoreGroupsResponse]:
+    def _make_messages(self, score: pb.GroupScore, scored: EngineResult) -> Iterator[pb.ScoreGroupsResponse]:
         yield pb.ScoreGroupsResponse(score=score)
         for name, tensor in scored.payload.tensors.items():
             for offset in range(0, len(tensor.data), self._chunk_bytes):
@@ -241,12 +241,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 )
                 yield pb.ScoreGroupsResponse(payload=chunk)
 
-    async def _on_thread(self, function: Callable[..., T], *args: object) -> T:
+    async def _run_on_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
 
 def _group_error(group_id: str, error: VaopdError) -> pb.ScoreGroupsResponse:
-    code = status_of(error).value[0]
+    code = choose_status(error).value[0]
     details = wire_errors.pack(code, error)
     return pb.ScoreGroupsResponse(
         error=pb.GroupError(group_id=group_id, code=code, message=str(error), status_details=details)

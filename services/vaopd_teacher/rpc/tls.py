@@ -14,7 +14,7 @@ from vaopd.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCredentials | None:
+def make_server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCredentials | None:
     """Returns the port's credentials, None for plaintext.
 
     Raises ConfigError for plaintext that other hosts could reach, and for unusable files.
@@ -24,11 +24,11 @@ def server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerCreden
             return None
         raise ConfigError(
             f"teacher.address = {address!r} can be reached from other hosts: give [teacher.tls] cert and key in the "
-            "service file (`vaopd certs FOLDER` makes some), or plaintext = true if nobody else is on that network"
+            "service file (`vaopd certs FOLDER` makes some), or plaintext = true on a network without other users"
         )
     files = _Files(tls)
     return grpc.dynamic_ssl_server_credentials(
-        files.first(), files.changed, require_client_authentication=tls.client_ca is not None
+        files.read_first(), files.read_if_changed, require_client_authentication=tls.client_ca is not None
     )
 
 
@@ -52,11 +52,11 @@ class _Files:
         self._tls = tls
         self._content: tuple[bytes, bytes, bytes | None] | None = None
 
-    def first(self) -> grpc.ServerCertificateConfiguration:
+    def read_first(self) -> grpc.ServerCertificateConfiguration:
         self._content = self._read()
-        return _configuration(*self._content)
+        return _make_configuration(*self._content)
 
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
+    def read_if_changed(self) -> grpc.ServerCertificateConfiguration | None:
         try:
             content = self._read()
         except ConfigError as error:  # e.g. the certificate has been renewed, and its key not yet
@@ -65,7 +65,7 @@ class _Files:
         if content == self._content:
             return None
         self._content = content
-        return _configuration(*content)
+        return _make_configuration(*content)
 
     def _read(self) -> tuple[bytes, bytes, bytes | None]:
         """Raises ConfigError for files that can't be read or don't belong together; gRPC itself would only log it."""
@@ -90,5 +90,5 @@ class _Files:
             raise ConfigError(f"[teacher.tls] one of {names} can't be read ({error.strerror})") from None
 
 
-def _configuration(key: bytes, cert: bytes, client_ca: bytes | None) -> grpc.ServerCertificateConfiguration:
+def _make_configuration(key: bytes, cert: bytes, client_ca: bytes | None) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)

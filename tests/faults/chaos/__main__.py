@@ -41,7 +41,7 @@ def _print(result: Result) -> None:
     kills = sum(number for kind, number in result.faults.items() if kind.startswith(("kill", "cut power", "empty")))
     stops = sum(number for kind, number in result.faults.items() if kind.startswith("stop"))
     deaths = sum(result.faults[kind] for kind in ("kill redis", "cut power of redis", "empty redis"))
-    training = result.books.counts(training=True)
+    training = result.books.count_outcomes(training=True)
     _say(f"{kills + result.outside['killer']} SIGKILLs ({deaths} of Redis), {stops} SIGSTOPs in {result.took_s:.0f} s")
     _say("faults: " + ", ".join(f"{number} × {kind}" for kind, number in sorted(result.faults.items())))
     _say("from outside: " + ", ".join(f"{number} × {what}" for what, number in sorted(result.outside.items())))

@@ -31,7 +31,7 @@ from tests.faults.chaos.faults import Fault, Kind, plan
 from tests.faults.chaos.world import JOB, World
 from vaopd.net.ports import free_port
 from vaopd.queue.embedded import EmbeddedRedis
-from vaopd.run.checkpoints import latest_checkpoint, read_checkpoint
+from vaopd.run.checkpoints import find_latest_checkpoint, read_checkpoint
 from vaopd.run.ledger import Audit, audit
 
 STEPS = 40
@@ -142,7 +142,7 @@ class Chaos:
             time.sleep(POLL_S)
 
     def _step(self) -> int:
-        newest = latest_checkpoint(self._world.run / "checkpoints")
+        newest = find_latest_checkpoint(self._world.run / "checkpoints")
         return int(newest.name.removeprefix("step_")) if newest is not None else 0
 
     def _keep_alive(self) -> None:
@@ -267,7 +267,7 @@ class Chaos:
 
     def _result(self, took_s: float) -> Result:
         world = self._world
-        newest = latest_checkpoint(world.run / "checkpoints")
+        newest = find_latest_checkpoint(world.run / "checkpoints")
         assert newest is not None
         _, lines = read_checkpoint(newest)
         wanted = {group_id for step in range(world.steps) for group_id in world.group_ids(step)}

@@ -28,8 +28,8 @@ from vaopd.run.checkpoints import (
     FILE,
     LedgerLine,
     RunState,
-    checkpoints_in,
-    latest_checkpoint,
+    find_latest_checkpoint,
+    list_checkpoints,
     load_run_state,
     write_run_state,
 )
@@ -178,7 +178,7 @@ class _Trainer:
         self._checkpoints = world.run / "checkpoints"
         self._weights = w.first_weights(world)
         self._state = RunState()
-        newest = latest_checkpoint(self._checkpoints)
+        newest = find_latest_checkpoint(self._checkpoints)
         if newest is not None:
             self._state = load_run_state(newest)
             self._weights = (newest / "weights.txt").read_text()
@@ -206,7 +206,7 @@ class _Trainer:
                 self._outside.put("corrupt", "requests", f"corrupt-{key}", b"\xff\xff")
         logprobs: dict[str, list[float]] = {}
         groups: dict[str, RolloutGroup] = {}
-        for arrived in self._collector.groups(world.group_ids(step), check=check):
+        for arrived in self._collector.wait_for_groups(world.group_ids(step), check=check):
             groups |= {group.group_id: group for group in arrived}
             logprobs |= self._scores_of(arrived)
         for group_id in world.group_ids(step):
@@ -228,7 +228,7 @@ class _Trainer:
         with atomic_folder(self._checkpoints / f"step_{step:06d}") as part:
             (part / "weights.txt").write_text(self._weights)
             write_run_state(part, self._state)
-        for old in checkpoints_in(self._checkpoints)[:-2]:
+        for old in list_checkpoints(self._checkpoints)[:-2]:
             shutil.rmtree(old)
         self._ledger.write("checkpoint", step=step)
         self._collector.acknowledge(line.group_id for line in self._state.ledger if line.step == step - 1)

@@ -33,6 +33,10 @@ class Family(Protocol):
         """Computes the pixel values, grid and number of placeholder tokens of one RGB image."""
         ...
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int] | None:
+        """Returns the fewest and the most pixels that the processor scales an image to; None without such bounds."""
+        ...
+
     def image_token_id(self, config: Any) -> int:
         """Returns the placeholder's id: one per image in a rendered prompt, one per image token after expansion."""
         ...

@@ -30,6 +30,10 @@ class Idefics3:
             num_tokens=len(tiles) * processor.image_seq_len,
         )
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int] | None:
+        """Returns None: the tiles have one size for every picture."""
+        return None
+
     def image_token_id(self, config: Any) -> int:
         """Returns the id of `<image>`."""
         return int(config.image_token_id)

@@ -28,6 +28,10 @@ class InternVL:
             num_tokens=tiles * processor.image_seq_length,
         )
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int] | None:
+        """Returns None: the tiles have one size for every picture."""
+        return None
+
     def image_token_id(self, config: Any) -> int:
         """Returns the id of `<IMG_CONTEXT>`."""
         return int(config.image_token_id)

@@ -31,6 +31,11 @@ class Qwen25VL:
             num_tokens=grid[0] * grid[1] * grid[2] // merge**2,
         )
 
+    def pixel_bounds(self, processor: Any) -> tuple[int, int] | None:
+        """Returns areas, which Qwen's processors call edges."""
+        size = processor.image_processor.size
+        return int(size["shortest_edge"]), int(size["longest_edge"])
+
     def image_token_id(self, config: Any) -> int:
         """Returns the id of `<|image_pad|>`."""
         return int(config.image_token_id)

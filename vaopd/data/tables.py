@@ -1,0 +1,301 @@
+"""Finds and reads the files of a data set's split: Parquet, JSON Lines, a folder of pictures with metadata.jsonl.
+
+Every file keeps its own schema, so shards may differ in types, order and further columns; `vaopd.data.loaders` reads
+the values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from vaopd.errors import InvalidInput, NotFound
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IN_MEMORY_BYTES = 256 * 2**20
+"""Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KNOWN_COLUMNS = ("problem", "question", "answer", "images", "image", "qid")
+_METADATA = "metadata.jsonl"
+
+
+class Rows(Protocol):
+    """The records of one file."""
+
+    @property
+    def file(self) -> Path | None:
+        """None for the hub's."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of all columns, known or not."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns one record as Python values."""
+
+    def read_column(self, name: str) -> list[Any]:
+        """Returns one column as Python values."""
+
+    def count_images(self, name: str) -> list[int]:
+        """Returns how many images each record has in a column, without reading them."""
+
+
+@dataclass(frozen=True)
+class JsonRows:
+    """The records of a JSON Lines file."""
+
+    records: Sequence[dict[str, Any]]
+    file: Path | None
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Returns the names of all columns."""
+        return list(dict.fromkeys(name for record in self.records for name in record))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns one record as Python values."""
+        return self.records[index]
+
+    def read_column(self, name: str) -> list[Any]:
+        """Returns one column as Python values."""
+        return [record.get(name) for record in self.records]
+
+    def count_images(self, name: str) -> list[int]:
+        """Counts each record's images in a column."""
+        return [len(as_entries(value)) for value in self.read_column(name)]
+
+
+class ArrowRows:
+    """The records of an Arrow table, in memory or mapped; class labels are read by name."""
+
+    def __init__(self, table: pa.Table, file: Path | None) -> None:
+        self.file = file
+        self.columns: Sequence[str] = table.column_names
+        known = [name for name in self.columns if name in _KNOWN_COLUMNS]
+        if len(known) > len(set(known)):
+            raise InvalidInput(f"{file or 'the data set'} has a column twice: {', '.join(known)}; drop one")
+        self._table = table.select(known)
+        self._labels = _read_label_names(table.schema)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Returns one record as Python values."""
+        row = self._table.slice(index, 1)
+        return {name: self._as_values(name, row[name])[0] for name in self._table.column_names}
+
+    def read_column(self, name: str) -> list[Any]:
+        """Returns one column as Python values."""
+        return self._as_values(name, self._table[name])
+
+    def _as_values(self, name: str, column: pa.ChunkedArray) -> list[Any]:
+        import pyarrow as pa
+
+        values = column.to_pylist()
+        if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):  # 0.1, not 0.10000000149011612
+            kind = np.float16 if pa.types.is_float16(column.type) else np.float32
+            return [value if value is None else float(str(kind(value))) for value in values]
+        names = self._labels.get(name)
+        return values if names is None else [_name_labels(value, names) for value in values]
+
+    def count_images(self, name: str) -> list[int]:
+        """Counts each record's images in a column."""
+        import pyarrow.compute as pc
+
+        column = self._table[name]
+        is_list = _check_image_type(column.type, name, self.file)
+        counts = pc.list_value_length(column).to_pylist() if is_list else [1] * len(self)
+        return [count if valid else 0 for count, valid in zip(counts, column.is_valid().to_pylist(), strict=True)]
+
+
+def as_entries(value: object) -> Sequence[object]:
+    """Returns the images of one record; its column may hold a list or one image.
+
+    >>> as_entries(None), as_entries("a.png"), as_entries(["a.png", "b.png"])
+    ([], ['a.png'], ['a.png', 'b.png'])
+    """
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def read_split(source: str, split: str, cache_dir: Path | None) -> list[Rows]:
+    """Reads the files of a split of a folder or hub id, in the order of their names.
+
+    Raises NotFound where there are none, InvalidInput for a file that can't be read.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return _read_folder(folder, split, cache_dir)
+    if not _HUB_ID.fullmatch(source):
+        raise NotFound(f"{source!r} is neither a folder nor a hub id (owner/name); check the path")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, split=split, cache_dir=_format_path(cache_dir))
+    except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
+        raise NotFound(
+            f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
+            "or download it and give the folder"
+        ) from error
+    return [ArrowRows(_with_features(dataset), None)]
+
+
+def _read_folder(folder: Path, split: str, cache_dir: Path | None) -> list[Rows]:
+    files = _split_files(folder, split)
+    if files[0].name == _METADATA:
+        return [_read_pictures(folder, files[0], split)]
+    if files[0].suffix != ".parquet":
+        return [JsonRows(_read_json_lines(file), file) for file in files]
+    in_memory = sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES
+    return list(_read_parquet(files) if in_memory else _map_parquet(files, split, cache_dir))
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    parents = (folder, folder / "data", folder / "default")  # the last in the hub's own conversions to Parquet
+    for suffix in (".parquet", ".jsonl"):
+        for parent in parents:
+            for pattern in (f"{split}{suffix}", f"{split}-*{suffix}", f"{split}_[0-9]*{suffix}", f"{split}/*{suffix}"):
+                if files := [file for file in sorted(parent.glob(pattern)) if file.name != _METADATA]:
+                    return files
+    for parent in parents:
+        if (found := parent / split / _METADATA).is_file():
+            return [found]
+    if (found := folder / _METADATA).is_file() and (split == "train" or (folder / split).is_dir()):
+        return [found]
+    lone = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.jsonl"))
+    if split == "train" and len(lone) == 1:  # ViRL39K is published as one file, without splits
+        return lone
+    raise NotFound(
+        f"{folder} has no Parquet file of split {split!r} and no JSON Lines: looked for {split}.parquet, "
+        f"{split}-*.parquet and {split}/*.parquet (or .jsonl, or {split}/{_METADATA}), here, in data/ and in default/; "
+        f"it has {', '.join(file.name for file in lone) or 'none at all'}"
+    )
+
+
+def _read_parquet(files: Sequence[Path]) -> Iterator[Rows]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            yield ArrowRows(pq.ParquetFile(file).read(), file)
+        except (pa.ArrowException, OSError) as error:
+            raise InvalidInput(f"{file} can't be read as Parquet ({_cut_first_line(error)}); write it again") from None
+
+
+def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None) -> Iterator[Rows]:
+    """Maps neighbours of one schema at once, since `datasets` refuses shards that differ."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    def read_schema_and_folder(file: Path) -> tuple[str, Path]:
+        schema = pq.read_schema(file)
+        return schema.to_string(truncate_metadata=False), file.parent
+
+    try:
+        filled = [file for file in files if pq.read_metadata(file).num_rows]  # `datasets` refuses those without rows
+        for _, group in groupby(filled, read_schema_and_folder):
+            names = [str(file) for file in group]
+            mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_format_path(cache_dir))
+            yield ArrowRows(_with_features(mapped), Path(names[0]))
+    except (pa.ArrowException, OSError, ValueError, DatasetsError) as error:
+        raise InvalidInput(f"{files[0].parent}: its Parquet can't be mapped ({_cut_first_line(error)})") from None
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{file} is not UTF-8 text; write it again") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise InvalidInput(f"{file}, line {number}: not a JSON object; write one record a line")
+        if line.strip():
+            records.append(record)
+    return records
+
+
+def _read_pictures(folder: Path, file: Path, split: str) -> Rows:
+    """Reads `metadata.jsonl`, which names a record's pictures by `file_name` or, several, `file_names`."""
+    records = []
+    for record in _read_json_lines(file):
+        names = as_entries(record.get("file_names", record.get("file_name")))
+        if file.parent == folder and (folder / split).is_dir():  # one list for all splits
+            names = [name for name in names if Path(str(name)).parts[:1] == (split,)]
+            if not names:
+                continue
+        records.append({"images": names} | record)
+    return JsonRows(records, file)
+
+
+def _check_image_type(kind: pa.DataType, name: str, file: Path | None) -> bool:
+    """Returns whether a column holds lists of images, not one image each. Raises InvalidInput for neither."""
+    import pyarrow as pa
+
+    types = pa.types
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    image = kind.value_type if is_list else kind
+    binary = types.is_binary(image) or types.is_large_binary(image) or types.is_binary_view(image)
+    text = types.is_string(image) or types.is_large_string(image) or types.is_string_view(image)
+    fields = {field.name for field in image} if types.is_struct(image) else set()
+    if not (binary or text or types.is_null(image) or fields & {"bytes", "path"}):
+        where = file or "the data set"
+        raise InvalidInput(
+            f"{where}: column {name!r} is of type {kind}; give bytes, a path, or a struct with `bytes` and `path`: "
+            "one, or a list of them"
+        )
+    return bool(is_list)
+
+
+def _with_features(dataset: Any) -> pa.Table:
+    return dataset.data.table.replace_schema_metadata(dataset.features.arrow_schema.metadata)
+
+
+def _read_label_names(schema: pa.Schema) -> dict[str, Sequence[str]]:
+    """Reads the names of `datasets.ClassLabel` columns, which store numbers."""
+    found: dict[str, Sequence[str]] = {}
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        for column, feature in features.items():
+            inner = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+                found[column] = inner["names"]
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):  # no metadata of `datasets`, or damaged
+        pass
+    return found
+
+
+def _name_labels(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_name_labels(entry, names) for entry in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def _cut_first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _format_path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
