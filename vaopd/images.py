@@ -95,13 +95,13 @@ def _split_alpha(opened: PIL.ImageFile.ImageFile, data: bytes) -> tuple[PIL.Imag
     if opened.mode.startswith("I"):  # 16-bit grey, which Pillow's `convert` clips to its lowest 256 levels
         grey = np.asarray(opened)
         transparent = None if key is None else grey == key
-        return PIL.Image.fromarray((grey >> 8).astype(np.uint8)), _alpha_without(transparent)
+        return PIL.Image.fromarray((grey >> 8).astype(np.uint8)), _make_alpha(transparent)
     if samples == "RGB;16B" and key is not None:  # the key has 16 bits, of which `load` dropped eight
         low = PIL.Image.open(io.BytesIO(data), formats=("PNG",))
         low.tile = [low.tile[0]._replace(args="RGB;16L")]
         exact = np.asarray(opened).astype(np.uint16) << 8 | np.asarray(low)
         del opened.info["transparency"]
-        return opened, _alpha_without((exact == key).all(axis=-1))
+        return opened, _make_alpha((exact == key).all(axis=-1))
     if samples in ("L;2", "L;4") and key is not None:  # `load` spreads the samples over 0..255, and not the key
         opened.info["transparency"] = key * (85 if samples == "L;2" else 17)
     alpha = opened.convert("RGBA").getchannel("A") if opened.has_transparency_data else None
@@ -110,7 +110,7 @@ def _split_alpha(opened: PIL.ImageFile.ImageFile, data: bytes) -> tuple[PIL.Imag
     return opened.convert(plain), alpha
 
 
-def _alpha_without(transparent: np.ndarray | None) -> PIL.Image.Image | None:
+def _make_alpha(transparent: np.ndarray | None) -> PIL.Image.Image | None:
     return None if transparent is None else PIL.Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))
 
 

@@ -67,9 +67,9 @@ def section(
     name: str, model: type[pydantic.BaseModel], fields: dict[str, FieldInfo], *, heading: str = "", words: str = ""
 ) -> Iterator[str]:
     """Yields a section's own keys, then the sections in it."""
-    from vaopd.config.toml import section_of, variants_of
+    from vaopd.config.toml import find_section, find_variants
 
-    below = {key: field for key, field in fields.items() if section_of(field) or variants_of(field)}
+    below = {key: field for key, field in fields.items() if find_section(field) or find_variants(field)}
     rows = [row(f"{name}.{key}".lstrip("."), field) for key, field in fields.items() if key not in below]
     if rows or words:
         yield heading or (f"## [{name}]\n" if name else "## At the top\n")
@@ -77,9 +77,9 @@ def section(
         yield from [table(rows)] if rows else []
     for key, field in below.items():
         inner = f"{name}.{key}".lstrip(".")
-        if kind := section_of(field):
+        if kind := find_section(field):
             yield from section(inner, kind, dict(kind.model_fields), words=first_paragraph(kind))
-        elif variants := variants_of(field):
+        elif variants := find_variants(field):
             yield from union(inner, variants)
 
 
@@ -87,13 +87,13 @@ def union(name: str, variants: Variants) -> Iterator[str]:
     """Yields the keys that all variants have, then each variant with its other keys."""
     tag, members = variants.tag, variants.members
     common = [key for key in members[0].model_fields if all(key in member.model_fields for member in members)]
-    values = ", ".join(code(value) for member in members for value in variants.names(member))
+    values = ", ".join(code(value) for member in members for value in variants.list_tags(member))
     words = " ".join((members[0].model_fields[tag].description or "").split())
     shared = [row(f"{name}.{key}", members[0].model_fields[key]) for key in common if key != tag]
     yield f"## [{name}]\n"
     yield table([(code(f"{name}.{tag}"), values, code(f'"{variants.default}"'), words), *shared])
     for member in members:
-        chosen = " or ".join(code(f'{tag} = "{value}"') for value in variants.names(member))
+        chosen = " or ".join(code(f'{tag} = "{value}"') for value in variants.list_tags(member))
         own = {key: field for key, field in member.model_fields.items() if key not in common}
         words = first_paragraph(member) + ("" if own else " It has no keys of its own.")
         yield from section(name, member, own, heading=f"### With {chosen}\n", words=words.strip())

@@ -161,13 +161,13 @@ def _add_scoring(
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
 
-        async def collected() -> BatchReply:
+        async def collect_results() -> BatchReply:
             results = sorted(
                 [result async for result in batch.score_items(scorer, items)], key=lambda found: found.index
             )
             return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
 
-        return await run_unless_disconnected(request, collected())
+        return await run_unless_disconnected(request, collect_results())
 
     @app.post(
         "/v1/degrade",

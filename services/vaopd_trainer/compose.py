@@ -111,7 +111,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.loss_keywords()),
+            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.make_loss_keywords()),
             coordinator=coordinator,
         )
         if start is not None:
@@ -173,7 +173,7 @@ def _connect_teacher(
             job=config.run.name,
             degradation=config.degradation.as_degradation(),
             tokenizer_fingerprint=student.fingerprint,
-            **config.teacher.payload_keywords(),
+            **config.teacher.make_payload_keywords(),
             **client.from_environment(),
         )
     )

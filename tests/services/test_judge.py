@@ -119,15 +119,15 @@ def test_a_caller_that_finds_no_slot_gives_up(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("patient")
 def test_a_worker_that_was_killed_is_started_again() -> None:
     prepare()
-    before = pool._running().pid
+    before = pool._get_worker().pid
     os.kill(before, signal.SIGKILL)
     assert judge(r"\boxed{2\sqrt{3}}", r"\sqrt{12}") is Verdict.RIGHT
-    assert pool._running().pid != before
+    assert pool._get_worker().pid != before
 
 
 def test_close_leaves_no_process() -> None:
     prepare()
-    worker = pool._running().pid
+    worker = pool._get_worker().pid
     pool.close()
     assert not lives(worker)
 
@@ -137,7 +137,7 @@ import os, sys, threading
 from vaopd.grading import judge, pool
 judge(r"\boxed{2\sqrt{3}}", r"\sqrt{12}")
 threading.Thread(target=judge, args=(r"\boxed{9^{9^{9^{9}}}}", "12")).start()
-print(pool._running().pid, flush=True)
+print(pool._get_worker().pid, flush=True)
 sys.stdin.read()
 """
 
@@ -160,12 +160,12 @@ import os
 from vaopd.grading import judge, pool
 pool.LIMIT_S = 60.0
 judge(r"\boxed{2\sqrt{3}}", r"\sqrt{12}")
-mine = pool._running().pid
+mine = pool._get_worker().pid
 child = os.fork()
 if child == 0:
-    os._exit(0 if judge(r"\boxed{3\sqrt{3}}", r"\sqrt{27}") and pool._running().pid != mine else 1)
+    os._exit(0 if judge(r"\boxed{3\sqrt{3}}", r"\sqrt{27}") and pool._get_worker().pid != mine else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert judge(r"\boxed{4\sqrt{3}}", r"\sqrt{48}") and pool._running().pid == mine
+assert judge(r"\boxed{4\sqrt{3}}", r"\sqrt{48}") and pool._get_worker().pid == mine
 """
 
 

@@ -295,9 +295,9 @@ def test_a_launch_gives_each_process_a_port_that_it_keeps_and_tells_prometheus(t
     with Supervisor(logs=tmp_path / "logs", say=said.append) as supervisor:
         launch = _Launch(config, options, supervisor, said.append)
         for name in ("rollout-0", "teacher", "rollout-0"):  # the last one is a restart
-            child = launch._service(name.partition("-")[0], name, devices=None)
+            child = launch._make_service(name.partition("-")[0], name, devices=None)
             assert child.argv[-2:] == ("--metrics-address", f"127.0.0.1:{9092 if name == 'teacher' else 9091}")
-        assert "--metrics-address" not in launch._service("api", "api", devices="").argv  # it has a port already
+        assert "--metrics-address" not in launch._make_service("api", "api", devices="").argv  # it has a port already
     assert said == [
         "metrics of rollout-0: http://127.0.0.1:9091/metrics",
         "metrics of teacher: http://127.0.0.1:9092/metrics",

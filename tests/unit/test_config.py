@@ -23,13 +23,13 @@ from vaopd.config import (
     TopKTeacher,
     TransformersRollout,
     VaOpd,
+    find_variants,
     load_config,
     old_names,
     to_toml,
     validate,
-    variants_of,
 )
-from vaopd.config.toml import apply_overrides, default_tag, section_of
+from vaopd.config.toml import apply_overrides, default_tag, find_section
 from vaopd.errors import ConfigError
 from vaopd.types import Degradation
 
@@ -63,7 +63,7 @@ def sections_of(model: type[Section]) -> list[type[Section]]:
     """A section and all below it, each variant of a union included."""
     found = [model]
     for field in model.model_fields.values():
-        variants = variants_of(field)
+        variants = find_variants(field)
         kinds = variants.members if variants else [field.annotation]
         below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
         found += [section for kind in below for section in sections_of(kind)]
@@ -77,7 +77,7 @@ def test_every_field_is_documented(model: type[Section]) -> None:
         f"{section.__name__}.{name}"
         for section in sections_of(model)
         for name, field in section.model_fields.items()
-        if not field.description and not section_of(field) and not variants_of(field)
+        if not field.description and not find_section(field) and not find_variants(field)
     ] == []
 
 
@@ -86,8 +86,8 @@ def test_what_is_left_out_has_the_paper_s_value(minimal: Path) -> None:
     assert config.trainer.learning_rate == 1e-6
     assert config.trainer.betas == (0.9, 0.95)
     assert config.degradation.as_degradation() == Degradation(kind="pixelate", strength=0.1)
-    assert config.teacher.payload_keywords() == {"payload": "hidden"}
-    assert config.teacher.loss_keywords() == {}
+    assert config.teacher.make_payload_keywords() == {"payload": "hidden"}
+    assert config.teacher.make_loss_keywords() == {}
     assert config.run_folder == Path("runs/first")
 
 
@@ -208,13 +208,13 @@ def test_payload_degradation_and_engine_are_variants_too(minimal: Path) -> None:
     overrides = ["teacher.payload=top_k", "teacher.top_k=8", "degradation.kind=black", "rollout.engine=transformers"]
     config = load_config(minimal, overrides, warn=refuse)
     assert config.teacher == TopKTeacher(model="models/teacher", top_k=8)
-    assert config.teacher.payload_keywords() == {"payload": "top_k", "top_k": 8}
+    assert config.teacher.make_payload_keywords() == {"payload": "top_k", "top_k": 8}
     assert config.degradation == PlainDegradation(kind="black")
     assert config.rollout == TransformersRollout()
     config = load_config(minimal, ["teacher.payload=sampled", "teacher.sampled_estimator=k1"], warn=refuse)
     assert config.teacher == SampledTeacher(model="models/teacher", sampled_estimator="k1")
-    assert config.teacher.payload_keywords() == {"payload": "sampled"}
-    assert config.teacher.loss_keywords() == {"estimator": "k1"}
+    assert config.teacher.make_payload_keywords() == {"payload": "sampled"}
+    assert config.teacher.make_loss_keywords() == {"estimator": "k1"}
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_key_of_another_variant_is_dropped_with_one_line(minimal: Path, old: l
 def test_the_estimator_s_old_place_still_works(minimal: Path) -> None:
     lines: list[str] = []
     config = load_config(minimal, ["teacher.payload=sampled", "objective.sampled_estimator=k1"], warn=lines.append)
-    assert config.teacher.loss_keywords() == {"estimator": "k1"}
+    assert config.teacher.make_loss_keywords() == {"estimator": "k1"}
     says = "objective.sampled_estimator is now teacher.sampled_estimator; the next release refuses this"
     assert lines == [f"{minimal}: {says}"]
     both = ["teacher.payload=sampled", "teacher.sampled_estimator=k3", "objective.sampled_estimator=k1"]

@@ -15,7 +15,7 @@ from torch import Tensor, tensor
 
 from tests.support.tolerance import assert_within, gamma
 from vaopd import objective
-from vaopd.config import Config, variants_of
+from vaopd.config import Config, find_variants
 from vaopd.errors import InvalidInput, NumericalError
 from vaopd.scoring import weights as in_numpy
 
@@ -151,9 +151,9 @@ def test_rows_are_padded_and_may_be_read_only() -> None:
 
 def test_the_configuration_s_variants_are_the_objective_s() -> None:
     """Each has keyword arguments that `group_weights` takes, with the same defaults."""
-    variants = variants_of(Config.model_fields["objective"])
+    variants = find_variants(Config.model_fields["objective"])
     assert variants is not None
-    names = [name for member in variants.members for name in variants.names(member)]
+    names = [name for member in variants.members for name in variants.list_tags(member)]
     assert sorted(names) == sorted(objective.VARIANTS)
     for member, name in zip(variants.members, names, strict=True):
         settings = member().model_dump()

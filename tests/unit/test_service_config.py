@@ -218,7 +218,7 @@ def test_a_launch_gives_the_file_to_each_process_that_has_a_section(service: Pat
     supervisor = Supervisor(logs=tmp_path / "logs", say=lambda line: None)  # starts nothing by itself
     launch = _Launch(config, options, supervisor, lambda line: None)
     roles = ("teacher", "rollout", "api", "trainer")
-    children = {role: launch._service(role, role, devices=None) for role in roles}
+    children = {role: launch._make_service(role, role, devices=None) for role in roles}
     given = {role for role, child in children.items() if str(service) in child.argv}
     assert given == {"teacher", "rollout", "api"}
     assert {role: child.grace_s for role, child in children.items()} == {

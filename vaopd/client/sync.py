@@ -74,11 +74,11 @@ class SyncTeacherClient:
         """Yields one result per group, as soon as it has arrived. See `TeacherClient.score`."""
         results = self._client.score(groups, with_token_texts=with_token_texts, columns=columns)
 
-        async def following() -> GroupScore | GroupFailure | None:
+        async def read_next() -> GroupScore | GroupFailure | None:
             return await anext(results, None)
 
         try:
-            while (result := self._run(following())) is not None:
+            while (result := self._run(read_next())) is not None:
                 yield result
         finally:
             with contextlib.suppress(Unavailable):  # closed meanwhile, and the results with it

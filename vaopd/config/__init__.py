@@ -49,7 +49,7 @@ from vaopd.config.service import (
     VllmBackend,
     load_service_config,
 )
-from vaopd.config.toml import Section, read_toml, validate, variants_of
+from vaopd.config.toml import Section, find_variants, read_toml, validate
 
 __all__ = [
     "Address",
@@ -94,11 +94,11 @@ __all__ = [
     "VaOpd",
     "VllmBackend",
     "VllmRollout",
+    "find_variants",
     "ignore",
     "load_config",
     "load_service_config",
     "read_toml",
     "to_toml",
     "validate",
-    "variants_of",
 ]

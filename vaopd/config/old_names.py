@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vaopd.config.toml import Section, variants_of
+from vaopd.config.toml import Section, find_variants
 from vaopd.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def accept_run_keys(model: type[Section], values: dict[str, Any], *, origin: str
     moved = _move(values, RUN_KEYS, origin=origin)
     notes: list[str] = []
     for name, keys in FOR_EVERY_VARIANT.items():
-        section, variants = values.get(name), variants_of(model.model_fields[name])
-        if variants is None or not isinstance(section, dict) or (member := variants.member(section)) is None:
+        section, variants = values.get(name), find_variants(model.model_fields[name])
+        if variants is None or not isinstance(section, dict) or (member := variants.find_member(section)) is None:
             continue  # validation says what is wrong there
         unused = [key for key in keys if key in section and key not in member.model_fields]
         for key in unused:
@@ -92,10 +92,10 @@ def _move(values: dict[str, Any], names: Mapping[str, str], *, origin: str) -> d
     """Moves old keys to their new places; returns new -> old. Raises ConfigError where both are given."""
     moved = {}
     for old, new in names.items():
-        source, name = _parent(values, old), old.rpartition(".")[2]
+        source, name = _find_parent(values, old), old.rpartition(".")[2]
         if source is None or name not in source:
             continue
-        target, key = _parent(values, new, make=True), new.rpartition(".")[2]
+        target, key = _find_parent(values, new, make=True), new.rpartition(".")[2]
         if target is None:
             continue
         if key in target:
@@ -105,7 +105,7 @@ def _move(values: dict[str, Any], names: Mapping[str, str], *, origin: str) -> d
     return moved
 
 
-def _parent(values: dict[str, Any], key: str, *, make: bool = False) -> dict[str, Any] | None:
+def _find_parent(values: dict[str, Any], key: str, *, make: bool = False) -> dict[str, Any] | None:
     """Returns the table that holds "section.key"; None if a value stands in its place, or it is not there."""
     table: Any = values
     for name in key.split(".")[:-1]:

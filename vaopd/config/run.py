@@ -87,11 +87,11 @@ class _Teacher(Section):
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
 
-    def payload_keywords(self) -> dict[str, Any]:
+    def make_payload_keywords(self) -> dict[str, Any]:
         """Returns what the teacher's client takes of this section: `payload`, and `top_k` where it has an effect."""
         return self.model_dump(include={"payload", "top_k"})
 
-    def loss_keywords(self) -> dict[str, Any]:
+    def make_loss_keywords(self) -> dict[str, Any]:
         """Returns what the student's loss takes of this section: `estimator`, where the payload needs one."""
         return {}
 
@@ -120,7 +120,7 @@ class SampledTeacher(_Teacher):
     sampled_estimator: Literal["k1", "k3"] = "k3"
     """The single-sample estimator of the KL."""
 
-    def loss_keywords(self) -> dict[str, Any]:
+    def make_loss_keywords(self) -> dict[str, Any]:
         """Returns the estimator."""
         return {"estimator": self.sampled_estimator}
 
@@ -339,7 +339,7 @@ class Config(Section):
     api: ApiConfig = ApiConfig()
 
     @pydantic.model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _check_consistency(self) -> Config:
         if self.trainer.prompts_per_step % self.trainer.processes:
             raise ValueError(
                 f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "

@@ -133,7 +133,7 @@ class VllmBackend(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _ranks_are_an_option(cls, values: Any) -> Any:
+    def _refuse_ranks(cls, values: Any) -> Any:
         if isinstance(values, dict) and "processes" in values:
             raise ValueError("vllm starts its ranks by itself; use options.tensor_parallel_size instead of processes")
         return values
@@ -159,7 +159,7 @@ class TeacherServiceConfig(Section):
     """Seconds that accepted calls may take after SIGTERM."""
 
     @model_validator(mode="after")
-    def _quotas_need_keys(self) -> Self:
+    def _check_quotas(self) -> Self:
         if self.keys.file is None and (self.quotas.groups_per_minute or self.quotas.jobs):
             raise ValueError("quotas need keys.file; without keys a client may give any job's name")
         return self

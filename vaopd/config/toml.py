@@ -31,12 +31,12 @@ class Variants(NamedTuple):
     tag: str
     members: tuple[type[Section], ...]
 
-    def member(self, values: Mapping[str, Any]) -> type[Section] | None:
+    def find_member(self, values: Mapping[str, Any]) -> type[Section] | None:
         """Returns the class that `values` ask for; None if no class has that tag."""
         name = values.get(self.tag, self.default)
-        return next((member for member in self.members if name in self.names(member)), None)
+        return next((member for member in self.members if name in self.list_tags(member)), None)
 
-    def names(self, member: type[Section]) -> tuple[str, ...]:
+    def list_tags(self, member: type[Section]) -> tuple[str, ...]:
         """Returns the tag's values that stand for `member`."""
         return typing.get_args(member.model_fields[self.tag].annotation)
 
@@ -45,9 +45,9 @@ class Variants(NamedTuple):
         """The tag's value when it is left out."""
         return str(self.members[0].model_fields[self.tag].default)
 
-    def owners(self, key: str) -> str:
+    def find_owners(self, key: str) -> str:
         """Returns the variants that know `key`, as a file would choose them; "" if none does."""
-        names = [name for member in self.members if key in member.model_fields for name in self.names(member)]
+        names = [name for member in self.members if key in member.model_fields for name in self.list_tags(member)]
         return " or ".join(f'{self.tag} = "{name}"' for name in names)
 
 
@@ -56,13 +56,13 @@ def default_tag(tag: str, value: str) -> pydantic.BeforeValidator:
     return pydantic.BeforeValidator(lambda values: {tag: value, **values} if isinstance(values, dict) else values)
 
 
-def variants_of(field: FieldInfo) -> Variants | None:
+def find_variants(field: FieldInfo) -> Variants | None:
     """Returns the variants of a field that is a discriminated union of sections; None for every other field."""
     tags = [item.discriminator for item in field.metadata if isinstance(item, pydantic.Discriminator)]
     return Variants(tag=str(tags[0]), members=typing.get_args(field.annotation)) if tags else None
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
+def find_section(field: FieldInfo) -> type[Section] | None:
     """Returns the class of a field that is one section; None for a value or a union."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
@@ -128,9 +128,9 @@ def _drop_left_variants(
         section, before = values.get(name), written.get(name)
         if not isinstance(section, dict) or not isinstance(before, dict):
             continue
-        here, variants = (*place, name), variants_of(field)
-        chosen = variants.member(section) if variants is not None else section_of(field)
-        left = variants.member(before) if variants is not None else None
+        here, variants = (*place, name), find_variants(field)
+        chosen = variants.find_member(section) if variants is not None else find_section(field)
+        left = variants.find_member(before) if variants is not None else None
         if chosen is None:
             continue
         if left is not None and left is not chosen:
@@ -151,7 +151,7 @@ def _describe(model: type[Section], error: Any) -> str:
         )
     if error["type"] == "extra_forbidden":
         assert place.section is not None
-        if place.variants is not None and (owners := place.variants.owners(place.parts[-1])):
+        if place.variants is not None and (owners := place.variants.find_owners(place.parts[-1])):
             chosen = f'{place.variants.tag} = "{place.tag}"'
             return f"{key}: no such key with {chosen}; it belongs to {owners}: set that, or leave the key out"
         return f"{key}: no such key; known here: {', '.join(place.section.model_fields)}"
@@ -177,12 +177,12 @@ def _locate(model: type[Section], location: Sequence[int | str]) -> _Place:
     while steps:
         parts, section = [*place.parts, steps.popleft()], place.section
         field = section.model_fields.get(parts[-1]) if section is not None else None
-        variants = variants_of(field) if field is not None else None
+        variants = find_variants(field) if field is not None else None
         if variants is not None:
             tag = steps.popleft() if steps else None
-            place = _Place(parts, variants.member({variants.tag: tag}), variants, tag)
+            place = _Place(parts, variants.find_member({variants.tag: tag}), variants, tag)
         elif not steps:
             place = place._replace(parts=parts)
         else:
-            place = _Place(parts, section_of(field) if field is not None else None, None, None)
+            place = _Place(parts, find_section(field) if field is not None else None, None, None)
     return place

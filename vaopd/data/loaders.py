@@ -161,7 +161,7 @@ class Prompts(Sequence[Prompt]):
         if not faults:
             return self
         first = min(faults)
-        message = f"{self._where(first)}, {faults[first]}"
+        message = f"{self._describe_place(first)}, {faults[first]}"
         if len(faults) > 1:
             message += f" ({len(faults)} of {self._ends[-1]} records are bad: {str(sorted(faults)[:10])[1:-1]} …)"
         if bad_records == "raise":
@@ -181,14 +181,14 @@ class Prompts(Sequence[Prompt]):
         rows, schema = self._shards[shard]
         return rows, schema, index - self._ends[shard] + len(rows)
 
-    def _where(self, index: int) -> str:
+    def _describe_place(self, index: int) -> str:
         return f"{self._locate(index)[1].name} split {self._split!r}, record {index}"
 
     def _prompt(self, index: int) -> Prompt:
         rows, schema, row = self._locate(index)
         record = rows.read(row)
         images = [
-            self._image(entry, f"{self._where(index)}, field '{schema.images}[{position}]'", rows.file)
+            self._read_image(entry, f"{self._describe_place(index)}, field '{schema.images}[{position}]'", rows.file)
             for position, entry in enumerate(as_entries(record.get(schema.images)))
         ]
         text: str = record[schema.text]
@@ -202,20 +202,20 @@ class Prompts(Sequence[Prompt]):
             answer=_as_answer(record[schema.answer]),
         )
 
-    def _image(self, entry: object, where: str, table: Path | None) -> EncodedImage:
+    def _read_image(self, entry: object, where: str, table: Path | None) -> EncodedImage:
         """Reads the encoded bytes, from the record itself or from the file that it names."""
         stored, path = (entry.get("bytes"), entry.get("path")) if isinstance(entry, dict) else (entry, entry)
         if isinstance(stored, bytes) and (stored or not path):
             data = stored
         elif isinstance(path, str) and path:
-            data = self._file(path, where, table)
+            data = self._read_file(path, where, table)
         else:
             raise InvalidInput(f"{where}: there are neither image bytes nor a path; correct or drop the record")
         if not data.startswith(_MAGIC):
             raise InvalidInput(f"{where}: not a PNG, JPEG or WEBP image ({len(data)} bytes); convert or drop it")
         return EncodedImage(data=data)
 
-    def _file(self, path: str, where: str, table: Path | None) -> bytes:
+    def _read_file(self, path: str, where: str, table: Path | None) -> bytes:
         if self._folder is None or table is None:
             raise InvalidInput(
                 f"{where}: the image {path!r} is a file beside the Parquet file, which the hub's loader "

@@ -146,7 +146,7 @@ def read_split(source: str, split: str, cache_dir: Path | None) -> list[Rows]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source, split=split, cache_dir=_text(cache_dir))
+        dataset = load_dataset(source, split=split, cache_dir=_format_path(cache_dir))
     except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
         raise NotFound(
             f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
@@ -195,7 +195,7 @@ def _read_parquet(files: Sequence[Path]) -> Iterator[Rows]:
         try:
             yield ArrowRows(pq.ParquetFile(file).read(), file)
         except (pa.ArrowException, OSError) as error:
-            raise InvalidInput(f"{file} can't be read as Parquet ({_first_line(error)}); write it again") from None
+            raise InvalidInput(f"{file} can't be read as Parquet ({_cut_first_line(error)}); write it again") from None
 
 
 def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None) -> Iterator[Rows]:
@@ -205,18 +205,18 @@ def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None) -> I
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    def schema_and_folder(file: Path) -> tuple[str, Path]:
+    def read_schema_and_folder(file: Path) -> tuple[str, Path]:
         schema = pq.read_schema(file)
         return schema.to_string(truncate_metadata=False), file.parent
 
     try:
         filled = [file for file in files if pq.read_metadata(file).num_rows]  # `datasets` refuses those without rows
-        for _, group in groupby(filled, schema_and_folder):
+        for _, group in groupby(filled, read_schema_and_folder):
             names = [str(file) for file in group]
-            mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_text(cache_dir))
+            mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_format_path(cache_dir))
             yield ArrowRows(_with_features(mapped), Path(names[0]))
     except (pa.ArrowException, OSError, ValueError, DatasetsError) as error:
-        raise InvalidInput(f"{files[0].parent}: its Parquet can't be mapped ({_first_line(error)})") from None
+        raise InvalidInput(f"{files[0].parent}: its Parquet can't be mapped ({_cut_first_line(error)})") from None
 
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
@@ -293,9 +293,9 @@ def _name_labels(value: Any, names: Sequence[str]) -> Any:
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
-def _first_line(error: Exception) -> str:
+def _cut_first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _text(path: Path | None) -> str | None:
+def _format_path(path: Path | None) -> str | None:
     return None if path is None else str(path)

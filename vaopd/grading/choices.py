@@ -21,7 +21,7 @@ _REMARK = re.compile(
     r" (?:is|are|was) (?:the )?(?:only )?(?:correct|right|true|answer|best)"
     r"| \([^()]{2,}\)$| -+ ?(?:\d|[A-Za-z\\]{2})| ?=> "
 )
-_FOLLOWS = re.compile(r" (?:[\d$]|\\(?:frac|sqrt|pi)(?![a-z])|[A-Z]?[a-z]{2})")
+_FOLLOWS = re.compile(r" (?:[\d$]|\\(?:frac|sqrt|pi)(?![a-z])|[A-Z]?[a-z]{2})|, [a-z]{2}")
 _SEVERAL = re.compile(r"[A-J](?: ?(?:,|;|&|and) ?[A-J])+")
 
 
@@ -39,23 +39,23 @@ def find_option(answer: str, *, strict: bool = False) -> Option | None:
     if found is None:
         return None
     letter = next(letter for letter in found.groups() if letter).upper()
-    rest = answer[found.end() :].rstrip()
+    rest = cut_reason("A" + answer[found.end() :])[1:].rstrip(" ,")
     if rest in ("", ")", ".", "]"):
         return Option(letter)
     bracketed = bool(found["round"] or found["square"])
     text = _TEXT.fullmatch(rest) or (re.fullmatch(" ?(?P<text>.+)", rest) if bracketed else None)
     if _NEXT_OPTION.match(text["text"] if text else rest.lstrip()):
         return None
-    if text and not re.match(r" ?, ?\D", rest):
+    if text and (bracketed or not re.match(r" ?, ?[^\s\d]", rest)):
         return Option(letter, text["text"])
     if strict:
         return None
-    if not cut_reason(rest).strip(" ,") or _REMARK.match(rest):
+    if _REMARK.match(rest):
         return Option(letter)
     # "A triangle", "I think": a letter that is also a word says nothing.
-    follows = _FOLLOWS.match(rest)
     article = letter in "AI" and re.match(r" [A-Za-z]", rest)
-    return Option(letter, rest.strip()) if follows and not article else None
+    another = re.search("(?<![A-Za-z\\\\])[B-H](?![A-Za-z])", rest)
+    return Option(letter, rest.strip()) if _FOLLOWS.match(rest) and not article and not another else None
 
 
 def find_options(answer: str) -> frozenset[str] | None:

@@ -24,8 +24,8 @@ _OPENING = re.compile(r"(?:[\s*_`:：$]|\\\(|\\\[)*")
 # A point ends a sentence unless a digit follows: "3.5", ".5". A "!" may be a factorial and stays.
 _SENTENCE_END = re.compile(r"\.(?!\d)|[\n;。；]|(?<=[!?])\s+(?=[A-Z])|</answer>|$")
 _REASON = re.compile(
-    r" ?[,;，]? (?:because|since|as|due to|given that) .*"
-    r"| ?[,;，] ?(?:so|which|where|hence|therefore|thus|but|not)(?: .*|$)"
+    r"[ ,;，(-]*[ (](?:because|since|as|due to|given that|when|where|for the|and that|I (?:think|believe)) ?.*"
+    r"| ?[,;，] ?(?:so|which|hence|therefore|thus|but|not)(?: .*|$)"
     r"| ?[,;，]? ?(?:因为|由于|理由|所以|因此|故选).*",
     re.IGNORECASE,
 )
@@ -33,8 +33,8 @@ _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL |
 _THINKING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 # Nothing, or a place to fill in: \boxed{}, \boxed{\text{ }}, \boxed{\ldots}, \boxed{your answer}.
 _BLANK = re.compile(
-    r"(?:[\s.…_?~$*{}]|\\[,;:! ]|\\(?:f?box(?:ed)?|text\w*|mathrm|math[bs]f|q?quad|[lc]?dots|square|_)"
-    r"|\\phantom\{[^{}]*\}|(?:your |the )?(?:final )?answer)*",
+    r"(?:[\s.…_?~$*{}<>[\]]|\\[,;:! ]|\\(?:f?box(?:ed)?|text\w*|mathrm|math[bs]f|mbox|q?quad|[lc]?dots|square|_)"
+    r"|\\(?:[hv]?phantom|[hv]space)\{[^{}]*\}|(?:your |the )?(?:final )?answer(?: here)?)*",
     re.IGNORECASE,
 )
 
@@ -112,6 +112,8 @@ def _find_marked(text: str, box: _Box | None) -> Commitment | None:
     """Returns the answer after the first marker that one follows, if that marker stands before the first box."""
     for marker in _MARKER.finditer(text, 0, box.start if box else len(text)):
         start = _skip_opening(text, marker.end())
+        if _MARKER.match(text, start):
+            continue  # "Answer: the answer is 12"
         end = _SENTENCE_END.search(text, start, start + MAX_SENTENCE_CHARS)
         assert end is not None  # it finds the end of the text
         stop = end.start()

@@ -37,6 +37,7 @@ _STEPS = tuple(
         (r"\\varnothing", r"\\emptyset"),
         (r"\\(?:left|right|displaystyle|limits|[Bb]igg?[lr]?)(?![A-Za-z])|\\!|\\?\$|\\[()]|(?<!\\)\\[][]|`", ""),
         (r"(?<![\w)}])\*\*([^*]+)\*\*(?![\w(\\])|^[*_]+|[*_]+$", r"\1"),
+        (r"\*\*\s*(-?\d+|[A-Za-z])", r"^{\1}"),
         (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin)?space(?![A-Za-z])", " "),
         (r"(\d)[eE]([+-]?\d{1,9})(?![\dA-Za-z.])", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
@@ -73,7 +74,8 @@ _FUNCTIONS = frozenset(
 _CHANGES_A_NUMBER = frozenset(
     """or and nor not no never isn't without between less more fewer least most greater than over above below under plus
     minus times divided multiplied half third quarter twice double triple negative squared cubed square cube root
-    factorial power to hundred thousand million billion trillion dozen am pm mod base""".split()  # noqa: SIM905
+    factorial power to hundred thousand million billion trillion dozen am pm mod base
+    january february march april may june july august september october november december""".split()  # noqa: SIM905
 )
 _WORD = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]*|[\u4e00-\u9fff]+)\\)?[,:.，：]?")
 _AFTER = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]+|[\u4e00-\u9fff]+)\\)?[,:.，：]?")

@@ -5,8 +5,8 @@
          └────── each request ◄── child: writes one byte, or is ended and writes none
 
 A child inherits nothing from an earlier comparison, so a verdict doesn't depend on the order, and needs no restart. Not
-forked from the caller, since a fork would break torch's and gRPC's threads. The worker ends with its caller, even a killed
-one: the socket closes. A busy child's alarm ends it in time.
+forked from the caller, since a fork would break torch's and gRPC's threads. The worker ends with its caller, even a
+killed one: the socket closes. A busy child's alarm ends it in time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def ask(questions: Sequence[Question]) -> bool | None:
         return None
     try:
         for _ in range(2):  # a worker that was ended from outside is started again, once
-            worker = _running()
+            worker = _get_worker()
             deadline = max(began + LIMIT_S, worker.ready_at + LEAST_S) - _MARGIN_S
             request = json.dumps([deadline, *map(astuple, questions)], ensure_ascii=False)
             with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def ask(questions: Sequence[Question]) -> bool | None:
 
 def prepare() -> None:
     """Starts the worker ahead of the first question, which then needn't wait for it."""
-    _running()
+    _get_worker()
 
 
 def close(worker: _Worker | None = None) -> None:
@@ -84,7 +84,7 @@ def close(worker: _Worker | None = None) -> None:
             _worker = None
 
 
-def _running() -> _Worker:
+def _get_worker() -> _Worker:
     global _worker
     with _lock:
         if _worker is None:

@@ -33,7 +33,7 @@ _NAME = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _POWER = r"\s?\^\s?\{?\s?([23])\s?\}?|([23])(?!\d)"
 _UNIT = re.compile(
     rf"(?<=[\w)}}\]]) ?-?(?:(square|sq|cubic|cu)\.? )?({_NAME})(?:es|s)?(?:{_POWER})?"
-    rf"(?: ?(?:/|per ) ?(?:({_NAME})(?:es|s)?)(?:{_POWER})?)?(?=\s*(?:$|[,;)}}\]]|and\b|or\b)|(?<! in) [a-z]{{3}})"
+    rf"(?: ?(?:/|per ) ?(?:({_NAME})(?:es|s)?)(?:{_POWER})?)?(?=\s*(?:$|[-+<>=,;)}}\]]|and\b|or\b)|(?<! in) [a-z]{{3}})"
 )
 _DEGREES = re.compile(r" ?\bdeg\b ?")
 _DIGITS = r"(?:\d+\.?\d*|\.\d+)"
@@ -92,6 +92,18 @@ def read_number(text: str) -> Number | None:
     return Number(-value if found["sign"] == "-" else value, decimal=decimal, percent=bool(found["percent"]))
 
 
+def read_numbers(text: str) -> list[Number] | None:
+    """Reads a list of plain numbers, separated by commas, "and" or "or"; None where anything else is in it."""
+    numbers = [read_number(part.strip()) for part in re.split(r"[,;]| (?:and|or) ", text)]
+    return [number for number in numbers if number] if all(numbers) else None
+
+
+def equal_lists(some: list[Number], others: list[Number]) -> bool:
+    """Whether two lists hold equal numbers, in any order."""
+    pairs = zip(*(sorted(numbers, key=lambda number: number.value) for numbers in (some, others)), strict=False)
+    return len(some) == len(others) and all(equal_numbers(*pair) for pair in pairs)
+
+
 def equal_numbers(one: Number, other: Number) -> bool:
     """Whether two numbers are equal; a percentage also equals its number and its hundredth: 50 % is 50 and 1/2."""
     rounded = one.decimal or other.decimal
@@ -119,11 +131,12 @@ def split_units(text: str) -> tuple[str, list[Unit]]:
 
     def take(found: re.Match[str]) -> str:
         shape, name, raised, written, below, raised_below, written_below = found.groups()
-        before = text[: found.start()]
+        before = re.split("[,;]", text[: found.start()])[-1]
+        if found[0][0].isalpha() and re.search(r"\\[A-Za-z]*$", before):
+            return found[0]  # part of a command
         letters = re.sub(r"\\[A-Za-z]+", "", before)
-        if (found[0][0].isalpha() and re.search(r"\\[A-Za-z]*$", before)) or (
-            len(name) == 1 and re.search(r"[A-Za-z]|(?<=[\w)}]) ?[-+*/]", letters)
-        ):
+        sum_ = re.search(r"[A-Za-z]|(?<=[\w)}]) ?[-+*/]", letters) or re.match(r" ?[-+=<>]", text[found.end() :])
+        if len(name) == 1 and sum_:
             return found[0]  # the m of "2am" and "3 + 2m" is a variable
         base, factor = _UNITS[name]
         power = int(raised or written or {"sq": 2, "cu": 3}.get((shape or "")[:2], 1))

@@ -22,7 +22,7 @@ from vaopd.grading.choices import find_option, find_options
 from vaopd.grading.commitment import cut_reason, drop_reasoning, find_commitment
 from vaopd.grading.forms import clean, take_apart, text_key
 from vaopd.grading.pool import Question
-from vaopd.grading.quantities import equal_numbers, read_number, split_units
+from vaopd.grading.quantities import equal_lists, read_numbers, split_units
 
 VERSION = 2
 """Counts changes of a verdict. 1 was judged in the calling process, and by text where that could take for ever."""
@@ -37,6 +37,7 @@ _DATE = re.compile(
     r"(?<![\d.,/-])(?:\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{4}年\d{1,2}月(?:\d{1,2}[日号])?"
     r"|\d+-\d+-\d+|\d+\.\d+\.\d+|\d{4}-\d{1,2}|\d{4}-\d{4}|\d{3}-\d{4})(?![\d/-]|\.\d)"
 )
+_MAYBE_A_LIST = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # "(115,187)" is a point, though 115,187 is a number
 _NOT_MEANT = re.compile(r"(?:\bnot\b|不是)\W{0,3}[\d.,]+")
 _APPROXIMATELY = re.compile(r"\\approx|\\simeq")
 _EQUALS = re.compile(r"(?<![<>!\\])=(?![=>])(?![^{]*\})")  # outside braces
@@ -84,22 +85,22 @@ def _judge(answer: str, reference: str, form: Literal["boxed", "said", "whole"])
     readings = [answer, cut_reason(answer)] if len(answer) <= MAX_ANSWER_CHARS else [answer]
     if form != "boxed" and answer.endswith("!"):  # a factorial or an exclamation
         readings.append(answer.rstrip("! "))
-    questions: list[Question] = []
-    for reading in dict.fromkeys(readings):
-        for finding in _compare(reading, reference):
+    pairs = [(reading, reference) for reading in readings]
+    pairs.append((_MAYBE_A_LIST.sub(", ", answer), _MAYBE_A_LIST.sub(", ", reference)))
+    questions: dict[Question, None] = {}  # a set in order
+    for pair in dict.fromkeys(pairs):
+        for finding in _compare(*pair):
             if finding is Verdict.RIGHT:
                 return finding
             if isinstance(finding, Question):
-                questions.append(finding)
+                questions[finding] = None
     if form == "whole":
-        questions += _ask_for_all(answer, reference)
-    if any(
-        len(question.given) > MAX_RESPONSE_CHARS or len(question.wanted) > MAX_ANSWER_CHARS for question in questions
-    ):
-        return Verdict.NOT_JUDGED
+        questions |= dict.fromkeys(_ask_for_all(answer, reference))
     if not questions:
         return Verdict.WRONG
-    equal = pool.ask(questions)
+    if any(len(one.given) > MAX_RESPONSE_CHARS or len(one.wanted) > MAX_ANSWER_CHARS for one in questions):
+        return Verdict.NOT_JUDGED
+    equal = pool.ask(list(questions))
     return Verdict.NOT_JUDGED if equal is None else Verdict.RIGHT if equal else Verdict.WRONG
 
 
@@ -120,7 +121,7 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         yield Question(answer, reference)
         return
     given, wanted = clean(answer), clean(reference)
-    yield _same_text(given, wanted)
+    yield _compare_texts(given, wanted)
     if not given:
         return
     named, option = find_option(given), find_option(wanted, strict=True)
@@ -133,11 +134,11 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         return
     wanted = option.text if option else wanted
     for reading in [given, named.text] if named and named.text else [given]:
-        for pair in _right_sides(reading, wanted):
+        for pair in _pair_right_sides(reading, wanted):
             yield _compare_values(*pair)
 
 
-def _right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
+def _pair_right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
     """Yields the pairs to compare: "x = 5" with "5" as 5 with 5, each side of an approximation by itself."""
     for one, other in itertools.product(_APPROXIMATELY.split(given), _APPROXIMATELY.split(wanted)):
         left, right = _EQUALS.split(one), _EQUALS.split(other)
@@ -151,42 +152,44 @@ def _right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
 def _compare_values(given: str, wanted: str) -> Verdict | Question:
     """Compares two cleaned answers that name no option."""
     if _DATE.search(given) or _DATE.search(wanted):
-        return _same_text(*(_DATE.sub(_plain_date, text) for text in (given, wanted)))
+        return _compare_texts(*(_DATE.sub(_normalise_date, text) for text in (given, wanted)))
     (given, units), (wanted, wanted_units) = split_units(given), split_units(wanted)
     parts, wanted_parts = take_apart(given), take_apart(wanted)
     if parts is None or wanted_parts is None:
-        return _same_text(given, wanted)
+        return _compare_texts(given, wanted)
     given, wanted = parts.core, wanted_parts.core
     names, wanted_names = ({unit.name for unit in found} for found in (units, wanted_units))
-    if (names and wanted_names and names != wanted_names) or not _same_noun(parts.words, wanted_parts.words):
+    if (names and wanted_names and names != wanted_names) or not _match_nouns(parts.words, wanted_parts.words):
         return Verdict.WRONG
     # Units count where both have them: 1 m is 100 cm, and 1 m is 1.
     factors = [
         {unit.factor for unit in found if names and wanted_names} or {Fraction(1)} for found in (units, wanted_units)
     ]
-    number, wanted_number = read_number(given), read_number(wanted)
-    if number and wanted_number and max(map(len, factors)) == 1:
-        one, other = (
-            replace(one, value=one.value * min(of)) for one, of in zip((number, wanted_number), factors, strict=True)
+    lists = [read_numbers(text) for text in (given, wanted)]
+    if lists[0] and lists[1] and max(map(len, factors)) == 1:
+        scaled = (
+            [replace(number, value=number.value * min(of)) for number in numbers]
+            for numbers, of in zip(lists, factors, strict=True)
+            if numbers
         )
-        return Verdict.RIGHT if equal_numbers(one, other) else Verdict.WRONG
+        return Verdict.RIGHT if equal_lists(*scaled) else Verdict.WRONG
     if factors[0] != factors[1] or _SEPARATE_NUMBERS.search(given) or _SEPARATE_NUMBERS.search(wanted):
-        return _same_text(given, wanted)
+        return _compare_texts(given, wanted)
     if (names, wanted_names) == ({"deg"}, set()) and r"\pi" in wanted:
         given = rf"\frac{{({given})\pi}}{{180}}"
     if (names, wanted_names) == (set(), {"deg"}) and r"\pi" in given:
         wanted = rf"\frac{{({wanted})\pi}}{{180}}"
-    return _same_text(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
+    return _compare_texts(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
 
 
-def _same_text(given: str, wanted: str) -> Verdict:
+def _compare_texts(given: str, wanted: str) -> Verdict:
     return Verdict.RIGHT if given and text_key(given) == text_key(wanted) else Verdict.WRONG
 
 
-def _same_noun(one: str, other: str) -> bool:
+def _match_nouns(one: str, other: str) -> bool:
     """Whether the words after two numbers may name the same: one says more, or none at all."""
     return one.rstrip("s") in other or other.rstrip("s") in one
 
 
-def _plain_date(found: re.Match[str]) -> str:
+def _normalise_date(found: re.Match[str]) -> str:
     return "-".join(str(int(part)) for part in re.findall(r"\d+", found[0]))

@@ -148,7 +148,7 @@ class _Launch:
                     return False  # Redis itself is being restarted
 
             visible = devices[index % len(devices)] if devices else None
-            child = self._service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
+            child = self._make_service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
             self._supervisor.start(child)
 
     def _start_teacher(self) -> str:
@@ -156,12 +156,14 @@ class _Launch:
         devices = self._options.gpus.get("teacher", (None,))[0]
         arguments: tuple[str, ...] = ("--announce", str(announce))
         self._supervisor.start(
-            self._service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
+            self._make_service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
         )
         self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
         address = announce.read_text().strip()
         # A restart takes the same port again: trainer and API have no other address.
-        again = self._service("teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices)
+        again = self._make_service(
+            "teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices
+        )
         self._supervisor.set_restart_argv("teacher", again.argv)
         return address
 
@@ -170,13 +172,13 @@ class _Launch:
         arguments: tuple[str, ...] = ("--announce", str(announce), "--runs", str(self._config.run.folder))
         if Path(self._config.student.model).is_dir():  # a click on a page must not download a model
             arguments += ("--student", self._config.student.model)
-        self._supervisor.start(self._service("api", "api", *arguments, devices="", is_ready=announce.exists))
+        self._supervisor.start(self._make_service("api", "api", *arguments, devices="", is_ready=announce.exists))
         self._supervisor.wait_ready("api", timeout_s=API_TIMEOUT_S)
         address = announce.read_text().strip()
         url = f"{'https' if self._services.api.tls.cert else 'http'}://{address}"
         if self._options.metrics_port is not None and not self._api_is_guarded:
             self._list_target("api", address)  # it serves its metrics on its one port
-        again = self._service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
+        again = self._make_service("api", "api", "--set", f"api.address={address}", *arguments, devices="")
         self._supervisor.set_restart_argv("api", again.argv)
         name = self._config.run.name
         self._say(f"view the teacher's visual advantage: {url}/ (the API: {url}/docs)")
@@ -188,7 +190,7 @@ class _Launch:
         while True:
             arguments = ("--resume",) if resume else ()
             child = dataclasses.replace(
-                self._service("trainer", "trainer", *arguments, devices=devices),
+                self._make_service("trainer", "trainer", *arguments, devices=devices),
                 to_terminal=True,
                 stop_order=0,
                 grace_s=TRAINER_GRACE_S,
@@ -204,7 +206,7 @@ class _Launch:
             self._say(f"the trainer ended with code {code}; {self._supervisor.log_tail('trainer')}")
         return code if code >= 0 else 128 - code
 
-    def _service(
+    def _make_service(
         self,
         role: str,
         name: str,

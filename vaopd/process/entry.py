@@ -1,7 +1,7 @@
 """Opens every process of the system: its flags, log lines, traces and configuration.
 
     def main(argv: Sequence[str] | None = None) -> int:
-        parser = process.parser("teacher", "Serves a frozen teacher over gRPC.")
+        parser = process.make_parser("teacher", "Serves a frozen teacher over gRPC.")
         return process.main(_run, parser, argv)     # _run(arguments, config) imports torch, gRPC and the like
 
 Importing this module loads no such library, so that `--help` answers at once.

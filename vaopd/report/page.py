@@ -69,8 +69,8 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         policy=Markup(content_security_policy(live=again_s is not None)),
         again_s=again_s,
-        style=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
+        style=Markup(_read_asset("page.css")),
+        script=Markup(_read_asset("page.js")),
         smoothing_steps=plots.SMOOTHING_STEPS,
         full_colour_nats=FULL_COLOUR_NATS,
         comparison=_compare(runs, band=band) if len(runs) > 1 else None,
@@ -80,13 +80,13 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
 
 def content_security_policy(*, live: bool) -> str:
     """Returns the page's policy: it loads nothing, and runs its own script only. A live one may reload itself."""
-    digest = base64.b64encode(hashlib.sha256(_asset("page.js").encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(_read_asset("page.js").encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"{policy}; connect-src 'self'" if live else policy
 
 
 @functools.cache
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return resources.files("vaopd.report").joinpath(name).read_text()
 
 
@@ -96,16 +96,16 @@ def _describe(run: Run) -> dict[str, Any]:
 
     return {
         "name": run.name,
-        "tiles": list(_tiles(run)),
+        "tiles": list(_make_tiles(run)),
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
         "figures": [Markup(svg) for svg in plots.run_svgs(run)],
         "samples": select_groups(run),
-        "settings": [(f"{section}.{key}", _value(value)) for section, key, value in _settings(run.config)],
+        "settings": [(f"{section}.{key}", _format_value(value)) for section, key, value in _list_settings(run.config)],
     }
 
 
-def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
+def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yields name, value and note of each number at the top of a run's section."""
     from vaopd.report.plots import TIMES, VARIANT_NAMES
 
@@ -136,18 +136,18 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
     from vaopd.report import plots
 
     # Settings that differ between the runs, names and addresses aside.
-    flat = [{f"{section}.{key}": value for section, key, value in _settings(run.config)} for run in runs]
+    flat = [{f"{section}.{key}": value for section, key, value in _list_settings(run.config)} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return {
         "figures": [Markup(svg) for svg in plots.render_comparison(runs, band=band)],
         "band": band,
-        "rows": [_row(run) for run in runs],
-        "differences": [(key, *(_value(values.get(key)) for values in flat)) for key in differing],
+        "rows": [_make_row(run) for run in runs],
+        "differences": [(key, *(_format_value(values.get(key)) for values in flat)) for key in differing],
     }
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _make_row(run: Run) -> tuple[str, ...]:
     """Returns a run's line of the table that compares runs."""
     from vaopd.report.plots import VARIANT_NAMES
 
@@ -158,12 +158,12 @@ def _row(run: Run) -> tuple[str, ...]:
     return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")
 
 
-def _settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _list_settings(config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     for section, values in config.items():
         for key, value in values.items():
             # A report may be mailed to others, and a Redis address may hold a password.
             yield section, key, re.sub(r"(?<=://)[^/]*@", "…@", value) if isinstance(value, str) else value
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "–" if value is None else value if isinstance(value, str) else repr(value).replace("'", '"')

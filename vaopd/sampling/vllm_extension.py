@@ -31,14 +31,14 @@ class RolloutExtension:
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
 
-        def narrowed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        def compute_narrowed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
             logits = compute_logits(*args, **kwargs)
             # None on tensor-parallel ranks that don't sample.
             if logits is not None:
                 logits[..., vocab_size:] = float("-inf")
             return logits
 
-        model.compute_logits = narrowed
+        model.compute_logits = compute_narrowed
 
     def load_snapshot(self, folder: str) -> None:
         """Replaces the weights in place, a tied LM head included."""

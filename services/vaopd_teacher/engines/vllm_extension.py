@@ -25,12 +25,12 @@ class TeacherExtension:
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
 
-        def narrowed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        def compute_narrowed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
             logits = compute_logits(*args, **kwargs)
             # None on tensor-parallel ranks that don't sample.
             return None if logits is None else log_probs(logits, vocab_size)
 
-        model.compute_logits = narrowed
+        model.compute_logits = compute_narrowed
 
 
 def log_probs(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
