@@ -36,8 +36,9 @@ chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
 # Three workers on two cores, since many tests wait for a process or a deadline. A file's tests share their servers.
+# tests/conftest.py puts the files with slow tests first; xdist would reorder them.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The numeric tests with the kernels of lesser processors: without AVX-512, without AVX2.
 numerics: $(STAMP)

@@ -15,18 +15,18 @@ import pytest
 from tests.support.teacher import write_config
 from tests.support.waiting import wait_until
 
-TIMER = "import time\nfrom vaopd.process.hang_timer import ends_within\n"
+TIMER = "import time\nfrom vaopd.process.hang_timer import limit_time\n"
 
 
 def test_a_block_that_takes_too_long_ends_the_process_and_tells_where_it_was() -> None:
-    code = f"{TIMER}with ends_within(0.2):\n    time.sleep(1000)\n"
+    code = f"{TIMER}with limit_time(0.2):\n    time.sleep(1000)\n"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert 'File "<string>", line 4' in ended.stderr
 
 
 def test_a_block_that_is_done_in_time_ends_nothing() -> None:
-    code = f"{TIMER}with ends_within(0.2):\n    pass\ntime.sleep(0.5)\n"
+    code = f"{TIMER}with limit_time(0.2):\n    pass\ntime.sleep(0.5)\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

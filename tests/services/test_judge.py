@@ -173,6 +173,21 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     subprocess.run([sys.executable, "-c", FORKED], check=True)
 
 
+EDITABLE = r"""
+import sys
+from pathlib import Path
+from vaopd.grading import judge, pool
+pool.LIMIT_S = 60.0
+sys.path = [entry for entry in sys.path if not (Path(entry) / "vaopd").is_dir()]
+assert judge(r"\boxed{2\sqrt{3}}", r"\sqrt{12}")
+"""
+
+
+def test_the_worker_finds_an_editable_install() -> None:
+    """Such an install is found by a hook of the caller's, and stands in no entry of sys.path."""
+    subprocess.run([sys.executable, "-c", EDITABLE], check=True)
+
+
 def test_the_worker_imports_neither_torch_nor_numpy() -> None:
     code = "import sys; from vaopd.grading import worker; worker.load(); print({'torch', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

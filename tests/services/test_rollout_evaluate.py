@@ -15,7 +15,7 @@ from tests.support.rollouts import MAX_PIXELS, PlainStudent
 from vaopd.cli import main
 from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
-from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct
+from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct, judge_version
 from vaopd.run.snapshots import make_snapshot
 from vaopd.types import PolicyVersion
 
@@ -76,6 +76,7 @@ def test_the_accuracy_is_that_of_plain_greedy_answers(config_path: Path, capsys:
     ]
     assert told["accuracy"] == pytest.approx(np.mean(right))
     assert (told["prompts"], told["samples"]) == (8, 1)
+    assert (told["judge"], told["not_judged"]) == (judge_version(), 0)
 
 
 def test_a_model_in_several_files_becomes_one_snapshot(tmp_path: Path) -> None:

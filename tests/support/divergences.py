@@ -46,11 +46,12 @@ def sampled(ids: Tensor, estimator: str) -> Terms:
 
 
 def rest_error(log_probs: Tensor, k: int, n: int) -> Tensor:
-    """Bounds the error of the log-mass after the k likeliest ids, made of n log-probs: k … n and the rest of 1.
+    """Bounds the error of the log-mass after the k likeliest ids as vLLM's teacher computes it: (M, V) -> (M,).
 
-    float32 moves that rest by up to 2^-22 of the entropy, and it is left out when it isn't larger than that: lost where
-    it is small (with twice the bound, for what is seen of it is moved as well), never made up of rounding alone, whose
-    errors cancel to less than half the bound. -> (M,)
+    It is made of n log-probs: the mass of k … n, and what all n leave of 1. float32 moves that rest by up to 2^-22 of
+    the entropy, and it is left out when it isn't larger than that. So a small rest may be lost, for which the bound is
+    doubled, because the rest that is seen has moved too. Rounding alone makes up no rest: its errors cancel to less
+    than half the bound.
     """
     mass = log_probs.exp().sort(-1, descending=True).values
     tail, known, rest = mass[:, k:].sum(-1), mass[:, k:n].sum(-1), mass[:, n:].sum(-1)

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,6 +167,7 @@ def assert_noticed(wrong: Any, expected: Any, bound: Any) -> None:
 
 def _excess(found: Any, expected: Any, bound: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The difference in units of the bound, and all three, flat."""
-    values = torch.broadcast_tensors(*(torch.as_tensor(x).detach().double() for x in (found, expected, bound)))
+    tensors = (x.detach() if isinstance(x, Tensor) else torch.tensor(np.asarray(x)) for x in (found, expected, bound))
+    values = torch.broadcast_tensors(*(x.double() for x in tensors))
     found, expected, bound = (x.flatten() for x in values)
     return torch.where(found == expected, 0.0, (found - expected).abs() / bound), found, expected, bound

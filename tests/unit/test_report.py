@@ -50,6 +50,25 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
     assert "currentColor" in page  # the curves follow the page's light or dark
 
 
+def test_judge_and_answers_it_did_not_judge_stand_beside_the_accuracy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    line = {"kind": "eval", "step": 20, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "judge": "2, math-verify 0.9.0", "not_judged": 4}) + "\n")
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample, verdict in zip(samples, ("right", "not judged", "wrong"), strict=False):
+        sample["verdict"] = verdict
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    page = write_report([run]).read_text()
+    assert "90.0 % ± 3.0 (4 not judged)" in page
+    assert "1 and 2, math-verify 0.9.0" in page  # the earlier ones were judged before versions were recorded
+    assert [title for title in ("right", "not judged", "wrong") if f'title="{title}"' in page] == [
+        "right",
+        "not judged",
+    ]
+    assert ">?</b>" in page
+
+
 def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "old")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
