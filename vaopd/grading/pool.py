@@ -27,7 +27,7 @@ from pathlib import Path
 
 from vaopd.errors import Unavailable
 
-LIMIT_S = 1.8
+LIMIT_S = 1.7
 """A comparison takes no longer, the start of the worker included if that leaves `LEAST_S`."""
 LEAST_S = 1.0
 START_S = 60.0
