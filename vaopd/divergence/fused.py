@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from vaopd.divergence.head import choose_product_dtype
 from vaopd.divergence.measures import widen
-from vaopd.divergence.targets import FullTarget, LogProbTarget, Target, choose_product_dtype
+from vaopd.divergence.targets import FullTarget, LogProbTarget, Target
 from vaopd.errors import InvalidInput
 
 CHUNK_LOGITS = 2**25

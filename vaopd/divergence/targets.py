@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from vaopd.divergence.head import choose_product_dtype
 from vaopd.divergence.measures import DIVERGENCES, Divergence
 from vaopd.errors import InvalidInput
 
@@ -189,9 +190,3 @@ def _find(divergence: str) -> Divergence:
 def _differentiate_logprob(log_p: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """Returns factors (m,) times the gradient of log p(id) by the logits, which is onehot(id) − p."""
     return log_p.exp_().mul_(-factors[:, None]).scatter_add_(-1, ids, factors[:, None])
-
-
-def choose_product_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """Returns the precision of their product, as autocast chooses it, which leaves float64 alone."""
-    dtype = torch.promote_types(hidden.dtype, head.dtype)
-    return dtype if autocast is None or dtype == torch.float64 else autocast
