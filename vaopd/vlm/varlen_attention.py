@@ -166,4 +166,5 @@ def _find_kernel() -> Kernel | None:
     if not {"scale", "window_size"} <= options.keys():
         return None
     # 2.11 takes fewer key heads than query heads as they are; later versions need the option.
-    return cast(Kernel, partial(varlen_attn, **({"enable_gqa": True} if "enable_gqa" in options else {})))
+    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in options else {}
+    return cast(Kernel, partial(varlen_attn, **told))
