@@ -1,8 +1,9 @@
-"""Shared-prompt attention of one layer of the 8B: its error, rate and kernels; one varlen call beside it."""
+"""Shared-prompt attention of one layer of the 8B: its error, rate and kernels, and the bucketed calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import timing
 import torch
@@ -34,9 +35,11 @@ def run(check: Check) -> None:
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
 
-        def attend(q: Tensor = query, k: Tensor = key, v: Tensor = value, layout: Layout = layout) -> Tensor:
-            module = torch.nn.Module()
-            return shared_attention.attend(module, q, k, v, None, layout=layout, scaling=HEAD_DIM**-0.5)[0]
+        def attend(
+            q: Tensor = query, k: Tensor = key, v: Tensor = value, layout: Layout = layout, window: int | None = None
+        ) -> Tensor:
+            options = {"layout": layout, "scaling": HEAD_DIM**-0.5, "sliding_window": window}
+            return shared_attention.attend(torch.nn.Module(), q, k, v, None, **options)[0]
 
         with torch.inference_mode():
             found = attend()
@@ -45,7 +48,12 @@ def run(check: Check) -> None:
                 check.tell(f"{name}: error", f"{error:.1e}", target="≤ 1e-2 of float32", ok=error < 1e-2, error=error)
             if timing.ON_GPU:
                 measure(check, name, prompt, lengths, attend)
-                compare_varlen(check, prompt, lengths, (query, key, value), found)
+                # A window wider than the row changes nothing, but only the bucketed calls have windows.
+                bucketed = partial(attend, window=layout.length + 1)
+                seconds, error = measure_s(bucketed, repeats=5, warm=2), relative_error(bucketed(), found)
+                check.tell(
+                    "   one call for each bucket", f"{1e3 * seconds:.2f} ms, differs by {error:.1e}", ms=1e3 * seconds
+                )
 
 
 def measure(check: Check, name: str, prompt: int, lengths: list[int], attend: Callable[[], Tensor]) -> None:
@@ -62,43 +70,6 @@ def measure(check: Check, name: str, prompt: int, lengths: list[int], attend: Ca
         ms=1e3 * seconds,
         tflops=rate,
     )
-
-
-def compare_varlen(
-    check: Check, prompt: int, lengths: list[int], tensors: tuple[Tensor, Tensor, Tensor], found: Tensor
-) -> None:
-    """Measures one varlen call for prompt and siblings, whose keys include the prompt's; some torch lack it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError as error:
-        check.tell("   one varlen call", f"this torch has none: {error}")
-        return
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in tensors)
-    starts = [prompt + sum(lengths[:k]) for k in range(len(lengths))]
-    rows = [torch.arange(prompt)]
-    rows += [torch.cat((torch.arange(prompt), torch.arange(s, s + r))) for s, r in zip(starts, lengths, strict=True)]
-    index = torch.cat(rows).to(query.device)
-    key, value = key[index], value[index]
-    query = query.contiguous()
-    q_ends = torch.tensor([0, prompt, *(s + r for s, r in zip(starts, lengths, strict=True))], dtype=torch.int32)
-    k_ends = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0).int()
-    q_ends, k_ends = q_ends.to(query.device), k_ends.to(query.device)
-    longest_q, longest_k = max(prompt, *lengths), prompt + max(lengths)
-
-    def one_call() -> Tensor:
-        return varlen_attn(
-            query, key, value, q_ends, k_ends, longest_q, longest_k, scale=HEAD_DIM**-0.5, window_size=(-1, 0),
-            enable_gqa=True,
-        )  # fmt: skip
-
-    try:
-        error = relative_error(one_call()[None], found)
-        seconds = measure_s(one_call, repeats=5, warm=2)
-    except (TypeError, RuntimeError) as problem:
-        check.tell("   one varlen call", f"{type(problem).__name__}: {str(problem)[:90]}")
-        return
-    rate = count_flops(prompt, lengths) / seconds / 1e12
-    check.tell("   one varlen call", f"{1e3 * seconds:.2f} ms, {rate:.0f} TFLOP/s, differs by {error:.1e}", tflops=rate)
 
 
 def compute_reference(query: Tensor, key: Tensor, value: Tensor, prompt: int, lengths: list[int]) -> Tensor:

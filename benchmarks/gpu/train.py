@@ -11,8 +11,9 @@ from accelerate import Accelerator
 
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, free_memory, measure_peak, measure_s
 from benchmarks.gpu.models import DTYPE, TEXT_TOKENS, make_weighted
-from vaopd.config import TrainerConfig
+from vaopd.config import TrainerConfig, ignore, load_config
 from vaopd.vlm.model import Vlm
+from vaopd_trainer import compose
 from vaopd_trainer.student_loss import StudentLoss
 
 # (P, R, K) -> target in ms, with checkpointing.
@@ -24,7 +25,6 @@ TARGETS_MS = {
 } if timing.ON_GPU else {(60, 8, 4): 0}  # fmt: skip
 TARGET_GIB = 74
 TEACHER_WIDTH = 4096 if timing.ON_GPU else 256
-TINY_STUDENT = timing.ROOT / "models" / "tiny-student"
 
 
 def run(check: Check) -> None:
@@ -41,9 +41,10 @@ def run(check: Check) -> None:
 
 def report_checkpointing(check: Check) -> None:
     """In the trainer's order: the student is loaded without a device, the loss is made, then accelerate moves it."""
-    tiny = Vlm.load(TINY_STUDENT, dtype="float32")
-    loss = StudentLoss(tiny, teacher_head=None, trainer=TrainerConfig(steps=1))
-    Accelerator(cpu=not timing.ON_GPU).prepare(loss)
+    config = load_config(timing.ROOT / "configs" / "tiny.toml", warn=ignore)
+    tiny = Vlm.load(timing.ROOT / config.student.model, dtype="float32")
+    accelerator = Accelerator(cpu=not timing.ON_GPU)
+    accelerator.prepare(compose.make_loss(config, tiny, teacher_head=None, device=accelerator.device))
     on = bool(tiny.model.is_gradient_checkpointing)
     check.tell(
         "activation checkpointing in the trainer's order",

@@ -48,7 +48,6 @@ def measure(check: Check, folder: Path) -> None:
         "rollout.requests_per_batch": 4,
         "trainer.steps": STEPS,
         "trainer.prompts_per_step": 4,
-        "trainer.groups_per_forward": 4,
         "trainer.trackers": "[]",
         "evaluation.every": 0,
     }
