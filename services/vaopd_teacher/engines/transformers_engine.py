@@ -160,7 +160,7 @@ class GroupEngine:
         except torch.OutOfMemoryError:
             return _Leaving(group, _make_memory_error(group))
         # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
-        extremes = {view: torch.stack(rows.aminmax()) for view, rows in hidden.items()}
+        extremes: dict[str, torch.Tensor] = {view: torch.stack(rows.aminmax()) for view, rows in hidden.items()}
         return _Leaving(group, Download(computed, of_payload, extremes))
 
 
