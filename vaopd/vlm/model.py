@@ -18,6 +18,7 @@ import torch
 
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
+from vaopd.vlm.fused_norms import use_fused_norms
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload
@@ -47,6 +48,7 @@ class Vlm(PromptReader):
 
     def __post_init__(self) -> None:
         self.family.adapt(self.model)
+        use_fused_norms(self.model)
 
     @classmethod
     def load(
