@@ -19,6 +19,7 @@ import torch
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.fused_norms import use_fused_norms
+from vaopd.vlm.placement import check_placement
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload
@@ -57,7 +58,7 @@ class Vlm(PromptReader):
         *,
         dtype: str = "float32",
         device: str | None = None,
-        device_map: str | None = None,
+        device_map: str | dict[str, str] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         tensor_parallel: bool = False,
@@ -70,7 +71,7 @@ class Vlm(PromptReader):
         tensor_parallel: splits each text layer over all ranks of the process group; all ranks must then make the same
         calls.
 
-        Raises ConfigError for a model that isn't found or a family without an adapter.
+        Raises ConfigError for a model that isn't found, one that doesn't fit, or a family without an adapter.
         """
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
@@ -87,6 +88,7 @@ class Vlm(PromptReader):
             attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
             **options,
         )
+        check_placement(model, str(path))
         if device is not None and device_map is None:
             model = model.to(device)
         return cls(
