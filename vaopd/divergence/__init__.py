@@ -16,6 +16,7 @@ from vaopd.divergence.fused import (
     token_logprobs,
     top_k_logprobs,
 )
+from vaopd.divergence.head import head_logits, pad_head
 from vaopd.divergence.measures import DIVERGENCES, reverse_kl
 from vaopd.divergence.targets import FullTarget, SampledTarget, Target, TopKTarget
 
@@ -30,6 +31,8 @@ __all__ = [
     "fused_loss",
     "fused_loss_and_logprobs",
     "fused_reverse_kl",
+    "head_logits",
+    "pad_head",
     "reverse_kl",
     "token_logprobs",
     "top_k_logprobs",

@@ -45,7 +45,7 @@ def compare_logits(student: Tensor, teacher: Tensor, *, slope: Tensor | None = N
     return values, student_lse
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _normalise(  # type: ignore[no-untyped-def]
     student,
     teacher,
@@ -94,7 +94,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     tl.store(teacher_lse + row, t_lse)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _differentiate(  # type: ignore[no-untyped-def]
     student,
     teacher,
