@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vaopd.config import Config, validate
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.types import GroupScore, Payload, RolloutGroup
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_trainer.__main__ import set_environment
 from vaopd_trainer.coordinator import Weights
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.rank_messages import Ranks, Stopped
@@ -188,3 +190,48 @@ def test_a_stopped_run_saves_the_steps_that_it_has_finished() -> None:
     with pytest.raises(Stopped):
         Run(coordinator, checkpoint_every=2).start()
     assert [event[:2] for event in coordinator.events[-2:]] == [("evaluate", 1), ("save", 1)]
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+def test_adamw_is_one_pass_on_a_gpu_and_plain_on_a_cpu(
+    device: str, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is still on the CPU when the optimizer is made: the accelerator's device decides."""
+    prepared: list[torch.optim.Optimizer] = []
+
+    def prepare(self: Accelerator, loss: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        prepared.append(optimizer)
+        return loss, optimizer
+
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device(device)))
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    Run(Coordinator())
+    assert [optimizer.defaults["fused"] for optimizer in prepared] == [fused]
+
+
+class TestEnvironment:
+    """What torch reads when it is imported."""
+
+    NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")
+
+    @pytest.fixture(autouse=True)
+    def unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.NAMES:
+            monkeypatch.setenv(name, "")  # so that what is set in a test is undone after it
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(os, "cpu_count", lambda: 12)
+
+    def test_segments_are_expandable_by_both_names_and_ranks_share_the_cores(self) -> None:
+        set_environment(processes=4)
+        assert [os.environ[name] for name in self.NAMES] == ["expandable_segments:True"] * 2 + ["3"]
+
+    def test_a_single_process_has_all_cores(self) -> None:
+        set_environment(processes=1)
+        assert "OMP_NUM_THREADS" not in os.environ
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_the_user_has_set_stays(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "mine")
+        set_environment(processes=4)
+        assert os.environ[name] == "mine"
+        assert (self.NAMES[0] in os.environ) == (name in (self.NAMES[0], self.NAMES[2]))
