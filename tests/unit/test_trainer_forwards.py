@@ -10,12 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
 
 from tests.support import tolerance
 from tests.support.families import family_folder
 from tests.support.tolerance import assert_noticed, assert_within
-from tests.support.weighted import a_weighted_group, teacher_head
+from tests.support.weighted import Scarce, a_weighted_group, teacher_head
 from vaopd.config import TrainerConfig
 from vaopd.errors import LimitExceeded
 from vaopd.vlm.model import Vlm
@@ -44,39 +43,6 @@ def groups(student: Vlm) -> list[WeightedGroup]:
 def accelerate_begins_afresh() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Scarce(nn.Module):
-    """A loss on a device that holds so many tokens; beyond it, memory runs out in the forward or in the backward."""
-
-    def __init__(self, loss: StudentLoss, *, tokens: int | None = None, fails_in: str = "forward") -> None:
-        super().__init__()
-        self.loss = loss
-        self.tokens_of_forwards: list[int] = []
-        self._most = tokens
-        self._fails_in = fails_in
-        self._too_large = False
-        first = loss.model.model.language_model.layers[0]
-        self._hook = first.register_forward_hook(self._watch)
-
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        tokens = sum(group.tokens for group in groups)
-        self.tokens_of_forwards.append(tokens)
-        self._too_large = self._most is not None and tokens > self._most
-        if self._too_large and self._fails_in == "forward":
-            raise torch.OutOfMemoryError(f"{tokens} tokens")
-        return self.loss(groups)
-
-    def _watch(self, _: nn.Module, inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if self._too_large:
-            hidden.register_hook(self._fail)  # most layers above have their gradients by then
-
-    def _fail(self, _: Tensor) -> None:
-        raise torch.OutOfMemoryError("in the backward")
-
-    def close(self) -> None:
-        self._hook.remove()
 
 
 class Step:
