@@ -226,9 +226,12 @@ class Coordinator:
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
-        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.make_fields(step=step, groups=ids))
+        fate = "skipped" if "skipped" in own else "trained on"
+        log.info("step %d: %s %d groups", step, fate, len(ids), extra=logs.make_fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
+                if not np.isfinite(kl_M).all():  # of a skipped step
+                    continue
                 prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
                 for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
                     self._samples_file.write({"step": step, **sample})

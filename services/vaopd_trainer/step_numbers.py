@@ -28,6 +28,7 @@ DESCRIPTIONS = {
     "response_tokens_mean": "length of the responses, mean, tokens",
     "truncated_fraction": "share of the responses that were cut at the length limit",
     "grad_norm": "norm of the gradient before clipping",
+    "skipped": "1 when the gradient was not finite and the step changed nothing; missing in other steps",
     "learning_rate": "learning rate of the step",
     "publish_s": "publishing the policy, seconds",
     "wait_s": "waiting for the step's groups, seconds",

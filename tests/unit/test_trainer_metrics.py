@@ -116,9 +116,11 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
 
 
 def test_every_number_of_a_step_is_described() -> None:
-    """The trainer adds the norm, the rate, the times and what the collector counted; "rollouts" it only divides by."""
+    """The trainer adds norm or skip, the rate, the times and the collector's counts; "rollouts" it only divides by."""
     written = set(step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
     timings = dict.fromkeys((*step_numbers.STEP_TIMES, "scoring_s"), 1.0)
-    written |= set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
+    written |= (
+        set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate", "skipped"}
+    )
     counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
     assert written == set(step_numbers.DESCRIPTIONS) - counted
