@@ -222,6 +222,15 @@ class Coordinator:
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)
+        if (share := record.get("policy_drift_share", 0.0)) > step_numbers.LARGEST_DRIFT_SHARE:
+            log.warning(
+                "step %d: %.0f %% of the sampled tokens have another log-prob here than at their worker, by more than "
+                "%.1f nats (mean %.3f): it samples from other weights, or reads images by another processor",
+                step,
+                100 * share,
+                step_numbers.DRIFT_NATS,
+                record["policy_drift_mean"],
+            )
         lags = [line.step - line.policy_version for line in trained]
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)

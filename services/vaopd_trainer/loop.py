@@ -175,7 +175,8 @@ class Trainer:
     def _train(self, step: int, scored: list[ScoredGroup], timings: dict[str, float]) -> None:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
-        loss, kl = self._accumulator.backward(weighted)
+        loss, values = self._accumulator.backward(weighted)
+        kl = [of_group.kl.numpy() for of_group in values]
         kill_points.pass_point("backward", step)
         norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm))
         learning_rate = self.schedule.get_last_lr()[0]
@@ -189,7 +190,11 @@ class Trainer:
         self.state.step = step + 1
         kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
-        sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss))
+        own_sums = step_numbers.sum_groups(weighted, kl, loss)
+        if own_sums is not None:
+            logprobs = [of_group.logprobs.numpy() for of_group in values]
+            own_sums |= step_numbers.sum_drift(weighted, logprobs, version=step)
+        sums = self.ranks.gather(own_sums)
         lines = self.ranks.gather(
             [
                 [g.group.group_id, g.group.policy_version, bool(np.isfinite(kl_M).all())]

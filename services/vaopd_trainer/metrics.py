@@ -27,6 +27,9 @@ GAUGES = {
     "truncated_fraction": "truncated_ratio",
     "grad_norm": "gradient_norm",
     "learning_rate": "learning_rate",
+    "policy_drift_mean": "policy_drift_mean_nats",
+    "policy_drift_max": "policy_drift_max_nats",
+    "policy_drift_share": "policy_drift_ratio",
     "score_overlap": "scoring_overlap_ratio",
 }
 """Key in metrics.jsonl -> name here, after vaopd_trainer_."""

@@ -84,7 +84,9 @@ def main(folder: str, count: int) -> None:
     accelerator = make_accelerator(config)
     ranks = Ranks()
     loss = make_loss(config, student, teacher_head=teacher_head(student).double(), device=accelerator.device)
-    scarce = Scarce(loss, tokens=max(g.tokens for g in groups) - 1 if ranks.rank == 1 else None, fails_in="backward")
+    mine = groups[ranks.rank :: ranks.world]
+    short = sum(group.tokens for group in mine) - 1
+    scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in="backward")
     coordinator = Coordinator(groups, ranks) if ranks.is_coordinator else None
     trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, loss=scarce, coordinator=coordinator)  # type: ignore[arg-type]
     whole, expected = gradients_of_all(folder, groups)
@@ -96,7 +98,7 @@ def main(folder: str, count: int) -> None:
 
     trainer.optimizer.step = keep_gradients
     scored, timings = trainer._collect(0, scorer)  # type: ignore[arg-type]
-    assert [group.index for group in scored] == list(range(ranks.rank, count, ranks.world))
+    assert [group.index for group in scored] == [group.scored.index for group in mine]
     trainer._train(0, scored, timings)
     assert_same(student, found, expected)
     if coordinator is not None:
@@ -104,7 +106,7 @@ def main(folder: str, count: int) -> None:
         tolerance.assert_within(coordinator.numbers["loss"], whole, error, "loss")
         assert coordinator.numbers["rollouts"] == sum(len(LENGTHS[index]) for index in range(count))
     if ranks.rank == 1:
-        assert len(scarce.tokens_of_forwards) > len(scored) + 1, "memory was never short"
+        assert scarce.tokens_of_forwards[0] == short + 1, "memory was never short"
     accelerator.end_training()
 
 

@@ -15,7 +15,8 @@ from vaopd.config import VaOpd
 from vaopd.payloads import from_torch
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, TokenValues, WeightedGroup, weigh
 
 TEACHER_WIDTH = 24
 
@@ -27,12 +28,9 @@ def teacher_head(vlm: Vlm) -> Tensor:
 
 
 def a_weighted_group(vlm: Vlm, index: int, lengths: Sequence[int], *, image: bool = True) -> WeightedGroup:
-    """A group of the given responses' lengths, with the hidden payload; every index has other numbers."""
+    """A group of the given responses' lengths; every index has other numbers."""
     rng = np.random.default_rng(index)
     prompt = ask(vlm, [drawing(index)] if image else [])
-    logprobs = tuple(-rng.random(n).astype(np.float32) for n in lengths)
-    degraded = tuple(-3 * rng.random(n).astype(np.float32) for n in lengths)
-    hidden = torch.from_numpy(rng.standard_normal((sum(lengths), TEACHER_WIDTH)).astype(np.float32))
     name = f"train-000000-{index:04d}"
     group = RolloutGroup(
         group_id=name,
@@ -43,7 +41,7 @@ def a_weighted_group(vlm: Vlm, index: int, lengths: Sequence[int], *, image: boo
             Rollout(
                 rollout_id=f"{name}/{k}",
                 response_ids=rng.integers(0, 200, n).astype(np.int32),
-                rollout_logprobs=logprobs[k],
+                rollout_logprobs=-rng.random(n).astype(np.float32),
                 finish_reason="length",
             )
             for k, n in enumerate(lengths)
@@ -51,8 +49,18 @@ def a_weighted_group(vlm: Vlm, index: int, lengths: Sequence[int], *, image: boo
         worker="w",
         generation_s=0.0,
     )
+    return score_randomly(group, prompt, index)
+
+
+def score_randomly(group: RolloutGroup, prompt: PreparedPrompt, index: int) -> WeightedGroup:
+    """Weights a group by scores of no teacher, with the hidden payload."""
+    rng = np.random.default_rng([index, 1])
+    lengths = [len(rollout.response_ids) for rollout in group.rollouts]
+    logprobs = tuple(-rng.random(n).astype(np.float32) for n in lengths)
+    degraded = tuple(-3 * rng.random(n).astype(np.float32) for n in lengths)
+    hidden = torch.from_numpy(rng.standard_normal((sum(lengths), TEACHER_WIDTH)).astype(np.float32))
     score = GroupScore(
-        group_id=name,
+        group_id=group.group_id,
         teacher_logprobs=logprobs,
         degraded_logprobs=degraded,
         visual_advantage=tuple(o - d for o, d in zip(logprobs, degraded, strict=True)),
@@ -75,7 +83,7 @@ class Scarce(nn.Module):
         first = loss.model.model.language_model.layers[0]
         self._hook = first.register_forward_hook(self._watch)
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
         tokens = sum(group.tokens for group in groups)
         self.tokens_of_forwards.append(tokens)
         self._too_large = self._most is not None and tokens > self._most

@@ -57,7 +57,8 @@ class Step:
             self.accumulator = Accumulator(
                 accelerator=Accelerator(cpu=True), loss=self.module, settings=settings, world=1
             )
-            self.loss, self.kl = self.accumulator.backward(groups)
+            self.loss, values = self.accumulator.backward(groups)
+            self.kl, self.logprobs = ([part.numpy() for part in parts] for parts in zip(*values, strict=True))
         finally:
             self.module.close()
         self.gradients = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}
@@ -77,9 +78,9 @@ def assert_same_step(student: Vlm, found: Step, expected: Step) -> None:
         assert_within((found.gradients[name] - expected.gradients[name]).norm(), 0.0, bound, name)
     of_forward = tolerance.forward(student.config, dtype=torch.float64)
     assert_within(found.loss, expected.loss, of_forward * expected.loss, "loss")
-    for mine, theirs in zip(found.kl, expected.kl, strict=True):
-        # Float64 through float32 norms, then float32 numbers of up to some nats.
-        assert_within(mine, theirs, 10 * of_forward * np.abs(theirs).max(), "KL")
+    pairs = zip([*found.kl, *found.logprobs], [*expected.kl, *expected.logprobs], strict=True)
+    for mine, theirs in pairs:  # float64 through float32 norms, then float32 numbers of up to some nats
+        assert_within(mine, theirs, 10 * of_forward * np.abs(theirs).max(), "KL or log-probs")
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -157,8 +158,8 @@ def test_a_rollout_that_does_not_fit_alone_is_named(student: Vlm, groups: list[W
 
 def test_without_groups_there_is_a_zero_with_a_gradient_of_zero(student: Vlm) -> None:
     student.model.zero_grad()
-    loss, kl = StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))([])
+    loss, values = StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))([])
     loss.backward()
-    assert (loss.item(), len(kl)) == (0.0, 0)
+    assert (loss.item(), len(values.kl), len(values.logprobs)) == (0.0, 0, 0)
     touched = [p.grad for p in student.model.parameters() if p.grad is not None]
     assert [bool(gradient.any()) for gradient in touched] == [False]

@@ -27,7 +27,7 @@ from vaopd_trainer.kill_points import KILL_POINTS
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import BusyTime, Refused
-from vaopd_trainer.student_loss import ScoredGroup, WeightedGroup
+from vaopd_trainer.student_loss import ScoredGroup, TokenValues, WeightedGroup
 
 RESPONSE_TOKENS = 2 * 3  # of the group that `an_answer` makes
 
@@ -41,10 +41,10 @@ class Loss(nn.Module):
         nn.init.ones_(self.model.weight)
         self._infinite = infinite
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, TokenValues]:
         sizes = [float("inf") if g.scored.group.group_id in self._infinite else 1.0 for g in groups]
         kl = torch.tensor(sizes).repeat_interleave(RESPONSE_TOKENS)
-        return self.model.weight.sum() * sum(sizes), kl
+        return self.model.weight.sum() * sum(sizes), TokenValues(kl, torch.zeros_like(kl))
 
 
 class Scorer:

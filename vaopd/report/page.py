@@ -128,6 +128,8 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
+    if (drift := run.compute_mean("policy_drift_share")) is not None:
+        yield ("policy drift", f"{drift:.1%}", "of the tokens differ by over 0.1 nats between worker and trainer")
     means = [run.compute_mean(key) for key in TIMES]
     if all(mean is not None for mean in means):
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
