@@ -62,8 +62,8 @@ EVALUATION_DESCRIPTIONS = {
 DRIFT_NATS = 0.1
 """A token whose log-prob differs by more than that is counted in policy_drift_share."""
 LARGEST_DRIFT_SHARE = 0.05
-"""A larger share is warned of, here and by the alert. Two forwards whose logits near 24 are rounded to bfloat16 differ by
-σ = 0.04 nats, which takes 1 % of the tokens over 0.1; other weights or pixels take many more."""
+"""A larger share is warned of, here and by the alert. Two forwards whose logits near 24 are rounded to bfloat16 differ
+by σ = 0.04 nats, which takes 1 % of the tokens over 0.1; other weights or pixels take many more."""
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
