@@ -1,13 +1,14 @@
 """Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
-In: scored groups and their token weights. Out: the scalar loss, to call backward on, and each token's KL.
+In: scored groups and their token weights. Out: the scalar loss, to call backward on, each token's KL, and its log-prob,
+which should be the one that it was sampled with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +94,13 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     )
 
 
+class TokenValues(NamedTuple):
+    """The KL of tokens and the student's log-probs of them, (M,) each, in nats."""
+
+    kl: Tensor
+    logprobs: Tensor
+
+
 class StudentLoss(nn.Module):
     """Σ weight·KL over the tokens of some groups. One module, so that DDP and FSDP wrap model and head together."""
 
@@ -129,27 +137,29 @@ class StudentLoss(nn.Module):
         self._chunk_tokens = trainer.chunk_tokens
         self._estimator = estimator
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens.
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
+        """Returns the loss (), not yet divided by B, and values of M tokens, flat over groups, siblings and tokens.
 
         Without groups: a zero that is connected to the model, for the ranks' common backward, and no tokens.
         """
         if not groups:
             smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
-            return smallest.sum() * 0, smallest.new_empty(0)
+            return smallest.sum() * 0, TokenValues(smallest.new_empty(0), smallest.new_empty(0))
         segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
         weights = torch.cat([group.token_weights for group in groups])
         # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
-        return divergence.fused_loss(
+        loss, kl, logprobs = divergence.fused_loss_and_logprobs(
             hidden,
-            self.model.get_output_embeddings().weight,
+            self._student.padded_head,
             self._read_target(groups, responses, hidden.device),
             weights,
+            torch.from_numpy(np.concatenate(responses)),
             vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
+        return loss, TokenValues(kl, logprobs)
 
     def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.support.kernels import reference_kernel
 from tests.support.teacher import drawing
 from vaopd.vlm.families import PreparedImage, vision_tower
 from vaopd.vlm.families.qwen_vl import Qwen25VL
+from vaopd.vlm.fused_norms import is_rms_norm, normalise
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.transfer import upload_rows
 
@@ -117,6 +119,30 @@ def test_patches_are_embedded_by_one_product_as_by_the_convolution() -> None:
     patches = torch.randn(shape, dtype=torch.float64)
     expected = convolution(patches).flatten(1)
     torch.testing.assert_close(vision_tower.embed_patches(convolution, patches.flatten(1)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_norms_by_one_kernel_are_transformers_own(family: str) -> None:
+    model = family_vlm(family, dtype="float64").model
+    norms = [module for module in model.modules() if is_rms_norm(module)]
+    assert len(norms) >= 2 * model.config.get_text_config().num_hidden_layers + 1
+    for norm in norms:
+        norm = copy.deepcopy(norm)
+        norm.weight.copy_(torch.randn_like(norm.weight))
+        values = torch.randn(3, 7, len(norm.weight), dtype=torch.float64)
+        # transformers computes the norm in float32 whatever the precision, so the bound is float32's.
+        torch.testing.assert_close(normalise(norm, values), norm(values), rtol=1e-6, atol=1e-6)
+
+
+def test_a_copied_model_reads_its_own_weights() -> None:
+    """A function that were bound to the first model's norm would read that one's."""
+    model = family_vlm("qwen3_vl").model
+    copied = copy.deepcopy(model)
+    for name, module in copied.named_modules():
+        forward = vars(module).get("forward")
+        assert forward is None or forward.__self__ is module, name
+    assert copied.model.language_model._deepstack_process.__self__ is copied.model.language_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,6 +6,7 @@ waits for. Here one kernel call attends within all images of a layer, and the in
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,17 +26,15 @@ def adapt(tower: Any) -> None:
 
     AttentionInterface.register(ATTENTION, attend)
     tower.config._attn_implementation = ATTENTION
-    own = tower.patch_embed.forward
-    if getattr(own, "by_product", False):
-        return
-    convolution = tower.patch_embed.proj
+    if "forward" not in vars(tower.patch_embed):
+        tower.patch_embed.forward = MethodType(_embed, tower.patch_embed)
 
-    def embed(patches: Tensor) -> Tensor:
-        embedded: Tensor = embed_patches(convolution, patches) if patches.device.type == "cuda" else own(patches)
-        return embedded
 
-    embed.by_product = True  # type: ignore[attr-defined]
-    tower.patch_embed.forward = embed
+def _embed(self: Any, patches: Tensor) -> Tensor:
+    if patches.is_cuda:
+        return embed_patches(self.proj, patches)
+    own: Tensor = type(self).forward(self, patches)
+    return own
 
 
 def embed_patches(convolution: torch.nn.Conv3d, patches: Tensor) -> Tensor:
