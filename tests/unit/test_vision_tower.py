@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,27 @@ def test_one_call_for_all_images_of_a_layer_gives_the_same_features(
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
     assert len(calls) == len(vlm.family.vision_tower(vlm.model).blocks)  # type: ignore[arg-type]
     assert len(images) in calls
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_learned_positions_are_resampled_as_transformers_does(align_corners: bool) -> None:
+    """To the bit, for grids that are smaller and larger than the 48 × 48 learned positions, and for one block."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    tower = SimpleNamespace(
+        device=torch.device("cpu"),
+        num_grid_per_side=48,
+        interpolation_mode="bilinear",
+        interpolation_align_corners=align_corners,
+        config=SimpleNamespace(spatial_merge_size=2),
+    )
+    grids = torch.tensor([[1, 2, 2], [1, 36, 20], [2, 4, 6], [1, 50, 128]])
+    found = vision_tower.compute_interpolation(tower, grids)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids, num_grid_per_side=48, mode="bilinear", align_corners=align_corners, spatial_merge_size=2
+    )
+    assert torch.equal(found["interp_indices"], indices)
+    assert torch.equal(found["interp_weights"], weights)
 
 
 @torch.no_grad()
