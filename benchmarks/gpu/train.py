@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import floor
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, free_memory, measure_peak, measure_s
 from benchmarks.gpu.models import DTYPE, TEXT_TOKENS, make_weighted
 from vaopd.config import TrainerConfig, ignore, load_config
+from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Vlm
 from vaopd_trainer import compose
 from vaopd_trainer.student_loss import StudentLoss
@@ -31,8 +33,15 @@ def run(check: Check) -> None:
     report_checkpointing(check)
     student = check.models.student()
     head = (0.02 * torch.randn(student.vocab_size, TEACHER_WIDTH, device=timing.DEVICE)).to(DTYPE)
-    settings = TrainerConfig(steps=1)
+    settings = TrainerConfig(steps=1, compile_layers=False)
     loss = StudentLoss(student, teacher_head=head, trainer=settings, checkpoint_activations=True)
+    for shape in list(TARGETS_MS)[1:2]:
+        measure_group(check, student, loss, *shape, name="   the same without compiled layers")
+    compile_layers(student)
+    start = time.perf_counter()
+    make_step(loss, student, next(iter(TARGETS_MS)))()
+    timing.synchronise()
+    check.tell("first step with compiled layers", f"{time.perf_counter() - start:.0f} s")
     for shape in TARGETS_MS:
         if check.has_time("P {}, R {}, K {}".format(*shape), 8):
             measure_group(check, student, loss, *shape)
@@ -66,8 +75,10 @@ def make_step(loss: StudentLoss, student: Vlm, shape: tuple[int, int, int]) -> C
     return step
 
 
-def measure_group(check: Check, student: Vlm, loss: StudentLoss, prompt: int, response: int, rollouts: int) -> None:
-    name = f"P {prompt}, R {response}, K {rollouts}"
+def measure_group(
+    check: Check, student: Vlm, loss: StudentLoss, prompt: int, response: int, rollouts: int, name: str = ""
+) -> None:
+    name = f"P {prompt}, R {response}, K {rollouts}{name}"
     step = make_step(loss, student, (prompt, response, rollouts))
     loss.zero_grad(set_to_none=True)
     try:

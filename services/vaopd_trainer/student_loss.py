@@ -19,6 +19,7 @@ from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.errors import ConfigError
 from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
+from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 
@@ -128,6 +129,8 @@ class StudentLoss(nn.Module):
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
             student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
+        if device.type == "cuda" and trainer.compile_layers:
+            compile_layers(student)
         self.model = student.model
         self._student = student
         self._vocab_size = None if teacher_head is None else len(teacher_head)

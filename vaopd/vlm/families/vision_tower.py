@@ -46,6 +46,7 @@ def embed_patches(convolution: torch.nn.Conv3d, patches: Tensor) -> Tensor:
     return F.linear(patches.view(-1, weight[0].numel()).to(weight.dtype), weight.flatten(1), convolution.bias)
 
 
+@torch.compiler.disable  # the blocks around it may be compiled (vaopd.vlm.compiled)
 def attend(
     module: torch.nn.Module,
     query: Tensor,
