@@ -11,6 +11,7 @@ import torch
 
 from vaopd.vlm.families import vision_tower
 from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden, find_image_rows
+from vaopd.vlm.fused_layers import fuse_text_layers
 from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload, upload_rows
 
@@ -142,10 +143,11 @@ class Qwen3VL(Qwen25VL):
     }
 
     def adapt(self, model: Any) -> None:
-        """As Qwen2.5-VL's; the text model adds deepstack features at rows that are given as indices."""
+        """As Qwen2.5-VL's; the text model adds deepstack features at rows, and its layers compute by fewer kernels."""
         super().adapt(model)
         text_model: Any = self.language_model(model)
         text_model._deepstack_process = MethodType(_add_deepstack, text_model)
+        fuse_text_layers(text_model)
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Encodes the patches; the features of deeper layers follow the embeddings."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vaopd.vlm.fused_layers import can_fuse
 from vaopd.vlm.transfer import upload, upload_rows
 from vaopd.vlm.varlen_attention import attend_to_images, choose_kernel
 
@@ -26,8 +27,9 @@ def adapt(tower: Any) -> None:
 
     AttentionInterface.register(ATTENTION, attend)
     tower.config._attn_implementation = ATTENTION
-    if "forward" not in vars(tower.patch_embed):
-        tower.patch_embed.forward = MethodType(_embed, tower.patch_embed)
+    tower.patch_embed.forward = MethodType(_embed, tower.patch_embed)
+    for block in tower.blocks:
+        block.attn.forward = MethodType(_attend_in_block, block.attn)
 
 
 def _embed(self: Any, patches: Tensor) -> Tensor:
@@ -44,6 +46,36 @@ def embed_patches(convolution: torch.nn.Conv3d, patches: Tensor) -> Tensor:
     """
     weight = convolution.weight
     return F.linear(patches.view(-1, weight[0].numel()).to(weight.dtype), weight.flatten(1), convolution.bias)
+
+
+def _attend_in_block(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As Qwen…VLVisionAttention.forward, with rotary positions by one kernel where it can be used."""
+    if max_seqlen is None or not can_fuse(hidden_states):
+        own: Tensor = type(self).forward(
+            self,
+            hidden_states,
+            cu_seqlens=cu_seqlens,
+            position_embeddings=position_embeddings,
+            max_seqlen=max_seqlen,
+            **kwargs,
+        )
+        return own
+    from vaopd.vlm.kernels import rotate
+
+    cos, sin = (part.contiguous() for part in position_embeddings)
+    query, key, value = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)
+    parts = (rotate(query, cos, sin), rotate(key, cos, sin), value)
+    q, k, v = (part.transpose(0, 1)[None] for part in parts)
+    out, _ = attend(self, q, k, v, None, cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen, scaling=self.scaling)
+    attended: Tensor = self.proj(out.reshape(len(hidden_states), -1))
+    return attended
 
 
 @torch.compiler.disable  # the blocks around it may be compiled (vaopd.vlm.compiled)
