@@ -22,6 +22,7 @@ from vaopd.types import GroupScore, RolloutGroup
 from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.vlm.transfer import upload, upload_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -151,14 +152,14 @@ class StudentLoss(nn.Module):
         segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
-        weights = torch.cat([group.token_weights for group in groups])
+        weights = upload_rows([group.token_weights for group in groups], hidden.device)
         # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
         loss, kl, logprobs = divergence.fused_loss_and_logprobs(
             hidden,
             self._student.padded_head,
             self._read_target(groups, responses, hidden.device),
             weights,
-            torch.from_numpy(np.concatenate(responses)),
+            upload(torch.from_numpy(np.concatenate(responses)), hidden.device),
             vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
@@ -171,14 +172,14 @@ class StudentLoss(nn.Module):
         payloads = [group.scored.score.payload for group in groups]
 
         def concatenate(name: str) -> Tensor:
-            return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
+            return upload_rows([to_torch(payload.tensors[name]) for payload in payloads], device)
 
         match payloads[0].kind:
             case "hidden" | "hidden_int8":
                 assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
-                hidden = torch.cat([hidden_states(payload, self._teacher_head.dtype) for payload in payloads])
+                rows = [hidden_states(payload, self._teacher_head.dtype) for payload in payloads]
                 return divergence.FullTarget(
-                    hidden=hidden.to(device), head=self._teacher_head, vocab_size=self._vocab_size
+                    hidden=upload_rows(rows, device), head=self._teacher_head, vocab_size=self._vocab_size
                 )
             case "top_k":
                 return divergence.TopKTarget(
@@ -190,7 +191,7 @@ class StudentLoss(nn.Module):
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"
                 teacher = np.concatenate([lp for group in groups for lp in group.scored.score.teacher_logprobs])
                 return divergence.SampledTarget(
-                    token_ids=torch.from_numpy(np.concatenate(responses)).to(device),
-                    logprobs=torch.from_numpy(teacher).to(device),
+                    token_ids=upload(torch.from_numpy(np.concatenate(responses)), device),
+                    logprobs=upload(torch.from_numpy(teacher), device),
                     estimator=self._estimator,
                 )

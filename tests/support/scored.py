@@ -87,7 +87,7 @@ def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
 @functools.cache
 def sampled_groups() -> list[RolloutGroup]:
     engine = TransformersEngine(model_folder("student"), worker="w", max_pixels=MAX_PIXELS)
-    engine.loadpolicy_of(policy_of("student"))
+    engine.load_policy(policy_of("student"))
     groups = engine.generate(requests())
     assert all(isinstance(group, RolloutGroup) for group in groups)
     return groups  # type: ignore[return-value]
