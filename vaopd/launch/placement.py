@@ -208,7 +208,7 @@ def _describe(
     share: float,
     usable_gib: float,
 ) -> Placement:
-    gpus = {"teacher": (_join(teacher),)} if teacher else {}
+    gpus: dict[str, tuple[str, ...]] = {"teacher": (_join(teacher),)} if teacher else {}
     gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
     overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
     overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
