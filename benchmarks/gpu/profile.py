@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import timing
 
-from benchmarks.gpu.measure import Check, count_calls, profile_s
+from benchmarks.gpu.measure import Check, count_launches, count_waits, profile_s
 from benchmarks.gpu.models import make_engine, make_group, score
 
 KINDS = {
@@ -39,7 +39,7 @@ def run(check: Check) -> None:
             name,
             f"wall {1e3 * wall_s:.0f} ms, device {1e3 * busy:.0f} ms ({busy / wall_s:.0%}): "
             + ", ".join(f"{kind} {1e3 * seconds:.0f}" for kind, seconds in parts.items())
-            + f"; {count_calls(calls, 'launchkernel')} launches, {count_calls(calls, 'synchronize')} synchronisations",
+            + f"; {count_launches(calls)} launches, the host waits {count_waits(calls)} times",
             target="device busy ≥ 90 %, products and attention ≥ 70 % of it",
             ok=busy / wall_s >= 0.9 and useful >= 0.7,
             wall_ms=1e3 * wall_s,
