@@ -177,6 +177,11 @@ def profile_s(run: Callable[[], Any]) -> tuple[float, dict[str, float], dict[str
     return wall_s, kernels, calls
 
 
-def count_calls(calls: dict[str, int], *words: str) -> int:
-    """Counts host calls with one of the words in their names. The profiler's own end waits for the device once."""
-    return sum(count for name, count in calls.items() if any(word in name.lower() for word in words))
+def count_launches(calls: dict[str, int]) -> int:
+    return sum(count for name, count in calls.items() if "launchkernel" in name.lower())
+
+
+def count_waits(calls: dict[str, int]) -> int:
+    """Counts how often the host waited for the device's results. The measurement itself waits for the whole device."""
+    waits = ("streamsynchronize", "eventsynchronize")
+    return sum(count for name, count in calls.items() if any(word in name.lower() for word in waits))

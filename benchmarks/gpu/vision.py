@@ -6,7 +6,7 @@ import floor
 import timing
 import torch
 
-from benchmarks.gpu.measure import Check, count_calls, measure_s, profile_s
+from benchmarks.gpu.measure import Check, count_waits, measure_s, profile_s
 from benchmarks.gpu.models import make_image
 from vaopd_teacher.engines.vision_cache import VisionCache
 
@@ -29,16 +29,16 @@ def run(check: Check) -> None:
         _, _, calls = profile_s(lambda images=images: vlm.encode_images(images))
         pixels_s = measure_s(lambda images=images: images[0].pixel_values.to("cuda"))
         rate = count * counted.count_vision_cost(tokens)[0] / cached_s / 1e12
-        syncs = count_calls(calls, "synchronize") - 2  # the measurement's own
+        waits = count_waits(calls)
         check.tell(
             name,
             f"{1e3 * cached_s / count:.1f} ms each through the cache ({rate:.0f} TFLOP/s), "
-            f"{1e3 * together_s / count:.1f} in one call; {syncs} synchronisations in it; "
+            f"{1e3 * together_s / count:.1f} in one call; the host waits {waits} times in it; "
             f"pixels of one to the device {1e3 * pixels_s:.1f} ms",
-            target="≥ 250 TFLOP/s, no synchronisation" if tokens >= 1024 else "",
-            ok=rate >= 250 and syncs <= 0 if tokens >= 1024 else None,
+            target="≥ 250 TFLOP/s, no wait" if tokens >= 1024 else "",
+            ok=rate >= 250 and waits == 0 if tokens >= 1024 else None,
             ms=1e3 * cached_s / count,
             together_ms=1e3 * together_s / count,
             tflops=rate,
-            synchronisations=syncs,
+            waits=waits,
         )

@@ -45,11 +45,10 @@ def test_every_phase_runs_and_parts_are_merged_in_one_file(tmp_path: Path) -> No
     judged = {(phase, line["what"]): line["ok"] for phase in found for line in found[phase]["lines"]}
     assert not [name for name, ok in judged.items() if ok is False]
     # What doesn't depend on the size is judged on a CPU too.
-    assert {phase for (phase, _), ok in judged.items() if ok} >= {"exact", "attention", "kl", "grpc"}
-    # The engine and the plain implementations compute the same log-probs, in float32.
-    sides = [line["numbers"] for line in found["teacher"]["lines"] if "max_nats" in line["numbers"]]
-    assert len(sides) == 2
-    assert all(0 < side["max_nats"] < 1e-4 for side in sides)
+    assert {phase for (phase, _), ok in judged.items() if ok} >= {"teacher", "exact", "attention", "kl", "grpc"}
+    # The engine and the plain implementation compute the same log-probs, in float32.
+    (compared,) = [line["numbers"] for line in found["teacher"]["lines"] if "max_nats" in line["numbers"]]
+    assert 0 < compared["max_nats"] < 1e-4
 
 
 def test_a_phase_that_fails_is_named_and_the_next_one_runs(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def add_parsers(subparsers: Subparsers) -> None:
         default=[],
         metavar="ROLE=DEVICES",
         help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
-        "(repeatable; rollout's devices are dealt to the workers in turn)",
+        "(repeatable: rollout's devices are dealt to the workers in turn, each of the teacher's is a replica); "
+        "auto: place all processes by the memory that they need",
     )
     up.add_argument(
         "--metrics-port",
@@ -71,7 +72,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.launch.up import UpOptions, parse_gpus, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
-    gpus = parse_gpus(arguments.gpus)
+    if "auto" in arguments.gpus:
+        gpus, placed = _place_on_gpus(arguments)
+        arguments.overrides = [*placed, *arguments.overrides]  # what is set by hand has priority
+    else:
+        gpus = parse_gpus(arguments.gpus)
     needs: list[Needs] = ["student", "data", "engine", "redis"]
     needs += [] if arguments.teacher else ["teacher", "device"]
     if arguments.dry_run:
@@ -94,6 +99,22 @@ def _run_up(arguments: argparse.Namespace) -> int:
     roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
     require(*roles)
     return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+
+
+def _place_on_gpus(arguments: argparse.Namespace) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Chooses the cards by memory and says why; returns them by role, and the settings that belong to the choice."""
+    from vaopd.config import load_config
+    from vaopd.errors import ConfigError
+    from vaopd.launch.placement import Demand, list_cards, place
+
+    if arguments.gpus != ["auto"]:
+        raise ConfigError("--gpus auto places every process; leave out the other --gpus, or auto")
+    config = load_config(arguments.config, arguments.overrides)
+    chosen = place(list_cards(), Demand.of(config, with_teacher=arguments.teacher is None))
+    for reason in chosen.reasons:
+        _say(reason)
+    _say(f"the same by hand: {chosen.flags}")
+    return chosen.gpus, chosen.overrides
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """`vaopd up`: starts every process of a run on one host, in the order in which they need each other.
 
-    Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teacher
-    teacher's address, once it serves ──► trainer and API
+    Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teachers
+    the teachers' addresses, once they serve ──► trainer and API
     trainer's exit ──► everything ends, with the trainer's exit code
 
 Each process is one of `services/`, with the same configuration and the addresses of those before it. Restarts, signals
@@ -49,7 +49,7 @@ class UpOptions:
     """The service file (`vaopd.config.service`) of the processes that this launch starts."""
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
+    """Role → CUDA_VISIBLE_DEVICES; several for "rollout" go to the workers in turn, for "teacher" to replicas."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on the loopback from this port on; 0: on free ones; None: not at all."""
 
@@ -107,7 +107,7 @@ class _Launch:
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
         else:
-            self._set("teacher.address", self._start_teacher())
+            self._set("teacher.address", self._start_teachers())
         if self._options.api:
             self._start_api()
         return self._run_trainer()
@@ -150,21 +150,29 @@ class _Launch:
             child = self._make_service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
             self._supervisor.start(child)
 
-    def _start_teacher(self) -> str:
-        announce = self._announce_file("teacher")
-        devices = self._options.gpus.get("teacher", (None,))[0]
-        arguments: tuple[str, ...] = ("--announce", str(announce))
-        self._supervisor.start(
-            self._make_service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
-        )
-        self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
-        address = announce.read_text().strip()
-        # A restart takes the same port again: trainer and API have no other address.
-        again = self._make_service(
-            "teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices
-        )
-        self._supervisor.set_restart_argv("teacher", again.argv)
-        return address
+    def _start_teachers(self) -> str:
+        """Starts a teacher for each value of its devices, all at once; returns their addresses with commas between."""
+        devices: Sequence[str | None] = self._options.gpus.get("teacher", (None,))
+        names = ["teacher"] if len(devices) == 1 else [f"teacher-{index}" for index in range(len(devices))]
+        host = self._config.teacher.address.rpartition(":")[0]
+        announced = {}
+        for index, (name, visible) in enumerate(zip(names, devices, strict=True)):
+            # The first one listens where the configuration says, replicas beside it on free ports.
+            settings = ("--set", f"teacher.address={host}:0") if index else ()
+            announced[name] = self._announce_file(name)
+            arguments = (*settings, "--announce", str(announced[name]))
+            self._supervisor.start(
+                self._make_service("teacher", name, *arguments, devices=visible, is_ready=announced[name].exists)
+            )
+        addresses = []
+        for name, visible in zip(names, devices, strict=True):
+            self._supervisor.wait_ready(name, timeout_s=TEACHER_TIMEOUT_S)
+            addresses.append(announced[name].read_text().strip())
+            # A restart takes the same port again: trainer and API have no other address.
+            arguments = ("--set", f"teacher.address={addresses[-1]}", "--announce", str(announced[name]))
+            again = self._make_service("teacher", name, *arguments, devices=visible)
+            self._supervisor.set_restart_argv(name, again.argv)
+        return ",".join(addresses)
 
     def _start_api(self) -> None:
         announce = self._announce_file("api")
@@ -298,7 +306,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
 
 
 def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the values of `--gpus`.
+    """Reads the values of `--gpus`. A role that is named several times has as many processes.
 
     >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
     {'teacher': ('0,1',), 'rollout': ('2', '3')}
@@ -309,6 +317,11 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not separator or role not in ROLES:
             raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
         placed[role] = (*placed.get(role, ()), devices)
+    if len(placed.get("trainer", ())) > 1:
+        raise ConfigError(
+            f"--gpus trainer is given {len(placed['trainer'])} times; it is one process or one group of ranks: "
+            f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
+        )
     return placed
 
 

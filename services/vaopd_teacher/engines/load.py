@@ -10,6 +10,7 @@ import torch
 
 from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
+from vaopd.vlm import vllm_start
 from vaopd.vlm.compiled import compile_layers, warm_up
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
@@ -40,10 +41,12 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
 
     Raises ConfigError when the configuration's backend can't run here.
     """
+    engine = service.engine
+    if engine.backend == "vllm":
+        vllm_start.set_environment()
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)
-    engine = service.engine
     if engine.backend == "vllm":
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
