@@ -43,6 +43,7 @@ def run(check: Check) -> None:
     if timing.ON_GPU:
         middle = list(TARGETS_MS)[1]
         measure_group(check, student, loss, *middle, name=", layers not compiled")
+        profile.report(check, "a step, layers not compiled", make_step(loss, student, middle))
         compile_student(check, student, loss)
     for shape in TARGETS_MS:
         if check.has_time("P {}, R {}, K {}".format(*shape), 8):
