@@ -22,6 +22,7 @@ from vaopd.types import GroupScore, RolloutGroup
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.transfer import upload, upload_rows
+from vaopd_trainer.fused_norms import fuse_norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -129,6 +130,7 @@ class StudentLoss(nn.Module):
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
             student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
+        fuse_norms(student.model)
         self.model = student.model
         self._student = student
         self._vocab_size = None if teacher_head is None else len(teacher_head)
