@@ -128,8 +128,9 @@ class StudentLoss(nn.Module):
         if device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
             if not student.model.supports_gradient_checkpointing:
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-            student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
+            # The families here have no dropout, hence no random state to restore in each layer.
+            student.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            student.model.train()  # transformers checkpoints in this mode only
         fuse_norms(student.model)
         self.model = student.model
         self._student = student
