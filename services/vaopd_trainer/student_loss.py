@@ -23,6 +23,7 @@ from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.transfer import upload, upload_rows
+from vaopd_trainer.fused_norms import fuse_norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -128,8 +129,10 @@ class StudentLoss(nn.Module):
         if device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
             if not student.model.supports_gradient_checkpointing:
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-            student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
+            # The families here have no dropout, hence no random state to restore in each layer.
+            student.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            student.model.train()  # transformers checkpoints in this mode only
+        fuse_norms(student.model)
         if device.type == "cuda" and trainer.compile_layers:
             compile_layers(student)
         self.model = student.model

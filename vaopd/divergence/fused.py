@@ -10,7 +10,6 @@ inputs), sums over chunks included.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vaopd.divergence.head import choose_product_dtype, head_logits, pad_head
+from vaopd.divergence.products import add_product, multiply
 from vaopd.divergence.targets import FullTarget, LogProbTarget, Target
 from vaopd.errors import InvalidInput
 
@@ -245,10 +245,10 @@ class _Job:
             return
         factors = weights[rows, None]
         if found.by_hidden is not None:
-            torch.mul(_multiply(slope, head, self.wide), factors, out=found.by_hidden[rows])
+            torch.mul(multiply(slope, head, self.wide), factors, out=found.by_hidden[rows])
         if found.by_head is not None:
             scaled = (part * factors).to(self.dtype)  # the narrow side: m·D products instead of m·V
-            _add_product(found.by_head[: len(head)], slope.T, scaled, first=rows.start == 0)
+            add_product(found.by_head[: len(head)], slope.T, scaled, first=rows.start == 0)
 
     def _compare(
         self, part: Tensor, head: Tensor, rows: slice, ids: Tensor | None, differentiate: bool, logprobs: Tensor
@@ -312,44 +312,6 @@ def has_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels run there: on a GPU, with torch's CUDA builds; on a CPU in Triton's interpreter only."""
     wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return wanted and importlib.util.find_spec("triton") is not None
-
-
-def _multiply(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """Returns the product, on a GPU with its float32 sums as they are, elsewhere rounded like the factors."""
-    if left.is_cuda and left.dtype != wide:
-        return torch.mm(left, right, out_dtype=wide)
-    return left @ right
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """Adds a product to `total`, float32 where the factors are bfloat16: bfloat16 sums would stop growing.
-
-    The first one is written instead: on a GPU, filling 1.2 GB with zeros and reading them takes as long as a product.
-    """
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-    elif first and left.is_cuda:
-        torch.mm(left, right, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(left @ right)
-    elif left.is_cuda and _can_add_wide(left.device, left.dtype):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
-
-
-@functools.cache
-def _can_add_wide(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of halves to a float32 matrix in one call; older ones want halves to add to."""
-    total = torch.full((8, 8), 1.0 + 2**-20, device=device)
-    ones = torch.ones(8, 8, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 9.0 + 2**-20).all())
 
 
 class _Loss(torch.autograd.Function):

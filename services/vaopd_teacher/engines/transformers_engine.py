@@ -75,6 +75,7 @@ class GroupEngine:
         head = vlm.padded_head.detach()
         # All published tables have padded rows. One that hasn't is copied once: a GPU's fast kernels need them.
         self._head = pad_head(head) if head.is_cuda else head
+        self._overlaps = head.is_cuda  # a forward that was begun computes while the host goes on
 
     def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """Yields one result per group, in their order; see `Engine.score`."""
@@ -90,7 +91,7 @@ class GroupEngine:
                 leaving.append(self._send_down(groups[index], progress[index]))
                 progress[index] = _Progress()  # frees the hidden states
             done = finished
-            if not self._head.is_cuda:
+            if not self._overlaps:
                 yield from map(_finish, leaving)
                 leaving = []
         yield from map(_finish, leaving)
