@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_folder
 from vaopd.run.checkpoints import RunState, list_checkpoints, write_run_state
-from vaopd.run.snapshots import save_tensors
+from vaopd.run.tensor_files import write_tensors
 from vaopd_trainer import kill_points
 
 
@@ -32,9 +32,9 @@ def save(
     target = folder / f"step_{state.step:06d}"
     try:
         with atomic_folder(target) as part:
-            save_tensors(student, part / "student.safetensors")
-            save_tensors(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
-            save_tensors({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
+            write_tensors(student, part / "student.safetensors")
+            write_tensors(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
+            write_tensors({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
             write_run_state(part, state)
             kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
