@@ -146,7 +146,9 @@ def make_image(tokens: int, seed: int, key: str | None = None) -> PreparedImage:
     height = max(1, math.isqrt(tokens))
     width = tokens // height
     generator = torch.Generator(timing.DEVICE).manual_seed(seed)
-    pixels = torch.randn((4 * height * width, 3 * 2 * 16 * 16), generator=generator, device=timing.DEVICE).to(DTYPE).cpu()
+    pixels = (
+        torch.randn((4 * height * width, 3 * 2 * 16 * 16), generator=generator, device=timing.DEVICE).to(DTYPE).cpu()
+    )
     return PreparedImage(pixel_values=pixels, grid=(1, 2 * height, 2 * width), num_tokens=height * width, key=key)
 
 
