@@ -142,11 +142,13 @@ def make_config(processor: Any, size: str, layers: int | None) -> Any:
 
 
 def make_image(tokens: int, seed: int, key: str | None = None) -> PreparedImage:
-    """Makes noise of about `tokens` image tokens, as the image processor would leave it."""
+    """Makes noise of about `tokens` image tokens, as `Vlm.prepare_image` leaves it: in the model's precision."""
     height = max(1, math.isqrt(tokens))
     width = tokens // height
     generator = torch.Generator(timing.DEVICE).manual_seed(seed)
-    pixels = torch.randn((4 * height * width, 3 * 2 * 16 * 16), generator=generator, device=timing.DEVICE).cpu()
+    pixels = (
+        torch.randn((4 * height * width, 3 * 2 * 16 * 16), generator=generator, device=timing.DEVICE).to(DTYPE).cpu()
+    )
     return PreparedImage(pixel_values=pixels, grid=(1, 2 * height, 2 * width), num_tokens=height * width, key=key)
 
 
