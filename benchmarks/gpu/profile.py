@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import timing
 
 from benchmarks.gpu.measure import Check, count_launches, count_waits, profile_s
@@ -29,25 +32,30 @@ def run(check: Check) -> None:
         if not check.has_time(name, 5):
             continue
         score(engine, asked)
-        wall_s, kernels, calls = profile_s(lambda asked=asked: score(engine, asked))
-        parts = dict.fromkeys((*KINDS, "other"), 0.0)
-        for kernel, seconds in kernels.items():
-            parts[find_kind(kernel)] += seconds
-        busy = sum(parts.values())
-        useful = (parts["products"] + parts["attention"]) / busy
-        check.tell(
-            name,
-            f"wall {1e3 * wall_s:.0f} ms, device {1e3 * busy:.0f} ms ({busy / wall_s:.0%}): "
-            + ", ".join(f"{kind} {1e3 * seconds:.0f}" for kind, seconds in parts.items())
-            + f"; {count_launches(calls)} launches, the host waits {count_waits(calls)} times",
-            target="device busy ≥ 90 %, products and attention ≥ 70 % of it",
-            ok=busy / wall_s >= 0.9 and useful >= 0.7,
-            wall_ms=1e3 * wall_s,
-            busy_share=busy / wall_s,
-            useful_share=useful,
-        )
-        longest = sorted((item for item in kernels.items() if find_kind(item[0]) == "other"), key=lambda item: -item[1])
-        check.tell("   longest others", ", ".join(f"{1e3 * s:.1f} ms {kernel[:60]}" for kernel, s in longest[:5]))
+        report(check, name, lambda asked=asked: score(engine, asked))
+
+
+def report(check: Check, name: str, run: Callable[[], Any]) -> None:
+    """Tells how a run spends the device's time. It has run once before."""
+    wall_s, kernels, calls = profile_s(run)
+    parts = dict.fromkeys((*KINDS, "other"), 0.0)
+    for kernel, seconds in kernels.items():
+        parts[find_kind(kernel)] += seconds
+    busy = sum(parts.values())
+    useful = (parts["products"] + parts["attention"]) / busy
+    check.tell(
+        name,
+        f"wall {1e3 * wall_s:.0f} ms, device {1e3 * busy:.0f} ms ({busy / wall_s:.0%}): "
+        + ", ".join(f"{kind} {1e3 * seconds:.0f}" for kind, seconds in parts.items())
+        + f"; {count_launches(calls)} launches, the host waits {count_waits(calls)} times",
+        target="device busy ≥ 90 %, products and attention ≥ 70 % of it",
+        ok=busy / wall_s >= 0.9 and useful >= 0.7,
+        wall_ms=1e3 * wall_s,
+        busy_share=busy / wall_s,
+        useful_share=useful,
+    )
+    longest = sorted((item for item in kernels.items() if find_kind(item[0]) == "other"), key=lambda item: -item[1])
+    check.tell("   longest others", ", ".join(f"{1e3 * s:.1f} ms {kernel[:60]}" for kernel, s in longest[:5]))
 
 
 def find_kind(kernel: str) -> str:

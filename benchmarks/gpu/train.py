@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import floor
@@ -9,9 +10,11 @@ import timing
 import torch
 from accelerate import Accelerator
 
+from benchmarks.gpu import profile
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, free_memory, measure_peak, measure_s
 from benchmarks.gpu.models import DTYPE, TEXT_TOKENS, make_weighted
 from vaopd.config import TrainerConfig, ignore, load_config
+from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Vlm
 from vaopd_trainer import compose
 from vaopd_trainer.student_loss import StudentLoss
@@ -32,17 +35,31 @@ def run(check: Check) -> None:
     report_checkpointing(check)
     student = check.models.student()
     head = (0.02 * torch.randn(student.vocab_size, TEACHER_WIDTH, device=timing.DEVICE)).to(DTYPE)
-    settings = TrainerConfig(steps=1)
+    settings = TrainerConfig(steps=1, compile_layers=False)
     loss = StudentLoss(student, teacher_head=head, trainer=settings, checkpoint_activations=True)
     make_step(loss, student, SMALL)()
     optimizer = make_optimizer(loss, fused=True)
     optimizer.step()  # makes the moments, a part of the peak
+    if timing.ON_GPU:
+        middle = list(TARGETS_MS)[1]
+        measure_group(check, student, loss, *middle, name=", layers not compiled")
+        compile_student(check, student, loss)
     for shape in TARGETS_MS:
         if check.has_time("P {}, R {}, K {}".format(*shape), 8):
             measure_group(check, student, loss, *shape)
+    if timing.ON_GPU:
+        profile.report(check, "a step, P {}, R {}, K {}".format(*middle), make_step(loss, student, middle))
     del optimizer
     free_memory()
     measure_optimizer(check, student, loss)
+
+
+def compile_student(check: Check, student: Vlm, loss: StudentLoss) -> None:
+    compile_layers(student)
+    start = time.perf_counter()
+    make_step(loss, student, SMALL)()
+    timing.synchronise()
+    check.tell("first step with compiled layers", f"{time.perf_counter() - start:.0f} s")
 
 
 def report_checkpointing(check: Check) -> None:
@@ -72,8 +89,10 @@ def make_step(loss: StudentLoss, student: Vlm, shape: tuple[int, int, int]) -> C
     return step
 
 
-def measure_group(check: Check, student: Vlm, loss: StudentLoss, prompt: int, response: int, rollouts: int) -> None:
-    name = f"P {prompt}, R {response}, K {rollouts}"
+def measure_group(
+    check: Check, student: Vlm, loss: StudentLoss, prompt: int, response: int, rollouts: int, name: str = ""
+) -> None:
+    name = f"P {prompt}, R {response}, K {rollouts}{name}"
     step = make_step(loss, student, (prompt, response, rollouts))
     loss.zero_grad(set_to_none=True)
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.support.kernels import reference_kernel
 from tests.support.teacher import drawing
 from vaopd.vlm.families import PreparedImage, vision_tower
 from vaopd.vlm.families.qwen_vl import Qwen25VL
+from vaopd.vlm.fused_norms import is_rms_norm, normalise
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.transfer import upload_rows
 
@@ -74,6 +77,27 @@ def test_one_call_for_all_images_of_a_layer_gives_the_same_features(
     assert len(images) in calls
 
 
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_learned_positions_are_resampled_as_transformers_does(align_corners: bool) -> None:
+    """To the bit, for grids that are smaller and larger than the 48 × 48 learned positions, and for one block."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    tower = SimpleNamespace(
+        device=torch.device("cpu"),
+        num_grid_per_side=48,
+        interpolation_mode="bilinear",
+        interpolation_align_corners=align_corners,
+        config=SimpleNamespace(spatial_merge_size=2),
+    )
+    grids = torch.tensor([[1, 2, 2], [1, 36, 20], [2, 4, 6], [1, 50, 128]])
+    found = vision_tower.compute_interpolation(tower, grids)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids, num_grid_per_side=48, mode="bilinear", align_corners=align_corners, spatial_merge_size=2
+    )
+    assert torch.equal(found["interp_indices"], indices)
+    assert torch.equal(found["interp_weights"], weights)
+
+
 @torch.no_grad()
 def test_deepstack_features_of_all_images_in_one_tensor_are_split() -> None:
     """transformers before 5.18 returns each layer's features of all images in one tensor; later ones image by image."""
@@ -117,6 +141,30 @@ def test_patches_are_embedded_by_one_product_as_by_the_convolution() -> None:
     patches = torch.randn(shape, dtype=torch.float64)
     expected = convolution(patches).flatten(1)
     torch.testing.assert_close(vision_tower.embed_patches(convolution, patches.flatten(1)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_norms_by_one_kernel_are_transformers_own(family: str) -> None:
+    model = family_vlm(family, dtype="float64").model
+    norms = [module for module in model.modules() if is_rms_norm(module)]
+    assert len(norms) >= 2 * model.config.get_text_config().num_hidden_layers + 1
+    for norm in norms:
+        norm = copy.deepcopy(norm)
+        norm.weight.copy_(torch.randn_like(norm.weight))
+        values = torch.randn(3, 7, len(norm.weight), dtype=torch.float64)
+        # transformers computes the norm in float32 whatever the precision, so the bound is float32's.
+        torch.testing.assert_close(normalise(norm, values), norm(values), rtol=1e-6, atol=1e-6)
+
+
+def test_a_copied_model_reads_its_own_weights() -> None:
+    """A function that were bound to the first model's norm would read that one's."""
+    model = family_vlm("qwen3_vl").model
+    copied = copy.deepcopy(model)
+    for name, module in copied.named_modules():
+        forward = vars(module).get("forward")
+        assert forward is None or forward.__self__ is module, name
+    assert copied.model.language_model._deepstack_process.__self__ is copied.model.language_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,8 @@ import torch
 
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
+from vaopd.vlm.fused_norms import use_fused_norms
+from vaopd.vlm.placement import check_placement
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload
@@ -47,6 +49,7 @@ class Vlm(PromptReader):
 
     def __post_init__(self) -> None:
         self.family.adapt(self.model)
+        use_fused_norms(self.model)
 
     @classmethod
     def load(
@@ -55,7 +58,7 @@ class Vlm(PromptReader):
         *,
         dtype: str = "float32",
         device: str | None = None,
-        device_map: str | None = None,
+        device_map: str | dict[str, str] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         tensor_parallel: bool = False,
@@ -68,7 +71,7 @@ class Vlm(PromptReader):
         tensor_parallel: splits each text layer over all ranks of the process group; all ranks must then make the same
         calls.
 
-        Raises ConfigError for a model that isn't found or a family without an adapter.
+        Raises ConfigError for a model that isn't found, one that doesn't fit, or a family without an adapter.
         """
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
@@ -85,6 +88,7 @@ class Vlm(PromptReader):
             attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
             **options,
         )
+        check_placement(model, str(path))
         if device is not None and device_map is None:
             model = model.to(device)
         return cls(

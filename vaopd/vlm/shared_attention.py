@@ -150,6 +150,7 @@ def _invert(written: Tensor, length: int) -> Tensor:
     return order
 
 
+@torch.compiler.disable  # the layers around it may be compiled (vaopd.vlm.compiled)
 def attend(
     module: torch.nn.Module,
     query: Tensor,

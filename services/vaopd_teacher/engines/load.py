@@ -11,6 +11,7 @@ import torch
 from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm import vllm_start
+from vaopd.vlm.compiled import compile_layers, warm_up
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
@@ -58,12 +59,14 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
 
         leading = lead(config, processes=engine.processes)
         return replace(backend_of(leading), close=leading.end_followers)
-    return backend_of(
-        Vlm.load(
-            config.teacher.model,
-            dtype=config.teacher.dtype,
-            device_map=config.teacher.device_map,
-            min_pixels=config.data.min_pixels,
-            max_pixels=config.data.max_pixels,
-        )
+    vlm = Vlm.load(
+        config.teacher.model,
+        dtype=config.teacher.dtype,
+        device_map=config.teacher.device_map,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
     )
+    if engine.compile_layers and vlm.device.type == "cuda":
+        compile_layers(vlm)
+        warm_up(vlm)
+    return backend_of(vlm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import PIL.Image
@@ -10,6 +11,7 @@ import torch
 
 from vaopd.vlm.families import vision_tower
 from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden, find_image_rows
+from vaopd.vlm.fused_layers import fuse_text_layers
 from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload, upload_rows
 
@@ -141,9 +143,11 @@ class Qwen3VL(Qwen25VL):
     }
 
     def adapt(self, model: Any) -> None:
-        """As Qwen2.5-VL's; the text model adds deepstack features at rows that are given as indices."""
+        """As Qwen2.5-VL's; the text model adds deepstack features at rows, and its layers compute by fewer kernels."""
         super().adapt(model)
-        _add_deepstack_at_rows(self.language_model(model))
+        text_model: Any = self.language_model(model)
+        text_model._deepstack_process = MethodType(_add_deepstack, text_model)
+        fuse_text_layers(text_model)
 
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Encodes the patches; the features of deeper layers follow the embeddings."""
@@ -171,24 +175,16 @@ def split_by_image(layer: torch.Tensor | Sequence[torch.Tensor], images: Sequenc
     return layer.split([image.num_tokens for image in images]) if isinstance(layer, torch.Tensor) else layer
 
 
-def _add_deepstack_at_rows(text_model: Any) -> None:
-    """Lets transformers' text model take indices (n,) in place of a mask, whose rows a GPU would have to count first.
+def _add_deepstack(self: Any, hidden: torch.Tensor, rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Adds features (n, D) at rows (n,) of (1, length, D), in place of transformers' `_deepstack_process`.
 
-    The sums are the same. A mask, as `generate` passes it, takes transformers' own way.
+    That takes a mask, whose rows a GPU would have to count first; a mask, as `generate` passes it, takes its way still.
     """
-    own = text_model._deepstack_process
-    if getattr(own, "takes_rows", False):
-        return
-
-    def add(hidden: torch.Tensor, rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if rows.dtype == torch.bool:
-            masked: torch.Tensor = own(hidden, rows, features)
-            return masked
-        rows = rows.to(hidden.device)
-        return hidden.index_copy(1, rows, hidden.index_select(1, rows) + features.to(hidden.device, hidden.dtype))
-
-    add.takes_rows = True  # type: ignore[attr-defined]
-    text_model._deepstack_process = add
+    if rows.dtype == torch.bool:
+        masked: torch.Tensor = type(self)._deepstack_process(self, hidden, rows, features)
+        return masked
+    rows = rows.to(hidden.device)
+    return hidden.index_copy(1, rows, hidden.index_select(1, rows) + features.to(hidden.device, hidden.dtype))
 
 
 def _stack_grids(images: Sequence[PreparedImage]) -> torch.Tensor:

@@ -6,13 +6,15 @@ waits for. Here one kernel call attends within all images of a layer, and the in
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vaopd.vlm.transfer import upload
+from vaopd.vlm.fused_layers import can_fuse
+from vaopd.vlm.transfer import upload, upload_rows
 from vaopd.vlm.varlen_attention import attend_to_images, choose_kernel
 
 ATTENTION = "vaopd_flash_images"
@@ -25,17 +27,16 @@ def adapt(tower: Any) -> None:
 
     AttentionInterface.register(ATTENTION, attend)
     tower.config._attn_implementation = ATTENTION
-    own = tower.patch_embed.forward
-    if getattr(own, "by_product", False):
-        return
-    convolution = tower.patch_embed.proj
+    tower.patch_embed.forward = MethodType(_embed, tower.patch_embed)
+    for block in tower.blocks:
+        block.attn.forward = MethodType(_attend_in_block, block.attn)
 
-    def embed(patches: Tensor) -> Tensor:
-        embedded: Tensor = embed_patches(convolution, patches) if patches.device.type == "cuda" else own(patches)
-        return embedded
 
-    embed.by_product = True  # type: ignore[attr-defined]
-    tower.patch_embed.forward = embed
+def _embed(self: Any, patches: Tensor) -> Tensor:
+    if patches.is_cuda:
+        return embed_patches(self.proj, patches)
+    own: Tensor = type(self).forward(self, patches)
+    return own
 
 
 def embed_patches(convolution: torch.nn.Conv3d, patches: Tensor) -> Tensor:
@@ -47,6 +48,37 @@ def embed_patches(convolution: torch.nn.Conv3d, patches: Tensor) -> Tensor:
     return F.linear(patches.view(-1, weight[0].numel()).to(weight.dtype), weight.flatten(1), convolution.bias)
 
 
+def _attend_in_block(
+    self: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    max_seqlen: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As Qwen…VLVisionAttention.forward, with rotary positions by one kernel where it can be used."""
+    if max_seqlen is None or not can_fuse(hidden_states):
+        own: Tensor = type(self).forward(
+            self,
+            hidden_states,
+            cu_seqlens=cu_seqlens,
+            position_embeddings=position_embeddings,
+            max_seqlen=max_seqlen,
+            **kwargs,
+        )
+        return own
+    from vaopd.vlm.kernels import rotate
+
+    cos, sin = (part.contiguous() for part in position_embeddings)
+    query, key, value = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1).unbind(1)
+    parts = (rotate(query, cos, sin), rotate(key, cos, sin), value)
+    q, k, v = (part.transpose(0, 1)[None] for part in parts)
+    out, _ = attend(self, q, k, v, None, cu_seq_lens_q=cu_seqlens, max_length_q=max_seqlen, scaling=self.scaling)
+    attended: Tensor = self.proj(out.reshape(len(hidden_states), -1))
+    return attended
+
+
+@torch.compiler.disable  # the blocks around it may be compiled (vaopd.vlm.compiled)
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -91,17 +123,38 @@ def compute_sequences(tower: Any, grids: Tensor) -> dict[str, Any]:
 
 
 def compute_interpolation(tower: Any, grids: Tensor) -> dict[str, Any]:
-    """Returns Qwen3-VL's arguments that resample its learned positions to each image's grid."""
-    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+    """Returns Qwen3-VL's arguments that resample its learned positions to each image's grid.
 
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grids,
-        num_grid_per_side=tower.num_grid_per_side,
-        mode=tower.interpolation_mode,
-        align_corners=tower.interpolation_align_corners,
-        spatial_merge_size=tower.config.spatial_merge_size,
-    )
-    return {"interp_indices": upload(indices, tower.device), "interp_weights": upload(weights, tower.device)}
+    transformers decodes each patch's place by divisions, some hundred times slower on a host than outer products.
+    """
+    if tower.interpolation_mode != "bilinear":
+        return {}  # the tower computes them
+    side, merge = tower.num_grid_per_side, tower.config.spatial_merge_size
+    indices, weights = [], []
+    for t, h, w in grids.tolist():
+        row_taps, row_weights = _interpolate_axis(h, side, tower.interpolation_align_corners)
+        column_taps, column_weights = _interpolate_axis(w, side, tower.interpolation_align_corners)
+        # Rows, columns: (blocks down, 1, within, 1, tap, 1) and (1, blocks across, 1, within, 1, tap).
+        down, across = (h // merge, 1, merge, 1, -1, 1), (1, w // merge, 1, merge, 1, -1)
+        indices.append((row_taps.view(down) * side + column_taps.view(across)).reshape(h * w, -1).repeat(t, 1))
+        weights.append((row_weights.view(down) * column_weights.view(across)).reshape(h * w, -1).repeat(t, 1))
+    return {
+        "interp_indices": upload_rows(indices, tower.device),
+        "interp_weights": upload_rows(weights, tower.device),
+    }
+
+
+def _interpolate_axis(size: int, side: int, align_corners: bool) -> tuple[Tensor, Tensor]:
+    """Returns the two neighbours (size, 2) among `side` learned positions of each place on an axis, and their weights.
+
+    The operations are transformers', in their order, so that the weights are the same bits.
+    """
+    places = torch.arange(size, dtype=torch.float32)
+    source = places * (side - 1) / max(1, size - 1) if align_corners else (places + 0.5) * side / size - 0.5
+    floor = torch.floor(source)
+    offsets = torch.arange(2)
+    taps = (floor.long()[:, None] + offsets).clamp(0, side - 1)
+    return taps, (1 - (source[:, None] - floor[:, None] - offsets).abs()).clamp(min=0)
 
 
 def compute_windows(tower: Any, grids: Tensor) -> dict[str, Any]:
