@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test numerics compare bench gpu-check chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
+.PHONY: setup demo test numerics compare bench gpu-check chaos chaos-training fuzz screenshots docs reference locks locks-check lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
@@ -58,6 +58,12 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# deploy/locks: the versions that go together. The second resolves them again, by metadata alone, in half a minute.
+locks: $(STAMP)
+	$(BIN)/python deploy/locks/lock.py
+locks-check: $(STAMP)
+	$(BIN)/python deploy/locks/lock.py --check
 
 # The documentation site, in build/site.
 docs: reference
