@@ -14,7 +14,6 @@ import torch
 
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, measure_peak, measure_s
 from benchmarks.gpu.models import BATCH_TOKENS, TEXT_TOKENS, make_engine, make_group, score
-from vaopd.vlm.compiled import compile_layers, warm_up
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.engine import PreparedGroup
 
@@ -38,26 +37,9 @@ def run(check: Check) -> None:
     timing.synchronise()
     size = sum(p.numel() for p in vlm.model.parameters()) / 1e9
     check.tell("model made", f"{time.perf_counter() - start:.1f} s, {size:.2f} B parameters")
-    if timing.ON_GPU:
-        measure_uncompiled(check, vlm)
-        start = time.perf_counter()
-        compile_layers(vlm)
-        warm_up(vlm)
-        timing.synchronise()
-        check.tell("layers compiled", f"{time.perf_counter() - start:.0f} s")
     for shape in TARGETS_MS:
         if check.has_time("P {}, R {}, K {}".format(*shape), 12):
             compare(check, vlm, *shape)
-
-
-@torch.inference_mode()
-def measure_uncompiled(check: Check, vlm: Vlm) -> None:
-    engine = make_engine(vlm)
-    for prompt, response, rollouts in list(TARGETS_MS)[1:3]:
-        new = [make_group(vlm, prompt, [response] * rollouts)]
-        seconds = measure_s(lambda new=new: score(engine, new))
-        name = f"P {prompt}, R {response}, K {rollouts}, one group, layers not compiled"
-        check.tell(name, f"{1e3 * seconds:.0f} ms a group", ms=1e3 * seconds)
 
 
 @torch.inference_mode()

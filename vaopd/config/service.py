@@ -124,8 +124,6 @@ class TransformersBackend(Section):
     """The library that holds the weights; vllm is for teachers that only vLLM can hold."""
     processes: int = Field(1, ge=1)
     """Ranks that share every text layer among them (tensor parallelism), one device each."""
-    compile_layers: bool = True
-    """Compiles the layers on a GPU: the start takes about a minute longer, a forward a quarter less. Not with ranks."""
 
 
 class VllmBackend(Section):

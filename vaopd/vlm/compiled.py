@@ -2,17 +2,13 @@
 
 torch.compile fuses norms, rotations, activations, casts and sums into few kernels. Attention stays as it is, since its
 places change with each forward. One graph serves all layers of a stack and all lengths, so the first forward pays for
-the compilation, about a minute, and no later one.
+the compilation, about half a minute, and no later one. Inference has kernels of its own (`fused_layers`), which are as
+fast: on an H100, 283 ms a group against 288.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import PIL.Image
-import torch
-
-from vaopd.types import EncodedImage, user_turn
-from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.model import Vlm
 
 
 def compile_layers(vlm: Vlm) -> None:
@@ -20,13 +16,3 @@ def compile_layers(vlm: Vlm) -> None:
     tower = vlm.family.vision_tower(vlm.model)
     for layer in (*vlm.family.language_model(vlm.model).layers, *getattr(tower, "blocks", ())):  # type: ignore[misc]
         layer.compile(dynamic=True)
-
-
-@torch.inference_mode()
-def warm_up(vlm: Vlm) -> None:
-    """Runs a small forward with an image, so that no caller waits for the compilation."""
-    name = EncodedImage(data=b"")
-    image = vlm.prepare_image(vlm.scale_image(PIL.Image.new("RGB", (256, 256))))
-    prompt = vlm.render(user_turn("?", [name]), {name.sha256: image})
-    response = np.full(8, prompt.token_ids[-1])
-    vlm.compute_response_hidden([Segment(prompt=prompt, responses=(response, response[:5]))])

@@ -11,7 +11,6 @@ import torch
 from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm import vllm_start
-from vaopd.vlm.compiled import compile_layers, warm_up
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
@@ -66,7 +65,4 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
-    if engine.compile_layers and vlm.device.type == "cuda":
-        compile_layers(vlm)
-        warm_up(vlm)
     return backend_of(vlm)
