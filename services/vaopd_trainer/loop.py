@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator, Weights
@@ -178,7 +179,8 @@ class Trainer:
         self.state.step = step + 1
         kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
-        sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss))
+        own_fraction = self.config.objective.as_keywords().get("high_fraction", HIGH_FRACTION)
+        sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss, high_fraction=own_fraction))
         lines = self.ranks.gather([[g.group.group_id, g.group.policy_version] for g in scored])
         trained = [
             LedgerLine(group_id=group_id, step=step, policy_version=version)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vaopd import objective
 from vaopd.grading import judge
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.types import Prompt, TextPart
 from vaopd_trainer.student_loss import WeightedGroup
 
@@ -57,10 +58,15 @@ EVALUATION_DESCRIPTIONS = {
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
-def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
-    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share."""
+def sum_groups(
+    groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float, *, high_fraction: float = HIGH_FRACTION
+) -> dict[str, float]:
+    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share.
+
+    high_fraction: the run's own; the paper's for objectives without a high group.
+    """
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
-    high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
+    high_M = objective.high_group(va_NT, mask_NT, high_fraction=high_fraction)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
     rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]
     entropy = [float(-(w * w.clamp_min(1e-30).log()).sum()) for w in (group.rollout_weights for group in groups)]

@@ -33,7 +33,8 @@ def make_run(
     )
     lines: list[dict[str, Any]] = []
     for index, accuracy in enumerate(accuracies):
-        evaluation = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
+        evaluation: dict[str, Any] = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
+        evaluation["judge"] = f"{index + 1}, by hand"
         lines.append({"kind": "eval", "step": 10 * index, **evaluation})
     for step in range(steps):
         numbers = {"loss": 0.5, "kl_mean": 0.4, "kl_high": 0.6, "kl_low": 0.3, "mean_va": 0.2, "va_top10_share": 0.95}
