@@ -31,6 +31,7 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
+from vaopd.run.model_card import upload_hint, write_model_card
 from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
@@ -119,9 +120,16 @@ class Coordinator:
 
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
-        keep_snapshot(self._snapshot, self._folder / "model")
+        self._keep("model")
+        model = self._config.run_folder / "model"
+        self._progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
+
+    def _keep(self, name: str) -> None:
+        """Keeps the current policy as RUN/`name`, with a model card."""
+        keep_snapshot(self._snapshot, self._folder / name)
+        write_model_card(self._folder, self._folder / name, step=self._snapshot.version, base=self._student.path)
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
@@ -192,10 +200,10 @@ class Coordinator:
             on_progress=self._show_evaluating,
         )
         self._metrics.note_evaluation(result.accuracy, result.standard_error)
+        self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
         if result.accuracy > self._best_accuracy:  # the first best wins
             self._best_accuracy = result.accuracy
-            keep_snapshot(self._snapshot, self._folder / "best")
-        self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
+            self._keep("best")
         self._track({"eval/accuracy": result.accuracy}, version)
         self._progress_line.accuracy = result.accuracy
         self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")

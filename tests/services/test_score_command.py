@@ -129,7 +129,7 @@ def test_the_views_are_those_of_the_teachers_pixel_bounds(tmp_path: Path) -> Non
     with teacher_in_process(vlm) as teacher:
         asked = ["--image", str(tmp_path / "image.png"), "--question", QUESTION, "--response", "It is 12."]
         assert main(["score", "--teacher", teacher.target, *asked, "--html", str(page)]) == 0
-    shown = [base64.b64decode(text) for text in re.findall("data:image/png;base64,([^\"]+)", page.read_text())]
+    shown = [base64.b64decode(text) for text in re.findall('data:image/png;base64,([^"]+)', page.read_text())]
     original, degraded = (PIL.Image.open(io.BytesIO(png)) for png in shown)
     assert original.size == degraded.size == (27, 36)
     columns = {degraded.crop((x, 0, x + 1, 36)).tobytes() for x in range(27)}

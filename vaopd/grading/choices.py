@@ -26,7 +26,9 @@ _CHOSEN = re.compile(
     r"(?:(?i:\b(?:option|choice|choose|select|pick)\b(?: is)?:?(?: option| choice)?) ?"
     r"|(?:选项|选择|选)(?:是|为|：|:)? ?)[(（*]*(?P<letter>[A-J])(?![A-Za-z0-9']| as\b)"
 )
-_DENIED = re.compile(r" (?:can't|cannot|(?:is|are|was|can|could|does|do|would|will)(?:n't| not| wrong| incorrect| false))\b")
+_DENIED = re.compile(
+    r" (?:can't|cannot|(?:is|are|was|can|could|does|do|would|will)(?:n't| not| wrong| incorrect| false))\b"
+)
 _DOUBT = re.compile(
     r"\b(?:not|isn't|can't|cannot|wrong|incorrect|false|neither|nor|except|eliminate\w*|or|either)\b|[不错非或]|[?？]",
     re.IGNORECASE,
