@@ -1,6 +1,6 @@
 """Writes the model card, README.md, of a model that a run leaves: what was trained how, and what it reached.
 
-Reads RUN/config.toml and RUN/metrics.jsonl, so it shows what ran. This machine's paths are left out: a card is published.
+Reads RUN/config.toml and RUN/metrics.jsonl, so it shows what ran; it is published, so it has no path of this machine.
 """
 
 from __future__ import annotations
