@@ -20,6 +20,7 @@ from tests.support.models import model_folder
 from tests.support.system import Job, System
 from tests.support.teacher import drawing, encoded
 from tests.support.tolerance import assert_within, gamma
+from vaopd.grading import judge_version
 from vaopd_trainer.prompt_order import PromptOrder
 
 pytestmark = pytest.mark.slow
@@ -182,4 +183,8 @@ def test_a_lag_of_one_and_prompts_with_any_number_of_images(system: System, tmp_
         "Compare and .",
     }
     assert all(record["prompts"] == 4 for record in job.records("eval"))
+    for name, step in (("model", 4), ("best", max(job.records("eval"), key=lambda record: record["accuracy"])["step"])):
+        card = (job.folder / name / "README.md").read_text()
+        assert f"| optimizer steps | {step} of 4 |" in card
+        assert f"avg@1, 4 problems; judge {judge_version()})" in card
     assert all(np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0 for record in job.records())
