@@ -233,7 +233,7 @@ def test_the_places_of_a_split(tmp_path: Path, names: list[str]) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_nothing_to_train_on_is_refused(tmp_path: Path, skip: bool) -> None:
-    bad_records: Any = "skip" if skip else "raise"
+    bad_records: Any = "skip" if skip else "error"
     write(tmp_path / "train.parquet", pa.Table.from_pylist([A]).slice(0, 0))
     with pytest.raises(InvalidInput, match="split 'train' has no records"):
         load_prompts(str(tmp_path), split="train", bad_records=bad_records)
