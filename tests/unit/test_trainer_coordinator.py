@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from tests.support.groups import a_request, an_answer
 from vaopd.config import Config, validate
 from vaopd.errors import LeaseLost
+from vaopd.evaluation import held_out_result
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.types import Prompt, RolloutGroup
+from vaopd_trainer import coordinator
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
@@ -78,6 +81,12 @@ class World:
     # The ledger.
     def sync(self) -> None:
         self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
+
+    # The line of progress.
+    accuracy: float | None = None
+
+    def print_line(self, text: str) -> None:
+        self.events.append(("print", text))
 
     def write(self, event: str, **values: Any) -> None:
         self.events.append(("write", event, values))
@@ -155,3 +164,19 @@ def test_a_lost_lease_ends_a_wait_and_sends_no_word_to_the_others(tmp_path: Path
     with pytest.raises(LeaseLost):
         world.coordinator.distribute(0, world.submit)
     assert world.events == []
+
+
+def test_an_evaluation_in_which_nothing_was_asked_is_recorded_and_is_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = held_out_result({}, samples=8, not_asked={"picture": 2})
+    kept: list[object] = []
+    monkeypatch.setattr(coordinator, "evaluate", lambda *args, **kwargs: (result, ()))
+    monkeypatch.setattr(coordinator, "keep_snapshot", lambda *args: kept.append(args))
+    (tmp_path / "r").mkdir()
+    world = World(tmp_path)
+    world.coordinator.evaluate_if_due(0)
+    [line] = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert (line["accuracy"], line["prompts"], line["not_asked"]) == (None, 0, {"picture": 2})
+    assert kept == []
+    world.coordinator.begin(RunState(step=1), resumed=False)  # as after a resume: no accuracy to beat
