@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+QUICK_S = 2.0
 Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teacher port", "api port"]
 
 
@@ -98,15 +100,17 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
 
 
 def make_progress(task: str) -> Callable[[int, int], None]:
-    """Makes the report of a task over records; it prints on standard error."""
+    """Makes the report of a task over records, on standard error; nothing for one that is done in two seconds."""
     from vaopd.telemetry.progress_line import Progress
 
+    started = time.monotonic()
     progress: list[Progress] = []
 
     def report(done: int, total: int) -> None:
-        if not progress:
+        if time.monotonic() - started > QUICK_S and not progress:
             progress.append(Progress(f"vaopd: {task}", total=total, unit="records"))
-        progress[0].report(done)
+        if progress:
+            progress[0].report(done)
 
     return report
 
