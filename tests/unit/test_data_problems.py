@@ -127,6 +127,15 @@ def test_a_bad_record_is_named_before_a_run_or_left_out(
     assert f"left out: 1 of 3 records can't be used (1 {kind})" in caplog.text
 
 
+def test_a_picture_that_the_processor_refuses_is_a_bad_record(tmp_path: Path) -> None:
+    """4000×20 has the ratio 200; scaled to 65536 pixels and floored, 3620×18, it has 201."""
+    source = write(tmp_path / "set", [record("a", picture(size=(4000, 20)))])
+    split = check_training(configure(source, max_pixels=65536))
+    [fault] = split.faults
+    assert (fault.kind, fault.field) == ("picture", "images[0]")
+    assert fault.message.startswith("the model's processor refuses a picture of 4000×20: ")
+
+
 def test_a_prompt_of_exactly_the_limit_is_taken(tmp_path: Path) -> None:
     source = write(tmp_path / "set", [record("How long is it?", picture())])
     config = configure(source)

@@ -30,7 +30,7 @@ import PIL.Image
 
 from vaopd.data.loaders import Prompts
 from vaopd.data.records import Fault
-from vaopd.errors import InvalidInput, LimitExceeded
+from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_file
 from vaopd.files.hub import is_hub_id
 from vaopd.images import decode
@@ -117,7 +117,10 @@ class Meter:
         """Prepares an empty picture: the tokens depend on the size alone."""
         found = self._prepared.get(size)
         if found is None:
-            found = reader.prepare_image(reader.scale_image(PIL.Image.new("RGB", size)))
+            try:
+                found = reader.prepare_image(reader.scale_image(PIL.Image.new("RGB", size)))
+            except ValueError as error:  # e.g. an aspect ratio that scaling has pushed over the processor's limit
+                raise ImageRefused(f"the model's processor refuses a picture of {size[0]}×{size[1]}: {error}") from None
             found = dataclasses.replace(found, pixel_values=found.pixel_values[:0].clone())  # only the grid is kept
             self._prepared[size] = found
         return found
@@ -180,6 +183,8 @@ def _measure_one(prompts: Prompts, index: int, meter: Meter | None, cache: _Cach
         pixels[image.sha256] = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     try:
         tokens = None if meter is None else meter.count(prompt, sizes)
+    except ImageRefused as error:
+        return cache.add(key, prompts.make_picture_fault(index, 0, str(error)))
     except InvalidInput as error:
         field = prompts.name_text_field(index)
         return cache.add(key, Fault(index=index, kind="control token", field=field, message=str(error)))
