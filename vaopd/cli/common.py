@@ -107,7 +107,7 @@ def make_progress(task: str) -> Callable[[int, int], None]:
     progress: list[Progress] = []
 
     def report(done: int, total: int) -> None:
-        if time.monotonic() - started > QUICK_S and not progress:
+        if not progress and done < total and time.monotonic() - started > QUICK_S:
             progress.append(Progress(f"vaopd: {task}", total=total, unit="records"))
         if progress:
             progress[0].report(done)
