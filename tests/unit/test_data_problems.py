@@ -19,7 +19,7 @@ from vaopd.config import Config, validate
 from vaopd.data import measures
 from vaopd.data.measures import CACHE_VARIABLE, Meter
 from vaopd.data.problems import check_training, load_problems
-from vaopd.errors import InvalidInput
+from vaopd.errors import ConfigError, InvalidInput
 from vaopd.evaluation import held_out_prompts
 from vaopd.images import decode
 from vaopd.types import Prompt
@@ -240,6 +240,15 @@ def test_without_the_student_s_processor_everything_but_the_lengths_is_checked(t
     split = check_training(configure(write(tmp_path / "set", [record("a", picture()), record("b", CUT)]), model="none"))
     assert split.measured[0].tokens is None
     assert split.count_faults() == {"picture": 1}
+
+
+def test_a_processor_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "processor_config.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    config = configure(write(tmp_path / "set", [record("a")]), model=tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"the processor of .*/model' can't be loaded"):
+        check_training(config)
 
 
 def test_virl39k_of_the_hub_with_its_images_inside(tmp_path: Path) -> None:

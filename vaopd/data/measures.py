@@ -30,7 +30,7 @@ import PIL.Image
 
 from vaopd.data.loaders import Prompts
 from vaopd.data.records import Fault
-from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded
+from vaopd.errors import ConfigError, ImageRefused, InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_file
 from vaopd.files.hub import is_hub_id
 from vaopd.images import decode
@@ -44,6 +44,7 @@ CACHE_VARIABLE = "VAOPD_CACHE"
 """The folder of measures; without it, vaopd's in the user's cache folder."""
 _FORMAT = 1  # of the cache; another one measures everything again
 _MAX_THREADS = 16  # a decoded picture of 32 megapixels has 96 MB
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 Report = Callable[[int, int], None]
@@ -110,7 +111,10 @@ class Meter:
 
         with self._lock:
             if self._reader is None:
-                self._reader = PromptReader.open(self.model, **self._bounds)
+                try:
+                    self._reader = PromptReader.open(self.model, **self._bounds)
+                except ValueError as error:  # transformers doesn't know it
+                    raise ConfigError(f"the processor of {self.model!r} can't be loaded: {error}") from None
             return self._reader
 
     def _prepare(self, reader: PromptReader, size: tuple[int, int]) -> PreparedImage:
@@ -126,14 +130,16 @@ class Meter:
         return found
 
     def _find_folder(self) -> Path | None:
-        if Path(self.model).is_dir():
-            return Path(self.model)
-        if not is_hub_id(self.model):
-            return None
-        from huggingface_hub import try_to_load_from_cache
+        """Finds the processor's files on this host, in a folder of models or in the hub's cache."""
+        folder = Path(self.model)
+        if not folder.is_dir() and is_hub_id(self.model):
+            from huggingface_hub import try_to_load_from_cache
 
-        files = [try_to_load_from_cache(self.model, name) for name in ("config.json", "tokenizer_config.json")]
-        return Path(str(files[0])).parent if all(isinstance(file, str) for file in files) else None
+            found = try_to_load_from_cache(self.model, "config.json")
+            if not isinstance(found, str):
+                return None
+            folder = Path(found).parent
+        return folder if any((folder / name).is_file() for name in _PROCESSOR_FILES) else None
 
 
 def measure(
