@@ -275,6 +275,13 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
         load_prompts(str(tmp_path), split="train")
 
 
+def test_half_of_a_character_in_json_is_a_bad_record(tmp_path: Path) -> None:
+    """An emoji that was cut between its two halves; no tokenizer and no message on the wire can hold it."""
+    lines(tmp_path / "train.jsonl", {"problem": "Is it \ud83d?", "answer": "1", "images": []})
+    with pytest.raises(InvalidInput, match=r"record 0, field 'problem': the text holds U\+D83D, half of a character"):
+        load_prompts(str(tmp_path), split="train")
+
+
 @pytest.mark.parametrize("marker", ["file_name", "file_names"])
 @pytest.mark.parametrize("place", ["train", "data/train", "."])
 def test_a_folder_of_pictures(tmp_path: Path, place: str, marker: str) -> None:

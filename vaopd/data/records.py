@@ -79,7 +79,7 @@ def recognise(files: Sequence[Rows], source: str) -> list[tuple[Rows, Schema]]:
                 break
         else:
             known = "problem or question, answer, and images or image (an empty list where a problem has none)"
-            columns = ", ".join(rows.columns)
+            columns = ", ".join(rows.columns) or "none"
             raise InvalidInput(f"{rows.file or source} has columns {columns}; needed: {known}; rename them")
     return shards
 
@@ -96,6 +96,8 @@ def find_fault(
         return fault("text", schema.text, f"{_describe(text)} where a text belongs")
     if not text or not text.replace(IMAGE_MARKER, "").strip():
         return fault("text", schema.text, "the text is missing or empty")
+    if half := _find_half_character(text):
+        return fault("text", schema.text, f"the text holds {half}, half of a character; write the file again as UTF-8")
     try:
         if not as_answer(answer):
             return fault("answer", schema.answer, "the answer is missing or empty")
@@ -111,6 +113,15 @@ def find_fault(
         )
     if found := find_control_token(text, control_tokens):
         return fault("control token", schema.text, f"the text holds {found!r}, a control token of the model")
+    return None
+
+
+def _find_half_character(text: str) -> str | None:
+    """Returns the first lone surrogate, e.g. "U+D83D": JSON may hold one, UTF-8 and tokenizers may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X}"
     return None
 
 
