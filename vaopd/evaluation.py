@@ -60,11 +60,10 @@ class HeldOutResult:
         unasked = describe_unasked(self.not_asked, asked=self.prompts)
         if self.accuracy is None or self.standard_error is None:
             return f"no accuracy: {unasked or 'there was no question'}"
-        notes = [f"avg@{self.samples}, {self.prompts} problems"]
-        notes += [f"{self.not_judged} not judged"] if self.not_judged else []
-        notes[0] = ", ".join(notes)
-        notes[1:] = [*([unasked] if unasked else []), f"judge {self.judge}"]
-        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({'; '.join(notes)})"
+        unjudged = f", {self.not_judged} not judged" if self.not_judged else ""
+        gap = f"; {unasked}" if unasked else ""
+        notes = f"avg@{self.samples}, {self.prompts} problems{unjudged}{gap}; judge {self.judge}"
+        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({notes})"
 
 
 def describe_unasked(not_asked: Mapping[str, int], *, asked: int) -> str:

@@ -114,7 +114,9 @@ def test_a_bad_record_is_named_before_a_run_or_left_out(
     source = write(tmp_path / "set", [record("first"), bad, record("last")])
     with pytest.raises(InvalidInput, match=words) as caught:
         load_problems(configure(source, max_prompt_tokens=60))
-    assert str(caught.value).startswith(f"data.source = {source}: 1 of 3 records can't be used (1 {kind}); the first: ")
+    assert str(caught.value).startswith(
+        f"data.source = {source}: 1 of 3 records can't be used (1 {kind}: record 1); the first: "
+    )
     assert "--set data.bad_records=skip" in str(caught.value)
 
     skipping = {"max_prompt_tokens": 60, "bad_records": "skip"}
@@ -124,7 +126,7 @@ def test_a_bad_record_is_named_before_a_run_or_left_out(
     problems = load_problems(configure(source, max_bad_fraction=0.34, **skipping))
     assert [prompt.prompt_id for prompt in problems.training.prompts] == ["train-0", "train-2"]
     assert problems.training.count_faults() == {kind: 1}
-    assert f"left out: 1 of 3 records can't be used (1 {kind})" in caplog.text
+    assert f"left out: 1 of 3 records can't be used (1 {kind}: record 1); the first: " in caplog.text
 
 
 def test_a_picture_that_the_processor_refuses_is_a_bad_record(tmp_path: Path) -> None:
@@ -152,7 +154,9 @@ def test_a_split_without_a_sound_record_is_refused_whatever_the_bound(tmp_path: 
 
 def test_bad_held_out_records_are_allowed_as_bad_training_records_are(tmp_path: Path) -> None:
     source = write(tmp_path / "set", [record("a")], [record("b", CUT), record("c")])
-    with pytest.raises(InvalidInput, match=r"1 of 2 records can't be used \(1 picture\).*'validation', record 0"):
+    with pytest.raises(
+        InvalidInput, match=r"1 of 2 records can't be used \(1 picture: record 0\).*'validation', record 0"
+    ):
         load_problems(configure(source))
     held_out = load_problems(configure(source, bad_records="skip", max_bad_fraction=0.5)).held_out
     assert [prompt.prompt_id for prompt in held_out.prompts] == ["validation-1"]
@@ -175,7 +179,7 @@ def test_a_problem_is_its_words_and_its_pixels(tmp_path: Path, training: dict[st
     if not overlaps:
         load_problems(configure(source))
         return
-    with pytest.raises(InvalidInput, match=r"\(1 overlap\).*record 1, .*split 'validation', record 0"):
+    with pytest.raises(InvalidInput, match=r"\(1 overlap: record 1\).*record 1, .*split 'validation', record 0"):
         load_problems(configure(source))
 
 
@@ -302,8 +306,8 @@ def test_the_command_names_every_bad_record(tmp_path: Path, capsys: pytest.Captu
     assert lines[1] == "  pictures       2: smallest 40×30, median 40×30, largest 40×30 px"
     assert lines[2] == "  duplicates     1: records 2 = 0"
     assert lines[3:5] == [
-        "  bad: picture             1   records 1",
-        "  bad: text                1   records 3",
+        "  bad: picture             1   record 1",
+        "  bad: text                1   record 3",
     ]
     assert lines[5].startswith("  train, record 1, field 'images[0]': image ")
     assert lines[6] == "  train, record 3, field 'problem': the text is missing or empty"

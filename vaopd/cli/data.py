@@ -160,8 +160,7 @@ def _format(split: CheckedSplit) -> Iterator[str]:
         pairs = ", ".join(f"{index} = {earlier}" for index, earlier in duplicates[:10])
         yield f"  duplicates     {len(duplicates)}: records {pairs}{' …' if len(duplicates) > 10 else ''}"
     for kind, count in split.count_faults().items():
-        indices = [str(fault.index) for fault in split.faults if fault.kind == kind]
-        yield f"  bad: {kind:<14} {count:>6}   records {', '.join(indices[:10])}{' …' if count > 10 else ''}"
+        yield f"  bad: {kind:<14} {count:>6}   {split.list_first(kind)}"
     for fault in split.faults[:SHOWN]:
         yield f"  {split.prompts.split}, {fault}"
     if len(split.faults) > SHOWN:

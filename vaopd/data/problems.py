@@ -57,6 +57,11 @@ class CheckedSplit:
         """Counts the bad records by kind, the most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
+    def list_first(self, kind: str, shown: int = 10) -> str:
+        """Lists the first bad records of a kind, e.g. "records 3, 17"."""
+        bad = [str(fault.index) for fault in self.faults if fault.kind == kind]
+        return f"record{'s' if len(bad) > 1 else ''} {', '.join(bad[:shown])}{' …' if len(bad) > shown else ''}"
+
     def list_duplicates(self) -> list[tuple[int, int]]:
         """Returns the records whose problem stands earlier in the split, each with the first such record."""
         first: dict[str, int] = {}
@@ -91,7 +96,7 @@ class CheckedSplit:
         if not self.faults:
             return self
         first = min(self.faults, key=lambda fault: fault.index)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.count_faults().items())
+        kinds = "; ".join(f"{count} {kind}: {self.list_first(kind)}" for kind, count in self.count_faults().items())
         message = (
             f"{len(self.faults)} of {self.total} records can't be used ({kinds}); the first: "
             f"{self.prompts.describe_place(first.index)}, field {first.field!r}: {first.message}"
@@ -124,8 +129,8 @@ class Problems:
     held_out: CheckedSplit
 
 
-def load_problems(config: Config, *, make_report: MakeReport = be_quiet) -> Problems:
-    """Loads and checks both splits of a run.
+def load_problems(config: Config, *, make_report: MakeReport = be_quiet, download: bool = True) -> Problems:
+    """Loads and checks both splits of a run. download: fetch the student's processor if it isn't on this host.
 
     Raises InvalidInput or NotFound, naming key and source: for what can't be read, for bad records that
     `data.bad_records` doesn't allow, and where no training problem is left.
@@ -133,9 +138,9 @@ def load_problems(config: Config, *, make_report: MakeReport = be_quiet) -> Prob
     data = config.data
     own, other = _list_places(config)
     with _naming(own):
-        training = check_training(config, make_report=make_report)
+        training = check_training(config, make_report=make_report, download=download)
     with _naming(other):
-        held_out = check_held_out(config, make_report=make_report)
+        held_out = check_held_out(config, make_report=make_report, download=download)
     with _naming(own):
         training = training.without_problems_of(held_out).accept(data)
         if not len(training.prompts):
@@ -146,10 +151,10 @@ def load_problems(config: Config, *, make_report: MakeReport = be_quiet) -> Prob
 
 
 def check_local_problems(config: Config, *, make_report: MakeReport = be_quiet) -> None:
-    """Checks as `load_problems` does, but asks no hub: for a data set or processor that isn't on this host yet."""
+    """Checks as `load_problems` does what is on this host; no hub is asked for a data set or a processor."""
     places = dict(zip((check_training, check_held_out), _list_places(config), strict=True))
-    if all(Path(source).is_dir() for _, source in places.values()) and not is_hub_id(config.student.model):
-        load_problems(config, make_report=make_report)
+    if all(Path(source).is_dir() for _, source in places.values()):
+        load_problems(config, make_report=make_report, download=False)
         return
     for check, place in places.items():
         if Path(place[1]).is_dir():
@@ -158,7 +163,7 @@ def check_local_problems(config: Config, *, make_report: MakeReport = be_quiet) 
 
 
 def check_training(config: Config, *, make_report: MakeReport = be_quiet, download: bool = True) -> CheckedSplit:
-    """Checks every record of the training split. download: fetch the student's processor if it isn't here."""
+    """Checks every record of the training split; without the student's processor, all but the lengths."""
     data = config.data
     prompts = _open(config, data.source, data.train_split)
     return check_split(
