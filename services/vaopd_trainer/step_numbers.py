@@ -44,14 +44,17 @@ DESCRIPTIONS = {
     "groups_stale": "groups of a policy that was too old, dropped and requested again",
     "groups_other_weights": "groups sampled with other weights than this policy's, dropped and requested again",
     "groups_dead": "groups that were given up and will never come; `vaopd queue dead` shows why",
+    "records_left_out": "bad records of the training split that the run leaves out; missing where there is none",
 }
 """The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
 EVALUATION_DESCRIPTIONS = {
     "accuracy": "avg@n: mean correctness over all answers to the held-out problems",
     "standard_error": "of the accuracy, over problems",
-    "prompts": "held-out problems",
+    "prompts": "held-out problems that were asked",
     "samples": "answers to each, the n of avg@n",
     "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
+    "not_asked": "held-out problems that could not be asked, by reason: neither right nor wrong. Accuracy and its "
+    "error are null where none could be asked",
     "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""

@@ -15,7 +15,7 @@ import torch
 from tests.support.groups import a_request, an_answer
 from vaopd.config import Config, validate
 from vaopd.errors import LeaseLost
-from vaopd.evaluation import HeldOutResult
+from vaopd.evaluation import HeldOutResult, held_out_result
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.types import PolicyVersion, Prompt, RolloutGroup
 from vaopd_trainer import coordinator
@@ -83,6 +83,12 @@ class World:
     # The ledger.
     def sync(self) -> None:
         self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
+
+    # The line of progress.
+    accuracy: float | None = None
+
+    def print_line(self, text: str) -> None:
+        self.events.append(("print", text))
 
     def write(self, event: str, **values: Any) -> None:
         self.events.append(("write", event, values))
@@ -191,3 +197,19 @@ def test_evaluations_before_the_first_step_every_50_and_after_the_last_and_the_f
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"]: line["accuracy"] for line in lines} == accuracies
     assert kept == [("best", 0), ("best", 50)]
+
+
+def test_an_evaluation_in_which_nothing_was_asked_is_recorded_and_is_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = held_out_result({}, samples=8, not_asked={"picture": 2})
+    kept: list[object] = []
+    monkeypatch.setattr(coordinator, "evaluate", lambda *args, **kwargs: (result, ()))
+    monkeypatch.setattr(coordinator, "keep_snapshot", lambda *args: kept.append(args))
+    (tmp_path / "r").mkdir()
+    world = World(tmp_path)
+    world.coordinator.evaluate_if_due(0)
+    [line] = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert (line["accuracy"], line["prompts"], line["not_asked"]) == (None, 0, {"picture": 2})
+    assert kept == []
+    world.coordinator.begin(RunState(step=1), resumed=False)  # as after a resume: no accuracy to beat

@@ -127,5 +127,5 @@ def test_every_number_of_a_step_is_described() -> None:
     written = set(step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
     timings = dict.fromkeys((*step_numbers.STEP_TIMES, "scoring_s"), 1.0)
     written |= set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
-    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
+    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith(("groups_", "records_"))}
     assert written == set(step_numbers.DESCRIPTIONS) - counted
