@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) -> int:
     logs.share(job=config.run.name)
-    _set_environment(config.trainer.processes)
+    set_environment(config.trainer.processes)
     if config.trainer.processes > 1 and "RANK" not in os.environ:
         from vaopd.process.ranks import die_as, launch
 
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
         return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
 
 
-def _set_environment(processes: int) -> None:
+def set_environment(processes: int) -> None:
     """Sets what torch reads when it is imported, unless the user has; the ranks inherit it.
 
     Prompts of all lengths cut a GPU's memory into blocks that fit no other; expandable segments grow instead. torch

@@ -17,6 +17,7 @@ import contextlib
 import logging
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -56,19 +57,7 @@ EXIT_INTERRUPTED = 130
 
 def run(config: Config, *, resume: bool, stop: threading.Event, metrics: TrainerMetrics) -> int:
     """Runs this process's rank to the end of the job; returns the exit status."""
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
-        # A step of text-only prompts leaves the vision tower without a gradient.
-        # The buffers are constants, and a rank that begins a step again must not broadcast them alone.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
-        ],
-        log_with=list(config.trainer.trackers),
-        project_dir=str(config.run_folder / "trackers"),
-    )
+    accelerator = make_accelerator(config)
     ranks = Ranks()
     set_seed(config.run.seed)
     if ranks.is_coordinator:
@@ -173,6 +162,24 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     if not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     return student
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Joins the process group of the ranks, if there are several, on GPUs where the host has them."""
+    # torch 2.13 renames `broadcast_buffers`; accelerate and older torches know this name alone.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    data_parallel = DistributedDataParallelKwargs(
+        find_unused_parameters=True,  # a step of text-only prompts leaves the vision tower without a gradient
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        broadcast_buffers=False,  # they are constants, and a rank that begins a step again would broadcast them alone
+    )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
+        kwargs_handlers=[data_parallel],
+        log_with=list(config.trainer.trackers),
+        project_dir=str(config.run_folder / "trackers"),
+    )
 
 
 def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, device: torch.device) -> StudentLoss:

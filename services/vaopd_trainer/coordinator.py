@@ -240,13 +240,25 @@ class Coordinator:
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)
+        if (share := record.get("policy_drift_share", 0.0)) > step_numbers.LARGEST_DRIFT_SHARE:
+            log.warning(
+                "step %d: %.0f %% of the sampled tokens have another log-prob here than at their worker, by more than "
+                "%.1f nats (mean %.3f): it samples from other weights, or reads images by another processor",
+                step,
+                100 * share,
+                step_numbers.DRIFT_NATS,
+                record["policy_drift_mean"],
+            )
         lags = [line.step - line.policy_version for line in trained]
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
-        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.make_fields(step=step, groups=ids))
+        fate = "skipped" if "skipped" in own else "trained on"
+        log.info("step %d: %s %d groups", step, fate, len(ids), extra=logs.make_fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
+                if not np.isfinite(kl_M).all():  # of a skipped step
+                    continue
                 prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
                 for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
                     self._samples_file.write({"step": step, **sample})

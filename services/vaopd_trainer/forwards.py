@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from vaopd.config import TrainerConfig
 from vaopd.errors import LimitExceeded
-from vaopd_trainer.student_loss import WeightedGroup
+from vaopd_trainer.student_loss import TokenValues, WeightedGroup
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +60,14 @@ class Accumulator:
         self._prompts_per_step = settings.prompts_per_step
         self._world = world
 
-    def backward(self, groups: Sequence[WeightedGroup]) -> tuple[float, list[np.ndarray]]:
-        """Adds the gradient of this rank's share of the loss -> that share, and KL (M,) of each group, on the CPU.
+    def backward(self, groups: Sequence[WeightedGroup]) -> tuple[float, list[TokenValues]]:
+        """Adds the gradient of this rank's share of the loss -> that share, and each group's values, on the CPU.
 
         Raises LimitExceeded that names the group when a single rollout doesn't fit.
         """
         while True:
             forwards = plan_forwards(groups, self.forward_tokens)
-            losses, kl, failed = self._run(forwards)
+            losses, values, failed = self._run(forwards)
             if failed is None:
                 break
             # Out of the handler, so that the failed forward's tensors are free.
@@ -78,30 +77,30 @@ class Accumulator:
         if not groups:
             return 0.0, []
         lengths = [len(group.token_weights) for group in groups]
-        kl_M = torch.cat(kl).float().cpu()
-        return float(torch.stack(losses).sum()), [part.numpy() for part in kl_M.split(lengths)]
+        of_groups = [torch.cat(parts).float().cpu().split(lengths) for parts in zip(*values, strict=True)]
+        return float(torch.stack(losses).sum()), [TokenValues(*parts) for parts in zip(*of_groups, strict=True)]
 
-    def _run(self, forwards: Sequence[Sequence[WeightedGroup]]) -> tuple[list[Tensor], list[Tensor], int | None]:
-        """Returns losses, KL, and the number of the forward that ran out of memory, if one did."""
+    def _run(self, forwards: Sequence[Sequence[WeightedGroup]]) -> tuple[list[Tensor], list[TokenValues], int | None]:
+        """Returns losses, values, and the number of the forward that ran out of memory, if one did."""
         losses: list[Tensor] = []
-        kl: list[Tensor] = []
+        values: list[TokenValues] = []
         for number, forward in enumerate(forwards):
             try:
-                share, kl_M = self._run_one(forward)
+                share, found = self._run_one(forward)
             except torch.OutOfMemoryError as error:
                 log.warning("out of memory: %s", error)
                 return [], [], number
             losses.append(share)
-            kl.append(kl_M)
-        return losses, kl, None
+            values.append(found)
+        return losses, values, None
 
-    def _run_one(self, forward: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
+    def _run_one(self, forward: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
         with self._accelerator.autocast(), self._accelerator.no_sync(self._loss):
-            loss, kl_M = self._loss(forward)
+            loss, values = self._loss(forward)
             share = loss / self._prompts_per_step
             # Data parallelism averages gradients over ranks; the loss is a sum over all groups.
             self._accelerator.backward(share * self._world)
-        return share.detach(), kl_M
+        return share.detach(), values
 
     def _exchange(self) -> None:
         """Sums what the ranks have accumulated: a forward of no groups is connected to the model, and adds nothing."""

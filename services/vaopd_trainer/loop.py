@@ -12,7 +12,9 @@ The collectives, in which all ranks take part, stand here; what rank 0 alone doe
 from __future__ import annotations
 
 import logging
+import math
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,7 @@ class Trainer:
             while self.state.step < steps:
                 with tracing.span("train step", job=self.config.run.name, step=self.state.step):
                     self._step(self.state.step, scorer)
+                self._check_skipped()
                 if self.state.step % self.config.trainer.checkpoint_every == 0 or self.state.step == steps:
                     self._checkpoint()
             self._begin(steps)
@@ -173,30 +176,63 @@ class Trainer:
     def _train(self, step: int, scored: list[ScoredGroup], timings: dict[str, float]) -> None:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
-        loss, kl = self._accumulator.backward(weighted)
+        loss, values = self._accumulator.backward(weighted)
+        kl = [of_group.kl.numpy() for of_group in values]
         kill_points.pass_point("backward", step)
-        norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
+        norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm))
         learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        skipped = not math.isfinite(norm)  # on every rank alike: the gradient is the sum of all
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
+        # The rate follows the steps, skipped or not; torch would warn of one without the optimizer's.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            self.schedule.step()
         self.state.step = step + 1
         kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
         own_fraction = self.config.objective.as_keywords().get("high_fraction", HIGH_FRACTION)
-        sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss, high_fraction=own_fraction))
-        lines = self.ranks.gather([[g.group.group_id, g.group.policy_version] for g in scored])
+        own_sums = step_numbers.sum_groups(weighted, kl, loss, high_fraction=own_fraction)
+        if own_sums is not None:
+            logprobs = [of_group.logprobs.numpy() for of_group in values]
+            own_sums |= step_numbers.sum_drift(weighted, logprobs, version=step)
+        sums = self.ranks.gather(own_sums)
+        lines = self.ranks.gather(
+            [
+                [g.group.group_id, g.group.policy_version, bool(np.isfinite(kl_M).all())]
+                for g, kl_M in zip(scored, kl, strict=True)
+            ]
+        )
         trained = [
-            LedgerLine(group_id=group_id, step=step, policy_version=version)
+            LedgerLine(group_id=group_id, step=step, policy_version=version, skipped=skipped)
             for part in lines
-            for group_id, version in part
+            for group_id, version, _ in part
         ]
         self.state.ledger += trained
+        if skipped:
+            blamed = [group_id for part in lines for group_id, _, finite in part if not finite]
+            log.warning(
+                "step %d is skipped: the gradient's norm is %s; groups whose KL is not finite: %s",
+                step,
+                norm,
+                ", ".join(blamed) or "none",
+            )
         if self.coordinator is not None:
-            own = timings | {"grad_norm": float(norm), "learning_rate": learning_rate}
+            own = timings | {"learning_rate": learning_rate} | ({"skipped": 1.0} if skipped else {"grad_norm": norm})
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
+
+    def _check_skipped(self) -> None:
+        """Ends the run when too many steps in a row were skipped; a checkpoint holds them, so that they stay behind."""
+        lines = self.state.list_last_skipped()
+        steps = sorted({line.step for line in lines})
+        if len(steps) < self.config.trainer.max_skipped_steps:
+            return
+        self._checkpoint()
+        raise NumericalError(
+            f"the gradient was not finite in {len(steps)} steps in a row, {steps[0]} to {steps[-1]} "
+            f"(trainer.max_skipped_steps = {self.config.trainer.max_skipped_steps}), and nothing was changed in them; "
+            f"groups: {', '.join(line.group_id for line in lines)}. --resume continues with the groups after them"
+        )
 
     def _mask_seed(self, step: int, index: int) -> int:
         """Returns the seed of a random mask, the same however the groups are spread over ranks."""

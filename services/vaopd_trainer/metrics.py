@@ -28,6 +28,9 @@ GAUGES = {
     "truncated_fraction": "truncated_ratio",
     "grad_norm": "gradient_norm",
     "learning_rate": "learning_rate",
+    "policy_drift_mean": "policy_drift_mean_nats",
+    "policy_drift_max": "policy_drift_max_nats",
+    "policy_drift_share": "policy_drift_ratio",
     "score_overlap": "scoring_overlap_ratio",
     "records_left_out": "records_left_out",
 }
@@ -78,6 +81,9 @@ class TrainerMetrics:
         )
         self._rollouts = counter("rollouts", "Rollouts that were trained on").labels(job)
         self._tokens = counter("tokens", "Response tokens in them").labels(job)
+        self._skipped = counter(
+            "steps_skipped", "Steps whose gradient was not finite, so that they changed nothing"
+        ).labels(job)
         self._lag = Histogram(
             "vaopd_trainer_group_lag_versions",
             "How many policy versions old each group was when it was trained on",
@@ -122,7 +128,11 @@ class TrainerMetrics:
         self._tokens.inc(rollouts * values["response_tokens_mean"])
         for lag in lags:
             self._lag.observe(lag)
-        self._at_scrape.trained += len(lags)
+        if values.get("skipped"):
+            self._skipped.inc()
+            self._at_scrape.skipped += len(lags)
+        else:
+            self._at_scrape.trained += len(lags)
 
     def note_evaluation(self, result: HeldOutResult) -> None:
         """Takes over an evaluation; its accuracy is missing where no problem could be asked."""
@@ -142,6 +152,7 @@ class _AtScrape(Collector):
         self.depth: Callable[[], Depth] | None = None
         self.counts: Mapping[str, int] = {}
         self.trained = 0
+        self.skipped = 0
         self._job = job
 
     def collect(self) -> Iterator[Metric]:
@@ -160,10 +171,12 @@ class _AtScrape(Collector):
     def _make_families(self, depth: Depth | None) -> Iterator[Metric]:
         groups = CounterMetricFamily(
             "vaopd_trainer_groups",
-            "Groups by fate: trained; stale, duplicate and other_weights were dropped; dead will never come",
+            "Groups by fate: trained; skipped with their step; stale, duplicate and other_weights were dropped; dead "
+            "will never come",
             labels=(JOB, "fate"),
         )
         groups.add_metric([self._job, "trained"], self.trained)
+        groups.add_metric([self._job, "skipped"], self.skipped)
         for fate in FATES:
             groups.add_metric([self._job, fate], self.counts.get(fate, 0))
         yield groups

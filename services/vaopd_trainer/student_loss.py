@@ -1,13 +1,14 @@
 """Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
-In: scored groups and their token weights. Out: the scalar loss, to call backward on, and each token's KL.
+In: scored groups and their token weights. Out: the scalar loss, to call backward on, each token's KL, and its log-prob,
+which should be the one that it was sampled with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.vlm.transfer import upload, upload_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -93,6 +95,13 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     )
 
 
+class TokenValues(NamedTuple):
+    """The KL of tokens and the student's log-probs of them, (M,) each, in nats."""
+
+    kl: Tensor
+    logprobs: Tensor
+
+
 class StudentLoss(nn.Module):
     """Σ weight·KL over the tokens of some groups. One module, so that DDP and FSDP wrap model and head together."""
 
@@ -129,27 +138,29 @@ class StudentLoss(nn.Module):
         self._chunk_tokens = trainer.chunk_tokens
         self._estimator = estimator
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens.
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
+        """Returns the loss (), not yet divided by B, and values of M tokens, flat over groups, siblings and tokens.
 
         Without groups: a zero that is connected to the model, for the ranks' common backward, and no tokens.
         """
         if not groups:
             smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
-            return smallest.sum() * 0, smallest.new_empty(0)
+            return smallest.sum() * 0, TokenValues(smallest.new_empty(0), smallest.new_empty(0))
         segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
-        weights = torch.cat([group.token_weights for group in groups])
+        weights = upload_rows([group.token_weights for group in groups], hidden.device)
         # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
-        return divergence.fused_loss(
+        loss, kl, logprobs = divergence.fused_loss_and_logprobs(
             hidden,
-            self.model.get_output_embeddings().weight,
+            self._student.padded_head,
             self._read_target(groups, responses, hidden.device),
             weights,
+            upload(torch.from_numpy(np.concatenate(responses)), hidden.device),
             vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
+        return loss, TokenValues(kl, logprobs)
 
     def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
@@ -158,14 +169,14 @@ class StudentLoss(nn.Module):
         payloads = [group.scored.score.payload for group in groups]
 
         def concatenate(name: str) -> Tensor:
-            return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
+            return upload_rows([to_torch(payload.tensors[name]) for payload in payloads], device)
 
         match payloads[0].kind:
             case "hidden" | "hidden_int8":
                 assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
-                hidden = torch.cat([hidden_states(payload, self._teacher_head.dtype) for payload in payloads])
+                rows = [hidden_states(payload, self._teacher_head.dtype) for payload in payloads]
                 return divergence.FullTarget(
-                    hidden=hidden.to(device), head=self._teacher_head, vocab_size=self._vocab_size
+                    hidden=upload_rows(rows, device), head=self._teacher_head, vocab_size=self._vocab_size
                 )
             case "top_k":
                 return divergence.TopKTarget(
@@ -177,7 +188,7 @@ class StudentLoss(nn.Module):
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"
                 teacher = np.concatenate([lp for group in groups for lp in group.scored.score.teacher_logprobs])
                 return divergence.SampledTarget(
-                    token_ids=torch.from_numpy(np.concatenate(responses)).to(device),
-                    logprobs=torch.from_numpy(teacher).to(device),
+                    token_ids=upload(torch.from_numpy(np.concatenate(responses)), device),
+                    logprobs=upload(torch.from_numpy(teacher), device),
                     estimator=self._estimator,
                 )

@@ -20,6 +20,7 @@ import torch
 SETTINGS = {
     "run.seed": 42,
     "data.instruction": "",
+    "data.max_prompt_tokens": 8192,
     "data.min_pixels": 262_144,
     "data.max_pixels": 4_194_304,
     "student.model": "Qwen/Qwen3-VL-2B-Instruct",

@@ -63,7 +63,7 @@ def weighed(groups: list[ScoredGroup], **objective: Any) -> list[WeightedGroup]:
 def kl_of(scored: Scored, **of_payload: Any) -> np.ndarray:
     """(M,) over all groups."""
     with torch.no_grad():
-        _, kl = student_loss(scored, **of_payload)(weighed(scored.groups))
+        _, (kl, _) = student_loss(scored, **of_payload)(weighed(scored.groups))
     return kl.numpy()
 
 
@@ -212,7 +212,7 @@ def test_the_loss_of_every_variant(scored: Scored, objective: dict[str, str]) ->
     groups = weighed(scored.groups, **objective)
     assert_within(torch.cat([group.token_weights for group in groups]), weights, error, "weights")
     with torch.no_grad():
-        loss, kl = student_loss(scored)(groups)
+        loss, (kl, _) = student_loss(scored)(groups)
     rounded = ((error + gamma(len(kl)) * weights) * kl.abs()).sum()
     assert_within(loss, (weights * kl).sum(), rounded, "sum")
     reference = torch.from_numpy(np.concatenate(reference_kl()))
@@ -270,7 +270,7 @@ def test_neither_groups_per_forward_nor_the_order_of_groups_changes_the_step(
             assert_within((gradient - gradients[name]).norm(), 0.0, errors[name], name)
 
     with torch.no_grad():
-        _, kl = student_loss(scored, student=trained_student)([one])
+        _, (kl, _) = student_loss(scored, student=trained_student)([one])
     off = one.token_weights.clone()
     off[(off * kl).argmax()] *= 1.01  # a token without a divergence has no part in the loss
     found, theirs = step_of(scored, trained_student, [[dataclasses.replace(one, token_weights=off), two, three]])

@@ -67,7 +67,7 @@ def vlm(name: str) -> Vlm:
 
 def plain(name: str) -> PlainStudent:
     """The model under transformers' own processor and full logits: what the whole stack is compared with."""
-    return PlainStudent(_policy(name))
+    return PlainStudent(policy_of(name))
 
 
 def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
@@ -87,7 +87,7 @@ def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
 @functools.cache
 def sampled_groups() -> list[RolloutGroup]:
     engine = TransformersEngine(model_folder("student"), worker="w", max_pixels=MAX_PIXELS)
-    engine.load_policy(_policy("student"))
+    engine.load_policy(policy_of("student"))
     groups = engine.generate(requests())
     assert all(isinstance(group, RolloutGroup) for group in groups)
     return groups  # type: ignore[return-value]
@@ -189,7 +189,7 @@ def divergence_error(terms: divergences.Terms = divergences.full, teacher: str =
     return divergences.error(terms, *map(reference_rows, names), *map(logits_error, names))
 
 
-def _policy(name: str) -> PolicyVersion:
+def policy_of(name: str) -> PolicyVersion:
     folder = Path(model_folder(name))
     return PolicyVersion(
         version=0, path=str(folder), sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

@@ -277,6 +277,8 @@ class TrainerConfig(Section):
     """Linear warm-up over this fraction of the steps, rounded down, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping (paper: 1.0)."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """A step whose gradient is not finite changes nothing; after so many in a row the run ends and names the groups."""
     forward_tokens: int = Field(24_576, ge=1)
     """Tokens of one forward and backward, in whole groups; larger groups are split between siblings, and out of memory
     halves it. The default holds the paper's largest group: a prompt of 8192 tokens and four responses of 4096."""

@@ -216,6 +216,8 @@ class _Job:
                 pad_head(head.to(self.dtype)) if is_padded(hidden.device) else head[: self.vocabulary].to(self.dtype)
             )
             found = _Results.allocate(self, hidden, max(len(padded), len(head)), wanted, token_ids)
+            if found.by_head is not None:
+                found.by_head[len(padded) if len(hidden) else 0 :] = 0  # the first chunk writes the others
             for start in range(0, len(hidden), self.chunk_tokens):
                 self._chunk(hidden, padded, weights, slice(start, start + self.chunk_tokens), token_ids, found)
         if found.by_head is not None:
@@ -242,7 +244,7 @@ class _Job:
             torch.mul(_multiply(slope, head, self.wide), factors, out=found.by_hidden[rows])
         if found.by_head is not None:
             scaled = (part * factors).to(self.dtype)  # the narrow side: m·D products instead of m·V
-            _add_product(found.by_head[: len(head)], slope.T, scaled)
+            _add_product(found.by_head[: len(head)], slope.T, scaled, first=rows.start == 0)
 
     def _compare(
         self, part: Tensor, head: Tensor, rows: slice, ids: Tensor | None, differentiate: bool, logprobs: Tensor
@@ -293,7 +295,7 @@ class _Results:
             values=hidden.new_empty(len(hidden), dtype=job.wide),
             logprobs=hidden.new_empty(0 if token_ids is None else len(hidden), dtype=job.wide),
             by_hidden=torch.empty_like(hidden, dtype=job.wide) if wanted[0] else None,
-            by_head=hidden.new_zeros(head_rows, hidden.shape[1], dtype=job.wide) if wanted[1] else None,
+            by_head=hidden.new_empty(head_rows, hidden.shape[1], dtype=job.wide) if wanted[1] else None,
         )
 
 
@@ -315,10 +317,17 @@ def _multiply(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
     return left @ right
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds a product to `total`, which is float32 where the factors are bfloat16: bfloat16 sums would stop growing."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Adds a product to `total`, float32 where the factors are bfloat16: bfloat16 sums would stop growing.
+
+    The first one is written instead: on a GPU, filling 1.2 GB with zeros and reading them takes as long as a product.
+    """
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first and left.is_cuda:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(left @ right)
     elif left.is_cuda and _can_add_wide(left.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     elif left.is_cuda:

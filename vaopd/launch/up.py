@@ -22,7 +22,6 @@ from pathlib import Path
 
 from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
-from vaopd.launch.checks import has_gpu
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
@@ -275,10 +274,10 @@ def make_service_argv(role: str, config_path: Path, overrides: Sequence[str], *a
 def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     """Returns the variables that a child gets beside the launcher's own; those that are set there are kept."""
     added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not has_gpu():
-        # Two OpenMP threads per process under contention ran up to ten times slower than one.
-        processes = 2 + config.rollout.workers
-        added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    # Two OpenMP threads per process under contention ran up to ten times slower than one; on a GPU host it is the
+    # preparation of images that would contend.
+    processes = 1 + config.trainer.processes + config.rollout.workers
+    added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     added = {key: value for key, value in added.items() if key not in os.environ}
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices

@@ -130,10 +130,14 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     state = "finished" if run.finished else "not finished"
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
     yield ("optimizer steps", steps, state)
+    if skipped := sum(1 for line in run.train if line.get("skipped")):
+        yield ("skipped steps", str(skipped), "their gradient was not finite, and they changed nothing")
     yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
+    if (drift := run.compute_mean("policy_drift_share")) is not None:
+        yield ("policy drift", f"{drift:.1%}", "of the tokens differ by over 0.1 nats between worker and trainer")
     means = [run.compute_mean(key) for key in TIMES]
     if all(mean is not None for mean in means):
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")

@@ -83,6 +83,10 @@ OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
         (Metric(key="va_top10_share", title="share", unit="share", top=1.05),),
     ),
     ("Entropy of the rollout weights", (Metric(key="weights_entropy", title="entropy", unit="nats"),)),
+    (
+        "Rollout and trainer: differences of log-probs",
+        (Metric(key="policy_drift_mean", title="mean difference", unit="nats"),),
+    ),
 )
 OF_A_COMPARISON: tuple[Metric, ...] = (
     HIGH,

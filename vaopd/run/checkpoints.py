@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +15,12 @@ FILE = "ledger.jsonl"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerLine:
-    """One trained group, as a checkpoint holds it."""
+    """One trained group, as a checkpoint holds it; `skipped`: nothing changed, the gradient was not finite."""
 
     group_id: str
     step: int
     policy_version: int
+    skipped: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -49,6 +51,11 @@ class RunState:
     step: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     ledger: list[LedgerLine] = field(default_factory=list)
+
+    def list_last_skipped(self) -> list[LedgerLine]:
+        """Returns the groups of the skipped steps that no other step has followed, in the order of the ledger."""
+        lines = list(itertools.takewhile(lambda line: line.skipped, reversed(self.ledger)))
+        return lines[::-1]
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
