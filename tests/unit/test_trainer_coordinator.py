@@ -30,8 +30,6 @@ class World:
 
     world = 3
 
-    accuracy = 0.0
-
     def __init__(self, folder: Path, *, arriving: Sequence[Sequence[str]] = (), steps: int = 4) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.submitted: list[str] = []
@@ -84,12 +82,14 @@ class World:
     def sync(self) -> None:
         self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
 
-    def write(self, event: str, **values: Any) -> None:
-        self.events.append(("write", event, values))
-
     # The line of progress.
+    accuracy: float | None = None
+
     def print_line(self, text: str) -> None:
         self.events.append(("print", text))
+
+    def write(self, event: str, **values: Any) -> None:
+        self.events.append(("write", event, values))
 
     # The lease's keeper; and the ranks.
     def check(self) -> None:
