@@ -29,13 +29,13 @@ from tests.support.tolerance import assert_noticed, assert_within, gamma
 from vaopd import objective
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, load_config, validate
-from vaopd.data.loaders import load_training_prompts
+from vaopd.data.loaders import load_prompts
 from vaopd.degradation import pixelate
 from vaopd.evaluation import held_out_requests
 from vaopd.grading import committed_answer
 from vaopd.images import scale_to_bounds
 from vaopd.payloads import to_torch
-from vaopd.types import GroupId, Rollout, RolloutGroup, TextPart
+from vaopd.types import GroupId, Prompt, Rollout, RolloutGroup, TextPart
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 from vaopd_trainer import step_numbers
@@ -100,7 +100,7 @@ def test_every_epoch_is_whole_batches_of_a_new_permutation(problems: int, per_st
 
 def test_sampling_of_rollouts_and_of_evaluations(tmp_path: Path) -> None:
     config = load_config(CONFIGS[0])
-    prompts = load_training_prompts(small_config(tmp_path))
+    prompts = read_prompts(small_config(tmp_path))
     group = GroupId(purpose="train", step=3, index=2)
     request = make_request(prompts[0], group=group, version=3, config=config)
     sampling = request.sampling
@@ -284,6 +284,10 @@ def small_config(folder: Path) -> Config:
     return validate(Config, values, origin="test")
 
 
+def read_prompts(config: Config) -> Sequence[Prompt]:
+    return load_prompts(config.data.source, split=config.data.train_split, instruction=config.data.instruction or None)
+
+
 class Reference:
     """A model under transformers' own processor and whole forwards, in float64, over the recipe's own pictures."""
 
@@ -360,7 +364,7 @@ class OneStep:
     def run_product(self) -> None:
         student = Vlm.load(self.config.student.model, **BOUNDS)
         teacher = Vlm.load(self.config.teacher.model, **BOUNDS)
-        prompts = TrainingPrompts(load_training_prompts(self.config), per_step=3, seed=42)
+        prompts = TrainingPrompts(read_prompts(self.config), per_step=3, seed=42)
         with teacher_in_process(teacher) as server, SyncTeacherClient(server.target, payload="hidden") as client:
             scorer = GroupScorer(teacher=client, student=student, find_prompt=prompts.find_prompt, max_tokens=1024)
             loss = StudentLoss(student, teacher_head=to_torch(client.head()), trainer=self.config.trainer)
@@ -397,7 +401,7 @@ def cut(values: torch.Tensor, one_step: OneStep) -> list[list[list[float]]]:
 
 
 def test_the_prompts_are_the_questions_as_released(one_step: OneStep) -> None:
-    for prompt in load_training_prompts(one_step.config):
+    for prompt in read_prompts(one_step.config):
         (message,) = prompt.messages
         (text,) = [part.text for part in message.content if isinstance(part, TextPart)]
         assert text.startswith("Find the perimeter of figure ")
