@@ -28,8 +28,8 @@ def nobody() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6))
-    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,))
+    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6), judged=True)
+    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,), judged=True)
     os.utime(folder / "done" / "metrics.jsonl", (1, 1))
     return folder
 

@@ -24,7 +24,7 @@ url = "redis://user:password@secret-host:6379/0"
 
 
 def write_card(folder: Path, *, step: int, base: str = "") -> str:
-    run = make_run(folder / "va-8b", accuracies=(0.3, 0.5, 0.6))
+    run = make_run(folder / "va-8b", accuracies=(0.3, 0.5, 0.6), judged=True)
     (run / "config.toml").write_text((run / "config.toml").read_text() + MODELS)
     (folder / "base").mkdir()
     (folder / "base" / "README.md").write_text(base)
