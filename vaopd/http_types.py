@@ -301,6 +301,10 @@ class RunModel(Reply):
     """Accuracy of the initial student."""
     accuracy: float | None
     """Accuracy at the last evaluation."""
+    judge_before: str | None = None
+    """Version of the judge of `accuracy_before`; accuracies of different versions are not comparable."""
+    judge: str | None = None
+    """Version of the judge of `accuracy`; null where none was recorded."""
     changed: datetime
     """Time of the last change in the run's folder."""
 

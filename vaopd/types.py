@@ -378,6 +378,8 @@ class TeacherDescription:
     degradations: tuple[DegradationKind, ...]
     columns: tuple[str, ...] = ()
     """The columns that it computes on request."""
+    pixel_bounds: tuple[int, int] | None = None
+    """The fewest and the most pixels that pictures are scaled to, before views are made; None: unknown, or unscaled."""
 
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:

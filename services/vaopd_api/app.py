@@ -48,7 +48,7 @@ from vaopd_api.uploads import image_from_text
 logger = logging.getLogger("vaopd.api")
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 MiB as base64
+MAX_BODY_BYTES = 48 * 2**20  # two images of the teacher's limit, 15 MiB, are 40 MiB as base64
 DEGRADED_AT_ONCE = 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(require_json)]

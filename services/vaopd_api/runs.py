@@ -115,6 +115,8 @@ def _summarise(path: Path, signature: Signature) -> RunModel:
         finished=run.finished,
         accuracy_before=first and first.accuracy,
         accuracy=last and last.accuracy,
+        judge_before=(first and first.judge) or None,
+        judge=(last and last.judge) or None,
         changed=datetime.fromtimestamp(max(changed for _, changed, _ in signature) / 1e9, UTC),
     )
 

@@ -73,6 +73,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
         payloads=backend.payloads,
         columns=backend.columns,
         degradations=tuple(DEGRADATION_KINDS),
+        pixel_bounds=reader.pixel_bounds,
     )
 
 

@@ -28,9 +28,8 @@ from torch import Tensor
 from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, to_toml
-from vaopd.data.loaders import load_training_prompts
+from vaopd.data.problems import load_problems
 from vaopd.errors import ConfigError, Mismatch
-from vaopd.evaluation import held_out_prompts
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
@@ -67,8 +66,13 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
     with process.loading():
         student = _load_student(config, start)
+    if not ranks.is_coordinator:
+        ranks.barrier()  # rank 0 measures the prompts, the others find its measures
+    problems = load_problems(config)
+    if ranks.is_coordinator:
+        ranks.barrier()
     prompts = TrainingPrompts(
-        load_training_prompts(config),
+        problems.training.prompts,
         per_step=config.trainer.prompts_per_step,
         seed=config.run.seed,
     )
@@ -93,7 +97,9 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
                 ranks=ranks,
                 student=student,
                 prompts=prompts,
-                validation=held_out_prompts(config),
+                validation=problems.held_out.prompts,
+                left_out=len(problems.training.faults),
+                not_asked=problems.held_out.count_faults(),
                 collector=collector,
                 ledger=ledger,
                 keeper=keeper,

@@ -31,6 +31,7 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
+from vaopd.run.model_card import upload_hint, write_model_card
 from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
@@ -68,8 +69,13 @@ class Coordinator:
         metrics: TrainerMetrics,
         track: Callable[[dict[str, float], int], None],
         stop: threading.Event,
+        left_out: int = 0,
+        not_asked: Mapping[str, int] | None = None,
     ) -> None:
-        """`track` passes numbers of a step to the trackers; `stop` is set by a signal."""
+        """`track` passes numbers of a step to the trackers; `stop` is set by a signal.
+
+        left_out: bad records of the training split. not_asked: held-out problems beside `validation`, by reason.
+        """
         self._config = config
         self._ranks = ranks
         self._student = student
@@ -82,6 +88,8 @@ class Coordinator:
         self._metrics = metrics
         self._track = track
         self._stop = stop
+        self._left_out = left_out
+        self._not_asked = not_asked
         self._folder = (
             config.run_folder.resolve()
         )  # absolute, since workers with another working folder read snapshots there
@@ -115,13 +123,20 @@ class Coordinator:
         self._metrics_file.drop_from(state.step)
         self._samples_file.drop_from(state.step)
         evaluated = [line["accuracy"] for line in self._metrics_file.read() if line["kind"] == "eval"]
-        self._best_accuracy = max(evaluated, default=-1.0)
+        self._best_accuracy = max((accuracy for accuracy in evaluated if accuracy is not None), default=-1.0)
 
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
-        keep_snapshot(self._snapshot, self._folder / "model")
+        self._keep("model")
+        model = self._config.run_folder / "model"
+        self._progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
+
+    def _keep(self, name: str) -> None:
+        """Keeps the current policy as RUN/`name`, with a model card."""
+        keep_snapshot(self._snapshot, self._folder / name)
+        write_model_card(self._folder, self._folder / name, step=self._snapshot.version, base=self._student.path)
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
@@ -189,14 +204,16 @@ class Coordinator:
             config=self._config,
             check=self.check,
             decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
+            not_asked=self._not_asked,
             on_progress=self._show_evaluating,
         )
-        self._metrics.note_evaluation(result.accuracy, result.standard_error)
-        if result.accuracy > self._best_accuracy:  # the first best wins
-            self._best_accuracy = result.accuracy
-            keep_snapshot(self._snapshot, self._folder / "best")
+        self._metrics.note_evaluation(result)
         self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
-        self._track({"eval/accuracy": result.accuracy}, version)
+        if result.accuracy is not None:  # None: no question could be asked
+            if result.accuracy > self._best_accuracy:  # the first best wins
+                self._best_accuracy = result.accuracy
+                self._keep("best")
+            self._track({"eval/accuracy": result.accuracy}, version)
         self._progress_line.accuracy = result.accuracy
         self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
 
@@ -219,6 +236,7 @@ class Coordinator:
         rollouts = values.pop("rollouts")
         values |= step_numbers.derive_rates(own, rollouts=rollouts)
         values |= {f"groups_{reason}": float(n) for reason, n in self._collector.counts.items()}
+        values |= {"records_left_out": float(self._left_out)} if self._left_out else {}
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)

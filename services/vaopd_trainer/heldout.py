@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
 from vaopd.grading import Verdict, judge
 from vaopd.types import Prompt
 from vaopd_trainer.collector import Collector
+
+GIVEN_UP = "given up by the workers"
+"""The reason of questions that became dead letters; `vaopd queue dead` shows why each did."""
 
 
 def evaluate(
@@ -21,17 +24,19 @@ def evaluate(
     config: Config,
     decode: Callable[[np.ndarray], str],
     check: Callable[[], None],
+    not_asked: Mapping[str, int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[HeldOutResult, tuple[str, ...]]:
-    """Waits until this policy version has answered every prompt; one that is given up counts as wrong.
+    """Waits until this policy version has answered every prompt; one that is given up counts as not asked.
 
+    not_asked: further problems, which can't be asked, by reason.
     on_progress: called with how many have been answered, and of how many. Also returns the ids of the groups, which
     stay unacknowledged: a run that is resumed at this version evaluates it again, out of the same groups.
     """
     requests = list(held_out_requests(prompts, version=version, config=config))
     answers = {request.group_id: prompt.answer for request, prompt in zip(requests, prompts, strict=True)}
     collector.enqueue(requests, oldest_version=version, step=None, check=check)
-    verdicts = {group_id: [Verdict.WRONG] * config.evaluation.samples for group_id in answers}
+    verdicts: dict[str, list[Verdict]] = {}
     done = 0
     for groups in collector.wait_for_groups(list(answers), check=check):
         done += len(groups)
@@ -40,4 +45,5 @@ def evaluate(
             verdicts[group.group_id] = [
                 judge(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
             ]
-    return held_out_result(verdicts), tuple(answers)
+    unasked = {**(not_asked or {}), GIVEN_UP: len(answers) - len(verdicts)}
+    return held_out_result(verdicts, samples=config.evaluation.samples, not_asked=unasked), tuple(answers)

@@ -25,6 +25,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vaopd.config import Config
 from vaopd.errors import NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator, Weights
@@ -190,7 +191,8 @@ class Trainer:
         self.state.step = step + 1
         kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
-        own_sums = step_numbers.sum_groups(weighted, kl, loss)
+        own_fraction = self.config.objective.as_keywords().get("high_fraction", HIGH_FRACTION)
+        own_sums = step_numbers.sum_groups(weighted, kl, loss, high_fraction=own_fraction)
         if own_sums is not None:
             logprobs = [of_group.logprobs.numpy() for of_group in values]
             own_sums |= step_numbers.sum_drift(weighted, logprobs, version=step)

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from vaopd.errors import VaopdError
+from vaopd.evaluation import HeldOutResult
 from vaopd.queue.depth import Depth
 from vaopd_trainer.step_numbers import DESCRIPTIONS, STEP_TIMES
 
@@ -31,6 +32,7 @@ GAUGES = {
     "policy_drift_max": "policy_drift_max_nats",
     "policy_drift_share": "policy_drift_ratio",
     "score_overlap": "scoring_overlap_ratio",
+    "records_left_out": "records_left_out",
 }
 """Key in metrics.jsonl -> name here, after vaopd_trainer_."""
 KL_TOKENS = {"kl_mean": "all", "kl_high": "high", "kl_low": "low"}
@@ -70,6 +72,7 @@ class TrainerMetrics:
         self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
         self._accuracy = gauge("held_out_accuracy_ratio", "Last evaluation: avg@n on the held-out problems")
         self._accuracy_error = gauge("held_out_accuracy_standard_error_ratio", "Its standard error, over problems")
+        self._unasked = gauge("held_out_unasked_problems", "Last evaluation: problems that could not be asked")
         self._parts = counter(
             "step_seconds",
             "Time by part of a step: publish (the policy), wait (for groups), score (for scores after the last group "
@@ -131,11 +134,15 @@ class TrainerMetrics:
         else:
             self._at_scrape.trained += len(lags)
 
-    def note_evaluation(self, accuracy: float, standard_error: float) -> None:
-        """Takes over an evaluation's accuracy and its standard error, both in [0, 1]."""
+    def note_evaluation(self, result: HeldOutResult) -> None:
+        """Takes over an evaluation; its accuracy is missing where no problem could be asked."""
         self.note_progress()
-        self._accuracy.labels(self._job).set(accuracy)
-        self._accuracy_error.labels(self._job).set(standard_error)
+        self._unasked.labels(self._job).set(sum(result.not_asked.values()))
+        for metric, value in ((self._accuracy, result.accuracy), (self._accuracy_error, result.standard_error)):
+            if value is None:
+                metric.clear()
+            else:
+                metric.labels(self._job).set(value)
 
 
 class _AtScrape(Collector):

@@ -10,6 +10,7 @@ import numpy as np
 
 from vaopd import objective
 from vaopd.grading import judge
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.types import Prompt, TextPart
 from vaopd_trainer.student_loss import WeightedGroup
 
@@ -48,14 +49,17 @@ DESCRIPTIONS = {
     "groups_stale": "groups of a policy that was too old, dropped and requested again",
     "groups_other_weights": "groups sampled with other weights than this policy's, dropped and requested again",
     "groups_dead": "groups that were given up and will never come; `vaopd queue dead` shows why",
+    "records_left_out": "bad records of the training split that the run leaves out; missing where there is none",
 }
 """The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
 EVALUATION_DESCRIPTIONS = {
     "accuracy": "avg@n: mean correctness over all answers to the held-out problems",
     "standard_error": "of the accuracy, over problems",
-    "prompts": "held-out problems",
+    "prompts": "held-out problems that were asked",
     "samples": "answers to each, the n of avg@n",
     "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
+    "not_asked": "held-out problems that could not be asked, by reason: neither right nor wrong. Accuracy and its "
+    "error are null where none could be asked",
     "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
@@ -67,15 +71,17 @@ by σ = 0.04 nats, which takes 1 % of the tokens over 0.1; other weights or pixe
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
-def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float] | None:
+def sum_groups(
+    groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float, *, high_fraction: float = HIGH_FRACTION
+) -> dict[str, float] | None:
     """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share.
 
-    None on a rank without groups.
+    None on a rank without groups. high_fraction: the run's own; the paper's for objectives without a high group.
     """
     if not groups:
         return None
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
-    high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
+    high_M = objective.high_group(va_NT, mask_NT, high_fraction=high_fraction)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
     rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]
     entropy = [float(-(w * w.clamp_min(1e-30).log()).sum()) for w in (group.rollout_weights for group in groups)]

@@ -28,8 +28,8 @@ def nobody() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6))
-    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,))
+    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6), judged=True)
+    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,), judged=True)
     os.utime(folder / "done" / "metrics.jsonl", (1, 1))
     return folder
 
@@ -53,8 +53,11 @@ def test_the_runs_are_listed_the_one_that_changed_last_first(api: Api, runs: Pat
         "finished": False,
         "accuracy_before": 0.3,
         "accuracy": 0.3,
+        "judge_before": "1, by hand",
+        "judge": "1, by hand",
     }
     assert (done["name"], done["finished"], done["accuracy"]) == ("done", True, 0.6)
+    assert (done["judge_before"], done["judge"]) == ("1, by hand", "3, by hand")
     with ScoringClient(str(api.http.base_url)) as client:
         assert [run.name for run in client.runs()] == ["begun", "done"]
 

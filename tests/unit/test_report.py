@@ -50,6 +50,31 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
     assert "currentColor" in page  # the curves follow the page's light or dark
 
 
+def test_questions_that_were_not_asked_and_records_left_out_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", accuracies=(0.3, 0.5))
+    line = {"kind": "eval", "step": 20, "prompts": 150, "samples": 8, "not_asked": {"picture": 30, "over-long": 20}}
+    last_step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**last_step, "step": 20, "records_left_out": 3.0}) + "\n")
+        file.write(json.dumps({**line, "accuracy": 0.9, "standard_error": 0.03}) + "\n")
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", write_report([run]).read_text()))
+    assert "90.0 % ± 3.0 (50 of 200 not asked)" in page
+    assert "50 problems 30 picture, 20 over-long" in page
+    assert "bad records left out 3 of the training split" in page
+
+
+def test_an_evaluation_in_which_nothing_was_asked_has_no_accuracy(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "first", accuracies=(0.3,))
+    line = {"kind": "eval", "step": 20, "prompts": 0, "samples": 8, "not_asked": {"picture": 200}}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "accuracy": None, "standard_error": None}) + "\n")
+    run = read_run(folder)
+    assert [evaluation.step for evaluation in run.evaluations] == [0]
+    assert run.finished
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", report_html([run])))
+    assert "held-out accuracy, step 20 none no question could be asked: 200 picture" in page
+
+
 def test_judge_and_answers_it_did_not_judge_stand_beside_the_accuracy(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
     line = {"kind": "eval", "step": 20, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}

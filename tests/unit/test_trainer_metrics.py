@@ -98,6 +98,13 @@ def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
     assert math.isnan(found["kl_low"])
 
 
+def test_the_high_group_is_of_the_runs_own_fraction() -> None:
+    """At 0.4, ⌈2⌉ of the first rollout's five tokens: the one with VA, and of the equal others the earliest."""
+    found = step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=1.0, high_fraction=0.4)])
+    assert found["kl_high"] == pytest.approx((1 + 9 + 3) / 3)
+    assert found["kl_low"] == pytest.approx((1 + 1 + 1 + 2) / 4)
+
+
 def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
     timings = {"publish_s": 0.5, "wait_s": 2.0, "score_s": 0.5, "forward_backward_s": 1.0, "scoring_s": 2.0}
     values = step_numbers.derive_rates(timings, rollouts=8)
@@ -124,7 +131,7 @@ def test_every_number_of_a_step_is_described() -> None:
         set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate", "skipped"}
     )
     written |= {"policy_drift_mean", "policy_drift_max", "policy_drift_share"}
-    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
+    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith(("groups_", "records_"))}
     assert written == set(step_numbers.DESCRIPTIONS) - counted
 
 

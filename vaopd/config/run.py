@@ -58,6 +58,12 @@ class DataConfig(Section):
     """The split that evaluation reads."""
     instruction: str = ""
     """Appended to every question, e.g. how to state the final answer."""
+    bad_records: Literal["error", "skip"] = "error"
+    """A record that can't be used is named and keeps the run from starting, or is left out and counted."""
+    max_bad_fraction: Fraction = 0.01
+    """With bad_records = "skip": the largest share of bad records in a split; above it the run doesn't start."""
+    max_prompt_tokens: int = Field(8192, ge=1)
+    """A longer prompt, image tokens included, is a bad record; no prompt is ever cut (paper: 8192)."""
     min_pixels: int | None = Field(None, ge=1)
     """Images are scaled up to at least this many pixels; empty: the processor's own (paper: 262144)."""
     max_pixels: int | None = Field(None, ge=1)

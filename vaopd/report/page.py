@@ -109,6 +109,9 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yields name, value and note of each number at the top of a run's section."""
     from vaopd.report.plots import TIMES, VARIANT_NAMES
 
+    for none in run.without_accuracy[-1:]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in none.not_asked.items())
+        yield (f"held-out accuracy, step {none.step}", "none", f"no question could be asked: {reasons}")
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         yield (f"held-out accuracy, step {first.step}", first.label, "")
@@ -117,8 +120,13 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
             yield (f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
         problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
         yield ("judged on", problems, "± one standard error")
+        if last.not_asked:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in last.not_asked.items())
+            yield ("not asked", f"{sum(last.not_asked.values())} problems", reasons)
         judges = " and ".join(dict.fromkeys(evaluation.judge or "1" for evaluation in run.evaluations))
         yield ("judge", judges, "its version")
+    if left_out := run.list_series("records_left_out")[1]:
+        yield ("bad records left out", f"{left_out[-1]:.0f}", "of the training split; `vaopd data check` lists them")
     state = "finished" if run.finished else "not finished"
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
     yield ("optimizer steps", steps, state)

@@ -96,9 +96,9 @@ def block(run: Run, *, now_s: float) -> list[str]:
 
 
 def _describe_judge(evaluation: Evaluation) -> str:
-    """Returns how many answers were not judged, if any, and the judge's version, if the run recorded it."""
-    unjudged = f", {evaluation.not_judged} not judged" if evaluation.not_judged else ""
-    return f"{unjudged}, judge {evaluation.judge}" if evaluation.judge else unjudged
+    """Returns what is missing in the accuracy, if anything, and the judge's version, if the run recorded it."""
+    gaps = "".join(f", {gap}" for gap in evaluation.gaps)
+    return f"{gaps}, judge {evaluation.judge}" if evaluation.judge else gaps
 
 
 def format_line(run: Run) -> str:

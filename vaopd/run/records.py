@@ -11,8 +11,8 @@ import json
 import math
 import statistics
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Evaluation:
     """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1].
 
     judge: its version; empty in a run of an earlier vaopd. not_judged: answers it could not compare within its limits.
+    prompts: the problems that were asked; not_asked: the others, by reason.
     """
 
     step: int
@@ -35,13 +36,29 @@ class Evaluation:
     prompts: int
     samples: int
     not_judged: int = 0
+    not_asked: Mapping[str, int] = field(default_factory=dict)
     judge: str = ""
 
     @property
     def label(self) -> str:
-        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"; then how many were not judged."""
+        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"; then what is missing in it."""
         label = f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
-        return f"{label} ({self.not_judged} not judged)" if self.not_judged else label
+        return f"{label} ({', '.join(self.gaps)})" if self.gaps else label
+
+    @property
+    def gaps(self) -> list[str]:
+        """How many questions were not asked, and how many answers not judged; nothing where all were."""
+        unasked = sum(self.not_asked.values())
+        gaps = [f"{unasked} of {self.prompts + unasked} not asked"] if unasked else []
+        return [*gaps, f"{self.not_judged} not judged"] if self.not_judged else gaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAccuracy:
+    """An evaluation in which no question could be asked; not_asked: how many, by reason."""
+
+    step: int
+    not_asked: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,7 @@ class Run:
     config: dict[str, Any]
     train: tuple[dict[str, Any], ...]
     evaluations: tuple[Evaluation, ...]
+    without_accuracy: tuple[NoAccuracy, ...] = ()
 
     @property
     def name(self) -> str:
@@ -86,7 +104,9 @@ class Run:
         if self.steps_planned is None or self.steps_done < self.steps_planned:
             return False
         evaluates = self.config.get("evaluation", {}).get("every", 50) > 0
-        return not evaluates or bool(self.evaluations and self.evaluations[-1].step >= self.steps_planned)
+        steps = [evaluation.step for evaluation in self.evaluations]
+        steps += [evaluation.step for evaluation in self.without_accuracy]
+        return not evaluates or max(steps, default=-1) >= self.steps_planned
 
     def list_series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns the steps that recorded a finite `key`, and its values there."""
@@ -115,17 +135,25 @@ def read_run(folder: Path) -> Run:
         config = tomllib.loads(config_text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
-    train, evaluations = [], []
+    train, evaluations, without_accuracy = [], [], []
     metrics = folder / "metrics.jsonl"
     # A run that has just been started has no metrics yet.
     for where, line in read_json_lines(metrics) if metrics.exists() else ():
-        if line.get("kind") == "eval":
+        if line.get("kind") == "eval" and "accuracy" in line and line["accuracy"] is None:
+            step = int(_read_number(line, "step", where))
+            without_accuracy.append(NoAccuracy(step=step, not_asked=_read_counts(line)))
+        elif line.get("kind") == "eval":
             evaluations.append(_read_evaluation(line, where))
         elif line.get("kind") == "train":
             _read_number(line, "step", where)
             train.append(line)
     return Run(
-        folder=folder, config_text=config_text, config=config, train=tuple(train), evaluations=tuple(evaluations)
+        folder=folder,
+        config_text=config_text,
+        config=config,
+        train=tuple(train),
+        evaluations=tuple(evaluations),
+        without_accuracy=tuple(without_accuracy),
     )
 
 
@@ -162,8 +190,14 @@ def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
         prompts=int(_read_number(line, "prompts", where)),
         samples=int(_read_number(line, "samples", where)),
         not_judged=int(line.get("not_judged", 0)),
+        not_asked=_read_counts(line),
         judge=str(line.get("judge", "")),
     )
+
+
+def _read_counts(line: dict[str, Any]) -> dict[str, int]:
+    counts = line.get("not_asked")  # missing in a run of an earlier vaopd
+    return {str(reason): int(count) for reason, count in counts.items()} if isinstance(counts, dict) else {}
 
 
 def _read_number(line: dict[str, Any], key: str, where: str) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from vaopd.files.hub import model_folder
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.fused_norms import use_fused_norms
@@ -45,6 +46,7 @@ class Vlm(PromptReader):
     """A loaded model with its processor. Made by `load`; the attributes are read-only."""
 
     path: Path
+    """The model's folder, also of a hub id: the trainer copies its tokenizer and configuration."""
     model: Any
 
     def __post_init__(self) -> None:
@@ -82,8 +84,9 @@ class Vlm(PromptReader):
             from transformers.distributed import DistributedConfig
 
             options = {"distributed_config": DistributedConfig(tp_plan=reader.family.tp_plan)}
+        folder = model_folder(str(path), role="model")
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
+            folder,
             dtype=getattr(torch, dtype),
             attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
             **options,
@@ -92,7 +95,7 @@ class Vlm(PromptReader):
         if device is not None and device_map is None:
             model = model.to(device)
         return cls(
-            path=Path(path),
+            path=folder,
             model=model.eval(),
             processor=reader.processor,
             config=model.config,

@@ -91,12 +91,17 @@ class PromptReader:
         """The tokenizer's fingerprint, see `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self.tokenizer)
 
+    @property
+    def pixel_bounds(self) -> tuple[int, int] | None:
+        """The fewest and the most pixels of a scaled picture; None for a family whose tiles have one size."""
+        return self.family.pixel_bounds(self.processor)
+
     def scale_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Scales a decoded picture to the processor's pixel bounds, before any view is made of it.
 
         The processor would do so itself, but only after the degradation, and a small picture then has coarser cells.
         """
-        bounds = self.family.pixel_bounds(self.processor)
+        bounds = self.pixel_bounds
         return image if bounds is None else scale_to_bounds(image, min_pixels=bounds[0], max_pixels=bounds[1])
 
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:

@@ -5,6 +5,10 @@ import { $, h, percent, save } from "./dom.js";
 const COLUMNS = ["run", "objective", "seed", "steps", "accuracy before", "accuracy", "last change"];
 const UPDATE_EVERY_MS = 15_000;
 
+function accuracy(share, judge) {
+  return h("td", judge ? { title: `judge ${judge}` } : {}, percent(share));
+}
+
 function row(run) {
   const address = `runs/${run.name}/report`;
   const link = h("a", { href: address }, run.name);
@@ -26,8 +30,8 @@ function row(run) {
     h("td", {}, run.objective),
     h("td", {}, String(run.seed)),
     h("td", {}, `${steps}, ${run.finished ? "finished" : "not finished"}`),
-    h("td", {}, percent(run.accuracy_before)),
-    h("td", {}, percent(run.accuracy)),
+    accuracy(run.accuracy_before, run.judge_before),
+    accuracy(run.accuracy, run.judge),
     h("td", {}, new Date(run.changed).toLocaleString()),
   );
 }
