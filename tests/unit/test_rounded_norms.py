@@ -12,7 +12,7 @@ from tests.support.weighted import a_weighted_group, teacher_head
 from vaopd.config import TrainerConfig
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.torchvision_compat import ensure_torchvision
-from vaopd_trainer.fused_norms import fuse_norms
+from vaopd_trainer.rounded_norms import round_norms
 from vaopd_trainer.student_loss import StudentLoss
 
 pytestmark = pytest.mark.numeric
@@ -33,7 +33,7 @@ def norm() -> nn.Module:
     norm = LlamaRMSNorm(WIDTH, eps=EPSILON)
     with torch.no_grad():
         norm.weight.copy_(1 + 0.3 * made(0, WIDTH))
-    assert fuse_norms(norm) == 1
+    assert round_norms(norm) == round_norms(norm) == 1
     return norm
 
 
@@ -79,11 +79,11 @@ def family() -> str:
     return str(family_folder("qwen3_vl"))
 
 
-def losses(student: Vlm, *, autocast: bool, fused: bool) -> tuple[float, Tensor]:
+def losses(student: Vlm, *, autocast: bool, rounded: bool) -> tuple[float, Tensor]:
     """The loss of a group, and its gradients in one row."""
     student.model.zero_grad()
     loss = StudentLoss(student, teacher_head=teacher_head(student), trainer=TrainerConfig(steps=1))
-    if not fused:
+    if not rounded:
         for module in student.model.modules():
             if type(module).__name__.endswith("RMSNorm"):
                 del module.forward
@@ -97,10 +97,10 @@ def losses(student: Vlm, *, autocast: bool, fused: bool) -> tuple[float, Tensor]
 def test_a_step_in_mixed_precision_stays_as_near_to_float32_as_with_transformers_norms(family: str) -> None:
     """Both round activations to bfloat16 once per layer's product; neither may be twice as far off as the other."""
     student = Vlm.load(family, dtype="float32")
-    value, gradient = losses(student, autocast=False, fused=True)
+    value, gradient = losses(student, autocast=False, rounded=True)
     off = []
-    for fused in (True, False):
-        mixed, by_mixed = losses(student, autocast=True, fused=fused)
+    for rounded in (True, False):
+        mixed, by_mixed = losses(student, autocast=True, rounded=rounded)
         off.append((abs(mixed - value), float((by_mixed - gradient).norm() / gradient.norm())))
     (mine, of_gradient), (theirs, of_their_gradient) = off
     layers = student.config.text_config.num_hidden_layers + student.config.vision_config.depth
