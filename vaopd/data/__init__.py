@@ -1,1 +1,4 @@
-"""Prompts: the generated handwritten geometry, and loaders for Geometry3K, ViRL39K and your own data."""
+"""Data sets, from files to a run's problems; and the generated handwritten geometry.
+
+tables.py (files ──► rows) ──► records.py (one record) ──► loaders.py (prompts) ──► measures.py ──► problems.py (a run's)
+"""
