@@ -6,9 +6,10 @@
     Coordinator (rank 0) ──────────────────► Ranks: groups for the other ranks, and stop
           │
           ├─ Collector ──────────── Redis    requests and policies out, groups in; writes Ledger (RUN/ledger.jsonl)
-          ├─ LeaseKeeper ────────── Redis    the job's lease
+          ├─ LeaseKeeper ────────── Redis    the job's lease; each renewal repeats the status
           ├─ heldout ────────────── the Collector, for the held-out prompts
           ├─ snapshots, checkpoint ─ RUN     policy/, model/, best/, checkpoints/
+          ├─ StatusWriter ───────── RUN      status.json
           ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl
           └─ ProgressLine, TrainerMetrics, trackers
 
@@ -32,6 +33,7 @@ from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
 from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
+from vaopd.run.status import StatusWriter
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -64,6 +66,7 @@ class Coordinator:
         collector: Collector,
         ledger: Ledger,
         keeper: LeaseKeeper,
+        status: StatusWriter,
         progress_line: ProgressLine,
         metrics: TrainerMetrics,
         track: Callable[[dict[str, float], int], None],
@@ -78,6 +81,7 @@ class Coordinator:
         self._collector = collector
         self._ledger = ledger
         self._keeper = keeper
+        self._status = status
         self._progress_line = progress_line
         self._metrics = metrics
         self._track = track
@@ -108,6 +112,7 @@ class Coordinator:
         Groups that a checkpoint (`resumed`) has trained are dropped when they are delivered again.
         """
         self._first_step = state.step
+        self._status.write("running", step=state.step, lease_s=self._config.queue.lease_s)
         self._acknowledged = len(state.ledger)
         self._metrics.set_step(state.step)
         if resumed:
@@ -122,6 +127,7 @@ class Coordinator:
         keep_snapshot(self._snapshot, self._folder / "model")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
+        self._status.write("finished")
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
@@ -223,6 +229,7 @@ class Coordinator:
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)
         lags = [line.step - line.policy_version for line in trained]
+        self._status.note_step(step + 1)
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from vaopd.errors import InvalidInput, VaopdError
+from vaopd.errors import InvalidInput, LeaseLost, VaopdError
 from vaopd.files.durable import atomic_file
 
 log = logging.getLogger(__name__)
@@ -107,12 +107,15 @@ class StatusWriter:
         self._status = RunStatus(state="starting", writer=f"{role}, process {os.getpid()} on {host}", host=host)
         self._lock: int | None = None
         self._before: RunStatus | None = None
+        self._silent = False
 
     def __enter__(self) -> StatusWriter:
         with contextlib.suppress(InvalidInput):  # a damaged one is written anew
             self._before = read_status(self._folder)
         if self._before is not None:
             self._status = replace(self._status, step=self._before.step)
+            # Another trainer is at work: not a word, unless this one gets the job's lease.
+            self._silent = self._before.state == "running"
         # Shared: `up` and the trainer both live, and a trainer that replaces a frozen one must not wait for it.
         with contextlib.suppress(OSError):  # a file system without locks: then the lease alone decides
             self._lock = os.open(self._folder / LOCK, os.O_RDONLY | os.O_CREAT, 0o644)
@@ -131,6 +134,7 @@ class StatusWriter:
         self._status = replace(
             self._status, state=state, step=step, reason=reason, since_s=now_s, seen_s=now_s, lease_s=lease_s
         )
+        self._silent = self._silent and state != "running"
         self._put()
 
     def fail(self, reason: str) -> None:
@@ -146,6 +150,8 @@ class StatusWriter:
         """Writes "failed", with the error as the reason, when the block raises."""
         try:
             yield
+        except LeaseLost:  # the run is another trainer's, and so is its status
+            raise
         except Exception as error:
             # A library's error may say nothing without its type.
             self.fail(str(error) if isinstance(error, VaopdError) else f"{type(error).__name__}: {error}")
@@ -167,6 +173,8 @@ class StatusWriter:
         return self._status.step
 
     def _put(self) -> None:
+        if self._silent:
+            return
         try:
             with atomic_file(self._folder / FILE) as file:
                 file.write(json.dumps(asdict(self._status), indent=1).encode())
@@ -183,8 +191,12 @@ def _parse(text: str, path: Path) -> RunStatus:
         status = RunStatus(
             state=values["state"],
             step=int(values["step"]),
-            **{key: str(values[key]) for key in ("reason", "writer", "host")},
-            **{key: float(values[key]) for key in ("since_s", "seen_s", "lease_s")},
+            reason=str(values["reason"]),
+            writer=str(values["writer"]),
+            host=str(values["host"]),
+            since_s=float(values["since_s"]),
+            seen_s=float(values["seen_s"]),
+            lease_s=float(values["lease_s"]),
         )
     except (ValueError, TypeError, KeyError) as error:
         raise InvalidInput(f"{path} is not a run's status ({error!r}); remove the file") from None

@@ -75,12 +75,14 @@ def check_teacher(
     """
     if known is None or not known.find_differences(found):
         return False
-    changed = f"the teacher at {address} is not the one that run {run!r} learns from:\n{describe_change(known, found)}\n"
+    changed = (
+        f"the teacher at {address} is not the one that run {run!r} learns from:\n{describe_change(known, found)}\n"
+    )
     revision = found.revision[:SHOWN]
     if accept == ANY and accepted_before and accepted_before[-1] == ANY:
         raise Mismatch(
-            f"{changed}  --accept-teacher without a revision was given to the start before this one, too, and holds for "
-            f"one start only; name the revision: --accept-teacher {revision}"
+            f"{changed}  --accept-teacher without a revision holds for one start, and the start before this one had it, "
+            f"too; name the revision: --accept-teacher {revision}"
         )
     if accept == ANY or (accept is not None and len(accept) >= SHORTEST_REVISION and found.revision.startswith(accept)):
         return True
