@@ -81,7 +81,7 @@ def check_teacher(
     revision = found.revision[:SHOWN]
     if accept == ANY and accepted_before and accepted_before[-1] == ANY:
         raise Mismatch(
-            f"{changed}  --accept-teacher without a revision holds for one start, and the start before this one had it, "
+            f"{changed}  --accept-teacher without a revision holds for one start, and the start before had it, "
             f"too; name the revision: --accept-teacher {revision}"
         )
     if accept == ANY or (accept is not None and len(accept) >= SHORTEST_REVISION and found.revision.startswith(accept)):
