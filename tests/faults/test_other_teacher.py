@@ -50,7 +50,8 @@ def test_a_replaced_teacher_costs_no_step_and_is_taken_only_when_it_is_accepted(
     trainer, worker = job.start_trainer(), job.start_worker()
     job.until("two steps are done", lambda: len(job.records()) >= 2, trainer, worker)
     status = read_status(job.folder)
-    assert status is not None and status.state == "running"
+    assert status is not None
+    assert status.state == "running"
 
     system.teacher.kill()
     system.teacher_model = save_untrained(tmp_path / "another", seed=7)

@@ -13,12 +13,16 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teacher port", "api port"]
+Needs = Literal[
+    "student", "teacher", "data", "engine", "device", "redis", "running teacher", "teacher port", "api port"
+]
+OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares CONFIG, `--set` and `--dry-run`."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, e.g. configs/tiny.toml")
+def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Declares CONFIG, `--set`, `--dry-run` and `--offline`."""
+    nargs = "?" if optional else None
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="a TOML file, e.g. configs/tiny.toml")
     parser.add_argument(
         "--set",
         action="append",
@@ -30,14 +34,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
     )
+    parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
 
 
-def dry_run(config: Config, needs: Iterable[Needs]) -> int:
+def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False) -> int:
     """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
     from vaopd.config import to_toml
 
     print(to_toml(config), end="")
-    problems = list(find_problems(config, needs))
+    problems = list(find_problems(config, [need for need in needs if not offline or need not in OVER_THE_NETWORK]))
     for problem in problems:
         print(f"vaopd: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -45,7 +50,13 @@ def dry_run(config: Config, needs: Iterable[Needs]) -> int:
 
 def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
     """Yields the problems that would stop a process with these needs, each with its key and remedy."""
-    from vaopd.launch.checks import find_engine_problem, find_gpu_problem, find_redis_problem, find_tokenizer_problem
+    from vaopd.launch.checks import (
+        find_engine_problem,
+        find_gpu_problem,
+        find_redis_problem,
+        find_teacher_problem,
+        find_tokenizer_problem,
+    )
     from vaopd.net.ports import find_port_problem
 
     for need in needs:
@@ -60,6 +71,8 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
                 yield from filter(None, [find_engine_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
+            case "running teacher":
+                yield from filter(None, [find_teacher_problem(config)])
             case "device":
                 yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":

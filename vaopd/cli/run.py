@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.process.extras import require
-from vaopd.process.flags import add_service_flag, read_service_config
+from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
+    from vaopd.launch.up import UpOptions
 
 DEMO_CONFIG = Path("configs/tiny.toml")
 NEXT = """
@@ -38,8 +39,17 @@ def add_parsers(subparsers: Subparsers) -> None:
     up = subparsers.add_parser(
         "up", help="start Redis, teacher, workers, API and trainer of a configuration on this host"
     )
-    add_config_arguments(up)
-    up.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    add_config_arguments(up, optional=True)
+    up.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RUN",
+        help="continue from the run's last checkpoint; with RUN, a run's folder, CONFIG may be left out: every setting "
+        "and option is the run's, and --set may change what a resume may change, e.g. trainer.steps",
+    )
+    add_accept_teacher_flag(up)
     up.add_argument(
         "--restart-trainer", action="store_true", help="resume automatically when the trainer is killed by a signal"
     )
@@ -68,20 +78,45 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.launch.up import UpOptions, parse_gpus, up
+    from vaopd.launch.up import parse_gpus, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
-    gpus = parse_gpus(arguments.gpus)
+    options = _make_options(arguments, gpus=parse_gpus(arguments.gpus))
+    shared = options.teacher is not None
     needs: list[Needs] = ["student", "data", "engine", "redis"]
-    needs += [] if arguments.teacher else ["teacher", "device"]
+    needs += ["running teacher"] if shared else ["teacher", "device"]
     if arguments.dry_run:
-        needs += [] if arguments.teacher else ["teacher port"]
+        overrides = list(options.overrides)
+        if options.teacher is not None:
+            overrides.append(f"teacher.address={options.teacher}")
+        needs += [] if shared else ["teacher port"]
         needs += ["api port"] if arguments.api else []
-        return dry_run(load_config(arguments.config, arguments.overrides), needs)
+        return dry_run(load_config(options.config_path, overrides), needs, offline=arguments.offline)
+    if arguments.log_format:
+        os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
+    roles = ["rollout", "trainer", *([] if shared else ["teacher"]), *(["api"] if arguments.api else [])]
+    require(*roles)
+    # `up` describes a running teacher itself, and says what it found.
+    needs = [need for need in needs if need != "running teacher"]
+    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+
+
+def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
+    """Returns the options of `up`. Raises ConfigError when neither a configuration nor a run is given."""
+    from vaopd.errors import ConfigError
+    from vaopd.launch.resume import take_settings_of_run
+    from vaopd.launch.up import UpOptions
+
+    config, run = arguments.config, arguments.resume
+    if config is None and isinstance(run, str) and not Path(run).is_dir():
+        config, run = Path(run), True  # `up --resume CONFIG`
+    if config is None and run in (True, False):
+        raise ConfigError("give a CONFIG, e.g. configs/tiny.toml, or --resume RUN with a run's folder")
     options = UpOptions(
-        config_path=arguments.config,
+        config_path=config or Path(),
         overrides=tuple(arguments.overrides),
-        resume=arguments.resume,
+        resume=bool(run),
+        accept_teacher=arguments.accept_teacher,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
         service=arguments.service,
@@ -89,11 +124,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
         gpus=gpus,
         metrics_port=arguments.metrics_port,
     )
-    if arguments.log_format:
-        os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
-    roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
-    require(*roles)
-    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+    if config is None:
+        return take_settings_of_run(options, Path(run))
+    if isinstance(run, str):
+        raise ConfigError(f"give CONFIG or --resume {run}, not both: the run has its own configuration")
+    return options
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

