@@ -14,9 +14,18 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 Needs = Literal[
-    "student", "teacher", "data", "engine", "device", "redis", "running teacher", "teacher port", "api port"
+    "student",
+    "teacher",
+    "data",
+    "engine",
+    "device",
+    "redis",
+    "running teacher",
+    "later teacher",
+    "teacher port",
+    "api port",
 ]
-OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher")
+OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher", "later teacher")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -71,8 +80,8 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
                 yield from filter(None, [find_engine_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
-            case "running teacher":
-                yield from filter(None, [find_teacher_problem(config)])
+            case "running teacher" | "later teacher":
+                yield from filter(None, [find_teacher_problem(config, may_start_later=need == "later teacher")])
             case "device":
                 yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":

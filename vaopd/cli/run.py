@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -104,7 +105,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
 def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
     """Returns the options of `up`. Raises ConfigError when neither a configuration nor a run is given."""
     from vaopd.errors import ConfigError
-    from vaopd.launch.resume import take_settings_of_run
+    from vaopd.launch.resume import read_launch
     from vaopd.launch.up import UpOptions
 
     config, run = arguments.config, arguments.resume
@@ -124,11 +125,19 @@ def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, .
         gpus=gpus,
         metrics_port=arguments.metrics_port,
     )
-    if config is None:
-        return take_settings_of_run(options, Path(run))
-    if isinstance(run, str):
+    if config is not None and isinstance(run, str):
         raise ConfigError(f"give CONFIG or --resume {run}, not both: the run has its own configuration")
-    return options
+    if config is not None:
+        return options
+    launch = read_launch(Path(run))
+    return dataclasses.replace(
+        options,
+        config_path=launch.config_path,
+        overrides=(*launch.overrides, *options.overrides),
+        teacher=options.teacher or launch.teacher,
+        service=options.service or launch.service,
+        gpus=options.gpus or launch.gpus,
+    )
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

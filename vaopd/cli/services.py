@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[Role, str]] = {
     "api": ("api", "run the scoring API (HTTP)"),
 }
 NEEDS: dict[Role, tuple[Needs, ...]] = {
-    "trainer": ("student", "data", "running teacher"),
+    "trainer": ("student", "data", "later teacher"),
     "teacher": ("teacher", "device", "teacher port"),
     "rollout": ("student", "engine"),
     "api": ("api port",),
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return dry_run(config, NEEDS[role], offline=arguments.offline)
     # The service reports a taken port itself: it may be free again by the time the service listens.
-    check(config, [need for need in NEEDS[role] if not need.endswith("port") and need != "running teacher"])
+    check(config, [need for need in NEEDS[role] if not need.endswith("port") and need != "later teacher"])
     if role == "trainer":
         _check_teacher(config)
     argv = make_service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))

@@ -41,15 +41,15 @@ def find_redis_problem(config: Config) -> str | None:
     return f"queue.url: {problem}" if problem else None
 
 
-def find_teacher_problem(config: Config) -> str | None:
-    """Asks the running teacher at teacher.address what it is: absence, TLS, keys and payload are named."""
+def find_teacher_problem(config: Config, *, may_start_later: bool) -> str | None:
+    """Asks the teacher at teacher.address what it is: TLS, keys, payload and, unless it may start later, absence."""
     from vaopd.client.diagnosis import examine_teacher
-    from vaopd.errors import VaopdError
+    from vaopd.errors import Unavailable, VaopdError
 
     try:
         examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
     except VaopdError as error:
-        return str(error)
+        return None if may_start_later and isinstance(error, Unavailable) else str(error)
     return None
 
 

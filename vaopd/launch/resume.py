@@ -6,12 +6,11 @@ as they were configured (a start puts free ports and the embedded Redis's into c
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vaopd.config import Config, ignore, load_config
 from vaopd.errors import ConfigError, InvalidInput, NotFound
@@ -23,10 +22,18 @@ from vaopd.run.status import read_status
 from vaopd.run.teacher import TeacherRecord, check_teacher
 from vaopd.types import TeacherDescription
 
-if TYPE_CHECKING:
-    from vaopd.launch.up import UpOptions
-
 FILE = "launch.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """How a run was started: its configuration, and the options of `vaopd up` that a resume takes over."""
+
+    config_path: Path
+    overrides: tuple[str, ...]
+    teacher: str | None
+    service: Path | None
+    gpus: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +44,10 @@ class Start:
     finished: bool = False
 
 
-def take_settings_of_run(options: UpOptions, run: Path) -> UpOptions:
-    """Returns the options with the settings of the run in `run`; what was given on the command line goes over them.
+def read_launch(run: Path) -> Launch:
+    """Returns how the run in `run` was started. Raises NotFound for no run, ConfigError for a renamed folder.
 
-    Raises NotFound for a folder that is no run, ConfigError for a run whose folder was renamed.
+    A run that `up` didn't start, or of an earlier vaopd, has its config.toml only.
     """
     path = run / "config.toml"
     if not path.is_file():
@@ -52,32 +59,31 @@ def take_settings_of_run(options: UpOptions, run: Path) -> UpOptions:
             f"--resume {run}: this is run {recorded.run.name!r}, whose requests and checkpoints name it; rename the "
             f"folder to {recorded.run.name}"
         )
-    launch = _read_launch(run)
+    values = _read_table(run / FILE)
     overrides = [f"run.folder={run.resolve().parent}"]
-    overrides += [f"{key}={value}" for key, value in launch.get("addresses", {}).items()]
-    gpus = {role: tuple(devices) for role, devices in launch.get("gpus", {}).items()}
-    service = launch.get("service")
-    return dataclasses.replace(
-        options,
+    overrides += [f"{key}={value}" for key, value in values.get("addresses", {}).items()]
+    service = values.get("service")
+    return Launch(
         config_path=path,
-        overrides=(*overrides, *options.overrides),
-        resume=True,
-        teacher=options.teacher or launch.get("teacher"),
-        service=options.service or (Path(service) if service else None),
-        gpus=options.gpus or gpus,
+        overrides=tuple(overrides),
+        teacher=values.get("teacher"),
+        service=Path(service) if service else None,
+        gpus={role: tuple(devices) for role, devices in values.get("gpus", {}).items()},
     )
 
 
-def write_launch(config: Config, options: UpOptions) -> None:
+def write_launch(
+    config: Config, *, teacher: str | None, service: Path | None, gpus: Mapping[str, tuple[str, ...]]
+) -> None:
     """Writes RUN/launch.json for a later `--resume RUN`."""
     addresses = {"teacher.address": config.teacher.address, "api.address": config.api.address}
     if config.queue.url == "embedded":  # any other URL is in config.toml, and may hold a password
         addresses["queue.url"] = config.queue.url
     values = {
         "addresses": addresses,
-        "teacher": options.teacher,
-        "service": str(options.service.resolve()) if options.service else None,
-        "gpus": {role: list(devices) for role, devices in options.gpus.items()},
+        "teacher": teacher,
+        "service": str(service.resolve()) if service else None,
+        "gpus": {role: list(devices) for role, devices in gpus.items()},
     }
     with atomic_file(config.run_folder / FILE) as file:
         file.write(json.dumps(values, indent=1).encode())
@@ -151,9 +157,7 @@ def _dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def _read_launch(run: Path) -> Mapping[str, Any]:
-    """Returns RUN/launch.json; nothing for a run that `up` didn't start, or of an earlier vaopd."""
-    path = run / FILE
+def _read_table(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from vaopd.config import Config, ServiceConfig, ignore, load_service_config
 from vaopd.errors import ConfigError
 from vaopd.launch.resume import check_same_teacher
 
-if TYPE_CHECKING:
-    from vaopd.launch.up import UpOptions
 
-
-def check_shared_teacher(config: Config, options: UpOptions, *, say: Callable[[str], None]) -> None:
-    """Describes the running teacher that a launch is to use; of one that it starts itself, checks the service file."""
-    if options.teacher is not None:
-        describe_teacher(config, options, options.teacher, say=say)
-    elif problem := find_credentials_problem(load_service_config(options.service, warn=ignore)):
-        raise ConfigError(problem)
-
-
-def describe_teacher(config: Config, options: UpOptions, address: str, *, say: Callable[[str], None]) -> None:
+def describe_teacher(
+    config: Config, address: str, *, resume: bool, accept_teacher: str | None, say: Callable[[str], None]
+) -> None:
     """Says what the teacher at `address` serves. Raises an error that names what to set when it can't be used."""
     from vaopd.client.diagnosis import examine_teacher
 
     found = examine_teacher(address, job=config.run.name, payload=config.teacher.payload)
     for reason in found.absent.values():
         say(f"a replica is away, and is used once it is there: {reason}")
-    if options.resume:
-        check_same_teacher(config, found.description, address=address, accept_teacher=options.accept_teacher)
+    if resume:
+        check_same_teacher(config, found.description, address=address, accept_teacher=accept_teacher)
     say(f"teacher at {address}: {found.description.model}, revision {found.description.revision[:16]}")
+
+
+def check_credentials(service: Path | None) -> None:
+    """Raises ConfigError when a launch's trainer couldn't call the teacher that the launch starts."""
+    if problem := find_credentials_problem(load_service_config(service, warn=ignore)):
+        raise ConfigError(problem)
 
 
 def find_credentials_problem(services: ServiceConfig, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -41,8 +38,8 @@ def find_credentials_problem(services: ServiceConfig, environment: Mapping[str, 
     teacher = services.teacher
     if teacher.tls.cert is not None and not environment.get(CA):
         return (
-            f"the service file gives the teacher a certificate, which the trainer can't check; set {CA} to the file of the "
-            "authority that signed it"
+            f"the service file gives the teacher a certificate, which the trainer can't check; set {CA} to the file of "
+            "the authority that signed it"
         )
     if teacher.tls.cert is None and (environment.get(CA) or environment.get(CERT)):
         name = CA if environment.get(CA) else CERT

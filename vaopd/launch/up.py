@@ -26,7 +26,7 @@ from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.checks import has_gpu
 from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import Child, Supervisor
-from vaopd.launch.teacher import check_shared_teacher, describe_teacher
+from vaopd.launch.teacher import check_credentials, describe_teacher
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
 from vaopd.run.status import StatusWriter
@@ -81,9 +81,12 @@ def up(
         return 0
     check_ports(config, options)
     check(config)
-    check_shared_teacher(config, options, say=say)
+    if options.teacher is None:
+        check_credentials(options.service)
+    else:
+        _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
-    write_launch(config, options)
+    write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
     with StatusWriter(folder, role="vaopd up") as status:
         status.write("starting")
         try:
@@ -103,6 +106,10 @@ def up(
     if code == 0:
         say(f"finished: the model is in {folder / 'model'}; `vaopd report {folder}` writes its report")
     return code
+
+
+def _describe_teacher(config: Config, options: UpOptions, address: str, say: Callable[[str], None]) -> None:
+    describe_teacher(config, address, resume=options.resume, accept_teacher=options.accept_teacher, say=say)
 
 
 def _run_until_ended(launch: _Launch, say: Callable[[str], None]) -> int:
@@ -133,8 +140,9 @@ class _Launch:
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
         else:
-            self._set("teacher.address", self._start_teacher())
-            describe_teacher(self._config, self._options, self._overrides[-1].partition("=")[2], say=self._say)
+            address = self._start_teacher()
+            _describe_teacher(self._config, self._options, address, self._say)
+            self._set("teacher.address", address)
         if self._options.api:
             self._start_api()
         return self._run_trainer()
