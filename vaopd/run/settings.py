@@ -23,7 +23,7 @@ from typing import Any
 
 from vaopd.errors import ConfigError
 from vaopd.files.durable import atomic_file
-from vaopd.run.records import read_json_lines
+from vaopd.run.json_lines import read_json_lines
 
 FILE = "settings.jsonl"
 FIXED = (
