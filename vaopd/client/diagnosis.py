@@ -9,7 +9,6 @@ name the variable or option to set.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -39,7 +38,7 @@ PROBE_S = 3.0
 CALL_S = 10.0
 AGAIN_S = 1.0
 SAY_EVERY_S = 10.0
-_ALERT_S = 0.5  # a server that wants a client's certificate refuses after the handshake, in TLS 1.3
+_ALERT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,30 +171,38 @@ def _check_certificates(host: str, port: int, environment: Mapping[str, str]) ->
             context.load_cert_chain(cert, key)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"{CERT} and {KEY} don't go together or can't be read ({error})") from None
+    agreed = False
     try:
         with (
             socket.create_connection((host, port), timeout=PROBE_S) as plain,
             context.wrap_socket(plain, server_hostname=host) as secure,
         ):
+            agreed = True
             secure.settimeout(_ALERT_S)
-            with contextlib.suppress(TimeoutError):
-                secure.recv(1)
+            # A server that is content sends its HTTP/2 settings; in TLS 1.3 one that is not hangs up only now.
+            if secure.recv(1):
+                return
+            reason = "it hung up"
+    except TimeoutError:
+        return  # gRPC's own words, then
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
             f"the certificate of the teacher at {address} is refused: {error.verify_message}; {CA} must name the "
             "authority that signed it, and the certificate must be valid now and for this host name"
         ) from None
     except ssl.SSLError as error:
-        wants = "certificate" in (error.reason or "").lower().replace("_", " ") or "UNKNOWN_CA" in (error.reason or "")
-        if not wants:
-            return  # gRPC has its own words for it
-        given = f"refuses the certificate of {CERT}" if cert else "wants a client's certificate"
-        raise ConfigError(
-            f"the teacher at {address} {given} ({error.reason}); set {CERT} and {KEY} to one that its authority signed "
-            "(`vaopd certs` makes them)"
-        ) from None
+        if not agreed and "CERTIFICATE" not in (error.reason or "").upper():
+            return
+        reason = error.reason or "TLS"
     except OSError:
-        return
+        if not agreed:
+            return
+        reason = "it hung up"
+    given = f"refuses the certificate of {CERT}" if cert else "wants a client's certificate"
+    raise ConfigError(
+        f"the teacher at {address} {given} ({reason}); set {CERT} and {KEY} to one that its authority signed (`vaopd "
+        "certs` makes them)"
+    )
 
 
 async def _describe(address: str, *, job: str, environment: Mapping[str, str]) -> TeacherDescription:
@@ -229,7 +236,7 @@ async def _check_job(replica: Replica, *, job: str, metadata: tuple[tuple[str, s
         await await_answer(call.read(), replica.target)
     except PermissionDenied:
         raise PermissionDenied(
-            f"the teacher at {replica.target}: the key in the file of {API_KEY_FILE} is another job's, not {job!r}'s; "
+            f"the teacher at {replica.target}: the key in the file of {API_KEY_FILE} is another job's than {job!r}; "
             f"set {API_KEY_FILE} to a file with the key of job {job!r}, or run.name to the key's job"
         ) from None
     except (Unauthenticated, Unavailable, Busy):
