@@ -100,7 +100,7 @@ def _describe(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "tiles": list(_make_tiles(run)),
-        "state": run.state_label if run.status is not None and not run.finished else "",
+        "state": _describe_state(run),
         "history": [_describe_change(*change) for change in run.list_changes()] + list(_describe_teachers(run)),
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
@@ -150,6 +150,16 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
         "rows": [_make_row(run) for run in runs],
         "differences": [(key, *(_format_value(values.get(key)) for values in flat)) for key in differing],
     }
+
+
+def _describe_state(run: Run) -> str:
+    """Returns a sentence on a run that is not finished; "" for others, and where the run doesn't say."""
+    status = run.status
+    if status is None or run.finished:
+        return ""
+    if status.state == "failed":
+        return f"The run failed at step {status.step}: {status.reason}"
+    return f"The run was stopped at step {status.step}." if status.state == "stopped" else f"The run is {status.state}."
 
 
 def _describe_change(step: int, key: str, old: Any, new: Any) -> str:
