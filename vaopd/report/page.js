@@ -27,7 +27,8 @@ makeReachable();
 // The page of an unfinished run reloads itself, and keeps open what the reader has opened.
 const live = document.getElementById("live");
 const again = Number(document.body.dataset.again);
-const running = () => `This run is ${live.dataset.state}; the page updates every ${again} s.`;
+const STATES = { starting: "Starting", stopped: "The run was stopped", failed: "The run failed" };
+const running = () => `${STATES[live.dataset.state] ?? "Running"}; this page updates every ${again} s.`;
 let shown = null; // the ETag of the version on the page
 const say = (text) => {
   live.textContent = text;
@@ -49,7 +50,7 @@ async function update() {
       makeReachable();
       shown = tag;
       live.dataset.state = fresh.getElementById("live").dataset.state;
-      if (!fresh.body.dataset.again) return say(`The run has ended. Last update ${time()}.`);
+      if (!fresh.body.dataset.again) return say(`${STATES[live.dataset.state] ?? "The run is finished"}. Last update ${time()}.`);
       say(`${running()} Last change ${time()}.`);
     }
   } catch {
