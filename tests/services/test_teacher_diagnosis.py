@@ -118,7 +118,7 @@ def test_keys(tmp_path: Path) -> None:
         told = refusal(teacher.target, Unauthenticated, {})
         assert "set VAOPD_API_KEY_FILE to a file with the key of job 'geometry'" in told
         told = refusal(teacher.target, Unauthenticated, {"VAOPD_API_KEY_FILE": str(files["unknown"])})
-        assert "the file of VAOPD_API_KEY_FILE needs a valid key of job 'geometry'" in told
+        assert "the file of VAOPD_API_KEY_FILE needs to hold the key of job 'geometry'" in told
         told = refusal(teacher.target, PermissionDenied, {"VAOPD_API_KEY_FILE": str(files["other"])})
         assert "the key in the file of VAOPD_API_KEY_FILE is another job's than 'geometry'" in told
         examine_teacher(teacher.target, job="geometry", environment={"VAOPD_API_KEY_FILE": str(files["geometry"])})

@@ -18,6 +18,7 @@ Needs = Literal[
     "teacher",
     "data",
     "engine",
+    "trackers",
     "device",
     "redis",
     "running teacher",
@@ -65,6 +66,7 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
         find_redis_problem,
         find_teacher_problem,
         find_tokenizer_problem,
+        find_tracker_problem,
     )
     from vaopd.net.ports import find_port_problem
 
@@ -78,6 +80,8 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
                 yield from dict.fromkeys(_find_data_problems(config))
             case "engine":
                 yield from filter(None, [find_engine_problem(config)])
+            case "trackers":
+                yield from filter(None, [find_tracker_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
             case "running teacher" | "later teacher":

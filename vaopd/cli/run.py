@@ -84,7 +84,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
     read_service_config(arguments)  # raises for an invalid file before anything is started
     options = _make_options(arguments, gpus=parse_gpus(arguments.gpus))
     shared = options.teacher is not None
-    needs: list[Needs] = ["student", "data", "engine", "redis"]
+    needs: list[Needs] = ["student", "data", "engine", "trackers", "redis"]
     needs += ["running teacher"] if shared else ["teacher", "device"]
     if arguments.dry_run:
         overrides = list(options.overrides)

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[Role, str]] = {
     "api": ("api", "run the scoring API (HTTP)"),
 }
 NEEDS: dict[Role, tuple[Needs, ...]] = {
-    "trainer": ("student", "data", "later teacher"),
+    "trainer": ("student", "data", "trackers", "later teacher"),
     "teacher": ("teacher", "device", "teacher port"),
     "rollout": ("student", "engine"),
     "api": ("api port",),

@@ -52,14 +52,14 @@ class Examination:
 def examine_teacher(
     target: str,
     *,
-    job: str,
+    job: str | None,
     payload: PayloadKind | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Examination:
     """Asks every replica of `target` once. A replica that is away is tolerated while another one answers.
 
     Raises Unavailable when none answers, ConfigError for TLS that doesn't fit, Unauthenticated and PermissionDenied for
-    the key, Mismatch when the teacher doesn't offer `payload`.
+    the key, Mismatch when the teacher doesn't offer `payload`. job: None stands for the key's own.
     """
     absent: dict[str, str] = {}
     found: TeacherDescription | None = None
@@ -205,7 +205,7 @@ def _check_certificates(host: str, port: int, environment: Mapping[str, str]) ->
     )
 
 
-async def _describe(address: str, *, job: str, environment: Mapping[str, str]) -> TeacherDescription:
+async def _describe(address: str, *, job: str | None, environment: Mapping[str, str]) -> TeacherDescription:
     """Returns a replica's description; checks that the key, if there is one, is the job's."""
     credentials = from_environment(environment)
     key = credentials.get("api_key")
@@ -213,17 +213,18 @@ async def _describe(address: str, *, job: str, environment: Mapping[str, str]) -
     replica = Replica(address, tls=credentials.get("tls"), metadata=metadata, timeout_s=CALL_S)
     try:
         description = await replica.describe()
-        if key is not None:
+        if key is not None and job is not None:
             await _check_job(replica, job=job, metadata=metadata)
         return description
     except Unauthenticated as error:
+        whose = "a key" if job is None else f"the key of job {job!r}"
         remedy = (
-            f"set {API_KEY_FILE} to a file with the key of job {job!r}"
+            f"set {API_KEY_FILE} to a file with {whose}"
             if key is None
-            else f"the file of {API_KEY_FILE} needs a valid key of job {job!r}"
+            else f"the file of {API_KEY_FILE} needs to hold {whose}"
         )
         raise Unauthenticated(
-            f"the teacher at {address}: {error}; {remedy} (`vaopd keys add {job}` there makes one)"
+            f"the teacher at {address}: {error}; {remedy} (`vaopd keys add {job or 'JOB'}` there makes one)"
         ) from None
     finally:
         await replica.close()

@@ -78,6 +78,17 @@ def find_tokenizer_problem(config: Config) -> str | None:
     )
 
 
+def find_tracker_problem(config: Config) -> str | None:
+    """Checks that the trackers are installed; accelerate would leave out one that is not, without a word."""
+    missing = [name for name in config.trainer.trackers if not _is_installed(name)]
+    if not missing:
+        return None
+    return (
+        f"trainer.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; pip install "
+        f"{' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
+    )
+
+
 def _is_installed(package: str) -> bool:
     try:
         importlib.metadata.version(package)

@@ -59,6 +59,7 @@ MACHINE = (
     "rollout.requests_per_batch",
     "rollout.engine_options",
     "trainer.processes",
+    "trainer.forward_tokens",
     "trainer.groups_per_forward",
     "trainer.chunk_tokens",
     "trainer.checkpoint_every",
