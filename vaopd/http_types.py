@@ -297,6 +297,10 @@ class RunModel(Reply):
     steps_done: int
     steps_planned: int | None
     finished: bool
+    state: str
+    """starting, running, stopped, failed or finished; a run of an earlier vaopd: finished or not finished."""
+    reason: str = ""
+    """Why it failed."""
     accuracy_before: float | None
     """Accuracy of the initial student."""
     accuracy: float | None

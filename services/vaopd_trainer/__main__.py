@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
     # The coordinator has the numbers of all ranks.
     address = metrics_port.choose_metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
     with metrics_port.serve_metrics(metrics.registry, address):
-        return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
+        return run(config, resume=arguments.resume, accept_teacher=arguments.accept_teacher, stop=stop, metrics=metrics)
 
 
 def set_environment(processes: int) -> None:

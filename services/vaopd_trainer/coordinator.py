@@ -6,9 +6,10 @@
     Coordinator (rank 0) ──────────────────► Ranks: groups for the other ranks, and stop
           │
           ├─ Collector ──────────── Redis    requests and policies out, groups in; writes Ledger (RUN/ledger.jsonl)
-          ├─ LeaseKeeper ────────── Redis    the job's lease
+          ├─ LeaseKeeper ────────── Redis    the job's lease; each renewal repeats the status
           ├─ heldout ────────────── the Collector, for the held-out prompts
           ├─ snapshots, checkpoint ─ RUN     policy/, model/, best/, checkpoints/
+          ├─ StatusWriter ───────── RUN      status.json
           ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl
           └─ ProgressLine, TrainerMetrics, trackers
 
@@ -33,6 +34,7 @@ from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
 from vaopd.run.model_card import upload_hint, write_model_card
 from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
+from vaopd.run.status import StatusWriter
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -65,6 +67,7 @@ class Coordinator:
         collector: Collector,
         ledger: Ledger,
         keeper: LeaseKeeper,
+        status: StatusWriter,
         progress_line: ProgressLine,
         metrics: TrainerMetrics,
         track: Callable[[dict[str, float], int], None],
@@ -84,6 +87,7 @@ class Coordinator:
         self._collector = collector
         self._ledger = ledger
         self._keeper = keeper
+        self._status = status
         self._progress_line = progress_line
         self._metrics = metrics
         self._track = track
@@ -116,6 +120,7 @@ class Coordinator:
         Groups that a checkpoint (`resumed`) has trained are dropped when they are delivered again.
         """
         self._first_step = state.step
+        self._status.write("running", step=state.step, lease_s=self._config.queue.lease_s)
         self._acknowledged = len(state.ledger)
         self._metrics.set_step(state.step)
         if resumed:
@@ -132,6 +137,7 @@ class Coordinator:
         self._progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
+        self._status.write("finished")
 
     def _keep(self, name: str) -> None:
         """Keeps the current policy as RUN/`name`, with a model card."""
@@ -250,6 +256,7 @@ class Coordinator:
                 record["policy_drift_mean"],
             )
         lags = [line.step - line.policy_version for line in trained]
+        self._status.note_step(step + 1)
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.config import Config
-from vaopd.errors import NumericalError, VaopdError
+from vaopd.errors import LeaseLost, Mismatch, NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
 from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
@@ -75,10 +75,7 @@ class Trainer:
         """Continues from a checkpoint. Its weights were loaded into the student before the model was wrapped."""
         self.state = load_run_state(folder)
         checkpoint.load_optimizer(folder, self.optimizer)
-        self.schedule.load_state_dict(self.state.schedule)
-        # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
+        checkpoint.continue_schedule(self.schedule, self.optimizer, self.state)
         log.info("resumed at step %d with %d trained groups", self.state.step, len(self.state.ledger))
 
     def run(self, scorer: GroupScorer) -> None:
@@ -152,11 +149,17 @@ class Trainer:
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
         kill_points.pass_point("collected", step)
-        results = list(scorer.wait_for_results(check=self._check_alone))
+        results, failure = self._wait_for_scores(scorer)
         kill_points.pass_point("scored", step)
-        refused = self.ranks.gather([[r.group_id, r.reason] for r in results if isinstance(r, Refused)])
+        refused = [[r.group_id, r.reason] for r in results if isinstance(r, Refused)]
+        everyone = self.ranks.gather({"refused": refused, "failure": None if failure is None else str(failure)})
+        failed = [part["failure"] for part in everyone if part["failure"] is not None]
+        if failed:
+            # Weights and ledger are those after the last step, on every rank: none of its work is lost.
+            self._checkpoint()
+            raise failure or Mismatch(f"another rank can't have its groups scored: {failed[0]}")
         if self.coordinator is not None:
-            self.coordinator.give_up((group_id, reason) for part in refused for group_id, reason in part)
+            self.coordinator.give_up((group_id, reason) for part in everyone for group_id, reason in part["refused"])
         scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
         if not any(self.ranks.gather(len(scored))):
             raise VaopdError(
@@ -165,6 +168,15 @@ class Trainer:
             )
         timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
         return scored, timings | {"scoring_s": scorer.busy.take()}
+
+    def _wait_for_scores(self, scorer: GroupScorer) -> tuple[list[ScoredGroup | Refused], VaopdError | None]:
+        """Returns the outcome of each group; or the error with which the teacher refuses this trainer altogether."""
+        try:
+            return list(scorer.wait_for_results(check=self._check_alone)), None
+        except LeaseLost:  # another trainer has the run: nothing may be written any more
+            raise
+        except VaopdError as error:
+            return [], error
 
     def _check_alone(self) -> None:
         """Ends a wait for scores on request; several ranks don't listen then, and end with their step."""

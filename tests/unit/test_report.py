@@ -21,8 +21,11 @@ from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
-from vaopd.report.plots import compute_band, keep_finished, seed_band, smooth
+from vaopd.report.groups import group_runs, keep_finished
+from vaopd.report.plots import compute_band, seed_band, smooth
+from vaopd.run import settings
 from vaopd.run.records import read_run
+from vaopd.run.status import StatusWriter
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
@@ -291,3 +294,72 @@ def test_the_script_that_runs_is_the_page_s_own(tmp_path: Path) -> None:
     page = report_html([read_run(make_run(tmp_path / "first"))])
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
     assert f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page
+
+
+def change_settings(run: Path, old: str, new: str) -> Path:
+    config = (run / "config.toml").read_text()
+    assert old in config
+    (run / "config.toml").write_text(config.replace(old, new))
+    return run
+
+
+def list_legends(*runs: Path) -> list[str]:
+    return [group.legend for group in group_runs([read_run(run) for run in runs])]
+
+
+def test_runs_are_grouped_by_configuration_and_labelled_by_what_differs(tmp_path: Path) -> None:
+    """Names, seeds and addresses make no difference; the rate does, and the objective's own fields do."""
+
+    def make(name: str, *, rate: str = "", variant: str = "va_opd", seed: int = 0) -> Path:
+        run = make_run(tmp_path / name, variant=variant, seed=seed)
+        return change_settings(run, "steps = 20\n", f"steps = 20\n{rate}checkpoint_every = {len(name)}\n")
+
+    slow, fast = "learning_rate = 1e-5\n", "learning_rate = 6e-4\n"
+    runs = [make("a", rate=slow), make("bb", rate=fast), make("ccc", rate=fast, seed=1)]
+    assert list_legends(*runs) == ["VA-OPD, learning_rate 1e-05", "VA-OPD, learning_rate 0.0006, 2 seeds"]
+    other = make("dddd", rate=slow, variant="standard")
+    assert list_legends(*runs[1:], other) == ["VA-OPD, 2 seeds", "Standard OPD"]
+    assert list_legends(*runs, other)[2] == "Standard OPD"
+    page = write_report([*runs, other], output=tmp_path / "page.html").read_text()
+    assert "VA-OPD, learning_rate 0.0006, 2 seeds" in page
+
+
+def test_the_same_seed_twice_is_said_and_counts_once(tmp_path: Path) -> None:
+    """Seed 0 with 40 and 50 %, seed 1 with 60: the mean of 45 and 60 is 52.5, not 50."""
+    runs = [
+        make_run(tmp_path / str(index), seed=seed, accuracies=(0.3, accuracy))
+        for index, (seed, accuracy) in enumerate(((0, 0.4), (0, 0.5), (1, 0.6)))
+    ]
+    assert list_legends(*runs) == ["VA-OPD, 2 seeds (seed 0 twice)"]
+    assert list_legends(*runs[:2]) == ["VA-OPD, 1 seed (seed 0 twice)"]
+    _, means, lows, highs = seed_band([read_run(run) for run in runs], band="range")
+    assert (means[1], lows[1], highs[1]) == (pytest.approx(52.5), pytest.approx(45), pytest.approx(60))
+    page = write_report(runs, output=tmp_path / "page.html").read_text()
+    assert "The same seed ran more than once, and counts as one: VA-OPD: seed 0 twice." in page
+
+
+def test_a_change_on_the_way_and_another_teacher_make_another_configuration(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("plain", "changed", "taught")]
+    first, second = {"revision": "a" * 20}, {"revision": "b" * 20}
+    for run in runs:
+        settings.append(run, {"step": 0, "changes": {}, "teacher": first})
+    settings.append(runs[1], {"step": 8, "changes": {"trainer.learning_rate": [0.5, 0.25]}, "teacher": first})
+    settings.append(runs[2], {"step": 8, "changes": {}, "teacher": second})
+    assert list_legends(*runs) == [
+        "VA-OPD",
+        "VA-OPD, learning_rate at step 8 0.5 → 0.25",
+        "VA-OPD, teacher at step 8 bbbbbbbb",
+    ]
+    page = write_report(runs[1:2]).read_text()
+    assert "From step 8 on, trainer.learning_rate is 0.25; before, it was 0.5." in page
+    page = write_report(runs[2:]).read_text()
+    assert f"From step 8 on, another teacher was accepted: revision {'b' * 16}; before, it was {'a' * 16}." in page
+
+
+def test_a_run_that_failed_says_so_at_the_top(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", steps=5)
+    with StatusWriter(run, role="trainer") as status:
+        status.write("failed", step=5, reason="no room on <the disk>")
+    page = write_report([run]).read_text()
+    assert "The run failed at step 5: no room on &lt;the disk&gt;" in page
+    assert "5 of 20<small>failed" in page

@@ -56,6 +56,7 @@ class World:
             collector=everything,
             ledger=everything,
             keeper=everything,
+            status=everything,
             progress_line=everything,
             metrics=TrainerMetrics(job="r", steps=4),
             track=lambda values, step: None,

@@ -15,12 +15,26 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 QUICK_S = 2.0
-Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teacher port", "api port"]
+Needs = Literal[
+    "student",
+    "teacher",
+    "data",
+    "engine",
+    "trackers",
+    "device",
+    "redis",
+    "running teacher",
+    "later teacher",
+    "teacher port",
+    "api port",
+]
+OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher", "later teacher")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares CONFIG, `--set` and `--dry-run`."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, e.g. configs/tiny.toml")
+def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Declares CONFIG, `--set`, `--dry-run` and `--offline`."""
+    nargs = "?" if optional else None
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="a TOML file, e.g. configs/tiny.toml")
     parser.add_argument(
         "--set",
         action="append",
@@ -32,13 +46,15 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
     )
+    parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
 
 
-def dry_run(config: Config, needs: Iterable[Needs]) -> int:
+def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False) -> int:
     """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
     from vaopd.config import to_toml
 
     print(to_toml(config), end="")
+    needs = [need for need in needs if not offline or need not in OVER_THE_NETWORK]
     problems = list(find_problems(config, needs, ask_hub=False))
     for problem in problems:
         print(f"vaopd: {problem}", file=sys.stderr)
@@ -50,7 +66,14 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
 
     ask_hub: also read data sets and processors that have to be downloaded.
     """
-    from vaopd.launch.checks import find_engine_problem, find_gpu_problem, find_redis_problem, find_tokenizer_problem
+    from vaopd.launch.checks import (
+        find_engine_problem,
+        find_gpu_problem,
+        find_redis_problem,
+        find_teacher_problem,
+        find_tokenizer_problem,
+        find_tracker_problem,
+    )
     from vaopd.net.ports import find_port_problem
 
     for need in needs:
@@ -63,8 +86,12 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
                 yield from _find_data_problems(config, ask_hub=ask_hub)
             case "engine":
                 yield from filter(None, [find_engine_problem(config)])
+            case "trackers":
+                yield from filter(None, [find_tracker_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
+            case "running teacher" | "later teacher":
+                yield from filter(None, [find_teacher_problem(config, may_start_later=need == "later teacher")])
             case "device":
                 yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":

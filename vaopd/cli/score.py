@@ -104,6 +104,7 @@ def ask(
     import numpy as np
 
     from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient, from_environment
+    from vaopd.client.diagnosis import examine_teacher
     from vaopd.http_types import DegradationModel
     from vaopd.scoring.reply import make_reply
     from vaopd.types import ScoreRequest, unique_images, user_turn
@@ -118,6 +119,7 @@ def ask(
     # With a key, the job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": "score"}
     options |= {"timeout_s": TIMEOUT_S, "payload": "none", "degradation": degradation}
+    examine_teacher(teacher, job=options.get("job"))  # at once and in plain words, where the client would try again
     with SyncTeacherClient(teacher, **options) as client:
         description = client.describe()
         (result,) = client.score([request], with_token_texts=True, columns=columns)

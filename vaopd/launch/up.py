@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +23,19 @@ from pathlib import Path
 
 from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
+from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.launch.teacher import check_credentials, describe_teacher
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
+from vaopd.run.status import StatusWriter
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
+EXIT_STOPPED = 130  # the trainer's, after a signal
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -41,6 +46,8 @@ class UpOptions:
     config_path: Path
     overrides: tuple[str, ...] = ()
     resume: bool = False
+    accept_teacher: str | None = None
+    """With resume: the revision of another teacher than before, or `vaopd.run.teacher.ANY`."""
     restart_trainer: bool = False
     """Restart a trainer that was killed by a signal, from its last checkpoint."""
     teacher: str | None = None
@@ -69,22 +76,47 @@ def up(
     """
     config = load_config(options.config_path, options.overrides)
     folder = config.run_folder
-    if (folder / "metrics.jsonl").exists() and not options.resume:
-        raise ConfigError(
-            f"run {config.run.name!r} already exists, in {folder}; continue it with --resume, or name another one: "
-            "--set run.name=NAME"
-        )
+    if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
+        return 0
     check_ports(config, options)
     check(config)
+    if options.teacher is None:
+        check_credentials(options.service)
+    else:
+        _describe_teacher(config, options, options.teacher, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
+    with StatusWriter(folder, role="vaopd up") as status:
+        status.write("starting")
+        try:
+            with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
+                code = _run_until_ended(_Launch(config, options, supervisor, say), say)
+            status.conclude("" if code in (0, EXIT_STOPPED) else f"the trainer {describe_exit(code)}")
+        except Interrupted as interrupted:
+            status.conclude()
+            say(f"{interrupted}; every process has ended. Continue with `vaopd up --resume {folder}`")
+            return interrupted.exit_code
+        except VaopdError as error:
+            status.conclude(str(error).partition("\n")[0])
+            raise
+        finally:
+            if options.metrics_port is not None:
+                locate_targets_file(config).unlink(missing_ok=True)
+    if code == 0:
+        say(f"finished: the model is in {folder / 'model'}; `vaopd report {folder}` writes its report")
+    return code
+
+
+def _describe_teacher(config: Config, options: UpOptions, address: str, say: Callable[[str], None]) -> None:
+    describe_teacher(config, address, resume=options.resume, accept_teacher=options.accept_teacher, say=say)
+
+
+def _run_until_ended(launch: _Launch, say: Callable[[str], None]) -> int:
     try:
-        with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
-            return _Launch(config, options, supervisor, say).run()
-    except Interrupted as interrupted:
-        say(f"{interrupted}; every process has ended")
-        return interrupted.exit_code
-    finally:
-        if options.metrics_port is not None:
-            locate_targets_file(config).unlink(missing_ok=True)
+        return launch.run()
+    except Interrupted:
+        say("ending: the trainer finishes its step and writes a checkpoint; a second signal ends everything at once")
+        raise
 
 
 class _Launch:
@@ -107,7 +139,9 @@ class _Launch:
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
         else:
-            self._set("teacher.address", self._start_teachers())
+            address = self._start_teachers()
+            _describe_teacher(self._config, self._options, address, self._say)
+            self._set("teacher.address", address)
         if self._options.api:
             self._start_api()
         return self._run_trainer()
@@ -194,8 +228,11 @@ class _Launch:
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
         resume, restarts = self._options.resume, 0
+        arguments: tuple[str, ...]
         while True:
             arguments = ("--resume",) if resume else ()
+            if self._options.accept_teacher is not None and not restarts:
+                arguments += ("--accept-teacher", self._options.accept_teacher)
             child = dataclasses.replace(
                 self._make_service("trainer", "trainer", *arguments, devices=devices),
                 to_terminal=True,
@@ -323,6 +360,11 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
             f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
         )
     return placed
+
+
+def describe_exit(code: int) -> str:
+    """Returns how a process ended, from an exit code or 128 + n for signal n."""
+    return f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
 
 
 def make_run_name(prefix: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vaopd.run.records import Run, read_json_lines
+from vaopd.run.json_lines import read_json_lines
+from vaopd.run.records import Run
 from vaopd.scoring.views import make_views
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage

@@ -7,17 +7,19 @@ also while the run continues.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vaopd.errors import InvalidInput, NotFound
+from vaopd.errors import InvalidInput
+from vaopd.run.json_lines import read_json_lines, read_text
+from vaopd.run.settings import read_history
+from vaopd.run.status import RunStatus, read_status
 
 RECENT_STEPS = 20  # a step's duration is the median of so many, so that an evaluation between two doesn't count
 
@@ -71,6 +73,10 @@ class Run:
     train: tuple[dict[str, Any], ...]
     evaluations: tuple[Evaluation, ...]
     without_accuracy: tuple[NoAccuracy, ...] = ()
+    status: RunStatus | None = None
+    """As it was read; None for a run of an earlier vaopd."""
+    history: tuple[dict[str, Any], ...] = ()
+    """The lines of settings.jsonl, one for each start."""
 
     @property
     def name(self) -> str:
@@ -100,13 +106,47 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been taken, and evaluated where evaluations are on."""
+        """Whether the run says so; without a status, whether the last step is taken and, if due, evaluated."""
+        if self.status is not None:
+            return self.status.state == "finished"
         if self.steps_planned is None or self.steps_done < self.steps_planned:
             return False
         evaluates = self.config.get("evaluation", {}).get("every", 50) > 0
         steps = [evaluation.step for evaluation in self.evaluations]
         steps += [evaluation.step for evaluation in self.without_accuracy]
         return not evaluates or max(steps, default=-1) >= self.steps_planned
+
+    @property
+    def state(self) -> str:
+        """Its state: starting, running, stopped, failed or finished; without a status, finished or not finished."""
+        return self.status.state if self.status is not None else "finished" if self.finished else "not finished"
+
+    @property
+    def state_label(self) -> str:
+        """The state, with the step and the reason of a run that ended early."""
+        return self.status.label if self.status is not None else self.state
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether a page or a terminal should look again by itself."""
+        return not self.finished if self.status is None else self.status.alive
+
+    def list_changes(self) -> list[tuple[int, str, Any, Any]]:
+        """Returns the settings that were changed on the way: from which step, key, old and new value."""
+        return [
+            (int(line["step"]), key, old, new)
+            for line in self.history
+            for key, (old, new) in line.get("changes", {}).items()
+        ]
+
+    def list_teachers(self) -> list[tuple[int, str]]:
+        """Returns the revisions of the run's teachers, in turn, each with the step from which it taught."""
+        found: list[tuple[int, str]] = []
+        for line in self.history:
+            revision = str(line["teacher"]["revision"])
+            if not found or found[-1][1] != revision:
+                found.append((int(line["step"]), revision))
+        return found
 
     def list_series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns the steps that recorded a finite `key`, and its values there."""
@@ -154,27 +194,9 @@ def read_run(folder: Path) -> Run:
         train=tuple(train),
         evaluations=tuple(evaluations),
         without_accuracy=tuple(without_accuracy),
+        status=read_status(folder),
+        history=tuple(read_history(folder)),
     )
-
-
-def read_text(path: Path) -> str:
-    """Reads a file of a run's folder; raises NotFound when it can't be read."""
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise NotFound(f"{path} can't be read ({error.strerror}); RUN is a run's folder, e.g. runs/demo-…") from None
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields "FILE:LINE" and the object there for every complete line; raises InvalidInput on one that is no JSON."""
-    lines = read_text(path).split("\n")
-    # The rest after the last newline is empty, or a line that is just being written.
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            raise InvalidInput(f"{path}:{number} is not a JSON object") from None
-        yield f"{path}:{number}", value
 
 
 def is_number(value: Any) -> bool:
