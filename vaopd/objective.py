@@ -75,16 +75,12 @@ def group_weights(
 
     means_K = mean_visual_advantage(va_KT, valid_KT)
     if variant in ("va_opd", "rollout_weights"):
-        rollouts_K = rollout_weights(
-            means_K[None], temperature=temperature, deviation_floor=rollout_deviation_floor
-        )[0]
+        rollouts_K = rollout_weights(means_K[None], temperature=temperature, deviation_floor=rollout_deviation_floor)[0]
     else:
         rollouts_K = torch.full_like(means_K, 1 / len(means_K))
 
     if variant in ("va_opd", "token_groups"):
-        tokens_KT = token_weights(
-            scores_KT, valid_KT, rollouts_K, high_fraction=high_fraction, high_weight=high_weight
-        )
+        tokens_KT = token_weights(scores_KT, valid_KT, rollouts_K, high_fraction=high_fraction, high_weight=high_weight)
     elif variant == "masked":
         kept_KT = masked_response(va_KT, valid_KT, which=mask, fraction=mask_fraction, ties=mask_ties, seed=seed)
         tokens_KT = mean_weights(kept_KT, rollouts_K)
@@ -126,7 +122,7 @@ def view_divergence(teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tens
     """
     teacher, degraded = _widen(teacher_logprobs.detach()), _widen(degraded_logprobs.detach())
     # Rounding can bring equal distributions slightly below 0, which no divergence is.
-    return (teacher.exp() * (teacher - degraded)).sum(-1).clamp_min(0)
+    return teacher.exp().mul_(teacher - degraded).sum(-1).clamp_min(0)
 
 
 def expected_advantage(student_logprobs: Tensor, teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
     )
 
     with contextlib.ExitStack() as stack:
-        teacher, description = _connect_teacher(config, student, stack)
+        teacher, description = connect_teacher(config, student, stack)
         needs_head = config.teacher.payload in ("hidden", "hidden_int8")
         head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
         coordinator = None
@@ -124,6 +124,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             student=student,
             find_prompt=prompts.find_prompt,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
+            columns=config.objective.columns,
         )
         stack.callback(scorer.close)
         try:
@@ -163,10 +164,10 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     return student
 
 
-def _connect_teacher(
+def connect_teacher(
     config: Config, student: Vlm, stack: contextlib.ExitStack
 ) -> tuple[SyncTeacherClient, TeacherDescription]:
-    """Connects to a teacher that reads the student's tokens and offers the payload; raises Mismatch on another."""
+    """Connects to a teacher that reads the student's tokens and offers payload and columns; else raises Mismatch."""
     teacher = stack.enter_context(
         SyncTeacherClient(
             config.teacher.address,
@@ -184,6 +185,13 @@ def _connect_teacher(
             f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
             f"not {config.teacher.payload}; change teacher.payload"
         )
+    for column in config.objective.columns:
+        if column not in description.columns:
+            raise Mismatch(
+                f"teacher {description.model} can't compute {column}, which objective.token_score needs; on request it "
+                f"computes {', '.join(description.columns) or 'none'}: serve it with another backend, or change "
+                "objective.token_score"
+            )
     return teacher, description
 
 

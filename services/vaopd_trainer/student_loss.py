@@ -53,12 +53,26 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     weights = objective.group_weights(
         objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
         mask_KT,
+        token_score_KT=_score_tokens(scored.score, teacher_KT, degraded_KT, mask_KT, settings),
         **settings.as_keywords(),
         seed=seed,
     )
     return WeightedGroup(
         scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
     )
+
+
+def _score_tokens(
+    score: GroupScore, teacher_KT: Tensor, degraded_KT: Tensor, mask_KT: Tensor, settings: ObjectiveConfig
+) -> Tensor | None:
+    """Returns what ranks the tokens for the token groups, (K, T); None: their VA."""
+    match getattr(settings, "token_score", "va"):
+        case "view_divergence":
+            return objective.pad_rows(score.columns["view_divergence_nats"])[0]
+        case "absolute":
+            return objective.absolute_advantage(teacher_KT, degraded_KT, mask_KT)
+        case _:
+            return None
 
 
 class StudentLoss(nn.Module):

@@ -65,6 +65,31 @@ def test_hovering_a_token_tells_what_the_api_said_of_it(seen: Viewer) -> None:
     assert seen.page.locator(".tokens").first.locator(".token.high").count() == sum(rollout["high_group"])
 
 
+def test_the_colours_can_show_the_view_divergence(seen: Viewer) -> None:
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.score_example()
+    rollout = answer.value.json()["rollouts"][0]
+    tokens = seen.page.locator(".tokens").first.locator(".token")
+    amount = "all => all.map(token => parseFloat(token.style.getPropertyValue('--a')))"
+
+    def strongest() -> int:
+        shown = tokens.evaluate_all(amount)
+        return shown.index(max(shown))
+
+    by_va, divergences = rollout["visual_advantage"], rollout["columns"]["view_divergence_nats"]
+    assert strongest() == by_va.index(max(by_va))
+    seen.page.click("#by-divergence")
+    assert seen.page.locator("#heat-title").inner_text() == "Tokens by view divergence"
+    at = strongest()
+    assert at == divergences.index(max(divergences))
+    assert at != by_va.index(max(by_va))  # or the colours might be VA's still
+    tokens.nth(at).hover()
+    assert seen.details()["view divergence"] == f"{divergences[at]:.3f} nats"
+    assert serious_findings(seen) == []
+    seen.page.click("#by-va")
+    assert strongest() == by_va.index(max(by_va))
+
+
 def test_everything_can_be_reached_by_keyboard(seen: Viewer) -> None:
     page = seen.page
     page.keyboard.press("Tab")

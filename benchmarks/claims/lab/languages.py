@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-
 from worlds import World, pick
 
 _WORD, _READ, _LARGEST = -1, -2, -3

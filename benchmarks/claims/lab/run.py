@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from languages import make_language
 from student import AdamW, Architecture
 from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
-from vaopd.objective import va_share_of_top
+from torch import Tensor
 from worlds import PRIOR, Draws, Eye, Pictures, World, pixelate, train_eye
+
+from vaopd.objective import va_share_of_top
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
@@ -56,7 +56,7 @@ class Batch:
         self.seed_R = torch.tensor([self.seeds.index(run.seed) for run in runs], device=device)
 
     def predict(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """Returns the teacher's log-probs at tokens (R, B·K, T), having seen cells (R, B, m, 10, 10): (R, B·K, T, V)."""
+        """Returns the teacher's log-probs: cells (R, B, m, 10, 10), tokens (R, B·K, T) -> (R, B·K, T, V)."""
         seen = self.eye.look(cells).repeat_interleave(tokens.shape[1] // cells.shape[1], 1)
         return self.language.predict(tokens, seen, self.world_R)
 
@@ -85,7 +85,9 @@ def pretrain(batch: Batch, pairs: Sequence[tuple[World, int]]) -> Tensor:
         )
         reading = step < reading_R
         neglected = (numbers[seed_R, ..., 2] < neglect_R[:, None, None]) & ~reading[:, None, None]
-        digits = torch.where(neglected, torch.searchsorted(prior, numbers[seed_R, ..., 3].contiguous()).clamp_max(9), digits)
+        digits = torch.where(
+            neglected, torch.searchsorted(prior, numbers[seed_R, ..., 3].contiguous()).clamp_max(9), digits
+        )
         tokens = language.write(digits, text, world_R)
         valid, read = language.valid(tokens), language.slots(tokens) >= 0
         logits = batch.architecture.compute_logits(students, cells, tokens)
@@ -323,7 +325,7 @@ def main() -> None:
         finished += [_drop_nan(numbers) for numbers in distil(batch, load_students(batch, options.work))]
         written = options.results.with_suffix(".tmp")
         lines = ",\n".join(json.dumps(_round(run), allow_nan=False) for run in finished)
-        written.write_text('{"steps": %d, "runs": [\n%s\n]}\n' % (STEPS, lines))
+        written.write_text(f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n')
         written.replace(options.results)
         trained += len(runs)
         each_s = (time.perf_counter() - started) / trained

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from worlds import CELL_PX, pick
 
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 128
@@ -97,9 +96,7 @@ class Architecture:
 
     def _unpack(self, students: Tensor) -> dict[str, Tensor]:
         parts = students.split(self._sizes, 1)
-        return {
-            name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+        return {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def _see(self, p: dict[str, Tensor], cells: Tensor) -> Tensor:
         """Turns cells (R, B, m, 10, 10) into the embeddings of m image tokens, (R, B, m, D)."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from worlds import World
 
 from vaopd import objective as library
-from worlds import World
 
 WORLDS = {
     world.name: world

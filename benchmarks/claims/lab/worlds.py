@@ -83,9 +83,7 @@ class Pictures:
             return torch.arange(len(self._labels), device=self._labels.device).expand(len(seeds), -1)
         labels = self._labels.cpu().numpy()
         chosen = [
-            np.concatenate(
-                [rng.choice(np.flatnonzero(labels == d), scans_per_digit, replace=False) for d in range(10)]
-            )
+            np.concatenate([rng.choice(np.flatnonzero(labels == d), scans_per_digit, replace=False) for d in range(10)])
             for rng in map(np.random.default_rng, seeds)
         ]
         return torch.tensor(np.stack(chosen), device=self._labels.device)
@@ -106,7 +104,7 @@ def pixelate(cells: Tensor) -> Tensor:
 
 
 class Eye(nn.Module):
-    """The teacher's eye, calibrated on clear and pixelated cells: what it says of a pixelated cell is what that holds."""
+    """The teacher's eye, trained on clear and on pixelated cells, so that it knows how little the latter show."""
 
     def __init__(self) -> None:
         super().__init__()
