@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from languages import make_language
+from safetensors.torch import load_file, save_file
 from student import AdamW, Architecture
 from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
 from torch import Tensor
 from worlds import PRIOR, Draws, Eye, Pictures, World, pixelate, train_eye
-
-from vaopd.objective import va_share_of_top
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
@@ -36,6 +35,8 @@ STEPS, WARM_UP, WINDOW = 80, 10, 8
 PRE_TRAINING_RATE, PRE_TRAINING_BATCH = 3e-3, 32
 TEMPERATURE, TOP_P = 0.7, 0.95
 BEFORE_PICTURES, VALIDATION_PICTURES, TEST_PICTURES = 96, 192, 384
+ANSWERS_AT_ONCE = 16_384
+"""Answers that are evaluated together, of all runs: their (N, T, V) logits fill half a gigabyte each time."""
 BLIND_NATS = 1e-3
 """Below this VA, the image says nothing about a token."""
 
@@ -192,22 +193,30 @@ def measure(
         "read_right": 1 - _mean(misread.float(), read),
         "response_tokens": valid.sum(-1).float().mean(-1),
         "effective_siblings": (1 / rollouts.square().sum(-1)).mean(-1),
-        "va_top10_share": torch.tensor(
-            [va_share_of_top(va, mask) for va, mask in zip(advantage, valid, strict=True)], device=batch.device
-        ),
     }
 
 
 @torch.no_grad()
 def evaluate(batch: Batch, students: Tensor, split: Any, count: int) -> dict[str, list[float]]:
-    """Measures students at temperature 1 on pictures that all of them share: lists over runs."""
+    """Measures students at temperature 1 on pictures that all of them share: lists over runs.
+
+    p_right and greedy are of the digits to be read, given what the student has written before; all_right is the product
+    over an answer's digits; answer is the sampled one. KLs are means over an answer's tokens, then over answers.
+    """
     language, device = batch.language, batch.device
     pictures, draws = Pictures(split, device), Draws(batch.seeds, 5, device)
-    cells, digits = (
-        part.expand(len(batch.runs), *part.shape[1:])
-        for part in pictures.draw(Draws([0], 4, device).uniform(count, language.digits, 2), pictures.pool([0], None))
-    )
+    drawn = pictures.draw(Draws([0], 4, device).uniform(count, language.digits, 2), pictures.pool([0], None))
+    cells, digits = (part.expand(len(batch.runs), *part.shape[1:]) for part in drawn)
     numbers = draws.uniform(count, language.length)[batch.seed_R]
+    at_once = max(1, ANSWERS_AT_ONCE // len(batch.runs))
+    pieces = zip(*(part.split(at_once, 1) for part in (cells, digits, numbers)), strict=True)
+    found = [_evaluate_some(batch, students, *piece) for piece in pieces]
+    return {name: torch.cat([each[name] for each in found], 1).nanmean(1).tolist() for name in found[0]}
+
+
+def _evaluate_some(batch: Batch, students: Tensor, cells: Tensor, digits: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+    """Returns the numbers of each answer, (R, N)."""
+    language = batch.language
     tokens = batch.architecture.sample(students, cells, numbers)
     student = batch.architecture.compute_logits(students, cells, tokens).log_softmax(-1)
     slots, valid = language.slots(tokens), language.valid(tokens)
@@ -220,18 +229,17 @@ def evaluate(batch: Batch, students: Tensor, split: Any, count: int) -> dict[str
         wanted = language.digit_token(digits[..., i])
         # A digit that the response doesn't write counts as wrong.
         right.append(at.gather(-1, wanted[..., None])[..., 0].exp() * here.any(-1))
-        greedy.append((at.argmax(-1) == wanted) & here.any(-1))
-    right_RNm = torch.stack(right, -1)
-    measured = {
-        "p_right": right_RNm.mean((1, 2)),
-        "all_right": right_RNm.prod(-1).mean(-1),
-        "greedy": torch.stack(greedy, -1).float().mean((1, 2)),
-        "answer": (language.answers(tokens) == digits.amax(-1)).float().mean(-1),
-        "kl_other": _mean(kl, valid & (slots < 0)),
-        "kl_read": _mean(kl, slots >= 0),
-        "response_tokens": valid.sum(-1).float().mean(-1),
+        greedy.append(((at.argmax(-1) == wanted) & here.any(-1)).float())
+    other, read = valid & (slots < 0), slots >= 0
+    return {
+        "p_right": torch.stack(right).mean(0),
+        "all_right": torch.stack(right).prod(0),
+        "greedy": torch.stack(greedy).mean(0),
+        "answer": (language.answers(tokens) == digits.amax(-1)).float(),
+        "kl_other": torch.where(other, kl, 0).sum(-1) / other.sum(-1),
+        "kl_read": torch.where(read, kl, 0).sum(-1) / read.sum(-1),
+        "response_tokens": valid.sum(-1).float(),
     }
-    return {name: values.tolist() for name, values in measured.items()}
 
 
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -247,21 +255,22 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 def load_students(batch: Batch, folder: Path) -> Tensor:
     """Returns each run's pre-trained student, (R, P); those that the folder lacks are pre-trained first."""
     pairs = list(dict.fromkeys((WORLDS[run.world], run.seed) for run in batch.runs))
-    paths = {pair: folder / f"student-{_fingerprint(pair)}.pt" for pair in pairs}
+    paths = {pair: folder / f"student-{_fingerprint(pair)}.safetensors" for pair in pairs}
     if missing := [pair for pair in pairs if not paths[pair].exists()]:
         for pair, student in zip(missing, pretrain(batch, missing).cpu(), strict=True):
-            torch.save(student.clone(), paths[pair])
-    return torch.stack([torch.load(paths[WORLDS[run.world], run.seed]) for run in batch.runs]).to(batch.device)
+            save_file({"student": student.clone()}, paths[pair])
+    students = {pair: load_file(path)["student"] for pair, path in paths.items()}
+    return torch.stack([students[WORLDS[run.world], run.seed] for run in batch.runs]).to(batch.device)
 
 
 def load_eye(folder: Path, device: torch.device) -> Eye:
     """Returns the teacher's eye; it is trained first if the folder lacks it."""
-    path = folder / "eye.pt"
+    path = folder / "eye.safetensors"
     if not path.exists():
-        torch.save(train_eye(torch.device("cpu")).state_dict(), path)
-    eye = Eye().to(device).eval()
-    eye.load_state_dict(torch.load(path, map_location=device))
-    return eye
+        save_file(train_eye().state_dict(), path)
+    eye = Eye()
+    eye.load_state_dict(load_file(path))
+    return eye.to(device).eval()
 
 
 def split_batches(runs: Sequence[Run], at_once: int) -> Iterator[list[Run]]:

@@ -121,7 +121,7 @@ class Eye(nn.Module):
         return (1 - 10 * _EYE_FLOOR) * self(cells).softmax(-1) + _EYE_FLOOR
 
 
-def train_eye(device: torch.device, *, digits: int = 5, steps: int = 1500, rate: float = 2e-3) -> Eye:
+def train_eye(*, digits: int = 5, steps: int = 1500, rate: float = 2e-3) -> Eye:
     """Trains the eye on the training split, the same one for every world and seed."""
     torch.manual_seed(0)
     eye, pictures, draws = Eye(), Pictures("train", torch.device("cpu")), Draws([0], 1, torch.device("cpu"))
@@ -135,7 +135,7 @@ def train_eye(device: torch.device, *, digits: int = 5, steps: int = 1500, rate:
         loss.backward()
         optimizer.step()
         schedule.step()
-    return eye.eval().to(device)
+    return eye.eval()
 
 
 def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
