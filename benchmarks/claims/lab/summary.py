@@ -157,7 +157,7 @@ def _parts(results: Results) -> Iterator[str]:
 
 
 def _worlds(results: Results, measure: str) -> Iterator[str]:
-    names = ("va_opd", "token_groups", "view_divergence")
+    names = ("va_opd", "view_divergence")
     said = {"p_right": "p(right digit)", "answer": "answers"}[measure]
     yield f"**What decides: {said}**, each objective at its own learning rate, minus Standard OPD."
     yield ""

@@ -168,7 +168,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(world="base", objectives=MAIN, rates=(3e-4, 1e-3, 3e-3, 6e-3)),
     Experiment(world="base", objectives=("standard", *PARTS), rates=(1e-3,)),
     *(
-        Experiment(world=name, objectives=(*MAIN, "token_groups"), rates=(1e-3, 3e-3))
+        Experiment(world=name, objectives=MAIN, rates=(1e-3, 3e-3))
         for name in ("phrases, misreaders", "short misreaders", "misreaders", "short", "same habits", "phrases", "long")
     ),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=4, siblings=8),
