@@ -24,9 +24,6 @@ from vaopd.errors import InvalidInput, NumericalError
 
 VARIANTS = ("va_opd", "standard", "rollout_weights", "token_groups", "masked")
 """The paper's loss, the baseline, either component alone, and the baseline with tokens masked out."""
-TOKEN_SCORES = ("va", "view_divergence", "absolute", "expected")
-"""What the token groups can be ranked by: the paper's VA, and `view_divergence`, `absolute_advantage` and
-`expected_advantage`."""
 
 
 class GroupWeights(NamedTuple):

@@ -343,12 +343,12 @@ def main() -> None:
 
 
 def _round(value: Any) -> Any:
-    """Rounds to 5 decimals, a tenth of the smallest difference that is told."""
+    """Rounds to 4 decimals; the tables have 3."""
     if isinstance(value, dict):
         return {key: _round(inner) if key != "rate" else inner for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_round(inner) for inner in value]
-    return round(value, 5) if isinstance(value, float) else value
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
