@@ -174,9 +174,25 @@ class RolloutServiceConfig(Section):
     """Seconds that the batch in progress may take after SIGTERM; unfinished requests are handed back."""
 
 
+class ConnectionsConfig(Section):
+    """Limits of open connections."""
+
+    total: int = Field(512, ge=1)
+    """Open connections; a further one is answered with 503."""
+    per_address: int = Field(64, ge=1)
+    """The same from one address that isn't a proxy."""
+    proxies: list[str] = Field(default_factory=list)
+    """Addresses of reverse proxies: their X-Forwarded-For and -Proto are believed, nobody else's."""
+
+
 class ApiServiceConfig(Section):
     """The scoring API."""
 
+    hosts: list[str] = Field(default_factory=list)
+    """Names in a request's Host, beside those of the loopback; "*" allows every one. Others are refused with 421."""
+    trusted_network: bool = False
+    """Listens on other addresses than the loopback without keys or TLS too: only for a network without other hosts."""
+    connections: ConnectionsConfig = ConnectionsConfig()
     tls: TlsConfig = TlsConfig()
     keys: KeysConfig = KeysConfig()
     quotas: ApiQuotasConfig = ApiQuotasConfig()

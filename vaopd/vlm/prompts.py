@@ -127,11 +127,20 @@ class PromptReader:
                     f"a text holds {found[0]!r}, a control token or placeholder of the model; take it out"
                 )
         text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.encode_text(text)
         images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
         if (count := ids.count(self.family.image_token_id(self.config))) != images:
             raise InvalidInput(f"the rendered prompt holds {count} image placeholders for {images} images")
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenises a text without adding anything. Threads may do so at the same time.
+
+        Calling the tokenizer itself would change its settings, which fails beside another call, and would hold the
+        interpreter's lock.
+        """
+        (encoded,) = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+        return list(encoded.ids)
 
     def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:
         """Replaces each image's one placeholder by the image's tokens: (P,) int64."""
