@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from vaopd import degradation, objective
 
 pytestmark = pytest.mark.numeric
 ROOT = Path(__file__).parents[2]
-MODULES = ("worlds", "languages", "student", "table", "run", "summary")
+MODULES = ("worlds", "languages", "student", "school", "table", "run", "summary")
 CPU = torch.device("cpu")
 
 
@@ -106,6 +107,38 @@ def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, monkeypatch: pyte
     standard, masked, va = (each["during"] for each in together)
     assert standard["effective_siblings"] == pytest.approx(2)
     assert va["weight_read"] > masked["weight_read"] * 0.5
+
+
+def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None:
+    """Of two worlds with 3 and 5 steps: the first one's student is the same beside the second and alone."""
+    short = lab.table.WORLDS["short"]
+    worlds = [
+        replace(short, name="3 steps", reading_steps=1, neglecting_steps=2, scans_per_digit=2),
+        replace(short, name="5 steps", reading_steps=5, neglecting_steps=0),
+    ]
+    school = lab.school.School(worlds, lab.worlds.Eye().eval(), CPU)
+    together = school.teach_students([(worlds[0], 4), (worlds[1], 4)])
+    alone = school.teach_students([(worlds[0], 4)])
+    start = school.architecture.initialise([4])
+    assert (alone - start).abs().max() > 1e-4
+    # Adam divides by a gradient's size: where that is next to nothing, rounding decides its direction.
+    assert (together[:1] - alone).norm() < 0.01 * (alone - start).norm()
+    assert (together[1] - together[0]).norm() > 0.1 * (alone - start).norm()
+
+
+def test_a_learned_teacher_scores_both_views(lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lab.school, "TEACHER_STEPS", 2)
+    runs = [
+        lab.table.Run(world="learned teacher", objective="view_divergence", rate=1e-3, prompts=2, siblings=2, seed=0)
+    ]
+    batch = lab.run.Batch(runs, lab.worlds.Eye().eval(), CPU)
+    batch.learned = lab.run.load_teacher(batch, tmp_path)
+    assert torch.equal(batch.learned, lab.run.load_teacher(batch, tmp_path))  # kept
+    cells, _ = draw(lab, [0], digits=5, count=2)
+    tokens = torch.zeros(1, 4, batch.language.length, dtype=torch.long)
+    clear, pixelated = batch.predict(tokens, cells), batch.predict(tokens, lab.worlds.pixelate(cells))
+    assert_within(clear.exp().sum(-1), torch.ones(1), gamma(batch.language.vocabulary + 4, exps=2) * 2)
+    assert objective.view_divergence(clear, pixelated).max() > 0
 
 
 def test_its_objectives_are_the_library_s(lab: Any) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from worlds import World, pick
 
+Writer = Literal["student", "teacher"]
 _WORD, _READ, _LARGEST = -1, -2, -3
 """Places of a template that are filled in: a word, a digit that is read or copied, the answer."""
 
@@ -56,13 +58,14 @@ class Words:
         self._by_teacher = torch.stack([self._make_table(world, student=False) for world in worlds]).to(device)
         self._by_student = torch.stack([self._make_table(world, student=True) for world in worlds]).to(device)
 
-    def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor) -> Tensor:
-        """Writes answers as the student learns them: digits (R, N, m), numbers (R, N, T) -> (R, N, T)."""
+    def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor, *, by: Writer = "student") -> Tensor:
+        """Writes answers to learn from: digits (R, N, m), numbers (R, N, T) -> (R, N, T). by: the writer's habits."""
+        tables = {"student": self._by_student, "teacher": self._by_teacher}[by]
         before = last = torch.zeros_like(digits[..., 0])
         tokens = []
         for t, token in enumerate(self._template):
             if token == _WORD:
-                table = self._by_student[world_R[:, None], before * self.dictionary + last]
+                table = tables[world_R[:, None], before * self.dictionary + last]
                 before, last = last, pick(table, uniform[..., t])
                 tokens.append(self._first_word + last)
             elif token == _READ:
@@ -162,13 +165,14 @@ class Phrases:
         for i, phrasings in enumerate(phrases):
             self._starts[i, [phrase[0] for phrase in phrasings]] = torch.tensor(self.teacher_prefers)
         self._starts = self._starts.to(device)
-        self._student_prefers = torch.tensor(self.teacher_prefers[::-1], device=device)
+        preferred = torch.tensor(self.teacher_prefers, device=device)
+        self._prefers: dict[Writer, Tensor] = {"teacher": preferred, "student": preferred.flip(0)}
 
-    def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor) -> Tensor:
-        """Writes answers as the student learns them: digits (R, N, m), numbers (R, N, T) -> (R, N, T)."""
+    def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor, *, by: Writer = "student") -> Tensor:
+        """Writes answers to learn from: digits (R, N, m), numbers (R, N, T) -> (R, N, T). by: the writer's habits."""
         chosen = torch.zeros_like(digits[..., 0])
         for i in range(self.digits + 1):
-            choice = pick(self._student_prefers.expand(*chosen.shape, -1), uniform[..., i])
+            choice = pick(self._prefers[by].expand(*chosen.shape, -1), uniform[..., i])
             chosen = chosen * len(self.lengths) + choice
         tokens, which = self._templates[chosen], self._which[chosen]
         values = torch.cat([digits, digits.amax(-1, keepdim=True)], -1)

@@ -17,22 +17,21 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from languages import make_language
 from safetensors.torch import load_file, save_file
-from student import AdamW, Architecture
+from school import School, train_eye
+from student import AdamW
 from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
 from torch import Tensor
-from worlds import PRIOR, Draws, Eye, Pictures, World, pixelate, train_eye
+from worlds import Draws, Eye, Pictures, pixelate
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
 STEPS, WARM_UP, WINDOW = 80, 10, 8
-PRE_TRAINING_RATE, PRE_TRAINING_BATCH = 3e-3, 32
 TEMPERATURE, TOP_P = 0.7, 0.95
 BEFORE_PICTURES, VALIDATION_PICTURES, TEST_PICTURES = 96, 192, 384
 ANSWERS_AT_ONCE = 16_384
@@ -47,59 +46,22 @@ class Batch:
     def __init__(self, runs: Sequence[Run], eye: Eye, device: torch.device) -> None:
         self.runs, self.eye, self.device = runs, eye, device
         names = sorted({run.world for run in runs})
-        self.worlds = [WORLDS[name] for name in names]
-        self.language = make_language(self.worlds, device)
+        self.school = School([WORLDS[name] for name in names], eye, device)
+        self.language, self.architecture = self.school.language, self.school.architecture
         self.world_R = torch.tensor([names.index(run.world) for run in runs], device=device)
-        self.architecture = Architecture(
-            digits=self.language.digits, length=self.language.length, vocabulary=self.language.vocabulary
-        )
+        self.learned: Tensor | None = None
+        """The network of a teacher that has learnt the process, (1, P)."""
         self.seeds = sorted({run.seed for run in runs})
         self.seed_R = torch.tensor([self.seeds.index(run.seed) for run in runs], device=device)
 
     def predict(self, tokens: Tensor, cells: Tensor) -> Tensor:
         """Returns the teacher's log-probs: cells (R, B, m, 10, 10), tokens (R, B·K, T) -> (R, B·K, T, V)."""
+        if self.learned is not None:
+            with torch.no_grad():
+                teachers = self.learned.expand(len(tokens), -1)
+                return self.architecture.compute_logits(teachers, cells, tokens).log_softmax(-1)
         seen = self.eye.look(cells).repeat_interleave(tokens.shape[1] // cells.shape[1], 1)
         return self.language.predict(tokens, seen, self.world_R)
-
-
-def pretrain(batch: Batch, pairs: Sequence[tuple[World, int]]) -> Tensor:
-    """Returns the student of each world and seed, (pairs, P). It has learnt to read, then, perhaps, to neglect it."""
-    device, language = batch.device, batch.language
-    seeds = sorted({seed for _, seed in pairs})
-    seed_R = torch.tensor([seeds.index(seed) for _, seed in pairs], device=device)
-    world_R = torch.tensor([batch.worlds.index(world) for world, _ in pairs], device=device)
-    reading_R = torch.tensor([world.reading_steps for world, _ in pairs], device=device)
-    steps_R = reading_R + torch.tensor([world.neglecting_steps for world, _ in pairs], device=device)
-    neglect_R = torch.tensor([world.neglect for world, _ in pairs], device=device)
-    pictures, draws = Pictures("train", device), Draws(seeds, 2, device)
-    pools = {n: pictures.pool(seeds, n) for n in {world.scans_per_digit for world, _ in pairs}}
-    prior = torch.tensor(PRIOR, device=device).cumsum(0)
-    students = batch.architecture.initialise([seed for _, seed in pairs]).to(device).requires_grad_()
-    optimizer = AdamW(students, betas=(0.9, 0.98), weight_decay=0.01)
-    size, m = PRE_TRAINING_BATCH, language.digits
-    for step in range(int(steps_R.max())):
-        numbers, text = draws.uniform(size, m, 4), draws.uniform(size, language.length)[seed_R]
-        drawn = {n: pictures.draw(numbers[..., :2], pool) for n, pool in pools.items()}
-        cells, digits = (
-            torch.stack([drawn[w.scans_per_digit][part][s] for (w, _), s in zip(pairs, seed_R.tolist(), strict=True)])
-            for part in (0, 1)
-        )
-        reading = step < reading_R
-        neglected = (numbers[seed_R, ..., 2] < neglect_R[:, None, None]) & ~reading[:, None, None]
-        digits = torch.where(
-            neglected, torch.searchsorted(prior, numbers[seed_R, ..., 3].contiguous()).clamp_max(9), digits
-        )
-        tokens = language.write(digits, text, world_R)
-        valid, read = language.valid(tokens), language.slots(tokens) >= 0
-        logits = batch.architecture.compute_logits(students, cells, tokens)
-        losses = F.cross_entropy(logits.flatten(0, 2), tokens.flatten(), reduction="none").view(tokens.shape)
-        loss_R = _mean(losses, valid) + reading * _mean(losses, read)
-        loss_R.sum().backward()
-        progress_R = (step / steps_R).clamp_max(1)
-        shape_R = 0.05 + 0.95 * 0.5 * (1 + torch.cos(math.pi * progress_R))
-        # A student that has had all of its steps waits for the others.
-        optimizer.step(PRE_TRAINING_RATE * min(1, (step + 1) / 40) * shape_R * (step < steps_R))
-    return students.detach()
 
 
 def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
@@ -255,12 +217,25 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 def load_students(batch: Batch, folder: Path) -> Tensor:
     """Returns each run's pre-trained student, (R, P); those that the folder lacks are pre-trained first."""
     pairs = list(dict.fromkeys((WORLDS[run.world], run.seed) for run in batch.runs))
-    paths = {pair: folder / f"student-{_fingerprint(pair)}.safetensors" for pair in pairs}
+    # The student doesn't depend on what its world is called and who will teach it.
+    own = {pair: (replace(pair[0], name="", meaning="", learned_teacher=False), pair[1]) for pair in pairs}
+    paths = {pair: folder / f"student-{_fingerprint(own[pair])}.safetensors" for pair in pairs}
     if missing := [pair for pair in pairs if not paths[pair].exists()]:
-        for pair, student in zip(missing, pretrain(batch, missing).cpu(), strict=True):
+        for pair, student in zip(missing, batch.school.teach_students(missing).cpu(), strict=True):
             save_file({"student": student.clone()}, paths[pair])
     students = {pair: load_file(path)["student"] for pair, path in paths.items()}
     return torch.stack([students[WORLDS[run.world], run.seed] for run in batch.runs]).to(batch.device)
+
+
+def load_teacher(batch: Batch, folder: Path) -> Tensor | None:
+    """Returns the batch's teacher if it is a network, (1, P); it is trained first if the folder lacks it."""
+    (learned,) = {world.learned_teacher for world in batch.school.worlds}
+    if not learned:
+        return None
+    path = folder / f"teacher-{_fingerprint(batch.school.worlds)}.safetensors"
+    if not path.exists():
+        save_file({"teacher": batch.school.teach_teacher().cpu()}, path)
+    return load_file(path)["teacher"].to(batch.device)
 
 
 def load_eye(folder: Path, device: torch.device) -> Eye:
@@ -278,7 +253,8 @@ def split_batches(runs: Sequence[Run], at_once: int) -> Iterator[list[Run]]:
     alike: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         world = WORLDS[run.world]
-        alike.setdefault((world.form, world.words, run.prompts, run.siblings), []).append(run)
+        key = (world.form, world.words, world.learned_teacher, run.prompts, run.siblings)
+        alike.setdefault(key, []).append(run)
     for group in alike.values():
         for start in range(0, len(group), at_once):
             yield group[start : start + at_once]
@@ -331,6 +307,7 @@ def main() -> None:
         if time.perf_counter() - started > options.stop_after_s:
             break
         batch = Batch(runs, eye, device)
+        batch.learned = load_teacher(batch, options.work)
         finished += [_drop_nan(numbers) for numbers in distil(batch, load_students(batch, options.work))]
         written = options.results.with_suffix(".tmp")
         lines = ",\n".join(json.dumps(_round(run), allow_nan=False) for run in finished)

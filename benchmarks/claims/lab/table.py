@@ -19,6 +19,11 @@ WORLDS = {
     world.name: world
     for world in (
         World(name="base", meaning="85 tokens, other habits of language, a student that can read and neglects it"),
+        World(
+            name="learned teacher",
+            meaning="the same, under a network that has learnt the process",
+            learned_teacher=True,
+        ),
         World(name="long", meaning="the same with 157 tokens", words=24),
         World(name="short", meaning="the same with 37 tokens", words=4),
         World(name="same habits", meaning="85 tokens, no gap of language", same_habits=True),
@@ -168,8 +173,17 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(world="base", objectives=MAIN, rates=(3e-4, 1e-3, 3e-3, 6e-3)),
     Experiment(world="base", objectives=("standard", *PARTS), rates=(1e-3,)),
     *(
-        Experiment(world=name, objectives=MAIN, rates=(1e-3, 3e-3))
-        for name in ("phrases, misreaders", "short misreaders", "misreaders", "short", "same habits", "phrases", "long")
+        Experiment(world=name, objectives=MAIN, rates=(1e-3, 3e-3, 6e-3))
+        for name in (
+            "phrases, misreaders",
+            "short misreaders",
+            "misreaders",
+            "short",
+            "same habits",
+            "phrases",
+            "long",
+            "learned teacher",
+        )
     ),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=4, siblings=8),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=16, siblings=4),

@@ -50,6 +50,8 @@ class World:
     """Then so many steps in which most digits come from a prior."""
     neglect: float = 0.6
     """The share of digits that come from the prior in these steps."""
+    learned_teacher: bool = False
+    """Whether the teacher is a network that has learnt the process, in place of the process itself."""
 
 
 class Draws:
@@ -119,23 +121,6 @@ class Eye(nn.Module):
     def look(self, cells: Tensor) -> Tensor:
         """Returns the probability of each digit, (..., m, 10, 10) -> (..., m, 10)."""
         return (1 - 10 * _EYE_FLOOR) * self(cells).softmax(-1) + _EYE_FLOOR
-
-
-def train_eye(*, digits: int = 5, steps: int = 1500, rate: float = 2e-3) -> Eye:
-    """Trains the eye on the training split, the same one for every world and seed."""
-    torch.manual_seed(0)
-    eye, pictures, draws = Eye(), Pictures("train", torch.device("cpu")), Draws([0], 1, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(eye.parameters(), rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        cells, labels = pictures.draw(draws.uniform(40, digits, 2), pictures.pool([0], None))
-        logits = eye(torch.cat([cells, pixelate(cells)]))
-        loss = F.cross_entropy(logits.flatten(0, -2), torch.cat([labels, labels]).flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return eye.eval()
 
 
 def pick(probabilities: Tensor, uniform: Tensor) -> Tensor:
