@@ -162,7 +162,7 @@ def _worlds(results: Results, measure: str) -> Iterator[str]:
     yield f"**What decides: {said}**, each objective at its own learning rate, minus Standard OPD."
     yield ""
     yield from _head(
-        "world", "KL on read digits", "of it misread", "Standard", *(NAMES[name] for name in names), "rates"
+        "world", "KL on read digits", "on misread ones", "Standard", *(NAMES[name] for name in names), "rates"
     )
     for e in tuned_experiments():
         tuned = {name: found for name in ("standard", *names) if (found := results.tune(e, name))}
