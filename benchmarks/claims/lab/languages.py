@@ -69,7 +69,7 @@ class Words:
                 before, last = last, pick(table, uniform[..., t])
                 tokens.append(self._first_word + last)
             elif token == _READ:
-                tokens.append(self._zero + digits[..., int(self._slots[t])])
+                tokens.append(self._zero + digits[..., self._reads.index(t)])
             else:
                 tokens.append(self._zero + digits.amax(-1) if token == _LARGEST else torch.full_like(last, token))
         return torch.stack(tokens, -1)

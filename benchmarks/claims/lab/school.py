@@ -46,7 +46,7 @@ class School:
         for step in range(int(steps_R.max())):
             numbers, text = draws.uniform(size, m, 4), draws.uniform(size, self.language.length)
             drawn = {n: self._pictures.draw(numbers[..., :2], pool) for n, pool in pools.items()}
-            places = [(world.scans_per_digit, s) for (world, _), s in zip(pairs, seed_R.tolist(), strict=True)]
+            places = [(world.scans_per_digit, seeds.index(seed)) for world, seed in pairs]
             cells, digits = (torch.stack([drawn[n][part][s] for n, s in places]) for part in (0, 1))
             reading = step < reading_R
             neglected = (numbers[seed_R, ..., 2] < neglect_R[:, None, None]) & ~reading[:, None, None]
