@@ -29,6 +29,8 @@ from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
 from torch import Tensor
 from worlds import Draws, Eye, Pictures, pixelate
 
+from vaopd.objective import view_divergence
+
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
 STEPS, WARM_UP, WINDOW = 80, 10, 8
@@ -36,8 +38,8 @@ TEMPERATURE, TOP_P = 0.7, 0.95
 BEFORE_PICTURES, VALIDATION_PICTURES, TEST_PICTURES = 96, 192, 384
 ANSWERS_AT_ONCE = 16_384
 """Answers that are evaluated together, of all runs: their (N, T, V) logits fill half a gigabyte each time."""
-BLIND_NATS = 1e-3
-"""Below this VA, the image says nothing about a token."""
+BLIND_NATS, DIVERGENT_NATS = 1e-3, 0.1
+"""Below this VA the image says nothing for a token; from this view divergence on, it says something of the place."""
 
 
 class Batch:
@@ -89,7 +91,8 @@ def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
         shape = min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
         norm_R = optimizer.step(rates_R * shape)
         truth = batch.language.digit_token(digits).repeat_interleave(siblings, 1)
-        measured = measure(batch, tokens, truth, student.detach(), kl.detach(), advantage, weights)
+        overlooked = (view_divergence(teacher, degraded) >= DIVERGENT_NATS) & (advantage < BLIND_NATS)
+        measured = measure(batch, tokens, truth, student.detach(), kl.detach(), advantage, overlooked, weights)
         during.append(measured | {"gradient_norm": norm_R})
     validation = evaluate(batch, students, "validation", VALIDATION_PICTURES)
     test = evaluate(batch, students, "test", TEST_PICTURES)
@@ -131,7 +134,14 @@ def weigh(
 
 
 def measure(
-    batch: Batch, tokens: Tensor, truth: Tensor, student: Tensor, kl: Tensor, advantage: Tensor, weights: Tensor
+    batch: Batch,
+    tokens: Tensor,
+    truth: Tensor,
+    student: Tensor,
+    kl: Tensor,
+    advantage: Tensor,
+    overlooked: Tensor,
+    weights: Tensor,
 ) -> dict[str, Tensor]:
     """Returns a step's numbers, (R,) each. truth: the right digits' tokens, (R, N, m); student: log-probs."""
     valid, slots = batch.language.valid(tokens), batch.language.slots(tokens)
@@ -146,6 +156,7 @@ def measure(
         "kl_share_read": _sum(kl, read) / total,
         "kl_share_misread": _sum(kl, misread) / total,
         "kl_share_blind": _sum(kl, valid & (advantage < BLIND_NATS)) / total,
+        "kl_share_overlooked": _sum(kl, valid & overlooked) / total,
         "tokens_blind": _mean((advantage < BLIND_NATS).float(), valid),
         "tokens_read": _mean(read.float(), valid),
         "weight_read": _mean(relative, read),

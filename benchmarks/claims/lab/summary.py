@@ -78,7 +78,7 @@ class Results:
 
 def mean_of(runs: Runs, part: str, name: str) -> float:
     """Returns the mean over seeds; NaN where a number is missing from all."""
-    values = [run[part][name] for run in runs.values() if run[part][name] is not None]
+    values = [run[part][name] for run in runs.values() if run[part].get(name) is not None]
     return statistics.fmean(values) if values else math.nan
 
 
@@ -92,7 +92,7 @@ def compare(runs: Runs, baseline: Runs, name: str) -> Difference:
 def make_tables(runs: Sequence[dict[str, Any]]) -> str:
     """Returns all tables as Markdown."""
     results = Results(runs)
-    parts = [_rates(results), _parts(results), _worlds(results, "p_right"), _worlds(results, "answer"), _sizes(results)]
+    parts = [_rates(results), _parts(results), _worlds(results), _regimes(results), _sizes(results)]
     return "\n".join(line for part in parts for line in [*part, ""]).strip()
 
 
@@ -156,24 +156,48 @@ def _parts(results: Results) -> Iterator[str]:
             yield _row(NAMES[name], *found, f"{weight:.2f} ×", f"{siblings:.1f} of {e.siblings}")
 
 
-def _worlds(results: Results, measure: str) -> Iterator[str]:
+def _worlds(results: Results) -> Iterator[str]:
     names = ("va_opd", "view_divergence")
-    said = {"p_right": "p(right digit)", "answer": "answers"}[measure]
-    yield f"**What decides: {said}**, each objective at its own learning rate, minus Standard OPD."
+    yield "**What decides**: every world, each objective at its own learning rate, minus Standard OPD."
+    yield ""
+    said = [f"{NAMES[name]}: {measure}" for measure in ("p(right digit)", "answers") for name in names]
+    yield from _head("world", "Standard: p(right digit), answers", *said, "rates")
+    for e, tuned in _tune_all(results, ("standard", *names)):
+        _, baseline = tuned["standard"]
+        levels = ", ".join(f"{mean_of(baseline, 'test', measure):.3f}" for measure in ("p_right", "answer"))
+        found = [
+            str(compare(tuned[name][1], baseline, measure)) if name in tuned else "–"
+            for measure in ("p_right", "answer")
+            for name in names
+        ]
+        rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in ("standard", *names))
+        yield _row(f"{e.world}: {WORLDS[e.world].meaning}", levels, *found, rates)
+
+
+def _regimes(results: Results) -> Iterator[str]:
+    yield "**Where the divergence lies** in each world, and how much the read digits weigh; means over the run."
     yield ""
     yield from _head(
-        "world", "KL on read digits", "on misread ones", "Standard", *(NAMES[name] for name in names), "rates"
-    )
+        "world", "tokens that are read digits", "share of KL on them", "on misread ones", "on tokens without VA",
+        "on tokens that VA overlooks", "VA-OPD's weight of read digits", "of misread ones",
+    )  # fmt: skip
+    for e, tuned in _tune_all(results, ("standard", "va_opd")):
+        parts = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
+        shares = [mean_of(tuned["standard"][1], "during", part) for part in parts]
+        weights = [
+            mean_of(tuned["va_opd"][1], "during", name) if "va_opd" in tuned else math.nan
+            for name in ("weight_read", "weight_misread")
+        ]
+        said = ["–" if math.isnan(share) else f"{100 * share:.0f} %" for share in shares]
+        yield _row(e.world, *said, *("–" if math.isnan(weight) else f"{weight:.2f} ×" for weight in weights))
+
+
+def _tune_all(results: Results, names: Sequence[str]) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
+    """Yields each world's experiment with its objectives at their own rates; the first has to be among them."""
     for e in tuned_experiments():
-        tuned = {name: found for name in ("standard", *names) if (found := results.tune(e, name))}
-        if "standard" not in tuned or len(tuned) < 2:
-            continue
-        _, baseline = tuned["standard"]
-        shares = [f"{100 * mean_of(baseline, 'during', f'kl_share_{part}'):.0f} %" for part in ("read", "misread")]
-        found = [str(compare(tuned[name][1], baseline, measure)) if name in tuned else "–" for name in names]
-        rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in ("standard", *names))
-        level = f"{mean_of(baseline, 'test', measure):.3f}"
-        yield _row(f"{e.world}: {WORLDS[e.world].meaning}", *shares, level, *found, rates)
+        tuned = {name: found for name in names if (found := results.tune(e, name))}
+        if names[0] in tuned and len(tuned) > 1:
+            yield e, tuned
 
 
 def tuned_experiments() -> list[Experiment]:
