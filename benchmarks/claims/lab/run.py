@@ -275,7 +275,8 @@ def _fingerprint(of: object) -> str:
     return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
-def _identify(run: dict[str, Any]) -> Run:
+def identify(run: dict[str, Any]) -> Run:
+    """Returns the run that a line of the results is of."""
     return Run(**{name: run[name] for name in Run.__dataclass_fields__})
 
 
@@ -302,7 +303,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     finished = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
-    done = {_identify(run) for run in finished}
+    done = {identify(run) for run in finished}
     wanted = [
         run
         for run in list_runs()

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from run import RESULTS, ROOT, STEPS, WINDOW
-from table import EXPERIMENTS, MAIN, WORLDS, Experiment
+from run import RESULTS, ROOT, STEPS, WINDOW, identify
+from table import EXPERIMENTS, MAIN, WORLDS, Experiment, list_runs
 
 PAGE, FIGURE = ROOT / "docs" / "claims.md", ROOT / "docs" / "images" / "claims-lab.png"
 BEGIN, END = "<!-- From here to the end mark: written by `make claims-lab`. -->", "<!-- End mark. -->"
@@ -92,7 +92,10 @@ def compare(runs: Runs, baseline: Runs, name: str) -> Difference:
 def make_tables(runs: Sequence[dict[str, Any]]) -> str:
     """Returns all tables as Markdown."""
     results = Results(runs)
-    parts = [_rates(results), _parts(results), _worlds(results), _regimes(results), _sizes(results)]
+    wanted = set(list_runs())
+    there = sum(identify(run) in wanted for run in runs)
+    counted = f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out."
+    parts = [[counted], _rates(results), _parts(results), _worlds(results), _regimes(results), _sizes(results)]
     return "\n".join(line for part in parts for line in [*part, ""]).strip()
 
 
