@@ -20,7 +20,7 @@ compare: $(STAMP)
 	$(BIN)/python benchmarks/opd_vs_vaopd.py
 
 # When VA-OPD helps: the runs that benchmarks/results/claims/lab.json lacks, then docs/claims.md's tables and figure.
-# LAB_OPTIONS="--device cuda" takes two minutes in place of more than an hour on one CPU core.
+# LAB_OPTIONS="--device cuda" takes two minutes in place of nearly two hours on one CPU core.
 claims-lab: $(STAMP)
 	$(BIN)/python benchmarks/claims/lab/run.py $(LAB_OPTIONS)
 	$(BIN)/python benchmarks/claims/lab/summary.py
