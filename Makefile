@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test numerics compare claims-lab bench chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
+.PHONY: setup demo test numerics compare claims-lab bench gpu-check chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
@@ -29,6 +29,14 @@ claims-lab: $(STAMP)
 BENCHMARKS := floor paired_scoring against_vllm train_step fused_kl codecs service_cost sharing
 bench: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+
+# On a host with a GPU, with its own torch (GPU_PYTHON=…), from the source tree: two parts of at most five minutes each.
+# They need no vLLM and no hub. PART=1 or PART=2 runs one of them. Figures: benchmarks/results/gpu-CARD.json.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+PART ?= 1 2
+gpu-check:
+	for part in $(PART); do PYTHONPATH=.:services:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu $$part || failed=1; done; \
+	  exit $${failed:-0}
 
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/viewer.py --screenshots docs/images

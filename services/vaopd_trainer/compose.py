@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor
 
 from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
@@ -60,7 +61,12 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
         # A step of text-only prompts leaves the vision tower without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # The buffers are constants, and a rank that begins a step again must not broadcast them alone.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        ],
         log_with=list(config.trainer.trackers),
         project_dir=str(config.run_folder / "trackers"),
     )
@@ -111,7 +117,7 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.make_loss_keywords()),
+            loss=make_loss(config, student, teacher_head=head, device=accelerator.device),
             coordinator=coordinator,
         )
         if start is not None:
@@ -162,6 +168,17 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     if not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     return student
+
+
+def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, device: torch.device) -> StudentLoss:
+    """Returns the loss of a student that accelerate will move to `device`: whether it checkpoints depends on that."""
+    return StudentLoss(
+        student,
+        teacher_head=teacher_head,
+        trainer=config.trainer,
+        device=device,
+        **config.teacher.make_loss_keywords(),
+    )
 
 
 def connect_teacher(

@@ -203,7 +203,7 @@ class Coordinator:
     def record(
         self,
         step: int,
-        sums: Sequence[dict[str, float]],
+        sums: Sequence[dict[str, float] | None],
         own: dict[str, float],
         *,
         trained: Sequence[LedgerLine],

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,10 @@ from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
 from vaopd.telemetry import tracing
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator, Weights
+from vaopd_trainer.forwards import Accumulator
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import GroupScorer, Refused
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, weigh
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,16 @@ class Trainer:
         settings = config.trainer
         trainable = [p for p in loss.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            trainable,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            # One pass over parameters, gradients and moments. A CPU keeps the plain form: its runs stay as they were.
+            fused=True if accelerator.device.type == "cuda" else None,
         )
         self.schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
         self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
+        self._accumulator = Accumulator(accelerator=accelerator, loss=self.loss, settings=settings, world=ranks.world)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -137,7 +143,7 @@ class Trainer:
         if self.coordinator is not None:
             self.coordinator.distribute(step, scorer.submit)
         else:
-            for _ in range(self.config.trainer.prompts_per_step // self.ranks.world):
+            for _ in range(self.ranks.rank, self.config.trainer.prompts_per_step, self.ranks.world):
                 group = self.ranks.receive_group()
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
@@ -148,9 +154,9 @@ class Trainer:
         if self.coordinator is not None:
             self.coordinator.give_up((group_id, reason) for part in refused for group_id, reason in part)
         scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
-        if not scored:
+        if not any(self.ranks.gather(len(scored))):
             raise VaopdError(
-                f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
+                f"step {step}: none of its groups can be trained on; the dead letters say why "
                 f"(job {self.config.run.name!r})"
             )
         timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
@@ -166,7 +172,7 @@ class Trainer:
     def _train(self, step: int, scored: list[ScoredGroup], timings: dict[str, float]) -> None:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
-        loss, kl = self._backward(weighted)
+        loss, kl = self._accumulator.backward(weighted)
         kill_points.pass_point("backward", step)
         norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -189,28 +195,6 @@ class Trainer:
         if self.coordinator is not None:
             own = timings | {"grad_norm": float(norm), "learning_rate": learning_rate}
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
-
-    def _backward(self, weighted: list[WeightedGroup]) -> tuple[float, list[np.ndarray]]:
-        """Accumulates the gradient over forwards of whole groups -> this rank's share of the loss, each group's KL."""
-        size = self.config.trainer.groups_per_forward
-        batches = [weighted[start : start + size] for start in range(0, len(weighted), size)]
-        total = 0.0
-        kl: list[np.ndarray] = []
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with self.accelerator.autocast(), self._sync(last):
-                loss, kl_M = self.loss(batch)
-                share = loss / self.config.trainer.prompts_per_step
-                # Data parallelism averages gradients over ranks; the loss is a sum over all groups.
-                self.accelerator.backward(share * self.ranks.world)
-            total += float(share.detach())
-            lengths = [len(group.token_weights) for group in batch]
-            kl.extend(part.float().cpu().numpy() for part in kl_M.split(lengths))
-        return total, kl
-
-    def _sync(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients once per step, in the last backward."""
-        return nullcontext() if last else self.accelerator.no_sync(self.loss)
 
     def _mask_seed(self, step: int, index: int) -> int:
         """Returns the seed of a random mask, the same however the groups are spread over ranks."""

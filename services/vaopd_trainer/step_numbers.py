@@ -57,8 +57,13 @@ EVALUATION_DESCRIPTIONS = {
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
-def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
-    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share."""
+def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float] | None:
+    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share.
+
+    None on a rank without groups.
+    """
+    if not groups:
+        return None
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
     high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
@@ -80,8 +85,9 @@ def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: 
     }
 
 
-def average_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+def average_ranks(sums: Sequence[dict[str, float] | None]) -> dict[str, float]:
     """Turns the sums of all ranks into the means that `DESCRIPTIONS` describes, and "rollouts", their number."""
+    parts = [part for part in sums if part is not None]
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     low_tokens = total["tokens"] - total["high_tokens"]
     return {

@@ -6,7 +6,7 @@ In: scored groups and their token weights. Out: the scalar loss, to call backwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -44,6 +44,39 @@ class WeightedGroup:
     scored: ScoredGroup
     rollout_weights: Tensor
     token_weights: Tensor
+
+    @property
+    def segment(self) -> Segment:
+        """The prompt and its responses, as the student reads them."""
+        return Segment(prompt=self.scored.prompt, responses=tuple(self.scored.responses))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a forward of this group computes."""
+        return self.segment.tokens
+
+    def select(self, start: int, end: int) -> WeightedGroup:
+        """Returns the siblings from `start` up to `end`, with the weights that they have in the whole group."""
+        siblings = slice(start, end)
+        ends = np.cumsum([0, *(len(response) for response in self.scored.responses)])
+        tokens = slice(int(ends[start]), int(ends[end]))
+        score = self.scored.score
+        part = replace(
+            score,
+            teacher_logprobs=score.teacher_logprobs[siblings],
+            degraded_logprobs=score.degraded_logprobs[siblings],
+            visual_advantage=score.visual_advantage[siblings],
+            columns={name: rows[siblings] for name, rows in score.columns.items()},
+            payload=replace(
+                score.payload, tensors={name: t.select_rows(tokens) for name, t in score.payload.tensors.items()}
+            ),
+        )
+        group = replace(self.scored.group, rollouts=self.scored.group.rollouts[siblings])
+        return WeightedGroup(
+            scored=replace(self.scored, group=group, score=part),
+            rollout_weights=self.rollout_weights[siblings],
+            token_weights=self.token_weights[tokens],
+        )
 
 
 def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> WeightedGroup:
@@ -85,37 +118,51 @@ class StudentLoss(nn.Module):
         teacher_head: Tensor | None,
         trainer: TrainerConfig,
         estimator: Literal["k1", "k3"] = "k3",
+        device: torch.device | None = None,
         checkpoint_activations: bool | None = None,
     ) -> None:
         """Takes over `student`, which it may switch to checkpointing; `teacher_head` (V, D_T) is for hidden payloads.
 
-        estimator: of the KL of the sampled payload. checkpoint_activations: layers keep their input only and are
-        computed again in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where
-        memory bounds the batch.
+        estimator: of the KL of the sampled payload. device: where the student will run, when accelerate has yet to
+        move it there; None: where it is. checkpoint_activations: layers keep their input only and are computed again
+        in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where memory bounds the
+        batch.
         """
         super().__init__()
-        if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
+        device = device or student.device
+        if device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
             if not student.model.supports_gradient_checkpointing:
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
             student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
         self.model = student.model
         self._student = student
+        self._vocab_size = None if teacher_head is None else len(teacher_head)
+        if teacher_head is not None and teacher_head.is_cuda:
+            teacher_head = divergence.pad_head(teacher_head)  # once, in place of every forward
         self._teacher_head = teacher_head
         self._chunk_tokens = trainer.chunk_tokens
         self._estimator = estimator
 
     def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
-        segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
+        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens.
+
+        Without groups: a zero that is connected to the model, for the ranks' common backward, and no tokens.
+        """
+        if not groups:
+            smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
+            return smallest.sum() * 0, smallest.new_empty(0)
+        segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
         weights = torch.cat([group.token_weights for group in groups])
+        # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
         return divergence.fused_loss(
             hidden,
-            self._student.head,
+            self.model.get_output_embeddings().weight,
             self._read_target(groups, responses, hidden.device),
             weights,
+            vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
 
@@ -132,7 +179,9 @@ class StudentLoss(nn.Module):
             case "hidden" | "hidden_int8":
                 assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
                 hidden = torch.cat([hidden_states(payload, self._teacher_head.dtype) for payload in payloads])
-                return divergence.FullTarget(hidden=hidden.to(device), head=self._teacher_head)
+                return divergence.FullTarget(
+                    hidden=hidden.to(device), head=self._teacher_head, vocab_size=self._vocab_size
+                )
             case "top_k":
                 return divergence.TopKTarget(
                     token_ids=concatenate("token_ids"),

@@ -290,8 +290,9 @@ class TrainerConfig(Section):
     """Linear warm-up over this fraction of the steps, rounded down, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping (paper: 1.0)."""
-    groups_per_forward: int = Field(1, ge=1)
-    """Prompt groups in one forward and backward; siblings always stay together."""
+    forward_tokens: int = Field(24_576, ge=1)
+    """Tokens of one forward and backward, in whole groups; larger groups are split between siblings, and out of memory
+    halves it. The default holds the paper's largest group: a prompt of 8192 tokens and four responses of 4096."""
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens for which the fused divergence holds (tokens, vocabulary) logits at once."""
     max_policy_lag: int = Field(0, ge=0)
@@ -359,11 +360,6 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Config:
-        if self.trainer.prompts_per_step % self.trainer.processes:
-            raise ValueError(
-                f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
-                f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
-            )
         lowest, highest = self.data.min_pixels, self.data.max_pixels
         if lowest is not None and highest is not None and lowest > highest:
             raise ValueError(f"data.min_pixels = {lowest} is above data.max_pixels = {highest}; no image has both")

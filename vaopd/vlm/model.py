@@ -8,17 +8,19 @@ In: prompt groups, each a prompt with its responses. Out: hidden states of the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd.vlm.shared_attention import Layout
+from vaopd.vlm.transfer import upload
 
 Encode = Callable[[Sequence[PreparedImage]], list[ImageFeatures]]
 
@@ -42,6 +44,9 @@ class Vlm(PromptReader):
 
     path: Path
     model: Any
+
+    def __post_init__(self) -> None:
+        self.family.adapt(self.model)
 
     @classmethod
     def load(
@@ -94,12 +99,23 @@ class Vlm(PromptReader):
     @property
     def head(self) -> torch.Tensor:
         """The LM head's rows for the logical vocabulary, (V, D); a view of the parameter."""
-        return self.model.get_output_embeddings().weight[: self.vocab_size]
+        return self.padded_head[: self.vocab_size]
+
+    @property
+    def padded_head(self) -> torch.Tensor:
+        """The LM head as it is stored, (V_pad, D), for `vaopd.divergence.head`: its rows beyond V mean nothing."""
+        return self.model.get_output_embeddings().weight
 
     @property
     def device(self) -> torch.device:
         """The device of the embeddings, which take the token ids."""
         return self.model.get_input_embeddings().weight.device
+
+    def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
+        """Prepares a picture as `PromptReader` does, in the tower's precision: it would round the pixels anyway."""
+        prepared = super().prepare_image(image)
+        tower: Any = self.family.vision_tower(self.model)
+        return replace(prepared, pixel_values=prepared.pixel_values.to(tower.dtype))
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Returns the vision tower's output for each image. The tower runs once, over the distinct objects."""
@@ -117,7 +133,8 @@ class Vlm(PromptReader):
         images = [image for segment in segments for image in segment.prompt.images]
         features = (encode or self.encode_images)(images)
         layout = Layout([(len(s.prompt.token_ids), [len(ids) - 1 for ids in s.responses]) for s in segments])
-        ids, positions, rows = [], [], []
+        ids, positions = [], []
+        rows: list[np.ndarray | list[int]] = []
         at = 0
         for segment in segments:
             prompt = torch.from_numpy(segment.prompt.token_ids)
@@ -131,10 +148,7 @@ class Vlm(PromptReader):
                 ids.append(torch.from_numpy(np.asarray(response[:-1], dtype=np.int64)))
                 positions.append(torch.arange(after, after + read).expand(len(places), -1))
                 # The prompt's last token predicts the first of every response, then each token the next.
-                rows += [last, *range(at, at + read)]
+                rows += [[last], np.arange(at, at + read)]
                 at += read
-        device = self.device
-        hidden = self.family.compute_hidden(
-            self.model, torch.cat(ids).to(device), torch.cat(positions, dim=1).to(device), features, layout
-        )
-        return hidden[torch.tensor(rows, device=hidden.device)]
+        hidden = self.family.compute_hidden(self.model, torch.cat(ids), torch.cat(positions, dim=1), features, layout)
+        return hidden[upload(torch.from_numpy(np.concatenate(rows)), hidden.device)]
