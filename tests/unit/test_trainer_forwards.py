@@ -181,9 +181,7 @@ def test_a_partial_gradient_would_be_noticed(student: Vlm, groups: list[Weighted
 def test_a_rollout_that_does_not_fit_alone_is_named(student: Vlm, groups: list[WeightedGroup]) -> None:
     group = groups[1]
     alone = group.select(0, 1).tokens
-    with pytest.raises(
-        LimitExceeded, match=rf"group train-000000-0001: rollout train-000000-0001/0 .*\({alone} tokens"
-    ):
+    with pytest.raises(LimitExceeded, match=rf"group train-000000-0001: rollout train-000000-0001/0 .*\({alone} tokens"):
         Step(student, [group], forward_tokens=10_000, tokens=alone - 1)
     assert all(parameter.grad is None for parameter in student.model.parameters())
 
