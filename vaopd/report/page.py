@@ -107,7 +107,7 @@ def _describe(run: Run) -> dict[str, Any]:
 
 def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yields name, value and note of each number at the top of a run's section."""
-    from vaopd.report.plots import TIMES, VARIANT_NAMES
+    from vaopd.report.plots import TIMES, name_variant
 
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
@@ -122,7 +122,7 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     state = "finished" if run.finished else "not finished"
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
     yield ("optimizer steps", steps, state)
-    yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
+    yield ("objective", name_variant(run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
@@ -149,12 +149,12 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
 
 def _make_row(run: Run) -> tuple[str, ...]:
     """Returns a run's line of the table that compares runs."""
-    from vaopd.report.plots import VARIANT_NAMES
+    from vaopd.report.plots import name_variant
 
     first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
     rate = run.compute_mean("rollouts_per_s")
     steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, not finished")
-    name = VARIANT_NAMES.get(run.variant, run.variant)
+    name = name_variant(run.variant)
     return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")
 
 

@@ -39,6 +39,8 @@ COLOURS = {
     "token_groups": "#1f9e89",
     "masked": "#d04a86",
 }
+SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280"}
+"""Of objectives whose tokens are ranked by another score than VA."""
 RC: Any = {  # matplotlib types the keys one by one
     "svg.fonttype": "none",
     "font.size": 9,
@@ -141,7 +143,7 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
         raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
     notes = []
     for variant, members in variants.items():
-        colour, name = _colour(variant), _name(variant)
+        colour, name = _colour(variant), name_variant(variant)
         if len(members) == 1:
             evaluations = members[0].evaluations
             axes.errorbar(
@@ -210,12 +212,19 @@ def _group_by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return variants
 
 
-def _name(variant: str) -> str:
-    return VARIANT_NAMES.get(variant, variant)
+def name_variant(variant: str) -> str:
+    """Names a `Run.variant` for people.
+
+    >>> name_variant("token_groups by view_divergence")
+    'token groups only, by view divergence'
+    """
+    base, _, score = variant.partition(" by ")
+    name = VARIANT_NAMES.get(base, base)
+    return f"{name}, by {score.replace('_', ' ')}" if score else name
 
 
 def _colour(variant: str) -> str:
-    return COLOURS.get(variant, "#888888")
+    return SCORE_COLOURS.get(variant.partition(" by ")[2]) or COLOURS.get(variant, "#888888")
 
 
 def _describe_band(band: str) -> str:
@@ -242,7 +251,7 @@ def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, ba
         curves = [dict(zip(steps, smooth(values), strict=True)) for steps, values in
                   (run.list_series(metric.key) for run in members)]  # fmt: skip
         steps, means, lows, highs = compute_band(curves, band=band)
-        axes.plot(steps, means, color=_colour(variant), label=_name(variant), linewidth=1.6)
+        axes.plot(steps, means, color=_colour(variant), label=name_variant(variant), linewidth=1.6)
         axes.fill_between(steps, lows, highs, color=_colour(variant), alpha=0.2, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
