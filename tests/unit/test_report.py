@@ -163,8 +163,8 @@ def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> 
     (runs[1] / "config.toml").write_text(
         config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n')
     )
-    for sample in runs:
-        (sample / "samples.jsonl").unlink()
+    for run in runs:
+        (run / "samples.jsonl").unlink()
     page = write_report(runs).read_text()
     for name in ("token groups only", "token groups only, by view divergence"):
         assert f"<td>{name}</td>" in page
