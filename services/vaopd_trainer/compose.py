@@ -90,7 +90,7 @@ def run(
             seed=config.run.seed,
         )
         try:
-            teacher, description = _connect_teacher(config, student, stack, stop)
+            teacher, description = connect_teacher(config, student, stack, stop)
         except Stopped:
             return _end_stopped(status, find_done(start))
         needs_head = config.teacher.payload in ("hidden", "hidden_int8")
@@ -144,6 +144,7 @@ def run(
             student=student,
             find_prompt=prompts.find_prompt,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
+            columns=config.objective.columns,
         )
         stack.callback(scorer.close)
         try:
@@ -219,10 +220,10 @@ def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, devi
     )
 
 
-def _connect_teacher(
+def connect_teacher(
     config: Config, student: Vlm, stack: contextlib.ExitStack, stop: threading.Event
 ) -> tuple[SyncTeacherClient, TeacherDescription]:
-    """Connects to a teacher that reads the student's tokens and offers the payload; raises Mismatch on another.
+    """Connects to a teacher that reads the student's tokens and offers payload and columns; else raises Mismatch.
 
     Waits for one that is starting, and raises Stopped on a signal meanwhile.
     """
@@ -249,6 +250,13 @@ def _connect_teacher(
             f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
             f"not {config.teacher.payload}; change teacher.payload"
         )
+    for column in config.objective.columns:
+        if column not in description.columns:
+            raise Mismatch(
+                f"teacher {description.model} can't compute {column}, which objective.token_score needs; on request it "
+                f"computes {', '.join(description.columns) or 'none'}: serve it with another backend, or change "
+                "objective.token_score"
+            )
     return teacher, description
 
 

@@ -188,6 +188,7 @@ def describe_rollouts(
             "teacher_logprobs": _round(score.teacher_logprobs[k]),
             "degraded_logprobs": _round(score.degraded_logprobs[k]),
             "rollout_logprobs": _round(rollout.rollout_logprobs),
+            **{name: _round(rows[k]) for name, rows in score.columns.items()},
             "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
             "correct": bool(verdict),

@@ -70,6 +70,7 @@ class WeightedGroup:
             teacher_logprobs=score.teacher_logprobs[siblings],
             degraded_logprobs=score.degraded_logprobs[siblings],
             visual_advantage=score.visual_advantage[siblings],
+            columns={name: rows[siblings] for name, rows in score.columns.items()},
             payload=replace(
                 score.payload, tensors={name: t.select_rows(tokens) for name, t in score.payload.tensors.items()}
             ),
@@ -89,12 +90,26 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     weights = objective.group_weights(
         objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
         mask_KT,
+        token_score_KT=_score_tokens(scored.score, teacher_KT, degraded_KT, mask_KT, settings),
         **settings.as_keywords(),
         seed=seed,
     )
     return WeightedGroup(
         scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
     )
+
+
+def _score_tokens(
+    score: GroupScore, teacher_KT: Tensor, degraded_KT: Tensor, mask_KT: Tensor, settings: ObjectiveConfig
+) -> Tensor | None:
+    """Returns what ranks the tokens for the token groups, (K, T); None: their VA."""
+    match getattr(settings, "token_score", "va"):
+        case "view_divergence":
+            return objective.pad_rows(score.columns["view_divergence_nats"])[0]
+        case "absolute":
+            return objective.absolute_advantage(teacher_KT, degraded_KT, mask_KT)
+        case _:
+            return None
 
 
 class TokenValues(NamedTuple):

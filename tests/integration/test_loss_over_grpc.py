@@ -31,7 +31,7 @@ from tests.support.scored import (
     vlm,
 )
 from tests.support.tolerance import assert_noticed, assert_within, gamma
-from vaopd.config import MaskedOpd, ObjectiveConfig, TrainerConfig, VaOpd
+from vaopd.config import MaskedOpd, ObjectiveConfig, TokenGroupsOnly, TrainerConfig, VaOpd
 from vaopd.payloads import to_torch
 from vaopd.types import Degradation
 from vaopd.vlm.model import Vlm
@@ -231,6 +231,25 @@ def test_masking_at_random_drops_as_many_and_depends_on_the_seed_only(scored: Sc
         assert int((one == 0).sum()) == int((other == 0).sum()) == dropped
         assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("token_score", ["view_divergence", "absolute"])
+def test_the_token_groups_of_another_score(token_score: str) -> None:
+    """The high group by the column that came from the teacher, or by both views' log-probs; not VA's."""
+    settings = TokenGroupsOnly(token_score=token_score)  # type: ignore[arg-type]
+    groups = score(columns=settings.columns).groups
+    differing = 0
+    for group in groups:
+        teacher, degraded = group.score.teacher_logprobs, group.score.degraded_logprobs
+        scores = {
+            "view_divergence": group.score.columns.get("view_divergence_nats"),
+            "absolute": [np.abs(a - b) for a, b in zip(teacher, degraded, strict=True)],
+        }[token_score]
+        assert scores is not None
+        expected = np.concatenate([grouped(row) / K for row in scores])
+        assert_within(weigh(group, settings, seed=0).token_weights, expected, gamma(4) * expected)
+        differing += int((expected != np.concatenate([grouped(va) / K for va in group.score.visual_advantage])).sum())
+    assert differing
 
 
 # -- forwards and order ------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ class Scored:
 
 @contextmanager
 def scorer_for(
-    teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, **client: Any
+    teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, columns: Sequence[str] = (), **client: Any
 ) -> Iterator[tuple[GroupScorer, SyncTeacherClient]]:
     """batch_tokens = 1: the teacher takes each row by itself, so that the same groups always give the same bits."""
     student = vlm("student")
@@ -119,6 +119,7 @@ def scorer_for(
             student=student,
             find_prompt=lambda group: listed[group.index],
             max_tokens=max_tokens,
+            columns=columns,
         )
         try:
             yield scorer, connection

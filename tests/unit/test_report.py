@@ -172,6 +172,33 @@ def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
     assert marked == ["0.500", "9.000"] * 4
 
 
+def test_the_high_group_is_that_of_the_run_s_own_token_score(tmp_path: Path) -> None:
+    """By view divergence the second token of VA 0, which the student misread, is the high one."""
+    run = make_run(tmp_path / "first")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n'))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        sample["view_divergence_nats"] = [0.5, 2.0, 1.0]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    marked = re.findall(r'<span class="high"[^>]* title="([^"]*)"', write_report([run]).read_text())
+    assert marked == ["VA 0.000, view divergence 2.000, teacher -0.200"] * 4
+
+
+def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, variant="token_groups") for name in ("va", "divergence")]
+    config = (runs[1] / "config.toml").read_text()
+    (runs[1] / "config.toml").write_text(
+        config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n')
+    )
+    for run in runs:
+        (run / "samples.jsonl").unlink()
+    page = write_report(runs).read_text()
+    for name in ("token groups only", "token groups only, by view divergence"):
+        assert f"<td>{name}</td>" in page
+        assert f">{name}</text>" in page  # a line of its own in the curves
+
+
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path / f"{variant}-{seed}", variant=variant, seed=seed)

@@ -165,12 +165,20 @@ DegradationConfig = Annotated[
 class _Objective(Section):
     def as_keywords(self) -> dict[str, Any]:
         """Returns `variant` and its own fields, as keyword arguments of `objective.group_weights`."""
-        return self.model_dump()
+        return self.model_dump(exclude={"token_score"})  # a name here, numbers there
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names the columns that the teacher has to compute for it."""
+        return ()
 
 
 class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
     """tau of the rollout weights (method.md, "Rollout weights")."""
+    rollout_deviation_floor: float = Field(0.0, ge=0)
+    """A smaller standard deviation of siblings' mean VA counts as this, in nats (paper: 0). With 0.02, siblings that
+    hardly differ get about the same weight."""
 
 
 class _TokenGrouping(_Objective):
@@ -178,6 +186,14 @@ class _TokenGrouping(_Objective):
     """Fraction of a rollout's tokens that form the high group V."""
     high_weight: Fraction = 0.5
     """lambda: the share of the loss that the high group gets."""
+    token_score: Literal["va", "view_divergence", "absolute"] = "va"
+    """Ranks the tokens for the high group: va (paper); view_divergence, how much the teacher's whole distribution
+    depends on the image; absolute, VA without its sign (docs/claims.md)."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names the columns that the teacher has to compute for it."""
+        return ("view_divergence_nats",) if self.token_score == "view_divergence" else ()
 
 
 class VaOpd(_RolloutWeighting, _TokenGrouping):
@@ -217,6 +233,9 @@ class MaskedOpd(_Objective):
     """Which tokens are dropped, by VA."""
     mask_fraction: Fraction = 0.1
     """How many of a rollout's tokens are dropped."""
+    mask_ties: Literal["earlier", "random"] = "earlier"
+    """Of tokens with equal VA, which count as the larger: the earlier ones, so that the bottom ones are the answer's
+    end, or random ones, drawn by the run's seed."""
 
 
 ObjectiveConfig = Annotated[

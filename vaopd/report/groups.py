@@ -56,6 +56,17 @@ class Group:
         return ", ".join(f"seed {seed} {times.get(count, f'{count} times')}" for seed, count in repeats.items())
 
 
+def name_variant(variant: str) -> str:
+    """Names a `Run.variant` for people.
+
+    >>> name_variant("token_groups by view_divergence")
+    'token groups only, by view divergence'
+    """
+    base, _, score = variant.partition(" by ")
+    name = VARIANT_NAMES.get(base, base)
+    return f"{name}, by {score.replace('_', ' ')}" if score else name
+
+
 def split_by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
     """Returns seed -> its runs, in the order of the seeds."""
     found: dict[int, list[Run]] = {}

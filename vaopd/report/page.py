@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from vaopd.files.durable import atomic_file
-from vaopd.report.groups import VARIANT_NAMES, group_runs
+from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
 from vaopd.run.records import Evaluation, Run, read_run
 
@@ -136,7 +136,7 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     yield ("optimizer steps", steps, run.state)
     if skipped := sum(1 for line in run.train if line.get("skipped")):
         yield ("skipped steps", str(skipped), "their gradient was not finite, and they changed nothing")
-    yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
+    yield ("objective", name_variant(run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
@@ -189,7 +189,7 @@ def _make_row(run: Run) -> tuple[str, ...]:
     first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
     rate = run.compute_mean("rollouts_per_s")
     steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, {run.state}")
-    name = VARIANT_NAMES.get(run.variant, run.variant)
+    name = name_variant(run.variant)
     return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")
 
 

@@ -35,6 +35,8 @@ COLOURS = {
 }
 LINES = ("-", "--", ":", "-.")
 """Line styles of groups with one objective, in turn."""
+SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280"}
+"""Of objectives whose tokens are ranked by another score than VA."""
 RC: Any = {  # matplotlib types the keys one by one
     "svg.fonttype": "none",
     "font.size": 9,
@@ -210,8 +212,11 @@ def _choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, A
     seen: dict[str, int] = {}
     for group in groups:
         number = seen[group.variant] = seen.get(group.variant, -1) + 1
-        colour = COLOURS.get(group.variant, "#888888")
-        yield group, {"color": colour, "linestyle": LINES[number % len(LINES)]}
+        yield group, {"color": _choose_colour(group.variant), "linestyle": LINES[number % len(LINES)]}
+
+
+def _choose_colour(variant: str) -> str:
+    return SCORE_COLOURS.get(variant.partition(" by ")[2]) or COLOURS.get(variant, "#888888")
 
 
 def _describe_band(band: str) -> str:

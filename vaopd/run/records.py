@@ -85,8 +85,10 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """`objective.variant` of the configuration."""
-        return str(self.config.get("objective", {}).get("variant", "va_opd"))
+        """`objective.variant` of the configuration, "by" `objective.token_score` where that isn't the paper's."""
+        settings = self.config.get("objective", {})
+        variant, score = str(settings.get("variant", "va_opd")), settings.get("token_score", "va")
+        return variant if score == "va" else f"{variant} by {score}"
 
     @property
     def seed(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vaopd.divergence.head import head_logits
+from vaopd.objective import view_divergence
 from vaopd_teacher.engines.engine import View
 
 Logprobs = Mapping[View, Tensor]
@@ -33,6 +34,9 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 COMPUTED: dict[str, Computation] = {
     "teacher_entropy_nats": Computation(views=("original",), of=lambda p: entropy(p["original"])),
+    "view_divergence_nats": Computation(
+        views=("original", "degraded"), of=lambda p: view_divergence(p["original"], p["degraded"])
+    ),
 }
 """How each column on request is computed."""
 
