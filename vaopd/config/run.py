@@ -229,8 +229,10 @@ class _Rollout(Section):
     """Nucleus sampling (paper: 0.95)."""
     max_new_tokens: int = Field(4096, ge=1)
     """Responses are cut here and kept (paper: 4096)."""
-    requests_per_batch: int = Field(16, ge=1)
-    """How many prompt groups a worker samples at once."""
+    requests_per_batch: int = Field(32, ge=1)
+    """How many prompt groups a worker holds at most at once."""
+    tokens_in_flight: int = Field(524_288, ge=1)
+    """A worker admits prompt groups while their rollouts may take at most so many tokens together (32 · 4 · 4096)."""
 
 
 class VllmRollout(_Rollout):
