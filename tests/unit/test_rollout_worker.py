@@ -156,34 +156,25 @@ def test_a_request_that_kills_engines_counts_its_deliveries_and_the_others_are_h
 
 
 def test_a_long_response_holds_up_no_other_group_and_new_requests_are_admitted_beside_it(a_job: MemoryJob) -> None:
-    """Forty steps for one group; the queue is asked as soon as the wall clock says so, hence "at the latest"."""
     trainer, stop = a_job.trainer(), Stop(drain_s=1)
     collected: dict[str, int] = {}  # group -> number of steps taken when it had arrived
 
-    def watch(number: int) -> None:
+    def collect(number: int) -> None:
         for delivered in trainer.collect(block_s=0):
             collected[delivered.group.group_id] = number
             if delivered.group.group_id == "short":
                 trainer.enqueue(steps("later", 1))
         if "later" in collected:
-            stop.request()
-
-    engine = FakeStream(stop, watch)
-    trainer.publish_policy(POLICIES[0])
-    trainer.enqueue(steps("long", 10**6))
-    trainer.enqueue(steps("short", 2))
-    worker = RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, stop=stop)
-
-    def end_when_drained(number: int) -> None:
-        watch(number)
-        if stop.requested:
             raise HandBack
 
-    engine._before_step = end_when_drained
-    worker.run()
+    engine = FakeStream(stop, collect)
+    trainer.publish_policy(POLICIES[0])
+    trainer.enqueue(steps("long", 100_000))
+    trainer.enqueue(steps("short", 2))
+    RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, stop=stop).run()
 
     assert collected["short"] == 2
-    assert any(together == {"long", "later"} for together in engine.together)
+    assert engine.together[-1] == {"long", "later"}
     [lease] = a_job.worker("w2").take(block_s=0)
     assert (lease.request.group_id, lease.deliveries) == ("long", 1)  # interrupted, and handed back
 
