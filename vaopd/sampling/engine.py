@@ -116,9 +116,11 @@ def open_stream(engine: RolloutEngine) -> RolloutStream:
     return engine if isinstance(engine, RolloutStream) else OneByOne(engine)
 
 
-def sample_all(stream: RolloutStream, requests: Sequence[RolloutRequest]) -> Iterator[tuple[int, Outcome]]:
-    """Yields (index of the request, outcome) as the requests end; at most the stream's capacity is held at once."""
-    capacity = stream.capacity or len(requests)
+def sample_all(
+    stream: RolloutStream, requests: Sequence[RolloutRequest], *, at_once: int | None = None
+) -> Iterator[tuple[int, Outcome]]:
+    """Yields (index of the request, outcome) as the requests end; at most `at_once` are held at once."""
+    capacity = stream.capacity or at_once or len(requests)
     added = ended = 0
     while ended < len(requests):
         while added < len(requests) and added - ended < capacity:

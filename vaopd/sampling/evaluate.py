@@ -12,7 +12,7 @@ from vaopd.files.hub import model_folder
 from vaopd.grading import Verdict, judge, prepare
 from vaopd.run.snapshots import make_snapshot
 from vaopd.sampling.build import build_engine
-from vaopd.sampling.engine import Outcome
+from vaopd.sampling.engine import Outcome, open_stream, sample_all
 from vaopd.types import Prompt, RolloutGroup
 from vaopd.vlm.prompts import load_processor
 
@@ -40,11 +40,9 @@ def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Ca
             engine.load_policy(policy)
             verdicts: dict[str, list[Verdict]] = {}
             requests = list(held_out_requests(prompts, version=policy.version, config=config))
-            size = config.rollout.requests_per_batch
-            for start in range(0, len(requests), size):
-                batch = requests[start : start + size]
-                for request, outcome, prompt in zip(batch, engine.generate(batch), prompts[start:], strict=False):
-                    verdicts[request.group_id] = grade(outcome, prompt.answer)
+            at_once = config.rollout.requests_per_batch
+            for index, outcome in sample_all(open_stream(engine), requests, at_once=at_once):
+                verdicts[requests[index].group_id] = grade(outcome, prompts[index].answer)
                 on_progress(len(verdicts))
             return held_out_result(verdicts)
         finally:
