@@ -12,8 +12,8 @@
 
 Requests are admitted beside those that run, up to a budget of tokens: a long response holds up no other group. Groups
 end with the weights that they began with: a request of another version waits until nothing runs. Training goes before
-evaluation, and lower versions first. A request on which two workers died is taken by an idle worker only (`WorkerEnd`);
-the trainer waits for it too, so workers do become idle.
+evaluation, which gets a share of the budget beside it, and lower versions first. A request on which two workers died is
+taken by an idle worker only (`WorkerEnd`); the trainer waits for it too, so workers do become idle.
 
 After SIGTERM what runs has `drain_s`; what waits is handed back at once, and the rest when the time is over.
 """
@@ -49,6 +49,8 @@ RETRY_S = 1.0
 AWAY_S = 30.0
 """While groups run, a queue that was away is asked again after so long: asking waits for it, and sampling with it."""
 TOKENS_IN_FLIGHT = 524_288
+EVALUATION_SHARE = 0.25
+"""Beside training, evaluations are admitted up to this share of the budget only: each one slows all that runs."""
 POLICY_POLL_S = 0.1
 STUCK_AFTER_S = 1800.0
 
@@ -122,7 +124,7 @@ class RolloutWorker:
         metrics: WorkerMetrics | None = None,
         stuck_after_s: float = STUCK_AFTER_S,
     ) -> None:
-        """requests_per_batch bounds the requests that are held, tokens_in_flight the tokens that they may take.
+        """requests_per_batch bounds the requests that are held, tokens_in_flight what they may take in the engine.
 
         One request is always admitted. stuck_after_s: an engine that takes longer for a step hangs; the process ends,
         and its leases run out.
@@ -190,9 +192,10 @@ class RolloutWorker:
         """Returns how many more requests may be taken, if they are as large as the largest that is held."""
         held = [*self._waiting, *(running.lease for running in self._running.values())]
         room = self._requests_per_batch - len(held)
-        if held:
-            sizes = [count_tokens(lease.request) for lease in held]
-            room = min(room, (self._tokens_in_flight - sum(sizes)) // max(sizes))
+        if held and room > 0:
+            tokens = self._stream.tokens_held + sum(count_tokens(lease.request) for lease in self._waiting)
+            largest = max(count_tokens(lease.request) for lease in held)
+            room = min(room, (self._tokens_in_flight - tokens) // largest)
         return room
 
     # -- waiting → running --------------------------------------------------------------------------------------------
@@ -217,8 +220,10 @@ class RolloutWorker:
             return True
         if self._stream.capacity is not None and len(self._running) >= self._stream.capacity:
             return False
-        tokens = sum(count_tokens(running.lease.request) for running in self._running.values())
-        return tokens + count_tokens(lease.request) <= self._tokens_in_flight
+        budget: float = self._tokens_in_flight
+        if _is_evaluation(lease) and not all(_is_evaluation(running.lease) for running in self._running.values()):
+            budget *= EVALUATION_SHARE
+        return self._stream.tokens_held + count_tokens(lease.request) <= budget
 
     def _add_all(self, version: int) -> None:
         while self._waiting and self._waiting[0].request.policy_version == version and self._fits(self._waiting[0]):
@@ -350,11 +355,11 @@ class RolloutWorker:
 
 def _rank(lease: Lease) -> tuple[bool, int]:
     """Training first, since the trainer waits for it; then the lower version."""
-    return _is_evaluation(lease.request.group_id), lease.request.policy_version
+    return _is_evaluation(lease), lease.request.policy_version
 
 
-def _is_evaluation(group_id: str) -> bool:
+def _is_evaluation(lease: Lease) -> bool:
     try:
-        return GroupId.parse(group_id).purpose == "eval"
+        return GroupId.parse(lease.request.group_id).purpose == "eval"
     except InvalidInput:  # another trainer names its groups otherwise
         return False

@@ -55,6 +55,10 @@ class FakeStream(FakeEngine):
         self.together: list[set[str]] = []  # ids in each step
         self._before_step = before_step
 
+    @property
+    def tokens_held(self) -> int:
+        return sum(request.num_rollouts * request.sampling.max_new_tokens for request, _ in self.held.values())
+
     def load_policy(self, policy: PolicyVersion) -> None:
         assert not self.held, "weights change under groups in flight"
         super().load_policy(policy)
@@ -216,6 +220,27 @@ def test_requests_of_the_loaded_version_run_beside_each_other_up_to_the_budget(a
     RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, tokens_in_flight=59, stop=stop).run()
 
     assert engine.together == [{"a", "b"}] * 10 + [{"c"}] * 20 + [{"d"}] * 40  # 80 tokens are above the budget
+
+
+def test_evaluation_has_a_quarter_of_the_budget_beside_training_and_all_of_it_alone(a_job: MemoryJob) -> None:
+    """Of 160 tokens: 40 beside training, which takes 30; each of the evaluation's groups takes 10."""
+    trainer, stop = a_job.trainer(), Stop(drain_s=1)
+    trainer.publish_policy(POLICIES[0])
+    held_out = [str(GroupId(purpose="eval", step=0, index=index)) for index in range(5)]
+    for name in held_out:
+        trainer.enqueue(steps(name, 5))
+    trainer.enqueue(steps("train", 15))
+
+    def stop_at_the_end(number: int) -> None:
+        if len(engine.added) == 6:
+            stop.request()
+
+    engine = FakeStream(stop, stop_at_the_end)
+    RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, tokens_in_flight=160, stop=stop).run()
+
+    first, second, third, *others = held_out
+    beside = [{"train", first}] * 5 + [{"train", second}] * 5 + [{"train", third}] * 5
+    assert engine.together == [*beside, *[set(others)] * 5]
 
 
 def test_a_stop_lets_what_runs_end_and_hands_the_rest_back(a_job: MemoryJob) -> None:

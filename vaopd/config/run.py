@@ -229,10 +229,10 @@ class _Rollout(Section):
     """Nucleus sampling (paper: 0.95)."""
     max_new_tokens: int = Field(4096, ge=1)
     """Responses are cut here and kept (paper: 4096)."""
-    requests_per_batch: int = Field(32, ge=1)
-    """How many prompt groups a worker holds at most at once."""
+    requests_per_batch: int = Field(16, ge=1)
+    """How many prompt groups a worker holds at once."""
     tokens_in_flight: int = Field(524_288, ge=1)
-    """A worker admits prompt groups while their rollouts may take at most so many tokens together (32 · 4 · 4096)."""
+    """A worker admits prompt groups while the rollouts in its engine may take so many tokens (128 rollouts of 4096)."""
 
 
 class VllmRollout(_Rollout):
@@ -240,6 +240,8 @@ class VllmRollout(_Rollout):
 
     engine: Literal["vllm"] = "vllm"
     """The library that samples the rollouts."""
+    requests_per_batch: int = Field(64, ge=1)
+    """How many prompt groups a worker holds at once, sampled beside each other."""
     engine_options: dict[str, Any] = Field({})
     """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
 

@@ -75,6 +75,11 @@ class RolloutStream(Protocol):
     capacity: int | None
     """How many requests are sampled at once; None where the engine bounds it by itself."""
 
+    @property
+    def tokens_held(self) -> int:
+        """Response tokens that the rollouts that are held may take at most; those that have ended don't count."""
+        ...
+
     def add(self, key: str, request: RolloutRequest) -> None:
         """Takes a request of the loaded policy; `key` is unique among those held. One that is refused ends as such.
 
@@ -98,6 +103,11 @@ class OneByOne:
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
         self._held: deque[tuple[str, RolloutRequest]] = deque()
+
+    @property
+    def tokens_held(self) -> int:
+        """See `RolloutStream`."""
+        return sum(count_tokens(request) for _, request in self._held)
 
     def add(self, key: str, request: RolloutRequest) -> None:
         """See `RolloutStream`."""

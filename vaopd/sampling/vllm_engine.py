@@ -20,6 +20,7 @@ from vaopd.sampling.engine import (
     Prompting,
     RefusedRequest,
     check_version,
+    count_tokens,
     derive_seed,
     make_group,
     make_rollout,
@@ -88,6 +89,14 @@ class VllmEngine:
     def policy(self) -> PolicyVersion | None:
         """The loaded snapshot."""
         return self._policy
+
+    @property
+    def tokens_held(self) -> int:
+        """See `RolloutStream`; an upper bound where requests differ in their limits."""
+        requests = [running.request for running in self._running.values()]
+        rollouts = self._llm.llm_engine.get_num_unfinished_requests()
+        longest = max((request.sampling.max_new_tokens for request in requests), default=0)
+        return min(rollouts * longest, sum(map(count_tokens, requests)))
 
     def load_policy(self, policy: PolicyVersion) -> None:
         """Loads a snapshot in place and empties vLLM's caches; see `RolloutEngine`."""
