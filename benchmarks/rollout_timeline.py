@@ -8,8 +8,7 @@ nothing meanwhile. The second table is counted: the recipe on one H100, with the
 
 from __future__ import annotations
 
-import json
-import shutil
+import dataclasses
 import statistics
 import tempfile
 import threading
@@ -45,7 +44,7 @@ from vaopd.types import (
 from vaopd.vlm.prompts import load_processor, tokenizer_fingerprint
 from vaopd_rollout.worker import RolloutWorker, Stop
 
-GROUPS, ROLLOUTS, HELD_OUT, TOKENS, LONGER = 16, 4, 8, 20, 40
+GROUPS, ROLLOUTS, HELD_OUT, TOKENS, LONGER = 16, 4, 8, 12, 40
 
 
 class Batches:
@@ -157,26 +156,25 @@ def run_step(engine: VllmEngine | Batches, number: int, url: str, teacher: SyncT
     return found
 
 
-def without_eos(target: Path) -> Path:
-    """Copies the tiny student; its only EOS is an id that is never sampled, so that each response has its length."""
-    shutil.copytree(ROOT / "models" / "tiny-student", target)
-    file = target / "generation_config.json"
-    pad = load_processor(target).tokenizer.convert_tokens_to_ids("<|vision_pad|>")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": pad}))
-    return target
+def never_stop(engine: VllmEngine) -> None:
+    """Makes an id that is never sampled the only EOS, so that each response has the length of its request."""
+    prompting = engine._prompting
+    reader = dataclasses.replace(prompting.reader, eos_ids=prompting.vision_token_ids[:1])
+    engine._prompting = dataclasses.replace(prompting, reader=reader)
 
 
 def main() -> None:
     parser = tables.parser(__doc__)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as scratch, EmbeddedRedis() as redis:
-        student = without_eos(Path(scratch) / "student")
+        student = ROOT / "models" / "tiny-student"
         fingerprint = tokenizer_fingerprint(load_processor(student).tokenizer)
         with (
             teacher_server(TINY_TEACHER, batch_tokens=8192) as server,
             SyncTeacherClient(server.target, tokenizer_fingerprint=fingerprint) as teacher,
             closing(VllmEngine(str(student), worker="w", dtype="float32")) as engine,
         ):
+            never_stop(engine)
             engine.load_policy(make_snapshot(student, Path(scratch)))
             sides = {"batch": Batches(engine), "stream": engine}
             for side in sides.values():

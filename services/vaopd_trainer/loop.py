@@ -94,7 +94,7 @@ class Trainer:
         self._train(step, scored, {"publish_s": publish_s, **timings})
 
     def _begin(self, step: int) -> float:
-        """Publishes the policy, asks for the step's groups, evaluates if due -> the seconds that publishing took.
+        """Publishes the policy, asks for the step's groups, then for an evaluation if due -> seconds of publishing.
 
         After the last step there are no more groups to ask for.
         """
@@ -131,7 +131,7 @@ class Trainer:
     def _collect(self, step: int, scorer: GroupScorer) -> tuple[list[ScoredGroup], dict[str, float]]:
         """Returns this rank's groups of the step, in the order of the prompts, and the seconds of waiting.
 
-        Each is scored as soon as it has arrived.
+        Each is scored as soon as it has arrived. An evaluation is waited for while they are; its time is in no part.
         """
         started = time.monotonic()
         if self.coordinator is not None:
@@ -141,6 +141,9 @@ class Trainer:
                 group = self.ranks.receive_group()
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
+        if self.coordinator is not None:
+            self.coordinator.finish_evaluation()
+        evaluated = time.monotonic()
         kill_points.pass_point("collected", step)
         results = list(scorer.wait_for_results(check=self._check_alone))
         kill_points.pass_point("scored", step)
@@ -153,7 +156,7 @@ class Trainer:
                 f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
                 f"(job {self.config.run.name!r})"
             )
-        timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
+        timings = {"wait_s": generated - started, "score_s": time.monotonic() - evaluated}
         return scored, timings | {"scoring_s": scorer.busy.take()}
 
     def _check_alone(self) -> None:
