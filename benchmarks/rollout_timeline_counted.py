@@ -22,6 +22,8 @@ STEP_S = 1e-3
 PROMPT, GROUPS, ROLLOUTS, LONGEST = 650, 16, 4, 4096
 TOKENS_IN_FLIGHT, REQUESTS = 524_288, 64
 HELD_OUT, SAMPLES = 200, 8
+TRAIN_S = GROUPS * 0.199
+"""Forward and backward of the step, 1000 tokens per response."""
 
 
 def score_s(lengths: Sequence[int]) -> float:
@@ -62,7 +64,7 @@ def decode(groups: Sequence[Sequence[int]], *, batch: bool) -> list[float]:
 
 
 def follow(step: list[list[int]], evaluation: list[list[int]], *, batch: bool) -> dict[str, float]:
-    """Returns when things happen, seconds since the first request; the trainer of old waited for the evaluation."""
+    """Returns when things happen, seconds since the first request. Before, training began after the evaluation."""
     ends = decode([*step, *evaluation], batch=batch)
     done = 0.0
     scored = []
@@ -73,13 +75,12 @@ def follow(step: list[list[int]], evaluation: list[list[int]], *, batch: bool) -
     without = 0.0
     for end, group in sorted(zip(alone, step, strict=True)):
         without = max(without, end) + score_s(group)
+    trained = max(ends) + sum(map(score_s, step)) + TRAIN_S if batch else max(scored[-1] + TRAIN_S, max(ends))
     return {
         "half of the groups scored": scored[GROUPS // 2 - 1],
-        "the last group sampled": max(ends[:GROUPS]),
-        "the step can train, no evaluation due": without,
-        "the step can train, evaluation due": max(scored[-1], max(ends) + sum(map(score_s, step)))
-        if batch
-        else scored[-1],
+        "the last of the step's groups sampled": max(ends[:GROUPS]),
+        "the step trained, no evaluation due": without + TRAIN_S,
+        "the step trained, evaluation due": trained,
         "evaluation ended": max(ends),
     }
 

@@ -120,7 +120,6 @@ class Coordinator:
 
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
-        self.finish_evaluation()
         keep_snapshot(self._snapshot, self._folder / "model")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
@@ -183,7 +182,7 @@ class Coordinator:
     def evaluate_if_due(self, version: int) -> None:
         """Requests the answers to the held-out prompts from the policy just published; waits for none.
 
-        The step's groups were requested before: they are sampled first, and scored while the evaluation is answered.
+        The step's groups were requested before: they are sampled first, and trained on while the problems are answered.
         """
         if self._is_due(version):
             self._evaluation = Evaluation(

@@ -1,7 +1,8 @@
 """One rank's steps: from a policy version to the next.
 
     publish ─► enqueue, evaluate ─► collect ─► score ─► weigh ─► forward, backward ─► step ─► checkpoint
-    rank 0      rank 0              groups     teacher   objective  StudentLoss        AdamW    rank 0
+    rank 0      rank 0   │          groups     teacher   objective  StudentLoss      ▲ AdamW    rank 0
+                         └────────────── answered beside all this, awaited here ─────┘
 
 In: groups (through the coordinator) and scores (through the scorer). Out: the student's weights, a step further. Waits
 for rollout workers and the teacher. On-policy: step s learns from policy version s, at most `max_policy_lag` older.
@@ -82,6 +83,8 @@ class Trainer:
                 if self.state.step % self.config.trainer.checkpoint_every == 0 or self.state.step == steps:
                     self._checkpoint()
             self._begin(steps)
+            if self.coordinator is not None:
+                self.coordinator.finish_evaluation()
         except Stopped:
             self._checkpoint()
             raise
@@ -131,7 +134,7 @@ class Trainer:
     def _collect(self, step: int, scorer: GroupScorer) -> tuple[list[ScoredGroup], dict[str, float]]:
         """Returns this rank's groups of the step, in the order of the prompts, and the seconds of waiting.
 
-        Each is scored as soon as it has arrived. An evaluation is waited for while they are; its time is in no part.
+        Each is scored as soon as it has arrived.
         """
         started = time.monotonic()
         if self.coordinator is not None:
@@ -141,9 +144,6 @@ class Trainer:
                 group = self.ranks.receive_group()
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
-        if self.coordinator is not None:
-            self.coordinator.finish_evaluation()
-        evaluated = time.monotonic()
         kill_points.pass_point("collected", step)
         results = list(scorer.wait_for_results(check=self._check_alone))
         kill_points.pass_point("scored", step)
@@ -156,7 +156,7 @@ class Trainer:
                 f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
                 f"(job {self.config.run.name!r})"
             )
-        timings = {"wait_s": generated - started, "score_s": time.monotonic() - evaluated}
+        timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
         return scored, timings | {"scoring_s": scorer.busy.take()}
 
     def _check_alone(self) -> None:
@@ -171,6 +171,7 @@ class Trainer:
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
         loss, kl = self._backward(weighted)
         kill_points.pass_point("backward", step)
+        started += self._finish_evaluation()
         norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
@@ -192,6 +193,21 @@ class Trainer:
         if self.coordinator is not None:
             own = timings | {"grad_norm": float(norm), "learning_rate": learning_rate}
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
+
+    def _finish_evaluation(self) -> float:
+        """Waits until the evaluation of this step's policy has ended, if there is one -> the seconds of waiting.
+
+        As late as possible, yet before the weights change: a run that is stopped here resumes at this very version, and
+        evaluates it out of the same groups. Raises Stopped, on every rank.
+        """
+        started = time.monotonic()
+        if self.coordinator is not None:
+            self.coordinator.finish_evaluation()
+            for rank in range(1, self.ranks.world):
+                self.ranks.send_group(None, to=rank)
+        else:
+            self.ranks.receive_group()
+        return time.monotonic() - started
 
     def _backward(self, weighted: list[WeightedGroup]) -> tuple[float, list[np.ndarray]]:
         """Accumulates the gradient over forwards of whole groups -> this rank's share of the loss, each group's KL."""
