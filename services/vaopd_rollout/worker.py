@@ -138,7 +138,7 @@ class RolloutWorker:
         self._metrics = metrics or WorkerMetrics(job="")
         self._stuck_after_s = stuck_after_s
         self._waiting: list[Lease] = []
-        self._running: dict[str, _Running] = {}  # by entry id
+        self._running: dict[str, _Running] = {}  # by their key in the stream
         self._suspects: set[str] = set()  # entry ids of those in the engine when it failed
         self._ask_at_s = 0.0  # when the queue is asked again; time.monotonic
 
@@ -166,7 +166,7 @@ class RolloutWorker:
     def _take(self) -> None:
         """Takes requests that there is room for; waits for one only while there is nothing else to do."""
         idle = not self._running and not self._waiting
-        if self._room() <= 0 or (not idle and time.monotonic() < self._ask_at_s):
+        if (not idle and time.monotonic() < self._ask_at_s) or self._room() <= 0:
             return
         found = 0
         try:
@@ -177,15 +177,14 @@ class RolloutWorker:
                 if not idle or self._room() <= 0:
                     break
                 taken = self._queue.take(block_s=LINGER_S, max_requests=self._room())
+            if not found:
+                self._ask_at_s = time.monotonic() + POLL_S
         except Unavailable as error:
             self._metrics.count_error("redis_unavailable")
             log.warning("%s", error)
             self._ask_at_s = time.monotonic() + AWAY_S
             if idle and not found:
                 self._stop.wait(RETRY_S)
-            return
-        if not found:
-            self._ask_at_s = time.monotonic() + POLL_S
         self._waiting.sort(key=_rank)
 
     def _room(self) -> int:
@@ -228,8 +227,10 @@ class RolloutWorker:
     def _add_all(self, version: int) -> None:
         while self._waiting and self._waiting[0].request.policy_version == version and self._fits(self._waiting[0]):
             lease = self._waiting.pop(0)
-            self._running[lease.entry_id] = _Running(lease=lease, began_ns=time.time_ns())
-            self._use_engine(lambda lease=lease: self._stream.add(lease.entry_id, lease.request))  # type: ignore[misc]
+            # Of one entry there may be two: its lease ran out, and this worker took it over from itself.
+            key = f"{lease.entry_id}/{lease.deliveries}"
+            self._running[key] = _Running(lease=lease, began_ns=time.time_ns())
+            self._use_engine(lambda key=key, lease=lease: self._stream.add(key, lease.request))  # type: ignore[misc]
 
     def _wait_for_policy(self, version: int) -> None:
         early = [lease for lease in self._waiting if lease.request.policy_version == version]
@@ -277,8 +278,8 @@ class RolloutWorker:
     def _advance(self) -> None:
         if not self._running:
             return
-        for entry_id, outcome in self._use_engine(self._stream.step):
-            self._settle(self._running.pop(entry_id), outcome)
+        for key, outcome in self._use_engine(self._stream.step):
+            self._settle(self._running.pop(key), outcome)
 
     def _use_engine(self, call: Callable[[], T]) -> T:
         """Calls the engine. If it fails, the requests in it are suspects; it may be one of them that it failed of."""
@@ -287,7 +288,7 @@ class RolloutWorker:
             try:
                 return call()
             except Exception:
-                self._suspects = set(self._running)
+                self._suspects = {running.lease.entry_id for running in self._running.values()}
                 raise
 
     def _settle(self, running: _Running, outcome: Outcome) -> None:

@@ -243,6 +243,29 @@ def test_evaluation_has_a_quarter_of_the_budget_beside_training_and_all_of_it_al
     assert engine.together == [*beside, *[set(others)] * 5]
 
 
+def test_a_request_that_a_worker_takes_over_from_itself_is_published_once(
+    a_job: MemoryJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker slept until its lease had run out; both of its deliveries are in the engine then."""
+    monkeypatch.setattr("vaopd_rollout.worker.POLL_S", 0.0)
+    trainer, stop = a_job.trainer(), Stop(drain_s=60)
+    trainer.publish_policy(POLICIES[0])
+    trainer.enqueue(steps("g1", 5))
+
+    def sleep_in_the_second_step(number: int) -> None:
+        if number == 1:
+            a_job.broker.clock.wait(31)
+        if len(engine.held) == 2:
+            stop.request()
+
+    engine = FakeStream(stop, sleep_in_the_second_step)
+    RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, stop=stop).run()
+
+    assert engine.added == ["g1", "g1"]
+    assert collect_one(a_job.trainer()).group.group_id == "g1"
+    assert trainer.requests_in_flight() == 0
+
+
 def test_a_stop_lets_what_runs_end_and_hands_the_rest_back(a_job: MemoryJob) -> None:
     trainer, stop = a_job.trainer(), Stop(drain_s=60)
     for policy in POLICIES:
