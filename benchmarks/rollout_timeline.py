@@ -44,7 +44,7 @@ from vaopd.types import (
 from vaopd.vlm.prompts import load_processor, tokenizer_fingerprint
 from vaopd_rollout.worker import RolloutWorker, Stop
 
-GROUPS, ROLLOUTS, HELD_OUT, TOKENS, LONGER = 16, 4, 8, 12, 40
+GROUPS, ROLLOUTS, HELD_OUT, TOKENS, LONGER = 16, 4, 8, 8, 40
 
 
 class Batches:
@@ -143,7 +143,8 @@ def run_step(engine: VllmEngine | Batches, number: int, url: str, teacher: SyncT
                 queue.acquire()
                 assert engine.policy is not None
                 queue.publish_policy(engine.policy)
-                found.update(follow(queue, teacher, requests(number)))
+                with queue.keeper():
+                    found.update(follow(queue, teacher, requests(number)))
         finally:
             stop.request()
 
