@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test numerics compare bench chaos chaos-training fuzz screenshots docs reference lint types proto proto-check clean
+.PHONY: setup demo test numerics compare claims-lab bench gpu-check chaos chaos-training fuzz screenshots docs reference locks locks-check lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
@@ -19,10 +19,24 @@ demo: $(STAMP)
 compare: $(STAMP)
 	$(BIN)/python benchmarks/opd_vs_vaopd.py
 
+# When VA-OPD helps: the runs that benchmarks/results/claims/lab.json lacks, then docs/claims.md's tables and figure.
+# LAB_OPTIONS="--device cuda" takes two minutes in place of nearly two hours on one CPU core.
+claims-lab: $(STAMP)
+	$(BIN)/python benchmarks/claims/lab/run.py $(LAB_OPTIONS)
+	$(BIN)/python benchmarks/claims/lab/summary.py
+
 # Each prints its tables; --json FILE saves the numbers for benchmarks/plots.py.
 BENCHMARKS := floor paired_scoring against_vllm train_step fused_kl codecs service_cost sharing
 bench: $(STAMP)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+
+# On a host with a GPU, with its own torch (GPU_PYTHON=…), from the source tree: two parts of at most five minutes each.
+# They need no vLLM and no hub. PART=1 or PART=2 runs one of them. Figures: benchmarks/results/gpu-CARD.json.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+PART ?= 1 2
+gpu-check:
+	for part in $(PART); do PYTHONPATH=.:services:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu $$part || failed=1; done; \
+	  exit $${failed:-0}
 
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/viewer.py --screenshots docs/images
@@ -50,6 +64,12 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+# deploy/locks: the versions that go together. The second resolves them again, by metadata alone, in half a minute.
+locks: $(STAMP)
+	$(BIN)/python deploy/locks/lock.py
+locks-check: $(STAMP)
+	$(BIN)/python deploy/locks/lock.py --check
 
 # The documentation site, in build/site.
 docs: reference

@@ -43,24 +43,24 @@ def list_rows(group: PreparedGroup) -> list[tuple[PreparedPrompt, np.ndarray]]:
 
 
 @torch.inference_mode()
-def score_usual(model: Any, group: PreparedGroup) -> np.ndarray:
-    """Scores the rollouts one by one: (2·M,) log-probs of the response tokens."""
+def score_usual(model: Any, group: PreparedGroup, *, vocab_size: int | None = None) -> np.ndarray:
+    """Scores the rollouts one by one: (2·M,) log-probs of the response tokens, over the first `vocab_size` ids."""
     parts = []
     for prompt, response in list_rows(group):
         inputs = make_inputs(model, [prompt], [np.concatenate((prompt.token_ids, response))])
-        logits = model(**inputs).logits[:, :-1].float()
+        logits = model(**inputs).logits[:, :-1, :vocab_size].float()
         logprobs = torch.log_softmax(logits, dim=-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
         parts.append(logprobs[0, len(prompt.token_ids) - 1 :].cpu().numpy())
     return np.concatenate(parts)
 
 
 @torch.inference_mode()
-def score_careful(model: Any, group: PreparedGroup, *, share_image: bool) -> np.ndarray:
-    """Scores each view as one batch: (2·M,) log-probs of the response tokens."""
+def score_careful(model: Any, group: PreparedGroup, *, share_image: bool, vocab_size: int | None = None) -> np.ndarray:
+    """Scores both views as one batch: (2·M,) log-probs of the response tokens, over the first `vocab_size` ids."""
     prompts, responses = zip(*list_rows(group), strict=True)
     hidden = compute_response_hidden(model, prompts, responses, share_image=share_image)
     ids = torch.from_numpy(np.concatenate(responses)).to(hidden.device)
-    logits = (hidden @ model.get_output_embeddings().weight.T).float()
+    logits = (hidden @ model.get_output_embeddings().weight.T)[:, :vocab_size].float()
     chosen = logits.gather(-1, ids[:, None]).squeeze(-1)
     return (chosen - logits.logsumexp(-1)).cpu().numpy()
 

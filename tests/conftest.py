@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 
 import pytest
 
@@ -21,6 +22,9 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What commands measure of their data sets, for this process and those that it starts; emptied when it ends.
+_MEASURES = tempfile.TemporaryDirectory(prefix="vaopd-measures-")
+os.environ["VAOPD_CACHE"] = _MEASURES.name
 # Their tests are inherited by two modules.
 pytest.register_assert_rewrite("tests.support.queue_contract", "tests.support.queue_fault_contract")
 

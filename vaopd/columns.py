@@ -37,6 +37,11 @@ COLUMNS: dict[str, Column] = {
             meaning="entropy of the teacher's next-token distribution, original view",
             on_request=True,
         ),
+        Column(
+            name="view_divergence_nats",
+            meaning="KL of the teacher's next-token distribution, original view from degraded view",
+            on_request=True,
+        ),
     )
 }
 """Every column by its name."""

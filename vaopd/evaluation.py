@@ -29,6 +29,7 @@ __all__ = [
     "Verdict",
     "avg_at_n",
     "committed_answer",
+    "describe_unasked",
     "held_out_prompts",
     "held_out_requests",
     "held_out_result",
@@ -42,35 +43,48 @@ __all__ = [
 class HeldOutResult:
     """A held-out accuracy: mean correctness over prompts and samples (avg@n), with its standard error over prompts.
 
-    Both in [0, 1]. not_judged: answers with a comparison that was cut off, counted as wrong. judge: its version.
+    Both in [0, 1], and None where no question was asked. prompts: those that were asked. not_judged: answers with a
+    comparison that was cut off, counted as wrong. not_asked: questions without an answer, by reason; they count
+    neither as right nor as wrong. judge: its version.
     """
 
-    accuracy: float
-    standard_error: float
+    accuracy: float | None
+    standard_error: float | None
     prompts: int
     samples: int
     not_judged: int = 0
+    not_asked: Mapping[str, int] = field(default_factory=dict)
     judge: str = field(default_factory=judge_version)
 
     def __str__(self) -> str:
-        of = f"avg@{self.samples}, {self.prompts} problems"
-        open_ = f", {self.not_judged} not judged" if self.not_judged else ""
-        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({of}{open_}; judge {self.judge})"
+        unasked = describe_unasked(self.not_asked, asked=self.prompts)
+        if self.accuracy is None or self.standard_error is None:
+            return f"no accuracy: {unasked or 'there was no question'}"
+        unjudged = f", {self.not_judged} not judged" if self.not_judged else ""
+        gap = f"; {unasked}" if unasked else ""
+        notes = f"avg@{self.samples}, {self.prompts} problems{unjudged}{gap}; judge {self.judge}"
+        return f"{self.accuracy:.1%} ± {self.standard_error:.1%} ({notes})"
+
+
+def describe_unasked(not_asked: Mapping[str, int], *, asked: int) -> str:
+    """Says how many questions were not asked, and why; "" where all were.
+
+    >>> describe_unasked({"picture": 3, "over-long": 1}, asked=6)
+    '4 of 10 not asked: 3 picture, 1 over-long'
+    """
+    total = sum(not_asked.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in not_asked.items())
+    return f"{total} of {asked + total} not asked: {reasons}" if total else ""
 
 
 def held_out_prompts(config: Config) -> Sequence[Prompt]:
-    """Loads the first `evaluation.prompts` of the validation split, shuffled with seed 42 in every run."""
-    from vaopd.data.loaders import load_prompts
-    from vaopd.files.hub import read_control_tokens
+    """Loads the held-out problems: the paper's sample of `evaluation.prompts` of the validation split, in order.
 
-    return load_prompts(
-        config.data.validation_source or config.data.source,
-        split=config.data.validation_split,
-        limit=config.evaluation.prompts,
-        shuffle_seed=42,  # method.md
-        instruction=config.data.instruction or None,
-        control_tokens=read_control_tokens(config.student.model),
-    )
+    Raises InvalidInput for bad records that `data.bad_records` doesn't allow.
+    """
+    from vaopd.data.problems import check_held_out
+
+    return check_held_out(config).accept(config.data).prompts
 
 
 def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config) -> Iterator[RolloutRequest]:
@@ -92,17 +106,22 @@ def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config
         )
 
 
-def held_out_result(correct: Mapping[str, Sequence[Verdict | bool]]) -> HeldOutResult:
-    """Computes the accuracy from the verdicts on each prompt's samples, by group id; equally many for all."""
+def held_out_result(
+    correct: Mapping[str, Sequence[Verdict | bool]], *, samples: int = 0, not_asked: Mapping[str, int] | None = None
+) -> HeldOutResult:
+    """Computes the accuracy from the verdicts on each asked prompt's samples, by group id; equally many for all.
+
+    samples: how many were to be drawn, for a result without a verdict. not_asked: the other prompts, by reason.
+    """
     rows = [[bool(verdict) for verdict in row] for row in correct.values()]
-    accuracy = avg_at_n(rows)
     means = np.array([np.mean(row) for row in rows])
     return HeldOutResult(
-        accuracy=accuracy,
-        standard_error=float(means.std() / math.sqrt(len(means))),
+        accuracy=avg_at_n(rows) if rows else None,
+        standard_error=float(means.std() / math.sqrt(len(means))) if rows else None,
         prompts=len(rows),
-        samples=len(rows[0]),
+        samples=len(rows[0]) if rows else samples,
         not_judged=sum(verdict is Verdict.NOT_JUDGED for row in correct.values() for verdict in row),
+        not_asked={reason: count for reason, count in (not_asked or {}).items() if count},
     )
 
 

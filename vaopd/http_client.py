@@ -42,7 +42,7 @@ from vaopd.http_types import (
     TeacherModel,
     TeachersReply,
 )
-from vaopd.net.backoff import Backoff
+from vaopd.net.backoff import Backoff, check_timeout
 
 try:
     import httpx
@@ -118,7 +118,10 @@ class ScoringClient:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._http = httpx.Client(
-            base_url=base_url, headers=_make_headers(api_key), timeout=timeout_s, transport=transport
+            base_url=base_url,
+            headers=_make_headers(api_key),
+            timeout=check_timeout("timeout_s", timeout_s),
+            transport=transport,
         )
         self._patience_s = patience_s
 
@@ -229,7 +232,10 @@ class AsyncScoringClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=_make_headers(api_key), timeout=timeout_s, transport=transport
+            base_url=base_url,
+            headers=_make_headers(api_key),
+            timeout=check_timeout("timeout_s", timeout_s),
+            transport=transport,
         )
         self._patience_s = patience_s
 

@@ -297,10 +297,18 @@ class RunModel(Reply):
     steps_done: int
     steps_planned: int | None
     finished: bool
+    state: str
+    """starting, running, stopped, failed or finished; a run of an earlier vaopd: finished or not finished."""
+    reason: str = ""
+    """Why it failed."""
     accuracy_before: float | None
     """Accuracy of the initial student."""
     accuracy: float | None
     """Accuracy at the last evaluation."""
+    judge_before: str | None = None
+    """Version of the judge of `accuracy_before`; accuracies of different versions are not comparable."""
+    judge: str | None = None
+    """Version of the judge of `accuracy`; null where none was recorded."""
     changed: datetime
     """Time of the last change in the run's folder."""
 

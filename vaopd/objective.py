@@ -38,20 +38,25 @@ def group_weights(
     mask_KT: Tensor,
     *,
     variant: str = "va_opd",
+    token_score_KT: Tensor | None = None,
     temperature: float = 1.0,
+    rollout_deviation_floor: float = 0.0,
     high_fraction: float = 0.2,
     high_weight: float = 0.5,
     mask: str = "top",
     mask_fraction: float = 0.1,
+    mask_ties: str = "earlier",
     seed: int = 0,
 ) -> GroupWeights:
     """Weights one complete prompt group under a variant of the loss: (K, T), (K, T) -> (K,) and (K, T), float32.
 
-    variant: one of `VARIANTS`. temperature: of `rollout_weights`. high_fraction, high_weight: of `token_weights`.
-    mask, mask_fraction, seed: of `masked_response`. Settings that a variant doesn't use have no effect.
+    variant: one of `VARIANTS`. token_score_KT: ranks the tokens for the token groups in place of VA; rollout weights
+    and masks are by VA. temperature, rollout_deviation_floor: of `rollout_weights`. high_fraction, high_weight: of
+    `token_weights`. mask, mask_fraction, mask_ties, seed: of `masked_response`. Settings that a variant doesn't use
+    have no effect.
 
     Raises InvalidInput for an empty group, an empty response, a mask or a setting out of range; NumericalError for a
-    valid token with a VA that is not finite.
+    valid token with a VA or score that is not finite.
     """
     if variant not in VARIANTS:
         raise InvalidInput(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
@@ -59,19 +64,22 @@ def group_weights(
     _refuse_empty(len(valid_KT))
     # In float64: siblings' means may differ by less than float32's rounding of them, and z divides by that difference.
     va_KT = visual_advantage_KT.detach().double()
-    if not bool((va_KT.isfinite() | ~valid_KT).all()):
-        raise NumericalError("a valid token's visual advantage is not finite")
+    _refuse_not_finite(va_KT, valid_KT, "visual advantage")
+    scores_KT = va_KT if token_score_KT is None else token_score_KT.detach()
+    if scores_KT.shape != va_KT.shape:
+        raise InvalidInput(f"token_score_KT has shape {tuple(scores_KT.shape)}, the VA has {tuple(va_KT.shape)}")
+    _refuse_not_finite(scores_KT, valid_KT, "score")
 
     means_K = mean_visual_advantage(va_KT, valid_KT)
     if variant in ("va_opd", "rollout_weights"):
-        rollouts_K = rollout_weights(means_K[None], temperature=temperature)[0]
+        rollouts_K = rollout_weights(means_K[None], temperature=temperature, deviation_floor=rollout_deviation_floor)[0]
     else:
         rollouts_K = torch.full_like(means_K, 1 / len(means_K))
 
     if variant in ("va_opd", "token_groups"):
-        tokens_KT = token_weights(va_KT, valid_KT, rollouts_K, high_fraction=high_fraction, high_weight=high_weight)
+        tokens_KT = token_weights(scores_KT, valid_KT, rollouts_K, high_fraction=high_fraction, high_weight=high_weight)
     elif variant == "masked":
-        kept_KT = masked_response(va_KT, valid_KT, which=mask, fraction=mask_fraction, seed=seed)
+        kept_KT = masked_response(va_KT, valid_KT, which=mask, fraction=mask_fraction, ties=mask_ties, seed=seed)
         tokens_KT = mean_weights(kept_KT, rollouts_K)
     else:
         tokens_KT = mean_weights(valid_KT, rollouts_K)
@@ -93,13 +101,34 @@ def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, respon
 
     Raises NumericalError when a valid token's log-prob is not finite.
     """
-    response_mask = _read_mask(response_mask, teacher_logprobs.shape)
-    advantage = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min(0)
-    # clamp hides the NaN of inf − inf on some devices and turns −inf into 0: look at the inputs.
-    finite = teacher_logprobs.isfinite() & degraded_logprobs.isfinite()
-    if not bool((finite | ~response_mask).all()):
-        raise NumericalError("a valid token has a teacher log-prob that is not finite in one of the views")
-    return torch.where(response_mask, advantage, 0.0)
+    return _compare_views(teacher_logprobs, degraded_logprobs, response_mask).clamp_min(0)
+
+
+def absolute_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Returns |log p_T(y_t | v) − log p_T(y_t | ṽ)|, which is also large where the image speaks against a token.
+
+    In nats, 0 on masked tokens: (N, T). Detached. Raises NumericalError as `visual_advantage` does.
+    """
+    return _compare_views(teacher_logprobs, degraded_logprobs, response_mask).abs()
+
+
+def view_divergence(teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tensor:
+    """Returns KL(p_T(·|v) ‖ p_T(·|ṽ)) in nats, from both views' log-probs of the whole vocabulary: (..., V) -> (...).
+
+    How much the teacher's next-token distribution depends on the image, whatever token was sampled. Detached.
+    """
+    teacher, degraded = _widen(teacher_logprobs.detach()), _widen(degraded_logprobs.detach())
+    # Rounding can bring equal distributions slightly below 0, which no divergence is.
+    return teacher.exp().mul_(teacher - degraded).sum(-1).clamp_min(0)
+
+
+def expected_advantage(student_logprobs: Tensor, teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tensor:
+    """Returns Σ_y p_S(y)·max(log p_T(y | v) − log p_T(y | ṽ), 0): VA as it is expected of the student at each place.
+
+    From log-probs of the whole vocabulary: (..., V) -> (...), nats. Detached.
+    """
+    gap = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min(0)
+    return (_widen(student_logprobs.detach()).exp() * gap).sum(-1)
 
 
 def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Tensor:
@@ -112,18 +141,25 @@ def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Te
     return torch.where(response_mask, _widen(visual_advantage), 0.0).sum(-1) / lengths
 
 
-def rollout_weights(mean_va: Tensor, *, temperature: float = 1.0, eps: float = 1e-6) -> Tensor:
+def rollout_weights(
+    mean_va: Tensor, *, temperature: float = 1.0, deviation_floor: float = 0.0, eps: float = 1e-6
+) -> Tensor:
     """Returns w_k = softmax_k(z_k / τ), z_k the standardised mean VA in the group: (B, K) -> (B, K), rows sum to 1.
 
     Needs complete groups. Equal means give uniform weights, a group of one weight 1. Detached.
+
+    deviation_floor: in nats; a smaller standard deviation counts as this. Without it (the paper), siblings that hardly
+    differ get weights as unequal as those that differ much.
     """
     _refuse_empty(mean_va.shape[-1])
     if not temperature > 0:
         raise InvalidInput(f"the temperature of the rollout weights must be above 0 (the paper: 1), got {temperature}")
+    if not deviation_floor >= 0:
+        raise InvalidInput(f"the floor of the deviation must be at least 0 nats (the paper: 0), got {deviation_floor}")
     mean_va = _widen(mean_va.detach())
     centred = mean_va - mean_va.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()  # population: divided by K
-    return torch.softmax(centred / (deviation + eps) / temperature, dim=-1)
+    return torch.softmax(centred / (deviation.clamp_min(deviation_floor) + eps) / temperature, dim=-1)
 
 
 def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
@@ -168,22 +204,33 @@ def mean_weights(response_mask: Tensor, rollout_weights: Tensor) -> Tensor:
 
 
 def masked_response(
-    visual_advantage: Tensor, response_mask: Tensor, *, which: str, fraction: float, seed: int = 0
+    visual_advantage: Tensor,
+    response_mask: Tensor,
+    *,
+    which: str,
+    fraction: float,
+    ties: str = "earlier",
+    seed: int = 0,
 ) -> Tensor:
     """Drops ⌊fraction·T⌋ tokens of each rollout from the mask: the "top" or "bottom" ones by VA, or "random" ones.
 
     The masking ablation of the paper. Rounding down keeps at least one token of every rollout as long as fraction < 1.
+    ties: of equal VA the "earlier" token counts as the larger one, or a "random" one. VA is 0 on most tokens, so with
+    "earlier" the bottom ones are the last tokens, which hold the answer.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 <= fraction < 1.0:
         raise InvalidInput(f"the masked fraction must be at least 0 and below 1 (the paper: 0.1), got {fraction}")
     lengths, exact = _count_tokens(response_mask), _read_decimal(fraction)
     dropped = (lengths * exact.numerator // exact.denominator)[:, None]
-    if which == "random":
+    if ties not in ("earlier", "random"):
+        raise InvalidInput(f"ties = {ties!r} is unknown; use earlier or random")
+    if which == "random" or ties == "random":
         generator = torch.Generator().manual_seed(seed)
         noise = torch.rand(response_mask.shape, generator=generator).to(response_mask.device)
+    if which == "random":
         return response_mask & (_rank(noise, response_mask) >= dropped)
-    ranks = _rank(visual_advantage, response_mask)
+    ranks = _rank(visual_advantage, response_mask, noise if ties == "random" else None)
     if which == "top":
         return response_mask & (ranks >= dropped)
     if which == "bottom":
@@ -202,6 +249,20 @@ def va_share_of_top(visual_advantage: Tensor, response_mask: Tensor, *, fraction
 def _refuse_empty(num_rollouts: int) -> None:
     if not num_rollouts:
         raise InvalidInput("the prompt group has no rollouts; it needs at least one")
+
+
+def _refuse_not_finite(values: Tensor, valid: Tensor, name: str) -> None:
+    if not bool((values.isfinite() | ~valid).all()):
+        raise NumericalError(f"a valid token's {name} is not finite")
+
+
+def _compare_views(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Returns log p_T(y_t | v) − log p_T(y_t | ṽ), 0 on masked tokens: (N, T), detached; see `visual_advantage`."""
+    response_mask = _read_mask(response_mask, teacher_logprobs.shape)
+    finite = teacher_logprobs.isfinite() & degraded_logprobs.isfinite()
+    if not bool((finite | ~response_mask).all()):
+        raise NumericalError("a valid token has a teacher log-prob that is not finite in one of the views")
+    return torch.where(response_mask, _widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach()), 0.0)
 
 
 def _read_mask(response_mask: Tensor, shape: torch.Size) -> Tensor:
@@ -247,10 +308,17 @@ def _read_decimal(fraction: float) -> Fraction:
     return Fraction(str(fraction))
 
 
-def _rank(values: Tensor, response_mask: Tensor) -> Tensor:
-    """Ranks each rollout's tokens, (N, T): 0 is the largest value, the earlier of equals first, padding last."""
-    order = torch.sort(
-        torch.where(response_mask, _widen(values), -math.inf), stable=True, dim=-1, descending=True
-    ).indices
+def _rank(values: Tensor, response_mask: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Ranks each rollout's tokens, (N, T): 0 is the largest value, padding last.
+
+    Of equal values the earlier comes first, or with `noise` (N, T) the one with the larger noise.
+    """
+    values = torch.where(response_mask, _widen(values), -math.inf)
+    if noise is None:
+        order = torch.sort(values, stable=True, dim=-1, descending=True).indices
+    else:  # by noise first: a stable sort keeps that order among equal values
+        shuffled = torch.sort(noise, dim=-1, descending=True).indices
+        by_value = torch.sort(values.gather(-1, shuffled), stable=True, dim=-1, descending=True).indices
+        order = shuffled.gather(-1, by_value)
     ranks = torch.empty_like(order)
     return ranks.scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))

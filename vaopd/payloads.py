@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 
 import torch
 
@@ -58,23 +59,49 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
 
 
 def encode(
-    kind: PayloadKind, hidden: torch.Tensor, head: torch.Tensor, *, top_k: int, chunk_tokens: int = 1024
+    kind: PayloadKind,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    *,
+    top_k: int,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 1024,
 ) -> Payload:
     """Makes the payload of M response tokens from hidden states (M, D) and the LM head (V, D).
 
     Only the "top_k" payload uses `top_k`. Raises NumericalError for hidden states that aren't finite ("hidden_int8").
     """
-    if kind == "hidden":
-        return Payload(kind=kind, tensors={"hidden": from_torch(hidden)})
     if kind == "hidden_int8":
-        rows, scales = quantised(hidden)
-        return Payload(kind=kind, tensors={"hidden_int8": from_torch(rows), "scales": from_torch(scales)})
+        check_finite(hidden)
+    return pack(kind, compute(kind, hidden, head, top_k=top_k, vocab_size=vocab_size, chunk_tokens=chunk_tokens))
+
+
+def compute(
+    kind: PayloadKind,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    *,
+    top_k: int,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 1024,
+) -> dict[str, torch.Tensor]:
+    """Returns a payload's tensors by name, on the device of the hidden states; waits for nothing there.
+
+    vocab_size: V, where the head has rows of padding beyond it.
+    """
+    if kind == "hidden":
+        return {"hidden": hidden}
+    if kind == "hidden_int8":
+        return dict(zip(_NAMES[kind], _quantise(hidden.float()), strict=True))
     if kind == "top_k":
-        tensors = top_k_logprobs(hidden, head, top_k, chunk_tokens=chunk_tokens)
-        return Payload(
-            kind=kind, tensors={name: from_torch(t) for name, t in zip(_NAMES["top_k"], tensors, strict=True)}
-        )
-    return Payload(kind=kind)
+        tensors = top_k_logprobs(hidden, head, top_k, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+        return dict(zip(_NAMES[kind], tensors, strict=True))
+    return {}
+
+
+def pack(kind: PayloadKind, tensors: Mapping[str, torch.Tensor]) -> Payload:
+    """Makes the payload of the tensors that `compute` returned."""
+    return Payload(kind=kind, tensors={name: from_torch(tensors[name]) for name in _NAMES[kind]})
 
 
 def decode(payload: Payload) -> dict[str, torch.Tensor]:
@@ -99,11 +126,19 @@ def quantised(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The error is at most scale / 2 = max|row| / 254. Raises NumericalError for values that aren't finite.
     """
-    wide = hidden.float()
-    if bad := int((~torch.isfinite(wide)).sum()):
+    check_finite(hidden)
+    return _quantise(hidden.float())
+
+
+def check_finite(hidden: torch.Tensor) -> None:
+    """Raises NumericalError, with their number, for hidden states that aren't finite; waits for the device."""
+    if bad := int((~torch.isfinite(hidden)).sum()):
         raise NumericalError(
-            f"{bad} of {wide.numel()} hidden states are not finite; check the teacher's weights and dtype"
+            f"{bad} of {hidden.numel()} hidden states are not finite; check the teacher's weights and dtype"
         )
+
+
+def _quantise(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = wide.abs().amax(-1) / _INT8_MAX if wide.numel() else wide.new_zeros(len(wide))
     divisors = torch.where(scales > 0, scales, 1.0)  # a row of zeros stays one
     rows = (wide / divisors[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)

@@ -250,6 +250,12 @@ class Tensor:
         array = np.ascontiguousarray(array)
         return cls(dtype=array.dtype.name, shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
 
+    def select_rows(self, rows: slice) -> Tensor:
+        """Returns rows start … stop − 1 of the first dimension."""
+        row_bytes = len(self.data) // self.shape[0] if self.shape[0] else 0
+        data = self.data[rows.start * row_bytes : rows.stop * row_bytes]
+        return Tensor(dtype=self.dtype, shape=(rows.stop - rows.start, *self.shape[1:]), data=data)
+
     def numpy(self) -> np.ndarray:
         """Returns the values, read-only; bfloat16, which numpy lacks, as float32 (exactly)."""
         if self.dtype == "bfloat16":
@@ -372,6 +378,8 @@ class TeacherDescription:
     degradations: tuple[DegradationKind, ...]
     columns: tuple[str, ...] = ()
     """The columns that it computes on request."""
+    pixel_bounds: tuple[int, int] | None = None
+    """The fewest and the most pixels that pictures are scaled to, before views are made; None: unknown, or unscaled."""
 
 
 def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vaopd import process
 from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
+from vaopd.net.ports import is_loopback
 from vaopd.process import entry, hang_timer
 from vaopd.telemetry import metrics_port
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from vaopd_api.metrics import Metrics
 
 JOB = "api"
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +63,20 @@ def serve(
 
     from vaopd.access.keys import KeyStore
     from vaopd.client import ClientOptions, from_environment
-    from vaopd_api.access import Access, Quota
+    from vaopd_api.access import Access, HostNames, Quota
     from vaopd_api.app import create_app
+    from vaopd_api.connections import HEADER_BYTES, BoundedProtocol
     from vaopd_api.student import Student
     from vaopd_api.teachers import Teachers
 
     keys, tls, requests_per_minute = service.keys.file, service.tls, service.quotas.requests_per_minute
     host, _, port = config.api.address.rpartition(":")
-    if keys is not None and tls.cert is None and host not in LOOPBACK:
+    if not (is_loopback(config.api.address) or service.trusted_network or (keys and tls.cert)):
+        raise ConfigError(
+            f"api.address = {config.api.address!r} can be reached from other hosts: give [api.keys] file and [api.tls] "
+            "cert and key in the service file, or [api] trusted_network = true on a network without other users"
+        )
+    if keys is not None and tls.cert is None and not is_loopback(config.api.address):
         logging.warning("API keys travel in plain text on %s: set [api.tls], or use a proxy that adds TLS", host)
     credentials = from_environment()
     # With a key, the API's job is the key's.
@@ -84,12 +90,19 @@ def serve(
             metrics=metrics,
             metrics_route=metrics_route,
             access=Access(
+                hosts=HostNames([host.strip("[]"), *service.hosts]),
                 job_of_key=None if keys is None else KeyStore.load(keys).find_job,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),
             ),
         ),
         host=host.strip("[]"),
         port=int(port),
+        http=BoundedProtocol.bind(service.connections),
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        ws="none",
+        loop="asyncio",
+        proxy_headers=bool(service.connections.proxies),
+        forwarded_allow_ips=service.connections.proxies,
         timeout_graceful_shutdown=math.ceil(service.drain_s),
         server_header=False,
         ssl_certfile=tls.cert,

@@ -1,21 +1,26 @@
-"""Checks API keys, and limits requests per minute. State in this process's memory only."""
+"""Checks hosts, origins and API keys, and limits requests per minute. State in this process's memory only."""
 
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from vaopd.access.keys import read_bearer
 from vaopd.access.quota import WINDOW_S, TokenBuckets
+from vaopd_api.connections import HEADER_BYTES, MAX_HEADERS, describe_header_limit
 from vaopd_api.problems import ApiError
 
 # Open to all: health for load balancers, and the page, into which its user types the key.
 OPEN = ("/", "/docs", "/runs", "/healthz", "/readyz")
 OPEN_FOLDER = "/page/"
+# Probes and scrapers ask by an address; nothing here is secret or changes anything.
+ANY_HOST = ("/healthz", "/readyz", "/metrics")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Routes that count towards the quota, since they take work; a batch counts one request per item.
 COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
 
@@ -52,19 +57,77 @@ class Quota:
         return headers
 
 
+class HostNames:
+    """Admits requests that name this server, from pages of this server.
+
+    A page of another origin can send requests here from its visitor's browser, and with a name of its own that resolves
+    to this address read the answers too (DNS rebinding).
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        """`names`: further hosts, without a port; "*" allows every one."""
+        self._names = {*LOOPBACK_NAMES, *(name.lower() for name in names)}
+
+    def check(self, scope: Scope) -> None:
+        """Raises ApiError: 421 for another Host, 403 for a page of another origin."""
+        if scope["path"] in ANY_HOST:
+            return
+        headers = Headers(scope=scope)
+        given = headers.getlist("host")
+        host = _split_host(given[0]) if len(given) == 1 else None
+        if host is None or not self._allows(host[0]):
+            raise ApiError(
+                421,
+                f"Host {', '.join(given)[:128]!r} is not this server's name; to allow it, add it to [api] hosts",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._same_origin(origin, host):
+            raise ApiError(403, f"Origin {origin[:128]!r} is another site; requests are taken from this server's pages")
+        if origin is None and headers.get("sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
+            raise ApiError(403, "the request comes from a page of another site")
+
+    def _allows(self, name: str) -> bool:
+        return "*" in self._names or name in self._names
+
+    def _same_origin(self, origin: str, host: tuple[str, str]) -> bool:
+        scheme, _, rest = origin.partition("://")
+        place = _split_host(rest) if scheme in ("http", "https") else None
+        if place is None:  # "null", or an extension's
+            return False
+        # A proxy that adds TLS may drop the port from one of the two, so only names are compared where one has none.
+        return place[0] == host[0] and (place[1] == host[1] or "" in (place[1], host[1]))
+
+
+def _split_host(text: str) -> tuple[str, str] | None:
+    """Returns the name in lower case and the port, "" where there is none; None for what is no host.
+
+    >>> _split_host("[::1]:8080"), _split_host("LOCALHOST"), _split_host("a@b")
+    (('::1', '8080'), ('localhost', ''), None)
+    """
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::(\d{1,5}))?", text)
+    return None if match is None else ((match[1] or match[2]).lower(), match[3] or "")
+
+
 class Access:
     """Admits requests. Clients are jobs where `job_of_key` checks keys, else network addresses, without keys."""
 
-    def __init__(self, *, job_of_key: JobOfKey | None = None, quota: Quota | None = None) -> None:
+    def __init__(
+        self, *, hosts: HostNames = HostNames(), job_of_key: JobOfKey | None = None, quota: Quota | None = None
+    ) -> None:
+        self._hosts = hosts
         self._job_of_key = job_of_key
         self._quota = quota
 
     def admit(self, scope: Scope) -> None:
         """Notes the request's job and quota in the scope.
 
-        Raises Unauthenticated or Unavailable for the key, and ApiError (413, 429) for the quota.
+        Raises Unauthenticated or Unavailable for the key, ApiError for headers (403, 421, 431) and quota (413, 429).
         """
         path = scope["path"]
+        headers = scope["headers"]
+        if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
+            raise ApiError(431, describe_header_limit())
+        self._hosts.check(scope)
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return
         if self._job_of_key is not None:

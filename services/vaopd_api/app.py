@@ -21,7 +21,6 @@ from fastapi.staticfiles import StaticFiles
 import vaopd
 from vaopd.errors import NotFound
 from vaopd.http_types import (
-    BatchReply,
     DegradeBody,
     Health,
     RunsReply,
@@ -49,7 +48,7 @@ from vaopd_api.uploads import image_from_text
 logger = logging.getLogger("vaopd.api")
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 48 * 2**20  # one image of the teacher's limit, 32 MiB, is 43 MiB as base64
+MAX_BODY_BYTES = 48 * 2**20  # two images of the teacher's limit, 15 MiB, are 40 MiB as base64
 DEGRADED_AT_ONCE = 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(require_json)]
@@ -143,11 +142,18 @@ def _add_scoring(
         """Lists the teachers that score here, with their limits."""
         return TeachersReply(teachers=[make_teacher_model(found) for found in (await teachers.describe()).values()])
 
-    @app.post("/v1/score", tags=["scoring"], responses=openapi.PROBLEMS, openapi_extra=openapi.SCORE_BODY)
-    async def score(request: Request) -> ScoreReply:
+    @app.post(
+        "/v1/score",
+        tags=["scoring"],
+        response_model=ScoreReply,
+        responses=openapi.PROBLEMS,
+        openapi_extra=openapi.SCORE_BODY,
+    )
+    async def score(request: Request) -> Response:
         """Scores one response or a group of responses to a question about no, one or several images."""
         body, images = await read_score(request)
-        return await run_unless_disconnected(request, scorer.score(body, images))
+        reply = await run_unless_disconnected(request, scorer.score_as_json(body, images))
+        return Response(reply, media_type="application/json")
 
     @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
     async def score_batch(request: Request) -> Any:
@@ -160,14 +166,7 @@ def _add_scoring(
         if batch.EVENT_STREAM in request.headers.get("accept", ""):
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
-
-        async def collect_results() -> BatchReply:
-            results = sorted(
-                [result async for result in batch.score_items(scorer, items)], key=lambda found: found.index
-            )
-            return BatchReply(results=results, failed=sum(result.problem is not None for result in results))
-
-        return await run_unless_disconnected(request, collect_results())
+        return StreamingResponse(batch.stream_json(scorer, items), media_type="application/json")
 
     @app.post(
         "/v1/degrade",

@@ -1,12 +1,18 @@
-"""Scores the requests of a batch, a few at a time; yields each result when it is done."""
+"""Scores the requests of a batch, a few at a time; sends each result when it is done.
+
+A result is turned into text at once, and the next request waits until it is sent: a client that reads slowly slows its
+batch, and neither fills the memory.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from itertools import islice
 from typing import Any
 
-from vaopd.http_types import BatchResult, ScoreBody
+from vaopd.http_types import BatchResult, ScoreBody, ScoreReply
 from vaopd_api import problems
 from vaopd_api.scorer import AdHocScorer, decode_images
 
@@ -15,51 +21,65 @@ EVENT_STREAM = "text/event-stream"
 SILENCE_S = 15.0  # after this time without an event a comment is sent, so that proxies keep the connection
 
 
-async def score_items(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[BatchResult]:
-    """Yields one result per item, as they are done. Closing it early cancels the rest."""
-    slots = asyncio.Semaphore(IN_FLIGHT)
-
-    async def score_one(index: int, item: Any) -> BatchResult:
-        async with slots:
-            try:
-                body = problems.parse(ScoreBody, item)
-                score = await scorer.score(body, decode_images(body.image, body.images), suffix=f"/{index}")
-                return BatchResult(index=index, score=score)
-            except Exception as error:  # any error concerns this item only
-                return BatchResult(index=index, problem=problems.describe(error)[0])
-
-    tasks = [asyncio.create_task(score_one(index, item)) for index, item in enumerate(items)]
+async def stream_json(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[str]:
+    """Yields a `BatchReply` as JSON, piece by piece, its results in the order of the requests."""
+    waiting = enumerate(items)
+    running: deque[asyncio.Task[tuple[BatchResult, str]]] = deque()
+    failed, separator = 0, '{"results":['
     try:
-        for done in asyncio.as_completed(tasks):
-            yield await done
+        while True:
+            running.extend(_start(scorer, waiting, IN_FLIGHT - len(running)))
+            if not running:
+                break
+            result, text = await running[0]
+            running.popleft()
+            failed += result.problem is not None
+            yield separator + text
+            separator = ","
+        yield f'],"failed":{failed}}}'
     finally:
-        for task in tasks:
+        for task in running:
             task.cancel()
 
 
 async def stream_events(scorer: AdHocScorer, items: Sequence[Any]) -> AsyncIterator[str]:
-    """Yields the results as server-sent events: `result` for each, then `done`."""
-    arrived: asyncio.Queue[BatchResult | None] = asyncio.Queue()
-
-    async def follow() -> None:
-        async for result in score_items(scorer, items):
-            arrived.put_nowait(result)
-        arrived.put_nowait(None)
-
-    following = asyncio.create_task(follow())
+    """Yields the results as server-sent events, as they are done: `result` for each, then `done`."""
+    waiting = enumerate(items)
+    running: set[asyncio.Task[tuple[BatchResult, str]]] = set()
     failed = 0
     try:
         while True:
-            try:
-                async with asyncio.timeout(SILENCE_S):
-                    result = await arrived.get()
-            except TimeoutError:
-                yield ": still at work\n\n"
-                continue
-            if result is None:
+            running |= set(_start(scorer, waiting, IN_FLIGHT - len(running)))
+            if not running:
                 break
-            failed += result.problem is not None
-            yield f"event: result\nid: {result.index}\ndata: {result.model_dump_json()}\n\n"
+            done, running = await asyncio.wait(running, timeout=SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                yield ": still at work\n\n"
+            for task in done:
+                result, text = task.result()
+                failed += result.problem is not None
+                yield f"event: result\nid: {result.index}\ndata: {text}\n\n"
         yield f'event: done\ndata: {{"results": {len(items)}, "failed": {failed}}}\n\n'
     finally:
-        following.cancel()
+        for task in running:
+            task.cancel()
+
+
+def _start(scorer: AdHocScorer, waiting: enumerate[Any], count: int) -> list[asyncio.Task[tuple[BatchResult, str]]]:
+    return [asyncio.create_task(_score(scorer, index, item)) for index, item in islice(waiting, count)]
+
+
+async def _score(scorer: AdHocScorer, index: int, item: Any) -> tuple[BatchResult, str]:
+    """Returns a request's result, without its score, and its JSON."""
+    try:
+        body = problems.parse(ScoreBody, item)
+        images = decode_images(body.image, body.images)
+
+        def wrap(score: ScoreReply) -> BatchResult:
+            return BatchResult(index=index, score=score)
+
+        text = await scorer.score_as_json(body, images, suffix=f"/{index}", wrap=wrap)
+        return BatchResult(index=index), text
+    except Exception as error:  # any error concerns this item only
+        refused = BatchResult(index=index, problem=problems.describe(error)[0])
+        return refused, refused.model_dump_json()

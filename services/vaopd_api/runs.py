@@ -20,13 +20,14 @@ from cachetools import LRUCache
 from vaopd.errors import NotFound, PermissionDenied, VaopdError
 from vaopd.http_types import RunModel
 from vaopd.run.records import read_run
+from vaopd.run.status import read_status
 from vaopd_api.problems import ApiError
 
 logger = logging.getLogger("vaopd.api")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """The form of `run.name`; no path that leads out of the folder has it."""
-FILES = ("config.toml", "metrics.jsonl", "samples.jsonl")
+FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "settings.jsonl")
 LOOK_AGAIN_S = 15
 REPORTS_KEPT = 8
 Signature = tuple[tuple[str, int, int], ...]
@@ -80,7 +81,7 @@ class Runs:
         known = self._summaries.get(path.name)
         if known is None or known[0] != signature:
             known = self._summaries[path.name] = (signature, _summarise(path, signature))
-        return known[1]
+        return _add_state(known[1], path)
 
     def _report(self, name: str) -> Report:
         if self._folder is None or not NAME.fullmatch(name) or not _is_run(self._folder / name):
@@ -88,8 +89,11 @@ class Runs:
         path = self._folder / name
         signature = _read_signature(path)
         known = self._reports.get(name)
-        if known is None or known[0] != signature:
-            known = self._reports[name] = (signature, _draw(path))
+        # A run may die without a change of its files.
+        status = read_status(path)
+        state = "" if status is None else status.state
+        if known is None or known[0] != (*signature, (state, 0, 0)):
+            known = self._reports[name] = ((*signature, (state, 0, 0)), _draw(path))
         return known[1]
 
 
@@ -103,6 +107,15 @@ def _read_signature(path: Path) -> Signature:
     return tuple((name, file.stat().st_mtime_ns, file.stat().st_size) for name, file in files if file.is_file())
 
 
+def _add_state(summary: RunModel, path: Path) -> RunModel:
+    """Returns the summary with the run's state now, which changes without a change of the files."""
+    status = read_status(path)
+    if status is None:
+        return summary
+    update = {"state": status.state, "reason": status.reason, "finished": status.state == "finished"}
+    return summary.model_copy(update=update)
+
+
 def _summarise(path: Path, signature: Signature) -> RunModel:
     run = read_run(path)
     first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
@@ -113,8 +126,11 @@ def _summarise(path: Path, signature: Signature) -> RunModel:
         steps_done=run.steps_done,
         steps_planned=run.steps_planned,
         finished=run.finished,
+        state=run.state,
         accuracy_before=first and first.accuracy,
         accuracy=last and last.accuracy,
+        judge_before=(first and first.judge) or None,
+        judge=(last and last.judge) or None,
         changed=datetime.fromtimestamp(max(changed for _, changed, _ in signature) / 1e9, UTC),
     )
 
@@ -124,7 +140,7 @@ def _draw(path: Path) -> Report:
 
     try:
         run = read_run(path)
-        html = report_html([run], again_s=None if run.finished else LOOK_AGAIN_S).encode()
+        html = report_html([run], again_s=LOOK_AGAIN_S if run.may_continue else None).encode()
     except (VaopdError, KeyError, ValueError, TypeError) as error:
         # What is wrong with the trainer's files is for the API's log, not for its clients.
         logger.exception("the report of run %s can't be made: %s", path.name, error)

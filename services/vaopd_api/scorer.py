@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
+from collections.abc import Callable
 
 import numpy as np
+from pydantic import BaseModel
 
 from vaopd.errors import InvalidInput
 from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
@@ -21,6 +24,7 @@ from vaopd.types import (
     user_turn,
 )
 from vaopd_api.metrics import Metrics
+from vaopd_api.reply_cost import ReplyBudget
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -33,6 +37,23 @@ class AdHocScorer:
     def __init__(self, *, teachers: Teachers, metrics: Metrics) -> None:
         self._teachers = teachers
         self._metrics = metrics
+        self._budget = ReplyBudget()
+
+    async def score_as_json(
+        self,
+        body: ScoreBody,
+        images: list[EncodedImage],
+        *,
+        suffix: str = "",
+        wrap: Callable[[ScoreReply], BaseModel] = lambda reply: reply,
+    ) -> str:
+        """Scores one request -> the JSON of its reply, or of what `wrap` makes of it. Raises as `score` does.
+
+        Made off the event loop, since a reply may have a million values.
+        """
+        async with self._budget.hold(body):
+            reply = await self.score(body, images, suffix=suffix)
+            return await asyncio.to_thread(lambda: wrap(reply).model_dump_json())
 
     async def score(self, body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> ScoreReply:
         """Scores one request; `suffix` distinguishes the requests of a batch in the teacher's log.
@@ -49,7 +70,7 @@ class AdHocScorer:
             )
         except InvalidInput as error:
             raise translate_error(error, body, images) from None
-        answer = make_reply(score, description, degradation=body.degradation, top_k=body.top_k)
+        answer = await asyncio.to_thread(make_reply, score, description, degradation=body.degradation, top_k=body.top_k)
         for rollout in answer.rollouts:
             self._metrics.tokens.inc(len(rollout.tokens))
             self._metrics.visual_advantage.observe(rollout.mean_visual_advantage)

@@ -46,6 +46,8 @@ from vaopd_teacher.rpc.tls import make_server_credentials
 log = logging.getLogger(__name__)
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["Teacher"].full_name
+MAX_CONNECTIONS, MAX_CALLS_PER_CONNECTION, MAX_CALLS = 1024, 1024, 4096
+METADATA_BYTES = 16 * 1024
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
 """How long a drained process waits for a forward in progress after all of its calls have ended."""
@@ -71,6 +73,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
         payloads=backend.payloads,
         columns=backend.columns,
         degradations=tuple(DEGRADATION_KINDS),
+        pixel_bounds=reader.pixel_bounds,
     )
 
 
@@ -86,6 +89,12 @@ def _make_options(limits: TeacherLimits) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 5_000),
         ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
+        # Beyond these, connections are closed, pings count as abuse, and further calls are refused.
+        ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES),
         # A second server on the same port must fail to start, not share the port silently.
         ("grpc.so_reuseport", 0),
     ]
@@ -153,7 +162,9 @@ class TeacherServer:
         self._calls = ErrorInterceptor(
             SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
-        self._server = grpc.aio.server(interceptors=[self._calls], options=_make_options(limits))
+        self._server = grpc.aio.server(
+            interceptors=[self._calls], options=_make_options(limits), maximum_concurrent_rpcs=MAX_CALLS
+        )
         servicer = TeacherServicer(
             description=self.description,
             head=backend.head,

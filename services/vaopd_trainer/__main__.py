@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) -> int:
     logs.share(job=config.run.name)
+    set_environment(config.trainer.processes)
     if config.trainer.processes > 1 and "RANK" not in os.environ:
         from vaopd.process.ranks import die_as, launch
 
@@ -43,7 +44,20 @@ def _run(arguments: argparse.Namespace, config: Config, given: Sequence[str]) ->
     # The coordinator has the numbers of all ranks.
     address = metrics_port.choose_metrics_address(arguments) if os.environ.get("RANK", "0") == "0" else None
     with metrics_port.serve_metrics(metrics.registry, address):
-        return run(config, resume=arguments.resume, stop=stop, metrics=metrics)
+        return run(config, resume=arguments.resume, accept_teacher=arguments.accept_teacher, stop=stop, metrics=metrics)
+
+
+def set_environment(processes: int) -> None:
+    """Sets what torch reads when it is imported, unless the user has; the ranks inherit it.
+
+    Prompts of all lengths cut a GPU's memory into blocks that fit no other; expandable segments grow instead. torch
+    2.9 has renamed the variable and reads the new name first.
+    """
+    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in os.environ for name in allocator):
+        os.environ |= dict.fromkeys(allocator, "expandable_segments:True")
+    if processes > 1:  # every rank would take all cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_folder
 from vaopd.run.checkpoints import RunState, list_checkpoints, write_run_state
-from vaopd.run.snapshots import save_tensors
+from vaopd.run.tensor_files import write_tensors
 from vaopd_trainer import kill_points
 
 
@@ -32,9 +34,9 @@ def save(
     target = folder / f"step_{state.step:06d}"
     try:
         with atomic_folder(target) as part:
-            save_tensors(student, part / "student.safetensors")
-            save_tensors(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
-            save_tensors({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
+            write_tensors(student, part / "student.safetensors")
+            write_tensors(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
+            write_tensors({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
             write_run_state(part, state)
             kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
@@ -63,6 +65,20 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     state["state"] = _unflatten(moments)
     optimizer.load_state_dict(state)
     torch.set_rng_state(rng["cpu"])
+
+
+def continue_schedule(schedule: LambdaLR, optimizer: Optimizer, state: RunState) -> None:
+    """Continues the schedule at the state's step, and sets the optimizer's rate.
+
+    The rate of a step is a function of the step and of the settings alone: with other settings than before (steps,
+    learning rate, warm-up) it is from here on the rate that a run with these settings from its beginning would have.
+    """
+    rates = [base * factor(state.step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    own = {"base_lrs": schedule.base_lrs, "last_epoch": state.step, "_last_lr": rates}
+    schedule.load_state_dict(state.schedule | own)
+    # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 @contextmanager

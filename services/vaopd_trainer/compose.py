@@ -6,7 +6,8 @@ SyncTeacherClient ──────► GroupScorer  StudentLoss ◄── the t
                               │         │
                               └► Trainer ◄── Accelerator, Ranks
                                     │
-            on rank 0 alone    Coordinator ──► Collector ──► TrainerQueue (Redis), Ledger
+            on rank 0 alone    folder ──► RUN's settings and teacher; StatusWriter
+                               Coordinator ──► Collector ──► TrainerQueue (Redis), Ledger
                                     ├────────► LeaseKeeper ─► TrainerQueue
                                     └────────► ProgressLine, TrainerMetrics ◄── DepthGauge (Redis)
 """
@@ -15,32 +16,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import Tensor
 
 from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
-from vaopd.config import Config, to_toml
-from vaopd.data.loaders import load_training_prompts
-from vaopd.errors import ConfigError, Mismatch
-from vaopd.evaluation import held_out_prompts
+from vaopd.client.diagnosis import wait_for_teacher
+from vaopd.config import Config
+from vaopd.data.problems import load_problems
+from vaopd.errors import Mismatch, VaopdError
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
+from vaopd.run.settings import Changes
 from vaopd.run.snapshots import load_state
+from vaopd.run.status import StatusWriter
+from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd_trainer import checkpoint
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
+from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, make_record, prepare_folder
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
@@ -52,41 +58,51 @@ from vaopd_trainer.student_loss import StudentLoss
 log = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
+ROLE = "trainer"
 
 
-def run(config: Config, *, resume: bool, stop: threading.Event, metrics: TrainerMetrics) -> int:
-    """Runs this process's rank to the end of the job; returns the exit status."""
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
-        # A step of text-only prompts leaves the vision tower without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        log_with=list(config.trainer.trackers),
-        project_dir=str(config.run_folder / "trackers"),
-    )
+def run(
+    config: Config, *, resume: bool, accept_teacher: str | None, stop: threading.Event, metrics: TrainerMetrics
+) -> int:
+    """Runs this process's rank to the end of the job; returns the exit status. RUN/status.json follows it."""
+    accelerator = make_accelerator(config)
     ranks = Ranks()
     set_seed(config.run.seed)
-    if ranks.is_coordinator:
-        _prepare_folder(config, resume=resume)
-    ranks.barrier()
-    start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
-    with process.loading():
-        student = _load_student(config, start)
-    prompts = TrainingPrompts(
-        load_training_prompts(config),
-        per_step=config.trainer.prompts_per_step,
-        seed=config.run.seed,
-    )
-
     with contextlib.ExitStack() as stack:
-        teacher, description = _connect_teacher(config, student, stack)
-        needs_head = config.teacher.payload in ("hidden", "hidden_int8")
-        head = to_torch(teacher.head()).to(accelerator.device) if needs_head else None
-        coordinator = None
+        status, changes = None, Changes()
         if ranks.is_coordinator:
+            changes = prepare_folder(config, resume=resume, accept_teacher=accept_teacher is not None)
+            status = stack.enter_context(StatusWriter(config.run_folder, role=ROLE))
+            stack.enter_context(status.record_failure())
+            status.write("starting")
+        ranks.barrier()
+        start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+        with process.loading():
+            student = _load_student(config, start)
+        if not ranks.is_coordinator:
+            ranks.barrier()  # rank 0 measures the prompts, the others find its measures
+        problems = load_problems(config)
+        if ranks.is_coordinator:
+            ranks.barrier()
+        prompts = TrainingPrompts(
+            problems.training.prompts,
+            per_step=config.trainer.prompts_per_step,
+            seed=config.run.seed,
+        )
+        try:
+            teacher, description = connect_teacher(config, student, stack, stop)
+        except Stopped:
+            return _end_stopped(status, find_done(start))
+        needs_head = config.teacher.payload in ("hidden", "hidden_int8")
+        fetched = teacher.head() if needs_head else None
+        head = to_torch(fetched).to(accelerator.device) if fetched is not None else None
+        record = make_record(config, description, fetched)
+        coordinator = None
+        if status is not None:
             grading.prepare()  # the judge's process, so that no evaluation waits for it
             queue = _take_job(config, stack, resume=resume)
-            keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue), every_s=queue.lease_s / 3))
+            begin(config, record, start=start, changes=changes, accept=accept_teacher)
+            keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue, status), every_s=queue.lease_s / 3))
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
             stack.callback(ledger.close)
             collector = Collector(queue=queue, ledger=ledger)
@@ -98,10 +114,13 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
                 ranks=ranks,
                 student=student,
                 prompts=prompts,
-                validation=held_out_prompts(config),
+                validation=problems.held_out.prompts,
+                left_out=len(problems.training.faults),
+                not_asked=problems.held_out.count_faults(),
                 collector=collector,
                 ledger=ledger,
                 keeper=keeper,
+                status=status,
                 progress_line=ProgressLine(steps=config.trainer.steps),
                 metrics=metrics,
                 track=lambda values, step: accelerator.log(values, step=step),
@@ -111,11 +130,12 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=StudentLoss(student, teacher_head=head, trainer=config.trainer, **config.teacher.make_loss_keywords()),
+            loss=make_loss(config, student, teacher_head=head, device=accelerator.device),
             coordinator=coordinator,
         )
         if start is not None:
             trainer.resume(start)
+        trainer.state.teacher = record
         if coordinator is not None:
             coordinator.begin(trainer.state, resumed=start is not None)
         accelerator.init_trackers(config.run.name)
@@ -124,28 +144,36 @@ def run(config: Config, *, resume: bool, stop: threading.Event, metrics: Trainer
             student=student,
             find_prompt=prompts.find_prompt,
             max_tokens=min(student.max_tokens, description.limits.max_tokens_per_rollout),
+            columns=config.objective.columns,
         )
         stack.callback(scorer.close)
         try:
             trainer.run(scorer)
         except Stopped:
-            log.warning("stopped at step %d; continue with --resume", trainer.state.step)
-            return EXIT_INTERRUPTED
+            return _end_stopped(status, trainer.state.step)
+        except Mismatch as error:
+            raise _explain(error, teacher, config, record, step=trainer.state.step) from error
         finally:
             accelerator.end_training()
     return 0
 
 
-def _prepare_folder(config: Config, *, resume: bool) -> None:
-    """Makes RUN and writes its configuration; refuses the folder of another run unless that is resumed."""
-    folder = config.run_folder
-    if not resume and (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"run folder {folder} is in use; pass --resume to continue, or choose another run.name")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not resume or not (folder / "config.toml").exists():  # a trainer may die before it has written anything
-        (folder / "config.toml").write_text(to_toml(config))
-    if not resume:
-        shutil.rmtree(folder / "policy", ignore_errors=True)
+def _end_stopped(status: StatusWriter | None, step: int) -> int:
+    log.warning("stopped at step %d; continue with --resume", step)
+    if status is not None:
+        status.write("stopped", step=step)
+    return EXIT_INTERRUPTED
+
+
+def _explain(
+    error: Mismatch, teacher: SyncTeacherClient, config: Config, record: TeacherRecord, *, step: int
+) -> VaopdError:
+    """Returns the error for a teacher that was replaced in mid-run, or `error` when it was not, or is away now."""
+    try:
+        found = make_record(config, teacher.describe(), None)
+    except VaopdError:
+        return error
+    return explain_replaced_teacher(error, config=config, known=record, found=found, step=step)
 
 
 def _load_student(config: Config, start: Path | None) -> Vlm:
@@ -163,10 +191,48 @@ def _load_student(config: Config, start: Path | None) -> Vlm:
     return student
 
 
-def _connect_teacher(
-    config: Config, student: Vlm, stack: contextlib.ExitStack
+def make_accelerator(config: Config) -> Accelerator:
+    """Joins the process group of the ranks, if there are several, on GPUs where the host has them."""
+    # torch 2.13 renames `broadcast_buffers`; accelerate and older torches know this name alone.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    data_parallel = DistributedDataParallelKwargs(
+        find_unused_parameters=True,  # a step of text-only prompts leaves the vision tower without a gradient
+        gradient_as_bucket_view=True,  # no second copy of the gradients
+        broadcast_buffers=False,  # they are constants, and a rank that begins a step again would broadcast them alone
+    )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.student.dtype == "bfloat16" else "no",
+        kwargs_handlers=[data_parallel],
+        log_with=list(config.trainer.trackers),
+        project_dir=str(config.run_folder / "trackers"),
+    )
+
+
+def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, device: torch.device) -> StudentLoss:
+    """Returns the loss of a student that accelerate will move to `device`: whether it checkpoints depends on that."""
+    return StudentLoss(
+        student,
+        teacher_head=teacher_head,
+        trainer=config.trainer,
+        device=device,
+        **config.teacher.make_loss_keywords(),
+    )
+
+
+def connect_teacher(
+    config: Config, student: Vlm, stack: contextlib.ExitStack, stop: threading.Event
 ) -> tuple[SyncTeacherClient, TeacherDescription]:
-    """Connects to a teacher that reads the student's tokens and offers the payload; raises Mismatch on another."""
+    """Connects to a teacher that reads the student's tokens and offers payload and columns; else raises Mismatch.
+
+    Waits for one that is starting, and raises Stopped on a signal meanwhile.
+    """
+
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    wait_for_teacher(config.teacher.address, job=config.run.name, check=check)
     teacher = stack.enter_context(
         SyncTeacherClient(
             config.teacher.address,
@@ -184,6 +250,13 @@ def _connect_teacher(
             f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
             f"not {config.teacher.payload}; change teacher.payload"
         )
+    for column in config.objective.columns:
+        if column not in description.columns:
+            raise Mismatch(
+                f"teacher {description.model} can't compute {column}, which objective.token_score needs; on request it "
+                f"computes {', '.join(description.columns) or 'none'}: serve it with another backend, or change "
+                "objective.token_score"
+            )
     return teacher, description
 
 
@@ -206,7 +279,8 @@ def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> T
     return queue
 
 
-def _renew(queue: TrainerQueue) -> None:
+def _renew(queue: TrainerQueue, status: StatusWriter) -> None:
     # The collector refills a Redis that came back empty, even if the keeper notices first.
     with contextlib.suppress(Mismatch):
         queue.renew()
+    status.beat()

@@ -6,9 +6,10 @@
     Coordinator (rank 0) ──────────────────► Ranks: groups for the other ranks, and stop
           │
           ├─ Collector ──────────── Redis    requests and policies out, groups in; writes Ledger (RUN/ledger.jsonl)
-          ├─ LeaseKeeper ────────── Redis    the job's lease
+          ├─ LeaseKeeper ────────── Redis    the job's lease; each renewal repeats the status
           ├─ heldout ────────────── the Collector, for the held-out prompts
           ├─ snapshots, checkpoint ─ RUN     policy/, model/, best/, checkpoints/
+          ├─ StatusWriter ───────── RUN      status.json
           ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl
           └─ ProgressLine, TrainerMetrics, trackers
 
@@ -31,7 +32,9 @@ from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
+from vaopd.run.model_card import upload_hint, write_model_card
 from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
+from vaopd.run.status import StatusWriter
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -64,12 +67,18 @@ class Coordinator:
         collector: Collector,
         ledger: Ledger,
         keeper: LeaseKeeper,
+        status: StatusWriter,
         progress_line: ProgressLine,
         metrics: TrainerMetrics,
         track: Callable[[dict[str, float], int], None],
         stop: threading.Event,
+        left_out: int = 0,
+        not_asked: Mapping[str, int] | None = None,
     ) -> None:
-        """`track` passes numbers of a step to the trackers; `stop` is set by a signal."""
+        """`track` passes numbers of a step to the trackers; `stop` is set by a signal.
+
+        left_out: bad records of the training split. not_asked: held-out problems beside `validation`, by reason.
+        """
         self._config = config
         self._ranks = ranks
         self._student = student
@@ -78,10 +87,13 @@ class Coordinator:
         self._collector = collector
         self._ledger = ledger
         self._keeper = keeper
+        self._status = status
         self._progress_line = progress_line
         self._metrics = metrics
         self._track = track
         self._stop = stop
+        self._left_out = left_out
+        self._not_asked = not_asked
         self._folder = (
             config.run_folder.resolve()
         )  # absolute, since workers with another working folder read snapshots there
@@ -109,6 +121,7 @@ class Coordinator:
         Groups that a checkpoint (`resumed`) has trained are dropped when they are delivered again.
         """
         self._first_step = state.step
+        self._status.write("running", step=state.step, lease_s=self._config.queue.lease_s)
         self._acknowledged = len(state.ledger)
         self._metrics.set_step(state.step)
         if resumed:
@@ -116,13 +129,21 @@ class Coordinator:
         self._metrics_file.drop_from(state.step)
         self._samples_file.drop_from(state.step)
         evaluated = [line["accuracy"] for line in self._metrics_file.read() if line["kind"] == "eval"]
-        self._best_accuracy = max(evaluated, default=-1.0)
+        self._best_accuracy = max((accuracy for accuracy in evaluated if accuracy is not None), default=-1.0)
 
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
-        keep_snapshot(self._snapshot, self._folder / "model")
+        self._keep("model")
+        model = self._config.run_folder / "model"
+        self._progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
         version = self._snapshot.version
         self._collector.finish(self._evaluated.pop(version, ()), version=version)
+        self._status.write("finished")
+
+    def _keep(self, name: str) -> None:
+        """Keeps the current policy as RUN/`name`, with a model card."""
+        keep_snapshot(self._snapshot, self._folder / name)
+        write_model_card(self._folder, self._folder / name, step=self._snapshot.version, base=self._student.path)
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
@@ -197,23 +218,25 @@ class Coordinator:
         result = evaluation.finish(
             decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
             check=self.check,
+            not_asked=self._not_asked,
             on_progress=self._show_evaluating,
         )
         self._evaluation = None
         self._evaluated[version] = evaluation.group_ids
-        self._metrics.note_evaluation(result.accuracy, result.standard_error)
-        if result.accuracy > self._best_accuracy:  # the first best wins
-            self._best_accuracy = result.accuracy
-            keep_snapshot(self._snapshot, self._folder / "best")
+        self._metrics.note_evaluation(result)
         self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
-        self._track({"eval/accuracy": result.accuracy}, version)
+        if result.accuracy is not None:  # None: no question could be asked
+            if result.accuracy > self._best_accuracy:  # the first best wins
+                self._best_accuracy = result.accuracy
+                self._keep("best")
+            self._track({"eval/accuracy": result.accuracy}, version)
         self._progress_line.accuracy = result.accuracy
         self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
 
     def record(
         self,
         step: int,
-        sums: Sequence[dict[str, float]],
+        sums: Sequence[dict[str, float] | None],
         own: dict[str, float],
         *,
         trained: Sequence[LedgerLine],
@@ -229,16 +252,30 @@ class Coordinator:
         rollouts = values.pop("rollouts")
         values |= step_numbers.derive_rates(own, rollouts=rollouts)
         values |= {f"groups_{reason}": float(n) for reason, n in self._collector.counts.items()}
+        values |= {"records_left_out": float(self._left_out)} if self._left_out else {}
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
         self._track({f"train/{key}": value for key, value in record.items()}, step)
+        if (share := record.get("policy_drift_share", 0.0)) > step_numbers.LARGEST_DRIFT_SHARE:
+            log.warning(
+                "step %d: %.0f %% of the sampled tokens have another log-prob here than at their worker, by more than "
+                "%.1f nats (mean %.3f): it samples from other weights, or reads images by another processor",
+                step,
+                100 * share,
+                step_numbers.DRIFT_NATS,
+                record["policy_drift_mean"],
+            )
         lags = [line.step - line.policy_version for line in trained]
+        self._status.note_step(step + 1)
         self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
         self._progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
-        log.info("step %d: trained on %d groups", step, len(ids), extra=logs.make_fields(step=step, groups=ids))
+        fate = "skipped" if "skipped" in own else "trained on"
+        log.info("step %d: %s %d groups", step, fate, len(ids), extra=logs.make_fields(step=step, groups=ids))
         if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
+                if not np.isfinite(kl_M).all():  # of a skipped step
+                    continue
                 prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
                 for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
                     self._samples_file.write({"step": step, **sample})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
 from vaopd.grading import Verdict, judge
 from vaopd.types import Prompt
 from vaopd_trainer.collector import Check, Collector
+
+GIVEN_UP = "given up by the workers"
+"""The reason of questions that became dead letters; `vaopd queue dead` shows why each did."""
 
 
 class Evaluation:
@@ -36,14 +39,16 @@ class Evaluation:
         *,
         decode: Callable[[np.ndarray], str],
         check: Check,
+        not_asked: Mapping[str, int] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> HeldOutResult:
-        """Waits until every prompt is answered; one that is given up counts as wrong.
+        """Waits until every prompt is answered; one that is given up counts as not asked.
 
-        on_progress: called with how many have been answered, and of how many.
+        not_asked: further problems, which can't be asked, by reason. on_progress: called with how many have been
+        answered, and of how many.
         """
         answers = self._answers
-        verdicts = {group_id: [Verdict.WRONG] * self._samples for group_id in answers}
+        verdicts: dict[str, list[Verdict]] = {}
         done = 0
         for groups in self._collector.wait_for_groups(list(answers), check=check):
             done += len(groups)
@@ -52,4 +57,5 @@ class Evaluation:
                 verdicts[group.group_id] = [
                     judge(decode(rollout.response_ids), answers[group.group_id]) for rollout in group.rollouts
                 ]
-        return held_out_result(verdicts)
+        unasked = {**(not_asked or {}), GIVEN_UP: len(answers) - len(verdicts)}
+        return held_out_result(verdicts, samples=self._samples, not_asked=unasked)

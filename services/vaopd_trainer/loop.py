@@ -13,8 +13,9 @@ The collectives, in which all ranks take part, stand here; what rank 0 alone doe
 from __future__ import annotations
 
 import logging
+import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,16 @@ from accelerate import Accelerator
 from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.config import Config
-from vaopd.errors import NumericalError, VaopdError
+from vaopd.errors import LeaseLost, Mismatch, NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator, Weights
+from vaopd_trainer.forwards import Accumulator
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import GroupScorer, Refused
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, weigh
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,16 @@ class Trainer:
         settings = config.trainer
         trainable = [p for p in loss.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            trainable,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            # One pass over parameters, gradients and moments. A CPU keeps the plain form: its runs stay as they were.
+            fused=True if accelerator.device.type == "cuda" else None,
         )
         self.schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
         self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
+        self._accumulator = Accumulator(accelerator=accelerator, loss=self.loss, settings=settings, world=ranks.world)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -67,10 +76,7 @@ class Trainer:
         """Continues from a checkpoint. Its weights were loaded into the student before the model was wrapped."""
         self.state = load_run_state(folder)
         checkpoint.load_optimizer(folder, self.optimizer)
-        self.schedule.load_state_dict(self.state.schedule)
-        # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
+        checkpoint.continue_schedule(self.schedule, self.optimizer, self.state)
         log.info("resumed at step %d with %d trained groups", self.state.step, len(self.state.ledger))
 
     def run(self, scorer: GroupScorer) -> None:
@@ -80,6 +86,7 @@ class Trainer:
             while self.state.step < steps:
                 with tracing.span("train step", job=self.config.run.name, step=self.state.step):
                     self._step(self.state.step, scorer)
+                self._check_skipped()
                 if self.state.step % self.config.trainer.checkpoint_every == 0 or self.state.step == steps:
                     self._checkpoint()
             self._begin(steps)
@@ -140,24 +147,39 @@ class Trainer:
         if self.coordinator is not None:
             self.coordinator.distribute(step, scorer.submit)
         else:
-            for _ in range(self.config.trainer.prompts_per_step // self.ranks.world):
+            for _ in range(self.ranks.rank, self.config.trainer.prompts_per_step, self.ranks.world):
                 group = self.ranks.receive_group()
                 scorer.submit([] if group is None else [group])
         generated = time.monotonic()
         kill_points.pass_point("collected", step)
-        results = list(scorer.wait_for_results(check=self._check_alone))
+        results, failure = self._wait_for_scores(scorer)
         kill_points.pass_point("scored", step)
-        refused = self.ranks.gather([[r.group_id, r.reason] for r in results if isinstance(r, Refused)])
+        refused = [[r.group_id, r.reason] for r in results if isinstance(r, Refused)]
+        everyone = self.ranks.gather({"refused": refused, "failure": None if failure is None else str(failure)})
+        failed = [part["failure"] for part in everyone if part["failure"] is not None]
+        if failed:
+            # Weights and ledger are those after the last step, on every rank: none of its work is lost.
+            self._checkpoint()
+            raise failure or Mismatch(f"another rank can't have its groups scored: {failed[0]}")
         if self.coordinator is not None:
-            self.coordinator.give_up((group_id, reason) for part in refused for group_id, reason in part)
+            self.coordinator.give_up((group_id, reason) for part in everyone for group_id, reason in part["refused"])
         scored = sorted((r for r in results if isinstance(r, ScoredGroup)), key=lambda group: group.index)
-        if not scored:
+        if not any(self.ranks.gather(len(scored))):
             raise VaopdError(
-                f"step {step}: none of this rank's groups can be trained on; the dead letters say why "
+                f"step {step}: none of its groups can be trained on; the dead letters say why "
                 f"(job {self.config.run.name!r})"
             )
         timings = {"wait_s": generated - started, "score_s": time.monotonic() - generated}
         return scored, timings | {"scoring_s": scorer.busy.take()}
+
+    def _wait_for_scores(self, scorer: GroupScorer) -> tuple[list[ScoredGroup | Refused], VaopdError | None]:
+        """Returns the outcome of each group; or the error with which the teacher refuses this trainer altogether."""
+        try:
+            return list(scorer.wait_for_results(check=self._check_alone)), None
+        except LeaseLost:  # another trainer has the run: nothing may be written any more
+            raise
+        except VaopdError as error:
+            return [], error
 
     def _check_alone(self) -> None:
         """Ends a wait for scores on request; several ranks don't listen then, and end with their step."""
@@ -169,29 +191,50 @@ class Trainer:
     def _train(self, step: int, scored: list[ScoredGroup], timings: dict[str, float]) -> None:
         started = time.monotonic()
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
-        loss, kl = self._backward(weighted)
+        loss, values = self._accumulator.backward(weighted)
+        kl = [of_group.kl.numpy() for of_group in values]
         kill_points.pass_point("backward", step)
         started += self._finish_evaluation()
-        norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise NumericalError(f"step {step}: the gradient's norm is {float(norm)}; nothing was changed")
+        norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm))
         learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        skipped = not math.isfinite(norm)  # on every rank alike: the gradient is the sum of all
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
+        # The rate follows the steps, skipped or not; torch would warn of one without the optimizer's.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            self.schedule.step()
         self.state.step = step + 1
         kill_points.pass_point("stepped", step)
         timings["forward_backward_s"] = time.monotonic() - started
-        sums = self.ranks.gather(step_numbers.sum_groups(weighted, kl, loss))
-        lines = self.ranks.gather([[g.group.group_id, g.group.policy_version] for g in scored])
+        own_fraction = self.config.objective.as_keywords().get("high_fraction", HIGH_FRACTION)
+        own_sums = step_numbers.sum_groups(weighted, kl, loss, high_fraction=own_fraction)
+        if own_sums is not None:
+            logprobs = [of_group.logprobs.numpy() for of_group in values]
+            own_sums |= step_numbers.sum_drift(weighted, logprobs, version=step)
+        sums = self.ranks.gather(own_sums)
+        lines = self.ranks.gather(
+            [
+                [g.group.group_id, g.group.policy_version, bool(np.isfinite(kl_M).all())]
+                for g, kl_M in zip(scored, kl, strict=True)
+            ]
+        )
         trained = [
-            LedgerLine(group_id=group_id, step=step, policy_version=version)
+            LedgerLine(group_id=group_id, step=step, policy_version=version, skipped=skipped)
             for part in lines
-            for group_id, version in part
+            for group_id, version, _ in part
         ]
         self.state.ledger += trained
+        if skipped:
+            blamed = [group_id for part in lines for group_id, _, finite in part if not finite]
+            log.warning(
+                "step %d is skipped: the gradient's norm is %s; groups whose KL is not finite: %s",
+                step,
+                norm,
+                ", ".join(blamed) or "none",
+            )
         if self.coordinator is not None:
-            own = timings | {"grad_norm": float(norm), "learning_rate": learning_rate}
+            own = timings | {"learning_rate": learning_rate} | ({"skipped": 1.0} if skipped else {"grad_norm": norm})
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
 
     def _finish_evaluation(self) -> float:
@@ -209,27 +252,18 @@ class Trainer:
             self.ranks.receive_group()
         return time.monotonic() - started
 
-    def _backward(self, weighted: list[WeightedGroup]) -> tuple[float, list[np.ndarray]]:
-        """Accumulates the gradient over forwards of whole groups -> this rank's share of the loss, each group's KL."""
-        size = self.config.trainer.groups_per_forward
-        batches = [weighted[start : start + size] for start in range(0, len(weighted), size)]
-        total = 0.0
-        kl: list[np.ndarray] = []
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with self.accelerator.autocast(), self._sync(last):
-                loss, kl_M = self.loss(batch)
-                share = loss / self.config.trainer.prompts_per_step
-                # Data parallelism averages gradients over ranks; the loss is a sum over all groups.
-                self.accelerator.backward(share * self.ranks.world)
-            total += float(share.detach())
-            lengths = [len(group.token_weights) for group in batch]
-            kl.extend(part.float().cpu().numpy() for part in kl_M.split(lengths))
-        return total, kl
-
-    def _sync(self, last: bool) -> AbstractContextManager[None]:
-        """Exchanges gradients once per step, in the last backward."""
-        return nullcontext() if last else self.accelerator.no_sync(self.loss)
+    def _check_skipped(self) -> None:
+        """Ends the run when too many steps in a row were skipped; a checkpoint holds them, so that they stay behind."""
+        lines = self.state.list_last_skipped()
+        steps = sorted({line.step for line in lines})
+        if len(steps) < self.config.trainer.max_skipped_steps:
+            return
+        self._checkpoint()
+        raise NumericalError(
+            f"the gradient was not finite in {len(steps)} steps in a row, {steps[0]} to {steps[-1]} "
+            f"(trainer.max_skipped_steps = {self.config.trainer.max_skipped_steps}), and nothing was changed in them; "
+            f"groups: {', '.join(line.group_id for line in lines)}. --resume continues with the groups after them"
+        )
 
     def _mask_seed(self, step: int, index: int) -> int:
         """Returns the seed of a random mask, the same however the groups are spread over ranks."""

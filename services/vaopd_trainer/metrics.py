@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from vaopd.errors import VaopdError
+from vaopd.evaluation import HeldOutResult
 from vaopd.queue.depth import Depth
 from vaopd_trainer.step_numbers import DESCRIPTIONS, STEP_TIMES
 
@@ -27,7 +28,11 @@ GAUGES = {
     "truncated_fraction": "truncated_ratio",
     "grad_norm": "gradient_norm",
     "learning_rate": "learning_rate",
+    "policy_drift_mean": "policy_drift_mean_nats",
+    "policy_drift_max": "policy_drift_max_nats",
+    "policy_drift_share": "policy_drift_ratio",
     "score_overlap": "scoring_overlap_ratio",
+    "records_left_out": "records_left_out",
 }
 """Key in metrics.jsonl -> name here, after vaopd_trainer_."""
 KL_TOKENS = {"kl_mean": "all", "kl_high": "high", "kl_low": "low"}
@@ -67,6 +72,7 @@ class TrainerMetrics:
         self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
         self._accuracy = gauge("held_out_accuracy_ratio", "Last evaluation: avg@n on the held-out problems")
         self._accuracy_error = gauge("held_out_accuracy_standard_error_ratio", "Its standard error, over problems")
+        self._unasked = gauge("held_out_unasked_problems", "Last evaluation: problems that could not be asked")
         self._parts = counter(
             "step_seconds",
             "Time by part of a step: publish (the policy), wait (for groups), score (for scores after the last group "
@@ -75,6 +81,9 @@ class TrainerMetrics:
         )
         self._rollouts = counter("rollouts", "Rollouts that were trained on").labels(job)
         self._tokens = counter("tokens", "Response tokens in them").labels(job)
+        self._skipped = counter(
+            "steps_skipped", "Steps whose gradient was not finite, so that they changed nothing"
+        ).labels(job)
         self._lag = Histogram(
             "vaopd_trainer_group_lag_versions",
             "How many policy versions old each group was when it was trained on",
@@ -119,13 +128,21 @@ class TrainerMetrics:
         self._tokens.inc(rollouts * values["response_tokens_mean"])
         for lag in lags:
             self._lag.observe(lag)
-        self._at_scrape.trained += len(lags)
+        if values.get("skipped"):
+            self._skipped.inc()
+            self._at_scrape.skipped += len(lags)
+        else:
+            self._at_scrape.trained += len(lags)
 
-    def note_evaluation(self, accuracy: float, standard_error: float) -> None:
-        """Takes over an evaluation's accuracy and its standard error, both in [0, 1]."""
+    def note_evaluation(self, result: HeldOutResult) -> None:
+        """Takes over an evaluation; its accuracy is missing where no problem could be asked."""
         self.note_progress()
-        self._accuracy.labels(self._job).set(accuracy)
-        self._accuracy_error.labels(self._job).set(standard_error)
+        self._unasked.labels(self._job).set(sum(result.not_asked.values()))
+        for metric, value in ((self._accuracy, result.accuracy), (self._accuracy_error, result.standard_error)):
+            if value is None:
+                metric.clear()
+            else:
+                metric.labels(self._job).set(value)
 
 
 class _AtScrape(Collector):
@@ -135,6 +152,7 @@ class _AtScrape(Collector):
         self.depth: Callable[[], Depth] | None = None
         self.counts: Mapping[str, int] = {}
         self.trained = 0
+        self.skipped = 0
         self._job = job
 
     def collect(self) -> Iterator[Metric]:
@@ -153,10 +171,12 @@ class _AtScrape(Collector):
     def _make_families(self, depth: Depth | None) -> Iterator[Metric]:
         groups = CounterMetricFamily(
             "vaopd_trainer_groups",
-            "Groups by fate: trained; stale, duplicate and other_weights were dropped; dead will never come",
+            "Groups by fate: trained; skipped with their step; stale, duplicate and other_weights were dropped; dead "
+            "will never come",
             labels=(JOB, "fate"),
         )
         groups.add_metric([self._job, "trained"], self.trained)
+        groups.add_metric([self._job, "skipped"], self.skipped)
         for fate in FATES:
             groups.add_metric([self._job, fate], self.counts.get(fate, 0))
         yield groups

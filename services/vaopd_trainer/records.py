@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_file
-from vaopd.run.records import read_json_lines
+from vaopd.run.json_lines import read_json_lines
 from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
 

@@ -80,14 +80,17 @@ class GroupScorer:
         student: Vlm,
         find_prompt: Callable[[GroupId], Prompt],
         max_tokens: int,
+        columns: Sequence[str] = (),
         threads: int = 4,
     ) -> None:
+        """`columns`: the teacher's columns that the objective needs."""
         self.busy = BusyTime()
         """The time in which groups were being prepared or at the teacher."""
         self._teacher = teacher
         self._student = student
         self._find_prompt = find_prompt
         self._max_tokens = max_tokens
+        self._columns = columns
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
         self._futures: list[Future[list[ScoredGroup | Refused]]] = []
@@ -141,7 +144,7 @@ class GroupScorer:
                     prompt_token_ids=group.prompt_token_ids,
                 )
             )
-        for answer in ask_teacher(self._teacher, requests, closed=self._closed):
+        for answer in ask_teacher(self._teacher, requests, closed=self._closed, columns=self._columns):
             if isinstance(answer, GroupFailure):
                 # An answer that the teacher can't give now is not the group's fault: it ends the step, not the group.
                 if not isinstance(answer.error, InvalidInput | Mismatch):
@@ -170,7 +173,11 @@ class GroupScorer:
 
 
 def ask_teacher(
-    teacher: SyncTeacherClient, requests: Sequence[ScoreRequest], *, closed: threading.Event
+    teacher: SyncTeacherClient,
+    requests: Sequence[ScoreRequest],
+    *,
+    closed: threading.Event,
+    columns: Sequence[str] = (),
 ) -> Iterator[GroupScore | GroupFailure]:
     """Yields one answer per request, however long the teacher is away; raises only once `closed` is set.
 
@@ -179,7 +186,7 @@ def ask_teacher(
     waiting = {request.group_id: request for request in requests}
     while waiting:
         try:
-            for answer in teacher.score(list(waiting.values())):
+            for answer in teacher.score(list(waiting.values()), columns=columns):
                 del waiting[answer.group_id]
                 yield answer
         except (Unavailable, Busy) as error:

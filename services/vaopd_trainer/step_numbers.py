@@ -10,6 +10,7 @@ import numpy as np
 
 from vaopd import objective
 from vaopd.grading import judge
+from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.types import Prompt, TextPart
 from vaopd_trainer.student_loss import WeightedGroup
 
@@ -28,6 +29,11 @@ DESCRIPTIONS = {
     "response_tokens_mean": "length of the responses, mean, tokens",
     "truncated_fraction": "share of the responses that were cut at the length limit",
     "grad_norm": "norm of the gradient before clipping",
+    "policy_drift_mean": "difference between the log-prob that a token was sampled with and the trainer's, mean of its "
+    "absolute value over the tokens that this policy sampled, nats; missing when older policies sampled them all",
+    "policy_drift_max": "the largest of these differences, nats",
+    "policy_drift_share": "share of these tokens that differ by more than 0.1 nats",
+    "skipped": "1 when the gradient was not finite and the step changed nothing; missing in other steps",
     "learning_rate": "learning rate of the step",
     "publish_s": "publishing the policy, seconds",
     "wait_s": "waiting for the step's groups, seconds",
@@ -43,24 +49,39 @@ DESCRIPTIONS = {
     "groups_stale": "groups of a policy that was too old, dropped and requested again",
     "groups_other_weights": "groups sampled with other weights than this policy's, dropped and requested again",
     "groups_dead": "groups that were given up and will never come; `vaopd queue dead` shows why",
+    "records_left_out": "bad records of the training split that the run leaves out; missing where there is none",
 }
 """The numbers of a "train" line in metrics.jsonl, beside `step` (from 0) and `time_s` (seconds since 1970)."""
 EVALUATION_DESCRIPTIONS = {
     "accuracy": "avg@n: mean correctness over all answers to the held-out problems",
     "standard_error": "of the accuracy, over problems",
-    "prompts": "held-out problems",
+    "prompts": "held-out problems that were asked",
     "samples": "answers to each, the n of avg@n",
     "not_judged": "answers with a comparison that was cut off by its limit of time or memory; counted as wrong",
+    "not_asked": "held-out problems that could not be asked, by reason: neither right nor wrong. Accuracy and its "
+    "error are null where none could be asked",
     "judge": "the judge's version and math-verify's",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
+DRIFT_NATS = 0.1
+"""A token whose log-prob differs by more than that is counted in policy_drift_share."""
+LARGEST_DRIFT_SHARE = 0.05
+"""A larger share is warned of, here and by the alert. Two forwards whose logits near 24 are rounded to bfloat16 differ
+by σ = 0.04 nats, which takes 1 % of the tokens over 0.1; other weights or pixels take many more."""
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
-def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float) -> dict[str, float]:
-    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share."""
+def sum_groups(
+    groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: float, *, high_fraction: float = HIGH_FRACTION
+) -> dict[str, float] | None:
+    """Sums over this rank's groups, for `average_ranks`. kl: each group's (M,) in nats; loss: this rank's share.
+
+    None on a rank without groups. high_fraction: the run's own; the paper's for objectives without a high group.
+    """
+    if not groups:
+        return None
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
-    high_M = objective.high_group(va_NT, mask_NT)[mask_NT].numpy()
+    high_M = objective.high_group(va_NT, mask_NT, high_fraction=high_fraction)[mask_NT].numpy()
     kl_M = np.concatenate(kl)
     rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]
     entropy = [float(-(w * w.clamp_min(1e-30).log()).sum()) for w in (group.rollout_weights for group in groups)]
@@ -80,8 +101,29 @@ def sum_groups(groups: Sequence[WeightedGroup], kl: Sequence[np.ndarray], loss: 
     }
 
 
-def average_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+def sum_drift(groups: Sequence[WeightedGroup], logprobs: Sequence[np.ndarray], *, version: int) -> dict[str, float]:
+    """Compares the trainer's log-probs, each group's (M,), with those that workers recorded as they sampled.
+
+    Both are the student's own at temperature 1, before temperature, top-p and bans, so that these don't matter. Groups
+    of an older policy than `version`, the trainer's, are left out: their difference is the training's own.
+    """
+    differences = [
+        np.abs(mine - np.concatenate([rollout.rollout_logprobs for rollout in group.scored.group.rollouts]))
+        for group, mine in zip(groups, logprobs, strict=True)
+        if group.scored.group.policy_version == version
+    ]
+    drift_M = np.concatenate([*differences, np.empty(0, np.float32)]).astype(np.float64)
+    return {
+        "drift_tokens": len(drift_M),
+        "drift": float(drift_M.sum()),
+        "drift_max": float(drift_M.max(initial=0.0)),
+        "drift_large": int((drift_M > DRIFT_NATS).sum()),
+    }
+
+
+def average_ranks(sums: Sequence[dict[str, float] | None]) -> dict[str, float]:
     """Turns the sums of all ranks into the means that `DESCRIPTIONS` describes, and "rollouts", their number."""
+    parts = [part for part in sums if part is not None]
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     low_tokens = total["tokens"] - total["high_tokens"]
     return {
@@ -96,6 +138,19 @@ def average_ranks(parts: Sequence[dict[str, float]]) -> dict[str, float]:
         "response_tokens_mean": total["tokens"] / total["rollouts"],
         "truncated_fraction": total["truncated"] / total["rollouts"],
         "generation_s": max(part["generation_s"] for part in parts),
+        **_average_drift([part for part in parts if part.get("drift_tokens")]),
+    }
+
+
+def _average_drift(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Returns the three numbers of the on-policy check; none where no token was comparable."""
+    if not parts:
+        return {}
+    tokens = sum(part["drift_tokens"] for part in parts)
+    return {
+        "policy_drift_mean": sum(part["drift"] for part in parts) / tokens,
+        "policy_drift_max": max(part["drift_max"] for part in parts),
+        "policy_drift_share": sum(part["drift_large"] for part in parts) / tokens,
     }
 
 
@@ -133,6 +188,7 @@ def describe_rollouts(
             "teacher_logprobs": _round(score.teacher_logprobs[k]),
             "degraded_logprobs": _round(score.degraded_logprobs[k]),
             "rollout_logprobs": _round(rollout.rollout_logprobs),
+            **{name: _round(rows[k]) for name, rows in score.columns.items()},
             "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
             "correct": bool(verdict),

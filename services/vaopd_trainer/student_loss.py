@@ -1,13 +1,14 @@
 """Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
-In: scored groups and their token weights. Out: the scalar loss, to call backward on, and each token's KL.
+In: scored groups and their token weights. Out: the scalar loss, to call backward on, each token's KL, and its log-prob,
+which should be the one that it was sampled with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from vaopd.config import ObjectiveConfig, TrainerConfig
 from vaopd.errors import ConfigError
 from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
+from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.vlm.transfer import upload, upload_rows
+from vaopd_trainer.rounded_norms import round_norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,6 +49,39 @@ class WeightedGroup:
     rollout_weights: Tensor
     token_weights: Tensor
 
+    @property
+    def segment(self) -> Segment:
+        """The prompt and its responses, as the student reads them."""
+        return Segment(prompt=self.scored.prompt, responses=tuple(self.scored.responses))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a forward of this group computes."""
+        return self.segment.tokens
+
+    def select(self, start: int, end: int) -> WeightedGroup:
+        """Returns the siblings from `start` up to `end`, with the weights that they have in the whole group."""
+        siblings = slice(start, end)
+        ends = np.cumsum([0, *(len(response) for response in self.scored.responses)])
+        tokens = slice(int(ends[start]), int(ends[end]))
+        score = self.scored.score
+        part = replace(
+            score,
+            teacher_logprobs=score.teacher_logprobs[siblings],
+            degraded_logprobs=score.degraded_logprobs[siblings],
+            visual_advantage=score.visual_advantage[siblings],
+            columns={name: rows[siblings] for name, rows in score.columns.items()},
+            payload=replace(
+                score.payload, tensors={name: t.select_rows(tokens) for name, t in score.payload.tensors.items()}
+            ),
+        )
+        group = replace(self.scored.group, rollouts=self.scored.group.rollouts[siblings])
+        return WeightedGroup(
+            scored=replace(self.scored, group=group, score=part),
+            rollout_weights=self.rollout_weights[siblings],
+            token_weights=self.token_weights[tokens],
+        )
+
 
 def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> WeightedGroup:
     """Weights one complete group by `objective.group_weights`; nothing outside the group has an effect."""
@@ -53,12 +90,33 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
     weights = objective.group_weights(
         objective.visual_advantage(teacher_KT, degraded_KT, mask_KT),
         mask_KT,
+        token_score_KT=_score_tokens(scored.score, teacher_KT, degraded_KT, mask_KT, settings),
         **settings.as_keywords(),
         seed=seed,
     )
     return WeightedGroup(
         scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
     )
+
+
+def _score_tokens(
+    score: GroupScore, teacher_KT: Tensor, degraded_KT: Tensor, mask_KT: Tensor, settings: ObjectiveConfig
+) -> Tensor | None:
+    """Returns what ranks the tokens for the token groups, (K, T); None: their VA."""
+    match getattr(settings, "token_score", "va"):
+        case "view_divergence":
+            return objective.pad_rows(score.columns["view_divergence_nats"])[0]
+        case "absolute":
+            return objective.absolute_advantage(teacher_KT, degraded_KT, mask_KT)
+        case _:
+            return None
+
+
+class TokenValues(NamedTuple):
+    """The KL of tokens and the student's log-probs of them, (M,) each, in nats."""
+
+    kl: Tensor
+    logprobs: Tensor
 
 
 class StudentLoss(nn.Module):
@@ -71,39 +129,59 @@ class StudentLoss(nn.Module):
         teacher_head: Tensor | None,
         trainer: TrainerConfig,
         estimator: Literal["k1", "k3"] = "k3",
+        device: torch.device | None = None,
         checkpoint_activations: bool | None = None,
     ) -> None:
         """Takes over `student`, which it may switch to checkpointing; `teacher_head` (V, D_T) is for hidden payloads.
 
-        estimator: of the KL of the sampled payload. checkpoint_activations: layers keep their input only and are
-        computed again in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where
-        memory bounds the batch.
+        estimator: of the KL of the sampled payload. device: where the student will run, when accelerate has yet to
+        move it there; None: where it is. checkpoint_activations: layers keep their input only and are computed again
+        in the backward pass, a third more work for a fraction of the memory. None: on a GPU, where memory bounds the
+        batch.
         """
         super().__init__()
-        if student.device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
+        device = device or student.device
+        if device.type == "cuda" if checkpoint_activations is None else checkpoint_activations:
             if not student.model.supports_gradient_checkpointing:
                 raise ConfigError(f"{type(student.model).__name__} has no activation checkpointing; switch it off")
-            student.model.gradient_checkpointing_enable({"use_reentrant": False})
-            student.model.train()  # transformers checkpoints in this mode only; the families here have no dropout
+            # The families here have no dropout, hence no random state to restore in each layer.
+            student.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            student.model.train()  # transformers checkpoints in this mode only
+        round_norms(student.model)
+        if device.type == "cuda" and trainer.compile_layers:
+            compile_layers(student)
         self.model = student.model
         self._student = student
+        self._vocab_size = None if teacher_head is None else len(teacher_head)
+        if teacher_head is not None and teacher_head.is_cuda:
+            teacher_head = divergence.pad_head(teacher_head)  # once, in place of every forward
         self._teacher_head = teacher_head
         self._chunk_tokens = trainer.chunk_tokens
         self._estimator = estimator
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, Tensor]:
-        """Returns the loss (), not yet divided by B, and kl (M,), flat over groups, siblings and tokens."""
-        segments = [Segment(prompt=g.scored.prompt, responses=tuple(g.scored.responses)) for g in groups]
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
+        """Returns the loss (), not yet divided by B, and values of M tokens, flat over groups, siblings and tokens.
+
+        Without groups: a zero that is connected to the model, for the ranks' common backward, and no tokens.
+        """
+        if not groups:
+            smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
+            return smallest.sum() * 0, TokenValues(smallest.new_empty(0), smallest.new_empty(0))
+        segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
-        weights = torch.cat([group.token_weights for group in groups])
-        return divergence.fused_loss(
+        weights = upload_rows([group.token_weights for group in groups], hidden.device)
+        # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
+        loss, kl, logprobs = divergence.fused_loss_and_logprobs(
             hidden,
-            self._student.head,
+            self._student.padded_head,
             self._read_target(groups, responses, hidden.device),
             weights,
+            upload(torch.from_numpy(np.concatenate(responses)), hidden.device),
+            vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
+        return loss, TokenValues(kl, logprobs)
 
     def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
@@ -112,13 +190,15 @@ class StudentLoss(nn.Module):
         payloads = [group.scored.score.payload for group in groups]
 
         def concatenate(name: str) -> Tensor:
-            return torch.cat([to_torch(payload.tensors[name]) for payload in payloads]).to(device)
+            return upload_rows([to_torch(payload.tensors[name]) for payload in payloads], device)
 
         match payloads[0].kind:
             case "hidden" | "hidden_int8":
                 assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
-                hidden = torch.cat([hidden_states(payload, self._teacher_head.dtype) for payload in payloads])
-                return divergence.FullTarget(hidden=hidden.to(device), head=self._teacher_head)
+                rows = [hidden_states(payload, self._teacher_head.dtype) for payload in payloads]
+                return divergence.FullTarget(
+                    hidden=upload_rows(rows, device), head=self._teacher_head, vocab_size=self._vocab_size
+                )
             case "top_k":
                 return divergence.TopKTarget(
                     token_ids=concatenate("token_ids"),
@@ -129,7 +209,7 @@ class StudentLoss(nn.Module):
                 assert kind == "sampled", f"payload {kind!r} carries no distribution"
                 teacher = np.concatenate([lp for group in groups for lp in group.scored.score.teacher_logprobs])
                 return divergence.SampledTarget(
-                    token_ids=torch.from_numpy(np.concatenate(responses)).to(device),
-                    logprobs=torch.from_numpy(teacher).to(device),
+                    token_ids=upload(torch.from_numpy(np.concatenate(responses)), device),
+                    logprobs=upload(torch.from_numpy(teacher), device),
                     estimator=self._estimator,
                 )

@@ -167,7 +167,7 @@ async def test_every_route_but_health_and_the_page_refuses_without_a_key(key_fil
     }
     assert ("POST", "/v1/score") in routes
     assert set(OPEN) == {"/", "/docs", "/runs", "/healthz", "/readyz"}  # the pages bring no data of their own
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         for method, path in sorted(routes | {("GET", "/v1/nothing"), ("PUT", "/v1/score"), ("GET", "//v1/score")}):
             for headers in ({}, {"Authorization": "Bearer vaopd_nonsense"}):
                 answer = await client.request(method, path, headers=headers)

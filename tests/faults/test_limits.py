@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -18,11 +20,12 @@ from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process,
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.config import SharingConfig, TeacherServiceConfig
-from vaopd.errors import LimitExceeded
+from vaopd.errors import LimitExceeded, Unavailable
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import GroupScore, ScoreRequest, TeacherLimits
+from vaopd.types import GroupScore, ScoreRequest, TeacherLimits, user_turn
 from vaopd.wire.teacher import count_tokens, score_request_to_pb
+from vaopd_teacher import server
 
 CODE = grpc.StatusCode
 MAX_TOKENS = 200
@@ -125,3 +128,38 @@ async def _end(stub: teacher_pb2_grpc.TeacherStub, number: int) -> str:
         assert error_details_pb2.RetryInfo.FromString(hint.value).retry_delay.ToMilliseconds() > 0
         return "told when to come back"
     return "scored" if items == ["score"] else f"odd: {items}"
+
+
+def test_a_text_that_can_not_fit_is_refused_before_it_is_tokenised(teacher: TeacherInProcess) -> None:
+    """3 MB of text took seconds in which no other job's groups were prepared."""
+    limit = 16 * tiny_vlm().max_tokens
+    long = ScoreRequest(group_id="g", responses=("a" * (limit + 1),), messages=user_turn("?", []))
+    prompt = ScoreRequest(group_id="p", responses=("a",), messages=user_turn("a" * (limit + 1), []))
+    with SyncTeacherClient(teacher.target) as client:
+        results = {result.group_id: result for result in client.score([long, prompt])}
+    for name, place in (("g", "rollout"), ("p", "prompt")):
+        found = results[name]
+        assert isinstance(found, GroupFailure)
+        assert isinstance(found.error, LimitExceeded)
+        assert f"{place}" in str(found.error)
+        assert f"has {limit + 1} characters, the limit is {limit}" in str(found.error)
+
+
+def test_connections_to_the_teacher_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half-open ones too: a client that only connects holds a place, and leaves it when it goes."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with teacher_in_process(tiny_vlm()) as teacher:
+        host, _, port = teacher.target.rpartition(":")
+        with ExitStack() as stack:
+            opened = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(8)]
+            closed = sum(connection.recv(1) == b"" for connection in opened[4:])
+            assert closed == 4  # an accepted connection gets the server's settings
+        wait_until("there is room again", lambda: bool(describe_or_none(teacher.target)))
+
+
+def describe_or_none(target: str) -> object:
+    try:
+        with SyncTeacherClient(target, timeout_s=5) as client:
+            return client.describe()
+    except Unavailable:
+        return None

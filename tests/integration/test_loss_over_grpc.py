@@ -31,7 +31,7 @@ from tests.support.scored import (
     vlm,
 )
 from tests.support.tolerance import assert_noticed, assert_within, gamma
-from vaopd.config import MaskedOpd, ObjectiveConfig, TrainerConfig, VaOpd
+from vaopd.config import MaskedOpd, ObjectiveConfig, TokenGroupsOnly, TrainerConfig, VaOpd
 from vaopd.payloads import to_torch
 from vaopd.types import Degradation
 from vaopd.vlm.model import Vlm
@@ -63,7 +63,7 @@ def weighed(groups: list[ScoredGroup], **objective: Any) -> list[WeightedGroup]:
 def kl_of(scored: Scored, **of_payload: Any) -> np.ndarray:
     """(M,) over all groups."""
     with torch.no_grad():
-        _, kl = student_loss(scored, **of_payload)(weighed(scored.groups))
+        _, (kl, _) = student_loss(scored, **of_payload)(weighed(scored.groups))
     return kl.numpy()
 
 
@@ -212,7 +212,7 @@ def test_the_loss_of_every_variant(scored: Scored, objective: dict[str, str]) ->
     groups = weighed(scored.groups, **objective)
     assert_within(torch.cat([group.token_weights for group in groups]), weights, error, "weights")
     with torch.no_grad():
-        loss, kl = student_loss(scored)(groups)
+        loss, (kl, _) = student_loss(scored)(groups)
     rounded = ((error + gamma(len(kl)) * weights) * kl.abs()).sum()
     assert_within(loss, (weights * kl).sum(), rounded, "sum")
     reference = torch.from_numpy(np.concatenate(reference_kl()))
@@ -231,6 +231,25 @@ def test_masking_at_random_drops_as_many_and_depends_on_the_seed_only(scored: Sc
         assert int((one == 0).sum()) == int((other == 0).sum()) == dropped
         assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("token_score", ["view_divergence", "absolute"])
+def test_the_token_groups_of_another_score(token_score: str) -> None:
+    """The high group by the column that came from the teacher, or by both views' log-probs; not VA's."""
+    settings = TokenGroupsOnly(token_score=token_score)  # type: ignore[arg-type]
+    groups = score(columns=settings.columns).groups
+    differing = 0
+    for group in groups:
+        teacher, degraded = group.score.teacher_logprobs, group.score.degraded_logprobs
+        scores = {
+            "view_divergence": group.score.columns.get("view_divergence_nats"),
+            "absolute": [np.abs(a - b) for a, b in zip(teacher, degraded, strict=True)],
+        }[token_score]
+        assert scores is not None
+        expected = np.concatenate([grouped(row) / K for row in scores])
+        assert_within(weigh(group, settings, seed=0).token_weights, expected, gamma(4) * expected)
+        differing += int((expected != np.concatenate([grouped(va) / K for va in group.score.visual_advantage])).sum())
+    assert differing
 
 
 # -- forwards and order ------------------------------------------------------------------------------------------------
@@ -270,7 +289,7 @@ def test_neither_groups_per_forward_nor_the_order_of_groups_changes_the_step(
             assert_within((gradient - gradients[name]).norm(), 0.0, errors[name], name)
 
     with torch.no_grad():
-        _, kl = student_loss(scored, student=trained_student)([one])
+        _, (kl, _) = student_loss(scored, student=trained_student)([one])
     off = one.token_weights.clone()
     off[(off * kl).argmax()] *= 1.01  # a token without a divergence has no part in the loss
     found, theirs = step_of(scored, trained_student, [[dataclasses.replace(one, token_weights=off), two, three]])

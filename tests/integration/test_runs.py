@@ -20,6 +20,7 @@ from tests.support.models import model_folder
 from tests.support.system import Job, System
 from tests.support.teacher import drawing, encoded
 from tests.support.tolerance import assert_within, gamma
+from vaopd.grading import judge_version
 from vaopd_trainer.prompt_order import PromptOrder
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System, tmp_pa
     """Up to the order in which the groups' gradients are summed, each of which is computed alike.
 
     SIGTERM reaches the launcher of the ranks, which passes it on; the run is resumed. A prompt that would have been
-    rank 1's has an image that is cut short: the ranks are told that it will not come, and its step does without.
+    rank 1's is longer than the model's context: the ranks are told that it will not come, and its step does without.
 
     AdamW's step is about the learning rate for every weight, however small its gradient and however much of that is
     rounding. Four gradients' sum is off by γ_4 of their magnitudes, and by more than 2 % of itself where it is smaller
@@ -62,8 +63,9 @@ def test_two_ranks_give_the_losses_and_the_weights_of_one(system: System, tmp_pa
     """
     sound = [{"problem": "<image>How long?", "answer": "1", "images": [picture(seed)]} for seed in range(8)]
     bad = PromptOrder(prompts=8, seed=0).index(1)
-    cut_short = {"bytes": encoded(drawing(bad)).data[:-100], "path": None}
-    write_data(tmp_path, [*sound[:bad], {**sound[bad], "images": [cut_short]}, *sound[bad + 1 :]], validation=sound)
+    too_long = {**sound[bad], "problem": "<image>" + "How long? " * 600}  # 1024 positions
+    held_out = [{**row, "problem": "<image>How wide?"} for row in sound]
+    write_data(tmp_path, [*sound[:bad], too_long, *sound[bad + 1 :]], validation=held_out)
     # Samples are written where evaluation is due: with every step's, the rollouts of both runs can be compared.
     steps, rate = 2, 1e-4
     settings = {
@@ -159,7 +161,7 @@ def test_a_lag_of_one_and_prompts_with_any_number_of_images(system: System, tmp_
         {"problem": "<image><image>Find the area of the rectangle.", "answer": "6", "images": pictures[1:3]},
         {"problem": "Compare <image> and <image>.", "answer": "1", "images": pictures[2:]},
     ]
-    write_data(tmp_path, rows, validation=rows)
+    write_data(tmp_path, rows, validation=[{**row, "problem": f"{row['problem']} Say why."} for row in rows])
 
     # One prompt a step: the step without an image leaves the vision tower without a gradient.
     job = system.job(
@@ -182,4 +184,40 @@ def test_a_lag_of_one_and_prompts_with_any_number_of_images(system: System, tmp_
         "Compare and .",
     }
     assert all(record["prompts"] == 4 for record in job.records("eval"))
+    for name, step in (("model", 4), ("best", max(job.records("eval"), key=lambda record: record["accuracy"])["step"])):
+        card = (job.folder / name / "README.md").read_text()
+        assert f"| optimizer steps | {step} of 4 |" in card
+        assert f"avg@1, 4 problems; judge {judge_version()})" in card
     assert all(np.isfinite(record["grad_norm"]) and record["grad_norm"] > 0 for record in job.records())
+
+
+def test_a_run_leaves_out_bad_records_and_resumes_as_it_began(system: System, tmp_path: Path) -> None:
+    """Of nine records one has a picture that is cut short: the eight others are one epoch of two steps, in any case."""
+    sound = [{"problem": f"<image>How long? {seed}", "answer": "1", "images": [picture(seed)]} for seed in range(8)]
+    cut_short = {"bytes": encoded(drawing(8)).data[:-100], "path": None}
+    bad = {"problem": "<image>How long? 8", "answer": "1", "images": [cut_short]}
+    held_out = [{**row, "problem": row["problem"].replace("long", "wide")} for row in (sound[0], bad, sound[1])]
+    write_data(tmp_path, [*sound[:3], bad, *sound[3:]], validation=held_out)
+    settings: dict[str, Any] = {
+        "data__source": tmp_path,
+        "trainer__steps": 2,
+        "evaluation__every": 2,
+        "evaluation__prompts": 3,
+    }
+    refused = system.job("strict", **settings).start_trainer()
+    assert refused.exit_code() == 2
+    assert (
+        "1 of 9 records can't be used (1 picture: record 3); the first: Geometry3K split 'train', record 3"
+        in refused.text()
+    )
+
+    job = system.job("lenient", data__bad_records="skip", data__max_bad_fraction=0.4, **settings)
+    stop_before_the_first_step(job)
+    worker = job.start_worker()
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    assert {record["records_left_out"] for record in job.records()} == {1}
+    assert [(record["prompts"], record["not_asked"]) for record in job.records("eval")] == [(2, {"picture": 1})] * 2
+    asked = {" ".join(record["question"].split()) for record in job.samples()}
+    assert asked == {f"How long? {seed}" for seed in range(8)}
+    assert len(job.ledger()) == 8

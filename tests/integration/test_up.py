@@ -50,3 +50,21 @@ def test_viewer_report_and_student_while_the_run_goes_on(system: System, tmp_pat
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_each_gpus_teacher_starts_a_replica(system: System, tmp_path: Path) -> None:
+    """Without a GPU, both are given no device. That calls are balanced is tests/faults/test_replicas.py's."""
+    job = system.job("replicas", trainer__steps=1, queue__url="embedded", teacher__address="127.0.0.1:0")
+    settings = [word for setting in job.overrides for word in ("--set", setting)]
+    command = [sys.executable, "-m", "vaopd.cli", "up", "configs/tiny.toml", *settings, "--no-api"]
+    done = subprocess.run(
+        [*command, "--gpus", "teacher=", "--gpus", "teacher="], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = job.folder / "logs"
+    ready = [re.search(r"teacher ready on (\S+)", (logs / f"teacher-{k}.log").read_text()) for k in (0, 1)]
+    assert all(ready)
+    addresses = [found[1] for found in ready if found]
+    assert len(set(addresses)) == 2
+    assert f'address = "{",".join(addresses)}"' in (job.folder / "config.toml").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -63,6 +64,34 @@ def test_hovering_a_token_tells_what_the_api_said_of_it(seen: Viewer) -> None:
     expected = [alternative["text"].replace(" ", "␣") for alternative in rollout["alternatives"][at]]
     assert seen.page.locator("#details tbody th").all_inner_texts() == expected
     assert seen.page.locator(".tokens").first.locator(".token.high").count() == sum(rollout["high_group"])
+
+
+def test_the_colours_can_show_the_view_divergence(seen: Viewer) -> None:
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.score_example()
+    rollouts = answer.value.json()["rollouts"]
+    tokens = seen.page.locator("#rollouts .token")
+
+    def shown() -> list[float]:
+        return tokens.evaluate_all("all => all.map(token => parseFloat(token.style.getPropertyValue('--a')))")
+
+    def expected(scores: list[float]) -> Any:
+        """The root of a score, in per cent of the largest one's or of 1 nat's, with one decimal."""
+        scale = max(1, *scores)
+        return pytest.approx([100 * (score / scale) ** 0.5 for score in scores], abs=0.051)
+
+    by_va = [va for rollout in rollouts for va in rollout["visual_advantage"]]
+    by_divergence = [nats for rollout in rollouts for nats in rollout["columns"]["view_divergence_nats"]]
+    assert shown() == expected(by_va)
+    seen.page.click("#by-divergence")
+    assert seen.page.locator("#heat-title").inner_text() == "Tokens by view divergence"
+    assert shown() == expected(by_divergence)
+    assert shown() != expected(by_va)
+    tokens.nth(4).hover()
+    assert seen.details()["view divergence"] == f"{by_divergence[4]:.3f} nats"
+    assert serious_findings(seen) == []
+    seen.page.click("#by-va")
+    assert shown() == expected(by_va)
 
 
 def test_everything_can_be_reached_by_keyboard(seen: Viewer) -> None:

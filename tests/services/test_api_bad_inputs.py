@@ -178,7 +178,7 @@ def test_a_body_above_the_limit_is_refused_by_its_declared_length(api: Api) -> N
 
     host, port = api.http.base_url.host, api.http.base_url.port
     with socket.create_connection((host, port or 80), timeout=30) as connection:
-        connection.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         connection.sendall(b"Content-Length: 99999999999\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()  # until the API closes
     assert answer.startswith("HTTP/1.1 413 ")

@@ -264,7 +264,7 @@ def _metrics(api: Api) -> dict[str, float]:
 
 def test_work_for_a_client_that_went_away_is_dropped(api: Api) -> None:
     body = json.dumps({**BODY, "responses": ["The sides are 3, 4 and 5. " * 20] * 8, "response": None}).encode()
-    head = "POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     gone = 'vaopd_api_requests_total{method="POST",route="/v1/score",status="499"}'
     before = _metrics(api).get(gone, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.support.api import Api, error_of, start_api, with_keys
 from tests.support.runs import make_run
 from vaopd.access.keys import add_key
 from vaopd.http_client import ScoringClient
+from vaopd.run.status import StatusWriter
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +30,8 @@ def nobody() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6))
-    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,))
+    make_run(folder / "done", accuracies=(0.3, 0.5, 0.6), judged=True)
+    make_run(folder / "begun", variant="standard", seed=3, steps=5, accuracies=(0.3,), judged=True)
     os.utime(folder / "done" / "metrics.jsonl", (1, 1))
     return folder
 
@@ -51,10 +53,15 @@ def test_the_runs_are_listed_the_one_that_changed_last_first(api: Api, runs: Pat
         "steps_done": 5,
         "steps_planned": 20,
         "finished": False,
+        "state": "not finished",
+        "reason": "",
         "accuracy_before": 0.3,
         "accuracy": 0.3,
+        "judge_before": "1, by hand",
+        "judge": "1, by hand",
     }
     assert (done["name"], done["finished"], done["accuracy"]) == ("done", True, 0.6)
+    assert (done["judge_before"], done["judge"]) == ("1, by hand", "3, by hand")
     with ScoringClient(str(api.http.base_url)) as client:
         assert [run.name for run in client.runs()] == ["begun", "done"]
 
@@ -136,3 +143,28 @@ def test_the_event_loop_goes_on_while_a_report_is_drawn(api: Api, runs: Path) ->
     finally:
         for name in names:
             (runs / name / "config.toml").unlink()
+
+
+def test_a_run_that_died_is_listed_as_failed_and_its_page_stops_updating(api: Api, runs: Path) -> None:
+    """Nothing in its folder changes when it dies: what the API knows of its files is not enough."""
+
+    def listed() -> tuple[str, str]:
+        (found,) = [run for run in api.http.get("/v1/runs").json()["runs"] if run["name"] == "mortal"]
+        return found["state"], found["reason"]
+
+    folder = make_run(runs / "mortal", steps=5, accuracies=(0.3,))
+    try:
+        with StatusWriter(folder, role="trainer") as status:
+            status.write("running", step=5, lease_s=600.0)
+            assert listed() == ("running", "")
+            page = api.http.get("/runs/mortal/report").text
+            assert '<body data-again="15">' in page
+            assert "The run is running." in page
+        state, reason = listed()  # its lock is gone, as after kill -9
+        assert state == "failed"
+        assert "ended without a word" in reason
+        page = api.http.get("/runs/mortal/report").text
+        assert "<body>" in page
+        assert "The run failed at step 5: the trainer, process" in page
+    finally:
+        shutil.rmtree(folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.support.data_sets import write_both_splits
 from vaopd.cli import main
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = ["demo", "up", "train", "teacher", "rollout", "api", "score", "eval", "data", "models", "report"]
 COMMANDS += ["ledger", "queue", "keys", "certs", "doctor"]
 CONFIG = """
@@ -136,6 +139,57 @@ def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]
     assert parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"]) == {"teacher": ("0,1",), "rollout": ("2", "3")}
     assert main(["up", str(config), "--gpus", "student=1"]) == 2
     assert "ROLE out of teacher, rollout, trainer" in capsys.readouterr().err
+
+
+def test_a_trainer_given_twice_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", str(config), "--gpus", "trainer=0", "--gpus", "trainer=1"]) == 2
+    assert "--gpus trainer=0,1, with --set trainer.processes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An nvidia-smi that shows four cards with a driver that is too old for CUDA 13."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, 81559, NVIDIA H100 80GB HBM3, 570.10"; done\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_auto_places_the_processes_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs" / "geometry3k-8b.toml")
+    free = ["--set", "teacher.address=127.0.0.1:0", "--set", "api.address=127.0.0.1:0"]
+    assert main(["up", recipe, "--gpus", "auto", "--dry-run", *free]) == 0
+    printed = capsys.readouterr()
+    assert "teacher on card 0: Qwen/Qwen3-VL-8B-Instruct needs 19.6 GiB, 74.1 of a card are usable" in printed.err
+    by_hand = "--gpus teacher=0 --gpus rollout=1 --gpus trainer=2,3 --set trainer.processes=2"
+    assert f"the same by hand: {by_hand}" in printed.err
+    assert tomllib.loads(printed.out)["trainer"]["processes"] == 2
+    assert main(["up", recipe, "--gpus", "auto", "--dry-run", *free, "--set", "trainer.processes=1"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["trainer"]["processes"] == 1  # a setting by hand has priority
+    assert main(["up", recipe, "--gpus", "auto", "--gpus", "teacher=0"]) == 2
+    assert "leave out the other --gpus, or auto" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("four_cards")
+def test_doctor_names_cards_and_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    main(["doctor", "configs/geometry3k-8b.toml"])
+    told = capsys.readouterr().out
+    assert re.search(r"^ok +GPU 3 +NVIDIA H100 80GB HBM3, 79\.6 GiB, driver 570\.10$", told, re.MULTILINE)
+    assert re.search(r"^MISS +NVIDIA driver +570\.10: torch for CUDA 13\.0 needs 580$", told, re.MULTILINE)
+    assert re.search(r"^ok +geometry3k-8b +teacher on card 0: .*; trainer on card 2,3: ", told, re.MULTILINE)
+    main(["doctor"])
+    assert re.findall(r"^ok +(geometry3k-\w+) ", capsys.readouterr().out, re.MULTILINE) == [
+        "geometry3k-4b",
+        "geometry3k-8b",
+        "geometry3k-32b",
+    ]
 
 
 def test_data_are_made_with_the_sizes_asked_for(tmp_path: Path) -> None:

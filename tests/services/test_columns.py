@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from tests.support.tolerance import assert_noticed, assert_within, propagated
 from vaopd.client import SyncTeacherClient
 from vaopd.client.answers import GroupAssembly
 from vaopd.columns import COLUMNS, Column
+from vaopd.config import Config
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput, Mismatch, NumericalError
 from vaopd.http_types import DegradationModel, ScoreBody
@@ -28,10 +31,12 @@ from vaopd.types import GroupScore
 from vaopd.wire.teacher import columns_to_pb
 from vaopd_teacher.engines import columns
 from vaopd_teacher.engines.load import make_backend
+from vaopd_trainer.compose import connect_teacher
 
 GAP = "likeliest_gap_nats"
 """Made up here: by how much the likeliest token's log-prob differs between the views."""
 ENTROPY = "teacher_entropy_nats"
+DIVERGENCE = "view_divergence_nats"
 ALWAYS = ("teacher_logprobs", "degraded_logprobs", "visual_advantage")
 
 
@@ -178,6 +183,51 @@ def test_the_entropy_is_that_of_a_plain_forward_over_the_logical_vocabulary(
         assert_noticed(expected.roll(1), expected, error)  # another token's
 
 
+# ------------------------------------------------------------------------------------------------ the view divergence
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("payload", ["none", "hidden"])
+def test_the_view_divergence_is_that_of_two_plain_forwards(teacher: TeacherInProcess, payload: str) -> None:
+    """Both views' full distributions, by transformers' own forward, and Σ p·(log p − log p̃) in float64."""
+    found = score(teacher.target, names=[DIVERGENCE], payload=payload)
+    assert found.response_ids is not None
+    for ids, divergence in zip(found.response_ids, found.columns[DIVERGENCE], strict=True):
+        views = [plain_logits([p], ids) for p in (drawing(1), pixelate(drawing(1), 0.1))]
+        expected = divergence_terms(*(view.log_softmax(-1) for view in views)).sum(-1)
+        # Of the logits after two float32 forwards, and of the sum over the vocabulary.
+        of_logits = [tolerance.forward(tiny_vlm().config) * view.abs().amax(-1, keepdim=True) for view in views]
+        error = propagated(lambda z, w: divergence_terms(z.log_softmax(-1), w.log_softmax(-1)), views, of_logits)
+        logprobs = [view.log_softmax(-1) for view in views]
+        error += propagated(divergence_terms, logprobs, [tolerance.log_softmax(view) for view in views])
+        assert divergence.dtype == np.float32
+        assert_within(divergence, expected, error)
+        swapped = divergence_terms(*reversed(logprobs)).sum(-1)
+        assert_noticed(swapped, expected, error)
+        assert_noticed(expected.roll(1), expected, error)  # another token's
+
+
+def divergence_terms(original: torch.Tensor, degraded: torch.Tensor) -> torch.Tensor:
+    return original.exp() * (original - degraded)
+
+
+def test_a_trainer_refuses_a_teacher_that_can_t_compute_what_its_objective_needs(tmp_path: Path) -> None:
+    lacking = replace(make_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0), columns=())  # as vLLM's is
+    with teacher_in_process(lacking) as other, contextlib.ExitStack() as stack:
+        config = Config.model_validate(
+            {
+                "run": {"name": "x", "folder": tmp_path},
+                "data": {"source": "none"},
+                "student": {"model": "none"},
+                "teacher": {"model": "none", "address": other.target},
+                "objective": {"variant": "token_groups", "token_score": "view_divergence"},
+                "trainer": {"steps": 1},
+            }
+        )
+        with pytest.raises(Mismatch, match=f"can't compute {DIVERGENCE}, which objective.token_score needs"):
+            connect_teacher(config, tiny_vlm(), stack)
+
+
 def test_the_api_answers_with_the_columns_that_were_asked_for(api: Api, teacher: TeacherInProcess) -> None:
     (rollout,) = api.score(**BODY, columns=[ENTROPY]).json()["rollouts"]
     assert len(rollout["columns"][ENTROPY]) == len(rollout["tokens"])
@@ -185,7 +235,7 @@ def test_the_api_answers_with_the_columns_that_were_asked_for(api: Api, teacher:
     assert plain == rollout | {"columns": {}}
     assert all(0 < value < math.log(teacher.description.vocab_size) for value in rollout["columns"][ENTROPY])
     (listed,) = api.http.get("/v1/teachers").json()["teachers"]
-    assert listed["columns"] == [ENTROPY]
+    assert listed["columns"] == [ENTROPY, DIVERGENCE]
 
 
 def test_the_api_names_a_column_that_there_is_not(api: Api) -> None:

@@ -29,7 +29,7 @@ def kl_of(payload: PayloadKind) -> np.ndarray:
         estimator="k1",
     )
     with torch.no_grad():
-        _, kl = loss([weigh(group, VaOpd(), seed=0) for group in scored.groups])
+        _, (kl, _) = loss([weigh(group, VaOpd(), seed=0) for group in scored.groups])
     return kl.numpy()
 
 

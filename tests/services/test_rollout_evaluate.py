@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -77,6 +79,70 @@ def test_the_accuracy_is_that_of_plain_greedy_answers(config_path: Path, capsys:
     assert told["accuracy"] == pytest.approx(np.mean(right))
     assert (told["prompts"], told["samples"]) == (8, 1)
     assert (told["judge"], told["not_judged"]) == (judge_version(), 0)
+
+
+def cut_pictures(source: Path, target: Path, *, cut: set[int]) -> Path:
+    """Copies a data set; the pictures of these validation records are cut in the middle."""
+    target.mkdir()
+    for split in ("train", "validation"):
+        rows = pq.read_table(source / f"{split}.parquet").to_pylist()
+        for index, row in enumerate(rows):
+            if split == "validation" and index in cut:
+                row["images"] = [{**image, "bytes": image["bytes"][:200]} for image in row["images"]]
+        pq.write_table(pa.Table.from_pylist(rows), target / f"{split}.parquet")
+    return target
+
+
+@pytest.mark.slow
+def test_a_question_that_cannot_be_asked_is_never_wrong(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With half of the pictures cut, the accuracy is that of the other half; it is 1 only if allowed."""
+    source = cut_pictures(config_path.parent / "data", tmp_path / "half", cut={0, 2, 4, 6})
+    whole = [row["answer"] for row in pq.read_table(source / "validation.parquet").to_pylist()]
+    assert len(whole) == 8
+    arguments = ["eval", str(config_path), "--set", f"data.source={source}", "--json"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert (told["prompts"], told["not_asked"]) == (4, {"picture": 4})
+    assert "not asked: Geometry3K split 'validation', record 2, field 'images[0]': image " in shown.err
+    assert "4 of 8 not asked: 4 picture; --allow-unasked accepts that" in shown.err
+
+    rows = pq.read_table(source / "validation.parquet").slice(0, 8).to_pylist()
+    (tmp_path / "good").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[1::2]), tmp_path / "good/validation.parquet")
+    assert main(["eval", str(config_path), "--set", f"data.source={tmp_path / 'good'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == told["accuracy"]
+
+    assert main([*arguments, "--allow-unasked"]) == 0
+
+
+def test_with_no_readable_picture_there_is_no_accuracy(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = cut_pictures(config_path.parent / "data", tmp_path / "none", cut=set(range(8)))
+    assert main(["eval", str(config_path), "--set", f"data.source={source}", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["accuracy"], told["standard_error"], told["prompts"]) == (None, None, 0)
+    assert told["not_asked"] == {"picture": 8}
+    assert main(["eval", str(config_path), "--set", f"data.source={source}"]) == 1
+    assert "no accuracy: 8 of 8 not asked: 8 picture" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_question_that_the_engine_refuses_was_not_asked(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine whose context is shorter than every prompt."""
+    from vaopd.vlm.model import Vlm
+
+    monkeypatch.setattr(Vlm, "max_tokens", 8)
+    assert main(["eval", str(config_path), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["not_asked"] == {"refused by the engine": 8}
+    assert json.loads(shown.out)["accuracy"] is None
+    assert shown.err.count("vaopd: not asked: validation-") == 8
 
 
 def test_a_model_in_several_files_becomes_one_snapshot(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -12,11 +14,12 @@ import PIL.Image
 import pytest
 
 from tests.support.models import model_folder
-from tests.support.teacher import TeacherInProcess, drawing
+from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process
 from vaopd.cli import main
 from vaopd.cli.score import wants_colour
 from vaopd.http_types import DegradationModel, RolloutScore, ScoreReply, Token
 from vaopd.scoring import views
+from vaopd.vlm.model import Vlm
 
 QUESTION = "What is the perimeter?"
 
@@ -117,6 +120,33 @@ def test_png_and_html_hold_the_score(arguments: list[str], tmp_path: Path) -> No
     assert not re.search(r"(src|href)=\"?http", text)
 
 
+def test_the_views_are_those_of_the_teachers_pixel_bounds(tmp_path: Path) -> None:
+    """A picture of 30 × 40, scaled to 1024 px, is 27 × 36 and has 2 × 3 cells; as stored it would have 3 × 4."""
+    vlm = Vlm.load(model_folder("teacher"), max_pixels=1024)
+    assert vlm.pixel_bounds == (1024, 1024)
+    drawing(1, (30, 40)).save(tmp_path / "image.png")
+    page = tmp_path / "score.html"
+    with teacher_in_process(vlm) as teacher:
+        asked = ["--image", str(tmp_path / "image.png"), "--question", QUESTION, "--response", "It is 12."]
+        assert main(["score", "--teacher", teacher.target, *asked, "--html", str(page)]) == 0
+    shown = [base64.b64decode(text) for text in re.findall('data:image/png;base64,([^"]+)', page.read_text())]
+    original, degraded = (PIL.Image.open(io.BytesIO(png)) for png in shown)
+    assert original.size == degraded.size == (27, 36)
+    columns = {degraded.crop((x, 0, x + 1, 36)).tobytes() for x in range(27)}
+    rows = {degraded.crop((0, y, 27, y + 1)).tobytes() for y in range(36)}
+    assert (len(columns), len(rows)) == (2, 3)
+
+
+def test_a_column_on_request_is_in_table_and_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*arguments, "--response", "It is 12.", "--columns", "teacher_entropy_nats"]
+    assert main([*asked, "--json"]) == 0
+    (rollout,) = ScoreReply.model_validate_json(capsys.readouterr().out).rollouts
+    assert main([*asked, "--table"]) == 0
+    heading, first = capsys.readouterr().out.splitlines()[1:3]
+    assert heading.split() == ["token", "original", "degraded", "VA", "teacher_entropy_nats"]
+    assert first.split()[4] == f"{rollout.columns['teacher_entropy_nats'][0]:.3f}"
+
+
 def test_a_degraded_view_is_named_with_its_strength_if_it_has_one() -> None:
     reply = by_hand(["a"], [0.1])
     assert "by hand, degraded view: pixelate 0.1." in views.render_html(reply, question="?", views=[])
@@ -135,6 +165,7 @@ def test_texts_are_no_markup_in_the_html() -> None:
     [
         (["--response", "a", "--degradation", "melt"], "--degradation 'melt' is unknown; use one of pixelate"),
         (["--response", "a", "--image", "nowhere.png"], "image 'nowhere.png' can't be read (No such file"),
+        (["--response", "a", "--columns", "warmth"], "column 'warmth' can't be asked for"),
         (["--generate"], "--generate needs --student MODEL"),
         (["--response", "a", "--png", "/nowhere/a.png"], "can't be written (No such file"),
     ],

@@ -50,6 +50,8 @@ async def test_the_teacher_describes_itself(client: TeacherClient) -> None:
     assert description.limits.max_tokens_per_rollout == 1024  # the model's positions, fewer than the service's limit
     assert "pixelate" in description.degradations
     assert "hidden" in description.payloads
+    size = vlm.processor.image_processor.size
+    assert description.pixel_bounds == (size["shortest_edge"], size["longest_edge"])
 
 
 async def test_every_group_is_answered_once(client: TeacherClient) -> None:

@@ -11,6 +11,6 @@ import pyarrow.parquet as pq
 def write_both_splits(folder: Path) -> None:
     """One question without a picture in each of train and validation."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([{"problem": "What is 1+1?", "answer": "2", "images": []}])
-    for split in ("train", "validation"):
+    for split, problem in (("train", "What is 1+1?"), ("validation", "What is 2+0?")):
+        table = pa.Table.from_pylist([{"problem": problem, "answer": "2", "images": []}])
         pq.write_table(table, folder / f"{split}.parquet")

@@ -24,8 +24,12 @@ def make_run(
     seed: int = 0,
     accuracies: tuple[float, ...] = (0.3, 0.5, 0.6),
     steps: int = 20,
+    judged: bool = False,
 ) -> Path:
-    """A folder as the trainer leaves it: 20 steps planned, `steps` of them done, an evaluation every 10."""
+    """A folder as the trainer leaves it: 20 steps planned, `steps` of them done, an evaluation every 10.
+
+    judged: each evaluation names a version of the judge, as it does since there are versions.
+    """
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(
         f'[run]\nname = "x"\nseed = {seed}\n[objective]\nvariant = "{variant}"\n'
@@ -33,7 +37,9 @@ def make_run(
     )
     lines: list[dict[str, Any]] = []
     for index, accuracy in enumerate(accuracies):
-        evaluation = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
+        evaluation: dict[str, Any] = {"accuracy": accuracy, "standard_error": 0.03, "prompts": 300, "samples": 1}
+        if judged:
+            evaluation["judge"] = f"{index + 1}, by hand"
         lines.append({"kind": "eval", "step": 10 * index, **evaluation})
     for step in range(steps):
         numbers = {"loss": 0.5, "kl_mean": 0.4, "kl_high": 0.6, "kl_low": 0.3, "mean_va": 0.2, "va_top10_share": 0.95}

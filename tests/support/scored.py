@@ -67,7 +67,7 @@ def vlm(name: str) -> Vlm:
 
 def plain(name: str) -> PlainStudent:
     """The model under transformers' own processor and full logits: what the whole stack is compared with."""
-    return PlainStudent(_policy(name))
+    return PlainStudent(policy_of(name))
 
 
 def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
@@ -87,7 +87,7 @@ def requests(*, rollouts: int = 3) -> list[RolloutRequest]:
 @functools.cache
 def sampled_groups() -> list[RolloutGroup]:
     engine = TransformersEngine(model_folder("student"), worker="w", max_pixels=MAX_PIXELS)
-    engine.load_policy(_policy("student"))
+    engine.load_policy(policy_of("student"))
     groups = engine.generate(requests())
     assert all(isinstance(group, RolloutGroup) for group in groups)
     return groups  # type: ignore[return-value]
@@ -104,7 +104,7 @@ class Scored:
 
 @contextmanager
 def scorer_for(
-    teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, **client: Any
+    teacher: Vlm, *, max_tokens: int = 512, batch_tokens: int = 1, columns: Sequence[str] = (), **client: Any
 ) -> Iterator[tuple[GroupScorer, SyncTeacherClient]]:
     """batch_tokens = 1: the teacher takes each row by itself, so that the same groups always give the same bits."""
     student = vlm("student")
@@ -119,6 +119,7 @@ def scorer_for(
             student=student,
             find_prompt=lambda group: listed[group.index],
             max_tokens=max_tokens,
+            columns=columns,
         )
         try:
             yield scorer, connection
@@ -189,7 +190,7 @@ def divergence_error(terms: divergences.Terms = divergences.full, teacher: str =
     return divergences.error(terms, *map(reference_rows, names), *map(logits_error, names))
 
 
-def _policy(name: str) -> PolicyVersion:
+def policy_of(name: str) -> PolicyVersion:
     folder = Path(model_folder(name))
     return PolicyVersion(
         version=0, path=str(folder), sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()

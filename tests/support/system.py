@@ -196,7 +196,8 @@ class System:
         self.redis = EmbeddedRedis()
         self.data = folder / "data"
         self._problems = problems
-        self._teacher_model = teacher
+        self.teacher_model = model_folder(teacher)
+        """What the next teacher serves."""
         self._seed = seed
         self._stack = ExitStack()
         self._processes: list[Process] = []
@@ -271,7 +272,7 @@ class System:
             f"run.folder={self.folder / 'runs'}",
             f"data.source={self.data}",
             f"student.model={model_folder('student')}",
-            f"teacher.model={model_folder(self._teacher_model)}",
+            f"teacher.model={self.teacher_model}",
             f"teacher.address={self.address}",
             # Each row in a forward of its own: which groups arrive together then shows in no bit of the scores.
             "teacher.batch_tokens=1",

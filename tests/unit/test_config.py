@@ -121,7 +121,6 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
         ("teacher.payload=none", r"teacher\.payload: must be one of 'hidden', .*'sampled', got 'none'"),
         ("rollout.engine.name=vllm", r"rollout\.engine: must be one of 'vllm', 'transformers'"),
         ("data.min_pixels=0", r"data\.min_pixels: .* greater than or equal to 1, got 0"),
-        ("trainer.processes=3", r"prompts_per_step = 16 must be a multiple of trainer\.processes = 3"),
         ("steps=3", r"not of the form section\.key=value"),
     ],
 )
@@ -170,6 +169,10 @@ def test_a_resolved_configuration_can_be_read_again(minimal: Path, tmp_path: Pat
 # -- variants ----------------------------------------------------------------------------------------------------------
 
 
+ROLLOUTS = {"temperature": 1.0, "rollout_deviation_floor": 0.0}
+TOKENS = {"high_fraction": 0.2, "high_weight": 0.5}
+
+
 def refuse(line: str) -> None:
     raise AssertionError(f"nothing is to be said, and this is: {line}")
 
@@ -177,22 +180,22 @@ def refuse(line: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "objective", "keywords"),
     [
-        ([], VaOpd(), {"variant": "va_opd", "temperature": 1.0, "high_fraction": 0.2, "high_weight": 0.5}),
+        ([], VaOpd(), {"variant": "va_opd", **ROLLOUTS, **TOKENS}),
         (["variant=standard"], StandardOpd(), {"variant": "standard"}),
         (
-            ["variant=rollout_weights", "temperature=2.0"],
-            RolloutWeightsOnly(temperature=2.0),
-            {"variant": "rollout_weights", "temperature": 2.0},
+            ["variant=rollout_weights", "temperature=2.0", "rollout_deviation_floor=0.02"],
+            RolloutWeightsOnly(temperature=2.0, rollout_deviation_floor=0.02),
+            {"variant": "rollout_weights", "temperature": 2.0, "rollout_deviation_floor": 0.02},
         ),
         (
-            ["variant=token_groups", "high_weight=0.7"],
-            TokenGroupsOnly(high_weight=0.7),
+            ["variant=token_groups", "high_weight=0.7", "token_score=view_divergence"],
+            TokenGroupsOnly(high_weight=0.7, token_score="view_divergence"),
             {"variant": "token_groups", "high_fraction": 0.2, "high_weight": 0.7},
         ),
         (
-            ["variant=masked", "mask=bottom"],
-            MaskedOpd(mask="bottom"),
-            {"variant": "masked", "mask": "bottom", "mask_fraction": 0.1},
+            ["variant=masked", "mask=bottom", "mask_ties=random"],
+            MaskedOpd(mask="bottom", mask_ties="random"),
+            {"variant": "masked", "mask": "bottom", "mask_fraction": 0.1, "mask_ties": "random"},
         ),
     ],
 )

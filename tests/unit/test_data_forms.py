@@ -233,7 +233,7 @@ def test_the_places_of_a_split(tmp_path: Path, names: list[str]) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_nothing_to_train_on_is_refused(tmp_path: Path, skip: bool) -> None:
-    bad_records: Any = "skip" if skip else "raise"
+    bad_records: Any = "skip" if skip else "error"
     write(tmp_path / "train.parquet", pa.Table.from_pylist([A]).slice(0, 0))
     with pytest.raises(InvalidInput, match="split 'train' has no records"):
         load_prompts(str(tmp_path), split="train", bad_records=bad_records)
@@ -272,6 +272,13 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     good = json.dumps({"problem": "a", "answer": "1", "images": []})
     (tmp_path / "train.jsonl").write_bytes(f"{good}\n\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(InvalidInput, match=r"train\.jsonl(, line 3: not a JSON object| is not UTF-8)"):
+        load_prompts(str(tmp_path), split="train")
+
+
+def test_half_of_a_character_in_json_is_a_bad_record(tmp_path: Path) -> None:
+    """An emoji that was cut between its two halves; no tokenizer and no message on the wire can hold it."""
+    lines(tmp_path / "train.jsonl", {"problem": "Is it \ud83d?", "answer": "1", "images": []})
+    with pytest.raises(InvalidInput, match=r"record 0, field 'problem': the text holds U\+D83D, half of a character"):
         load_prompts(str(tmp_path), split="train")
 
 

@@ -17,6 +17,7 @@ from tests.support.data_sets import write_both_splits
 from tests.support.documents import PAGES, ROOT, Block, blocks, script
 from vaopd.cli import build_parser, main
 from vaopd.config import ServiceConfig, validate
+from vaopd.launch.placement import Card
 
 STARTS = ("up", "train", "teacher", "rollout", "api")
 
@@ -40,6 +41,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_both_splits(tmp_path / "data" / "handwritten-geometry")
     (tmp_path / "service.toml").write_text("[teacher.sharing]\nweights = { main-run = 3.0 }\n")
     monkeypatch.chdir(tmp_path)
+    cards = [Card(index=index, gib=79.1) for index in range(4)]
+    monkeypatch.setattr("vaopd.launch.placement.list_cards", lambda: cards)
     return tmp_path
 
 
@@ -48,10 +51,10 @@ def test_every_command_is_one(block: Block, elsewhere: Path, capsys: pytest.Capt
     """All are parsed; what starts processes also looks whether it could, and starts none."""
     for arguments in commands(block):
         parsed = build_parser().parse_args(arguments)
-        if arguments[0] in STARTS and Path(parsed.config).exists():
+        if arguments[0] in STARTS and parsed.config is not None and Path(parsed.config).exists():
             here = ("teacher.address=127.0.0.1:0", "api.address=127.0.0.1:0", "queue.url=embedded")
             settings = [word for setting in here for word in ("--set", setting)]
-            assert main([*arguments, *settings, "--dry-run"]) == 0, capsys.readouterr().err
+            assert main([*arguments, *settings, "--dry-run", "--offline"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("block", [b for b in blocks("bash") if b.marker], ids=lambda block: block.name)

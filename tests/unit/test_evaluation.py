@@ -124,3 +124,18 @@ def test_avg_at_n_is_the_mean_over_questions() -> None:
 def test_avg_at_n_of_nothing_is_an_error(correct: list[list[bool]]) -> None:
     with pytest.raises(InvalidInput):
         avg_at_n(correct)
+
+
+def test_a_question_that_was_not_asked_counts_neither_as_right_nor_as_wrong() -> None:
+    result = held_out_result({"a": [True, False], "b": [True, True]}, not_asked={"picture": 1, "over-long": 0})
+    assert (result.accuracy, result.prompts) == (0.75, 2)
+    assert result.standard_error == pytest.approx(0.25 / 2**0.5)  # means of 0.5 and 1
+    assert "avg@2, 2 problems; 1 of 3 not asked: 1 picture; judge " in str(result)
+    assert result.not_asked == {"picture": 1}
+
+
+def test_without_an_answer_there_is_no_accuracy() -> None:
+    result = held_out_result({}, samples=8, not_asked={"picture": 3})
+    assert (result.accuracy, result.standard_error, result.prompts, result.samples) == (None, None, 0, 8)
+    assert str(result) == "no accuracy: 3 of 3 not asked: 3 picture"
+    assert str(held_out_result({})) == "no accuracy: there was no question"

@@ -179,13 +179,6 @@ def test_a_pixel_bound_that_crosses_the_processor_s_own_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_vision_tower_stays_on_plain_attention(family: str) -> None:
-    vlm = family_vlm(family)
-    assert vlm.config.vision_config._attn_implementation == "sdpa"
-    assert vlm.family.vision_tower(vlm.model).config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_without_a_layout_the_model_is_transformers_own_padding_included(family: str) -> None:
     """Generation calls the same model without a layout, with padded prompts too."""

@@ -102,7 +102,7 @@ TORCH_FREE = (
     *("degradation", "access", "files", "net", "queue", "launch", "process", "cli", "run"),
     *("columns", "grading"),
 )
-WITH_TORCH = ("vaopd.run.snapshots",)
+WITH_TORCH = ("vaopd.run.snapshots", "vaopd.run.tensor_files")
 
 
 def test_torch_is_not_needed() -> None:

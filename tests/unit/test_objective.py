@@ -28,6 +28,7 @@ WEIGHTS = tensor([0.25, 0.75])
 # Each function that takes a mask, with the mask left open.
 WITH_MASK: dict[str, Callable[[Tensor], Any]] = {
     "visual_advantage": lambda mask: objective.visual_advantage(-VA, -2 * VA, mask),
+    "absolute_advantage": lambda mask: objective.absolute_advantage(-VA, -2 * VA, mask),
     "mean_visual_advantage": lambda mask: objective.mean_visual_advantage(VA, mask),
     "high_group": lambda mask: objective.high_group(VA, mask),
     "token_weights": lambda mask: objective.token_weights(VA, mask, WEIGHTS),
@@ -156,7 +157,7 @@ def test_the_configuration_s_variants_are_the_objective_s() -> None:
     names = [name for member in variants.members for name in variants.list_tags(member)]
     assert sorted(names) == sorted(objective.VARIANTS)
     for member, name in zip(variants.members, names, strict=True):
-        settings = member().model_dump()
+        settings = member().as_keywords()
         assert settings["variant"] == name
         weights = objective.group_weights(VA, MASK, **settings)
         torch.testing.assert_close(weights, objective.group_weights(VA, MASK, variant=name), rtol=0, atol=0)

@@ -47,6 +47,15 @@ def test_a_sound_configuration_has_no_problem(config: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("command", ["up", "train"])
+def test_a_tracker_that_is_not_installed(
+    command: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "wandb")
+    told = refusal(capsys, command, str(config), "--set", 'trainer.trackers=["tensorboard", "wandb"]')
+    assert "trainer.trackers: wandb is not installed; pip install wandb, or leave it out" in told
+
+
 def test_no_gpu(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "GPU_FILES", (Path("/nowhere/nvidiactl"),))
     told = refusal(capsys, "teacher", str(config), "--set", "teacher.device_map=cuda:0")

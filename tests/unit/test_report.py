@@ -21,8 +21,11 @@ from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
-from vaopd.report.plots import compute_band, keep_finished, seed_band, smooth
+from vaopd.report.groups import group_runs, keep_finished
+from vaopd.report.plots import compute_band, seed_band, smooth
+from vaopd.run import settings
 from vaopd.run.records import read_run
+from vaopd.run.status import StatusWriter
 from vaopd.types import Degradation, EncodedImage, TeacherLimits
 from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
@@ -48,6 +51,31 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
     assert "<td>objective.variant</td><td>va_opd</td>" in page
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []  # nothing is loaded from elsewhere
     assert "currentColor" in page  # the curves follow the page's light or dark
+
+
+def test_questions_that_were_not_asked_and_records_left_out_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", accuracies=(0.3, 0.5))
+    line = {"kind": "eval", "step": 20, "prompts": 150, "samples": 8, "not_asked": {"picture": 30, "over-long": 20}}
+    last_step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**last_step, "step": 20, "records_left_out": 3.0}) + "\n")
+        file.write(json.dumps({**line, "accuracy": 0.9, "standard_error": 0.03}) + "\n")
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", write_report([run]).read_text()))
+    assert "90.0 % ± 3.0 (50 of 200 not asked)" in page
+    assert "50 problems 30 picture, 20 over-long" in page
+    assert "bad records left out 3 of the training split" in page
+
+
+def test_an_evaluation_in_which_nothing_was_asked_has_no_accuracy(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "first", accuracies=(0.3,))
+    line = {"kind": "eval", "step": 20, "prompts": 0, "samples": 8, "not_asked": {"picture": 200}}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "accuracy": None, "standard_error": None}) + "\n")
+    run = read_run(folder)
+    assert [evaluation.step for evaluation in run.evaluations] == [0]
+    assert run.finished
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", report_html([run])))
+    assert "held-out accuracy, step 20 none no question could be asked: 200 picture" in page
 
 
 def test_judge_and_answers_it_did_not_judge_stand_beside_the_accuracy(tmp_path: Path) -> None:
@@ -142,6 +170,33 @@ def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
     (run / "config.toml").write_text(config.replace("[objective]\n", "[objective]\nhigh_fraction = 0.5\n"))
     marked = re.findall(r'<span class="high"[^>]* title="VA ([\d.]+),', write_report([run]).read_text())
     assert marked == ["0.500", "9.000"] * 4
+
+
+def test_the_high_group_is_that_of_the_run_s_own_token_score(tmp_path: Path) -> None:
+    """By view divergence the second token of VA 0, which the student misread, is the high one."""
+    run = make_run(tmp_path / "first")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n'))
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        sample["view_divergence_nats"] = [0.5, 2.0, 1.0]
+    (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    marked = re.findall(r'<span class="high"[^>]* title="([^"]*)"', write_report([run]).read_text())
+    assert marked == ["VA 0.000, view divergence 2.000, teacher -0.200"] * 4
+
+
+def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, variant="token_groups") for name in ("va", "divergence")]
+    config = (runs[1] / "config.toml").read_text()
+    (runs[1] / "config.toml").write_text(
+        config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n')
+    )
+    for run in runs:
+        (run / "samples.jsonl").unlink()
+    page = write_report(runs).read_text()
+    for name in ("token groups only", "token groups only, by view divergence"):
+        assert f"<td>{name}</td>" in page
+        assert f">{name}</text>" in page  # a line of its own in the curves
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
@@ -266,3 +321,72 @@ def test_the_script_that_runs_is_the_page_s_own(tmp_path: Path) -> None:
     page = report_html([read_run(make_run(tmp_path / "first"))])
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
     assert f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page
+
+
+def change_settings(run: Path, old: str, new: str) -> Path:
+    config = (run / "config.toml").read_text()
+    assert old in config
+    (run / "config.toml").write_text(config.replace(old, new))
+    return run
+
+
+def list_legends(*runs: Path) -> list[str]:
+    return [group.legend for group in group_runs([read_run(run) for run in runs])]
+
+
+def test_runs_are_grouped_by_configuration_and_labelled_by_what_differs(tmp_path: Path) -> None:
+    """Names, seeds and addresses make no difference; the rate does, and the objective's own fields do."""
+
+    def make(name: str, *, rate: str = "", variant: str = "va_opd", seed: int = 0) -> Path:
+        run = make_run(tmp_path / name, variant=variant, seed=seed)
+        return change_settings(run, "steps = 20\n", f"steps = 20\n{rate}checkpoint_every = {len(name)}\n")
+
+    slow, fast = "learning_rate = 1e-5\n", "learning_rate = 6e-4\n"
+    runs = [make("a", rate=slow), make("bb", rate=fast), make("ccc", rate=fast, seed=1)]
+    assert list_legends(*runs) == ["VA-OPD, learning_rate 1e-05", "VA-OPD, learning_rate 0.0006, 2 seeds"]
+    other = make("dddd", rate=slow, variant="standard")
+    assert list_legends(*runs[1:], other) == ["VA-OPD, 2 seeds", "Standard OPD"]
+    assert list_legends(*runs, other)[2] == "Standard OPD"
+    page = write_report([*runs, other], output=tmp_path / "page.html").read_text()
+    assert "VA-OPD, learning_rate 0.0006, 2 seeds" in page
+
+
+def test_the_same_seed_twice_is_said_and_counts_once(tmp_path: Path) -> None:
+    """Seed 0 with 40 and 50 %, seed 1 with 60: the mean of 45 and 60 is 52.5, not 50."""
+    runs = [
+        make_run(tmp_path / str(index), seed=seed, accuracies=(0.3, accuracy))
+        for index, (seed, accuracy) in enumerate(((0, 0.4), (0, 0.5), (1, 0.6)))
+    ]
+    assert list_legends(*runs) == ["VA-OPD, 2 seeds (seed 0 twice)"]
+    assert list_legends(*runs[:2]) == ["VA-OPD, 1 seed (seed 0 twice)"]
+    _, means, lows, highs = seed_band([read_run(run) for run in runs], band="range")
+    assert (means[1], lows[1], highs[1]) == (pytest.approx(52.5), pytest.approx(45), pytest.approx(60))
+    page = write_report(runs, output=tmp_path / "page.html").read_text()
+    assert "The same seed ran more than once, and counts as one: VA-OPD: seed 0 twice." in page
+
+
+def test_a_change_on_the_way_and_another_teacher_make_another_configuration(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("plain", "changed", "taught")]
+    first, second = {"revision": "a" * 20}, {"revision": "b" * 20}
+    for run in runs:
+        settings.append(run, {"step": 0, "changes": {}, "teacher": first})
+    settings.append(runs[1], {"step": 8, "changes": {"trainer.learning_rate": [0.5, 0.25]}, "teacher": first})
+    settings.append(runs[2], {"step": 8, "changes": {}, "teacher": second})
+    assert list_legends(*runs) == [
+        "VA-OPD",
+        "VA-OPD, learning_rate at step 8 0.5 → 0.25",
+        "VA-OPD, teacher at step 8 bbbbbbbb",
+    ]
+    page = write_report(runs[1:2]).read_text()
+    assert "From step 8 on, trainer.learning_rate is 0.25; before, it was 0.5." in page
+    page = write_report(runs[2:]).read_text()
+    assert f"From step 8 on, another teacher was accepted: revision {'b' * 16}; before, it was {'a' * 16}." in page
+
+
+def test_a_run_that_failed_says_so_at_the_top(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", steps=5)
+    with StatusWriter(run, role="trainer") as status:
+        status.write("failed", step=5, reason="no room on <the disk>")
+    page = write_report([run]).read_text()
+    assert "The run failed at step 5: no room on &lt;the disk&gt;" in page
+    assert "5 of 20<small>failed" in page

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from tests.support.kernels import reference_kernel
 from tests.support.tolerance import assert_noticed, assert_within, gamma
 from vaopd.errors import ConfigError
+from vaopd.vlm import shared_attention
 from vaopd.vlm.shared_attention import BUCKET_FILL, Layout, attend
+from vaopd.vlm.varlen_attention import choose_kernel
 
 pytestmark = pytest.mark.numeric
 
@@ -85,14 +91,14 @@ def test_under_autocast_mixed_precisions_meet_in_the_lower_one() -> None:
 
 
 def test_equal_siblings_need_one_call_and_no_gathering() -> None:
-    (segment,) = Layout([(5, (3, 3, 3))]).segments
+    (segment,) = Layout([(5, (3, 3, 3))]).buckets_on(torch.device("cpu")).segments
     (bucket,) = segment.buckets
     assert (bucket.count, bucket.longest, bucket.start) == (3, 3, 5)
 
 
 def test_ragged_siblings_are_padded_within_buckets_of_like_length_only() -> None:
     lengths = (100, 10, 80, 74, 9, 75)
-    (segment,) = Layout([(5, lengths)]).segments
+    (segment,) = Layout([(5, lengths)]).buckets_on(torch.device("cpu")).segments
     # 75 = 0.75 · 100 still shares the longest one's call; 74 begins the next, and 10 one more.
     assert [(bucket.count, bucket.longest) for bucket in segment.buckets] == [(3, 100), (1, 74), (2, 10)]
     computed = sum(bucket.count * bucket.longest for bucket in segment.buckets)
@@ -103,3 +109,83 @@ def test_what_it_cannot_do_is_refused_by_name() -> None:
     layout = Layout([(3, (2,))])
     with pytest.raises(ConfigError, match="softcap"):
         attend(torch.nn.Module(), *states(layout.length), None, layout=layout, softcap=50.0)
+
+
+# ------------------------------------------------------------------ one call of a kernel for sequences of any lengths
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets the reference kernel compute rows in place of a GPU's; holds the sequences of each call."""
+    seen: list[int] = []
+
+    def kernel(*args: Any, **options: Any) -> Tensor:
+        seen.append(len(args[3]) - 1)
+        return reference_kernel(*args, **options)
+
+    monkeypatch.setattr(shared_attention, "choose_kernel", lambda *_: kernel)
+    return seen
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_one_kernel_call_equals_dense_attention_forward_and_backward(calls: list[int], kv_heads: int) -> None:
+    layout = Layout(SEGMENTS)
+    inputs = states(layout.length, kv_heads=kv_heads)
+    packed, _ = attend(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5)
+    expected = dense(*inputs, may_see(SEGMENTS))
+    torch.testing.assert_close(packed, expected, rtol=1e-6, atol=1e-10)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad(packed, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-10)
+    assert calls == [4 + 3 + 3 + 1]  # the prompts and the responses that aren't empty, in one call
+
+
+def test_one_kernel_call_holds_in_a_recomputed_layer(calls: list[int]) -> None:
+    layout = Layout(SEGMENTS)
+    inputs = states(layout.length)
+
+    def layer(*tensors: Tensor) -> Tensor:
+        return attend(torch.nn.Module(), *tensors, None, layout=layout, scaling=DIM**-0.5)[0]
+
+    plain = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
+    again = torch.autograd.grad(checkpoint(layer, *inputs, use_reentrant=False).square().sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert len(calls) == 3  # the plain layer's, the checkpointed one's, and its own again in the backward pass
+
+
+def test_a_row_of_prompts_needs_no_gathering(calls: list[int]) -> None:
+    layout = Layout([(5, ()), (2, (0,))])
+    assert layout.sequences_on(torch.device("cpu")).keys is None
+    inputs = states(layout.length)
+    packed, _ = attend(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5)
+    torch.testing.assert_close(packed, dense(*inputs, may_see([(5, ()), (2, (0,))])), rtol=1e-6, atol=1e-10)
+    assert calls == [2]
+
+
+def test_a_sliding_window_goes_by_the_buckets(calls: list[int]) -> None:
+    layout = Layout(SEGMENTS)
+    attend(torch.nn.Module(), *states(layout.length), None, layout=layout, scaling=DIM**-0.5, sliding_window=4)
+    assert not calls
+
+
+def test_the_indices_of_a_layout_are_made_once() -> None:
+    layout, device = Layout(SEGMENTS), torch.device("cpu")
+    assert layout.sequences_on(device) is layout.sequences_on(device)
+    assert layout.buckets_on(device) is layout.buckets_on(device)
+
+
+def test_without_a_gpu_there_is_no_kernel() -> None:
+    assert choose_kernel(*(tensor.bfloat16() for tensor in states(4)), 0.0) is None
+
+
+def test_torchs_kernel_takes_the_arguments_that_it_is_given() -> None:
+    """The signature only, which differs from version to version: no CPU can run it."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+    bound = signature.bind(*range(7), scale=1.0, window_size=(-1, 0))
+    named = list(bound.arguments)
+    assert named[:3] == ["query", "key", "value"]
+    assert [name[:8] for name in named[3:5]] == ["cu_seq_q", "cu_seq_k"]
+    assert named[5:7] == ["max_q", "max_k"]

@@ -10,9 +10,10 @@ from tests.support import tolerance
 from tests.support.families import ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
 from tests.support.tolerance import assert_within
-from vaopd.config import TrainerConfig
+from vaopd.config import Config, TrainerConfig, validate
 from vaopd.divergence import token_logprobs
 from vaopd.vlm.model import Segment, Vlm
+from vaopd_trainer.compose import make_loss
 from vaopd_trainer.student_loss import StudentLoss
 
 pytestmark = pytest.mark.numeric
@@ -91,6 +92,28 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(
     assert_equal(student, recomputed, kept)
 
 
-def test_on_a_cpu_activations_are_kept_unless_asked(student: Vlm) -> None:
+@pytest.mark.parametrize(("device", "checkpoints"), [("cpu", False), ("cuda", True)])
+def test_checkpointing_is_decided_by_where_accelerate_will_put_the_student(
+    student: Vlm, device: str, checkpoints: bool
+) -> None:
+    """It is on the CPU when the trainer is composed."""
+    config = validate(
+        Config,
+        {
+            "run": {"name": "r"},
+            "data": {"source": "unused"},
+            "student": {"model": "unused"},
+            "teacher": {"model": "unused"},
+            "trainer": {"steps": 1},
+        },
+        origin="test",
+    )
+    make_loss(config, student, teacher_head=None, device=torch.device(device))
+    assert student.device.type == "cpu"
+    assert student.model.is_gradient_checkpointing == checkpoints
+    assert student.model.training == checkpoints  # transformers checkpoints in this mode only
+
+
+def test_where_the_student_is_decides_without_a_device(student: Vlm) -> None:
     StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))
     assert not student.model.is_gradient_checkpointing

@@ -62,6 +62,28 @@ def costs() -> list[int]:
     return [sum(prompt + sum(n - 1 for n in lengths) for prompt, lengths in segments) for segments in FORWARDS]
 
 
+def test_where_forwards_overlap_the_next_one_begins_before_a_result_is_made() -> None:
+    """As on a GPU, which computes it while the host makes the answers of the one before; on a CPU a result is first."""
+    expected = score(batch_tokens=300)
+    forwards = len(FORWARDS)
+    assert forwards > 1
+    vlm = tiny_vlm()
+    recorded = Recorded(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
+    for overlaps, begun in ((False, 1), (True, 2)):
+        engine = GroupEngine(recorded, batch_tokens=300)
+        engine._overlaps = overlaps
+        FORWARDS.clear()
+        results = engine.score(groups())
+        first = next(results)
+        assert len(FORWARDS) == begun
+        found = [first, *results]
+        assert len(FORWARDS) == forwards
+        for mine, theirs in zip(found, expected, strict=True):
+            assert isinstance(mine, EngineResult)
+            assert mine.group_id == theirs.group_id
+            assert np.array_equal(mine.columns["visual_advantage"], theirs.columns["visual_advantage"])
+
+
 def test_groups_that_fit_share_a_forward_with_both_views_each() -> None:
     score(batch_tokens=10_000)
     assert [[lengths for _, lengths in segments] for segments in FORWARDS] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from tests.support.groups import a_request, an_answer
 from vaopd.config import Config, validate
 from vaopd.errors import LeaseLost
+from vaopd.evaluation import HeldOutResult, held_out_result
 from vaopd.run.checkpoints import LedgerLine, RunState
-from vaopd.types import Prompt, RolloutGroup
+from vaopd.types import PolicyVersion, Prompt, RolloutGroup
+from vaopd_trainer import coordinator
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
@@ -27,7 +30,7 @@ class World:
 
     world = 3
 
-    def __init__(self, folder: Path, *, arriving: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(self, folder: Path, *, arriving: Sequence[Sequence[str]] = (), steps: int = 4) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.submitted: list[str] = []
         self.counts: dict[str, int] = {}
@@ -40,7 +43,7 @@ class World:
             "data": {"source": "unused"},
             "student": {"model": "unused"},
             "teacher": {"model": "unused"},
-            "trainer": {"steps": 4, "prompts_per_step": 6},
+            "trainer": {"steps": steps, "prompts_per_step": 6},
         }
         prompt = Prompt(prompt_id="p", messages=(), images=(), answer="1")
         everything: Any = self
@@ -53,6 +56,7 @@ class World:
             collector=everything,
             ledger=everything,
             keeper=everything,
+            status=everything,
             progress_line=everything,
             metrics=TrainerMetrics(job="r", steps=4),
             track=lambda values, step: None,
@@ -78,6 +82,12 @@ class World:
     # The ledger.
     def sync(self) -> None:
         self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
+
+    # The line of progress.
+    accuracy: float | None = None
+
+    def print_line(self, text: str) -> None:
+        self.events.append(("print", text))
 
     def write(self, event: str, **values: Any) -> None:
         self.events.append(("write", event, values))
@@ -155,3 +165,57 @@ def test_a_lost_lease_ends_a_wait_and_sends_no_word_to_the_others(tmp_path: Path
     with pytest.raises(LeaseLost):
         world.coordinator.distribute(0, world.submit)
     assert world.events == []
+
+
+class Evaluated:
+    """An evaluation with this result."""
+
+    def __init__(self, version: int, result: HeldOutResult) -> None:
+        self.version, self.group_ids = version, ()
+        self._result = result
+
+    def finish(self, **_: Any) -> HeldOutResult:
+        return self._result
+
+
+def test_evaluations_before_the_first_step_every_50_and_after_the_last_and_the_first_best_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracies by version; 100 is as good as 50, and comes too late."""
+    accuracies = {0: 0.3, 50: 0.5, 100: 0.5, 120: 0.4}
+    kept: list[tuple[str, int]] = []
+
+    def write_card(run: Path, model: Path, *, step: int, base: Path) -> None:
+        assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
+        kept.append((model.name, step))
+
+    results = {v: HeldOutResult(accuracy=a, standard_error=0.1, prompts=9, samples=8) for v, a in accuracies.items()}
+    monkeypatch.setattr(coordinator, "Evaluation", lambda *_, version, **__: Evaluated(version, results[version]))
+    monkeypatch.setattr(coordinator, "keep_snapshot", lambda policy, target: None)
+    monkeypatch.setattr(coordinator, "write_model_card", write_card)
+    world = World(tmp_path, steps=120)
+    (tmp_path / "r").mkdir()
+    for version in range(121):
+        world.coordinator._snapshot = PolicyVersion(version=version, path="unused", sha256="")
+        world.coordinator.evaluate_if_due(version)
+        world.coordinator.finish_evaluation()
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["accuracy"] for line in lines} == accuracies
+    assert kept == [("best", 0), ("best", 50)]
+
+
+def test_an_evaluation_in_which_nothing_was_asked_is_recorded_and_is_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = held_out_result({}, samples=8, not_asked={"picture": 2})
+    kept: list[object] = []
+    monkeypatch.setattr(coordinator, "Evaluation", lambda *_, version, **__: Evaluated(version, result))
+    monkeypatch.setattr(coordinator, "keep_snapshot", lambda *args: kept.append(args))
+    (tmp_path / "r").mkdir()
+    world = World(tmp_path)
+    world.coordinator.evaluate_if_due(0)
+    world.coordinator.finish_evaluation()
+    [line] = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert (line["accuracy"], line["prompts"], line["not_asked"]) == (None, 0, {"picture": 2})
+    assert kept == []
+    world.coordinator.begin(RunState(step=1), resumed=False)  # as after a resume: no accuracy to beat

@@ -8,7 +8,7 @@ import pytest
 
 from vaopd.config import load_config
 from vaopd.errors import ConfigError
-from vaopd_trainer.compose import _prepare_folder
+from vaopd_trainer.folder import prepare_folder
 
 MINIMAL = """
 [run]
@@ -28,16 +28,16 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Pat
     file = tmp_path / "run.toml"
     file.write_text(MINIMAL)
     config = load_config(file, [f"run.folder={tmp_path / 'runs'}"])
-    _prepare_folder(config, resume=False)
+    prepare_folder(config, resume=False)
     folder = tmp_path / "runs" / "test"
     assert load_config(folder / "config.toml") == config
     (folder / "policy").mkdir()  # what a trainer leaves that died before it had recorded anything
-    _prepare_folder(config, resume=False)
+    prepare_folder(config, resume=False)
     assert not (folder / "policy").exists()
 
     (folder / "metrics.jsonl").touch()
     (folder / "policy").mkdir()
     with pytest.raises(ConfigError, match=rf"run folder {folder} is in use; pass --resume to continue, or choose"):
-        _prepare_folder(config, resume=False)
-    _prepare_folder(config, resume=True)
+        prepare_folder(config, resume=False)
+    prepare_folder(config, resume=True)
     assert (folder / "policy").exists()

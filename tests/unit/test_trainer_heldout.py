@@ -15,7 +15,7 @@ from vaopd.config import Config, validate
 from vaopd.queue import WorkerEnd
 from vaopd.types import Message, Prompt, TextPart
 from vaopd_trainer.collector import Collector
-from vaopd_trainer.heldout import Evaluation, HeldOutResult
+from vaopd_trainer.heldout import GIVEN_UP, Evaluation, HeldOutResult
 
 ANSWERS = {5: r"It is \boxed{12}.", 7: r"So the answer is \boxed{13}."}
 PROMPTS = [
@@ -94,23 +94,37 @@ def test_a_step_s_groups_arrive_while_the_evaluation_is_still_answered(
     assert result.accuracy == pytest.approx(1 / 3)
 
 
-def test_a_problem_that_was_given_up_counts_as_wrong(
-    make_collector: MakeCollector, a_job: MemoryJob, config: Config
+@pytest.mark.parametrize("given_up", [1, 3])
+def test_a_problem_that_was_given_up_was_not_asked(
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config, given_up: int
 ) -> None:
+    """The others are answered with 13: right and wrong, where the first is refused. Without any, no accuracy."""
     worker = a_job.worker("w1")
-    serve = served_by(worker, (5, 5))
+    serve = served_by(worker, (7, 7))
     refused: list[str] = []
 
     def refuse_the_first() -> None:
-        if not refused:
+        while len(refused) < given_up:
             [lease] = worker.take(block_s=10)
             refused.append(lease.request.group_id)
             worker.fail(lease, "no such image")
         serve()
 
     result = run(make_collector(a_job.trainer()), config, refuse_the_first)
-    assert refused == ["eval-000000-00000"]  # of the problem whose answer is 12
-    assert result.accuracy == 0.0
+    assert refused[0] == "eval-000000-00000"  # of the problem whose answer is 12
+    assert result.not_asked == {GIVEN_UP: given_up}
+    assert (result.accuracy, result.prompts) == ((0.5, 2) if given_up == 1 else (None, 0))
+    assert f"{given_up} of 3 not asked: {given_up} {GIVEN_UP}" in str(result)
+
+
+def test_problems_that_cannot_be_asked_are_counted_with_those_given_up(
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
+) -> None:
+    check = served_by(a_job.worker("w1"), (5, 7))
+    evaluation = Evaluation(make_collector(a_job.trainer()), PROMPTS, version=0, config=config, check=check)
+    result = evaluation.finish(decode=lambda ids: ANSWERS[int(ids[0])], check=check, not_asked={"picture": 2})
+    assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
+    assert (result.prompts, result.not_asked) == (3, {"picture": 2})
 
 
 def test_a_resumed_run_evaluates_again_out_of_the_same_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,35 @@ from torch import nn
 
 from tests.support.groups import a_request, an_answer
 from vaopd.config import Config, validate
-from vaopd.run.checkpoints import LedgerLine, RunState
+from vaopd.errors import NumericalError
+from vaopd.run.checkpoints import LedgerLine, RunState, find_latest_checkpoint
 from vaopd.types import GroupScore, Payload, RolloutGroup
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd_trainer import checkpoint, kill_points
+from vaopd_trainer.__main__ import set_environment
 from vaopd_trainer.coordinator import Weights
+from vaopd_trainer.kill_points import KILL_POINTS
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import BusyTime, Refused
-from vaopd_trainer.student_loss import ScoredGroup, WeightedGroup
+from vaopd_trainer.student_loss import ScoredGroup, TokenValues, WeightedGroup
 
 RESPONSE_TOKENS = 2 * 3  # of the group that `an_answer` makes
 
 
 class Loss(nn.Module):
-    """A student of one weight, 1 at first, and a loss that falls as it falls."""
+    """A student of one weight, 1 at first, and a loss that falls as it falls; infinite for groups of some names."""
 
-    def __init__(self) -> None:
+    def __init__(self, *infinite: str) -> None:
         super().__init__()
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.ones_(self.model.weight)
+        self._infinite = infinite
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.weight.sum() * len(groups), torch.ones(RESPONSE_TOKENS * len(groups))
+    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, TokenValues]:
+        sizes = [float("inf") if g.scored.group.group_id in self._infinite else 1.0 for g in groups]
+        kl = torch.tensor(sizes).repeat_interleave(RESPONSE_TOKENS)
+        return self.model.weight.sum() * sum(sizes), TokenValues(kl, torch.zeros_like(kl))
 
 
 class Scorer:
@@ -106,7 +114,7 @@ class Coordinator:
         self.events += [("give up", *group) for group in refused]
 
     def record(self, step: int, sums: Any, own: Any, *, trained: Sequence[LedgerLine], **rest: Any) -> None:
-        self.events.append(("record", step, [line.group_id for line in trained]))
+        self.events.append(("record", step, [line.group_id for line in trained], own.get("skipped")))
 
     def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
         self.events.append(("save", state.step, weights["weight"].item()))
@@ -116,13 +124,21 @@ class Coordinator:
 
 
 class Run:
-    def __init__(self, coordinator: Coordinator, *, checkpoint_every: int = 1, refused: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        refused: Sequence[str] = (),
+        infinite: Sequence[str] = (),
+        steps: int = 2,
+        **trainer: Any,
+    ) -> None:
         values = {
             "run": {"name": "r"},
             "data": {"source": "unused"},
             "student": {"model": "unused"},
             "teacher": {"model": "unused"},
-            "trainer": {"steps": 2, "checkpoint_every": checkpoint_every, "prompts_per_step": 2, "learning_rate": 0.1},
+            "trainer": {"checkpoint_every": 1, "prompts_per_step": 2, "learning_rate": 0.1, "steps": steps, **trainer},
         }
         accelerator = Accelerator(cpu=True)
         self.gathered = 0
@@ -137,7 +153,7 @@ class Run:
             config=validate(Config, values, origin="test"),
             accelerator=accelerator,
             ranks=Ranks(),
-            loss=Loss(),  # type: ignore[arg-type]
+            loss=Loss(*infinite),  # type: ignore[arg-type]
             coordinator=coordinator,  # type: ignore[arg-type]
         )
         self.scorer = Scorer(*refused)
@@ -207,3 +223,153 @@ def test_a_stopped_run_saves_the_steps_that_it_has_finished() -> None:
     with pytest.raises(Stopped):
         Run(coordinator, checkpoint_every=2).start()
     assert [event[:2] for event in coordinator.events[-2:]] == [("evaluate", 1), ("save", 1)]
+
+
+# -- a gradient that is not finite -------------------------------------------------------------------------------------
+
+
+def skipped_lines(run: Run) -> list[tuple[int, str, bool]]:
+    return [(line.step, line.group_id, line.skipped) for line in run.trainer.state.ledger]
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_the_next_one_counts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    coordinator = Coordinator()
+    run = Run(coordinator, steps=3, infinite=["step1-1"])
+    run.start()
+    weights = [event[2] for event in coordinator.events if event[0] == "publish"]
+    assert weights[0] > weights[1] == weights[2] > weights[3]
+    assert np.isfinite(weights).all()
+    assert [event[3] for event in coordinator.events if event[0] == "record"] == [None, 1.0, None]
+    assert skipped_lines(run) == [(s, f"step{s}-{i}", s == 1) for s in range(3) for i in range(2)]
+    assert "step 1 is skipped: the gradient's norm is inf; groups whose KL is not finite: step1-1" in caplog.text
+
+
+def test_the_learning_rate_follows_the_step_whether_it_was_skipped_or_not() -> None:
+    rates = []
+    for infinite in ([], ["step0-0", "step1-1"]):
+        run = Run(Coordinator(), steps=4, infinite=infinite)
+        run.start()
+        rates.append(run.trainer.schedule.state_dict()["_last_lr"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert rates[0] == rates[1]
+
+
+def test_too_many_in_a_row_end_the_run_by_name_behind_a_checkpoint() -> None:
+    coordinator = Coordinator()
+    run = Run(coordinator, steps=9, infinite=["step0-0", "step2-1", "step3-0"], max_skipped_steps=2, checkpoint_every=9)
+    with pytest.raises(NumericalError, match=r"2 steps in a row, 2 to 3 .*groups: step2-0, step2-1, step3-0, step3-1"):
+        run.start()
+    assert coordinator.events[-1][:2] == ("save", 4)
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+class DurableCoordinator(Coordinator):
+    """Keeps real checkpoints."""
+
+    def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+        student = {name: tensor.clone() for name, tensor in weights.items()}
+        checkpoint.save(Path("checkpoints"), state, student=student, optimizer=optimizer, keep=2)
+
+
+@pytest.mark.parametrize("point", KILL_POINTS[:-1])  # the last one is in the real coordinator
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_run_killed_around_a_skipped_step_has_each_group_once_and_goes_on(
+    point: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 0 and 1 are skipped; a checkpoint's points count the steps taken before."""
+    options: dict[str, Any] = {"steps": 3, "infinite": ["step0-1", "step1-0"]}
+
+    def kill(reached: str, number: int) -> None:
+        if (reached, number) == (point, step + (point in ("written", "renamed"))):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kill_points, "pass_point", kill)
+        with pytest.raises(Killed):
+            Run(DurableCoordinator(), **options).start()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    again = Run(DurableCoordinator(), **options)
+    if (latest := find_latest_checkpoint(Path("checkpoints"))) is not None:
+        weight = checkpoint.load_student(latest)["weight"]
+        again.trainer.accelerator.unwrap_model(again.trainer.loss).model.load_state_dict({"weight": weight})
+        again.trainer.resume(latest)
+    again.start()
+    assert skipped_lines(again) == [(s, f"step{s}-{i}", s < 2) for s in range(3) for i in range(2)]
+
+
+def test_a_resumed_run_counts_the_skipped_steps_before_it_and_takes_the_next_groups() -> None:
+    """It doesn't meet the same groups again: one more skipped step ends it once more, at the next groups."""
+    options: dict[str, Any] = {
+        "steps": 9,
+        "infinite": [f"step{s}-0" for s in range(3)],
+        "max_skipped_steps": 2,
+    }
+    with pytest.raises(NumericalError, match="0 to 1"):
+        Run(DurableCoordinator(), **options).start()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for expected in ("3 steps in a row, 0 to 2", None):
+        coordinator = DurableCoordinator()
+        run = Run(coordinator, **options)
+        latest = find_latest_checkpoint(Path("checkpoints"))
+        assert latest is not None
+        run.trainer.resume(latest)
+        if expected is None:
+            run.start()
+            assert [line.skipped for line in run.trainer.state.ledger] == [True] * 6 + [False] * 12
+        else:
+            with pytest.raises(NumericalError, match=expected):
+                run.start()
+            assert ("enqueue", 2) in coordinator.events
+            assert ("enqueue", 1) not in coordinator.events
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
+def test_adamw_is_one_pass_on_a_gpu_and_plain_on_a_cpu(
+    device: str, fused: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student is still on the CPU when the optimizer is made: the accelerator's device decides."""
+    prepared: list[torch.optim.Optimizer] = []
+
+    def prepare(self: Accelerator, loss: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        prepared.append(optimizer)
+        return loss, optimizer
+
+    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device(device)))
+    monkeypatch.setattr(Accelerator, "prepare", prepare)
+    Run(Coordinator())
+    assert [optimizer.defaults["fused"] for optimizer in prepared] == [fused]
+
+
+class TestEnvironment:
+    """What torch reads when it is imported."""
+
+    NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS")
+
+    @pytest.fixture(autouse=True)
+    def unset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.NAMES:
+            monkeypatch.setenv(name, "")  # so that what is set in a test is undone after it
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(os, "cpu_count", lambda: 12)
+
+    def test_segments_are_expandable_by_both_names_and_ranks_share_the_cores(self) -> None:
+        set_environment(processes=4)
+        assert [os.environ[name] for name in self.NAMES] == ["expandable_segments:True"] * 2 + ["3"]
+
+    def test_a_single_process_has_all_cores(self) -> None:
+        set_environment(processes=1)
+        assert "OMP_NUM_THREADS" not in os.environ
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_what_the_user_has_set_stays(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "mine")
+        set_environment(processes=4)
+        assert os.environ[name] == "mine"
+        assert (self.NAMES[0] in os.environ) == (name in (self.NAMES[0], self.NAMES[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,13 @@ def test_without_any_low_token_their_mean_is_left_undefined_not_zero() -> None:
     assert math.isnan(found["kl_low"])
 
 
+def test_the_high_group_is_of_the_runs_own_fraction() -> None:
+    """At 0.4, ⌈2⌉ of the first rollout's five tokens: the one with VA, and of the equal others the earliest."""
+    found = step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=1.0, high_fraction=0.4)])
+    assert found["kl_high"] == pytest.approx((1 + 9 + 3) / 3)
+    assert found["kl_low"] == pytest.approx((1 + 1 + 1 + 2) / 4)
+
+
 def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
     timings = {"publish_s": 0.5, "wait_s": 2.0, "score_s": 0.5, "forward_backward_s": 1.0, "scoring_s": 2.0}
     values = step_numbers.derive_rates(timings, rollouts=8)
@@ -116,9 +124,59 @@ def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.Monkey
 
 
 def test_every_number_of_a_step_is_described() -> None:
-    """The trainer adds the norm, the rate, the times and what the collector counted; "rollouts" it only divides by."""
+    """The trainer adds norm or skip, the rate, the times and the collector's counts; "rollouts" it only divides by."""
     written = set(step_numbers.average_ranks([step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5)])) - {"rollouts"}
     timings = dict.fromkeys((*step_numbers.STEP_TIMES, "scoring_s"), 1.0)
-    written |= set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate"}
-    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith("groups_")}
+    written |= (
+        set(timings) | set(step_numbers.derive_rates(timings, rollouts=2)) | {"grad_norm", "learning_rate", "skipped"}
+    )
+    written |= {"policy_drift_mean", "policy_drift_max", "policy_drift_share"}
+    counted = {name for name in step_numbers.DESCRIPTIONS if name.startswith(("groups_", "records_"))}
     assert written == set(step_numbers.DESCRIPTIONS) - counted
+
+
+# -- rollout and trainer log-probs -------------------------------------------------------------------------------------
+
+
+def with_rollout_logprobs(group: WeightedGroup, values: list[float], *, version: int) -> WeightedGroup:
+    """As sampled with these log-probs, one after the other, by this policy version."""
+    rest = iter(values)
+    rollouts = tuple(
+        replace(r, rollout_logprobs=np.array([next(rest) for _ in r.response_ids], np.float32))
+        for r in group.scored.group.rollouts
+    )
+    sampled = replace(group.scored.group, rollouts=rollouts, policy_version=version)
+    return replace(group, scored=replace(group.scored, group=sampled))
+
+
+def drift(*parts: dict[str, float] | None) -> dict[str, float]:
+    rest = step_numbers.sum_groups([SECOND], [SECOND_KL], loss=0.0) or {}
+    found = step_numbers.average_ranks([None if part is None else rest | part for part in parts])
+    return {key: value for key, value in found.items() if key.startswith("policy_drift")}
+
+
+def test_drift_is_of_the_tokens_that_this_policy_sampled() -> None:
+    """Differences of 0, 0.05, 0.25, 0.5 and thrice 0; a group of an older policy isn't compared."""
+    first = with_rollout_logprobs(FIRST, [-1.0, -1.0, -1.0, -1.0, -2.0, -2.0, -2.0], version=3)
+    old = with_rollout_logprobs(SECOND, [-9.0], version=2)
+    mine = np.array([-1.0, -1.05, -0.75, -1.5, -2.0, -2.0, -2.0], np.float32)
+    found = drift(step_numbers.sum_drift([first, old], [mine, np.zeros(1, np.float32)], version=3))
+    assert found == {
+        "policy_drift_mean": pytest.approx(0.8 / 7),
+        "policy_drift_max": pytest.approx(0.5),
+        "policy_drift_share": pytest.approx(2 / 7),
+    }
+
+
+def test_ranks_are_averaged_by_their_tokens_and_those_without_any_are_left_out() -> None:
+    first = with_rollout_logprobs(FIRST, [-1.0] * 7, version=0)
+    second = with_rollout_logprobs(SECOND, [-1.0], version=0)
+    near = step_numbers.sum_drift([first], [np.full(7, -1.0, np.float32)], version=0)
+    far = step_numbers.sum_drift([second], [np.full(1, -2.0, np.float32)], version=0)
+    none = step_numbers.sum_drift([], [], version=0)
+    assert drift(near, none, far, None) == {
+        "policy_drift_mean": pytest.approx(1 / 8),
+        "policy_drift_max": pytest.approx(1.0),
+        "policy_drift_share": pytest.approx(1 / 8),
+    }
+    assert drift(none) == {}  # not 0: nothing was compared

@@ -23,8 +23,10 @@ class LongAway:
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
+        self.columns: list[list[str]] = []
 
-    def score(self, groups: Sequence[ScoreRequest]) -> Iterator[GroupFailure]:
+    def score(self, groups: Sequence[ScoreRequest], *, columns: Sequence[str]) -> Iterator[GroupFailure]:
+        self.columns.append(list(columns))
         self.asked.append([group.group_id for group in groups])
         if len(self.asked) == 1:
             raise Unavailable("it can't be reached")
@@ -37,9 +39,11 @@ class LongAway:
 def test_a_teacher_that_is_away_for_long_is_asked_again_for_what_is_missing() -> None:
     teacher = LongAway()
     requests = [a_request("a"), a_request("b")]
-    results = list(ask_teacher(teacher, requests, closed=threading.Event()))  # type: ignore[arg-type]
+    columns = ["view_divergence_nats"]
+    results = list(ask_teacher(teacher, requests, closed=threading.Event(), columns=columns))  # type: ignore[arg-type]
     assert [result.group_id for result in results] == ["a", "b"]
     assert teacher.asked == [["a", "b"], ["a", "b"], ["b"]]
+    assert teacher.columns == [columns] * 3
 
 
 def test_when_the_run_ends_nobody_waits_any_more() -> None:

@@ -15,6 +15,7 @@ from tests.support.teacher import drawing
 from vaopd.degradation import pixelate
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Vlm
+from vaopd_teacher.engines import vision_cache
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
@@ -109,18 +110,37 @@ def test_an_image_without_a_key_is_never_kept_but_encoded_once_per_forward() -> 
     assert cache.size_bytes == 0
 
 
-def test_the_least_recently_used_image_makes_room() -> None:
+def test_an_image_that_was_used_makes_room_for_a_new_one() -> None:
     vlm = family_vlm("qwen3_vl")
     cache = VisionCache(vlm, capacity_bytes=2 * bytes_of_one(vlm))
-    for seed in (1, 2, 1, 3):  # 2 is the one not used for longest when 3 comes
+    for seed in (1, 2, 1, 3):  # 2 still waits for its epoch when 3 comes
         cache.features([prepared(vlm, seed)])
     with counted_tower(vlm) as runs:
-        cache.features([prepared(vlm, 1), prepared(vlm, 3)])
+        cache.features([prepared(vlm, 2), prepared(vlm, 3)])
         assert not runs
-        cache.features([prepared(vlm, 2)])
+        cache.features([prepared(vlm, 1)])
         assert len(runs) == 1
-    assert cache.dropped == 2
     assert cache.size_bytes == 2 * bytes_of_one(vlm)
+
+
+def test_epochs_over_more_images_than_fit_hit_those_that_do() -> None:
+    """Three of five fit: the least recently used first would hit none of them."""
+    vlm = family_vlm("qwen3_vl")
+    cache = VisionCache(vlm, capacity_bytes=3 * bytes_of_one(vlm))
+    for _ in range(3):
+        for seed in range(5):
+            cache.features([prepared(vlm, seed)])
+    assert (cache.hits, cache.misses) == (2 * 3, 3 * 5 - 2 * 3)
+
+
+def test_a_gpu_s_tower_runs_over_several_images_up_to_its_room() -> None:
+    vlm = family_vlm("qwen3_vl")
+    images = [prepared(vlm, seed) for seed in range(5)]
+    tokens = images[0].num_tokens
+    batches = list(vision_cache._make_batches(images, 2 * tokens))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert [image for batch in batches for image in batch] == images
+    assert [len(batch) for batch in vision_cache._make_batches(images, tokens - 1)] == [1] * 5
 
 
 def test_an_entry_takes_the_bytes_of_embeddings_and_deepstack_features() -> None:

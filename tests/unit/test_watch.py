@@ -11,6 +11,8 @@ import pytest
 from tests.support.terminal import Terminal
 from vaopd.cli import main
 from vaopd.report.watch import draw_sparkline, watch
+from vaopd.run import settings
+from vaopd.run.status import StatusWriter
 
 
 def make_run(folder: Path, *, steps: int, evaluated: tuple[int, ...] = (0,)) -> Path:
@@ -86,3 +88,40 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
 def test_a_curve_of_one_value_is_flat() -> None:
     assert draw_sparkline([3.0]) == "▁"
     assert draw_sparkline([3.0, 3.0]) == "▁▁"
+
+
+def test_it_ends_with_a_run_that_failed_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "first", steps=3)
+    with StatusWriter(run, role="trainer") as status:
+        status.write("failed", step=3, reason="the teacher is not the one\n  revision: a → b")
+    assert main(["watch", str(run)]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("failed at step 3: the teacher is not the one revision: a → b")
+    assert main(["watch", str(run), "--once"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("75%  failed")
+    assert lines[2:4] == ["failed at step 3: the teacher is not the one", "  revision: a → b"]
+    assert not any("no step for" in line for line in lines)
+
+
+def test_it_ends_with_a_run_that_was_stopped_and_with_one_that_never_took_a_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "first", steps=3)
+    with StatusWriter(run, role="trainer") as status:
+        status.write("stopped", step=3)
+    assert main(["watch", str(run)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("stopped at step 3")
+    unborn = make_run(tmp_path / "unborn", steps=0)
+    (unborn / "metrics.jsonl").unlink()
+    with StatusWriter(unborn, role="vaopd up") as status:
+        status.write("failed", reason="the teacher ended with code 2 before it was ready")
+    assert main(["watch", str(unborn)]) == 1
+    assert "failed at step 0: the teacher ended with code 2" in capsys.readouterr().out
+
+
+def test_a_changed_setting_stands_below_the_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "first", steps=3)
+    teacher = {"revision": "a"}
+    settings.append(run, {"step": 2, "changes": {"trainer.steps": [2, 4]}, "teacher": teacher})
+    assert main(["watch", str(run), "--once"]) == 0
+    assert "from step 2 on: trainer.steps 2 → 4" in capsys.readouterr().out.splitlines()

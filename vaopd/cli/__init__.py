@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 import vaopd
-from vaopd.cli import certs, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
+from vaopd.cli import certs, data, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
 
@@ -51,6 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error (also VAOPD_DEBUG=1)")
     parser.set_defaults(extra="services")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (run, services, score, evaluate, make, watch, report, ledger, queue, keys, certs, doctor):
+    for module in (run, services, score, evaluate, data, make, watch, report, ledger, queue, keys, certs, doctor):
         module.add_parsers(subparsers)
     return parser

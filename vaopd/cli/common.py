@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,12 +14,27 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Needs = Literal["student", "teacher", "data", "engine", "device", "redis", "teacher port", "api port"]
+QUICK_S = 2.0
+Needs = Literal[
+    "student",
+    "teacher",
+    "data",
+    "engine",
+    "trackers",
+    "device",
+    "redis",
+    "running teacher",
+    "later teacher",
+    "teacher port",
+    "api port",
+]
+OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher", "later teacher")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares CONFIG, `--set` and `--dry-run`."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a TOML file, e.g. configs/tiny.toml")
+def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Declares CONFIG, `--set`, `--dry-run` and `--offline`."""
+    nargs = "?" if optional else None
+    parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="a TOML file, e.g. configs/tiny.toml")
     parser.add_argument(
         "--set",
         action="append",
@@ -30,22 +46,34 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
     )
+    parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
 
 
-def dry_run(config: Config, needs: Iterable[Needs]) -> int:
+def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False) -> int:
     """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
     from vaopd.config import to_toml
 
     print(to_toml(config), end="")
-    problems = list(find_problems(config, needs))
+    needs = [need for need in needs if not offline or need not in OVER_THE_NETWORK]
+    problems = list(find_problems(config, needs, ask_hub=False))
     for problem in problems:
         print(f"vaopd: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
-    """Yields the problems that would stop a process with these needs, each with its key and remedy."""
-    from vaopd.launch.checks import find_engine_problem, find_gpu_problem, find_redis_problem, find_tokenizer_problem
+def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = True) -> Iterator[str]:
+    """Yields the problems that would stop a process with these needs, each with its key and remedy.
+
+    ask_hub: also read data sets and processors that have to be downloaded.
+    """
+    from vaopd.launch.checks import (
+        find_engine_problem,
+        find_gpu_problem,
+        find_redis_problem,
+        find_teacher_problem,
+        find_tokenizer_problem,
+        find_tracker_problem,
+    )
     from vaopd.net.ports import find_port_problem
 
     for need in needs:
@@ -55,11 +83,15 @@ def find_problems(config: Config, needs: Iterable[Needs]) -> Iterator[str]:
             case "teacher":
                 yield from _find_model_problems("teacher.model", config.teacher.model)
             case "data":
-                yield from dict.fromkeys(_find_data_problems(config))
+                yield from _find_data_problems(config, ask_hub=ask_hub)
             case "engine":
                 yield from filter(None, [find_engine_problem(config)])
+            case "trackers":
+                yield from filter(None, [find_tracker_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
+            case "running teacher" | "later teacher":
+                yield from filter(None, [find_teacher_problem(config, may_start_later=need == "later teacher")])
             case "device":
                 yield from filter(None, [find_gpu_problem(config), find_tokenizer_problem(config)])
             case "teacher port" | "api port":
@@ -94,21 +126,38 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
         yield f"{key} = {name}: no such folder{made or ', and it is not a hub id of the form ORG/NAME'}"
 
 
-def _find_data_problems(config: Config) -> Iterator[str]:
-    from vaopd.data.loaders import load_training_prompts
+def make_progress(task: str) -> Callable[[int, int], None]:
+    """Makes the report of a task over records, on standard error; nothing for one that is done in two seconds."""
+    from vaopd.telemetry.progress_line import Progress
+
+    started = time.monotonic()
+    progress: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not progress and done < total and time.monotonic() - started > QUICK_S:
+            progress.append(Progress(f"vaopd: {task}", total=total, unit="records"))
+        if progress:
+            progress[0].report(done)
+
+    return report
+
+
+def _find_data_problems(config: Config, *, ask_hub: bool) -> Iterator[str]:
+    from vaopd.data.problems import check_local_problems, load_problems
     from vaopd.errors import VaopdError
-    from vaopd.evaluation import held_out_prompts
     from vaopd.files.hub import is_hub_id
 
     data = config.data
-    validation = "validation_source" if data.validation_source else "source"
-    for key, load in (("source", load_training_prompts), (validation, held_out_prompts)):
+    missing = False
+    for key in ("source", "validation_source"):
         source = getattr(data, key)
-        if Path(source).is_dir():
-            try:
-                load(config)
-            except VaopdError as error:
-                yield f"data.{key} = {source}: {error}"
-        elif not is_hub_id(source):
+        if source and not Path(source).is_dir() and not is_hub_id(source):
+            missing = True
             made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
             yield f"data.{key} = {source}: no such folder; {made}"
+    if missing:
+        return
+    try:
+        (load_problems if ask_hub else check_local_problems)(config, make_report=make_progress)
+    except VaopdError as error:
+        yield str(error)

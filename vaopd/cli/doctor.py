@@ -7,7 +7,7 @@ import ctypes.util
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,8 +16,12 @@ from vaopd.process.extras import ROLES, find_missing_packages, find_version, lis
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
+    from vaopd.launch.placement import Card
 
 INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
+RECIPES = [Path(f"configs/geometry3k-{teacher}.toml") for teacher in ("4b", "8b", "32b")]
+OLDEST_DRIVERS = {"12": 525, "13": 580}
+"""The oldest driver by CUDA's major version, from NVIDIA's table of minor version compatibility."""
 MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
 
 
@@ -41,12 +45,15 @@ def add_parsers(subparsers: Subparsers) -> None:
         metavar="FOLDER",
         help="the folder for runs, checked for free space (default runs)",
     )
+    doctor.add_argument(
+        "config", metavar="CONFIG", type=Path, nargs="?", help="also say where this configuration's processes would run"
+    )
     doctor.set_defaults(command=_run_doctor)
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
-    for finding in make_findings(arguments.runs):
+    for finding in make_findings(arguments.runs, arguments.config):
         found.append(finding)
         print(f"{MARKS[finding.status]}  {finding.what:<24} {finding.detail}", flush=True)
         if finding.remedy:
@@ -59,13 +66,14 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_findings(runs: Path) -> Iterator[Finding]:
-    """Yields the report's lines, each when its check is done."""
+def make_findings(runs: Path, config: Path | None = None) -> Iterator[Finding]:
+    """Yields the report's lines, each when its check is done. config: a run's file, placed on this host's GPUs."""
     yield _check_python()
     yield from _check_roles()
     yield from _check_packages()
     yield _check_engine()
     yield from _check_torch()
+    yield from _check_cards(config)
     yield _check_redis()
     yield _check_run_folder(runs)
     yield from _check_models_and_data()
@@ -131,15 +139,62 @@ def _check_torch() -> Iterator[Finding]:
         yield Finding(status="missing", what="import torch", detail=str(error).splitlines()[0], remedy=INSTALL)
         return
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            yield Finding(
-                status="ok", what=f"GPU {index}", detail=f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
-            )
+        count = torch.cuda.device_count()
+        yield Finding(status="ok", what="GPU", detail=f"torch for CUDA {torch.version.cuda} sees {count}")
     else:
         build = f"torch is a CUDA {torch.version.cuda} build that finds none" if torch.version.cuda else "a CPU torch"
         yield Finding(status="ok", what="GPU", detail=f"none ({build}); the tiny models need none")
     yield from _check_torch_companions()
+
+
+def _check_cards(config: Path | None) -> Iterator[Finding]:
+    """Yields the cards that the driver shows, whether it is new enough for torch, and what of the recipes fits."""
+    from vaopd.errors import ConfigError
+    from vaopd.launch.placement import list_cards
+
+    try:
+        cards = list_cards()
+    except ConfigError as error:
+        yield Finding(status="note", what="GPU", detail=str(error))
+        return
+    for card in cards:
+        yield Finding(
+            status="ok", what=f"GPU {card.index}", detail=f"{card.name}, {card.gib:.1f} GiB, driver {card.driver}"
+        )
+    if cards:
+        yield from _check_driver(cards[0].driver)
+    if cards or config is not None:
+        for path in [config] if config is not None else RECIPES:
+            yield _check_placement(path, cards)
+
+
+def _check_driver(driver: str) -> Iterator[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return  # said above
+    needed = OLDEST_DRIVERS.get((torch.version.cuda or "").partition(".")[0])
+    major = driver.partition(".")[0]
+    if needed is not None and major.isdigit() and int(major) < needed:
+        yield Finding(
+            status="missing",
+            what="NVIDIA driver",
+            detail=f"{driver}: torch for CUDA {torch.version.cuda} needs {needed}",
+            remedy=f"install driver {needed} or newer, or a torch for an older CUDA",
+        )
+
+
+def _check_placement(path: Path, cards: Sequence[Card]) -> Finding:
+    """Says where `vaopd up CONFIG --gpus auto` would place the processes, or why it can't."""
+    from vaopd.config import load_config
+    from vaopd.errors import VaopdError
+    from vaopd.launch.placement import Demand, place
+
+    try:
+        chosen = place(cards, Demand.of(load_config(path), with_teacher=True))
+    except VaopdError as error:
+        return Finding(status="note", what=path.stem, detail=str(error))
+    return Finding(status="ok", what=path.stem, detail="; ".join(chosen.reasons), remedy=f"{chosen.flags}")
 
 
 def _check_torch_companions() -> Iterator[Finding]:

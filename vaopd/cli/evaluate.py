@@ -8,12 +8,14 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import add_config_arguments, dry_run, find_problems
+from vaopd.cli.common import add_config_arguments, dry_run, find_problems, make_progress
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
 
-NEEDS: tuple[Needs, ...] = ("student", "data")
+NEEDS: tuple[Needs, ...] = ("student",)  # the data are checked question by question: a bad one is not asked
+SHOWN = 20
+"""So many questions that can't be asked are named; all are counted."""
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -26,6 +28,11 @@ def add_parsers(subparsers: Subparsers) -> None:
         "--model", metavar="MODEL", help="a folder or hub id, e.g. runs/NAME/model (default: student.model)"
     )
     evaluate.add_argument("--split", help="the split of the data (default: data.validation_split)")
+    evaluate.add_argument(
+        "--allow-unasked",
+        action="store_true",
+        help="exit with 0 even if some questions could not be asked; they never count as wrong",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(command=_evaluate, extra="trainer")
 
@@ -42,16 +49,34 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return dry_run(config, NEEDS)
     if problems := list(find_problems(config, NEEDS)):
         raise ConfigError("\n  ".join(["the model can't be evaluated:", *problems]))
-    from vaopd.evaluation import held_out_prompts
+    from vaopd.data.problems import check_held_out
+    from vaopd.evaluation import describe_unasked
     from vaopd.sampling.evaluate import evaluate_model
     from vaopd.telemetry.progress_line import Progress
 
-    prompts = held_out_prompts(config)
-    print(f"vaopd: loading {config.student.model} into {config.rollout.engine}", file=sys.stderr, flush=True)
-    progress = Progress("vaopd: evaluating", total=len(prompts), unit="problems")
-    result = evaluate_model(config, prompts, on_progress=progress.report)
+    held_out = check_held_out(config, make_report=make_progress)
+    for fault in held_out.faults[:SHOWN]:
+        _say(f"not asked: {held_out.prompts.describe_place(fault.index)}, field {fault.field!r}: {fault.message}")
+    if held_out.prompts:
+        _say(f"loading {config.student.model} into {config.rollout.engine}")
+    progress = Progress("vaopd: evaluating", total=len(held_out.prompts), unit="problems")
+    result = evaluate_model(
+        config,
+        held_out.prompts,
+        not_asked=held_out.count_faults(),
+        on_progress=progress.report,
+        on_refused=lambda prompt, error: _say(f"not asked: {prompt.prompt_id}: {error}"),
+    )
     if arguments.json:
         print(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
     else:
-        print(f"{config.student.model} on {config.data.source} ({config.data.validation_split}): {result}")
-    return 0
+        source = config.data.validation_source or config.data.source
+        print(f"{config.student.model} on {source} ({config.data.validation_split}): {result}")
+    if not result.not_asked or arguments.allow_unasked:
+        return 0
+    _say(f"{describe_unasked(result.not_asked, asked=result.prompts)}; --allow-unasked accepts that")
+    return 1
+
+
+def _say(line: str) -> None:
+    print(f"vaopd: {line}", file=sys.stderr, flush=True)

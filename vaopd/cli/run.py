@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
 from vaopd.process.extras import require
-from vaopd.process.flags import add_service_flag, read_service_config
+from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
+    from vaopd.launch.up import UpOptions
 
 DEMO_CONFIG = Path("configs/tiny.toml")
 NEXT = """
@@ -38,8 +40,17 @@ def add_parsers(subparsers: Subparsers) -> None:
     up = subparsers.add_parser(
         "up", help="start Redis, teacher, workers, API and trainer of a configuration on this host"
     )
-    add_config_arguments(up)
-    up.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    add_config_arguments(up, optional=True)
+    up.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="RUN",
+        help="continue from the run's last checkpoint; with RUN, a run's folder, CONFIG may be left out: every setting "
+        "and option is the run's, and --set may change what a resume may change, e.g. trainer.steps",
+    )
+    add_accept_teacher_flag(up)
     up.add_argument(
         "--restart-trainer", action="store_true", help="resume automatically when the trainer is killed by a signal"
     )
@@ -54,7 +65,8 @@ def add_parsers(subparsers: Subparsers) -> None:
         default=[],
         metavar="ROLE=DEVICES",
         help="CUDA_VISIBLE_DEVICES of teacher, rollout or trainer, e.g. --gpus teacher=0,1 --gpus rollout=2 "
-        "(repeatable; rollout's devices are dealt to the workers in turn)",
+        "(repeatable: rollout's devices are dealt to the workers in turn, each of the teacher's is a replica); "
+        "auto: place all processes by the memory that they need",
     )
     up.add_argument(
         "--metrics-port",
@@ -68,20 +80,51 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.launch.up import UpOptions, parse_gpus, up
+    from vaopd.errors import ConfigError
+    from vaopd.launch.up import parse_gpus, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
-    gpus = parse_gpus(arguments.gpus)
-    needs: list[Needs] = ["student", "data", "engine", "redis"]
-    needs += [] if arguments.teacher else ["teacher", "device"]
+    auto = "auto" in arguments.gpus
+    options = _make_options(arguments, gpus={} if auto else parse_gpus(arguments.gpus))
+    if auto:
+        if arguments.gpus != ["auto"]:
+            raise ConfigError("--gpus auto places every process; leave out the other --gpus, or auto")
+        options = _place_on_gpus(options)
+    shared = options.teacher is not None
+    needs: list[Needs] = ["student", "data", "engine", "trackers", "redis"]
+    needs += ["running teacher"] if shared else ["teacher", "device"]
     if arguments.dry_run:
-        needs += [] if arguments.teacher else ["teacher port"]
+        overrides = list(options.overrides)
+        if options.teacher is not None:
+            overrides.append(f"teacher.address={options.teacher}")
+        needs += [] if shared else ["teacher port"]
         needs += ["api port"] if arguments.api else []
-        return dry_run(load_config(arguments.config, arguments.overrides), needs)
+        return dry_run(load_config(options.config_path, overrides), needs, offline=arguments.offline)
+    if arguments.log_format:
+        os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
+    roles = ["rollout", "trainer", *([] if shared else ["teacher"]), *(["api"] if arguments.api else [])]
+    require(*roles)
+    # `up` describes a running teacher itself, and says what it found.
+    needs = [need for need in needs if need != "running teacher"]
+    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+
+
+def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
+    """Returns the options of `up`. Raises ConfigError when neither a configuration nor a run is given."""
+    from vaopd.errors import ConfigError
+    from vaopd.launch.resume import read_launch
+    from vaopd.launch.up import UpOptions
+
+    config, run = arguments.config, arguments.resume
+    if config is None and isinstance(run, str) and not Path(run).is_dir():
+        config, run = Path(run), True  # `up --resume CONFIG`
+    if config is None and run in (True, False):
+        raise ConfigError("give a CONFIG, e.g. configs/tiny.toml, or --resume RUN with a run's folder")
     options = UpOptions(
-        config_path=arguments.config,
+        config_path=config or Path(),
         overrides=tuple(arguments.overrides),
-        resume=arguments.resume,
+        resume=bool(run),
+        accept_teacher=arguments.accept_teacher,
         restart_trainer=arguments.restart_trainer,
         teacher=arguments.teacher,
         service=arguments.service,
@@ -89,11 +132,33 @@ def _run_up(arguments: argparse.Namespace) -> int:
         gpus=gpus,
         metrics_port=arguments.metrics_port,
     )
-    if arguments.log_format:
-        os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
-    roles = ["rollout", "trainer", *([] if arguments.teacher else ["teacher"]), *(["api"] if arguments.api else [])]
-    require(*roles)
-    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+    if config is not None and isinstance(run, str):
+        raise ConfigError(f"give CONFIG or --resume {run}, not both: the run has its own configuration")
+    if config is not None:
+        return options
+    launch = read_launch(Path(run))
+    return dataclasses.replace(
+        options,
+        config_path=launch.config_path,
+        overrides=(*launch.overrides, *options.overrides),
+        teacher=options.teacher or launch.teacher,
+        service=options.service or launch.service,
+        gpus=options.gpus or launch.gpus,
+    )
+
+
+def _place_on_gpus(options: UpOptions) -> UpOptions:
+    """Chooses the cards by memory and says why; returns the options with them."""
+    from vaopd.config import load_config
+    from vaopd.launch.placement import Demand, list_cards, place
+
+    config = load_config(options.config_path, options.overrides)
+    chosen = place(list_cards(), Demand.of(config, with_teacher=options.teacher is None))
+    for reason in chosen.reasons:
+        _say(reason)
+    _say(f"the same by hand: {chosen.flags}")
+    # What is set by hand has priority.
+    return dataclasses.replace(options, gpus=chosen.gpus, overrides=(*chosen.overrides, *options.overrides))
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:

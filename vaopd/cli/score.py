@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
     from vaopd.http_types import ScoreReply
-    from vaopd.types import Degradation, EncodedImage
+    from vaopd.types import Degradation, EncodedImage, TeacherDescription
 
 TIMEOUT_S = 60.0
 
@@ -48,6 +48,13 @@ def add_parsers(subparsers: Subparsers) -> None:
         help="how to make the degraded view; an unknown kind prints the list (default %(default)s)",
     )
     score.add_argument("--strength", type=float, default=0.1, help="strength of the degradation, 0 to 1 (default 0.1)")
+    score.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further number per token, in table and JSON, e.g. teacher_entropy_nats (repeatable)",
+    )
     score.add_argument("--table", action="store_true", help="print a line per token, as without a terminal")
     score.add_argument("--json", action="store_true", help="print JSON, as POST /v1/score returns it")
     score.add_argument("--png", type=Path, metavar="FILE", help="also draw the scores as an image")
@@ -67,10 +74,15 @@ def _score(arguments: argparse.Namespace) -> int:
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
     responses: Sequence[str | list[int]] = arguments.response or _generate(arguments, images)
-    reply = ask(
-        arguments.teacher, images=images, question=arguments.question, responses=responses, degradation=degradation
+    reply, description = ask(
+        arguments.teacher,
+        images=images,
+        question=arguments.question,
+        responses=responses,
+        degradation=degradation,
+        columns=arguments.columns,
     )
-    _write_files(arguments, reply, images, degradation)
+    _write_files(arguments, reply, images, degradation, description.pixel_bounds)
     if arguments.json:
         print(reply.model_dump_json(indent=2, exclude_none=True))
     else:
@@ -86,11 +98,13 @@ def ask(
     question: str,
     responses: Sequence[str | list[int]],
     degradation: Degradation,
-) -> ScoreReply:
-    """Scores one group. Raises the teacher's error if it refuses."""
+    columns: Sequence[str] = (),
+) -> tuple[ScoreReply, TeacherDescription]:
+    """Scores one group; also returns who scored it. Raises the teacher's error if it refuses."""
     import numpy as np
 
     from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient, from_environment
+    from vaopd.client.diagnosis import examine_teacher
     from vaopd.http_types import DegradationModel
     from vaopd.scoring.reply import make_reply
     from vaopd.types import ScoreRequest, unique_images, user_turn
@@ -105,13 +119,14 @@ def ask(
     # With a key, the job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": "score"}
     options |= {"timeout_s": TIMEOUT_S, "payload": "none", "degradation": degradation}
+    examine_teacher(teacher, job=options.get("job"))  # at once and in plain words, where the client would try again
     with SyncTeacherClient(teacher, **options) as client:
         description = client.describe()
-        (result,) = client.score([request], with_token_texts=True)
+        (result,) = client.score([request], with_token_texts=True, columns=columns)
     if isinstance(result, GroupFailure):
         raise result.error
     view = DegradationModel(kind=degradation.kind, strength=degradation.strength)
-    return make_reply(result, description, degradation=view, top_k=0)
+    return make_reply(result, description, degradation=view, top_k=0), description
 
 
 def wants_colour(terminal: bool) -> bool:
@@ -134,14 +149,19 @@ def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> 
 
 
 def _write_files(
-    arguments: argparse.Namespace, reply: ScoreReply, images: Sequence[EncodedImage], degradation: Degradation
+    arguments: argparse.Namespace,
+    reply: ScoreReply,
+    images: Sequence[EncodedImage],
+    degradation: Degradation,
+    pixel_bounds: tuple[int, int] | None,
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
     from vaopd.errors import ConfigError
     from vaopd.scoring.views import draw_picture, make_views, render_html
 
-    views = [make_views(image, degradation) for image in images]
+    min_pixels, max_pixels = pixel_bounds or (None, None)
+    views = [make_views(image, degradation, min_pixels=min_pixels, max_pixels=max_pixels) for image in images]
     try:
         if arguments.png is not None:
             draw_picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")

@@ -15,6 +15,7 @@ from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
+    from vaopd.config import Config
 
 COMMANDS: dict[str, tuple[Role, str]] = {
     "train": ("trainer", "run a trainer alone, against a running teacher, Redis and workers"),
@@ -23,7 +24,7 @@ COMMANDS: dict[str, tuple[Role, str]] = {
     "api": ("api", "run the scoring API (HTTP)"),
 }
 NEEDS: dict[Role, tuple[Needs, ...]] = {
-    "trainer": ("student", "data"),
+    "trainer": ("student", "data", "trackers", "later teacher"),
     "teacher": ("teacher", "device", "teacher port"),
     "rollout": ("student", "engine"),
     "api": ("api port",),
@@ -49,9 +50,22 @@ def _run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides, warn=warn_once if arguments.dry_run else ignore)
     read_service_config(arguments, quiet=not arguments.dry_run)
     if arguments.dry_run:
-        return dry_run(config, NEEDS[role])
+        return dry_run(config, NEEDS[role], offline=arguments.offline)
     # The service reports a taken port itself: it may be free again by the time the service listens.
-    check(config, [need for need in NEEDS[role] if not need.endswith("port")])
+    check(config, [need for need in NEEDS[role] if not need.endswith("port") and need != "later teacher"])
+    if role == "trainer":
+        _check_teacher(config)
     argv = make_service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
     sys.stdout.flush()
     return os.execv(argv[0], argv)
+
+
+def _check_teacher(config: Config) -> None:
+    """Raises an error for TLS or a key that doesn't fit. Names a teacher that is away, which may still be starting."""
+    from vaopd.client.diagnosis import examine_teacher
+    from vaopd.errors import Unavailable
+
+    try:
+        examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
+    except Unavailable as error:
+        print(f"vaopd: {error}; the trainer waits for it", file=sys.stderr, flush=True)

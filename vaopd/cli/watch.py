@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd watch`."""
-    watch = subparsers.add_parser("watch", help="show a run's progress, updated until it is finished")
+    watch = subparsers.add_parser(
+        "watch", help="show a run's progress, updated until it has ended; exit code 1 if it failed"
+    )
     watch.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/demo-…")
     watch.add_argument("--once", action="store_true", help="print it once and exit")
     watch.add_argument(
@@ -25,5 +27,5 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _watch(arguments: argparse.Namespace) -> int:
     from vaopd.report.watch import watch
 
-    watch(arguments.run, stream=sys.stdout, every_s=arguments.every, once=arguments.once)
-    return 0
+    state = watch(arguments.run, stream=sys.stdout, every_s=arguments.every, once=arguments.once)
+    return 1 if state == "failed" else 0

@@ -1,12 +1,13 @@
 """Puts a teacher's stream together: chunks become tensors, a score and its tensors become a GroupScore.
 
-Every number that was announced has to arrive, in order and finite; nothing is filled in.
+Every number that was announced has to arrive, in order and possible: finite, no log-prob above 0, VA the difference of
+the views. Nothing is filled in, and nothing is made room for that the answer can't need.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -27,14 +28,26 @@ from vaopd.types import (
 from vaopd.wire.common import check_tensor, tensor_from_pb
 from vaopd.wire.teacher import columns_from_pb
 
+ROUNDING_NATS = 1e-3
+"""Of a log-prob or VA: float32 errs by 1e-5 with logits of 100; anything beyond this is no rounding."""
+MAX_BYTES_PER_ROW = 2**20
+"""Of a payload's tensor; the widest is a hidden state of some ten thousand numbers."""
+
 
 class TensorAssembly:
     """Collects the chunks of one tensor."""
 
-    def __init__(self, declared: pb.PayloadTensor) -> None:
-        """Raises Mismatch for an unknown dtype."""
+    def __init__(self, declared: pb.PayloadTensor, *, rows: int) -> None:
+        """`rows`: one per token, M, or V of a head. Raises Mismatch for an unknown dtype or another shape."""
         if declared.dtype not in ITEMSIZE_BYTES:
             raise Mismatch(f"the teacher sends tensor {declared.name!r} as {declared.dtype!r}, which is unknown here")
+        shape = list(declared.shape)
+        row_bytes = math.prod(shape[1:]) * ITEMSIZE_BYTES[declared.dtype]
+        if shape[:1] != [rows] or min(shape) < 1 or row_bytes > MAX_BYTES_PER_ROW:
+            raise Mismatch(
+                f"the teacher announces tensor {declared.name!r} of shape {shape[:8]}; expected {rows} rows of 1 to "
+                f"{MAX_BYTES_PER_ROW} bytes"
+            )
         self._declared = declared
         self._size_bytes = math.prod(declared.shape) * ITEMSIZE_BYTES[declared.dtype]
         self._received_bytes = 0
@@ -67,12 +80,14 @@ class GroupAssembly:
     def __init__(
         self, score: pb.GroupScore, request: ScoreRequest, payload: PayloadKind, columns: Iterable[str] = ()
     ) -> None:
-        """`columns`: the names that were asked for."""
+        """`columns`: the names that were asked for. Raises Mismatch for lengths or tensors that don't fit."""
         self._score = score
         self._request = request
         self._payload = payload
         self._columns = tuple(columns)
-        self._tensors = {declared.name: TensorAssembly(declared) for declared in score.payload}
+        self._lengths = list(score.lengths)
+        self._check_lengths(self._lengths)
+        self._tensors = {declared.name: TensorAssembly(declared, rows=sum(self._lengths)) for declared in score.payload}
 
     @property
     def complete(self) -> bool:
@@ -86,13 +101,11 @@ class GroupAssembly:
         self._tensors[chunk.name].add(chunk)
 
     def make_result(self) -> GroupScore | GroupFailure:
-        """Returns the score, or a failure when one of its numbers is not finite.
+        """Returns the score, or a failure when one of its numbers can't be: not finite, or contradicting the others.
 
         Raises Mismatch when a column is missing, or has another shape or dtype than the responses ask for.
         """
-        score = self._score
-        lengths = list(score.lengths)
-        self._check_lengths(lengths)
+        score, lengths = self._score, self._lengths
         edges = np.cumsum(lengths)[:-1]
         columns = {
             name: self._make_column(tensor, name, sum(lengths)) for name, tensor in columns_from_pb(score).items()
@@ -101,12 +114,18 @@ class GroupAssembly:
             raise Mismatch(
                 f"group {score.group_id!r}: the teacher sent no column {sorted(missing)[0]}; it is of an older version"
             )
-        if bad := sum(int((~np.isfinite(column)).sum()) for column in columns.values()):
-            error = NumericalError(f"group {score.group_id!r}: {bad} of the teacher's numbers are not finite")
+        tensors = {name: tensor.make_tensor() for name, tensor in self._tensors.items()}
+        if problem := _find_impossible(columns, tensors):
+            error = NumericalError(f"group {score.group_id!r}: {problem}")
             return GroupFailure(group_id=score.group_id, error=error)
         rows = {name: tuple(np.split(column, edges)) for name, column in columns.items()}
         response_ids = token_texts = None
         if score.token_texts:
+            if not len(score.token_texts) == len(score.response_ids) == sum(lengths):
+                raise Mismatch(
+                    f"group {score.group_id!r}: {len(score.token_texts)} token texts and {len(score.response_ids)} ids "
+                    f"came for {sum(lengths)} tokens"
+                )
             response_ids = tuple(np.split(np.array(score.response_ids, dtype=np.int32), edges))
             starts = [0, *edges.tolist(), sum(lengths)]
             token_texts = tuple(tuple(score.token_texts[start:end]) for start, end in pairwise(starts))
@@ -116,9 +135,7 @@ class GroupAssembly:
             degraded_logprobs=rows["degraded_logprobs"],
             visual_advantage=rows["visual_advantage"],
             columns={name: rows[name] for name in self._columns},
-            payload=Payload(
-                kind=self._payload, tensors={name: tensor.make_tensor() for name, tensor in self._tensors.items()}
-            ),
+            payload=Payload(kind=self._payload, tensors=tensors),
             prompt_tokens=score.prompt_tokens,
             response_ids=response_ids,
             token_texts=token_texts,
@@ -129,7 +146,11 @@ class GroupAssembly:
         """Raises Mismatch when a response that was sent as ids has not as many scores as ids."""
         responses = self._request.responses
         sent = [None if isinstance(response, str) else len(response) for response in responses]
-        if len(sent) != len(lengths) or any(s not in (None, n) for s, n in zip(sent, lengths, strict=True)):
+        if (
+            len(sent) != len(lengths)
+            or any(s not in (None, n) for s, n in zip(sent, lengths, strict=True))
+            or min(lengths) < 1
+        ):
             raise Mismatch(
                 f"group {self._score.group_id!r}: responses of {sent} tokens were sent, {lengths} were scored; "
                 "client and teacher are of different versions"
@@ -144,3 +165,22 @@ class GroupAssembly:
                 f"expected {expected} of shape ({tokens},)"
             )
         return tensor.numpy()
+
+
+def _find_impossible(columns: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns what is wrong with a score's numbers; None if they can all be."""
+    if bad := sum(int((~np.isfinite(column)).sum()) for column in columns.values()):
+        return f"{bad} of the teacher's numbers are not finite"
+    teacher, degraded = columns["teacher_logprobs"], columns["degraded_logprobs"]
+    listed = {name: tensor.numpy() for name, tensor in tensors.items() if name.endswith("logprobs")}
+    for name, values in {"teacher_logprobs": teacher, "degraded_logprobs": degraded, **listed}.items():
+        if np.isnan(values).any() or values.max() > ROUNDING_NATS:
+            return f"{name} has {values.max():g}, and no log-prob is above 0"
+    contradiction = np.abs(columns["visual_advantage"] - np.maximum(teacher - degraded, 0))
+    worst = int(contradiction.argmax())
+    if contradiction[worst] > ROUNDING_NATS:
+        return (
+            f"the visual advantage of token {worst} is {columns['visual_advantage'][worst]:g}, its log-probs "
+            f"{teacher[worst]:g} and {degraded[worst]:g} make {max(teacher[worst] - degraded[worst], 0):g}"
+        )
+    return None

@@ -35,7 +35,7 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
-from vaopd.net.backoff import Backoff
+from vaopd.net.backoff import Backoff, check_timeout
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
     Degradation,
@@ -97,8 +97,8 @@ class TeacherClient:
         `tokenizer_fingerprint`: the student's; a teacher with another vocabulary refuses. `top_k`: for payload "top_k".
         """
         self._job = job if job is not None else "" if api_key is not None else "default"
-        self._timeout_s = timeout_s
-        self._patience_s = timeout_s if patience_s is None else patience_s
+        self._timeout_s = check_timeout("timeout_s", timeout_s)
+        self._patience_s = timeout_s if patience_s is None else check_timeout("patience_s", patience_s)
         self._degradation = degradation
         self._payload = payload
         self._top_k = top_k
@@ -139,7 +139,7 @@ class TeacherClient:
             async for chunk in self._read_messages(
                 replica.stub.GetHead(request, metadata=self._metadata), replica.target
             ):
-                head = head or TensorAssembly(chunk.tensor)
+                head = head or TensorAssembly(chunk.tensor, rows=description.vocab_size)
                 head.add(chunk)
             if head is None or not head.complete:
                 raise TeacherFault(

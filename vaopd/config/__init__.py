@@ -35,6 +35,7 @@ from vaopd.config.run import (
 from vaopd.config.service import (
     ApiQuotasConfig,
     ApiServiceConfig,
+    ConnectionsConfig,
     EngineConfig,
     ImagesConfig,
     KeysConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "ApiQuotasConfig",
     "ApiServiceConfig",
     "Config",
+    "ConnectionsConfig",
     "DataConfig",
     "DegradationConfig",
     "EngineConfig",

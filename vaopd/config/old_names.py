@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 Warn = Callable[[str], None]
 
 RUN_KEYS = {"objective.sampled_estimator": "teacher.sampled_estimator"}
+RUN_KEYS_WITHOUT_EFFECT = {"trainer.groups_per_forward": "forwards are packed by trainer.forward_tokens"}
 SERVICE_KEYS = {
     name: f"teacher.{name}" for name in ("engine", "sharing", "images", "tls", "keys", "quotas", "stuck_after_s")
 }
@@ -49,6 +50,10 @@ def accept_run_keys(model: type[Section], values: dict[str, Any], *, origin: str
     """Moves a run's old keys to their new places and drops those that its variants don't use."""
     moved = _move(values, RUN_KEYS, origin=origin)
     notes: list[str] = []
+    for key, reason in RUN_KEYS_WITHOUT_EFFECT.items():
+        parent, name = _find_parent(values, key), key.rpartition(".")[2]
+        if parent is not None and parent.pop(name, None) is not None:
+            notes.append(f"{key} has no effect any more: {reason}")
     for name, keys in FOR_EVERY_VARIANT.items():
         section, variants = values.get(name), find_variants(model.model_fields[name])
         if variants is None or not isinstance(section, dict) or (member := variants.find_member(section)) is None:

@@ -58,6 +58,12 @@ class DataConfig(Section):
     """The split that evaluation reads."""
     instruction: str = ""
     """Appended to every question, e.g. how to state the final answer."""
+    bad_records: Literal["error", "skip"] = "error"
+    """A record that can't be used is named and keeps the run from starting, or is left out and counted."""
+    max_bad_fraction: Fraction = 0.01
+    """With bad_records = "skip": the largest share of bad records in a split; above it the run doesn't start."""
+    max_prompt_tokens: int = Field(8192, ge=1)
+    """A longer prompt, image tokens included, is a bad record; no prompt is ever cut (paper: 8192)."""
     min_pixels: int | None = Field(None, ge=1)
     """Images are scaled up to at least this many pixels; empty: the processor's own (paper: 262144)."""
     max_pixels: int | None = Field(None, ge=1)
@@ -159,12 +165,20 @@ DegradationConfig = Annotated[
 class _Objective(Section):
     def as_keywords(self) -> dict[str, Any]:
         """Returns `variant` and its own fields, as keyword arguments of `objective.group_weights`."""
-        return self.model_dump()
+        return self.model_dump(exclude={"token_score"})  # a name here, numbers there
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names the columns that the teacher has to compute for it."""
+        return ()
 
 
 class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
     """tau of the rollout weights (method.md, "Rollout weights")."""
+    rollout_deviation_floor: float = Field(0.0, ge=0)
+    """A smaller standard deviation of siblings' mean VA counts as this, in nats (paper: 0). With 0.02, siblings that
+    hardly differ get about the same weight."""
 
 
 class _TokenGrouping(_Objective):
@@ -172,6 +186,14 @@ class _TokenGrouping(_Objective):
     """Fraction of a rollout's tokens that form the high group V."""
     high_weight: Fraction = 0.5
     """lambda: the share of the loss that the high group gets."""
+    token_score: Literal["va", "view_divergence", "absolute"] = "va"
+    """Ranks the tokens for the high group: va (paper); view_divergence, how much the teacher's whole distribution
+    depends on the image; absolute, VA without its sign (docs/claims.md)."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names the columns that the teacher has to compute for it."""
+        return ("view_divergence_nats",) if self.token_score == "view_divergence" else ()
 
 
 class VaOpd(_RolloutWeighting, _TokenGrouping):
@@ -211,6 +233,9 @@ class MaskedOpd(_Objective):
     """Which tokens are dropped, by VA."""
     mask_fraction: Fraction = 0.1
     """How many of a rollout's tokens are dropped."""
+    mask_ties: Literal["earlier", "random"] = "earlier"
+    """Of tokens with equal VA, which count as the larger: the earlier ones, so that the bottom ones are the answer's
+    end, or random ones, drawn by the run's seed."""
 
 
 ObjectiveConfig = Annotated[
@@ -275,8 +300,13 @@ class TrainerConfig(Section):
     """Linear warm-up over this fraction of the steps, rounded down, then cosine to zero (paper: 5 %)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradient clipping (paper: 1.0)."""
-    groups_per_forward: int = Field(1, ge=1)
-    """Prompt groups in one forward and backward; siblings always stay together."""
+    max_skipped_steps: int = Field(3, ge=1)
+    """A step whose gradient is not finite changes nothing; after so many in a row the run ends and names the groups."""
+    forward_tokens: int = Field(24_576, ge=1)
+    """Tokens of one forward and backward, in whole groups; larger groups are split between siblings, and out of memory
+    halves it. The default holds the paper's largest group: a prompt of 8192 tokens and four responses of 4096."""
+    compile_layers: bool = True
+    """Compiles the student's layers on a GPU: the first step takes about a minute longer, the others are faster."""
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens for which the fused divergence holds (tokens, vocabulary) logits at once."""
     max_policy_lag: int = Field(0, ge=0)
@@ -344,11 +374,6 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_consistency(self) -> Config:
-        if self.trainer.prompts_per_step % self.trainer.processes:
-            raise ValueError(
-                f"trainer.prompts_per_step = {self.trainer.prompts_per_step} must be a multiple of "
-                f"trainer.processes = {self.trainer.processes}, so that every rank gets whole prompt groups"
-            )
         lowest, highest = self.data.min_pixels, self.data.max_pixels
         if lowest is not None and highest is not None and lowest > highest:
             raise ValueError(f"data.min_pixels = {lowest} is above data.max_pixels = {highest}; no image has both")

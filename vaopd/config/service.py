@@ -50,12 +50,15 @@ class ImagesConfig(Section):
     encoded_bytes: int = Field(2**30, ge=1)
     """Room for images as uploaded; the least recently used are dropped first, and clients upload them again."""
     prepared_bytes: int = Field(2**30, ge=1)
-    """Room for decoded images of both views; a 512 × 512 image takes about 6 MB in each."""
+    """Room for decoded images of both views; a 512 × 512 image takes about 3 MB in each, 6 in float32.
+
+    Give it room for two steps' images. Views that find none are made twice.
+    """
     vision_bytes: int = Field(2**31, ge=0)
     """Room in the host's memory for the vision tower's output for each view of an image; 0 keeps nothing.
 
     In bfloat16 an image token takes 2 × hidden size × (1 + deepstack layers) bytes: 32 KiB in an 8B teacher, 8 MiB for
-    a 512 × 512 image. Room for a whole data set saves the tower from the second epoch on.
+    a 512 × 512 image. Every epoch after the first finds the share of the data set that fits.
     """
 
 
@@ -177,9 +180,25 @@ class RolloutServiceConfig(Section):
     """Seconds that the groups in progress may take after SIGTERM; unfinished requests are handed back."""
 
 
+class ConnectionsConfig(Section):
+    """Limits of open connections."""
+
+    total: int = Field(512, ge=1)
+    """Open connections; a further one is answered with 503."""
+    per_address: int = Field(64, ge=1)
+    """The same from one address that isn't a proxy."""
+    proxies: list[str] = Field(default_factory=list)
+    """Addresses of reverse proxies: their X-Forwarded-For and -Proto are believed, nobody else's."""
+
+
 class ApiServiceConfig(Section):
     """The scoring API."""
 
+    hosts: list[str] = Field(default_factory=list)
+    """Names in a request's Host, beside those of the loopback; "*" allows every one. Others are refused with 421."""
+    trusted_network: bool = False
+    """Listens on other addresses than the loopback without keys or TLS too: only for a network without other hosts."""
+    connections: ConnectionsConfig = ConnectionsConfig()
     tls: TlsConfig = TlsConfig()
     keys: KeysConfig = KeysConfig()
     quotas: ApiQuotasConfig = ApiQuotasConfig()

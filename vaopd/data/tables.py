@@ -25,7 +25,7 @@ IN_MEMORY_BYTES = 256 * 2**20
 """Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_KNOWN_COLUMNS = ("problem", "question", "answer", "images", "image", "qid")
+_KNOWN_COLUMNS = ("problem", "question", "answer", "images", "image", "qid", "id")
 _METADATA = "metadata.jsonl"
 
 

@@ -11,10 +11,12 @@ from vaopd.divergence.fused import (
     CHUNK_LOGITS,
     fused_divergence,
     fused_loss,
+    fused_loss_and_logprobs,
     fused_reverse_kl,
     token_logprobs,
     top_k_logprobs,
 )
+from vaopd.divergence.head import head_logits, pad_head
 from vaopd.divergence.measures import DIVERGENCES, reverse_kl
 from vaopd.divergence.targets import FullTarget, SampledTarget, Target, TopKTarget
 
@@ -27,7 +29,10 @@ __all__ = [
     "TopKTarget",
     "fused_divergence",
     "fused_loss",
+    "fused_loss_and_logprobs",
     "fused_reverse_kl",
+    "head_logits",
+    "pad_head",
     "reverse_kl",
     "token_logprobs",
     "top_k_logprobs",

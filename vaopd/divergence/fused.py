@@ -10,6 +10,8 @@ inputs), sums over chunks included.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
-from vaopd.divergence.measures import widen
-from vaopd.divergence.targets import FullTarget, LogProbTarget, Target, choose_product_dtype
+from vaopd.divergence.head import choose_product_dtype, head_logits, pad_head
+from vaopd.divergence.products import add_product, multiply
+from vaopd.divergence.targets import FullTarget, LogProbTarget, Target
 from vaopd.errors import InvalidInput
 
 CHUNK_LOGITS = 2**25
@@ -27,26 +31,64 @@ CHUNK_LOGITS = 2**25
 
 
 def fused_loss(
-    student_hidden: Tensor, student_head: Tensor, target: Target, weights: Tensor, *, chunk_tokens: int | None = None
+    student_hidden: Tensor,
+    student_head: Tensor,
+    target: Target,
+    weights: Tensor,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns Σ weights·divergence, in one pass over the heads: (M, D_S), (V, D_S), target of M, (M,) -> (), (M,).
 
     Gradients flow from the loss into the student's hidden states and head; the (M,) divergences and the weights are
     detached. The gradients are computed with the loss and wait for the backward pass: V·D_S numbers for the head.
+    vocab_size: V, where the head has rows of padding beyond it; give the padded parameter, not a view of it, because
+    a GPU's products are padded anyway and a view's gradient is copied.
     """
-    job = _Job.plan(student_hidden, student_head, target, chunk_tokens)
-    if weights.shape != (len(student_hidden),):
-        raise InvalidInput(f"weights have shape {tuple(weights.shape)}, expected one per token, ({len(target)},)")
-    weights = weights.detach().to(student_hidden.device, job.wide)
-    loss, divergence = _Loss.apply(student_hidden, student_head, weights, job, torch.is_grad_enabled())
+    loss, divergence, _ = fused_loss_and_logprobs(
+        student_hidden, student_head, target, weights, None, vocab_size=vocab_size, chunk_tokens=chunk_tokens
+    )
     return loss, divergence
 
 
+def fused_loss_and_logprobs(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    target: Target,
+    weights: Tensor,
+    token_ids: Tensor | None,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `fused_loss` and the student's log-probs of the given ids (M,), detached: -> (), (M,), (M,).
+
+    Without ids, the log-probs are empty.
+    """
+    job = _Job.plan(student_hidden, student_head, target, vocab_size, chunk_tokens)
+    for name, given in (("weights", weights), ("token ids", token_ids)):
+        if given is not None and given.shape != (len(student_hidden),):
+            raise InvalidInput(f"{name} have shape {tuple(given.shape)}, expected one per token, ({len(target)},)")
+    weights = weights.detach().to(student_hidden.device, job.wide)
+    ids = None if token_ids is None else token_ids.to(student_hidden.device).long()
+    loss, divergence, logprobs = _Loss.apply(student_hidden, student_head, weights, ids, job, torch.is_grad_enabled())
+    return loss, divergence, logprobs
+
+
 def fused_divergence(
-    student_hidden: Tensor, student_head: Tensor, target: Target, *, chunk_tokens: int | None = None
+    student_hidden: Tensor,
+    student_head: Tensor,
+    target: Target,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Returns the divergence of each token, differentiable: (M, D_S), (V, D_S), target of M tokens -> (M,)."""
-    job = _Job.plan(student_hidden, student_head, target, chunk_tokens)
+    """Returns the divergence of each token, differentiable: (M, D_S), (V, D_S), target of M tokens -> (M,).
+
+    vocab_size: as in `fused_loss`.
+    """
+    job = _Job.plan(student_hidden, student_head, target, vocab_size, chunk_tokens)
     result: Tensor = _Divergence.apply(student_hidden, student_head, job)
     return result
 
@@ -64,41 +106,61 @@ def fused_reverse_kl(
 
     Heads may be padded to different widths when `vocab_size` is given. Gradients flow into the student only.
     """
-    target = FullTarget(hidden=teacher_hidden, head=teacher_head[:vocab_size])
-    return fused_divergence(student_hidden, student_head[:vocab_size], target, chunk_tokens=chunk_tokens)
+    target = FullTarget(hidden=teacher_hidden, head=teacher_head, vocab_size=vocab_size)
+    return fused_divergence(student_hidden, student_head, target, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
 
 
-def token_logprobs(hidden: Tensor, head: Tensor, token_ids: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """Returns log p(y_t) of the given ids (M,), from hidden states (M, D) and a head (V, D): -> (M,) float32."""
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    token_ids: Tensor,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Returns log p(y_t) of the given ids (M,), from hidden states (M, D) and a head (V, D): -> (M,) float32.
+
+    vocab_size: V, where the head has rows of padding beyond it.
+    """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        return fused_divergence(hidden, head, LogProbTarget(token_ids=token_ids), chunk_tokens=chunk_tokens)
+        target = LogProbTarget(token_ids=token_ids)
+        return fused_divergence(hidden, head, target, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
     length = _choose_chunk(len(hidden), len(head), chunk_tokens)
     chunks = zip(hidden.split(length), token_ids.long().split(length), strict=True)
-    return torch.cat([_compute_token_logprobs(rows, head, ids[:, None]) for rows, ids in chunks])
+    return torch.cat([_compute_token_logprobs(rows, head, ids[:, None], vocab_size) for rows, ids in chunks])
 
 
-def _compute_token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+def _compute_token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, vocab_size: int | None) -> Tensor:
     """Computes one chunk, ids (m, 1) -> (m,). A function, so that its logits are gone before the next ones are made."""
-    logits = widen(hidden @ head.T)
+    logits = head_logits(hidden, head, vocab_size)
+    if logits.dtype == torch.float32 and has_kernels(logits.device):
+        from vaopd.divergence.token_kernel import compute_log_sums
+
+        return logits.gather(-1, ids)[:, 0] - compute_log_sums(logits)
     chosen, largest = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
     return (chosen - largest - logits.sub_(largest).exp_().sum(-1, keepdim=True).log())[:, 0]
 
 
 @torch.no_grad()
 def top_k_logprobs(
-    hidden: Tensor, head: Tensor, k: int, *, chunk_tokens: int | None = None
+    hidden: Tensor, head: Tensor, k: int, *, vocab_size: int | None = None, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the k likeliest ids (M, k) int32, their log-probs (M, k), descending, and the tail's log-mass (M,)."""
-    if not 1 <= k <= len(head):
-        raise InvalidInput(f"top_k = {k} is outside [1, {len(head)}], the vocabulary")
+    """Returns the k likeliest ids (M, k) int32, their log-probs (M, k), descending, and the tail's log-mass (M,).
+
+    vocab_size: V, where the head has rows of padding beyond it.
+    """
+    if not 1 <= k <= (vocabulary := vocab_size or len(head)):
+        raise InvalidInput(f"top_k = {k} is outside [1, {vocabulary}], the vocabulary")
     chunks = hidden.split(_choose_chunk(len(hidden), len(head), chunk_tokens))
-    ids, values, tails = zip(*(_compute_top_k_logprobs(rows, head, k) for rows in chunks), strict=True)
+    ids, values, tails = zip(*(_compute_top_k_logprobs(rows, head, k, vocab_size) for rows in chunks), strict=True)
     return torch.cat(ids), torch.cat(values), torch.cat(tails)
 
 
-def _compute_top_k_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_top_k_logprobs(
+    hidden: Tensor, head: Tensor, k: int, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Computes one chunk. The tail by its own log-sum-exp, in place: 1 minus the top k's mass would be rounding."""
-    logits = widen(hidden @ head.T)
+    logits = head_logits(hidden, head, vocab_size)
     values, ids = logits.topk(k, dim=-1)
     # A finite floor for k = V, where the tail is empty: its log-mass is −inf, not NaN.
     largest = logits.scatter_(-1, ids, -torch.inf).amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
@@ -115,40 +177,56 @@ class _Job:
     """A pass over the tokens: `dtype` is of the matrix products, `wide` of everything after them."""
 
     target: Target
+    vocabulary: int
     chunk_tokens: int
     dtype: torch.dtype
     wide: torch.dtype
 
     @classmethod
-    def plan(cls, hidden: Tensor, head: Tensor, target: Target, chunk_tokens: int | None) -> _Job:
+    def plan(
+        cls, hidden: Tensor, head: Tensor, target: Target, vocab_size: int | None, chunk_tokens: int | None
+    ) -> _Job:
         if len(target) != len(hidden):
             raise InvalidInput(f"the student has {len(hidden)} response tokens, the teacher's payload {len(target)}")
         if isinstance(head, DTensor):
             raise InvalidInput("the student's head is spread over ranks; call this inside the module that FSDP wraps")
-        target.check(len(head))
+        vocabulary = len(head) if vocab_size is None else vocab_size
+        if vocabulary > len(head):
+            raise InvalidInput(f"vocab_size = {vocabulary} exceeds the {len(head)} rows of the student's head")
+        target.check(vocabulary)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         dtype = choose_product_dtype(hidden, head, autocast)
         return cls(
             target=target.in_precision(autocast),
-            chunk_tokens=_choose_chunk(len(hidden), len(head), chunk_tokens),
+            vocabulary=vocabulary,
+            chunk_tokens=_choose_chunk(len(hidden), vocabulary, chunk_tokens),
             dtype=dtype,
             wide=torch.promote_types(dtype, torch.float32),
         )
 
     def run(
-        self, hidden: Tensor, head: Tensor, weights: Tensor | None, wanted: tuple[bool, bool] = (False, False)
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns divergences (M,), and the gradients of Σ weights·divergence by hidden and head, where wanted."""
-        values = hidden.new_empty(len(hidden), dtype=self.wide)
-        by_hidden = torch.empty_like(hidden, dtype=self.wide) if wanted[0] else None
-        by_head = torch.zeros_like(head, dtype=self.wide) if wanted[1] else None
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        weights: Tensor | None,
+        wanted: tuple[bool, bool] = (False, False),
+        token_ids: Tensor | None = None,
+    ) -> _Results:
+        """Computes divergences, log-probs of the ids, and the gradients of Σ weights·divergence, where wanted."""
         # No autocast inside: everything has its precision, and autocast would only convert the heads once per chunk.
-        with torch.autocast(hidden.device.type, enabled=False):
-            head = head.to(self.dtype)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            padded = (
+                pad_head(head.to(self.dtype)) if is_padded(hidden.device) else head[: self.vocabulary].to(self.dtype)
+            )
+            found = _Results.allocate(self, hidden, max(len(padded), len(head)), wanted, token_ids)
+            if found.by_head is not None:
+                found.by_head[len(padded) if len(hidden) else 0 :] = 0  # the first chunk writes the others
             for start in range(0, len(hidden), self.chunk_tokens):
-                self._chunk(hidden, head, weights, slice(start, start + self.chunk_tokens), values, by_hidden, by_head)
-        return values, by_hidden, by_head
+                self._chunk(hidden, padded, weights, slice(start, start + self.chunk_tokens), token_ids, found)
+        if found.by_head is not None:
+            found.by_head = found.by_head[: len(head)]
+        return found
 
     def _chunk(
         self,
@@ -156,25 +234,84 @@ class _Job:
         head: Tensor,
         weights: Tensor | None,
         rows: slice,
-        values: Tensor,
-        by_hidden: Tensor | None,
-        by_head: Tensor | None,
+        token_ids: Tensor | None,
+        found: _Results,
     ) -> None:
         """Computes one chunk. A function, so that its matrices are gone before the next one's are made."""
         part = hidden[rows].to(self.dtype)
-        log_p = torch.log_softmax(part @ head.T, dim=-1, dtype=self.wide)
-        values[rows], slope = self.target.compare(log_p, rows, weights is not None)
+        ids = None if token_ids is None else token_ids[rows, None]
+        found.values[rows], slope = self._compare(part, head, rows, ids, weights is not None, found.logprobs[rows])
         if weights is None or slope is None:
             return
-        slope, factors = slope.to(self.dtype), weights[rows, None]
-        if by_hidden is not None:
-            torch.mul(slope @ head, factors, out=by_hidden[rows])
-        if by_head is not None:
+        factors = weights[rows, None]
+        if found.by_hidden is not None:
+            torch.mul(multiply(slope, head, self.wide), factors, out=found.by_hidden[rows])
+        if found.by_head is not None:
             scaled = (part * factors).to(self.dtype)  # the narrow side: m·D products instead of m·V
-            if self.dtype == self.wide:
-                by_head.addmm_(slope.T, scaled)
-            else:
-                by_head += slope.T @ scaled
+            add_product(found.by_head[: len(head)], slope.T, scaled, first=rows.start == 0)
+
+    def _compare(
+        self, part: Tensor, head: Tensor, rows: slice, ids: Tensor | None, differentiate: bool, logprobs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns divergence (m,) and its gradient by the logits, as wide as `head`; writes the ids' log-probs."""
+        logits = head_logits(part, head, self.vocabulary)
+        if (teacher := self._find_kernel_input(rows, logits)) is not None:
+            from vaopd.divergence.kernels import compare_logits
+
+            slope = part.new_empty(len(part), len(head)) if differentiate else None
+            values, log_sum = compare_logits(logits, teacher, slope=slope)
+            if ids is not None:
+                torch.sub(logits.gather(-1, ids)[:, 0], log_sum, out=logprobs)
+            return values, slope
+        log_p = torch.log_softmax(logits, dim=-1, dtype=self.wide)
+        del logits
+        if ids is not None:
+            logprobs.copy_(log_p.gather(-1, ids)[:, 0])
+        values, by_logit = self.target.compare(log_p, rows, differentiate)
+        if by_logit is None:
+            return values, None
+        slope = by_logit.to(self.dtype)
+        missing = len(head) - self.vocabulary
+        return values, F.pad(slope, (0, missing)) if missing else slope
+
+    def _find_kernel_input(self, rows: slice, logits: Tensor) -> Tensor | None:
+        """Returns the teacher's logits (m, V) where a kernel computes this divergence; None for the plain formulas."""
+        target = self.target
+        if not isinstance(target, FullTarget) or target.divergence != "reverse_kl" or self.wide != torch.float32:
+            return None
+        return target.compute_logits(rows) if has_kernels(logits.device) else None
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Results:
+    """What a pass computes: values (M,), logprobs (M,) or (0,), by_hidden (M, D), by_head, padded like the head."""
+
+    values: Tensor
+    logprobs: Tensor
+    by_hidden: Tensor | None
+    by_head: Tensor | None
+
+    @classmethod
+    def allocate(
+        cls, job: _Job, hidden: Tensor, head_rows: int, wanted: tuple[bool, bool], token_ids: Tensor | None
+    ) -> _Results:
+        return cls(
+            values=hidden.new_empty(len(hidden), dtype=job.wide),
+            logprobs=hidden.new_empty(0 if token_ids is None else len(hidden), dtype=job.wide),
+            by_hidden=torch.empty_like(hidden, dtype=job.wide) if wanted[0] else None,
+            by_head=hidden.new_empty(head_rows, hidden.shape[1], dtype=job.wide) if wanted[1] else None,
+        )
+
+
+def is_padded(device: torch.device) -> bool:
+    """Whether products on this device are as wide as the padded head: cuBLAS' fast kernels want aligned rows."""
+    return device.type == "cuda"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there: on a GPU, with torch's CUDA builds; on a CPU in Triton's interpreter only."""
+    wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and importlib.util.find_spec("triton") is not None
 
 
 class _Loss(torch.autograd.Function):
@@ -182,22 +319,22 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, weights: Tensor, job: _Job, differentiate: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Tensor, weights: Tensor, ids: Tensor | None, job: _Job, differentiate: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:2] if differentiate else (False, False)
-        values, by_hidden, by_head = job.run(hidden, head, weights if any(wanted) else None, wanted)
-        ctx.save_for_backward(by_hidden, by_head)
+        found = job.run(hidden, head, weights if any(wanted) else None, wanted, ids)
+        ctx.save_for_backward(found.by_hidden, found.by_head)
         ctx.dtypes = (hidden.dtype, head.dtype)
-        ctx.mark_non_differentiable(values)
-        return (weights * values).sum(), values
+        ctx.mark_non_differentiable(found.values, found.logprobs)
+        return (weights * found.values).sum(), found.values, found.logprobs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: the graph may be kept and walked again.
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         by_hidden, by_head = (None if g is None else (g * gradient).to(dtype) for g, dtype in pairs)
-        return by_hidden, by_head, None, None, None
+        return by_hidden, by_head, None, None, None, None
 
 
 class _Divergence(torch.autograd.Function):
@@ -207,14 +344,15 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, job: _Job) -> Tensor:
         ctx.save_for_backward(hidden, head)
         ctx.job = job
-        return job.run(hidden, head, None)[0]
+        return job.run(hidden, head, None).values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        _, *found = ctx.job.run(*inputs, gradients, ctx.needs_input_grad[:2])
-        by_hidden, by_head = (None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True))
+        found = ctx.job.run(*inputs, gradients, ctx.needs_input_grad[:2])
+        pairs = zip((found.by_hidden, found.by_head), inputs, strict=True)
+        by_hidden, by_head = (None if g is None else g.to(x.dtype) for g, x in pairs)
         return by_hidden, by_head, None
 
 

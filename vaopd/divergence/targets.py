@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from vaopd.divergence.head import choose_product_dtype, head_logits, pad_head
 from vaopd.divergence.measures import DIVERGENCES, Divergence
 from vaopd.errors import InvalidInput
 
@@ -40,11 +41,15 @@ class Target(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FullTarget:
-    """The teacher's whole distribution, as hidden states (M, D_T) and LM head (V, D_T): the exact divergence."""
+    """The teacher's whole distribution, as hidden states (M, D_T) and LM head (V, D_T): the exact divergence.
+
+    vocab_size: V, where the head has rows of padding beyond it (`head.pad_head`: what a GPU multiplies fast).
+    """
 
     hidden: Tensor
     head: Tensor
     divergence: str = "reverse_kl"
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         _find(self.divergence)
@@ -54,19 +59,27 @@ class FullTarget:
 
     def check(self, vocabulary: int) -> None:
         """Raises InvalidInput when the heads' numbers of rows differ."""
-        if vocabulary != len(self.head):
-            raise InvalidInput(
-                f"student's head has {vocabulary} rows, teacher's {len(self.head)}; give the shared vocab_size"
-            )
+        if vocabulary != (rows := len(self.head) if self.vocab_size is None else self.vocab_size):
+            raise InvalidInput(f"student's head has {vocabulary} rows, teacher's {rows}; give the shared vocab_size")
 
     def in_precision(self, autocast: torch.dtype | None) -> FullTarget:
         """Returns it with hidden states and head in the dtype of their product."""
         dtype = choose_product_dtype(self.hidden, self.head, autocast)
-        return replace(self, hidden=self.hidden.detach().to(dtype), head=self.head.detach().to(dtype))
+        head, vocabulary = self.head.detach().to(dtype), self.vocab_size or len(self.head)
+        return replace(
+            self,
+            hidden=self.hidden.detach().to(dtype),
+            head=pad_head(head) if head.is_cuda else head,
+            vocab_size=vocabulary,
+        )
+
+    def compute_logits(self, rows: slice) -> Tensor:
+        """Returns the teacher's logits (m, V) of these tokens, new and in float32 (float64 for float64)."""
+        return head_logits(self.hidden[rows], self.head, self.vocab_size)
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """Compares over the whole vocabulary."""
-        log_q = torch.log_softmax(self.hidden[rows] @ self.head.T, dim=-1, dtype=log_p.dtype)
+        log_q = torch.log_softmax(self.compute_logits(rows), dim=-1, dtype=log_p.dtype)
         return _find(self.divergence)(log_p, log_q, differentiate=differentiate)
 
 
@@ -189,9 +202,3 @@ def _find(divergence: str) -> Divergence:
 def _differentiate_logprob(log_p: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """Returns factors (m,) times the gradient of log p(id) by the logits, which is onehot(id) − p."""
     return log_p.exp_().mul_(-factors[:, None]).scatter_add_(-1, ids, factors[:, None])
-
-
-def choose_product_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """Returns the precision of their product, as autocast chooses it, which leaves float64 alone."""
-    dtype = torch.promote_types(hidden.dtype, head.dtype)
-    return dtype if autocast is None or dtype == torch.float64 else autocast

@@ -22,7 +22,21 @@ _REMARK = re.compile(
     r"| \([^()]{2,}\)$| -+ ?(?:\d|[A-Za-z\\]{2})| ?=> "
 )
 _FOLLOWS = re.compile(r" (?:[\d$]|\\(?:frac|sqrt|pi)(?![a-z])|[A-Z]?[a-z]{2})|, [a-z]{2}")
+_CHOSEN = re.compile(
+    r"(?:(?i:\b(?:option|choice|choose|select|pick)\b(?: is)?:?(?: option| choice)?) ?"
+    r"|(?:选项|选择|选)(?:是|为|：|:)? ?)[(（*]*(?P<letter>[A-J])(?![A-Za-z0-9']| as\b)"
+)
+_DENIED = re.compile(
+    r" (?:can't|cannot|(?:is|are|was|can|could|does|do|would|will)(?:n't| not| wrong| incorrect| false))\b"
+)
+_DOUBT = re.compile(
+    r"\b(?:not|isn't|can't|cannot|wrong|incorrect|false|neither|nor|except|eliminate\w*|or|either)\b|[不错非或]|[?？]",
+    re.IGNORECASE,
+)
 _SEVERAL = re.compile(r"[A-J](?: ?(?:,|;|&|and) ?[A-J])+")
+
+
+MAX_SEARCHED_CHARS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +68,18 @@ def find_option(answer: str, *, strict: bool = False) -> Option | None:
         return Option(letter)
     # "A triangle", "I think": a letter that is also a word says nothing.
     article = letter in "AI" and re.match(r" [A-Za-z]", rest)
+    denied = _DENIED.match(rest)
     another = re.search("(?<![A-Za-z\\\\])[B-H](?![A-Za-z])", rest)
-    return Option(letter, rest.strip()) if _FOLLOWS.match(rest) and not article and not another else None
+    return Option(letter, rest.strip()) if _FOLLOWS.match(rest) and not (article or another or denied) else None
+
+
+def find_chosen(response: str) -> str | None:
+    """Returns the option that the last sentence with one chooses: "So I choose B.", "选项B正确"; None in doubt."""
+    for sentence in reversed(re.split(r"(?<=[.!?])\s+|[\n。！；;]", response[-MAX_SEARCHED_CHARS:])):
+        letters = {found["letter"] for found in _CHOSEN.finditer(sentence)}
+        if letters:
+            return letters.pop() if len(letters) == 1 and not _DOUBT.search(sentence) else None
+    return None
 
 
 def find_options(answer: str) -> frozenset[str] | None:

@@ -15,9 +15,10 @@ _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 # "The answer is", "Answer:", a heading "Final Answer", "答案是", "故选", <answer>.
 _MARKER = re.compile(
-    r"\banswers?\b[*_`]*\s*(?:[:：]|(?:is|are|(?:should|would|must|will)\s+be)\b(?!\s+not\b))"
+    r"\banswers?\b[*_`]*\s*(?:[:：]|(?:is|are|(?:should|would|must|will)\s+be)\b"
+    r"(?!\s+not\b)|(?:is|are)\s+not\b[^.;\n]{1,40}?\bbut\b(?:\s+(?:rather|is))?)"
     r"|^[#*_ \t]*(?:final[ ]+)?answer[*_ \t]*$"
-    r"|答案\s*(?:应该|应当|应|就|便)?\s*(?:[为是选]|[:：])|故选|<answer>",
+    r"|答案\s*(?:应该|应当|应|就|便)?\s*(?:[为是选]|[:：])|【\s*答案\s*】|故选|<answer>",
     re.IGNORECASE | re.MULTILINE,
 )
 _OPENING = re.compile(r"(?:[\s*_`:：$]|\\\(|\\\[)*")
@@ -26,6 +27,8 @@ _SENTENCE_END = re.compile(r"\.(?!\d)|[\n;。；]|(?<=[!?])\s+(?=[A-Z])|</answer
 _REASON = re.compile(
     r"[ ,;，(-]*[ (](?:because|since|as|due to|given that|when|where|for the|and that|I (?:think|believe)) ?.*"
     r"| ?[,;，] ?(?:so|which|hence|therefore|thus|but|not)(?: .*|$)"
+    r"| ?\((?:i(?:\.?e\b.*)?$|approx.*|(?:rounded|correct) to .*|to (?:the nearest|\w+ (?:decimal|significant)) .*)"
+    r"| ?,? (?:rounded to|correct to|to the nearest|to \w+ (?:decimal|significant)) .*"
     r"| ?[,;，]? ?(?:因为|由于|理由|所以|因此|故选).*",
     re.IGNORECASE,
 )
@@ -128,6 +131,7 @@ def _find_marked(text: str, box: _Box | None) -> Commitment | None:
             stop = box.start
         answer = cut_reason(text[start:stop]).strip().strip("$*_`").strip()
         answer = re.sub(r"\s*\\[)\]]$", "", answer)
+        answer = answer.replace("**", "") if answer.count("**") % 2 else answer  # "option **B", its end stripped
         if not is_blank(answer):
             return Commitment(answer, boxed=False)
     return None

@@ -17,28 +17,36 @@ _PAIRS = r"""
 − - – - — - ‐ - ﹣ - ⁄ / ∶ : 、 , 。 . ’ ' ‘ ' “ " ” " × \times · \cdot ⋅ \cdot ∙ \cdot ÷ \div ± \pm √ \sqrt ∛ \sqrt[3]
 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≠ \neq ≈ \approx ∈ \in ∞ \infty ∪ \cup ∩ \cap ∅ \emptyset ∠ \angle △ \triangle
 ° ^\circ º ^\circ 度 ^\circ π \pi α \alpha β \beta γ \gamma θ \theta λ \lambda φ \phi 平方 square 立方 cubic
+∥ \parallel ⊥ \perp ≅ \cong ∼ \sim Ω \Omega Ω \Omega µ \mu μ \mu ⟨ ( ⟩ ) ′ ' ″ ''
 """.split()  # noqa: SIM905
 _SYMBOLS = {
     symbol: plain if len(plain) == 1 else f" {plain} " for symbol, plain in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)
 }
 _SYMBOL = re.compile("|".join(_SYMBOLS))
+_CURRENCY = {"£": "gbp", "€": "euro", "¥": "yuan"}
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
 _STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|operatorname|f?box(?:ed)?|overline(?=\s*\{[A-Z]{2}\}))"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|color\s*\{[^{}]*\})?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|underline|operatorname"
+    r"|f?box(?:ed)?|overline(?=\s*\{[A-Z]{2}\}))\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _GROUPS_OF_THREE = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+|(?:\{,\}\d{3})+|(?:(?:\\[,; ]| )\d{3})+)(?!\d|,\d)")
-_STEPS = tuple(
+_STEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(\\sqrt(?:\[3\])?)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\1{\2}"),
         (r"\\?(?<![A-Za-z])sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
         (r"\\varnothing", r"\\emptyset"),
+        (r"\\checkmark(?![A-Za-z])|[✓✔✅☑\ufe0f]|\\(?:tiny|small|normalsize|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])", ""),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
+        (r"\\color\s*\{[^{}]*\}", ""),
+        (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+        (r"(?<=[A-Za-z0-9)}])\s*[或和与]\s*(?=[-A-Za-z0-9\\(])", " or "),
         (r"\\(?:left|right|displaystyle|limits|[Bb]igg?[lr]?)(?![A-Za-z])|\\!|\\?\$|\\[()]|(?<!\\)\\[][]|`", ""),
         (r"(?<![\w)}])\*\*([^*]+)\*\*(?![\w(\\])|^[*_]+|[*_]+$", r"\1"),
         (r"\*\*\s*(-?\d+|[A-Za-z])", r"^{\1}"),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin)?space(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin)?space(?![A-Za-z])", " "),
         (r"(\d)[eE]([+-]?\d{1,9})(?![\dA-Za-z.])", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
         (r"(?<![A-Za-z])(?:negative|minus) (?=[\d\\])", "-"),
@@ -48,37 +56,37 @@ _STEPS = tuple(
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![\\A-Za-z])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
         (r"\s+", " "),
+        (r"(?<=\d) ?\\mu ?(?=[gms](?![A-Za-z]))", " u"),
+        (r"(?<=\d) ?([kM]?) ?\\Omega(?![A-Za-z])", r" \1ohm"),
+        (r"(?<![A-Za-z\\])N *\\cdot *m(?![A-Za-z])", "Nm"),
+        (r"(?<![A-Za-z\\])(k?m|cm) s ?\^ ?\{? ?-(?:1|(2)) ?\}?", r"\1/s^\2"),
+        (r"(?<=/s)\^(?!\s*[\d{])", ""),
     )
 )
 _TENS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "百": 2, "千": 3, "万": 4, "亿": 8}
 _TEN = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|[百千万亿](?![克米升瓦]))(?![a-z])")
-_DIGIT_WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen""".split()  # noqa: SIM905
+_ROUND = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+_NUMBER_WORDS = {word: number for number, word in enumerate(_SMALL)}
+_NUMBER_WORDS |= {
+    word + (f"-{_SMALL[ones]}" if ones else ""): 10 * tens + ones
+    for tens, word in enumerate(_ROUND, 2)
+    for ones in range(10)
+}
+_SYSTEM = re.compile(r"\\begin\s*\{(cases|aligned)\}(.*?)\\end\s*\{\1\}", re.DOTALL)
 _FUNCTIONS = frozenset(
     """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min gcd lcm""".split()  # noqa: SIM905
 )
 # A number beside one of these is not the answer itself.
 _CHANGES_A_NUMBER = frozenset(
     """or and nor not no never isn't without between less more fewer least most greater than over above below under plus
-    minus times divided multiplied half third quarter twice double triple negative squared cubed square cube root
+    minus divided multiplied half third quarter twice double triple negative squared cubed square cube root
     factorial power to hundred thousand million billion trillion dozen am pm mod base
     january february march april may june july august september october november december""".split()  # noqa: SIM905
 )
 _WORD = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]*|[\u4e00-\u9fff]+)\\)?[,:.，：]?")
-_AFTER = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]+|[\u4e00-\u9fff]+)\\)?[,:.，：]?")
+_AFTER = re.compile("\\(?(?:[A-Za-z][A-Za-z'-]+|[\u4e00-\u9fff]+)\\.?\\)?[,:.，：]?")
 _HAN = re.compile("[\u4e00-\u9fff]")
 _HAN_CHANGES = re.compile("[不非没无或和与至到半倍分点万亿千百十]|[大小多少]于")
 
@@ -89,11 +97,13 @@ def _normalize(text: str) -> str:
 
 def clean(text: str) -> str:
     """Returns the answer in plain LaTeX: no dollar signs, Markdown, styles or thin spaces; Unicode as commands."""
+    text = _SYSTEM.sub(_join_lines, text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{found[0].translate(_SCRIPTS)}}}", text)
     text = re.sub("[₀-₉]+", lambda found: f"_{{{found[0].translate(_SCRIPTS)}}}", text)
     text = re.sub("[¼-¾⅐-⅞]", lambda found: r"\frac{{{}}}{{{}}}".format(*_normalize(found[0]).split("⁄")), text)
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)  # before, too: º would be an o
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], _normalize(text))
+    text = re.sub("([£€¥]) ?(\\d(?:[\\d.,]*\\d)?)", lambda found: f"{found[2]} {_CURRENCY[found[1]]}", text)
     text = re.sub(r"(\.\d*)\\(?:overline|dot)\s*\{?(\d+)\}?", r"\1(\2)", text)  # a repeating decimal: 0.(3)
     while (plain := _STYLED.sub(r" \1 ", text)) != text:
         text = plain
@@ -101,12 +111,21 @@ def clean(text: str) -> str:
     for pattern, replacement in _STEPS:
         text = pattern.sub(replacement, text)
     text = _TEN.sub(lambda found: rf"\times 10^{{{_TENS[found[1]]}}}", text).strip(' ,;:"').rstrip(" .,;:")
-    return str(_DIGIT_WORDS.index(text.lower())) if text.lower() in _DIGIT_WORDS else text
+    return str(_NUMBER_WORDS.get(text.lower().replace(" ", "-"), text))
+
+
+def _join_lines(found: re.Match[str]) -> str:
+    """Returns a system's lines as a list: "x=1, y=2"; with cases of a function in it, the system as it is."""
+    if found[1] == "cases" and "&" in found[2]:
+        return found[0]
+    lines = (line.strip(" ,;") for line in re.split(r"\\\\", found[2].replace("&", "")))
+    return ", ".join(line for line in lines if line)
 
 
 def text_key(text: str) -> str:
-    """Returns what two texts must share to be equal: no spaces, articles or hyphens; words in one case."""
+    """Returns what equal texts share: no spaces, articles or hyphens; words in one case; commas in place of "and"."""
     text = re.sub(r"^(?:the|an?) (?=[a-z])", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\s*(?:,\s*and\b|[,;&]|\band\b)\s*", ",", text)
     text = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|\s", "", text).rstrip(".")
     return text.casefold() if re.search("[A-Za-z]{2}", text) else text
 

@@ -9,20 +9,24 @@ False
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 MAX_TENS = 400
 """Powers of ten beyond this are not plain numbers."""
 
 _TABLE = """
+m 1/1000000 um micrometer;g 1/1000000 ug;s 1/1000000 us;ohm 1 ohm;ohm 1000 kohm;ohm 1000000 Mohm;Nm 1 Nm
 m 1/1000 mm millimeter millimetre 毫米;m 1/100 cm centimeter centimetre 厘米;m 1/10 dm decimeter decimetre 分米
 m 1 m meter metre 米;m 1000 km kilometer kilometre 千米 公里;m 0.0254 in inch;m 0.3048 ft foot feet;m 0.9144 yd yard
 m 1609.344 mi mile;g 1/1000 mg milligram;g 1 g gram 克;g 1000 kg kilogram 千克 公斤;lb 1 lb pound
 s 1 s sec second 秒;s 60 min minute 分钟;s 3600 h hr hour 小时;d 1 day 天;m/s 0.44704 mph
 L 1/1000 ml mL milliliter 毫升;L 1 L l liter litre 升;rad 1 rad radian;degC 1 degC;degF 1 degF
 dollar 1 dollar usd USD;yuan 1 yuan 元;euro 1 euro;N 1 N newton;J 1 J joule;W 1 W watt;V 1 V volt;Hz 1 Hz hertz;Pa 1 Pa
-Pa 1000 kPa;C 1 C coulomb;K 1 K kelvin;A 1 A ampere;unit 1 unit 单位
+Pa 1000 kPa;gbp 1 gbp;dollar 1/100 cent
+C 1 C coulomb;K 1 K kelvin;A 1 A ampere;unit 1 unit 单位
 """
 _UNITS = {
     name: (base, Fraction(factor))
@@ -35,6 +39,10 @@ _UNIT = re.compile(
     rf"(?<=[\w)}}\]]) ?-?(?:(square|sq|cubic|cu)\.? )?({_NAME})(?:es|s)?(?:{_POWER})?"
     rf"(?: ?(?:/|per ) ?(?:({_NAME})(?:es|s)?)(?:{_POWER})?)?(?=\s*(?:$|[-+<>=,;)}}\]]|and\b|or\b)|(?<! in) [a-z]{{3}})"
 )
+_COMPOUND = re.compile(
+    rf"(\d+) ?({_NAME})s? (?:and )?(\d+(?:\.\d+)?) ?({_NAME})s?(?: (?:and )?(\d+(?:\.\d+)?) ?({_NAME})s?)?"
+)
+_MINUTES = re.compile(r"(\d+) ?deg ?(\d+) ?'(?!')(?: ?(\d+) ?(?:''|\"))?")
 _DEGREES = re.compile(r" ?\bdeg\b ?")
 _DIGITS = r"(?:\d+\.?\d*|\.\d+)"
 _DECIMAL = re.compile(
@@ -123,6 +131,24 @@ def nearly_equal(one: Fraction, other: Fraction, *, rounded: bool) -> bool:
     if largest >= Fraction(1, 10_000):  # six decimals still hold three digits of it
         return round(one, 6) == round(other, 6)
     return abs(one - other) <= largest / 1_000_000
+
+
+def join_units(text: str) -> str:
+    """Returns an amount in two or three units in the first of them: "3 h 30 min" as 7/2 h, "45 deg 30'" as 91/2 deg."""
+    text = _MINUTES.sub(lambda found: _write_fraction([found[1], found[2], found[3]], [1, 60, 3600]) + " deg", text)
+    found = _COMPOUND.fullmatch(text)
+    if not found:
+        return text
+    amounts, names = found.groups()[::2], [name for name in found.groups()[1::2] if name]
+    units = [_UNITS[name] for name in names]
+    if len({base for base, _ in units}) > 1 or any(small >= large for (_, large), (_, small) in pairwise(units)):
+        return text
+    return f"{_write_fraction(amounts, [units[0][1] / factor for _, factor in units])} {names[0]}"
+
+
+def _write_fraction(amounts: Sequence[str | None], divisors: Sequence[int | Fraction]) -> str:
+    total = sum(Fraction(amount) / divisor for amount, divisor in zip(amounts, divisors, strict=False) if amount)
+    return rf"\frac{{{total.numerator}}}{{{total.denominator}}}" if total else "0"
 
 
 def split_units(text: str) -> tuple[str, list[Unit]]:

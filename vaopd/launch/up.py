@@ -1,7 +1,7 @@
 """`vaopd up`: starts every process of a run on one host, in the order in which they need each other.
 
-    Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teacher
-    teacher's address, once it serves ──► trainer and API
+    Redis (when queue.url = "embedded") ──► rollout workers, which are slow to start, and the teachers
+    the teachers' addresses, once they serve ──► trainer and API
     trainer's exit ──► everything ends, with the trainer's exit code
 
 Each process is one of `services/`, with the same configuration and the addresses of those before it. Restarts, signals
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,16 +23,19 @@ from pathlib import Path
 
 from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.errors import ConfigError, Interrupted, VaopdError
-from vaopd.launch.checks import has_gpu
+from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.launch.teacher import check_credentials, describe_teacher
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
+from vaopd.run.status import StatusWriter
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
 API_TIMEOUT_S = 60.0
 REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
+EXIT_STOPPED = 130  # the trainer's, after a signal
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -42,6 +46,8 @@ class UpOptions:
     config_path: Path
     overrides: tuple[str, ...] = ()
     resume: bool = False
+    accept_teacher: str | None = None
+    """With resume: the revision of another teacher than before, or `vaopd.run.teacher.ANY`."""
     restart_trainer: bool = False
     """Restart a trainer that was killed by a signal, from its last checkpoint."""
     teacher: str | None = None
@@ -50,7 +56,7 @@ class UpOptions:
     """The service file (`vaopd.config.service`) of the processes that this launch starts."""
     api: bool = True
     gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Role → CUDA_VISIBLE_DEVICES; several values for "rollout" go to the workers in turn."""
+    """Role → CUDA_VISIBLE_DEVICES; several for "rollout" go to the workers in turn, for "teacher" to replicas."""
     metrics_port: int | None = None
     """Serve Prometheus metrics on the loopback from this port on; 0: on free ones; None: not at all."""
 
@@ -70,22 +76,47 @@ def up(
     """
     config = load_config(options.config_path, options.overrides)
     folder = config.run_folder
-    if (folder / "metrics.jsonl").exists() and not options.resume:
-        raise ConfigError(
-            f"run {config.run.name!r} already exists, in {folder}; continue it with --resume, or name another one: "
-            "--set run.name=NAME"
-        )
+    if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
+        return 0
     check_ports(config, options)
     check(config)
+    if options.teacher is None:
+        check_credentials(options.service)
+    else:
+        _describe_teacher(config, options, options.teacher, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
+    with StatusWriter(folder, role="vaopd up") as status:
+        status.write("starting")
+        try:
+            with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
+                code = _run_until_ended(_Launch(config, options, supervisor, say), say)
+            status.conclude("" if code in (0, EXIT_STOPPED) else f"the trainer {describe_exit(code)}")
+        except Interrupted as interrupted:
+            status.conclude()
+            say(f"{interrupted}; every process has ended. Continue with `vaopd up --resume {folder}`")
+            return interrupted.exit_code
+        except VaopdError as error:
+            status.conclude(str(error).partition("\n")[0])
+            raise
+        finally:
+            if options.metrics_port is not None:
+                locate_targets_file(config).unlink(missing_ok=True)
+    if code == 0:
+        say(f"finished: the model is in {folder / 'model'}; `vaopd report {folder}` writes its report")
+    return code
+
+
+def _describe_teacher(config: Config, options: UpOptions, address: str, say: Callable[[str], None]) -> None:
+    describe_teacher(config, address, resume=options.resume, accept_teacher=options.accept_teacher, say=say)
+
+
+def _run_until_ended(launch: _Launch, say: Callable[[str], None]) -> int:
     try:
-        with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
-            return _Launch(config, options, supervisor, say).run()
-    except Interrupted as interrupted:
-        say(f"{interrupted}; every process has ended")
-        return interrupted.exit_code
-    finally:
-        if options.metrics_port is not None:
-            locate_targets_file(config).unlink(missing_ok=True)
+        return launch.run()
+    except Interrupted:
+        say("ending: the trainer finishes its step and writes a checkpoint; a second signal ends everything at once")
+        raise
 
 
 class _Launch:
@@ -108,7 +139,9 @@ class _Launch:
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
         else:
-            self._set("teacher.address", self._start_teacher())
+            address = self._start_teachers()
+            _describe_teacher(self._config, self._options, address, self._say)
+            self._set("teacher.address", address)
         if self._options.api:
             self._start_api()
         return self._run_trainer()
@@ -151,21 +184,29 @@ class _Launch:
             child = self._make_service("rollout", name, "--worker", name, devices=visible, is_ready=is_alive)
             self._supervisor.start(child)
 
-    def _start_teacher(self) -> str:
-        announce = self._announce_file("teacher")
-        devices = self._options.gpus.get("teacher", (None,))[0]
-        arguments: tuple[str, ...] = ("--announce", str(announce))
-        self._supervisor.start(
-            self._make_service("teacher", "teacher", *arguments, devices=devices, is_ready=announce.exists)
-        )
-        self._supervisor.wait_ready("teacher", timeout_s=TEACHER_TIMEOUT_S)
-        address = announce.read_text().strip()
-        # A restart takes the same port again: trainer and API have no other address.
-        again = self._make_service(
-            "teacher", "teacher", "--set", f"teacher.address={address}", *arguments, devices=devices
-        )
-        self._supervisor.set_restart_argv("teacher", again.argv)
-        return address
+    def _start_teachers(self) -> str:
+        """Starts a teacher for each value of its devices, all at once; returns their addresses with commas between."""
+        devices: Sequence[str | None] = self._options.gpus.get("teacher", (None,))
+        names = ["teacher"] if len(devices) == 1 else [f"teacher-{index}" for index in range(len(devices))]
+        host = self._config.teacher.address.rpartition(":")[0]
+        announced = {}
+        for index, (name, visible) in enumerate(zip(names, devices, strict=True)):
+            # The first one listens where the configuration says, replicas beside it on free ports.
+            settings = ("--set", f"teacher.address={host}:0") if index else ()
+            announced[name] = self._announce_file(name)
+            arguments = (*settings, "--announce", str(announced[name]))
+            self._supervisor.start(
+                self._make_service("teacher", name, *arguments, devices=visible, is_ready=announced[name].exists)
+            )
+        addresses = []
+        for name, visible in zip(names, devices, strict=True):
+            self._supervisor.wait_ready(name, timeout_s=TEACHER_TIMEOUT_S)
+            addresses.append(announced[name].read_text().strip())
+            # A restart takes the same port again: trainer and API have no other address.
+            arguments = ("--set", f"teacher.address={addresses[-1]}", "--announce", str(announced[name]))
+            again = self._make_service("teacher", name, *arguments, devices=visible)
+            self._supervisor.set_restart_argv(name, again.argv)
+        return ",".join(addresses)
 
     def _start_api(self) -> None:
         announce = self._announce_file("api")
@@ -187,8 +228,11 @@ class _Launch:
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
         resume, restarts = self._options.resume, 0
+        arguments: tuple[str, ...]
         while True:
             arguments = ("--resume",) if resume else ()
+            if self._options.accept_teacher is not None and not restarts:
+                arguments += ("--accept-teacher", self._options.accept_teacher)
             child = dataclasses.replace(
                 self._make_service("trainer", "trainer", *arguments, devices=devices),
                 to_terminal=True,
@@ -275,10 +319,10 @@ def make_service_argv(role: str, config_path: Path, overrides: Sequence[str], *a
 def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     """Returns the variables that a child gets beside the launcher's own; those that are set there are kept."""
     added = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not has_gpu():
-        # Two OpenMP threads per process under contention ran up to ten times slower than one.
-        processes = 2 + config.rollout.workers
-        added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    # Two OpenMP threads per process under contention ran up to ten times slower than one; on a GPU host it is the
+    # preparation of images that would contend.
+    processes = 1 + config.trainer.processes + config.rollout.workers
+    added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     added = {key: value for key, value in added.items() if key not in os.environ}
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices
@@ -299,7 +343,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
 
 
 def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the values of `--gpus`.
+    """Reads the values of `--gpus`. A role that is named several times has as many processes.
 
     >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
     {'teacher': ('0,1',), 'rollout': ('2', '3')}
@@ -310,7 +354,17 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not separator or role not in ROLES:
             raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
         placed[role] = (*placed.get(role, ()), devices)
+    if len(placed.get("trainer", ())) > 1:
+        raise ConfigError(
+            f"--gpus trainer is given {len(placed['trainer'])} times; it is one process or one group of ranks: "
+            f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
+        )
     return placed
+
+
+def describe_exit(code: int) -> str:
+    """Returns how a process ended, from an exit code or 128 + n for signal n."""
+    return f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
 
 
 def make_run_name(prefix: str) -> str:

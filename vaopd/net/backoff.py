@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
-from vaopd.errors import Busy
+from vaopd.errors import Busy, ConfigError
 
 _HINT_JITTER = 0.2
 
@@ -53,3 +53,13 @@ class Backoff:
             raise error from None
         self._next_s = min(2 * self._next_s, self._longest_s)
         return delay_s
+
+
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+def check_timeout(name: str, seconds: float) -> float:
+    """Returns a time limit that every library takes. Raises ConfigError for NaN, infinity and more than a week."""
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise ConfigError(f"{name} = {seconds} must be above 0 and at most {MAX_TIMEOUT_S:.0f} seconds, a week")
+    return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 
 LOOPBACK = "127.0.0.1"
@@ -30,3 +31,16 @@ def find_port_problem(address: str) -> str | None:
         except OverflowError:
             return "a port is a number from 0 to 65535"
     return None
+
+
+def is_loopback(address: str) -> bool:
+    """Returns whether host:port is reachable from this host only.
+
+    >>> is_loopback("[::1]:50051"), is_loopback("0.0.0.0:50051")
+    (True, False)
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

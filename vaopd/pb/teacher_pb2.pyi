@@ -68,8 +68,16 @@ class Limits(_message.Message):
     max_tokens_per_request: int
     def __init__(self, max_groups_per_request: _Optional[int] = ..., max_rollouts_per_group: _Optional[int] = ..., max_tokens_per_rollout: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_tokens_per_request: _Optional[int] = ...) -> None: ...
 
+class PixelBounds(_message.Message):
+    __slots__ = ("min_pixels", "max_pixels")
+    MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    min_pixels: int
+    max_pixels: int
+    def __init__(self, min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...
+
 class TeacherDescription(_message.Message):
-    __slots__ = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype", "limits", "payloads", "degradations", "columns")
+    __slots__ = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype", "limits", "payloads", "degradations", "columns", "pixel_bounds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +88,7 @@ class TeacherDescription(_message.Message):
     PAYLOADS_FIELD_NUMBER: _ClassVar[int]
     DEGRADATIONS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    PIXEL_BOUNDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     tokenizer_fingerprint: str
@@ -90,7 +99,8 @@ class TeacherDescription(_message.Message):
     payloads: _containers.RepeatedScalarFieldContainer[PayloadKind]
     degradations: _containers.RepeatedScalarFieldContainer[DegradationKind]
     columns: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., payloads: _Optional[_Iterable[_Union[PayloadKind, str]]] = ..., degradations: _Optional[_Iterable[_Union[DegradationKind, str]]] = ..., columns: _Optional[_Iterable[str]] = ...) -> None: ...
+    pixel_bounds: PixelBounds
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., payloads: _Optional[_Iterable[_Union[PayloadKind, str]]] = ..., degradations: _Optional[_Iterable[_Union[DegradationKind, str]]] = ..., columns: _Optional[_Iterable[str]] = ..., pixel_bounds: _Optional[_Union[PixelBounds, _Mapping]] = ...) -> None: ...
 
 class PutImagesResponse(_message.Message):
     __slots__ = ("sha256",)

@@ -1,4 +1,4 @@
-"""The optional dependencies of each role, read from the installed package's own metadata.
+"""The optional dependencies of each role, from the installed package's metadata, or a source tree's pyproject.toml.
 
 `pip install vaopd` brings the client library and the command line. Everything else is an extra of pyproject.toml, and a
 command that lacks one says so in one line.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 
 from vaopd.errors import ConfigError
 
 ROLES = ("teacher", "rollout", "trainer", "api")
 """The extras that are a process each; `services` is all of them."""
 
+_ROOT = Path(__file__).parents[2]
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?")
 _EXTRA = re.compile(r"extra == ['\"]([\w-]+)['\"]")
 _DISTRIBUTIONS = {
@@ -81,9 +84,22 @@ def _collect_packages(extra: str) -> Iterator[str]:
 def _read_extras() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
     """Extra -> its requirements as (distribution, extras of it)."""
     found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-    for line in importlib.metadata.requires("vaopd") or ():
-        requirement, extra = _REQUIREMENT.match(line), _EXTRA.search(line)
-        if requirement and extra:
+    for extra, line in _list_requirements():
+        if requirement := _REQUIREMENT.match(line):
             included = tuple((requirement[2] or "").split(",")) if requirement[1] == "vaopd" else ()
-            found.setdefault(extra[1], []).append((requirement[1].lower(), included))
+            found.setdefault(extra, []).append((requirement[1].lower(), included))
     return found
+
+
+def _list_requirements() -> Iterator[tuple[str, str]]:
+    """Yields (extra, requirement); those of pyproject.toml where the tree is used without being installed."""
+    try:
+        lines = importlib.metadata.requires("vaopd") or ()
+    except importlib.metadata.PackageNotFoundError:
+        project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+        for extra, requirements in project["optional-dependencies"].items():
+            yield from ((extra, line) for line in requirements)
+        return
+    for line in lines:
+        if extra := _EXTRA.search(line):
+            yield extra[1], line

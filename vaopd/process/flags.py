@@ -66,6 +66,19 @@ def to_argv(arguments: argparse.Namespace, role: Role) -> list[str]:
 
 def _add_trainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint")
+    add_accept_teacher_flag(parser)
+
+
+def add_accept_teacher_flag(parser: argparse.ArgumentParser) -> None:
+    """Declares `--accept-teacher [REVISION]`."""
+    parser.add_argument(
+        "--accept-teacher",
+        nargs="?",
+        const="any",
+        metavar="REVISION",
+        help="with --resume, continue with another teacher than before: that of this revision (its first characters), "
+        "or, without REVISION and for one start only, whichever answers",
+    )
 
 
 def _add_teacher(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ makeReachable();
 // The page of an unfinished run reloads itself, and keeps open what the reader has opened.
 const live = document.getElementById("live");
 const again = Number(document.body.dataset.again);
-const running = `Running; this page updates every ${again} s.`;
+const STATES = { starting: "Starting", stopped: "The run was stopped", failed: "The run failed" };
+const running = () => `${STATES[live.dataset.state] ?? "Running"}; this page updates every ${again} s.`;
 let shown = null; // the ETag of the version on the page
 const say = (text) => {
   live.textContent = text;
@@ -48,8 +49,9 @@ async function update() {
       document.querySelectorAll("details").forEach((each, index) => { each.open = open[index] ?? false; });
       makeReachable();
       shown = tag;
-      if (!fresh.body.dataset.again) return say(`The run is finished. Last update ${time()}.`);
-      say(`${running} Last change ${time()}.`);
+      live.dataset.state = fresh.getElementById("live").dataset.state;
+      if (!fresh.body.dataset.again) return say(`${STATES[live.dataset.state] ?? "The run is finished"}. Last update ${time()}.`);
+      say(`${running()} Last change ${time()}.`);
     }
   } catch {
     say(`The API can't be reached since ${time()}; this page shows the run's last known state.`);
@@ -57,6 +59,6 @@ async function update() {
   setTimeout(update, again * 1000);
 }
 if (again) {
-  say(running);
+  say(running());
   setTimeout(update, again * 1000);
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -20,6 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from vaopd.files.durable import atomic_file
+from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
 from vaopd.run.records import Evaluation, Run, read_run
 
@@ -69,6 +71,7 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         policy=Markup(content_security_policy(live=again_s is not None)),
         again_s=again_s,
+        state=runs[0].state,
         style=Markup(_read_asset("page.css")),
         script=Markup(_read_asset("page.js")),
         smoothing_steps=plots.SMOOTHING_STEPS,
@@ -97,6 +100,8 @@ def _describe(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "tiles": list(_make_tiles(run)),
+        "state": _describe_state(run),
+        "history": [_describe_change(*change) for change in run.list_changes()] + list(_describe_teachers(run)),
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
         "figures": [Markup(svg) for svg in plots.run_svgs(run)],
@@ -107,8 +112,11 @@ def _describe(run: Run) -> dict[str, Any]:
 
 def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yields name, value and note of each number at the top of a run's section."""
-    from vaopd.report.plots import TIMES, VARIANT_NAMES
+    from vaopd.report.plots import TIMES
 
+    for none in run.without_accuracy[-1:]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in none.not_asked.items())
+        yield (f"held-out accuracy, step {none.step}", "none", f"no question could be asked: {reasons}")
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         yield (f"held-out accuracy, step {first.step}", first.label, "")
@@ -117,15 +125,23 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
             yield (f"held-out accuracy, step {last.step}", last.label, f"{gain:+.1f} points")
         problems = f"{last.prompts} problems, {last.samples} answer{'s' if last.samples > 1 else ''} each"
         yield ("judged on", problems, "± one standard error")
+        if last.not_asked:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in last.not_asked.items())
+            yield ("not asked", f"{sum(last.not_asked.values())} problems", reasons)
         judges = " and ".join(dict.fromkeys(evaluation.judge or "1" for evaluation in run.evaluations))
         yield ("judge", judges, "its version")
-    state = "finished" if run.finished else "not finished"
+    if left_out := run.list_series("records_left_out")[1]:
+        yield ("bad records left out", f"{left_out[-1]:.0f}", "of the training split; `vaopd data check` lists them")
     steps = f"{run.steps_done} of {run.steps_planned}" if run.steps_planned is not None else str(run.steps_done)
-    yield ("optimizer steps", steps, state)
-    yield ("objective", VARIANT_NAMES.get(run.variant, run.variant), f"seed {run.seed}")
+    yield ("optimizer steps", steps, run.state)
+    if skipped := sum(1 for line in run.train if line.get("skipped")):
+        yield ("skipped steps", str(skipped), "their gradient was not finite, and they changed nothing")
+    yield ("objective", name_variant(run.variant), f"seed {run.seed}")
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
+    if (drift := run.compute_mean("policy_drift_share")) is not None:
+        yield ("policy drift", f"{drift:.1%}", "of the tokens differ by over 0.1 nats between worker and trainer")
     means = [run.compute_mean(key) for key in TIMES]
     if all(mean is not None for mean in means):
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
@@ -142,19 +158,38 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
     return {
         "figures": [Markup(svg) for svg in plots.render_comparison(runs, band=band)],
         "band": band,
+        "repeats": [f"{g.label}: {g.describe_repeats()}" for g in group_runs(runs) if g.describe_repeats()],
         "rows": [_make_row(run) for run in runs],
         "differences": [(key, *(_format_value(values.get(key)) for values in flat)) for key in differing],
     }
 
 
+def _describe_state(run: Run) -> str:
+    """Returns a sentence on a run that is not finished; "" for others, and where the run doesn't say."""
+    status = run.status
+    if status is None or run.finished:
+        return ""
+    if status.state == "failed":
+        return f"The run failed at step {status.step}: {status.reason}"
+    return f"The run was stopped at step {status.step}." if status.state == "stopped" else f"The run is {status.state}."
+
+
+def _describe_change(step: int, key: str, old: Any, new: Any) -> str:
+    return f"From step {step} on, {key} is {_format_value(new)}; before, it was {_format_value(old)}."
+
+
+def _describe_teachers(run: Run) -> Iterator[str]:
+    teachers = run.list_teachers()
+    for (_, old), (step, new) in itertools.pairwise(teachers):
+        yield f"From step {step} on, another teacher was accepted: revision {new[:16]}; before, it was {old[:16]}."
+
+
 def _make_row(run: Run) -> tuple[str, ...]:
     """Returns a run's line of the table that compares runs."""
-    from vaopd.report.plots import VARIANT_NAMES
-
     first, last = (run.evaluations[0].label, run.evaluations[-1].label) if run.evaluations else ("–", "–")
     rate = run.compute_mean("rollouts_per_s")
-    steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, not finished")
-    name = VARIANT_NAMES.get(run.variant, run.variant)
+    steps = f"{run.steps_done}" + ("" if run.finished else f" of {run.steps_planned}, {run.state}")
+    name = name_variant(run.variant)
     return (run.name, name, str(run.seed), steps, first, last, "–" if rate is None else f"{rate:.1f}")
 
 

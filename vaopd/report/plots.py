@@ -20,17 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import InvalidInput
+from vaopd.report.groups import Group, group_runs, keep_finished, split_by_seed
 from vaopd.run.records import Run
 
 # A stand-in for currentColor, which matplotlib does not know; it is replaced in the SVG's text.
 FOREGROUND = "#010203"
-VARIANT_NAMES = {
-    "va_opd": "VA-OPD",
-    "standard": "Standard OPD",
-    "rollout_weights": "rollout weights only",
-    "token_groups": "token groups only",
-    "masked": "masked",
-}
 # Distinguishable on white and on black, and with red-green colour blindness.
 COLOURS = {
     "va_opd": "#e07b00",
@@ -39,6 +33,10 @@ COLOURS = {
     "token_groups": "#1f9e89",
     "masked": "#d04a86",
 }
+LINES = ("-", "--", ":", "-.")
+"""Line styles of groups with one objective, in turn."""
+SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280"}
+"""Of objectives whose tokens are ranked by another score than VA."""
 RC: Any = {  # matplotlib types the keys one by one
     "svg.fonttype": "none",
     "font.size": 9,
@@ -83,6 +81,10 @@ OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
         (Metric(key="va_top10_share", title="share", unit="share", top=1.05),),
     ),
     ("Entropy of the rollout weights", (Metric(key="weights_entropy", title="entropy", unit="nats"),)),
+    (
+        "Rollout and trainer: differences of log-probs",
+        (Metric(key="policy_drift_mean", title="mean difference", unit="nats"),),
+    ),
 )
 OF_A_COMPARISON: tuple[Metric, ...] = (
     HIGH,
@@ -132,29 +134,28 @@ def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
 
 
 def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
-    """Draws held-out accuracy by objective: one seed with its standard error, several as mean and band.
+    """Draws held-out accuracy by configuration: one seed with its standard error, several as mean and band.
 
     Raises InvalidInput when no run has an evaluation.
     """
-    variants = _group_by_variant([run for run in keep_finished(runs) if run.evaluations])
-    if not variants:
+    groups = group_runs([run for run in keep_finished(runs) if run.evaluations])
+    if not groups:
         raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
     notes = []
-    for variant, members in variants.items():
-        colour, name = _colour(variant), _name(variant)
-        if len(members) == 1:
-            evaluations = members[0].evaluations
+    for group, style in _choose_styles(groups):
+        if len(group.runs) == 1:
+            evaluations = group.runs[0].evaluations
             axes.errorbar(
                 [e.step for e in evaluations],
                 [100 * e.accuracy for e in evaluations],
                 yerr=[100 * e.standard_error for e in evaluations],
-                color=colour, label=name, marker="o", markersize=3, capsize=2,
+                label=group.legend, marker="o", markersize=3, capsize=2, **style,
             )  # fmt: skip
             notes.append("bars: one standard error over problems")
         else:
-            steps, means, lows, highs = seed_band(members, band=band)
-            axes.plot(steps, means, color=colour, label=f"{name}, {len(members)} seeds", marker="o", markersize=3)
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
+            steps, means, lows, highs = seed_band(group.runs, band=band)
+            axes.plot(steps, means, label=group.legend, marker="o", markersize=3, **style)
+            axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
             notes.append(f"line: mean; {_describe_band(band)}")
     axes.set(xlabel="optimizer step", ylabel="%")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -164,7 +165,16 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
 
 def seed_band(runs: Sequence[Run], *, band: str) -> Band:
     """Returns the steps that all seeds evaluated; at each the mean accuracy and the band's edges, in percent."""
-    return compute_band([{e.step: 100 * e.accuracy for e in run.evaluations} for run in runs], band=band)
+    return _compute_seed_band(runs, lambda run: {e.step: 100 * e.accuracy for e in run.evaluations}, band=band)
+
+
+def _compute_seed_band(runs: Sequence[Run], draw: Callable[[Run], Mapping[int, float]], *, band: str) -> Band:
+    """Returns the band over the seeds; a seed that ran more than once counts once, with the mean of its runs."""
+    curves = []
+    for same in split_by_seed(runs).values():
+        steps, means, _, _ = compute_band([draw(run) for run in same], band="range")
+        curves.append(dict(zip(steps, means, strict=True)))
+    return compute_band(curves, band=band)
 
 
 def compute_band(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
@@ -197,25 +207,16 @@ def smooth(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[flo
     return [sum(window) / len(window) for window in windows]
 
 
-def keep_finished(runs: Sequence[Run]) -> list[Run]:
-    """Leaves out unfinished runs of an objective that has finished ones: they would cut its curve short."""
-    done = {run.variant for run in runs if run.finished}
-    return [run for run in runs if run.finished or run.variant not in done]
+def _choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """Yields each group with its objective's colour, and a line style by its place among those of the objective."""
+    seen: dict[str, int] = {}
+    for group in groups:
+        number = seen[group.variant] = seen.get(group.variant, -1) + 1
+        yield group, {"color": _choose_colour(group.variant), "linestyle": LINES[number % len(LINES)]}
 
 
-def _group_by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    variants: dict[str, list[Run]] = {}
-    for run in runs:
-        variants.setdefault(run.variant, []).append(run)
-    return variants
-
-
-def _name(variant: str) -> str:
-    return VARIANT_NAMES.get(variant, variant)
-
-
-def _colour(variant: str) -> str:
-    return COLOURS.get(variant, "#888888")
+def _choose_colour(variant: str) -> str:
+    return SCORE_COLOURS.get(variant.partition(" by ")[2]) or COLOURS.get(variant, "#888888")
 
 
 def _describe_band(band: str) -> str:
@@ -237,13 +238,14 @@ def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str
 
 
 def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
-    variants = _group_by_variant(runs)
-    for variant, members in variants.items():
-        curves = [dict(zip(steps, smooth(values), strict=True)) for steps, values in
-                  (run.list_series(metric.key) for run in members)]  # fmt: skip
-        steps, means, lows, highs = compute_band(curves, band=band)
-        axes.plot(steps, means, color=_colour(variant), label=_name(variant), linewidth=1.6)
-        axes.fill_between(steps, lows, highs, color=_colour(variant), alpha=0.2, linewidth=0)
+    def draw(run: Run) -> dict[int, float]:
+        steps, values = run.list_series(metric.key)
+        return dict(zip(steps, smooth(values), strict=True))
+
+    for group, style in _choose_styles(group_runs(runs)):
+        steps, means, lows, highs = _compute_seed_band(group.runs, draw, band=band)
+        axes.plot(steps, means, label=group.label, linewidth=1.6, **style)
+        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0, top=metric.top)

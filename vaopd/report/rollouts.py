@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vaopd.run.records import Run, read_json_lines
+from vaopd.run.json_lines import read_json_lines
+from vaopd.run.records import Run
 from vaopd.scoring.views import make_views
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
@@ -75,13 +76,14 @@ def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
 
 def _show_group(rollouts: Sequence[Rollout], run: Run) -> ShownGroup:
     data = _find_image(rollouts)
-    fraction = float(run.config.get("objective", {}).get("high_fraction", HIGH_FRACTION))
+    settings = run.config.get("objective", {})
+    fraction, score = float(settings.get("high_fraction", HIGH_FRACTION)), str(settings.get("token_score", "va"))
     return ShownGroup(
         question=rollouts[0]["question"],
         answer=str(rollouts[0]["answer"]),
         pictures=list(_draw_views(data, run)) if data is not None else [],
         rollouts=[
-            ShownRollout(_show_tokens(rollout, fraction), rollout["rollout_weight"], _read_verdict(rollout))
+            ShownRollout(_show_tokens(rollout, fraction, score), rollout["rollout_weight"], _read_verdict(rollout))
             for rollout in rollouts
         ],
     )
@@ -92,10 +94,11 @@ def _read_verdict(rollout: Rollout) -> str:
     return str(rollout.get("verdict", correct))
 
 
-def _show_tokens(rollout: Rollout, high_fraction: float) -> list[Token]:
+def _show_tokens(rollout: Rollout, high_fraction: float, token_score: str) -> list[Token]:
     advantages = rollout["visual_advantage"]
-    high = high_group(np.array(advantages), high_fraction=high_fraction)
+    high = high_group(_rank_by(rollout, token_score), high_fraction=high_fraction)
     others = {
+        "view divergence": rollout.get("view_divergence_nats"),
         "teacher": rollout["teacher_logprobs"],
         "degraded": rollout.get("degraded_logprobs"),
         "student": rollout.get("rollout_logprobs"),
@@ -106,6 +109,15 @@ def _show_tokens(rollout: Rollout, high_fraction: float) -> list[Token]:
         numbers = [f"VA {va:.3f}", *(f"{name} {v[index]:.3f}" for name, v in others.items() if v is not None)]
         tokens.append(Token(text, min(va / FULL_COLOUR_NATS, 1.0), bool(high[index]), ", ".join(numbers)))
     return tokens
+
+
+def _rank_by(rollout: Rollout, token_score: str) -> np.ndarray:
+    """Returns the numbers that the run's high group is chosen by, (T,): see `objective.token_score`."""
+    if token_score == "view_divergence":
+        return np.array(rollout["view_divergence_nats"])
+    if token_score == "absolute":
+        return np.abs(np.subtract(rollout["teacher_logprobs"], rollout["degraded_logprobs"]))
+    return np.array(rollout["visual_advantage"])
 
 
 def _find_image(rollouts: Sequence[Rollout]) -> str | None:

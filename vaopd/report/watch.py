@@ -38,17 +38,18 @@ def watch(
     once: bool = False,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.time,
-) -> None:
-    """Shows the run in `folder` until it is finished; with `once`, shows it once. Raises NotFound.
+) -> str:
+    """Shows the run in `folder` until it has ended; with `once`, shows it once. Returns its state. Raises NotFound.
 
-    A run may be interrupted and resumed meanwhile. Ctrl-C ends the watching, never the run.
+    A run of an earlier vaopd, which says nothing of its state, may be interrupted and resumed meanwhile. Ctrl-C ends
+    the watching, never the run.
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} is no folder; RUN is a run's folder, e.g. runs/demo-…")
     terminal = stream.isatty() and not once
     drawn, last_line = 0, ""
     while True:
-        run = read_run(folder) if (folder / "metrics.jsonl").exists() else None
+        run = _read_begun(folder)
         if terminal or once:
             width = shutil.get_terminal_size().columns if terminal else 100
             lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else describe_start(folder))]
@@ -63,9 +64,17 @@ def watch(
                 stream.write(line + "\n")
                 last_line = line
         stream.flush()
-        if once or (run is not None and run.finished):
-            return
+        if once or (run is not None and not run.may_continue):
+            return run.state if run is not None else "starting"
         sleep(every_s)
+
+
+def _read_begun(folder: Path) -> Run | None:
+    """Returns the run, once it has taken a step or has ended; None before."""
+    if (folder / "metrics.jsonl").exists():
+        return read_run(folder)
+    run = read_run(folder) if (folder / "config.toml").exists() else None
+    return run if run is not None and run.status is not None and not run.may_continue else None
 
 
 def describe_start(folder: Path) -> list[str]:
@@ -81,6 +90,9 @@ def describe_start(folder: Path) -> list[str]:
 def block(run: Run, *, now_s: float) -> list[str]:
     """Returns the run as a few lines; `now_s` is the time in seconds since the epoch, as in metrics.jsonl."""
     lines = [f"{run.name}   {run.variant}, seed {run.seed}", _format_progress(run)]
+    if run.status is not None and not run.finished:
+        lines += run.state_label.splitlines()
+    lines += [f"from step {step} on: {key} {old} → {new}" for step, key, old, new in run.list_changes()]
     for key, name in CURVES:
         _, values = run.list_series(key)
         if values:
@@ -96,9 +108,9 @@ def block(run: Run, *, now_s: float) -> list[str]:
 
 
 def _describe_judge(evaluation: Evaluation) -> str:
-    """Returns how many answers were not judged, if any, and the judge's version, if the run recorded it."""
-    unjudged = f", {evaluation.not_judged} not judged" if evaluation.not_judged else ""
-    return f"{unjudged}, judge {evaluation.judge}" if evaluation.judge else unjudged
+    """Returns what is missing in the accuracy, if anything, and the judge's version, if the run recorded it."""
+    gaps = "".join(f", {gap}" for gap in evaluation.gaps)
+    return f"{gaps}, judge {evaluation.judge}" if evaluation.judge else gaps
 
 
 def format_line(run: Run) -> str:
@@ -115,7 +127,8 @@ def format_line(run: Run) -> str:
     if run.evaluations:
         last = run.evaluations[-1]
         parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}{_describe_judge(last)}")
-    parts.append(_format_time_left(run))
+    ended = run.status is not None and run.state in ("failed", "stopped")
+    parts.append(" ".join(run.state_label.split()) if ended else _format_time_left(run))
     return "  ".join(part for part in parts if part)
 
 
@@ -146,14 +159,14 @@ def _format_progress(run: Run) -> str:
 
 
 def _format_time_left(run: Run) -> str:
-    if run.finished:
-        return "finished"
+    if not run.may_continue:
+        return run.state
     return f"{format_duration(run.time_left.total_seconds())} left" if run.time_left else ""
 
 
 def _describe_silence(run: Run, now_s: float) -> str:
     _, times = run.list_series("time_s")
-    if run.finished or len(times) < 2:
+    if not run.may_continue or len(times) < 2:
         return ""
     since, usual = now_s - times[-1], (times[-1] - times[0]) / (len(times) - 1)
     if since < max(QUIET_S, 3 * usual):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vaopd.errors import InvalidInput
+from vaopd.run.teacher import TeacherRecord, read_teacher
 
 FILE = "ledger.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerLine:
-    """One trained group, as a checkpoint holds it."""
+    """One trained group, as a checkpoint holds it; `skipped`: nothing changed, the gradient was not finite."""
 
     group_id: str
     step: int
     policy_version: int
+    skipped: bool = False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -48,12 +51,19 @@ class RunState:
 
     step: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
+    teacher: TeacherRecord | None = None
+    """The teacher that the steps learned from last; None in a checkpoint of an earlier vaopd."""
     ledger: list[LedgerLine] = field(default_factory=list)
+
+    def list_last_skipped(self) -> list[LedgerLine]:
+        """Returns the groups of the skipped steps that no other step has followed, in the order of the ledger."""
+        lines = list(itertools.takewhile(lambda line: line.skipped, reversed(self.ledger)))
+        return lines[::-1]
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
     """Writes state.json and ledger.jsonl into a checkpoint's folder."""
-    values = {"step": state.step, "schedule": state.schedule}
+    values = {"step": state.step, "schedule": state.schedule, "teacher": state.teacher and asdict(state.teacher)}
     (folder / "state.json").write_text(json.dumps(values, indent=1))
     (folder / FILE).write_text("".join(json.dumps(asdict(line)) + "\n" for line in state.ledger))
 
@@ -61,10 +71,20 @@ def write_run_state(folder: Path, state: RunState) -> None:
 def load_run_state(checkpoint: Path) -> RunState:
     """Reads what `write_run_state` wrote; raises InvalidInput when it is missing or damaged."""
     step, lines = read_checkpoint(checkpoint)
-    schedule = json.loads((checkpoint / "state.json").read_text()).get("schedule")
+    values = json.loads((checkpoint / "state.json").read_text())
+    schedule = values.get("schedule")
     if not isinstance(schedule, dict):
         raise InvalidInput(
             f"checkpoint {checkpoint} can't be read (no schedule in its state.json); remove that folder to resume from "
             "the one before it"
         )
-    return RunState(step=step, schedule=schedule, ledger=lines)
+    return RunState(step=step, schedule=schedule, teacher=read_checkpoint_teacher(checkpoint), ledger=lines)
+
+
+def read_checkpoint_teacher(checkpoint: Path) -> TeacherRecord | None:
+    """Returns the teacher that a checkpoint names; None for one of an earlier vaopd."""
+    try:
+        teacher = json.loads((checkpoint / "state.json").read_text()).get("teacher")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidInput(f"checkpoint {checkpoint} can't be read ({error})") from None
+    return None if teacher is None else read_teacher(teacher, origin=str(checkpoint / "state.json"))

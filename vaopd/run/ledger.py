@@ -115,10 +115,12 @@ class Fate:
     checkpoint: int | None = None
     """The first checkpoint that holds it."""
 
-    def name_outcome(self, done: int) -> Literal["trained", "evaluated", "dead-lettered", "in flight", "lost"]:
+    def name_outcome(
+        self, done: int
+    ) -> Literal["trained", "skipped", "evaluated", "dead-lettered", "in flight", "lost"]:
         """Returns the group's outcome, when the newest checkpoint holds `done` steps."""
         if self.trained:
-            return "trained"
+            return "skipped" if self.trained[0].skipped else "trained"
         if self.dead is not None:
             return "dead-lettered"
         if self.step is None and self.deliveries:
@@ -147,6 +149,8 @@ class Audit:
         outcomes = Counter(fate.name_outcome(self.step) for fate in fates)
         names = ("trained" if training else "evaluated", "dead-lettered", "in flight", "lost")
         counts |= {name: outcomes[name] for name in names}  # type: ignore[index]
+        if outcomes["skipped"]:  # a step whose gradient was not finite, which is rare
+            counts["skipped"] = outcomes["skipped"]
         dropped = sum((fate.dropped for fate in fates), Counter[str]())
         return counts | {f"dropped, {reason}": number for reason, number in sorted(dropped.items())}
 

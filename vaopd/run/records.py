@@ -7,17 +7,19 @@ also while the run continues.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vaopd.errors import InvalidInput, NotFound
+from vaopd.errors import InvalidInput
+from vaopd.run.json_lines import read_json_lines, read_text
+from vaopd.run.settings import read_history
+from vaopd.run.status import RunStatus, read_status
 
 RECENT_STEPS = 20  # a step's duration is the median of so many, so that an evaluation between two doesn't count
 
@@ -27,6 +29,7 @@ class Evaluation:
     """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1].
 
     judge: its version; empty in a run of an earlier vaopd. not_judged: answers it could not compare within its limits.
+    prompts: the problems that were asked; not_asked: the others, by reason.
     """
 
     step: int
@@ -35,13 +38,29 @@ class Evaluation:
     prompts: int
     samples: int
     not_judged: int = 0
+    not_asked: Mapping[str, int] = field(default_factory=dict)
     judge: str = ""
 
     @property
     def label(self) -> str:
-        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"; then how many were not judged."""
+        """The accuracy and its standard error in per cent, e.g. "61.3 % ± 2.8"; then what is missing in it."""
         label = f"{100 * self.accuracy:.1f} % ± {100 * self.standard_error:.1f}"
-        return f"{label} ({self.not_judged} not judged)" if self.not_judged else label
+        return f"{label} ({', '.join(self.gaps)})" if self.gaps else label
+
+    @property
+    def gaps(self) -> list[str]:
+        """How many questions were not asked, and how many answers not judged; nothing where all were."""
+        unasked = sum(self.not_asked.values())
+        gaps = [f"{unasked} of {self.prompts + unasked} not asked"] if unasked else []
+        return [*gaps, f"{self.not_judged} not judged"] if self.not_judged else gaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAccuracy:
+    """An evaluation in which no question could be asked; not_asked: how many, by reason."""
+
+    step: int
+    not_asked: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,11 @@ class Run:
     config: dict[str, Any]
     train: tuple[dict[str, Any], ...]
     evaluations: tuple[Evaluation, ...]
+    without_accuracy: tuple[NoAccuracy, ...] = ()
+    status: RunStatus | None = None
+    """As it was read; None for a run of an earlier vaopd."""
+    history: tuple[dict[str, Any], ...] = ()
+    """The lines of settings.jsonl, one for each start."""
 
     @property
     def name(self) -> str:
@@ -61,8 +85,10 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """`objective.variant` of the configuration."""
-        return str(self.config.get("objective", {}).get("variant", "va_opd"))
+        """`objective.variant` of the configuration, "by" `objective.token_score` where that isn't the paper's."""
+        settings = self.config.get("objective", {})
+        variant, score = str(settings.get("variant", "va_opd")), settings.get("token_score", "va")
+        return variant if score == "va" else f"{variant} by {score}"
 
     @property
     def seed(self) -> int:
@@ -82,11 +108,47 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been taken, and evaluated where evaluations are on."""
+        """Whether the run says so; without a status, whether the last step is taken and, if due, evaluated."""
+        if self.status is not None:
+            return self.status.state == "finished"
         if self.steps_planned is None or self.steps_done < self.steps_planned:
             return False
         evaluates = self.config.get("evaluation", {}).get("every", 50) > 0
-        return not evaluates or bool(self.evaluations and self.evaluations[-1].step >= self.steps_planned)
+        steps = [evaluation.step for evaluation in self.evaluations]
+        steps += [evaluation.step for evaluation in self.without_accuracy]
+        return not evaluates or max(steps, default=-1) >= self.steps_planned
+
+    @property
+    def state(self) -> str:
+        """Its state: starting, running, stopped, failed or finished; without a status, finished or not finished."""
+        return self.status.state if self.status is not None else "finished" if self.finished else "not finished"
+
+    @property
+    def state_label(self) -> str:
+        """The state, with the step and the reason of a run that ended early."""
+        return self.status.label if self.status is not None else self.state
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether a page or a terminal should look again by itself."""
+        return not self.finished if self.status is None else self.status.alive
+
+    def list_changes(self) -> list[tuple[int, str, Any, Any]]:
+        """Returns the settings that were changed on the way: from which step, key, old and new value."""
+        return [
+            (int(line["step"]), key, old, new)
+            for line in self.history
+            for key, (old, new) in line.get("changes", {}).items()
+        ]
+
+    def list_teachers(self) -> list[tuple[int, str]]:
+        """Returns the revisions of the run's teachers, in turn, each with the step from which it taught."""
+        found: list[tuple[int, str]] = []
+        for line in self.history:
+            revision = str(line["teacher"]["revision"])
+            if not found or found[-1][1] != revision:
+                found.append((int(line["step"]), revision))
+        return found
 
     def list_series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns the steps that recorded a finite `key`, and its values there."""
@@ -115,38 +177,28 @@ def read_run(folder: Path) -> Run:
         config = tomllib.loads(config_text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
-    train, evaluations = [], []
+    train, evaluations, without_accuracy = [], [], []
     metrics = folder / "metrics.jsonl"
     # A run that has just been started has no metrics yet.
     for where, line in read_json_lines(metrics) if metrics.exists() else ():
-        if line.get("kind") == "eval":
+        if line.get("kind") == "eval" and "accuracy" in line and line["accuracy"] is None:
+            step = int(_read_number(line, "step", where))
+            without_accuracy.append(NoAccuracy(step=step, not_asked=_read_counts(line)))
+        elif line.get("kind") == "eval":
             evaluations.append(_read_evaluation(line, where))
         elif line.get("kind") == "train":
             _read_number(line, "step", where)
             train.append(line)
     return Run(
-        folder=folder, config_text=config_text, config=config, train=tuple(train), evaluations=tuple(evaluations)
+        folder=folder,
+        config_text=config_text,
+        config=config,
+        train=tuple(train),
+        evaluations=tuple(evaluations),
+        without_accuracy=tuple(without_accuracy),
+        status=read_status(folder),
+        history=tuple(read_history(folder)),
     )
-
-
-def read_text(path: Path) -> str:
-    """Reads a file of a run's folder; raises NotFound when it can't be read."""
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise NotFound(f"{path} can't be read ({error.strerror}); RUN is a run's folder, e.g. runs/demo-…") from None
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields "FILE:LINE" and the object there for every complete line; raises InvalidInput on one that is no JSON."""
-    lines = read_text(path).split("\n")
-    # The rest after the last newline is empty, or a line that is just being written.
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            raise InvalidInput(f"{path}:{number} is not a JSON object") from None
-        yield f"{path}:{number}", value
 
 
 def is_number(value: Any) -> bool:
@@ -162,8 +214,14 @@ def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
         prompts=int(_read_number(line, "prompts", where)),
         samples=int(_read_number(line, "samples", where)),
         not_judged=int(line.get("not_judged", 0)),
+        not_asked=_read_counts(line),
         judge=str(line.get("judge", "")),
     )
+
+
+def _read_counts(line: dict[str, Any]) -> dict[str, int]:
+    counts = line.get("not_asked")  # missing in a run of an earlier vaopd
+    return {str(reason): int(count) for reason, count in counts.items()} if isinstance(counts, dict) else {}
 
 
 def _read_number(line: dict[str, Any], key: str, where: str) -> float:

@@ -6,7 +6,6 @@ run/policy/v000042/config.json, …        (tokenizer, processor, chat template:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.files.durable import atomic_folder, copy_file
+from vaopd.run.tensor_files import compute_digest, write_tensors
 from vaopd.types import PolicyVersion
 
 WEIGHTS_FILE = "model.safetensors"
@@ -42,8 +42,7 @@ def publish_snapshot(
     path = locate_snapshot(folder, version)
     tensors = drop_tied_head(state, tied=has_tied_head(model_files_from))
     with atomic_folder(path) as aside:
-        save_tensors(tensors, aside / WEIGHTS_FILE)
-        digest = _compute_sha256(aside / WEIGHTS_FILE)
+        digest = write_tensors(tensors, aside / WEIGHTS_FILE)
         for source in list_model_files(model_files_from):
             copy_file(source, aside / source.name)
         _name_dtype(aside / "config.json", tensors.values())
@@ -53,7 +52,7 @@ def publish_snapshot(
 def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
     """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
     if (model / WEIGHTS_FILE).is_file():
-        return PolicyVersion(version=0, path=str(model), sha256=_compute_sha256(model / WEIGHTS_FILE))
+        return PolicyVersion(version=0, path=str(model), sha256=compute_digest(model / WEIGHTS_FILE))
     parts = sorted(model.glob("*.safetensors"))
     if not parts:
         raise NotFound(f"{model} holds no safetensors files; save the model with `save_pretrained`")
@@ -106,7 +105,7 @@ def verify_snapshot(policy: PolicyVersion) -> None:
     """Raises NotFound when the snapshot is missing, Mismatch when its weights are not those that were announced."""
     weights = Path(policy.path) / WEIGHTS_FILE
     try:
-        digest = _compute_sha256(weights)
+        digest = compute_digest(weights)
     except FileNotFoundError:
         raise NotFound(
             f"policy version {policy.version}: no {weights}; it was pruned (take the latest version), or the trainer's "
@@ -114,17 +113,9 @@ def verify_snapshot(policy: PolicyVersion) -> None:
         ) from None
     if digest != policy.sha256:
         raise Mismatch(
-            f"policy version {policy.version}: {weights} has SHA-256 {digest[:12]}…, not {policy.sha256[:12]}…; "
+            f"policy version {policy.version}: {weights} has digest {digest[:12]}…, not {policy.sha256[:12]}…; "
             "it was replaced or damaged: take the latest version"
         )
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file with the mode that the umask gives; the library's own is for its owner alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
 
 
 def has_tied_head(model_folder: Path) -> bool:
@@ -162,11 +153,6 @@ def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> N
             f"the weights lack {sorted(set(missing) - {HEAD})[:3]} and bring {strange[:3]}, unknown to the model; "
             "they belong to another model"
         )
-
-
-def _compute_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name_dtype(config_file: Path, tensors: Iterable[torch.Tensor]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vaopd.config import Config
@@ -12,26 +13,31 @@ from vaopd.files.hub import model_folder
 from vaopd.grading import Verdict, judge, prepare
 from vaopd.run.snapshots import make_snapshot
 from vaopd.sampling.build import build_engine
-from vaopd.sampling.engine import Outcome, open_stream, sample_all
+from vaopd.sampling.engine import open_stream, sample_all
 from vaopd.types import Prompt, RolloutGroup
 from vaopd.vlm.prompts import load_processor
 
 
-def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Callable[[int], None]) -> HeldOutResult:
-    """Returns avg@n of `config.student.model` over `prompts`; a prompt that the engine refuses counts as wrong.
+def evaluate_model(
+    config: Config,
+    prompts: Sequence[Prompt],
+    *,
+    not_asked: Mapping[str, int] | None = None,
+    on_progress: Callable[[int], None],
+    on_refused: Callable[[Prompt, Exception], None] = lambda prompt, error: None,
+) -> HeldOutResult:
+    """Returns avg@n of `config.student.model` over `prompts`.
 
-    on_progress: called with the number of prompts answered so far.
+    A prompt that the engine refuses counts as not asked, never as wrong. not_asked: further problems, which can't be
+    asked, by reason. on_progress: called with the number of prompts done so far; on_refused: with each refused one.
     """
+    unasked = Counter(not_asked)
+    if not prompts:
+        return held_out_result({}, samples=config.evaluation.samples, not_asked=unasked)
     name = config.student.model
     folder = model_folder(name, role="student")
     tokenizer = load_processor(folder).tokenizer
     prepare()
-
-    def grade(outcome: Outcome, answer: str) -> list[Verdict]:
-        if not isinstance(outcome, RolloutGroup):
-            return [Verdict.WRONG] * config.evaluation.samples
-        texts = (tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in outcome.rollouts)
-        return [judge(text, answer) for text in texts]
 
     with tempfile.TemporaryDirectory(prefix="vaopd-eval-") as scratch:
         policy = make_snapshot(folder, Path(scratch))
@@ -41,9 +47,15 @@ def evaluate_model(config: Config, prompts: Sequence[Prompt], *, on_progress: Ca
             verdicts: dict[str, list[Verdict]] = {}
             requests = list(held_out_requests(prompts, version=policy.version, config=config))
             at_once = config.rollout.requests_per_batch
-            for index, outcome in sample_all(open_stream(engine), requests, at_once=at_once):
-                verdicts[requests[index].group_id] = grade(outcome, prompts[index].answer)
-                on_progress(len(verdicts))
-            return held_out_result(verdicts)
+            ended = sample_all(open_stream(engine), requests, at_once=at_once)
+            for done, (index, outcome) in enumerate(ended, 1):
+                if isinstance(outcome, RolloutGroup):
+                    texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in outcome.rollouts]
+                    verdicts[requests[index].group_id] = [judge(text, prompts[index].answer) for text in texts]
+                else:
+                    unasked["refused by the engine"] += 1
+                    on_refused(prompts[index], outcome)
+                on_progress(done)
+            return held_out_result(verdicts, samples=config.evaluation.samples, not_asked=unasked)
         finally:
             engine.close()

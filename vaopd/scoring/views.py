@@ -127,12 +127,15 @@ def make_terminal_lines(reply: ScoreReply, *, colour: bool, table: bool) -> Iter
 
 
 def _make_table(rollout: RolloutScore) -> Iterator[str]:
-    """Yields a line per token: text, both log-probs, VA in nats, a star for the high group, and a bar."""
-    yield f"{'token':<18} {'original':>9} {'degraded':>9} {'VA':>7}"
+    """Yields a line per token: text, log-probs, VA in nats, further columns, a star for the high group, and a bar."""
+    further = rollout.columns
+    yield f"{'token':<18} {'original':>9} {'degraded':>9} {'VA':>7}" + "".join(f" {name}" for name in further)
     columns = (rollout.tokens, rollout.teacher_logprobs, rollout.degraded_logprobs, rollout.visual_advantage)
-    for token, teacher, degraded, va, high in zip(*columns, rollout.high_group, strict=True):
+    for t, (token, teacher, degraded, va) in enumerate(zip(*columns, strict=True)):
+        numbers = f"{teacher:9.3f} {degraded:9.3f} {va:7.3f}"
+        numbers += "".join(f" {values[t]:{len(name)}.3f}" for name, values in further.items())
         bar = "█" * min(round(va / BAR_NATS_PER_CELL), BAR_CELLS)
-        yield f"{token.text!r:<18} {teacher:9.3f} {degraded:9.3f} {va:7.3f} {'*' if high else ' '} {bar}".rstrip()
+        yield f"{token.text!r:<18} {numbers} {'*' if rollout.high_group[t] else ' '} {bar}".rstrip()
 
 
 def _colour(rollout: RolloutScore, t: int, fraction: float) -> str:

@@ -8,17 +8,22 @@ In: prompt groups, each a prompt with its responses. Out: hidden states of the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
+from vaopd.files.hub import model_folder
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import ImageFeatures, PreparedImage
+from vaopd.vlm.fused_norms import use_fused_norms
+from vaopd.vlm.placement import check_placement
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
 from vaopd.vlm.shared_attention import Layout
+from vaopd.vlm.transfer import upload
 
 Encode = Callable[[Sequence[PreparedImage]], list[ImageFeatures]]
 
@@ -41,7 +46,12 @@ class Vlm(PromptReader):
     """A loaded model with its processor. Made by `load`; the attributes are read-only."""
 
     path: Path
+    """The model's folder, also of a hub id: the trainer copies its tokenizer and configuration."""
     model: Any
+
+    def __post_init__(self) -> None:
+        self.family.adapt(self.model)
+        use_fused_norms(self.model)
 
     @classmethod
     def load(
@@ -50,7 +60,7 @@ class Vlm(PromptReader):
         *,
         dtype: str = "float32",
         device: str | None = None,
-        device_map: str | None = None,
+        device_map: str | dict[str, str] | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         tensor_parallel: bool = False,
@@ -63,7 +73,7 @@ class Vlm(PromptReader):
         tensor_parallel: splits each text layer over all ranks of the process group; all ranks must then make the same
         calls.
 
-        Raises ConfigError for a model that isn't found or a family without an adapter.
+        Raises ConfigError for a model that isn't found, one that doesn't fit, or a family without an adapter.
         """
         reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
         from transformers import AutoModelForImageTextToText
@@ -74,16 +84,18 @@ class Vlm(PromptReader):
             from transformers.distributed import DistributedConfig
 
             options = {"distributed_config": DistributedConfig(tp_plan=reader.family.tp_plan)}
+        folder = model_folder(str(path), role="model")
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
+            folder,
             dtype=getattr(torch, dtype),
             attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
             **options,
         )
+        check_placement(model, str(path))
         if device is not None and device_map is None:
             model = model.to(device)
         return cls(
-            path=Path(path),
+            path=folder,
             model=model.eval(),
             processor=reader.processor,
             config=model.config,
@@ -94,12 +106,23 @@ class Vlm(PromptReader):
     @property
     def head(self) -> torch.Tensor:
         """The LM head's rows for the logical vocabulary, (V, D); a view of the parameter."""
-        return self.model.get_output_embeddings().weight[: self.vocab_size]
+        return self.padded_head[: self.vocab_size]
+
+    @property
+    def padded_head(self) -> torch.Tensor:
+        """The LM head as it is stored, (V_pad, D), for `vaopd.divergence.head`: its rows beyond V mean nothing."""
+        return self.model.get_output_embeddings().weight
 
     @property
     def device(self) -> torch.device:
         """The device of the embeddings, which take the token ids."""
         return self.model.get_input_embeddings().weight.device
+
+    def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
+        """Prepares a picture as `PromptReader` does, in the tower's precision: it would round the pixels anyway."""
+        prepared = super().prepare_image(image)
+        tower: Any = self.family.vision_tower(self.model)
+        return replace(prepared, pixel_values=prepared.pixel_values.to(tower.dtype))
 
     def encode_images(self, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Returns the vision tower's output for each image. The tower runs once, over the distinct objects."""
@@ -117,7 +140,8 @@ class Vlm(PromptReader):
         images = [image for segment in segments for image in segment.prompt.images]
         features = (encode or self.encode_images)(images)
         layout = Layout([(len(s.prompt.token_ids), [len(ids) - 1 for ids in s.responses]) for s in segments])
-        ids, positions, rows = [], [], []
+        ids, positions = [], []
+        rows: list[np.ndarray | list[int]] = []
         at = 0
         for segment in segments:
             prompt = torch.from_numpy(segment.prompt.token_ids)
@@ -131,10 +155,7 @@ class Vlm(PromptReader):
                 ids.append(torch.from_numpy(np.asarray(response[:-1], dtype=np.int64)))
                 positions.append(torch.arange(after, after + read).expand(len(places), -1))
                 # The prompt's last token predicts the first of every response, then each token the next.
-                rows += [last, *range(at, at + read)]
+                rows += [[last], np.arange(at, at + read)]
                 at += read
-        device = self.device
-        hidden = self.family.compute_hidden(
-            self.model, torch.cat(ids).to(device), torch.cat(positions, dim=1).to(device), features, layout
-        )
-        return hidden[torch.tensor(rows, device=hidden.device)]
+        hidden = self.family.compute_hidden(self.model, torch.cat(ids), torch.cat(positions, dim=1), features, layout)
+        return hidden[upload(torch.from_numpy(np.concatenate(rows)), hidden.device)]

@@ -91,12 +91,17 @@ class PromptReader:
         """The tokenizer's fingerprint, see `tokenizer_fingerprint`."""
         return tokenizer_fingerprint(self.tokenizer)
 
+    @property
+    def pixel_bounds(self) -> tuple[int, int] | None:
+        """The fewest and the most pixels of a scaled picture; None for a family whose tiles have one size."""
+        return self.family.pixel_bounds(self.processor)
+
     def scale_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """Scales a decoded picture to the processor's pixel bounds, before any view is made of it.
 
         The processor would do so itself, but only after the degradation, and a small picture then has coarser cells.
         """
-        bounds = self.family.pixel_bounds(self.processor)
+        bounds = self.pixel_bounds
         return image if bounds is None else scale_to_bounds(image, min_pixels=bounds[0], max_pixels=bounds[1])
 
     def prepare_image(self, image: PIL.Image.Image) -> PreparedImage:
@@ -127,11 +132,20 @@ class PromptReader:
                     f"a text holds {found[0]!r}, a control token or placeholder of the model; take it out"
                 )
         text = self.processor.apply_chat_template(chat(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.encode_text(text)
         images = sum(isinstance(part, ImagePart) for m in messages for part in m.content)
         if (count := ids.count(self.family.image_token_id(self.config))) != images:
             raise InvalidInput(f"the rendered prompt holds {count} image placeholders for {images} images")
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Tokenises a text without adding anything. Threads may do so at the same time.
+
+        Calling the tokenizer itself would change its settings, which fails beside another call, and would hold the
+        interpreter's lock.
+        """
+        (encoded,) = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+        return list(encoded.ids)
 
     def expand(self, ids: Sequence[int], images: Sequence[PreparedImage]) -> np.ndarray:
         """Replaces each image's one placeholder by the image's tokens: (P,) int64."""

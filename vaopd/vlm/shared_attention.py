@@ -5,13 +5,16 @@ padding, so that every linear layer computes each token once. Only attention dep
 itself, a response sees its prompt and itself, all causally. `Layout` holds their places; it is passed as an argument
 through the model's call, so that a layer recomputed in a backward pass gets the same one.
 
+On a GPU, one kernel computes a row (`varlen_attention`). On a CPU, and where that kernel can't be used, siblings of
+similar length share one call of PyTorch's scaled dot product attention each.
+
 Load a text model with `attn_implementation=ATTENTION`. Without a layout it is transformers' own "sdpa".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from vaopd.errors import ConfigError
+from vaopd.vlm.transfer import upload
+from vaopd.vlm.varlen_attention import Sequences, attend_to_sequences, choose_kernel
 
 ATTENTION = "vaopd_shared_prompt"
 BUCKET_FILL = 0.75
@@ -59,29 +64,49 @@ class Layout:
     """
 
     def __init__(self, segments: Sequence[tuple[int, Sequence[int]]]) -> None:
-        self.device = torch.device("cpu")
+        self._lengths = [(prompt, tuple(responses)) for prompt, responses in segments]
+        self.length = sum(prompt + sum(responses) for prompt, responses in self._lengths)
+        self._buckets: dict[torch.device, Buckets] = {}
+        self._sequences: dict[torch.device, Sequences] = {}
+
+    def buckets_on(self, device: torch.device) -> Buckets:
+        """Returns the row's buckets with their indices on `device`; made once for all layers."""
+        if device not in self._buckets:
+            self._buckets[device] = Buckets(self._lengths, device)
+        return self._buckets[device]
+
+    def sequences_on(self, device: torch.device) -> Sequences:
+        """Returns the row's sequences with their indices on `device`; made once for all layers."""
+        if device not in self._sequences:
+            self._sequences[device] = Sequences.of(self._lengths, device)
+        return self._sequences[device]
+
+
+class Buckets:
+    """The segments of a row, with siblings in buckets of similar length, indices on one device."""
+
+    def __init__(self, lengths: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> None:
+        self.device = device
         self.segments: list[SegmentLayout] = []
         written: list[Tensor] = []  # places in the packed row, in the order in which attention computes them
         ragged = False
         at = 0
-        for prompt, responses in segments:
+        for prompt, responses in lengths:
             start, at = at, at + prompt
             written.append(torch.arange(start, at))
             starts = []
             for length in responses:
                 starts.append(at)
                 at += length
-            buckets = []
+            buckets: list[Bucket] = []
             for members in _group_by_length(responses):
                 bucket = _make_bucket([(starts[k], responses[k]) for k in members])
-                buckets.append(bucket)
                 written.append(bucket.rows.flatten())
-                ragged = ragged or bucket.start is None or len(buckets) > 1
+                ragged = ragged or bucket.start is None or bool(buckets)
+                buckets.append(replace(bucket, rows=upload(bucket.rows, device)))
             self.segments.append(SegmentLayout(start, prompt, tuple(buckets)))
-        self.length = at
         # The index of each place's result among attention's results; None if they are in order.
-        self._order = _invert(torch.cat(written), at) if ragged else None
-        self._copies: dict[torch.device, Layout] = {}
+        self._order = upload(_invert(torch.cat(written), at), device) if ragged else None
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def restore_order(self, computed: Tensor) -> Tensor:
@@ -93,28 +118,8 @@ class Layout:
         wanted = queries, keys, window
         if wanted not in self._masks:
             ahead = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
-            self._masks[wanted] = ((ahead <= 0) & (ahead > -window)).to(self.device)
+            self._masks[wanted] = upload((ahead <= 0) & (ahead > -window), self.device)
         return self._masks[wanted]
-
-    def copy_to(self, device: torch.device) -> Layout:
-        """Returns the layout with its indices on `device`; copied once per device."""
-        if device == self.device:
-            return self
-        if device not in self._copies:
-            copy = object.__new__(Layout)
-            copy.device = device
-            copy.length, copy._copies, copy._masks = self.length, {}, {}
-            copy._order = None if self._order is None else self._order.to(device, non_blocking=True)
-            copy.segments = [
-                SegmentLayout(
-                    segment.start,
-                    segment.prompt,
-                    tuple(Bucket(b.count, b.longest, b.start, b.rows.to(device)) for b in segment.buckets),
-                )
-                for segment in self.segments
-            ]
-            self._copies[device] = copy
-        return self._copies[device]
 
 
 def _group_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -145,6 +150,7 @@ def _invert(written: Tensor, length: int) -> Tensor:
     return order
 
 
+@torch.compiler.disable  # the layers around it may be compiled (vaopd.vlm.compiled)
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -171,24 +177,26 @@ def attend(
         )
     if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
         raise ConfigError(f"{type(module).__name__} asks for {asked[0]}, which shared-prompt attention doesn't have")
-    layout = layout.copy_to(query.device)
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for the usual call; the kernels with lower-right causality bypass it.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     assert query.shape[2] == layout.length, (tuple(query.shape), layout.length)
+    if sliding_window is None and (kernel := choose_kernel(query, key, value, dropout)) is not None:
+        return attend_to_sequences(kernel, query, key, value, layout.sequences_on(query.device), scaling), None
+    buckets = layout.buckets_on(query.device)
     options = {"dropout_p": dropout, "scale": scaling}
     parts = []
-    for segment in layout.segments:
+    for segment in buckets.segments:
         q, k, v = (tensor.narrow(2, segment.start, segment.prompt) for tensor in (query, key, value))
-        parts.append(_attend_causally(q, k, v, sliding_window, layout, options).transpose(1, 2))
+        parts.append(_attend_causally(q, k, v, sliding_window, buckets, options).transpose(1, 2))
         for bucket in segment.buckets:
             own_q, own_k, own_v = (_take(tensor, bucket) for tensor in (query, key, value))
             out = _attend_causally(
-                own_q, _prepend_prompt(k, own_k), _prepend_prompt(v, own_v), sliding_window, layout, options
+                own_q, _prepend_prompt(k, own_k), _prepend_prompt(v, own_v), sliding_window, buckets, options
             )
             parts.append(out.transpose(1, 2).flatten(0, 1).unsqueeze(0))
-    return layout.restore_order(torch.cat(parts, dim=1)), None
+    return buckets.restore_order(torch.cat(parts, dim=1)), None
 
 
 def _take(tensor: Tensor, bucket: Bucket) -> Tensor:
@@ -206,7 +214,7 @@ def _prepend_prompt(prompt: Tensor, own: Tensor) -> Tensor:
 
 
 def _attend_causally(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, layout: Layout, options: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, buckets: Buckets, options: dict[str, Any]
 ) -> Tensor:
     """Computes lower-right causal attention: the last query sees all keys, the one before it all but the last.
 
@@ -214,11 +222,11 @@ def _attend_causally(
     """
     queries, keys = query.shape[2], key.shape[2]
     if window is not None and window < keys:
-        mask: Tensor | None = layout.find_mask(queries, keys, window)
+        mask: Tensor | None = buckets.find_mask(queries, keys, window)
     elif queries == keys:
         mask = None
     elif query.device.type == "cpu":
-        mask = layout.find_mask(queries, keys, keys)
+        mask = buckets.find_mask(queries, keys, keys)
     else:
         mask = causal_lower_right(queries, keys)  # a flag for the kernels that support it, never a matrix there
     # With a mask, CUDA's fast kernels want as many key heads as query heads; the CPU's takes fewer.

@@ -15,6 +15,19 @@ MAX_IMAGES_PER_PROMPT = 8
 CPU_KV_CACHE_BYTES = 2**30
 
 
+def set_environment() -> None:
+    """Sets the variables that must be set before this process asks torch for devices. The user's have priority.
+
+    vLLM forks its engine's processes unless it is told to spawn them, and a process that has asked CUDA's runtime for
+    devices must not fork: "Cannot re-initialize CUDA in forked subprocess". So they are spawned, and torch asks NVML,
+    which a fork survives.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
+
+
 def start(
     model: str,
     *,
@@ -77,8 +90,7 @@ def stop(llm: Any) -> None:
 
 def _prepare_process(options: dict[str, Any]) -> None:
     """Sets environment and options that must be set before vLLM is imported. The user's environment has priority."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
+    set_environment()
     ensure_torchvision()
     if not _is_on_cpu():
         return

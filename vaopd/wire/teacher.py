@@ -137,6 +137,8 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
         payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
         degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
         columns=d.columns,
+        pixel_bounds=d.pixel_bounds
+        and teacher_pb2.PixelBounds(min_pixels=d.pixel_bounds[0], max_pixels=d.pixel_bounds[1]),
     )
 
 
@@ -164,4 +166,7 @@ def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDes
         payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),
         degradations=tuple(_DEGRADATION_NAMES[kind] for kind in message.degradations if kind in _DEGRADATION_NAMES),
         columns=tuple(message.columns),
+        pixel_bounds=(message.pixel_bounds.min_pixels, message.pixel_bounds.max_pixels)
+        if message.HasField("pixel_bounds")
+        else None,
     )

@@ -3,6 +3,7 @@ import { $, h } from "./dom.js";
 import { Problem } from "./api.js";
 
 const ALTERNATIVES = 6;
+const COLUMNS = ["view_divergence_nats"]; // asked for where the teacher computes them
 
 let image = null; // { dataUrl, name, example? }
 let strengths = {}; // of the chosen teacher: kind of degradation -> what its strength means
@@ -106,6 +107,7 @@ export function requestBody(view, known) {
     responses: view.responses.map((text, k) => (sameTokens && boxes[k].ids) || text),
     degradation: { kind: view.degradation, strength: view.strength },
     top_k: ALTERNATIVES,
+    columns: COLUMNS.filter((name) => teacher?.columns.includes(name)),
   };
 }
 

@@ -1,17 +1,28 @@
-// The tokens of every response, coloured by VA, and the details of the selected one.
+// The tokens of every response, coloured by VA or by view divergence, and the details of the selected one.
 import { $, h, nats, percent, visible } from "./dom.js";
 
 const AGAINST_NATS = 1; // from this difference on, the image speaks against a token
 const EXPONENT = 0.5; // colour grows with the root of VA, so that small values show
 
+let byDivergence = false; // what the colours show
 let rows = []; // the token buttons of each response, in order
 let pinned = null; // the token whose details stay after hovering over others
 
-export const scaleOf = (reply) => Math.max(1, ...reply.rollouts.flatMap((rollout) => rollout.visual_advantage));
-const amount = (va, scale) => `${(100 * (va / scale) ** EXPONENT).toFixed(1)}%`;
+const divergencesOf = (rollout) => rollout.columns.view_divergence_nats;
+const scoresOf = (rollout) => (byDivergence && divergencesOf(rollout)) || rollout.visual_advantage;
+const amount = (score, scale) => `${(100 * (score / scale) ** EXPONENT).toFixed(1)}%`;
+
+/** Colours the tokens by view divergence, or by VA; takes effect with the next `draw`. */
+export function colourBy(divergence) {
+  byDivergence = divergence;
+  $("#by-va").setAttribute("aria-pressed", String(!divergence));
+  $("#by-divergence").setAttribute("aria-pressed", String(divergence));
+}
 
 export function draw(reply, labels) {
-  const scale = scaleOf(reply);
+  const scale = Math.max(1, ...reply.rollouts.flatMap(scoresOf));
+  $("#colour-by").hidden = !divergencesOf(reply.rollouts[0]);
+  $("#heat-title").textContent = `Tokens by ${byDivergence ? "view divergence" : "visual advantage"}`;
   $("#ramp-end").textContent = `${scale.toFixed(1)} nats`;
   $("#details").hidden = false;
   hideDetails();
@@ -76,10 +87,12 @@ function tokenButton(rollout, t, scale) {
   const va = rollout.visual_advantage[t];
   const against = difference(rollout, t) < -AGAINST_NATS;
   const high = rollout.high_group[t];
+  const divergence = divergencesOf(rollout)?.[t];
   const said = [
     `${visible(text)}`,
     `token ${t + 1} of ${rollout.tokens.length}`,
     `visual advantage ${va.toFixed(2)} nats`,
+    divergence !== undefined && `view divergence ${divergence.toFixed(2)} nats`,
     high && "high group",
     against && "the image speaks against it",
     rollout.ranks && `rank ${rollout.ranks[t] ?? "beyond 20"}`,
@@ -92,7 +105,7 @@ function tokenButton(rollout, t, scale) {
       tabindex: "-1",
       class: `token${high ? " high" : ""}${against ? " against" : ""}`,
       "aria-label": said.filter(Boolean).join(", "),
-      style: { "--a": amount(va, scale) },
+      style: { "--a": amount(scoresOf(rollout)[t], scale) },
     },
     h("span", { class: "space" }, "·".repeat(lead)),
     text.slice(lead).replaceAll("\n", "↵"),
@@ -165,6 +178,7 @@ function showDetails(reply, k, t, scale) {
     ["log p, degraded", `${nats(degraded)} (${percent(Math.exp(degraded))})`],
     ["difference", `${nats(teacher - degraded)} nats`],
     ["visual advantage", `${nats(va)} nats`, "va"],
+    ...(divergencesOf(rollout) ? [["view divergence", `${nats(divergencesOf(rollout)[t])} nats`]] : []),
     ["rank", rollout.ranks ? String(rollout.ranks[t] ?? "beyond 20") : "–"],
     ["group", rollout.high_group[t] ? `high, top ${Math.round(100 * reply.high_fraction)}\u00a0%` : "low"],
   ];
@@ -173,7 +187,7 @@ function showDetails(reply, k, t, scale) {
     h(
       "h2",
       {},
-      h("span", { class: "big", style: { "--a": amount(va, scale) } }, visible(rollout.tokens[t].text)),
+      h("span", { class: "big", style: { "--a": amount(scoresOf(rollout)[t], scale) } }, visible(rollout.tokens[t].text)),
       h("small", { class: "hint" }, `id ${rollout.tokens[t].id}, ${t + 1} of ${rollout.tokens.length}`),
     ),
     h(

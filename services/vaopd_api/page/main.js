@@ -239,6 +239,14 @@ function listen() {
     preview();
   });
   on("#strength", "change", again);
+  for (const [button, divergence] of [
+    ["#by-va", false],
+    ["#by-divergence", true],
+  ])
+    on(button, "click", () => {
+      heatmap.colourBy(divergence);
+      heatmap.draw(last.reply, last.labels);
+    });
   on("#copy-link", "click", copyLink);
   on("#save-json", "click", saveJson);
   on("#save-png", "click", () => savePng(last.view, last.reply, last.labels));

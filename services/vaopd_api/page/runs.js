@@ -2,8 +2,12 @@
 import * as api from "./api.js";
 import { $, h, percent, save } from "./dom.js";
 
-const COLUMNS = ["run", "objective", "seed", "steps", "accuracy before", "accuracy", "last change"];
+const COLUMNS = ["run", "objective", "seed", "steps", "state", "accuracy before", "accuracy", "last change"];
 const UPDATE_EVERY_MS = 15_000;
+
+function accuracy(share, judge) {
+  return h("td", judge ? { title: `judge ${judge}` } : {}, percent(share));
+}
 
 function row(run) {
   const address = `runs/${run.name}/report`;
@@ -25,9 +29,10 @@ function row(run) {
     h("th", { scope: "row" }, link),
     h("td", {}, run.objective),
     h("td", {}, String(run.seed)),
-    h("td", {}, `${steps}, ${run.finished ? "finished" : "not finished"}`),
-    h("td", {}, percent(run.accuracy_before)),
-    h("td", {}, percent(run.accuracy)),
+    h("td", {}, steps),
+    h("td", run.reason ? { title: run.reason } : {}, run.state, ...(run.reason ? [h("small", {}, ` ${run.reason.split("\n")[0]}`)] : [])),
+    accuracy(run.accuracy_before, run.judge_before),
+    accuracy(run.accuracy, run.judge),
     h("td", {}, new Date(run.changed).toLocaleString()),
   );
 }
@@ -36,7 +41,7 @@ function draw(runs) {
   const heads = COLUMNS.map((name) => h("th", { scope: "col" }, name));
   const table = h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...runs.map(row)));
   const none = h("p", {}, "There are no runs. Under vaopd up and vaopd demo, theirs are listed; else use vaopd api CONFIG --runs FOLDER.");
-  const hint = api.getKey() ? "With a key, a report is downloaded as a file." : "Reports of unfinished runs update themselves.";
+  const hint = api.getKey() ? "With a key, a report is downloaded as a file." : "Reports of running runs update themselves.";
   $("#runs").replaceChildren(
     runs.length
       ? h(

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from vaopd.divergence.head import head_logits
+from vaopd.objective import view_divergence
 from vaopd_teacher.engines.engine import View
 
 Logprobs = Mapping[View, Tensor]
@@ -33,6 +34,9 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 COMPUTED: dict[str, Computation] = {
     "teacher_entropy_nats": Computation(views=("original",), of=lambda p: entropy(p["original"])),
+    "view_divergence_nats": Computation(
+        views=("original", "degraded"), of=lambda p: view_divergence(p["original"], p["degraded"])
+    ),
 }
 """How each column on request is computed."""
 
@@ -43,19 +47,26 @@ def list_views(names: Iterable[str]) -> set[View]:
 
 
 def compute(
-    names: Iterable[str], hidden: Mapping[View, Tensor], head: Tensor, *, chunk_tokens: int
-) -> dict[str, np.ndarray]:
-    """Computes columns (M,) from each view's hidden states (M, D) and the LM head (V, D).
+    names: Iterable[str],
+    hidden: Mapping[View, Tensor],
+    head: Tensor,
+    *,
+    vocab_size: int | None = None,
+    chunk_tokens: int,
+) -> dict[str, Tensor]:
+    """Computes columns (M,) from each view's hidden states (M, D) and the LM head (V, D), on the head's device.
 
-    Works on `chunk_tokens` tokens at a time. Products run in the precision of the inputs, everything after them in
-    float32. A view's log-probs are computed once for all columns that read them.
+    Works on `chunk_tokens` tokens at a time, in the precision of `head_logits`. A view's log-probs are computed once
+    for all columns that read them. vocab_size: V, where the head has rows of padding beyond it.
     """
     chunks: dict[str, list[Tensor]] = {name: [] for name in names}
     if not chunks:
         return {}
     views = {view: hidden[view].split(chunk_tokens) for view in list_views(chunks)}
     for index in range(min(map(len, views.values()))):
-        logprobs = {view: torch.log_softmax((rows[index] @ head.T).float(), -1) for view, rows in views.items()}
+        logprobs = {
+            view: torch.log_softmax(head_logits(rows[index], head, vocab_size), -1) for view, rows in views.items()
+        }
         for name, done in chunks.items():
             done.append(COMPUTED[name].of(logprobs))
-    return {name: torch.cat(done).cpu().numpy() for name, done in chunks.items()}
+    return {name: torch.cat(done) for name, done in chunks.items()}

@@ -10,6 +10,7 @@ import torch
 
 from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
+from vaopd.vlm import vllm_start
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
@@ -39,10 +40,12 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
 
     Raises ConfigError when the configuration's backend can't run here.
     """
+    engine = service.engine
+    if engine.backend == "vllm":
+        vllm_start.set_environment()
     if os.environ.get("OMP_NUM_THREADS") is None and not torch.cuda.is_available():
         # Several processes share the host's cores; two threads each under contention ran up to ten times slower.
         torch.set_num_threads(1)
-    engine = service.engine
     if engine.backend == "vllm":
         from vaopd_teacher.engines.vllm_engine import load as load_vllm
 
@@ -55,12 +58,11 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
 
         leading = lead(config, processes=engine.processes)
         return replace(backend_of(leading), close=leading.end_followers)
-    return backend_of(
-        Vlm.load(
-            config.teacher.model,
-            dtype=config.teacher.dtype,
-            device_map=config.teacher.device_map,
-            min_pixels=config.data.min_pixels,
-            max_pixels=config.data.max_pixels,
-        )
+    vlm = Vlm.load(
+        config.teacher.model,
+        dtype=config.teacher.dtype,
+        device_map=config.teacher.device_map,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
     )
+    return backend_of(vlm)

@@ -5,6 +5,8 @@ view of a group is computed at once: its prompt, then its K responses against th
 takes as many whole groups, both views each, as `batch_tokens` allows; a larger group is split into its views, and a
 larger view into parts of its siblings, with the prompt repeated. The vision tower runs once per image and view, or not
 at all when `vision_cache` has its output. The LM head is applied to response rows only, in chunks.
+
+On a GPU nothing waits within a forward, and a group's results are copied to the host beside the next forward.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ import torch
 
 from vaopd import payloads
 from vaopd.divergence import token_logprobs
+from vaopd.divergence.head import pad_head
 from vaopd.errors import LimitExceeded, NumericalError, VaopdError
 from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.transfer import upload
 from vaopd_teacher.engines import columns
+from vaopd_teacher.engines.download import Download
 from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
 from vaopd_teacher.engines.vision_cache import VisionCache
 
 log = logging.getLogger(__name__)
 HEAD_CHUNK_TOKENS = 1024
+_LOGPROBS: dict[View, str] = {"original": "teacher_logprobs", "degraded": "degraded_logprobs"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,17 +72,29 @@ class GroupEngine:
         self._vlm = vlm
         self._batch_tokens = batch_tokens
         self._vision_cache = vision_cache or VisionCache(vlm, capacity_bytes=0)
+        head = vlm.padded_head.detach()
+        # All published tables have padded rows. One that hasn't is copied once: a GPU's fast kernels need them.
+        self._head = pad_head(head) if head.is_cuda else head
+        self._overlaps = head.is_cuda  # a forward that was begun computes while the host goes on
 
     def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """Yields one result per group, in their order; see `Engine.score`."""
         progress = [_Progress() for _ in groups]
+        leaving: list[_Leaving] = []
         done = 0
         for batch, finished in _make_batches(groups, self._batch_tokens):
             self._run(batch, groups, progress)
+            # A GPU computes this forward while the results of the one before it become answers.
+            yield from map(_finish, leaving)
+            leaving = []
             for index in range(done, finished):
-                yield self._finish(groups[index], progress[index])
+                leaving.append(self._send_down(groups[index], progress[index]))
                 progress[index] = _Progress()  # frees the hidden states
             done = finished
+            if not self._overlaps:
+                yield from map(_finish, leaving)
+                leaving = []
+        yield from map(_finish, leaving)
 
     @torch.inference_mode()
     def _run(
@@ -113,42 +131,67 @@ class GroupEngine:
             for index in indices:
                 self._run([part for part in batch if part.group == index], groups, progress, halve=False)
             return
-        group = groups[indices[0]]
-        longest = max(len(ids) for ids in group.responses)
-        progress[indices[0]].error = LimitExceeded(
-            f"group {group.group_id!r} ({len(group.responses)} rollouts of up to {longest} tokens after a prompt of "
-            f"{len(group.original.token_ids)}) does not fit into the teacher's memory; send less, or lower "
-            "teacher.batch_tokens"
-        )
+        progress[indices[0]].error = _make_memory_error(groups[indices[0]])
 
     def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
         hidden = self._vlm.compute_response_hidden([part.segment for part in batch], encode=self._vision_cache.features)
-        head = self._vlm.head
-        hidden = hidden.to(head.device)
+        hidden = hidden.to(self._head.device)
         ids = torch.from_numpy(np.concatenate([ids for part in batch for ids in part.segment.responses]))
-        return hidden, token_logprobs(hidden, head, ids.to(head.device), chunk_tokens=HEAD_CHUNK_TOKENS)
-
-    @torch.inference_mode()
-    def _finish(self, group: PreparedGroup, state: _Progress) -> EngineResult | VaopdError:
-        if state.error is not None:
-            return state.error
-        original, degraded = (torch.cat(state.logprobs[view]).cpu().numpy() for view in VIEWS)
-        hidden = {view: torch.cat(rows) for view, rows in state.hidden.items() if rows}
-        for rows in hidden.values():
-            # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
-            if not torch.stack(rows.aminmax()).isfinite().all():
-                return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
-        head = self._vlm.head
-        asked = columns.compute(group.columns, hidden, head, chunk_tokens=HEAD_CHUNK_TOKENS)
-        payload = payloads.encode(
-            group.payload,
-            hidden.get("original", torch.empty(0)),
-            head,
-            top_k=group.top_k,
+        return hidden, token_logprobs(
+            hidden,
+            self._head,
+            upload(ids, hidden.device),
+            vocab_size=self._vlm.vocab_size,
             chunk_tokens=HEAD_CHUNK_TOKENS,
         )
-        return finish(group, {"teacher_logprobs": original, "degraded_logprobs": degraded, **asked}, payload)
+
+    @torch.inference_mode()
+    def _send_down(self, group: PreparedGroup, state: _Progress) -> _Leaving:
+        """Computes what a group's answer needs besides log-probs, and queues the copies of all of it to the host."""
+        if state.error is not None:
+            return _Leaving(group, state.error)
+        hidden = {view: torch.cat(rows) for view, rows in state.hidden.items() if rows}
+        computed = {name: torch.cat(state.logprobs[view]) for view, name in _LOGPROBS.items()}
+        options: dict[str, int] = {"vocab_size": self._vlm.vocab_size, "chunk_tokens": HEAD_CHUNK_TOKENS}
+        try:
+            computed |= columns.compute(group.columns, hidden, self._head, **options)
+            rows = hidden.get("original", torch.empty(0))
+            of_payload = payloads.compute(group.payload, rows, self._head, top_k=group.top_k, **options)
+        except torch.OutOfMemoryError:
+            return _Leaving(group, _make_memory_error(group))
+        # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
+        extremes: dict[str, torch.Tensor] = {view: torch.stack(rows.aminmax()) for view, rows in hidden.items()}
+        return _Leaving(group, Download(computed, of_payload, extremes))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leaving:
+    """A group with its error, or its columns, payload and extremes on their way to the host."""
+
+    group: PreparedGroup
+    results: Download | VaopdError
+
+
+def _finish(leaving: _Leaving) -> EngineResult | VaopdError:
+    """Waits for a group's results and makes its answer."""
+    group = leaving.group
+    if not isinstance(leaving.results, Download):
+        return leaving.results
+    computed, of_payload, extremes = leaving.results.wait()
+    if not all(pair.isfinite().all() for pair in extremes.values()):
+        return NumericalError(f"group {group.group_id!r}: the teacher's hidden states are not finite")
+    arrays = {name: column.numpy() for name, column in computed.items()}
+    return finish(group, arrays, payloads.pack(group.payload, of_payload))
+
+
+def _make_memory_error(group: PreparedGroup) -> LimitExceeded:
+    longest = max(len(ids) for ids in group.responses)
+    return LimitExceeded(
+        f"group {group.group_id!r} ({len(group.responses)} rollouts of up to {longest} tokens after a prompt of "
+        f"{len(group.original.token_ids)}) does not fit into the teacher's memory; send less, or lower "
+        "teacher.batch_tokens"
+    )
 
 
 def _choose_views(group: PreparedGroup) -> set[View]:

@@ -1,9 +1,9 @@
-"""Two stores of images, by SHA-256 of the encoded bytes, each with a byte budget; the least recently used are dropped.
+"""Two stores of images, by SHA-256 of the encoded bytes, each with a byte budget.
 
-`ImageStore` keeps the encoded bytes that clients sent. `PreparedImages` keeps the vision tower's inputs, one entry per
-image and view, so that an image is decoded, degraded and processed once, at its upload. Dropped entries are recovered:
-a view is made again from the bytes, and a group without its image's bytes gets NOT_FOUND, so that the client uploads
-them again.
+`ImageStore` keeps the encoded bytes that clients sent; the least recently used are dropped. `PreparedImages` keeps the
+vision tower's inputs, one entry per image and view, so that an image is decoded, degraded and processed once, at its
+upload; `ReuseCache` says which are dropped. Dropped entries are recovered: a view is made again from the bytes, and a
+group without its image's bytes gets NOT_FOUND, so that the client uploads them again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vaopd.errors import LimitExceeded, NotFound
 from vaopd.types import EncodedImage
 from vaopd.vlm.families import PreparedImage
 from vaopd_teacher.engines.byte_lru import ByteLru
+from vaopd_teacher.engines.reuse_cache import ReuseCache
 
 
 class ImageStore(ByteLru[EncodedImage]):
@@ -51,7 +52,7 @@ class ImageStore(ByteLru[EncodedImage]):
             return [sha256 for sha256 in dict.fromkeys(digests) if self._values.get(sha256) is None]
 
 
-class PreparedImages(ByteLru[PreparedImage]):
+class PreparedImages(ReuseCache[PreparedImage]):
     """Views of images; used from the preparing threads. Two that need the same view at once make it once.
 
     `hits`: look-ups of a view that was stored or being made. `misses`: views that were made, each with one decoding (or
@@ -66,7 +67,7 @@ class PreparedImages(ByteLru[PreparedImage]):
     def get(self, key: str, make: Callable[[], PreparedImage]) -> PreparedImage:
         """Returns the view named `key`, made by `make` if it is missing; all waiters get its error."""
         with self._lock:
-            if (kept := self._values.get(key)) is not None:
+            if (kept := self._find(key)) is not None:
                 self.hits += 1
                 return kept
             being_made = self._making.get(key)
@@ -87,7 +88,6 @@ class PreparedImages(ByteLru[PreparedImage]):
             raise
         with self._lock:
             del self._making[key]
-            if self._fits(image):
-                self._values[key] = image
+            self._keep(key, image)
         mine.set_result(image)
         return image

@@ -7,7 +7,6 @@ both of its views; `Preparer.prepare` checks one group and renders its prompt. B
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -26,6 +25,7 @@ from vaopd.types import (
     PayloadKind,
     TeacherDescription,
     TeacherLimits,
+    TextPart,
 )
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader, check_same_tokenizer
@@ -43,6 +43,8 @@ from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+MAX_LETTERS_PER_TOKEN = 16
+"""No text of any language has so many on average; a longer text is refused before a tokenizer sees it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +184,6 @@ class Preparer:
         # An upload doesn't say which degraded view will be needed; the last one that was used is the likeliest.
         self._usual = Degradation()
         self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
-        # Fast tokenizers fail with "Already borrowed" when two threads use one.
-        self._tokenizer = threading.Lock()
 
     def admit_image(self, image: EncodedImage) -> None:
         """Decodes and stores an uploaded image and makes its views.
@@ -219,8 +219,7 @@ class Preparer:
 
     def decode_tokens(self, token_ids: np.ndarray) -> list[str]:
         """Decodes each token by itself; a part of a character shows as U+FFFD."""
-        with self._tokenizer:
-            return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
+        return [self._reader.tokenizer.decode([int(token_id)]) for token_id in token_ids]
 
     def _check_rollouts(self, group: teacher_pb2.PromptGroup) -> None:
         rollouts, limit = len(group.rollouts), self._limits.max_rollouts_per_group
@@ -252,10 +251,12 @@ class Preparer:
             messages = messages_from_pb(group.messages.messages)
             if not messages:
                 raise InvalidInput(f"group {group.group_id!r} has an empty prompt; it needs at least one message")
+            self._check_letters(
+                sum(len(p.text) for m in messages for p in m.content if isinstance(p, TextPart)), "prompt"
+            )
             names = [part.sha256 for m in messages for part in m.content if isinstance(part, ImagePart)]
             views = self._collect_views(names, degradation)
-            with self._tokenizer:
-                return tuple(self._reader.render(messages, view) for view in views)  # type: ignore[return-value]
+            return tuple(self._reader.render(messages, view) for view in views)  # type: ignore[return-value]
         raise InvalidInput(f"group {group.group_id!r} has no prompt; give tokens or messages")
 
     def _collect_views(
@@ -303,7 +304,13 @@ class Preparer:
             raise InvalidInput(f"rollout {rollout.rollout_id!r} has ids and a text; give one of the two")
         if not rollout.response_text:
             return np.fromiter(rollout.response_ids, dtype=np.int64, count=len(rollout.response_ids))
-        with self._tokenizer:
-            tokenizer = self._reader.tokenizer
-            ids = tokenizer(rollout.response_text, add_special_tokens=False)["input_ids"]
-            return np.array([*ids, tokenizer.eos_token_id], dtype=np.int64)
+        self._check_letters(len(rollout.response_text), f"rollout {rollout.rollout_id[:80]!r}")
+        ids = self._reader.encode_text(rollout.response_text)
+        return np.array([*ids, self._reader.tokenizer.eos_token_id], dtype=np.int64)
+
+    def _check_letters(self, letters: int, name: str) -> None:
+        if letters > (limit := MAX_LETTERS_PER_TOKEN * self._max_tokens):
+            raise LimitExceeded(
+                f"the text of {name} has {letters} characters, the limit is {limit} ({self._max_tokens} tokens); "
+                "shorten it"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import ssl
 
@@ -10,6 +9,7 @@ import grpc
 
 from vaopd.config import TeacherTlsConfig
 from vaopd.errors import ConfigError
+from vaopd.net.ports import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +30,6 @@ def make_server_credentials(tls: TeacherTlsConfig, address: str) -> grpc.ServerC
     return grpc.dynamic_ssl_server_credentials(
         files.read_first(), files.read_if_changed, require_client_authentication=tls.client_ca is not None
     )
-
-
-def is_loopback(address: str) -> bool:
-    """Returns whether host:port is reachable from this host only.
-
-    >>> is_loopback("[::1]:50051"), is_loopback("0.0.0.0:50051")
-    (True, False)
-    """
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Files:

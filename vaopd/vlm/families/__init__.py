@@ -61,6 +61,10 @@ class Family(Protocol):
         """Returns the text model without its LM head; it takes `inputs_embeds`, `position_ids` and `layout`."""
         ...
 
+    def adapt(self, model: Any) -> None:
+        """Replaces parts of transformers' model, in place, by equal ones that are faster on GPUs; may be repeated."""
+        ...
+
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Runs the vision tower over the images, distinct and at least one; returns each one's features."""
         ...
@@ -86,7 +90,10 @@ class Family(Protocol):
         features: Sequence[ImageFeatures],
         layout: Layout,
     ) -> torch.Tensor:
-        """Computes the LM head's input (length, D) for a packed row (length,) with positions (A, length)."""
+        """Computes the LM head's input (length, D) for a packed row (length,) with positions (A, length).
+
+        input_ids, positions: on the host.
+        """
         ...
 
 

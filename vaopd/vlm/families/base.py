@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from vaopd.vlm.shared_attention import Layout, make_empty_mask
+from vaopd.vlm.transfer import upload
 
 TpPlan = dict[str, str] | Literal["auto"]
 """How tensor parallelism splits the text layers, in transformers' terms; "auto": by transformers' own plan."""
@@ -47,27 +48,35 @@ def compute_packed_hidden(
     family: TextModelOf,
     model: Any,
     input_ids: torch.Tensor,
-    position_ids: torch.Tensor,
+    positions: torch.Tensor,
     images: Sequence[torch.Tensor],
     layout: Layout,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Computes the text model's last hidden states (length, D) of a packed row, with images at the placeholders.
 
-    input_ids: (1, length).
-    position_ids: in the text model's form.
+    input_ids: (length,), on the host.
+    positions: in the text model's form, on the host.
     images: embeddings (tokens, D) in the order of the placeholders.
     """
-    embeddings = model.get_input_embeddings()(input_ids)
+    table = model.get_input_embeddings()
+    device = table.weight.device
+    embeddings = table(upload(input_ids, device)[None])
     if images:
         features = torch.cat(list(images)).to(embeddings.device, embeddings.dtype)
-        embeddings = embeddings.masked_scatter((input_ids == family.image_token_id(model.config))[..., None], features)
+        rows = upload(find_image_rows(family, model, input_ids), embeddings.device)
+        embeddings = embeddings.index_copy(1, rows, features[None])
     outputs = family.language_model(model)(
         inputs_embeds=embeddings,
-        position_ids=position_ids,
+        position_ids=upload(positions, embeddings.device),
         attention_mask=make_empty_mask(embeddings.device),
         use_cache=False,
         layout=layout,
         **kwargs,
     )
     return outputs.last_hidden_state[0]
+
+
+def find_image_rows(family: TextModelOf, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Returns the places of the image tokens in a row (length,): on the host, since a GPU would have to wait."""
+    return (input_ids == family.image_token_id(model.config)).nonzero()[:, 0]

@@ -10,6 +10,7 @@ import torch
 
 from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden
 from vaopd.vlm.shared_attention import Layout
+from vaopd.vlm.transfer import upload_rows
 
 
 class Idefics3:
@@ -64,9 +65,13 @@ class Idefics3:
         """Returns the text model."""
         return model.model.text_model
 
+    def adapt(self, model: Any) -> None:
+        """Leaves the model as it is."""
+
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Encodes the tiles of all images in one call."""
-        pixels = torch.cat([image.pixel_values for image in images])[None].to(model.model.vision_model.device)
+        tower = model.model.vision_model
+        pixels = upload_rows([image.pixel_values for image in images], tower.device, tower.dtype)[None]
         tiles = model.model.get_image_features(pixels, return_dict=True).pooler_output
         return [(part.flatten(0, 1),) for part in tiles.split([image.grid[0] for image in images])]
 
@@ -92,4 +97,4 @@ class Idefics3:
     ) -> torch.Tensor:
         """Computes the hidden states with the images at their placeholders."""
         embeddings = [part for (part,) in features]
-        return compute_packed_hidden(self, model, input_ids[None], positions, embeddings, layout)
+        return compute_packed_hidden(self, model, input_ids, positions, embeddings, layout)

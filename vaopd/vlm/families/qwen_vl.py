@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import PIL.Image
 import torch
 
-from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden
+from vaopd.vlm.families import vision_tower
+from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden, find_image_rows
+from vaopd.vlm.fused_layers import fuse_text_layers
 from vaopd.vlm.shared_attention import Layout
+from vaopd.vlm.transfer import upload, upload_rows
 
 _SPLIT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 _SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
@@ -63,18 +67,25 @@ class Qwen25VL:
         """Returns the text model."""
         return model.model.language_model
 
+    def adapt(self, model: Any) -> None:
+        """Lets the tower attend within all images by one kernel call, and embed patches by one product, on a GPU."""
+        vision_tower.adapt(self.vision_tower(model))
+
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Encodes the patches of all images in one call."""
         return [(embeddings,) for embeddings in self._encode(model, images).pooler_output]
 
-    @staticmethod
-    def _encode(model: Any, images: Sequence[PreparedImage]) -> Any:
-        device = model.model.visual.device
-        return model.model.get_image_features(
-            torch.cat([image.pixel_values for image in images]).to(device),
-            _stack_grids(images, device),
-            return_dict=True,
-        )
+    def _encode(self, model: Any, images: Sequence[PreparedImage]) -> Any:
+        tower: Any = self.vision_tower(model)
+        grids = _stack_grids(images)
+        pixels = upload_rows([image.pixel_values for image in images], tower.device, tower.dtype)
+        precomputed = self._precompute(tower, grids) if tower.device.type == "cuda" else {}
+        # With the grids on the host, transformers splits the result without waiting for the device.
+        return model.model.get_image_features(pixels, grids, return_dict=True, **precomputed)
+
+    def _precompute(self, tower: Any, grids: torch.Tensor) -> dict[str, Any]:
+        """Returns what transformers would derive from grids on the device, and wait for."""
+        return vision_tower.compute_sequences(tower, grids) | vision_tower.compute_windows(tower, grids)
 
     def make_generation_inputs(
         self, model: Any, input_ids: torch.Tensor, images: Sequence[PreparedImage]
@@ -84,7 +95,7 @@ class Qwen25VL:
             return {}
         return {
             "pixel_values": torch.cat([image.pixel_values for image in images]).to(input_ids.device),
-            "image_grid_thw": _stack_grids(images, input_ids.device),
+            "image_grid_thw": _stack_grids(images).to(input_ids.device),
             "mm_token_type_ids": (input_ids == self.image_token_id(model.config)).int(),
         }
 
@@ -93,7 +104,7 @@ class Qwen25VL:
         positions, _ = model.model.get_rope_index(
             token_ids[None],
             mm_token_type_ids=(token_ids == self.image_token_id(model.config)).int()[None],
-            image_grid_thw=_stack_grids(images, token_ids.device) if images else None,
+            image_grid_thw=_stack_grids(images).to(token_ids.device) if images else None,
         )
         return positions[:, 0]
 
@@ -109,11 +120,11 @@ class Qwen25VL:
         return compute_packed_hidden(
             self,
             model,
-            input_ids[None],
+            input_ids,
             positions[:, None],
             [embeddings for embeddings, *_ in features],
             layout,
-            **self._make_deepstack_arguments(model, input_ids[None], features),
+            **self._make_deepstack_arguments(model, input_ids, features),
         )
 
     def _make_deepstack_arguments(
@@ -131,10 +142,21 @@ class Qwen3VL(Qwen25VL):
         f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
     }
 
+    def adapt(self, model: Any) -> None:
+        """As Qwen2.5-VL's; the text model adds deepstack features at rows, and its layers compute by fewer kernels."""
+        super().adapt(model)
+        text_model: Any = self.language_model(model)
+        text_model._deepstack_process = MethodType(_add_deepstack, text_model)
+        fuse_text_layers(text_model)
+
     def encode_images(self, model: Any, images: Sequence[PreparedImage]) -> list[ImageFeatures]:
         """Encodes the patches; the features of deeper layers follow the embeddings."""
         features = self._encode(model, images)
-        return list(zip(features.pooler_output, *features.deepstack_features, strict=True))
+        deeper = [split_by_image(layer, images) for layer in features.deepstack_features]
+        return list(zip(features.pooler_output, *deeper, strict=True))
+
+    def _precompute(self, tower: Any, grids: torch.Tensor) -> dict[str, Any]:
+        return vision_tower.compute_sequences(tower, grids) | vision_tower.compute_interpolation(tower, grids)
 
     def _make_deepstack_arguments(
         self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]
@@ -143,10 +165,27 @@ class Qwen3VL(Qwen25VL):
             return {}
         _, *deepstack = zip(*features, strict=True)
         return {
-            "visual_pos_masks": input_ids == self.image_token_id(model.config),
+            "visual_pos_masks": upload(find_image_rows(self, model, input_ids), deepstack[0][0].device),
             "deepstack_visual_embeds": [torch.cat(layer) for layer in deepstack],
         }
 
 
-def _stack_grids(images: Sequence[PreparedImage], device: torch.device) -> torch.Tensor:
-    return torch.tensor([image.grid for image in images], device=device)
+def split_by_image(layer: torch.Tensor | Sequence[torch.Tensor], images: Sequence[PreparedImage]) -> Sequence[Any]:
+    """Returns a deepstack layer's features by image; transformers before 5.18 returns those of all in one tensor."""
+    return layer.split([image.num_tokens for image in images]) if isinstance(layer, torch.Tensor) else layer
+
+
+def _add_deepstack(self: Any, hidden: torch.Tensor, rows: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Adds features (n, D) at rows (n,) of (1, length, D), in place of transformers' `_deepstack_process`.
+
+    That takes a mask, whose rows a GPU would have to count first; a mask, as `generate` passes it, takes its way still.
+    """
+    if rows.dtype == torch.bool:
+        masked: torch.Tensor = type(self)._deepstack_process(self, hidden, rows, features)
+        return masked
+    rows = rows.to(hidden.device)
+    return hidden.index_copy(1, rows, hidden.index_select(1, rows) + features.to(hidden.device, hidden.dtype))
+
+
+def _stack_grids(images: Sequence[PreparedImage]) -> torch.Tensor:
+    return torch.tensor([image.grid for image in images])

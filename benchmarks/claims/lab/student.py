@@ -1,0 +1,182 @@
+"""Many small students at once: a decoder of 94 thousand parameters for each run, all in one flat tensor (R, P).
+
+One batch holds students of different seeds, objectives and learning rates: they share no parameter, and a run's result
+doesn't depend on the runs beside it, but for rounding. On a GPU hundreds of runs take little longer than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from worlds import CELL_PX, pick
+
+WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 128
+_BEGIN = 0
+
+
+class Architecture:
+    """The students' shapes and their forward pass, for answers of one length and vocabulary."""
+
+    def __init__(self, *, digits: int, length: int, vocabulary: int) -> None:
+        self.digits, self.length, self.vocabulary = digits, length, vocabulary
+        d = WIDTH
+        self._shapes: dict[str, tuple[int, ...]] = {
+            **_linear("eye_in", CELL_PX**2, d), **_linear("eye_out", d, d), "slots": (digits, d),
+            "tokens": (vocabulary, d), "places": (length, d),
+        }  # fmt: skip
+        for i in range(LAYERS):
+            self._shapes |= _norm(f"{i}.norm1", d) | _linear(f"{i}.qkv", d, 3 * d) | _linear(f"{i}.mix", d, d)
+            self._shapes |= _norm(f"{i}.norm2", d) | _linear(f"{i}.up", d, INNER) | _linear(f"{i}.down", INNER, d)
+        self._shapes |= _norm("norm", d) | _linear("head", d, vocabulary)
+        self._sizes = [math.prod(shape) for shape in self._shapes.values()]
+
+    def initialise(self, seeds: Sequence[int]) -> Tensor:
+        """Returns new students, one for each seed: (S, P)."""
+        students = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            students.append(torch.cat([self._initialise_one(name, generator) for name in self._shapes]))
+        return torch.stack(students)
+
+    def _initialise_one(self, name: str, generator: torch.Generator) -> Tensor:
+        shape = self._shapes[name]
+        if "norm" in name:
+            return torch.full(shape, float(name.endswith("weight"))).flatten()
+        if name in ("slots", "tokens", "places"):
+            return 0.1 * torch.randn(shape, generator=generator).flatten()
+        inputs = self._shapes[name.replace("bias", "weight")][0]
+        scale = 0.5 if "mix.weight" in name or "down.weight" in name else 1.0
+        return scale * (2 * torch.rand(shape, generator=generator).flatten() - 1) / math.sqrt(inputs)
+
+    def compute_logits(self, students: Tensor, cells: Tensor, tokens: Tensor) -> Tensor:
+        """Returns every place's logits: (R, P), cells (R, B, m, 10, 10), tokens (R, B·K, T) -> (R, B·K, T, V)."""
+        p = self._unpack(students)
+        seen = self._see(p, cells).repeat_interleave(tokens.shape[1] // cells.shape[1], 1)  # (R, N, m, D)
+        shifted = F.pad(tokens[..., :-1], (1, 0), value=_BEGIN)
+        x = torch.cat([seen, _look_up(p["tokens"], shifted) + p["places"][:, None]], 2)
+        shape = x.shape
+        x = x.flatten(1, 2)
+        for i in range(LAYERS):
+            x, _ = self._apply_layer(p, i, x, shape)
+        x = x.view(shape)[:, :, self.digits :].flatten(1, 2)
+        return _apply_linear(p, "head", _apply_norm(p, "norm", x)).view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def sample(
+        self, students: Tensor, cells: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Tensor:
+        """Samples by the numbers (R, B·K, T) in [0, 1): -> tokens (R, B·K, T)."""
+        p = self._unpack(students)
+        runs, rollouts, length = uniform.shape
+        seen = self._see(p, cells).repeat_interleave(rollouts // cells.shape[1], 1)
+        shape, x = seen.shape, seen.flatten(1, 2)
+        cache = []
+        for i in range(LAYERS):
+            x, (k, v) = self._apply_layer(p, i, x, shape)
+            room = (0, 0, 0, length)
+            cache.append((F.pad(k, room), F.pad(v, room)))
+        last, tokens = torch.full((runs, rollouts), _BEGIN, device=uniform.device), []
+        for t in range(length):
+            x = _look_up(p["tokens"], last) + p["places"][:, None, t]
+            for i in range(LAYERS):
+                q, k, v = self._project(p, i, x, (runs, rollouts, 1, WIDTH))
+                end = self.digits + t + 1
+                for kept, new in zip(cache[i], (k, v), strict=True):
+                    kept[:, :, end - 1] = new[:, :, 0]
+                mixed = F.scaled_dot_product_attention(q, cache[i][0][:, :, :end], cache[i][1][:, :, :end])
+                x = self._finish_layer(p, i, x, mixed.reshape(runs, rollouts, WIDTH))
+            logits = _apply_linear(p, "head", _apply_norm(p, "norm", x))
+            last = _pick_nucleus((logits / temperature).softmax(-1), uniform[..., t], top_p)
+            tokens.append(last)
+        return torch.stack(tokens, -1)
+
+    def _unpack(self, students: Tensor) -> dict[str, Tensor]:
+        parts = students.split(self._sizes, 1)
+        return {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def _see(self, p: dict[str, Tensor], cells: Tensor) -> Tensor:
+        """Turns cells (R, B, m, 10, 10) into the embeddings of m image tokens, (R, B, m, D)."""
+        flat = (cells.flatten(-2).flatten(1, 2) - 0.3) / 0.35
+        seen = _apply_linear(p, "eye_out", F.gelu(_apply_linear(p, "eye_in", flat)))
+        return seen.view(*cells.shape[:3], WIDTH) + p["slots"][:, None]
+
+    def _apply_layer(
+        self, p: dict[str, Tensor], i: int, x: Tensor, shape: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = self._project(p, i, x, shape)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self._finish_layer(p, i, x, mixed.transpose(1, 2).reshape(x.shape)), (k, v)
+
+    def _project(self, p: dict[str, Tensor], i: int, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Returns queries, keys and values, (R·N, heads, tokens, D / heads)."""
+        runs, rollouts, tokens, _ = shape
+        qkv = _apply_linear(p, f"{i}.qkv", _apply_norm(p, f"{i}.norm1", x))
+        return qkv.view(runs * rollouts, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _finish_layer(self, p: dict[str, Tensor], i: int, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + _apply_linear(p, f"{i}.mix", mixed)
+        inner = F.gelu(_apply_linear(p, f"{i}.up", _apply_norm(p, f"{i}.norm2", x)))
+        return x + _apply_linear(p, f"{i}.down", inner)
+
+
+class AdamW:
+    """AdamW for many students in one tensor (R, P), with gradient clipping and a learning rate for each."""
+
+    def __init__(self, students: Tensor, *, betas: tuple[float, float], weight_decay: float) -> None:
+        self._students, self._betas, self._decay = students, betas, weight_decay
+        self._mean, self._square, self._steps = torch.zeros_like(students), torch.zeros_like(students), 0
+
+    @torch.no_grad()
+    def step(self, rates_R: Tensor, *, clip: float = 1.0) -> Tensor:
+        """Takes a step along the gradient in `students.grad`, and returns its norm before clipping, (R,)."""
+        gradient = self._students.grad
+        assert gradient is not None
+        norm_R = gradient.norm(dim=1)
+        gradient = gradient * (clip / (norm_R + 1e-6)).clamp_max(1)[:, None]
+        self._students.grad = None
+        self._steps += 1
+        first, second = self._betas
+        self._mean.lerp_(gradient, 1 - first)
+        self._square.lerp_(gradient.square(), 1 - second)
+        root = (self._square / (1 - second**self._steps)).sqrt() + 1e-8
+        rates = rates_R[:, None]
+        self._students.mul_(1 - rates * self._decay)
+        self._students.sub_(rates / (1 - first**self._steps) * self._mean / root)
+        return norm_R
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _apply_linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """(R, M, in) -> (R, M, out), each run with its own weights."""
+    return torch.baddbmm(p[f"{name}.bias"][:, None], x, p[f"{name}.weight"])
+
+
+def _apply_norm(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:])
+    return torch.addcmul(p[f"{name}.bias"][:, None], normed, p[f"{name}.weight"][:, None])
+
+
+def _look_up(table: Tensor, tokens: Tensor) -> Tensor:
+    """(R, V, D), (R, ...) -> (R, ..., D): each run's tokens in its own table."""
+    first = torch.arange(len(table), device=table.device) * table.shape[1]
+    return F.embedding(tokens + first.view(-1, *[1] * (tokens.dim() - 1)), table.flatten(0, 1))
+
+
+def _pick_nucleus(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Samples from the smallest set of likeliest tokens with more than `top_p` of the probability."""
+    if top_p >= 1:
+        return pick(probabilities, uniform)
+    ordered, ids = probabilities.sort(-1, descending=True)
+    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
+    return ids.gather(-1, pick(kept, uniform)[..., None])[..., 0]

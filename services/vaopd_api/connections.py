@@ -1,0 +1,145 @@
+"""Bounds what a connection may cost before its request has arrived: bytes of headers, time, connections per address.
+
+uvicorn's h11 protocol is used on purpose: its other parser, httptools, has no limit on headers. Keys, quotas and the
+body's limit apply later, once the headers are read (`vaopd_api.middleware`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vaopd.config import ConnectionsConfig
+from vaopd.telemetry import logs
+from vaopd_api import problems
+from vaopd_api.problems import ApiError
+
+HEADER_BYTES = 16 * 1024
+"""The request line and all headers together."""
+MAX_HEADERS = 100
+GRACE_S = 10.0
+MIN_BYTES_PER_S = 16 * 1024
+"""A request has to arrive at this rate, after the grace."""
+STALLED_S = 60.0
+"""A client that takes none of its reply for so long is disconnected."""
+
+
+def describe_header_limit() -> str:
+    """Returns the detail of a 431."""
+    return f"the limits are {MAX_HEADERS} headers and {HEADER_BYTES} bytes of them; send fewer or shorter ones"
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection of the server. `limits` is set on the subclass that `bind` makes."""
+
+    limits = ConnectionsConfig()
+
+    @classmethod
+    def bind(cls, limits: ConnectionsConfig) -> type[BoundedProtocol]:
+        """Returns the class with other limits, since uvicorn makes the instances."""
+        return type("BoundedProtocol", (cls,), {"limits": limits})
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._received = 0  # bytes of the request that is arriving
+        self._in_headers = True
+        self._began: float | None = None
+        self._arrival: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accepts the connection, or answers with 503 beyond the limits."""
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        others = (getattr(other, "client", None) for other in self.connections)
+        same = sum(other is not None and other[0] == address for other in others)
+        if len(self.connections) > self.limits.total:
+            self._refuse(503, f"the server has {self.limits.total} open connections, its limit; try again later")
+        elif same > self.limits.per_address and address not in self.limits.proxies:
+            self._refuse(
+                503, f"{self.limits.per_address} connections are open from this address, the limit; reuse or close some"
+            )
+        else:
+            self._expect_request()
+
+    def data_received(self, data: bytes) -> None:
+        """Reads a part of a request."""
+        if self._began is None and self.conn.their_state is h11.IDLE:
+            self._expect_request()
+        self._received += len(data)
+        self._in_headers = self.conn.their_state is h11.IDLE
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Drops the timers."""
+        self._stop_waiting()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Waits for the client to read, but not for ever."""
+        super().pause_writing()
+        self._stall = self._stall or self.loop.call_later(STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Notes that the client reads."""
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers a malformed request, or one with too many headers, in the API's one form of errors."""
+        if self._in_headers and self._received > HEADER_BYTES:
+            self._refuse(431, describe_header_limit())
+        else:
+            self._refuse(400, "the request is not valid HTTP/1.1")
+
+    def _expect_request(self) -> None:
+        self._stop_waiting()
+        self._began, self._received = self.loop.time(), 0
+        self._arrival = self.loop.call_later(GRACE_S, self._check_arrival)
+
+    def _stop_waiting(self) -> None:
+        self._began = None
+        if self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+
+    def _check_arrival(self) -> None:
+        """Ends a connection whose request arrives too slowly. Time in which we don't read isn't the client's."""
+        now = self.loop.time()
+        if self.flow.read_paused:
+            self._began, self._received = now, 0
+        assert self._began is not None
+        due = self._began + GRACE_S + self._received / MIN_BYTES_PER_S
+        if now < due:
+            self._arrival = self.loop.call_at(due, self._check_arrival)
+        else:
+            self._refuse(408, f"the request did not arrive at {MIN_BYTES_PER_S} bytes/s; send it faster")
+
+    def _refuse(self, status: int, detail: str) -> None:
+        """Answers with a problem, if no answer has begun, and closes the connection."""
+        self._stop_waiting()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            name = uuid.uuid4().hex
+            token = logs.request_id.set(name)
+            response = problems.make_error_response(ApiError(status, detail))
+            logs.request_id.reset(token)
+            headers = [*response.raw_headers, (b"x-request-id", name.encode()), (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=status, headers=headers),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:  # the application must not answer too
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()

@@ -1,0 +1,246 @@
+"""Small requests that would cost much: endless headers, slow senders, many connections, foreign pages, huge replies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from tests.support.api import BODY, Api, error_of, service_file, start_api
+from tests.support.teacher import TeacherInProcess
+from tests.support.waiting import wait_until
+from vaopd.errors import ConfigError, LimitExceeded
+from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
+from vaopd_api import connections
+from vaopd_api.access import HostNames
+from vaopd_api.connections import HEADER_BYTES, MAX_HEADERS
+from vaopd_api.problems import ApiError
+from vaopd_api.reply_cost import MAX_VALUES, ReplyBudget, count_values
+
+
+def connect(api: Api) -> socket.socket:
+    url = api.http.base_url
+    return socket.create_connection((url.host, url.port or 80), timeout=60)
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def problem_in(answer: bytes) -> dict[str, object]:
+    problem: dict[str, object] = json.loads(answer.partition(b"\r\n\r\n")[2])
+    return problem
+
+
+def test_an_endless_header_ends_at_the_limit_and_stops_nobody(api: Api) -> None:
+    """It took 350 MB and everybody's health check with a parser that reads to the header's end."""
+    process = psutil.Process(api.process.pid)
+    before = process.memory_info().rss
+    with connect(api) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
+        sent = 0
+        with suppress(ConnectionError):  # closed by the server while we send
+            while sent < 64 * 2**20:
+                sent += connection.send(b"a" * 65536)
+        assert sent < 64 * 2**20
+    assert process.memory_info().rss - before < 32 * 2**20
+    assert api.http.get("/healthz").status_code == 200
+
+
+def test_headers_that_are_too_long_or_too_many_are_refused_by_name(api: Api) -> None:
+    for lines in (b"X: " + b"a" * HEADER_BYTES + b"\r\n", b"".join(b"X%d: a\r\n" % n for n in range(MAX_HEADERS))):
+        with connect(api) as connection:
+            connection.sendall(
+                b"GET /v1/teachers HTTP/1.1\r\nHost: localhost\r\n" + lines + b"Connection: close\r\n\r\n"
+            )
+            answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert problem_in(answer)["code"] == "too_large"
+        assert str(MAX_HEADERS) in str(problem_in(answer)["detail"])
+
+
+@pytest.mark.parametrize("start", [b"GET /healthz HTTP/1.1\r\nX: ", b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\n"
+                                   b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"])  # fmt: skip
+def test_a_slow_sender_is_refused_before_its_request_is_complete(
+    start: bytes, monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]
+) -> None:
+    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    with socket.create_connection(orphan_server, timeout=60) as connection:
+        connection.sendall(start)
+        answer = read_to_end(connection)  # nothing more is sent, and the server ends it
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert "16384 bytes/s" in str(problem_in(answer)["detail"])
+
+
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]) -> None:
+    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    with socket.create_connection(orphan_server, timeout=60) as connection:
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.fixture
+def orphan_server() -> Iterator[tuple[str, int]]:
+    """An application without a teacher, served in this process with the product's protocol."""
+    import threading
+
+    import uvicorn
+
+    from vaopd_api.app import create_app
+    from vaopd_api.teachers import Teachers
+
+    app = create_app(teachers=Teachers(["127.0.0.1:1"], options={"job": "api"}))
+    settings = uvicorn.Config(app, port=0, http=connections.BoundedProtocol, ws="none", log_config=None, loop="asyncio")
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until("the server listens", lambda: server.started)
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def test_connections_of_one_address_are_limited_and_a_closed_one_makes_room(
+    tmp_path: Path, teacher: TeacherInProcess
+) -> None:
+    limits = service_file(tmp_path, "[api.connections]\nper_address = 3\n")
+    with contextmanager(start_api)(tmp_path, teacher.target, *limits) as api:
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(connect(api))
+            wait_until("all are accepted", lambda: len(psutil.Process(api.process.pid).net_connections()) >= 4)
+            with connect(api) as fourth:
+                answer = read_to_end(fourth)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert "3 connections are open from this address" in str(problem_in(answer)["detail"])
+        wait_until("there is room", lambda: is_healthy(api))
+
+
+def is_healthy(api: Api) -> bool:
+    try:
+        return api.http.get("/healthz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def test_other_hosts_and_pages_of_other_sites_are_refused(api: Api) -> None:
+    """DNS rebinding sends another Host; a form on another page sends another Origin, and may be multipart."""
+    host = f"127.0.0.1:{api.http.base_url.port}"
+    rebound = api.http.get("/v1/teachers", headers={"Host": "evil.example"})
+    assert error_of(rebound)["status"] == 421
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        foreign = api.http.post("/v1/score", json=BODY, headers={"Origin": origin})
+        assert error_of(foreign)["status"] == 403
+    form = api.http.post(
+        "/v1/score", data={"question": "?", "response": "x"}, files={"image": b"x"}, headers={"Origin": "http://a.b"}
+    )
+    assert error_of(form)["status"] == 403
+    assert error_of(api.http.post("/v1/score", json=BODY, headers={"Sec-Fetch-Site": "cross-site"}))["status"] == 403
+    assert api.http.post("/v1/score", json=BODY, headers={"Origin": f"http://{host}"}).status_code == 200
+    for name in ("localhost", "LOCALHOST:8080", "[::1]:8080"):
+        assert api.http.get("/v1/teachers", headers={"Host": name}).status_code == 200
+    assert api.http.get("/healthz", headers={"Host": "10.0.0.7:8080"}).status_code == 200  # a probe's
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        (["a.example"], None, None),
+        (["A.example:443"], "https://a.example", None),
+        (["a.example", "b"], None, 421),
+        ([], None, 421),
+        ([""], None, 421),
+        (["a.example@b"], None, 421),
+        (["a.example"], "ftp://a.example", 403),
+        (["a.example:1"], "http://a.example:2", 403),
+    ],
+)
+def test_host_names(host: list[str], origin: str | None, status: int | None) -> None:
+    headers = [(b"host", value.encode()) for value in host]
+    headers += [] if origin is None else [(b"origin", origin.encode())]
+    scope = {"type": "http", "path": "/v1/score", "method": "POST", "headers": headers}
+    if status is None:
+        HostNames(["a.example"]).check(scope)
+    else:
+        with pytest.raises(ApiError) as caught:
+            HostNames(["a.example"]).check(scope)
+        assert caught.value.status_code == status
+
+
+def test_a_reverse_proxy_is_believed_only_where_it_is_configured(tmp_path: Path, teacher: TeacherInProcess) -> None:
+    """Quotas count by address: a made-up X-Forwarded-For must not be a new client."""
+    forged = [{"X-Forwarded-For": f"10.0.0.{n}"} for n in range(3)]
+    quota = "[api.quotas]\nrequests_per_minute = 2\n"
+    for proxies, expected in (("", [200, 200, 429]), ('[api.connections]\nproxies = ["127.0.0.1"]\n', [200, 200, 200])):
+        for api in start_api(tmp_path, teacher.target, *service_file(tmp_path, quota + proxies)):
+            statuses = [api.http.post("/v1/score", json=BODY, headers=headers).status_code for headers in forged]
+            assert statuses == expected
+
+
+def test_the_api_is_not_opened_to_other_hosts_by_accident() -> None:
+    from vaopd.config import ApiConfig, Config
+    from vaopd_api.__main__ import serve
+    from vaopd_api.metrics import Metrics
+
+    config = Config.model_construct(api=ApiConfig(address="0.0.0.0:0"))
+    with pytest.raises(ConfigError, match=r"can be reached from other hosts.*trusted_network = true"):
+        serve(config, announce=None, metrics=Metrics(), metrics_route=False)
+
+
+def test_the_values_of_a_reply_are_counted_before_the_teacher_is_asked(api: Api) -> None:
+    """105 KB of short responses with top-k details made 1 GB of replies."""
+    short = ScoreBody(question="?", responses=["a"] * 100, top_k=20)
+    assert count_values(short) == 100 * 2 * (6 + 3 * 20)  # each a token and the EOS
+    many = {"question": "?", "responses": ["a"] * 10_000, "top_k": 20}
+    refused = error_of(api.http.post("/v1/score", json=many))
+    assert refused["status"] == 413
+    assert f"1320000 values, the limit is {MAX_VALUES}" in refused["detail"]
+
+
+def test_a_batch_of_the_worst_requests_stays_within_its_memory(api: Api) -> None:
+    """As many items as a batch may have, each with the longest reply that is answered in reasonable time here."""
+    process = psutil.Process(api.process.pid)
+    items = [{"question": "?", "responses": ["abcdefg"] * 16, "top_k": 20}] * MAX_BATCH_ITEMS
+    assert api.http.post("/v1/score/batch", json={"requests": items[:8]}).json()["failed"] == 0  # all code is loaded
+    before = process.memory_info().rss
+    peak = 0
+    with api.http.stream("POST", "/v1/score/batch", json={"requests": items}) as answer:
+        for _ in answer.iter_bytes():
+            peak = max(peak, process.memory_info().rss)
+    values = count_values(ScoreBody.model_validate(items[0]))
+    # Eight at once, each value at most 200 bytes as an object and as text, and what the allocator keeps.
+    assert peak - before < 8 * values * 200 + 64 * 2**20
+
+
+async def test_replies_share_the_room_in_the_order_of_arrival() -> None:
+    body = ScoreBody(question="?", responses=["a"] * 10)  # 10 × 2 tokens × 6 values
+    budget = ReplyBudget(limit=count_values(body))
+    order: list[str] = []
+
+    async def hold(name: str, until: asyncio.Event) -> None:
+        async with budget.hold(body):
+            order.append(name)
+            await until.wait()
+
+    first, rest = asyncio.Event(), asyncio.Event()
+    rest.set()
+    tasks = [asyncio.create_task(hold("a", first)), asyncio.create_task(hold("b", rest))]
+    for _ in range(10):  # turns of the event loop: more than either needs to get its room
+        await asyncio.sleep(0)
+    assert order == ["a"]
+    first.set()
+    await asyncio.gather(*tasks)
+    assert order == ["a", "b"]
+    too_large = ScoreBody(question="?", response_token_ids=np.zeros(MAX_VALUES // 6 + 1, int).tolist())
+    with pytest.raises(LimitExceeded, match="fewer or shorter responses"):
+        async with budget.hold(too_large):
+            raise AssertionError("it must be refused")

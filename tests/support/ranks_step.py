@@ -1,0 +1,129 @@
+"""One of several ranks that take a training step together, for test_trainer_ranks.py.
+
+python -m tests.support.ranks_step FOLDER B, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment: the
+trainer's own loop shares B groups out, and every rank compares loss and gradient with those of all groups in this
+process. Rank 1 runs out of memory, in a backward. Ends with 0 when all agree.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from tests.support import tolerance
+from tests.support.weighted import Scarce, a_weighted_group, teacher_head
+from vaopd.config import Config, TrainerConfig, validate
+from vaopd.types import GroupId, RolloutGroup
+from vaopd.vlm.model import Vlm
+from vaopd_trainer.compose import make_accelerator, make_loss
+from vaopd_trainer.loop import Trainer
+from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.scorer import BusyTime
+from vaopd_trainer.step_numbers import average_ranks
+from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup
+
+LENGTHS = ([9, 1, 17], [6, 6], [4, 12, 3, 8], [5], [7, 2])
+
+
+class Scorer:
+    """Knows every group's score beforehand."""
+
+    def __init__(self, groups: Sequence[WeightedGroup]) -> None:
+        self.busy = BusyTime()
+        self._scored = {group.scored.group.group_id: group.scored for group in groups}
+        self._results: list[ScoredGroup] = []
+
+    def submit(self, groups: Sequence[RolloutGroup]) -> None:
+        self._results += [self._scored[group.group_id] for group in groups]
+
+    def wait_for_results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup]:
+        yield from self._results
+
+
+class Coordinator:
+    """Hands out groups as the real one does, without a queue, and keeps the step's numbers."""
+
+    def __init__(self, groups: Sequence[WeightedGroup], ranks: Ranks) -> None:
+        self.numbers: dict[str, float] = {}
+        self._groups = [group.scored.group for group in groups]
+        self._ranks = ranks
+
+    def distribute(self, step: int, submit: Callable[[Sequence[RolloutGroup]], None]) -> None:
+        for group in self._groups:
+            rank = GroupId.parse(group.group_id).index % self._ranks.world
+            if rank == 0:
+                submit([group])
+            else:
+                self._ranks.send_group(group, to=rank)
+
+    def give_up(self, refused: Iterator[Any]) -> None:
+        assert not list(refused)
+
+    def record(self, step: int, sums: Sequence[dict[str, float] | None], *rest: Any, **more: Any) -> None:
+        self.numbers = average_ranks(sums)
+
+
+def main(folder: str, count: int) -> None:
+    torch.set_num_threads(1)
+    student = Vlm.load(folder, dtype="float64")
+    groups = [a_weighted_group(student, index, LENGTHS[index]) for index in range(count)]
+    config = validate(
+        Config,
+        {
+            "run": {"name": "r"},
+            "data": {"source": "unused"},
+            "student": {"model": "unused", "dtype": "float32"},
+            "teacher": {"model": "unused"},
+            "trainer": {"steps": 2, "prompts_per_step": count, "max_grad_norm": 1e9, "trackers": []},
+        },
+        origin="test",
+    )
+    accelerator = make_accelerator(config)
+    ranks = Ranks()
+    loss = make_loss(config, student, teacher_head=teacher_head(student).double(), device=accelerator.device)
+    mine = groups[ranks.rank :: ranks.world]
+    short = sum(group.tokens for group in mine) - 1
+    scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in="backward")
+    coordinator = Coordinator(groups, ranks) if ranks.is_coordinator else None
+    trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, loss=scarce, coordinator=coordinator)  # type: ignore[arg-type]
+    whole, expected = gradients_of_all(folder, groups)
+    scorer = Scorer(groups)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep_gradients() -> None:
+        found.update({name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.step = keep_gradients
+    scored, timings = trainer._collect(0, scorer)  # type: ignore[arg-type]
+    assert [group.index for group in scored] == [group.scored.index for group in mine]
+    trainer._train(0, scored, timings)
+    assert_same(student, found, expected)
+    if coordinator is not None:
+        error = tolerance.forward(student.config, dtype=torch.float64) * whole
+        tolerance.assert_within(coordinator.numbers["loss"], whole, error, "loss")
+        assert coordinator.numbers["rollouts"] == sum(len(LENGTHS[index]) for index in range(count))
+    if ranks.rank == 1:
+        assert scarce.tokens_of_forwards[0] == short + 1, "memory was never short"
+    accelerator.end_training()
+
+
+def gradients_of_all(folder: str, groups: Sequence[WeightedGroup]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss over B and its gradient, of one process."""
+    other = Vlm.load(folder, dtype="float64")
+    loss = StudentLoss(other, teacher_head=teacher_head(other).double(), trainer=TrainerConfig(steps=1))
+    value = loss(groups)[0] / len(groups)
+    value.backward()
+    return float(value.detach()), {name: p.grad for name, p in other.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(student: Vlm, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, bound in tolerance.backward(student.config, expected, dtype=torch.float64).items():
+        tolerance.assert_within((found[name] - expected[name]).norm(), 0.0, bound, name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

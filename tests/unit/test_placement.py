@@ -1,0 +1,111 @@
+"""`vaopd up --gpus auto`: which cards each process gets, by given memories; figures worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vaopd.config import load_config
+from vaopd.errors import ConfigError
+from vaopd.launch.placement import Card, Demand, parse_cards, place
+from vaopd.vlm.memory import GIB, MODELS, Model, find_model
+
+ROOT = Path(__file__).parents[2]
+H100 = 79.1
+
+
+def demand(teacher: str = "8b", *overrides: str, with_teacher: bool = True) -> Demand:
+    config = load_config(ROOT / "configs" / f"geometry3k-{teacher}.toml", overrides)
+    return Demand.of(config, with_teacher=with_teacher)
+
+
+def cards(count: int, gib: float = H100) -> list[Card]:
+    return [Card(index=index, gib=gib) for index in range(count)]
+
+
+@pytest.mark.parametrize(("count", "teacher", "expected"), [
+    (2, "8b", {"teacher": ("0",), "rollout": ("0",), "trainer": ("1",)}),
+    (2, "32b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("1",)}),
+    (3, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2",)}),
+    (4, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2,3",)}),
+    (8, "32b", {"teacher": ("0",), "rollout": ("1", "2", "3"), "trainer": ("4,5,6,7",)}),
+])  # fmt: skip
+def test_cards_of_80_gb(count: int, teacher: str, expected: dict[str, tuple[str, ...]]) -> None:
+    """On two cards the worker goes where more room is left: beside an 8B teacher, but not beside one of 32B."""
+    assert place(cards(count), demand(teacher)).gpus == expected
+
+
+def test_a_teacher_over_several_small_cards_is_balanced() -> None:
+    """32B: 62.1 GiB of weights and 5 of a forward need two cards of 48 GB, of which 44.6 GiB are usable."""
+    chosen = place(cards(4, 48), demand("32b", "data.max_pixels=262144"))
+    assert chosen.gpus == {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3",)}
+    assert "teacher.device_map=balanced" in chosen.overrides
+
+
+def test_the_settings_that_belong_to_a_choice() -> None:
+    """8B: weights 16.3 GiB and a forward of 2.9 leave 54.3 of 73.6 GiB: vLLM gets 65 % of the 79.1."""
+    assert place(cards(2), demand()).overrides == ("rollout.engine_options.gpu_memory_utilization=0.65",)
+    assert place(cards(8), demand()).overrides == ("rollout.workers=3", "trainer.processes=4")
+
+
+def test_ranks_divide_the_step_s_prompt_groups() -> None:
+    chosen = place(cards(6), demand("8b", "trainer.prompts_per_step=6"))
+    assert chosen.gpus["trainer"] == ("4,5",)  # four ranks would not share six groups equally
+
+
+def test_a_teacher_elsewhere_needs_no_card() -> None:
+    chosen = place(cards(2), demand(with_teacher=False))
+    assert chosen.gpus == {"rollout": ("0",), "trainer": ("1",)}
+    assert not any("teacher on card" in reason for reason in chosen.reasons)
+
+
+def test_everything_on_one_card_if_it_fits() -> None:
+    tiny = Demand.of(load_config(ROOT / "configs" / "tiny.toml"), with_teacher=True)
+    chosen = place(cards(1, 24), tiny)
+    assert chosen.gpus == {"teacher": ("0",), "rollout": ("0",), "trainer": ("0",)}
+    with pytest.raises(ConfigError, match=r"don't fit on 1 × 73\.6 GiB: the worker finds \d+\.\d; add a card"):
+        place(cards(1), demand())
+
+
+@pytest.mark.parametrize(("count", "gib", "teacher", "overrides", "message"), [
+    (0, H100, "8b", [], "shows no NVIDIA card"),
+    (1, 48, "32b", [], r"teacher Qwen/Qwen3-VL-32B-Instruct needs \d+\.\d GiB, 1 × 44\.6 GiB are usable"),
+    # 18 bytes for each of 4.44e9 weights are 74.4 GiB before the head's gradient, a chunk and any token.
+    (8, H100, "8b", ["student.model=Qwen/Qwen3-VL-4B-Instruct"], r"rank of \S+4B\S+ needs 8\d\.\d GiB .* 73\.6 GiB"),
+])  # fmt: skip
+def test_what_does_not_fit_is_named_with_its_figures(
+    count: int, gib: float, teacher: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        place(cards(count, gib), demand(teacher, *overrides))
+
+
+def test_the_flags_say_the_same_by_hand() -> None:
+    assert place(cards(4), demand()).flags == (
+        "--gpus teacher=0 --gpus rollout=1 --gpus trainer=2,3 --set trainer.processes=2"
+    )
+
+
+def test_cards_are_read_from_nvidia_smi_and_narrowed_by_the_environment() -> None:
+    text = "\n".join(f"{index}, 81559, NVIDIA H100 80GB HBM3, 580.159.04" for index in range(4))
+    assert [card.index for card in parse_cards(text, visible=None)] == [0, 1, 2, 3]
+    assert [card.index for card in parse_cards(text, visible="3,1")] == [3, 1]
+    assert parse_cards(text, visible="") == []
+    card = parse_cards(text, visible="2")[0]
+    assert (card.gib, card.driver) == (81559 / 1024, "580.159.04")
+    with pytest.raises(ConfigError, match="names 'GPU-1f', not a number"):
+        parse_cards(text, visible="GPU-1f")
+    assert parse_cards("0, [N/A], NVIDIA Thor, 580.1", visible=None) == []
+
+
+def test_sizes_are_read_from_a_folder_and_known_for_the_published_models(tmp_path: Path) -> None:
+    assert find_model("Qwen/Qwen3-VL-8B-Instruct") is MODELS["8B"]
+    tiny = find_model(str(ROOT / "models" / "tiny-student"))
+    assert isinstance(tiny, Model)
+    assert 2 * tiny.parameters < GIB / 100
+    with pytest.raises(ConfigError, match=r"no config\.json of it here; download the model, or place"):
+        find_model("nobody/unknown-model")
+    (tmp_path / "config.json").write_text('{"text_config": {}, "vision_config": {}}')
+    with pytest.raises(ConfigError, match=r"not Qwen3-VL's \('hidden_size' is missing\); place the processes"):
+        find_model(str(tmp_path))

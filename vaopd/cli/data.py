@@ -1,0 +1,167 @@
+"""`vaopd data`: makes the demo's data set, and checks a data set as a run would read it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaopd.cli.common import make_progress
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+    from vaopd.data.problems import CheckedSplit
+
+SHOWN = 20
+"""So many bad records of a split are printed; --json has all."""
+SPLITS = ("train", "validation", "test")
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    """Adds `vaopd data`."""
+    data = subparsers.add_parser("data", help="make or check a data set").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    geometry = data.add_parser(
+        "handwritten-geometry",
+        help="draw geometry problems with scans of handwritten digits; Parquet in Geometry3K's schema",
+    )
+    geometry.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write to")
+    geometry.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
+    geometry.add_argument("--train", type=int, default=4000, metavar="N", help="training problems (default 4000)")
+    geometry.add_argument("--validation", type=int, default=300, metavar="N", help="validation problems (default 300)")
+    geometry.add_argument("--test", type=int, default=600, metavar="N", help="test problems (default 600)")
+    geometry.set_defaults(command=_make_geometry, extra="tiny")
+
+    check = data.add_parser("check", help="read every record as a run would, and name those that can't be used")
+    check.add_argument(
+        "source", metavar="CONFIG|DATASET", help="a run's TOML file, or a folder or hub id of a data set"
+    )
+    check.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="override one field of CONFIG (repeatable)",
+    )
+    check.add_argument(
+        "--split",
+        action="append",
+        metavar="SPLIT",
+        help="a split of DATASET (repeatable; default: those of train, validation and test that it has)",
+    )
+    check.add_argument(
+        "--model", metavar="MODEL", help="for DATASET: count tokens and find control tokens as this model does"
+    )
+    check.add_argument("--json", action="store_true", help="print JSON, with every bad record")
+    check.set_defaults(command=_check, extra="trainer")
+
+
+def _make_geometry(arguments: argparse.Namespace) -> int:
+    from vaopd.data import handwritten_geometry
+
+    handwritten_geometry.write(
+        arguments.folder,
+        seed=arguments.seed,
+        train=arguments.train,
+        validation=arguments.validation,
+        test=arguments.test,
+    )
+    print(arguments.folder)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    splits = list(_check_config(arguments) if arguments.source.endswith(".toml") else _check_data_set(arguments))
+    if arguments.json:
+        print(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
+    else:
+        print("\n\n".join("\n".join(_format(split)) for split in splits))
+    return 1 if any(split.faults for split in splits) else 0
+
+
+def _check_config(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
+    """Yields a run's training problems, with those that are held out as faults, and its held-out problems."""
+    from vaopd.config import load_config
+    from vaopd.data.problems import check_held_out, check_training
+
+    config = load_config(arguments.source, arguments.overrides)
+    training = check_training(config, make_report=make_progress)
+    held_out = check_held_out(config, make_report=make_progress)
+    yield training.without_problems_of(held_out)
+    yield held_out
+
+
+def _check_data_set(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
+    from vaopd.data.loaders import open_split
+    from vaopd.data.measures import Meter
+    from vaopd.data.problems import check_split
+    from vaopd.errors import NotFound
+    from vaopd.files.hub import read_control_tokens
+
+    control_tokens = read_control_tokens(arguments.model) if arguments.model else []
+    meter = Meter(arguments.model) if arguments.model else None
+    found: list[CheckedSplit] = []
+    for name in arguments.split or SPLITS:
+        try:
+            prompts = open_split(arguments.source, split=name, control_tokens=control_tokens)
+        except NotFound:
+            if arguments.split or (name == SPLITS[-1] and not found):
+                raise
+            continue
+        split = check_split(prompts, control_tokens=control_tokens, meter=meter, make_report=make_progress)
+        found.append(split)
+        yield split
+
+
+def _describe(split: CheckedSplit) -> dict[str, Any]:
+    """Returns a split's check as JSON has it."""
+    tokens = [found.tokens for found in split.measured.values() if found.tokens is not None]
+    sizes = [size for found in split.measured.values() for size in found.sizes]
+    return {
+        "source": split.prompts.source,
+        "split": split.prompts.split,
+        "records": split.total,
+        "usable": len(split.prompts),
+        "pictures": len(sizes),
+        "prompt_tokens": _spread(tokens),
+        "pixels": _spread([width * height for width, height in sizes]),
+        "duplicates": [{"record": index, "same_as": earlier} for index, earlier in split.list_duplicates()],
+        "bad_by_kind": split.count_faults(),
+        "bad": [
+            {"record": fault.index, "kind": fault.kind, "field": fault.field, "message": fault.message}
+            for fault in split.faults
+        ],
+    }
+
+
+def _spread(values: Sequence[int]) -> dict[str, float] | None:
+    """Returns lowest, median and highest; None where there is no value."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)} if values else None
+
+
+def _format(split: CheckedSplit) -> Iterator[str]:
+    """Yields the lines on a split."""
+    shown = _describe(split)
+    yield f"{shown['source']}, {split.prompts.name}: {split.total} records, {len(split.faults)} of them bad"
+    if lengths := shown["prompt_tokens"]:
+        yield "  prompt tokens  min {min}, median {median:g}, max {max}; image tokens included".format(**lengths)
+    by_area = sorted(
+        (size for found in split.measured.values() for size in found.sizes), key=lambda size: size[0] * size[1]
+    )
+    if by_area:
+        low, middle, high = (f"{w}×{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1]))
+        yield f"  pictures       {len(by_area)}: smallest {low}, median {middle}, largest {high} px"
+    if duplicates := split.list_duplicates():
+        pairs = ", ".join(f"{index} = {earlier}" for index, earlier in duplicates[:10])
+        yield f"  duplicates     {len(duplicates)}: records {pairs}{' …' if len(duplicates) > 10 else ''}"
+    for kind, count in split.count_faults().items():
+        yield f"  bad: {kind:<14} {count:>6}   {split.list_first(kind)}"
+    for fault in split.faults[:SHOWN]:
+        yield f"  {split.prompts.split}, {fault}"
+    if len(split.faults) > SHOWN:
+        yield f"  … and {len(split.faults) - SHOWN} more; --json prints all"

@@ -1,0 +1,213 @@
+"""One record of a data set: its columns, what may be wrong with it, its answer as text, its images as bytes.
+
+A record has a text (`problem` as in Geometry3K, `question` as in ViRL39K), an `answer`, and `images` or `image`: one or
+a list of bytes, paths or structs of both. "<image>" in the text marks the place of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+from vaopd.data.tables import Rows
+from vaopd.errors import InvalidInput
+from vaopd.types import EncodedImage, ImagePart, TextPart
+
+IMAGE_MARKER = "<image>"
+_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+
+FaultKind = Literal["text", "answer", "image markers", "control token", "picture", "over-long", "overlap"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """The columns of a data set's text, answer, images and record id (the first of `record_ids` that it has)."""
+
+    name: str
+    text: str
+    images: str
+    answer: str = "answer"
+    record_ids: tuple[str, ...] = ("qid", "id")
+
+
+SCHEMAS = (
+    Schema(name="Geometry3K", text="problem", images="images"),
+    Schema(name="ViRL39K", text="question", images="image"),
+    Schema(name="data set", text="problem", images="image"),
+    Schema(name="data set", text="question", images="images"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A reason why a record can't be used; `index` counts the split's records from 0.
+
+    >>> str(Fault(index=3, kind="answer", field="answer", message="the answer is missing or empty"))
+    "record 3, field 'answer': the answer is missing or empty"
+    """
+
+    index: int
+    kind: FaultKind
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"record {self.index}, field {self.field!r}: {self.message}"
+
+
+def recognise(files: Sequence[Rows], source: str) -> list[tuple[Rows, Schema]]:
+    """Finds the columns of each file; a file may lack images if another has them.
+
+    Raises InvalidInput, naming file and columns, where text, answer or images are missing.
+    """
+    names = {name for rows in files for name in rows.columns}
+    shards = []
+    for rows in (rows for rows in files if len(rows) or len(files) == 1):
+        for needs_images in (True, False):
+            fitting = [
+                schema
+                for schema in SCHEMAS
+                if {schema.text, schema.answer} <= set(rows.columns)
+                and schema.images in (rows.columns if needs_images else names)
+            ]
+            if fitting:
+                shards.append((rows, fitting[0]))
+                break
+        else:
+            known = "problem or question, answer, and images or image (an empty list where a problem has none)"
+            columns = ", ".join(rows.columns) or "none"
+            raise InvalidInput(f"{rows.file or source} has columns {columns}; needed: {known}; rename them")
+    return shards
+
+
+def find_fault(
+    index: int, schema: Schema, text: object, answer: object, num_images: int, control_tokens: Sequence[str]
+) -> Fault | None:
+    """Checks a record's text, answer and number of images, not the images themselves."""
+
+    def fault(kind: FaultKind, field: str, message: str) -> Fault:
+        return Fault(index=index, kind=kind, field=field, message=message)
+
+    if text is not None and not isinstance(text, str):
+        return fault("text", schema.text, f"{_describe(text)} where a text belongs")
+    if not text or not text.replace(IMAGE_MARKER, "").strip():
+        return fault("text", schema.text, "the text is missing or empty")
+    if half := _find_half_character(text):
+        return fault("text", schema.text, f"the text holds {half}, half of a character; write the file again as UTF-8")
+    try:
+        if not as_answer(answer):
+            return fault("answer", schema.answer, "the answer is missing or empty")
+    except InvalidInput as error:
+        return fault("answer", schema.answer, str(error))
+    markers = text.count(IMAGE_MARKER)
+    if markers not in (0, num_images):
+        return fault(
+            "image markers",
+            schema.text,
+            f"the text has {markers} {IMAGE_MARKER} markers and the record {num_images} images; give one marker for "
+            "each image, or none",
+        )
+    if found := find_control_token(text, control_tokens):
+        return fault("control token", schema.text, f"the text holds {found!r}, a control token of the model")
+    return None
+
+
+def _find_half_character(text: str) -> str | None:
+    """Returns the first lone surrogate, e.g. "U+D83D": JSON may hold one, UTF-8 and tokenizers may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X}"
+    return None
+
+
+def find_control_token(text: str, control_tokens: Sequence[str]) -> str | None:
+    """Returns the first of the model's control tokens that a text holds; the image marker is none."""
+    written = text.replace(IMAGE_MARKER, "")  # it is a token of some families
+    return next((token for token in control_tokens if token in written), None)
+
+
+def as_answer(value: object) -> str:
+    """Returns an answer as text, "" for none; raises InvalidInput for one that is neither text nor a finite number.
+
+    >>> as_answer(12), as_answer(1e-7), as_answer([" x "])
+    ('12', '0.0000001', 'x')
+    """
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and math.isfinite(value):
+        return format(Decimal(str(value)), "f")
+    raise InvalidInput(f"the answer is {_describe(value)}; give a text or a number")
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    kinds = {dict: "a struct", bytes: "bytes", bool: "true or false", float: "no finite number"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
+
+
+def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | ImagePart, ...]:
+    """Splits a text at its image markers into parts in reading order; without a marker the images come first.
+
+    >>> content_parts("Is <image> like <image>?", ["aa", "bb"])[1]
+    ImagePart(sha256='aa')
+    """
+    pieces = text.split(IMAGE_MARKER)
+    if len(pieces) == 1:
+        return (*(ImagePart(sha256=sha256) for sha256 in image_sha256), TextPart(text=text))
+    parts: list[TextPart | ImagePart] = []
+    for piece, sha256 in zip(pieces, [*image_sha256, None], strict=True):
+        if piece:
+            parts.append(TextPart(text=piece))
+        if sha256 is not None:
+            parts.append(ImagePart(sha256=sha256))
+    return tuple(parts)
+
+
+def read_image(entry: object, *, folder: Path | None, table: Path | None) -> EncodedImage:
+    """Reads an image's bytes, from the record itself or from the file inside `folder` that it names.
+
+    table: the file that holds the record; None for the hub's. Raises InvalidInput; nothing is decoded.
+    """
+    stored, path = (entry.get("bytes"), entry.get("path")) if isinstance(entry, dict) else (entry, entry)
+    if isinstance(stored, bytes) and (stored or not path):
+        data = stored
+    elif isinstance(path, str) and path:
+        data = _read_file(path, folder, table)
+    else:
+        raise InvalidInput("there are neither image bytes nor a path; correct or drop the record")
+    if not data.startswith(_MAGIC):
+        raise InvalidInput(f"not a PNG, JPEG or WEBP image ({len(data)} bytes); convert or drop it")
+    return EncodedImage(data=data)
+
+
+def _read_file(path: str, folder: Path | None, table: Path | None) -> bytes:
+    if folder is None or table is None:
+        raise InvalidInput(
+            f"the image {path!r} is a file beside the Parquet file, which the hub's loader doesn't deliver; download "
+            "the data set, unpack its images, and give the folder as the source"
+        )
+    try:
+        beside = (table.parent / path).resolve()
+        file = beside if beside.is_file() else (folder / path).resolve()
+        found = file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        raise InvalidInput(f"{path[:80]!r} is no path; correct or drop the record") from None
+    # A record may name files of its own folder only, since the files are sent to other machines.
+    if not file.is_relative_to(folder.resolve()):
+        raise InvalidInput(f"the path {path!r} leads out of {folder}; use paths inside the folder")
+    if not found:
+        raise InvalidInput(f"there is no file {file}; unpack the data set's images beside its Parquet file")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{file} can't be read ({error.strerror}); correct or drop the record") from None

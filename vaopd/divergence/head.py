@@ -1,0 +1,50 @@
+"""Applies the LM head: the one product that is as wide as the vocabulary, in the shape and precision that GPUs want.
+
+Shapes: m tokens, D hidden size, V logical vocabulary, V_pad ≥ V rows of the head as it is stored.
+
+cuBLAS' fast kernels want rows of 16 bytes, which Qwen's 151 669 logical ids don't give: on a GPU the product is V_pad
+wide, and a view leaves out the logits beyond V. Rounding to bfloat16 moves a logit of 16 to 32 by up to 0.06 nats, so a
+GPU writes the sums of bfloat16 products in float32. On a CPU the product is V wide and rounded as its inputs are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNED_ROWS = 64
+"""A head with a multiple of so many rows is aligned for every kernel and dtype; published checkpoints are."""
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def head_logits(hidden: Tensor, head: Tensor, vocab_size: int | None = None) -> Tensor:
+    """Returns logits (m, V) from hidden states (m, D) and a head (V_pad, D), in float32 (float64 for float64).
+
+    vocab_size: V, default V_pad. The product runs in autocast's precision, or else the inputs'. The result is new and
+    may be overwritten, its rows may lie V_pad apart. Not differentiable: for use under `no_grad` or in an
+    `autograd.Function`.
+    """
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype = choose_product_dtype(hidden, head, autocast)
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        if kind != "cuda":
+            head = head[:vocab_size]
+        hidden, columns = hidden.to(dtype), head.to(dtype).T
+        if kind == "cuda" and dtype in _HALVES:
+            return torch.mm(hidden, columns, out_dtype=torch.float32)[:, :vocab_size]
+        logits = hidden @ columns
+        return logits.to(torch.promote_types(dtype, torch.float32))[:, :vocab_size]
+
+
+def pad_head(head: Tensor) -> Tensor:
+    """Returns the head with rows of zeros up to the next multiple of `ALIGNED_ROWS`; itself if there is none to add."""
+    missing = -len(head) % ALIGNED_ROWS
+    return F.pad(head, (0, 0, 0, missing)) if missing else head
+
+
+def choose_product_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """Returns the precision of their product, as autocast chooses it, which leaves float64 alone."""
+    dtype = torch.promote_types(hidden.dtype, head.dtype)
+    return dtype if autocast is None or dtype == torch.float64 else autocast

@@ -1,0 +1,245 @@
+"""Chooses which cards of this host each process of a run gets, from the memory that each of them needs.
+
+In: the cards, the configuration. Out: devices by role, the settings that go with them, and the reasons in words. The
+teacher gets as few cards as hold it. Of the others, most go to the trainer, the rest to rollout workers. With one card
+left, or none, processes share one. `vaopd.vlm.memory` counts the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vaopd.config import Config
+from vaopd.errors import ConfigError
+from vaopd.vlm import memory
+from vaopd.vlm.memory import GIB, MARGIN, Model
+
+VLLM_SHARE = 0.85
+"""vLLM's share of a card of its own (gpu_memory_utilization); it never gets more."""
+GROUP_TOKENS = 20_000
+"""Tokens of a group for which the trainer gets room where it shares a card: a prompt and four responses of 4096."""
+IMAGE_PX = 1_048_576
+_BY_HAND = "; place the processes by --gpus ROLE=DEVICES"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A GPU: its number as nvidia-smi counts, its memory, and the driver's version where it is known."""
+
+    index: int
+    gib: float
+    name: str = "GPU"
+    driver: str = ""
+
+    @property
+    def usable_gib(self) -> float:
+        """The memory without the margin."""
+        return self.gib * (1 - MARGIN)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """`gpus`: CUDA_VISIBLE_DEVICES by role, one value per process; `overrides`: settings that belong to it.
+
+    `utilization`: vLLM's share of its card.
+    """
+
+    gpus: dict[str, tuple[str, ...]]
+    overrides: tuple[str, ...]
+    reasons: tuple[str, ...]
+    utilization: float
+
+    @property
+    def flags(self) -> str:
+        """The options of `vaopd up` that place the processes in the same way."""
+        devices = [f"--gpus {role}={value}" for role, values in self.gpus.items() for value in values]
+        return " ".join((*devices, *(f"--set {override}" for override in self.overrides)))
+
+
+def list_cards() -> list[Card]:
+    """Returns the host's NVIDIA cards, those in CUDA_VISIBLE_DEVICES if that is set; none without a driver."""
+    fields = "index,memory.total,name,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_cards(done.stdout, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_cards(text: str, *, visible: str | None) -> list[Card]:
+    """Reads nvidia-smi's lines, MiB in the second field.
+
+    >>> parse_cards("0, 81559, NVIDIA H100 80GB HBM3, 580.159.04", visible=None)[0].name
+    'NVIDIA H100 80GB HBM3'
+    """
+    cards = []
+    for line in text.splitlines():
+        index, mib, name, driver = (part.strip() for part in line.split(",", 3))
+        if mib.isdigit():  # "[N/A]" for a card without memory of its own
+            cards.append(Card(index=int(index), gib=int(mib) / 1024, name=name, driver=driver))
+    if visible is None:
+        return cards
+    wanted = [part.strip() for part in visible.split(",") if part.strip()]
+    if strange := [part for part in wanted if not part.isdigit()]:
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES names {strange[0]!r}, not a number{_BY_HAND}")
+    by_index = {card.index: card for card in cards}
+    return [by_index[int(part)] for part in wanted if int(part) in by_index]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What the processes of a configuration need, in bytes. `teacher_name` None: none is started."""
+
+    student_name: str
+    teacher_name: str | None
+    student: Model
+    teacher_bytes: int
+    teacher_head: int
+    worker_bytes: int
+    smallest_bytes: int
+    """Activations of the smallest forward that the trainer can't split: one response after its prompt."""
+    group_bytes: int
+    image_px: int
+    chunk_tokens: int
+    prompts_per_step: int
+    vllm: bool
+    configured_share: float
+
+    @classmethod
+    def of(cls, config: Config, *, with_teacher: bool) -> Demand:
+        """Counts for a configuration; `with_teacher`: whether one is started here. Raises ConfigError if it can't."""
+        student = memory.find_model(config.student.model)
+        hidden = config.teacher.payload in ("hidden", "hidden_int8")
+        teacher = memory.find_model(config.teacher.model) if with_teacher or hidden else None
+        image_px = config.data.max_pixels or IMAGE_PX
+        image_bytes = memory.count_image_bytes(student, image_px)
+        vllm = config.rollout.engine == "vllm"
+        options = getattr(config.rollout, "engine_options", {})
+        length = options.get("max_model_len", config.rollout.max_new_tokens + 2048)
+        prompt = image_px // (memory.PATCH_PX * memory.MERGE) ** 2 + 512
+        smallest = prompt + config.rollout.max_new_tokens
+        group = min(GROUP_TOKENS, prompt + config.trainer.rollouts_per_prompt * config.rollout.max_new_tokens)
+        token_bytes = memory.count_token_bytes(student)
+        return cls(
+            student_name=config.student.model,
+            teacher_name=config.teacher.model if with_teacher else None,
+            student=student,
+            teacher_bytes=(
+                memory.count_teacher_bytes(teacher, batch_tokens=config.teacher.batch_tokens)
+                if teacher is not None and with_teacher
+                else 0
+            ),
+            teacher_head=teacher.head_parameters if teacher is not None and hidden else 0,
+            worker_bytes=memory.count_worker_bytes(student, length=length) if vllm else 4 * student.parameters,
+            smallest_bytes=smallest * token_bytes + image_bytes,
+            group_bytes=max(smallest, group) * token_bytes + image_bytes,
+            image_px=image_px,
+            chunk_tokens=config.trainer.chunk_tokens,
+            prompts_per_step=config.trainer.prompts_per_step,
+            vllm=vllm,
+            configured_share=float(options.get("gpu_memory_utilization", 0.9)),
+        )
+
+    def count_trainer_bytes(self, ranks: int) -> int:
+        """Counts a trainer rank's memory before any group."""
+        return memory.count_trainer_fixed_bytes(
+            self.student, self.teacher_head, ranks=ranks, chunk_tokens=self.chunk_tokens
+        )
+
+
+def place(cards: Sequence[Card], demand: Demand) -> Placement:
+    """Chooses the cards of each role. Raises ConfigError, with the figures, when the processes don't fit."""
+    if not cards:
+        raise ConfigError("--gpus auto: this host shows no NVIDIA card; `vaopd doctor` says what it finds")
+    smallest = min(card.usable_gib for card in cards)
+    count = math.ceil(demand.teacher_bytes / GIB / smallest)  # 0 without a teacher
+    if count > len(cards):
+        raise ConfigError(
+            f"--gpus auto: the teacher {demand.teacher_name} needs {demand.teacher_bytes / GIB:.1f} GiB, "
+            f"{len(cards)} × {smallest:.1f} GiB are usable; take a smaller teacher, or one on another host (--teacher)"
+        )
+    needed = demand.count_trainer_bytes(1) + demand.smallest_bytes
+    if needed / GIB > smallest:
+        raise ConfigError(
+            f"--gpus auto: a trainer rank of {demand.student_name} needs {needed / GIB:.1f} GiB for its shortest "
+            f"forward, {smallest:.1f} GiB of a card are usable; take a smaller student, or lower data.max_pixels, "
+            "rollout.max_new_tokens or trainer.chunk_tokens"
+        )
+    teacher, rest = tuple(cards[:count]), tuple(cards[count:])
+    if len(rest) >= 2:
+        ranks = max(n for n in (1, 2, 4, 8) if n < len(rest) and (n == 1 or demand.prompts_per_step % n == 0))
+        return _describe(demand, teacher, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest)
+    return _share(demand, teacher, rest, smallest)
+
+
+def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], usable_gib: float) -> Placement:
+    """Places the worker beside the teacher or the trainer, or all three on one card."""
+    trainer_gib = (demand.count_trainer_bytes(1) + demand.group_bytes) / GIB
+    teacher_gib = demand.teacher_bytes / GIB / max(1, len(teacher))
+    trainer = rest or teacher[:1]
+    rooms = {}
+    if rest:
+        rooms[trainer[0]] = usable_gib - trainer_gib
+        rooms |= {teacher[0]: usable_gib - teacher_gib} if teacher else {}
+    else:
+        rooms[teacher[0]] = usable_gib - teacher_gib - trainer_gib
+    card, room = max(rooms.items(), key=lambda item: item[1])
+    needed = demand.worker_bytes / GIB
+    if room < needed:
+        raise ConfigError(
+            f"--gpus auto: teacher ({teacher_gib:.1f} GiB a card), trainer ({trainer_gib:.1f} GiB with a group) and a "
+            f"rollout worker ({needed:.1f} GiB) don't fit on {len(teacher) + len(rest)} × {usable_gib:.1f} GiB: the "
+            f"worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or rollout.max_new_tokens"
+        )
+    share = math.floor(min(VLLM_SHARE, room / card.gib) * 20) / 20
+    return _describe(demand, teacher, (card,), trainer, share, usable_gib)
+
+
+def _describe(
+    demand: Demand,
+    teacher: Sequence[Card],
+    workers: Sequence[Card],
+    trainer: Sequence[Card],
+    share: float,
+    usable_gib: float,
+) -> Placement:
+    gpus: dict[str, tuple[str, ...]] = {"teacher": (_join(teacher),)} if teacher else {}
+    gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
+    overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
+    overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
+    overrides += ["teacher.device_map=balanced"] if len(teacher) > 1 else []
+    # The configuration's own share stays where the card is the worker's.
+    shared = workers[0] in (*teacher, *trainer)
+    wanted = share if shared else min(share, demand.configured_share)
+    if demand.vllm and wanted != demand.configured_share:
+        overrides.append(f"rollout.engine_options.gpu_memory_utilization={wanted:.2f}")
+    fixed_gib = demand.count_trainer_bytes(len(trainer)) / GIB
+    taken_gib = 0.0
+    if trainer[0] in workers:
+        taken_gib = wanted * workers[0].gib if demand.vllm else demand.worker_bytes / GIB
+    if trainer[0] in teacher:
+        taken_gib += demand.teacher_bytes / GIB / len(teacher)
+    tokens = memory.count_group_tokens(
+        demand.student, room_bytes=(usable_gib - taken_gib - fixed_gib) * GIB, pixels=demand.image_px
+    )
+    reasons = [
+        f"teacher on card {_join(teacher)}: {demand.teacher_name} needs {demand.teacher_bytes / GIB:.1f} GiB, "
+        f"{usable_gib:.1f} of a card are usable"
+    ] if teacher else []  # fmt: skip
+    place = "on the card of the " + ("trainer" if workers[0] in trainer else "teacher") if shared else "for each"
+    reasons += [
+        f"rollout workers on card {_join(workers)}, {place}"
+        + (f": vLLM gets {wanted:.0%} of it" if demand.vllm else ""),
+        f"trainer on card {_join(trainer)}: {fixed_gib:.1f} GiB before the first token; a group of {tokens:,} tokens "
+        f"with an image of {demand.image_px:,} pixels fits beside it",
+    ]
+    return Placement(gpus=gpus, overrides=tuple(overrides), reasons=tuple(reasons), utilization=wanted)
+
+
+def _join(cards: Sequence[Card]) -> str:
+    return ",".join(str(card.index) for card in cards)

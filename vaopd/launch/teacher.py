@@ -1,0 +1,60 @@
+"""Describes the teacher to a launch, so that TLS, keys and another teacher are named before anything waits for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from vaopd.config import Config, ServiceConfig, ignore, load_service_config
+from vaopd.errors import ConfigError
+from vaopd.launch.resume import check_same_teacher
+
+
+def describe_teacher(
+    config: Config, address: str, *, resume: bool, accept_teacher: str | None, say: Callable[[str], None]
+) -> None:
+    """Says what the teacher at `address` serves. Raises an error that names what to set when it can't be used."""
+    from vaopd.client.diagnosis import examine_teacher
+
+    found = examine_teacher(address, job=config.run.name, payload=config.teacher.payload)
+    for reason in found.absent.values():
+        say(f"a replica is away, and is used once it is there: {reason}")
+    if resume:
+        check_same_teacher(config, found.description, address=address, accept_teacher=accept_teacher)
+    say(f"teacher at {address}: {found.description.model}, revision {found.description.revision[:16]}")
+
+
+def check_credentials(service: Path | None) -> None:
+    """Raises ConfigError when a launch's trainer couldn't call the teacher that the launch starts."""
+    if problem := find_credentials_problem(load_service_config(service, warn=ignore)):
+        raise ConfigError(problem)
+
+
+def find_credentials_problem(services: ServiceConfig, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Returns what a launch's own trainer lacks to call the teacher that the launch starts, or None."""
+    from vaopd.client.credentials import API_KEY_FILE, CA, CERT
+
+    teacher = services.teacher
+    if teacher.tls.cert is not None and not environment.get(CA):
+        return (
+            f"the service file gives the teacher a certificate, which the trainer can't check; set {CA} to the file of "
+            "the authority that signed it"
+        )
+    if teacher.tls.cert is None and (environment.get(CA) or environment.get(CERT)):
+        name = CA if environment.get(CA) else CERT
+        return (
+            f"{name} turns TLS on in the trainer, and the teacher that `up` starts has no certificate; unset it, or "
+            "set cert and key in [teacher.tls] of the service file"
+        )
+    if teacher.tls.client_ca is not None and not environment.get(CERT):
+        return (
+            f"the service file lets the teacher ask for client certificates (client_ca); set {CERT} and its key's "
+            "variable for the trainer"
+        )
+    if teacher.keys.file is not None and not environment.get(API_KEY_FILE):
+        return (
+            f"the service file gives the teacher API keys; set {API_KEY_FILE} to a file with this run's key (`vaopd "
+            "keys add JOB` makes one)"
+        )
+    return None

@@ -1,0 +1,244 @@
+"""Counts what Qwen3-VL needs in GPU memory as teacher, as student in the trainer and in a rollout worker. Torch-free.
+
+Everything follows from the models' configurations. Counted: weights, gradients, AdamW's moments, autocast's copies,
+what the backward pass keeps with checkpointed activations, one chunk of the divergence, the teacher's head. Not
+counted: fragmentation, NCCL and the CUDA context, for which `MARGIN` is left. `python benchmarks/memory_table.py
+--measure` counts the bytes of `KEPT` on the real layers again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vaopd.errors import ConfigError
+
+GIB = 2**30
+MARGIN = 0.07
+"""The share of a card that is left for fragmentation and the CUDA context."""
+BATCH_TOKENS = 16_384
+"""The default of teacher.batch_tokens."""
+CHUNK_TOKENS = 1024
+"""The default of trainer.chunk_tokens, and the teacher's own."""
+PATCH_PX = 16
+MERGE = 2
+VLLM_BYTES = 4 * GIB
+"""What vLLM takes beside weights and KV cache: its graphs and the activations that it profiles."""
+_PUBLISHED = re.compile(r"Qwen/Qwen3-VL-(\w+)-(?:Instruct|Thinking)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The sizes in a Qwen3-VL's config.json; `name` is for messages."""
+
+    name: str
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    tied: bool
+    vision_hidden: int
+    vision_mlp: int
+    vision_depth: int
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151_936
+    vision_positions: int = 2304
+    deepstack: int = 3
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, name: str) -> Model:
+        """Reads a config.json. Raises ConfigError for a model of another shape than Qwen3-VL's."""
+        try:
+            text, vision = config["text_config"], config["vision_config"]
+            return cls(
+                name=name,
+                hidden=text["hidden_size"],
+                mlp=text["intermediate_size"],
+                layers=text["num_hidden_layers"],
+                heads=text["num_attention_heads"],
+                tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+                vision_hidden=vision["hidden_size"],
+                vision_mlp=vision["intermediate_size"],
+                vision_depth=vision["depth"],
+                kv_heads=text["num_key_value_heads"],
+                head_dim=text["head_dim"],
+                vocabulary=text["vocab_size"],
+                vision_positions=vision["num_position_embeddings"],
+                deepstack=len(vision["deepstack_visual_indexes"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{name}: its memory can't be counted, since its config.json is not Qwen3-VL's ({error} is missing); "
+                "place the processes by --gpus ROLE=DEVICES"
+            ) from None
+
+    @property
+    def text_parameters(self) -> int:
+        """Weights of the text model, embeddings and LM head included."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
+        layer = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.head_parameters * (1 if self.tied else 2)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the LM head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def vision_parameters(self) -> int:
+        """Weights of the vision tower."""
+        h, mlp = self.vision_hidden, self.vision_mlp
+        block = 4 * h + (3 * h * h + 3 * h) + (h * h + h) + (2 * h * mlp + mlp + h)
+        merged = h * MERGE**2
+        merger = merged * merged + merged + merged * self.hidden + self.hidden
+        embedding = 3 * 2 * PATCH_PX**2 * h + h + self.vision_positions * h
+        return self.vision_depth * block + embedding + merger + 2 * h + self.deepstack * (merger + 2 * merged)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return self.text_parameters + self.vision_parameters
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the KV cache for one token, in 16 bits."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model(name="2B", hidden=2048, mlp=6144, layers=28, heads=16, tied=True,
+              vision_hidden=1024, vision_mlp=4096, vision_depth=24),
+        Model(name="4B", hidden=2560, mlp=9728, layers=36, heads=32, tied=True,
+              vision_hidden=1024, vision_mlp=4096, vision_depth=24),
+        Model(name="8B", hidden=4096, mlp=12288, layers=36, heads=32, tied=False,
+              vision_hidden=1152, vision_mlp=4304, vision_depth=27),
+        Model(name="32B", hidden=5120, mlp=25600, layers=64, heads=64, tied=False,
+              vision_hidden=1152, vision_mlp=4304, vision_depth=27),
+    )
+}  # fmt: skip
+"""Qwen/Qwen3-VL-NAME-Instruct, by NAME."""
+
+
+def find_model(name: str) -> Model:
+    """Returns the sizes of a folder's model, or of a hub id: of Qwen's own without network, of others from the cache.
+
+    Raises ConfigError when they are not known here.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        file: object = folder / "config.json"
+    elif (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS:
+        return MODELS[match[1]]
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, "config.json")
+    try:
+        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{name}: its memory can't be counted, since there is no config.json of it here; download the model, or "
+            "place the processes by --gpus ROLE=DEVICES"
+        ) from None
+    return Model.from_config(config, name=folder.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that the backward pass of a layer needs (bfloat16 autocast).
+
+    On a GPU the trainer checkpoints activations: layers keep their inputs only, and one at a time is computed again.
+    """
+
+    text_token_layer: int
+    text_token: int
+    patch_block: int
+    patch: int
+
+
+KEPT = {
+    "2B": Kept(text_token_layer=133_288, text_token=17_420, patch_block=38_992, patch=17_978),
+    "4B": Kept(text_token_layer=195_880, text_token=21_516, patch_block=38_992, patch=17_978),
+}
+"""As counted on the real layers."""
+
+
+def find_kept(model: Model) -> Kept:
+    """Returns what was counted for a published model; for others, the 2B's bytes by the layers' widths."""
+    if MODELS.get(model.name) == model and model.name in KEPT:
+        return KEPT[model.name]
+    base, kept = MODELS["2B"], KEPT["2B"]
+
+    def width(of: Model) -> int:
+        return 4 * of.hidden + 3 * of.mlp + 2 * of.heads * of.head_dim
+
+    vision = model.vision_hidden / base.vision_hidden
+    return Kept(
+        text_token_layer=round(kept.text_token_layer * width(model) / width(base)),
+        text_token=round(kept.text_token * model.hidden / base.hidden),
+        patch_block=round(kept.patch_block * vision),
+        patch=round(kept.patch * vision),
+    )
+
+
+def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
+    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32."""
+    layer = 4 * model.hidden + 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
+    return 2 * batch_tokens * layer + CHUNK_TOKENS * model.vocabulary * (2 + 4 + 4)
+
+
+def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
+    """Weights in bfloat16 and one forward."""
+    return 2 * model.parameters + count_teacher_working_bytes(model, batch_tokens=batch_tokens)
+
+
+def count_trainer_fixed_bytes(
+    student: Model, teacher_head: int, *, ranks: int, chunk_tokens: int = CHUNK_TOKENS
+) -> int:
+    """A rank without any group: float32 weights, gradients, moments; autocast's copies; the teacher's head; one chunk.
+
+    teacher_head: weights of the teacher's LM head, 0 for a payload that doesn't need it. With several ranks,
+    DistributedDataParallel keeps its buckets beside the gradients.
+    """
+    per_parameter = 4 + 4 + 8 + 2 + (4 if ranks > 1 else 0)
+    return (
+        per_parameter * student.parameters
+        + 2 * teacher_head
+        + 4 * student.head_parameters  # the head's gradient, summed over the chunks
+        + count_chunk_bytes(student, chunk_tokens=chunk_tokens)
+    )
+
+
+def count_chunk_bytes(student: Model, *, chunk_tokens: int = CHUNK_TOKENS) -> int:
+    """One chunk of the fused loss: both models' logits as the product leaves them, three matrices in float32."""
+    return chunk_tokens * student.vocabulary * (2 * 2 + 3 * 4)
+
+
+def count_image_bytes(student: Model, pixels: int) -> int:
+    """Each block's input in float32, and one block at a time computed again."""
+    patches = pixels // PATCH_PX**2
+    kept = find_kept(student)
+    return patches * (student.vision_depth * 4 * student.vision_hidden + kept.patch_block + kept.patch)
+
+
+def count_token_bytes(student: Model) -> int:
+    """Each layer's input in float32, and one layer at a time computed again."""
+    kept = find_kept(student)
+    return student.layers * 4 * student.hidden + kept.text_token_layer + kept.text_token
+
+
+def count_group_tokens(student: Model, *, room_bytes: float, pixels: int) -> int:
+    """The longest group (prompt and all responses) whose forward and backward fit into `room_bytes` with its image."""
+    return max(0, int((room_bytes - count_image_bytes(student, pixels)) / count_token_bytes(student)))
+
+
+def count_worker_bytes(student: Model, *, length: int) -> int:
+    """The least that a vLLM worker needs: weights in bfloat16, its own, and the keys of one prompt and response."""
+    return 2 * student.parameters + VLLM_BYTES + student.kv_bytes_per_token * length
