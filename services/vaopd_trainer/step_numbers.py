@@ -39,7 +39,7 @@ DESCRIPTIONS = {
     "wait_s": "waiting for the step's groups, seconds",
     "score_s": "waiting for scores after the last group has arrived, seconds",
     "forward_backward_s": "loss, backward and optimizer step, seconds",
-    "step_s": "the four parts above together, seconds; an evaluation between two steps is not in it",
+    "step_s": "the four parts above together, seconds; waiting for an evaluation is not in it",
     "generation_s": "the slowest answer of a rollout worker, seconds; runs beside the waiting",
     "scoring_s": "time in which groups were prepared or at the teacher, seconds; runs beside the waiting",
     "score_overlap": "share of the scoring that the step did not wait for",
