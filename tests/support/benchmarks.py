@@ -17,7 +17,6 @@ from PIL import Image
 Reply = Callable[[dict[str, Any]], str]
 
 OPTIONS = {"A": "1", "B": "2", "C": "3", "D": "4"}
-NAMES = ("WeMath", "MathVista_MINI", "MathVerse_MINI", "HallusionBench", "AI2D_TEST", "MMMU_DEV_VAL", "MMStar", "OCRBench")
 
 
 def picture(shade: int) -> str:
@@ -68,7 +67,9 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "l2-category": "chart",
     },
     "AI2D_TEST": lambda n: OPTIONS | {"answer": "B", "category": "cells"},
-    "MMMU_DEV_VAL": lambda n: OPTIONS | {"answer": "B", "split": "validation", "category": "Math", "l2-category": "Art"},
+    "MMMU_DEV_VAL": lambda n: (
+        OPTIONS | {"answer": "B", "split": "validation", "category": "Math", "l2-category": "Art"}
+    ),
     "MMStar": lambda n: OPTIONS | {"answer": "B", "category": "math", "l2-category": "geometry"},
     "OCRBench": lambda n: {"answer": "['2']", "category": "Regular Text Recognition"},
 }
@@ -77,7 +78,7 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
 def write_data(folder: Path) -> None:
     """Writes NAME.tsv for each benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in NAMES:
+    for name in SCHEMAS:
         rows = records(name)
         lines = ["\t".join(rows[0]), *("\t".join(str(value) for value in row.values()) for row in rows)]
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from vaopd.benchmarks_eval.answers import Question
-from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable, VaopdError
+from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
 from vaopd.net.ports import LOOPBACK, free_port
@@ -90,7 +90,7 @@ def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> I
     """
     port = free_port()
     url = f"http://{LOOPBACK}:{port}"
-    argv = (sys.executable, "-m", "vaopd.benchmarks_eval.serve_vllm", model, "--port", str(port), "--name", name)
+    argv = (sys.executable, "-m", "vaopd.benchmarks_eval.serve_vllm", model, str(port), name)
     child = Child(name=SERVER, argv=argv, is_ready=lambda: _is_healthy(url), restarts=2)
     with Supervisor(logs=logs, say=say) as supervisor:
         supervisor.start(child)
@@ -111,11 +111,7 @@ def _read(answer: httpx.Response, about: str) -> Any:
     message = f"{about}the endpoint answered {answer.status_code}: {answer.text[:300]}"
     if answer.status_code == 429:
         raise Busy(message, float(answer.headers.get("Retry-After", 1)))
-    raise _refusal(answer.status_code)(message)
-
-
-def _refusal(status: int) -> type[VaopdError]:
-    return Unavailable if status >= 500 else InvalidInput
+    raise (Unavailable if answer.status_code >= 500 else InvalidInput)(message)
 
 
 def _encode(part: dict[str, str]) -> dict[str, Any]:

@@ -1,22 +1,13 @@
-"""`python -m vaopd.benchmarks_eval.serve_vllm MODEL --port N --name NAME`: vLLM's server on this host only."""
+"""`python -m vaopd.benchmarks_eval.serve_vllm MODEL PORT NAME`: vLLM's server, for this host only, until a signal."""
 
 from __future__ import annotations
 
-import argparse
+import sys
 
 from vaopd.net.ports import LOOPBACK
 from vaopd.vlm import vllm_start
 
-
-def main() -> None:
-    """Serves a model until a signal ends the process."""
-    parser = argparse.ArgumentParser(prog="serve_vllm")
-    parser.add_argument("model")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--name", required=True)
-    arguments = parser.parse_args()
-    vllm_start.serve(arguments.model, host=LOOPBACK, port=arguments.port, name=arguments.name)
-
-
 if __name__ == "__main__":
-    main()
+    vllm_start.serve(sys.argv[1], host=LOOPBACK, port=int(sys.argv[2]), name=sys.argv[3])
+elif __name__ == "__mp_main__":  # in the engine's process, which vLLM spawns: it starts with this module and arguments
+    vllm_start.prepare_server_process(sys.argv[1])

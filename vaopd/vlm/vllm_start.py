@@ -79,13 +79,9 @@ def serve(model: str, *, host: str, port: int, name: str) -> None:
 
     name: of the model, in requests. The model's own generation config is not used, as with the engines.
     """
-    set_environment()
-    if _is_on_cpu():  # a fork keeps the torchvision shim and the registered class; no device that it could break
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     options: dict[str, Any] = {}
     _prepare_process(options)
-    if _is_on_cpu():
-        _register_in_process(model)
+    prepare_server_process(model)
     images = json.dumps({"image": MAX_IMAGES_PER_PROMPT, "video": 0})
     arguments = ["serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
     arguments += ["--generation-config", "vllm", "--limit-mm-per-prompt", images]
@@ -101,6 +97,13 @@ def serve(model: str, *, host: str, port: int, name: str) -> None:
     parsed = parser.parse_args(arguments)
     command.validate(parsed)
     command.cmd(parsed)
+
+
+def prepare_server_process(model: str) -> None:
+    """Prepares the server's process, or one that it spawned, to import vLLM and the model's class; for CPUs only."""
+    if _is_on_cpu():
+        ensure_torchvision()
+        _register_in_process(model)
 
 
 def read_max_images(llm: Any) -> int:
