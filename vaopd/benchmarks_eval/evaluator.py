@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from vaopd.benchmarks_eval.catalogue import Benchmark
@@ -18,8 +18,8 @@ from vaopd.benchmarks_eval.results import RunScore
 from vaopd.errors import ChildFailed, ConfigError, InvalidInput
 from vaopd.launch.supervisor import Child, Supervisor
 
-REQUIREMENT = "ms-vlmeval==0.0.20"
-"""VLMEvalKit. docs/benchmarks.md and the decision page say why this one, and this version."""
+REQUIREMENTS = ("ms-vlmeval==0.0.20", "pandas<3")
+"""VLMEvalKit; docs/decisions says why. Its WeMath calls `DataFrame._append`, which pandas 3 no longer has."""
 
 _RUNNER = Path(__file__).with_name("vlmeval_runner.py")
 
@@ -40,7 +40,6 @@ class Evaluator:
     data: Path
     logs: Path
     say: Callable[[str], None]
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def export_questions(self, benchmark: Benchmark, out: Path) -> None:
         """Writes the benchmark's questions. Raises ChildFailed with the end of the evaluator's log."""
@@ -73,7 +72,7 @@ class Evaluator:
     def _run(self, task: str, benchmark: Benchmark, out: Path, options: Sequence[str]) -> None:
         argv = [*self.command, task, "--dataset", benchmark.dataset, "--split", benchmark.split, "--out", str(out)]
         # Our own packages must not be found there: it pins others.
-        environment = {"PYTHONPATH": "", "LMUData": str(self.data), **self.environment}
+        environment = {"PYTHONPATH": "", "LMUData": str(self.data)}
         name = f"evaluator-{benchmark.name}"
         self.data.mkdir(parents=True, exist_ok=True)
         with Supervisor(logs=self.logs, say=self.say) as supervisor:
@@ -94,13 +93,9 @@ def find_command(environment: Path) -> list[str]:
 
 def install(environment: Path, *, say: Callable[[str], None]) -> None:
     """Makes the evaluator's environment and installs it with pip. Raises ConfigError when pip fails."""
-    say(f"installing {REQUIREMENT} into {environment}; with its torch that is several GB")
-    steps = ([sys.executable, "-m", "venv", str(environment)], [*_pip(environment), "install", REQUIREMENT])
-    for step in steps:
+    say(f"installing {' '.join(REQUIREMENTS)} into {environment}; with its torch that is several GB")
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", *REQUIREMENTS]
+    for step in ([sys.executable, "-m", "venv", str(environment)], pip):
         if code := subprocess.run(step, check=False).returncode:
             raise ConfigError(f"`{' '.join(step)}` ended with code {code}; nothing else was changed")
     say("installed")
-
-
-def _pip(environment: Path) -> list[str]:
-    return [str(environment / "bin" / "python"), "-m", "pip"]
