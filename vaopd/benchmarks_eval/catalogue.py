@@ -57,12 +57,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            name="wemath",
-            dataset="WeMath",
-            split="testmini",
-            area="math",
-            judged=False,
-            metrics=("strict", "loose"),
+            name="wemath", dataset="WeMath", split="testmini", area="math", judged=False, metrics=("strict", "loose")
         ),
         Benchmark(name="mathvista", dataset="MathVista_MINI", split="testmini", area="math", judged=True),
         Benchmark(name="mathverse", dataset="MathVerse_MINI", split="testmini", area="math", judged=False),
