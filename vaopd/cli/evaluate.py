@@ -1,4 +1,4 @@
-"""`vaopd eval`: measures a model's held-out accuracy, without a run."""
+"""`vaopd eval`: measures a model's held-out accuracy, without a run; `--benchmark` is in `vaopd.cli.benchmark`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vaopd.cli import benchmark
 from vaopd.cli.common import add_config_arguments, dry_run, find_problems, make_progress
 
 if TYPE_CHECKING:
@@ -21,9 +22,10 @@ SHOWN = 20
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd eval`."""
     evaluate = subparsers.add_parser(
-        "eval", help="measure a model's held-out accuracy (avg@n) on a configuration's data"
+        "eval",
+        help="measure a model's held-out accuracy (avg@n) on a configuration's data, or on the paper's benchmarks",
     )
-    add_config_arguments(evaluate)
+    add_config_arguments(evaluate, optional=True)
     evaluate.add_argument(
         "--model", metavar="MODEL", help="a folder or hub id, e.g. runs/NAME/model (default: student.model)"
     )
@@ -34,13 +36,20 @@ def add_parsers(subparsers: Subparsers) -> None:
         help="exit with 0 even if some questions could not be asked; they never count as wrong",
     )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    benchmark.add_arguments(evaluate)
     evaluate.set_defaults(command=_evaluate, extra="trainer")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.install:
+        return benchmark.run_install()
+    if arguments.benchmark:
+        return benchmark.run_benchmarks(arguments)
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
 
+    if arguments.config is None:
+        raise ConfigError("nothing to evaluate on: give CONFIG, for its data, or --benchmark NAME,…")
     overrides = list(arguments.overrides)
     overrides += [f"student.model={json.dumps(arguments.model)}"] if arguments.model else []
     overrides += [f"data.validation_split={json.dumps(arguments.split)}"] if arguments.split else []

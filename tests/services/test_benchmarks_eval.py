@@ -1,0 +1,201 @@
+"""`vaopd eval --benchmark`: exactly one answer per question and sample, the official formulas, and the judge.
+
+The endpoint and the judge are real HTTP servers; the evaluator is a stand-in program with the real one's contract.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.benchmarks import chat_server, write_data
+from tests.support.models import model_folder
+from tests.support.waiting import wait_until
+from vaopd.cli import main
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = f"{sys.executable} {ROOT / 'tests/support/stand_in_evaluator.py'}"
+ALL = ("wemath", "mathvista", "mathverse", "hallusionbench", "ai2d", "mmmu", "mmstar", "ocrbench")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_data(tmp_path / "data")
+    return tmp_path / "data"
+
+
+def arguments(tmp_path: Path, data: Path, *more: str, benchmark: str = "all") -> list[str]:
+    fixed = ["eval", "--benchmark", benchmark, "--out", str(tmp_path / "out"), "--benchmark-data", str(data)]
+    return [*fixed, "--evaluator", STAND_IN, *more]
+
+
+def text_of(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"][-1]["text"])
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+RIGHT = {"WeMath": "B", "AI2D": "B", "MMMU": "B", "MMStar": "B", "Hallusion": "Yes"}
+
+
+def test_the_table_equals_a_computation_by_hand(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first of five questions is answered rightly in both samples, the second in one of them, the rest never."""
+    lock, seen = threading.Lock(), set()
+
+    def answer(body: dict[str, Any]) -> str:
+        name, number = re.fullmatch(r"(\w+) (\d): .*", text_of(body)).groups()  # type: ignore[union-attr]
+        with lock:
+            first = (name, number) not in seen
+            seen.add((name, number))
+        right = next((text for prefix, text in RIGHT.items() if name.startswith(prefix)), "2")
+        committed = right if number == "0" or (number == "1" and first) else "17"
+        return f"<think>the answer is 9</think>First \\boxed{{{committed}}}, no: \\boxed{{{right}}}."
+
+    def judge(body: dict[str, Any]) -> str:
+        given, reference = body["messages"][0]["content"].rstrip("?").split(" = ")
+        return "1" if given == reference else "0"
+
+    options = ("--samples", "2", "--concurrency", "3")
+    with chat_server(answer) as (url, asked), chat_server(judge, model="gpt-4o-2024-08-06") as (judge_url, judged):
+        endpoint = ("--endpoint", url, "--judge-url", judge_url)
+        assert main(arguments(tmp_path, data, *endpoint, *options)) == 0, capsys.readouterr().err
+
+    assert len(asked) == 8 * 5 * 2
+    assert len({(text_of(body), body["seed"]) for body in asked}) == 8 * 5 * 2
+    assert {(body["temperature"], body["top_p"], body["n"]) for body in asked} == {(1.0, 1.0, 1)}
+    assert asked[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert len(judged) == 4 * 5 * 2  # MathVista, HallusionBench, MMMU, MMStar
+    assert {(body["model"], body["temperature"]) for body in judged} == {("gpt-4o-2024-08-06", 0)}
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    # One run has two right of five, the other one: 40 % and 20 %, mean 30, deviation 14.142, standard error 10.
+    expected = dict.fromkeys(ALL, (30.0, 10.0))
+    expected["wemath"] = (22.5, 7.5)  # (15 + 30) / 2; (10 + 20) / 2 and (20 + 40) / 2
+    expected["hallusionbench"] = (17.5, 35 / 6)  # 30 (1 + 1/2 + 1/4) / 3; 10 (1 + 1/2 + 1/4) / 3
+    expected["ocrbench"] = (0.15, 0.05)  # 1 and 2 points of 1000
+    for name, (score, error) in expected.items():
+        found = summary["benchmarks"][name]
+        assert found["score"] == pytest.approx(score, rel=1e-12)
+        assert found["standard_error"] == pytest.approx(error, rel=1e-12)
+    assert summary["math_average"] == pytest.approx((22.5 + 30 + 30) / 3)
+    assert summary["visual_average"] == pytest.approx((17.5 + 30 + 30 + 30 + 0.15) / 5)
+    table = capsys.readouterr().out
+    assert "| wemath | 22.50 ± 7.50 | 5 | 0 |" in table
+    assert "| math average | 27.50 | | |" in table
+
+    official = json.loads((tmp_path / "out/results.json").read_text())
+    assert official["schema_version"] == 1
+    assert official["protocol"]["answer_policy"] == "first_committed"
+    assert official["protocol"]["judge_model"] == "gpt-4o-2024-08-06"
+    assert list(official["benchmarks"]) == list(ALL)
+    ocr = official["benchmarks"]["ocrbench"]
+    assert ocr["metric_unit"] == "points_1000"
+    assert [run["sample_index"] for run in ocr["runs"]] == [0, 1]
+    assert sorted(run["metrics"]["final_score"] for run in ocr["runs"]) == [1.0, 2.0]
+    assert official["benchmarks"]["mathverse"]["split"] == "testmini"
+
+
+def test_without_a_judge_judged_benchmarks_have_no_score(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with chat_server(lambda body: "The answer is B.") as (url, _):
+        options = ("--endpoint", url, "--samples", "1")
+        assert main(arguments(tmp_path, data, *options, benchmark="mmstar,ai2d")) == 0
+    table = capsys.readouterr().out
+    assert "| ai2d | 100.00 | 5 | 0 |" in table
+    assert "| mmstar | not judged | 5 | 0 |" in table
+    assert "| visual average | — | | |" in table
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["benchmarks"]["mmstar"]["score"] is None
+    assert summary["benchmarks"]["mmstar"]["status"] == "not judged"
+    assert list(json.loads((tmp_path / "out/results.json").read_text())["benchmarks"]) == ["ai2d"]
+
+
+def test_a_killed_run_continues_with_each_question_and_sample_once(tmp_path: Path, data: Path) -> None:
+    """Killed with SIGKILL in mid-run, and its last line torn: 15 answers come, the others wait for the kill."""
+    killed = threading.Event()
+    counted = threading.Lock()
+    count = 0
+
+    def answer(body: dict[str, Any]) -> str:
+        nonlocal count
+        with counted:
+            count += 1
+            waits = count > 15
+        if waits:
+            killed.wait(60)
+        return "The answer is B."
+
+    file = tmp_path / "out/ai2d/answers.jsonl"
+    with chat_server(answer) as (url, asked):
+        argv = arguments(tmp_path, data, "--endpoint", url, "--concurrency", "2", benchmark="ai2d")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vaopd.cli", *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        try:
+            wait_until("15 answers are stored", lambda: file.exists() and file.read_bytes().count(b"\n") == 15)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed.set()
+        before = file.read_bytes()
+        file.write_bytes(before + before.splitlines()[0][:40])
+        wait_until("the killed requests are over", lambda: len(asked) == 17)
+        asked.clear()
+        assert main(argv) == 0
+        assert len(asked) == 5 * 8 - 15
+        asked.clear()
+        assert main(argv) == 0  # finished: neither asked nor scored again
+        assert asked == []
+    assert file.read_bytes().startswith(before)
+    stored = [(line["question"], line["sample"]) for line in lines_of(file)]
+    assert sorted(stored) == [(str(question), sample) for question in range(5) for sample in range(8)]
+    assert json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]["ai2d"]["score"] == 100.0
+
+
+def test_answers_of_other_settings_are_refused(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server(lambda body: "The answer is B.") as (url, _):
+        argv = arguments(tmp_path, data, "--endpoint", url, "--samples", "1", benchmark="ai2d")
+        assert main(argv) == 0
+        assert main([*argv, "--max-tokens", "9"]) == 2
+    assert "other settings (max_tokens); choose another --out" in capsys.readouterr().err
+
+
+def test_a_failing_evaluator_is_shown_and_scores_nothing(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "AI2D_TEST.tsv").unlink()
+    with chat_server(lambda body: "The answer is B.") as (url, _):
+        assert main(arguments(tmp_path, data, "--endpoint", url, benchmark="ai2d")) == 2
+    assert "FileNotFoundError" in capsys.readouterr().err
+    assert not (tmp_path / "out/results.json").exists()
+
+
+@pytest.mark.parametrize("value", [None, math.nan, 101, True, "50"])
+def test_a_metric_that_is_no_percentage_is_an_error(value: object) -> None:
+    from vaopd.benchmarks_eval.catalogue import BENCHMARKS
+    from vaopd.errors import NumericalError
+
+    with pytest.raises(NumericalError, match=r"ai2d: accuracy = .* is not a number from 0 to 100"):
+        BENCHMARKS["ai2d"].check({"accuracy": value})
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_with_vllm(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(model_folder("student"))
+    options = ("--model", model, "--samples", "2", "--max-tokens", "8")
+    assert main(arguments(tmp_path, data, *options, benchmark="ai2d")) == 0, capsys.readouterr().err
+    stored = lines_of(tmp_path / "out/ai2d/answers.jsonl")
+    assert len(stored) == 10
+    assert len({line["text"] for line in stored}) > 1

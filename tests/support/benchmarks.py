@@ -1,0 +1,129 @@
+"""Five records of each benchmark, in the evaluator's own schema, and what answers them: an endpoint, an evaluator."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+Reply = Callable[[dict[str, Any]], str]
+
+OPTIONS = {"A": "1", "B": "2", "C": "3", "D": "4"}
+
+
+def picture(shade: int) -> str:
+    """A grey PNG of 56 x 56 pixels in base64; the evaluator takes anything above 64 characters for an image."""
+    buffer = io.BytesIO()
+    Image.effect_noise((56, 56), 40 + shade).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def records(dataset: str) -> list[dict[str, Any]]:
+    """The five records. Every right option is B, every right text "2", every right yes-or-no answer "1" (yes)."""
+    rows: list[dict[str, Any]] = []
+    for number in range(5):
+        row: dict[str, Any] = {"index": number, "image": picture(number), "question": f"{dataset} {number}: 1 + 1?"}
+        row |= SCHEMAS[dataset](number)
+        rows.append(row)
+    return rows
+
+
+STEPS = ("2steps_1", "2steps_2", "2steps_multi", "3steps_1", "3steps_multi")
+SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "WeMath": lambda n: (
+        OPTIONS
+        | {"answer": "B", "ID": 1 + (n > 2), "key": STEPS[n], "split": "testmini"}
+        | {"knowledge concept": "Addition", "knowledge concept description": "adds"}
+    ),
+    "MathVista_MINI": lambda n: {
+        "answer": "2",
+        "question_type": "free_form",
+        "answer_type": "integer",
+        "precision": "",
+        "choices": "[]",
+        "answer_option": "",
+        "unit": "",
+        "task": "geometry problem solving",
+        "skills": "['arithmetic reasoning']",
+    },
+    "MathVerse_MINI": lambda n: {
+        "answer": "2",
+        "question_for_eval": "1 + 1?",
+        "problem_version": "Vision Only",
+        "metadata": "{'subject': 'Plane Geometry', 'subfield': 'Length'}",
+    },
+    "HallusionBench": lambda n: {
+        "index": f"VD_chart_{n // 2}_0_{n % 2}_{n}",
+        "answer": "Yes",
+        "category": "VD",
+        "l2-category": "chart",
+    },
+    "AI2D_TEST": lambda n: OPTIONS | {"answer": "B", "category": "cells"},
+    "MMMU_DEV_VAL": lambda n: (
+        OPTIONS | {"answer": "B", "split": "validation", "category": "Math", "l2-category": "Art"}
+    ),
+    "MMStar": lambda n: OPTIONS | {"answer": "B", "category": "math", "l2-category": "geometry"},
+    "OCRBench": lambda n: {"answer": "['2']", "category": "Regular Text Recognition"},
+}
+
+
+def write_data(folder: Path) -> None:
+    """Writes NAME.tsv for each benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SCHEMAS:
+        rows = records(name)
+        lines = ["\t".join(rows[0]), *("\t".join(str(value) for value in row.values()) for row in rows)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+
+
+@contextmanager
+def chat_server(reply: Reply, *, model: str = "m") -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A small OpenAI-compatible server; yields its URL and the bodies that it was sent, in order."""
+    bodies: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._send({"data": [{"id": model}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = reply(body)
+            bodies.append(body)
+            message = {"role": "assistant", "content": text}
+            self._send({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+
+        def _send(self, value: object) -> None:
+            content = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """The bodies are kept instead."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that was killed is the test's business."""
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1", bodies
+        finally:
+            server.shutdown()
+            thread.join()

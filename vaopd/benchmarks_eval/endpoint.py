@@ -1,0 +1,128 @@
+"""Asks an OpenAI-compatible endpoint for answers, and serves a checkpoint with vLLM's own server."""
+
+from __future__ import annotations
+
+import base64
+import mimetypes
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from vaopd.benchmarks_eval.answers import Question
+from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
+from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.net.backoff import Backoff
+from vaopd.net.ports import LOOPBACK, free_port
+
+SERVER = "vllm"
+START_TIMEOUT_S = 1800.0
+ANSWER_TIMEOUT_S = 3600.0
+
+
+class OpenAIEndpoint:
+    """Samples one answer a request at temperature 1 and top-p 1. Threads may share it."""
+
+    def __init__(
+        self, url: str, *, model: str | None, max_tokens: int, api_key: str | None, patience_s: float = 300.0
+    ) -> None:
+        """url: up to /v1. model: its name there; None takes the only one. patience_s: for an endpoint that is away.
+
+        Raises NotFound for a model that it doesn't have, Unavailable if it doesn't answer.
+        """
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None)
+        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
+        self._url = url
+        self._patience_s = patience_s
+        self._max_tokens = max_tokens
+        names = [str(entry["id"]) for entry in self._send("GET", "/models")["data"]]
+        if (model is None and len(names) != 1) or (model is not None and model not in names):
+            raise NotFound(f"{url} serves {', '.join(names) or 'no model'}; choose one with --model, not {model!r}")
+        self.model = model or names[0]
+
+    def ask(self, question: Question, *, seed: int) -> tuple[str, bool]:
+        """Returns the answer's text and whether it was cut off. Raises InvalidInput for a refused question."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": [_encode(part) for part in question.parts]}],
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "n": 1,
+            "max_tokens": self._max_tokens,
+            "seed": seed,
+        }
+        reply = self._send("POST", "/chat/completions", body, about=f"question {question.id!r}: ")
+        try:
+            choice = reply["choices"][0]
+            return str(choice["message"]["content"] or ""), choice["finish_reason"] == "length"
+        except (KeyError, IndexError, TypeError):
+            raise InvalidInput(f"{self._url} sent no choice for question {question.id!r}: {str(reply)[:200]}") from None
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, *, about: str = "") -> Any:
+        backoff = Backoff(self._patience_s, longest_s=10.0)
+        while True:
+            try:
+                return _read(self._http.request(method, path, json=body), about)
+            except httpx.TransportError as error:
+                lost = Unavailable(f"{self._url} can't be reached ({error or type(error).__name__}); run it again")
+                time.sleep(backoff.delay_s(lost))
+            except (Busy, Unavailable) as refused:
+                time.sleep(backoff.delay_s(refused))
+
+    def __enter__(self) -> OpenAIEndpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._http.close()
+
+
+@contextmanager
+def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Supervisor]]:
+    """Serves a checkpoint while the block runs; yields its URL and what has to be checked while it is used.
+
+    Raises ChildFailed, with the end of its log, if the server doesn't start.
+    """
+    port = free_port()
+    url = f"http://{LOOPBACK}:{port}"
+    argv = (sys.executable, "-m", "vaopd.benchmarks_eval.serve_vllm", model, str(port), name)
+    child = Child(name=SERVER, argv=argv, is_ready=lambda: _is_healthy(url), restarts=2)
+    with Supervisor(logs=logs, say=say) as supervisor:
+        supervisor.start(child)
+        supervisor.wait_ready(SERVER, timeout_s=START_TIMEOUT_S)
+        yield f"{url}/v1", supervisor
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=1.0).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _read(answer: httpx.Response, about: str) -> Any:
+    if answer.is_success:
+        return answer.json()
+    message = f"{about}the endpoint answered {answer.status_code}: {answer.text[:300]}"
+    if answer.status_code == 429:
+        raise Busy(message, float(answer.headers.get("Retry-After", 1)))
+    raise (Unavailable if answer.status_code >= 500 else InvalidInput)(message)
+
+
+def _encode(part: dict[str, str]) -> dict[str, Any]:
+    """Encodes a part of a prompt; images become data URLs with the file's own bytes.
+
+    >>> _encode({"type": "text", "value": "How many?"})
+    {'type': 'text', 'text': 'How many?'}
+    """
+    if part["type"] == "text":
+        return {"type": "text", "text": part["value"]}
+    path = Path(part["value"])
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    content = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{content}"}}
