@@ -63,12 +63,12 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
         engine = build_engine(config, worker=worker)
     stop = Stop(drain_s=service.drain_s)
     stop.install()
-    batch = config.rollout.requests_per_batch
     try:
         RolloutWorker(
             engine=engine,
             queue=queue,
-            requests_per_batch=batch,
+            requests_per_batch=config.rollout.requests_per_batch,
+            tokens_in_flight=config.rollout.tokens_in_flight,
             stop=stop,
             metrics=metrics,
             stuck_after_s=service.stuck_after_s,

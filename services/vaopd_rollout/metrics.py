@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,7 +12,7 @@ from vaopd.sampling.engine import Outcome
 from vaopd.types import RolloutGroup
 
 JOB = "vaopd_job"
-BATCH_BUCKETS_S = (0.3, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+DURATION_BUCKETS_S = (0.3, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 ERRORS = ("lease_lost", "redis_unavailable", "refused_request")
 
 
@@ -40,18 +41,19 @@ class WorkerMetrics:
         self._job = job
         for kind in ERRORS:  # so that the first one is an increase
             self._errors.labels(job, kind)
-        self._batch = Histogram(
-            "vaopd_rollout_batch_duration_seconds",
-            "Time in which the engine sampled a batch of requests; its sum is the time that it was busy",
+        self._busy = counter("engine_busy_seconds", "Time in which the engine sampled").labels(job)
+        self._durations = Histogram(
+            "vaopd_rollout_group_duration_seconds",
+            "Time from a group's first token until its last sibling ended; many groups run beside each other",
             [JOB],
-            buckets=BATCH_BUCKETS_S,
+            buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         ).labels(job)
         self._loads = Histogram(
             "vaopd_rollout_policy_load_duration_seconds",
             "Time to load a policy version's weights",
             [JOB],
-            buckets=BATCH_BUCKETS_S,
+            buckets=DURATION_BUCKETS_S,
             registry=self.registry,
         ).labels(job)
         self._version = gauge("policy_version", "Version of the loaded weights; -1 before the first").labels(job)
@@ -70,21 +72,24 @@ class WorkerMetrics:
         self._version.set(version)
 
     @contextmanager
-    def time_batch(self) -> Iterator[None]:
-        """Times a `with` block that samples a batch."""
-        with self._batch.time():
+    def time_engine(self) -> Iterator[None]:
+        """Counts the time of a `with` block in which the engine samples."""
+        began_s = time.monotonic()
+        try:
             yield
+        finally:
+            self._busy.inc(time.monotonic() - began_s)
 
-    def count_outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """Counts the groups of a batch, and the requests that the engine refused."""
-        for outcome in outcomes:
-            if isinstance(outcome, RolloutGroup):
-                self._groups.inc()
-                self._rollouts.inc(len(outcome.rollouts))
-                self._tokens.inc(sum(len(rollout.response_ids) for rollout in outcome.rollouts))
-                self._truncated.inc(sum(rollout.finish_reason == "length" for rollout in outcome.rollouts))
-            else:
-                self.count_error("refused_request")
+    def count_outcome(self, outcome: Outcome) -> None:
+        """Counts a group, or a request that the engine refused."""
+        if isinstance(outcome, RolloutGroup):
+            self._groups.inc()
+            self._rollouts.inc(len(outcome.rollouts))
+            self._tokens.inc(sum(len(rollout.response_ids) for rollout in outcome.rollouts))
+            self._truncated.inc(sum(rollout.finish_reason == "length" for rollout in outcome.rollouts))
+            self._durations.observe(outcome.generation_s)
+        else:
+            self.count_error("refused_request")
 
     def count_error(self, kind: str) -> None:
         """Counts an error; `kind` is one of ERRORS."""

@@ -1,7 +1,7 @@
 """Rank 0's own work in a run: the queue, the run's folder, evaluation, records and progress.
 
     loop.Trainer (every rank)
-          │ publish, enqueue, distribute, give_up, evaluate_if_due, record, save_checkpoint, finish
+          │ publish, enqueue, evaluate_if_due, distribute, finish_evaluation, give_up, record, save_checkpoint, finish
           ▼
     Coordinator (rank 0) ──────────────────► Ranks: groups for the other ranks, and stop
           │
@@ -40,7 +40,7 @@ from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.collector import Collector
-from vaopd_trainer.heldout import evaluate
+from vaopd_trainer.heldout import Evaluation
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts, make_request
 from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
@@ -103,6 +103,7 @@ class Coordinator:
         self._first_step = 0
         self._acknowledged = 0  # how many groups of the state's ledger need no acknowledgement any more
         self._best_accuracy = -1.0
+        self._evaluation: Evaluation | None = None  # of the newest policy, begun and not finished
         self._evaluated: dict[int, tuple[str, ...]] = {}  # version -> groups, until a checkpoint is beyond it
 
     def check(self) -> None:
@@ -200,19 +201,28 @@ class Coordinator:
     # -- evaluation and records ---------------------------------------------------------------------------------------
 
     def evaluate_if_due(self, version: int) -> None:
-        """Measures the held-out accuracy of the policy just published, and keeps the best one in RUN/best."""
-        if not self._is_due(version):
+        """Requests the answers to the held-out prompts from the policy just published; waits for none.
+
+        The step's groups were requested before: they are sampled first, and trained on while the problems are answered.
+        """
+        if self._is_due(version):
+            self._evaluation = Evaluation(
+                self._collector, self._validation, version=version, config=self._config, check=self.check
+            )
+
+    def finish_evaluation(self) -> None:
+        """Waits for the evaluation that was begun, if there is one, and keeps the best policy in RUN/best."""
+        if self._evaluation is None:
             return
-        result, self._evaluated[version] = evaluate(
-            self._collector,
-            self._validation,
-            version=version,
-            config=self._config,
-            check=self.check,
+        evaluation, version = self._evaluation, self._evaluation.version
+        result = evaluation.finish(
             decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
+            check=self.check,
             not_asked=self._not_asked,
             on_progress=self._show_evaluating,
         )
+        self._evaluation = None
+        self._evaluated[version] = evaluation.group_ids
         self._metrics.note_evaluation(result)
         self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
         if result.accuracy is not None:  # None: no question could be asked

@@ -1,7 +1,8 @@
 """One rank's steps: from a policy version to the next.
 
     publish ─► enqueue, evaluate ─► collect ─► score ─► weigh ─► forward, backward ─► step ─► checkpoint
-    rank 0      rank 0              groups     teacher   objective  StudentLoss        AdamW    rank 0
+    rank 0      rank 0   │          groups     teacher   objective  StudentLoss      ▲ AdamW    rank 0
+                         └────────────── answered beside all this, awaited here ─────┘
 
 In: groups (through the coordinator) and scores (through the scorer). Out: the student's weights, a step further. Waits
 for rollout workers and the teacher. On-policy: step s learns from policy version s, at most `max_policy_lag` older.
@@ -89,6 +90,8 @@ class Trainer:
                 if self.state.step % self.config.trainer.checkpoint_every == 0 or self.state.step == steps:
                     self._checkpoint()
             self._begin(steps)
+            if self.coordinator is not None:
+                self.coordinator.finish_evaluation()
         except Stopped:
             self._checkpoint()
             raise
@@ -101,7 +104,7 @@ class Trainer:
         self._train(step, scored, {"publish_s": publish_s, **timings})
 
     def _begin(self, step: int) -> float:
-        """Publishes the policy, asks for the step's groups, evaluates if due -> the seconds that publishing took.
+        """Publishes the policy, asks for the step's groups, then for an evaluation if due -> seconds of publishing.
 
         After the last step there are no more groups to ask for.
         """
@@ -191,6 +194,7 @@ class Trainer:
         loss, values = self._accumulator.backward(weighted)
         kl = [of_group.kl.numpy() for of_group in values]
         kill_points.pass_point("backward", step)
+        started += self._finish_evaluation()
         norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm))
         learning_rate = self.schedule.get_last_lr()[0]
         skipped = not math.isfinite(norm)  # on every rank alike: the gradient is the sum of all
@@ -232,6 +236,21 @@ class Trainer:
         if self.coordinator is not None:
             own = timings | {"learning_rate": learning_rate} | ({"skipped": 1.0} if skipped else {"grad_norm": norm})
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
+
+    def _finish_evaluation(self) -> float:
+        """Waits until the evaluation of this step's policy has ended, if there is one -> the seconds of waiting.
+
+        As late as possible, yet before the weights change: a run that is stopped here resumes at this very version, and
+        evaluates it out of the same groups. Raises Stopped, on every rank.
+        """
+        started = time.monotonic()
+        if self.coordinator is not None:
+            self.coordinator.finish_evaluation()
+            for rank in range(1, self.ranks.world):
+                self.ranks.send_group(None, to=rank)
+        else:
+            self.ranks.receive_group()
+        return time.monotonic() - started
 
     def _check_skipped(self) -> None:
         """Ends the run when too many steps in a row were skipped; a checkpoint holds them, so that they stay behind."""

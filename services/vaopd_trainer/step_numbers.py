@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,10 +40,10 @@ DESCRIPTIONS = {
     "wait_s": "waiting for the step's groups, seconds",
     "score_s": "waiting for scores after the last group has arrived, seconds",
     "forward_backward_s": "loss, backward and optimizer step, seconds",
-    "step_s": "the four parts above together, seconds; an evaluation between two steps is not in it",
+    "step_s": "the four parts above together, seconds; waiting for an evaluation is not in it",
     "generation_s": "the slowest answer of a rollout worker, seconds; runs beside the waiting",
     "scoring_s": "time in which groups were prepared or at the teacher, seconds; runs beside the waiting",
-    "score_overlap": "share of the scoring that the step did not wait for",
+    "score_overlap": "share of the scoring that the step did not wait for; left out when nothing was scored",
     "rollouts_per_s": "rollouts trained on per second of step_s",
     "groups_duplicate": "groups that arrived twice and were dropped, since the trainer started; this and the next "
     "three are missing while they are 0",
@@ -126,14 +127,15 @@ def average_ranks(sums: Sequence[dict[str, float] | None]) -> dict[str, float]:
     parts = [part for part in sums if part is not None]
     total = {key: sum(part[key] for part in parts) for key in parts[0]}
     low_tokens = total["tokens"] - total["high_tokens"]
+    shares = [part["va_top10_share"] for part in parts if math.isfinite(part["va_top10_share"])]  # NaN: no VA there
     return {
         "loss": total["loss"],
         "rollouts": total["rollouts"],
         "mean_va": total["va"] / total["tokens"],
         "kl_mean": total["kl"] / total["tokens"],
         "kl_high": total["kl_high"] / total["high_tokens"],
-        "kl_low": (total["kl"] - total["kl_high"]) / low_tokens if low_tokens else float("nan"),
-        "va_top10_share": total["va_top10_share"] / len(parts),
+        "kl_low": (total["kl"] - total["kl_high"]) / low_tokens if low_tokens else math.nan,
+        "va_top10_share": sum(shares) / len(shares) if shares else math.nan,
         "weights_entropy": total["weights_entropy"] / total["groups"],
         "response_tokens_mean": total["tokens"] / total["rollouts"],
         "truncated_fraction": total["truncated"] / total["rollouts"],
@@ -160,7 +162,8 @@ def derive_rates(timings: dict[str, float], *, rollouts: float) -> dict[str, flo
     return {
         "step_s": step_s,
         "rollouts_per_s": rollouts / step_s,
-        "score_overlap": max(0.0, 1 - timings["score_s"] / timings["scoring_s"]) if timings["scoring_s"] else 0.0,
+        # Of nothing there is no share; what is not finite is left out of the records.
+        "score_overlap": max(0.0, 1 - timings["score_s"] / timings["scoring_s"]) if timings["scoring_s"] else math.nan,
     }
 
 

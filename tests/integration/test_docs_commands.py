@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 NOT_RUN = {
     r"^make (demo|test)\b": "`vaopd demo` is run below, and these are the tests",
     r"^make (chaos|fuzz)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
+    r"gpu-check|benchmarks\.gpu": "needs a card; tests/services/test_gpu_check.py runs its phases on a CPU",
     r"docker compose|deploy/hardening": "there is no engine here; tests/services/test_compose.py reads the files",
     r"localhost:8080": "of the containers",
     r"configs/geometry3k|--gpus|VISIBLE_DEVICES": "wants GPUs and the hub's models; test_docs.py takes a dry run",

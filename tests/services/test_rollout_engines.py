@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.rollouts import MAX_PIXELS, PlainStudent, ask, noise_image, random_student
 from tests.support.tolerance import assert_noticed, assert_within
-from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
-from vaopd.sampling.engine import RolloutEngine
+from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, VaopdError
+from vaopd.sampling.engine import RolloutEngine, open_stream, sample_all
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
 
 VOCAB_SIZE = 479
@@ -203,6 +203,52 @@ def test_the_same_seed_and_group_draw_the_same_responses(engine):
     assert responses(answer(engine, ask("other", seed=3))) != first
 
 
+def test_a_stream_gives_each_group_when_it_ends_and_the_same_responses_as_alone(engine):
+    """A request that is added while others are sampled draws what it draws alone."""
+    long, short, late = (ask(name, max_new_tokens=n) for name, n in (("long", 60), ("short", 2), ("late", 3)))
+    alone = {request.group_id: responses(answer(engine, request)) for request in (long, short, late)}
+    stream = open_stream(engine)
+    if stream.capacity is None:
+        stream.add("long", long)
+    stream.add("short", short)
+    order, found = [], {}
+    while len(found) < 3:
+        for key, outcome in stream.step():
+            order.append(key)
+            found[key] = responses(outcome)
+            if key == "short":
+                stream.add("late", late)
+                if stream.capacity is not None:
+                    stream.add("long", long)
+
+    assert order == ["short", "late", "long"]
+    assert found == alone
+    assert stream.step() == []
+
+
+def test_outcomes_carry_the_index_of_their_request(engine):
+    requests = [ask(f"g{index}", max_new_tokens=20 - 5 * index) for index in range(3)]
+    requests.append(ask("bad", top_p=0.0))
+
+    outcomes = dict(sample_all(open_stream(engine), requests))
+
+    assert [outcomes[index].group_id for index in range(3)] == ["g0", "g1", "g2"]
+    assert isinstance(outcomes[3], InvalidInput)
+
+
+@pytest.mark.slow
+def test_weights_don_t_change_under_groups_that_vllm_samples(engine, policies):
+    if type(engine).__name__ != "VllmEngine":
+        pytest.skip("transformers answers a request in one step")
+    engine.add("g", ask("g"))
+    with pytest.raises(VaopdError, match="1 groups"):
+        engine.load_policy(policies[1])
+    while not (ended := engine.step()):
+        pass
+    assert ended[0].outcome.policy_version == 0
+    engine.load_policy(policies[1])
+
+
 def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies, references, tmp_path):
     request = ask(images=(noise_image(0),))
     before = answer(engine, request)
@@ -210,7 +256,7 @@ def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies
     weights = tmp_path / "v000001" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x01")
 
-    with pytest.raises(Mismatch, match="SHA-256"):
+    with pytest.raises(Mismatch, match="has digest"):
         engine.load_policy(announced)
 
     assert engine.policy == policies[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
 from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct, judge_version
 from vaopd.run.snapshots import make_snapshot
+from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
 
 CONFIG = """
@@ -46,7 +46,7 @@ temperature = 0.0
 
 
 def as_snapshot(model: Path) -> PolicyVersion:
-    digest = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    digest = compute_digest(model / "model.safetensors")
     return PolicyVersion(version=0, path=str(model), sha256=digest)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import PIL.Image
 import torch
 
 from tests.support import tolerance
+from vaopd.run.tensor_files import compute_digest
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import TinySize
 from vaopd.tiny.tokenizer import build_processor
@@ -38,7 +38,7 @@ def random_student(folder: Path, *, version: int) -> PolicyVersion:
     path = folder / f"v{version:06d}"
     model.save_pretrained(path)
     processor.save_pretrained(path)
-    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    digest = compute_digest(path / "model.safetensors")
     return PolicyVersion(version=version, path=str(path), sha256=digest)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tests.support.teacher import drawing, encoded, question, teacher_in_process
 from vaopd.client import SyncTeacherClient
 from vaopd.payloads import to_torch
 from vaopd.run.snapshots import WEIGHTS_FILE
+from vaopd.run.tensor_files import compute_digest
 from vaopd.sampling.transformers_engine import TransformersEngine
 from vaopd.types import (
     Degradation,
@@ -192,6 +192,4 @@ def divergence_error(terms: divergences.Terms = divergences.full, teacher: str =
 
 def policy_of(name: str) -> PolicyVersion:
     folder = Path(model_folder(name))
-    return PolicyVersion(
-        version=0, path=str(folder), sha256=hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    )
+    return PolicyVersion(version=0, path=str(folder), sha256=compute_digest(folder / WEIGHTS_FILE))

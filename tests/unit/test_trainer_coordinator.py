@@ -167,6 +167,17 @@ def test_a_lost_lease_ends_a_wait_and_sends_no_word_to_the_others(tmp_path: Path
     assert world.events == []
 
 
+class Evaluated:
+    """An evaluation with this result."""
+
+    def __init__(self, version: int, result: HeldOutResult) -> None:
+        self.version, self.group_ids = version, ()
+        self._result = result
+
+    def finish(self, **_: Any) -> HeldOutResult:
+        return self._result
+
+
 def test_evaluations_before_the_first_step_every_50_and_after_the_last_and_the_first_best_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,14 +185,12 @@ def test_evaluations_before_the_first_step_every_50_and_after_the_last_and_the_f
     accuracies = {0: 0.3, 50: 0.5, 100: 0.5, 120: 0.4}
     kept: list[tuple[str, int]] = []
 
-    def evaluate(*_: Any, version: int, **__: Any) -> tuple[HeldOutResult, tuple[str, ...]]:
-        return HeldOutResult(accuracy=accuracies[version], standard_error=0.1, prompts=9, samples=8), ()
-
     def write_card(run: Path, model: Path, *, step: int, base: Path) -> None:
         assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
         kept.append((model.name, step))
 
-    monkeypatch.setattr(coordinator, "evaluate", evaluate)
+    results = {v: HeldOutResult(accuracy=a, standard_error=0.1, prompts=9, samples=8) for v, a in accuracies.items()}
+    monkeypatch.setattr(coordinator, "Evaluation", lambda *_, version, **__: Evaluated(version, results[version]))
     monkeypatch.setattr(coordinator, "keep_snapshot", lambda policy, target: None)
     monkeypatch.setattr(coordinator, "write_model_card", write_card)
     world = World(tmp_path, steps=120)
@@ -189,6 +198,7 @@ def test_evaluations_before_the_first_step_every_50_and_after_the_last_and_the_f
     for version in range(121):
         world.coordinator._snapshot = PolicyVersion(version=version, path="unused", sha256="")
         world.coordinator.evaluate_if_due(version)
+        world.coordinator.finish_evaluation()
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"]: line["accuracy"] for line in lines} == accuracies
     assert kept == [("best", 0), ("best", 50)]
@@ -199,11 +209,12 @@ def test_an_evaluation_in_which_nothing_was_asked_is_recorded_and_is_no_best(
 ) -> None:
     result = held_out_result({}, samples=8, not_asked={"picture": 2})
     kept: list[object] = []
-    monkeypatch.setattr(coordinator, "evaluate", lambda *args, **kwargs: (result, ()))
+    monkeypatch.setattr(coordinator, "Evaluation", lambda *_, version, **__: Evaluated(version, result))
     monkeypatch.setattr(coordinator, "keep_snapshot", lambda *args: kept.append(args))
     (tmp_path / "r").mkdir()
     world = World(tmp_path)
     world.coordinator.evaluate_if_due(0)
+    world.coordinator.finish_evaluation()
     [line] = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert (line["accuracy"], line["prompts"], line["not_asked"]) == (None, 0, {"picture": 2})
     assert kept == []

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.support.collectors import MakeCollector
-from tests.support.groups import an_answer
+from tests.support.groups import a_request, an_answer
 from tests.support.memory_jobs import MemoryJob
 from vaopd.config import Config, validate
 from vaopd.queue import WorkerEnd
 from vaopd.types import Message, Prompt, TextPart
 from vaopd_trainer.collector import Collector
-from vaopd_trainer.heldout import GIVEN_UP, HeldOutResult, evaluate
+from vaopd_trainer.heldout import GIVEN_UP, Evaluation, HeldOutResult
 
 ANSWERS = {5: r"It is \boxed{12}.", 7: r"So the answer is \boxed{13}."}
 PROMPTS = [
@@ -58,10 +58,8 @@ def served_by(worker: WorkerEnd, first_tokens: tuple[int, int]) -> Callable[[], 
 
 
 def run(collector: Collector, config: Config, check: Callable[[], None]) -> HeldOutResult:
-    result, _ = evaluate(
-        collector, PROMPTS, version=0, config=config, decode=lambda ids: ANSWERS[int(ids[0])], check=check
-    )
-    return result
+    evaluation = Evaluation(collector, PROMPTS, version=0, config=config, check=check)
+    return evaluation.finish(decode=lambda ids: ANSWERS[int(ids[0])], check=check)
 
 
 def test_accuracy_is_the_mean_over_samples_and_problems(
@@ -72,6 +70,28 @@ def test_accuracy_is_the_mean_over_samples_and_problems(
     assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert result.standard_error == pytest.approx(np.std([0.5, 0.5, 0]) / np.sqrt(3))
     assert (result.prompts, result.samples) == (3, 2)
+
+
+def test_a_step_s_groups_arrive_while_the_evaluation_is_still_answered(
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
+) -> None:
+    """The worker answers training alone, until the trainer has its group; then the problems."""
+    collector, worker = make_collector(a_job.trainer()), a_job.worker("w1")
+    collector.enqueue([a_request("g1")], oldest_version=0, step=0, check=lambda: None)
+    evaluation = Evaluation(collector, PROMPTS, version=0, config=config, check=lambda: None)
+    leases = worker.take(block_s=0, max_requests=8)
+
+    def answer(count: int) -> None:
+        """Answers all but the last `count`."""
+        while len(leases) > count:
+            lease = leases.pop(0)
+            worker.complete(lease, an_answer(lease.request))
+
+    [[group]] = collector.wait_for_groups(["g1"], check=lambda: answer(3))
+    assert group.group_id == "g1"
+    assert len(leases) == 3
+    result = evaluation.finish(decode=lambda ids: ANSWERS[5], check=lambda: answer(0))
+    assert result.accuracy == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("given_up", [1, 3])
@@ -100,15 +120,9 @@ def test_a_problem_that_was_given_up_was_not_asked(
 def test_problems_that_cannot_be_asked_are_counted_with_those_given_up(
     make_collector: MakeCollector, a_job: MemoryJob, config: Config
 ) -> None:
-    result, _ = evaluate(
-        make_collector(a_job.trainer()),
-        PROMPTS,
-        version=0,
-        config=config,
-        decode=lambda ids: ANSWERS[int(ids[0])],
-        check=served_by(a_job.worker("w1"), (5, 7)),
-        not_asked={"picture": 2},
-    )
+    check = served_by(a_job.worker("w1"), (5, 7))
+    evaluation = Evaluation(make_collector(a_job.trainer()), PROMPTS, version=0, config=config, check=check)
+    result = evaluation.finish(decode=lambda ids: ANSWERS[int(ids[0])], check=check, not_asked={"picture": 2})
     assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert (result.prompts, result.not_asked) == (3, {"picture": 2})
 

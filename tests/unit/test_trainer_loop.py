@@ -95,6 +95,7 @@ class Coordinator:
         self.events.append(("enqueue", step))
 
     def evaluate_if_due(self, version: int) -> None:
+        self.evaluating = version
         self.events.append(("evaluate", version))
 
     def distribute(self, step: int, submit: Callable[[Sequence[RolloutGroup]], None]) -> None:
@@ -102,6 +103,9 @@ class Coordinator:
             raise Stopped
         for index in range(2):
             submit([an_answer(a_request(f"step{step}-{index}", policy_version=step))])
+
+    def finish_evaluation(self) -> None:
+        self.events.append(("evaluated", self.evaluating))
 
     def check(self) -> None:
         pass
@@ -169,10 +173,25 @@ def test_every_step_is_published_asked_for_trained_and_saved_in_this_order() -> 
     coordinator = Coordinator()
     Run(coordinator).start()
     assert [event[:2] for event in coordinator.events] == [
-        *[("publish", 0), ("enqueue", 0), ("evaluate", 0), ("record", 0), ("save", 1)],
-        *[("publish", 1), ("enqueue", 1), ("evaluate", 1), ("record", 1), ("save", 2)],
-        *[("publish", 2), ("enqueue", 2), ("evaluate", 2), ("finish",)],
+        *[("publish", 0), ("enqueue", 0), ("evaluate", 0), ("evaluated", 0), ("record", 0), ("save", 1)],
+        *[("publish", 1), ("enqueue", 1), ("evaluate", 1), ("evaluated", 1), ("record", 1), ("save", 2)],
+        *[("publish", 2), ("enqueue", 2), ("evaluate", 2), ("evaluated", 2), ("finish",)],
     ]
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_saves_the_version_that_is_evaluated() -> None:
+    """The gradient is there by then, and is not applied: the resumed run evaluates, and trains on, the same groups."""
+
+    class Impatient(Coordinator):
+        def finish_evaluation(self) -> None:
+            if self.evaluating == 1:
+                raise Stopped
+
+    coordinator = Impatient()
+    with pytest.raises(Stopped):
+        Run(coordinator, checkpoint_every=2).start()
+    weights = {event[1]: event[2] for event in coordinator.events if event[0] == "publish"}
+    assert coordinator.events[-1] == ("save", 1, weights[1])
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 2])

@@ -111,6 +111,18 @@ def test_a_steps_parts_add_up_and_what_runs_beside_them_does_not() -> None:
     assert values == {"step_s": 4.0, "rollouts_per_s": 2.0, "score_overlap": 0.75}
 
 
+def test_of_nothing_there_is_no_rate() -> None:
+    """A rank whose rollouts have no VA says nothing of the share of the top; neither does a step without scoring."""
+    timings = dict.fromkeys(("publish_s", "wait_s", "score_s", "forward_backward_s"), 1.0) | {"scoring_s": 0.0}
+    assert math.isnan(step_numbers.derive_rates(timings, rollouts=8)["score_overlap"])
+    some, none = (step_numbers.sum_groups([FIRST], [FIRST_KL], loss=0.5) for _ in range(2))
+    assert some is not None
+    assert none is not None
+    none["va_top10_share"] = math.nan
+    assert step_numbers.average_ranks([some, none])["va_top10_share"] == some["va_top10_share"]
+    assert math.isnan(step_numbers.average_ranks([none])["va_top10_share"])
+
+
 def test_busy_time_counts_what_runs_at_once_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 13.0, 20.0, 20.5])
     monkeypatch.setattr("vaopd_trainer.scorer.time.monotonic", lambda: next(clock))

@@ -98,7 +98,7 @@ class TeacherClient:
         """
         self._job = job if job is not None else "" if api_key is not None else "default"
         self._timeout_s = check_timeout("timeout_s", timeout_s)
-        self._patience_s = timeout_s if patience_s is None else check_timeout("patience_s", patience_s)
+        self._patience_s = timeout_s if patience_s is None else patience_s and check_timeout("patience_s", patience_s)
         self._degradation = degradation
         self._payload = payload
         self._top_k = top_k

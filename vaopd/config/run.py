@@ -255,7 +255,9 @@ class _Rollout(Section):
     max_new_tokens: int = Field(4096, ge=1)
     """Responses are cut here and kept (paper: 4096)."""
     requests_per_batch: int = Field(16, ge=1)
-    """How many prompt groups a worker samples at once."""
+    """How many prompt groups a worker holds at once."""
+    tokens_in_flight: int = Field(524_288, ge=1)
+    """A worker admits prompt groups while the rollouts in its engine may take so many tokens (128 rollouts of 4096)."""
 
 
 class VllmRollout(_Rollout):
@@ -263,6 +265,8 @@ class VllmRollout(_Rollout):
 
     engine: Literal["vllm"] = "vllm"
     """The library that samples the rollouts."""
+    requests_per_batch: int = Field(64, ge=1)
+    """How many prompt groups a worker holds at once, sampled beside each other."""
     engine_options: dict[str, Any] = Field({})
     """Passed on to vLLM, e.g. tensor_parallel_size, gpu_memory_utilization, max_model_len."""
 

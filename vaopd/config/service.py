@@ -172,9 +172,12 @@ class RolloutServiceConfig(Section):
     """A rollout worker."""
 
     stuck_after_s: PositiveFloat = 1800.0
-    """Seconds after which a batch counts as a hanging engine: the process ends, and another worker takes over."""
+    """Seconds after which a step of the engine counts as hanging: the process ends, and another worker takes over.
+
+    With vLLM a step is a token of each rollout, with transformers a whole group.
+    """
     drain_s: PositiveFloat = 10.0
-    """Seconds that the batch in progress may take after SIGTERM; unfinished requests are handed back."""
+    """Seconds that the groups in progress may take after SIGTERM; unfinished requests are handed back."""
 
 
 class ConnectionsConfig(Section):

@@ -13,7 +13,7 @@ LESS_MEMORY = {
     "trainer": "lower data.max_pixels, trainer.chunk_tokens or rollout.max_new_tokens, or give it a device of its own",
     "teacher": "spread it over more devices (--gpus teacher=0,1), or lower teacher.batch_tokens or data.max_pixels",
     "api": "do without --student, or give it a device of its own",
-    "rollout": "lower gpu_memory_utilization or max_model_len in rollout.engine_options, or rollout.requests_per_batch",
+    "rollout": "lower gpu_memory_utilization or max_model_len in rollout.engine_options, or rollout.tokens_in_flight",
 }
 
 

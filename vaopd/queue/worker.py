@@ -70,8 +70,9 @@ class WorkerQueue(WorkerEnd):
                 else:
                     leases = self._parse(self._take_over(max_requests, idle=not active))
                     if not leases:
-                        # Redis reads "block 0" as "for ever", hence at least a millisecond.
-                        wait_ms = max(1, int(1000 * min(BLOCK_SLICE_S, self.lease_s, remaining_s)))
+                        # Redis reads "block 0" as "for ever", hence at least a millisecond, or none at all.
+                        wait_s = min(BLOCK_SLICE_S, self.lease_s, remaining_s)
+                        wait_ms = max(1, int(1000 * wait_s)) if wait_s > 0 else None
                         leases = self._parse(self._read_new(max_requests, wait_ms))
             except GroupMissing:
                 self._joined = False
@@ -176,7 +177,7 @@ class WorkerQueue(WorkerEnd):
         lease_ms = int(1000 * self.lease_s)
         return scripts.take_over(self._connection.run, self.worker, lease_ms, count, SUSPECT_AFTER, int(idle))
 
-    def _read_new(self, count: int, wait_ms: int) -> list[scripts.Entry]:
+    def _read_new(self, count: int, wait_ms: int | None) -> list[scripts.Entry]:
         connection = self._connection
         streams = {connection.key["requests"]: ">"}
         reply = connection.call(

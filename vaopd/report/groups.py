@@ -98,7 +98,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 def _list_settings(run: Run) -> dict[str, Any]:
     """Returns what makes the run's configuration: its settings, how they changed on the way, and its teacher."""
     found = {key: value for key, value in flatten(run.config).items() if key != _SEED and not is_among(key, MACHINE)}
-    found.setdefault(_VARIANT, run.variant)
+    found.pop("objective.token_score", None)
+    found[_VARIANT] = run.variant  # which names the score, unless it is VA
     for step, key, old, new in run.list_changes():
         if not is_among(key, MACHINE):
             found[f"{key} at step {step}"] = f"{_format(old)} → {_format(new)}"
@@ -117,7 +118,7 @@ def _make_label(key: str, settings: dict[str, dict[str, Any]], differing: Sequen
         for name in differing
         if name != _VARIANT and name in own and len({repr(found.get(name)) for found in same}) > 1
     ]
-    return ", ".join([VARIANT_NAMES.get(variant, variant), *parts])
+    return ", ".join([name_variant(variant), *parts])
 
 
 def _shorten(name: str, among: Sequence[str]) -> str:

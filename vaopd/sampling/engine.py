@@ -1,15 +1,23 @@
-"""The protocol of rollout engines, and the code that they share: prompts, seeds, banned tokens, checks.
+"""The protocols of rollout engines, and the code that they share: prompts, seeds, banned tokens, checks.
 
 In: requests of one policy version. Out: an outcome for each request, a finished group or the error of that request.
+
+    RolloutEngine    load_policy, generate(requests) → outcomes        every engine
+    RolloutStream    add(key, request) … step() → those that ended     what a worker drives; `open_stream` makes one
+
+A stream hands a group out when its last sibling has ended, and takes further requests while others are sampled. Weights
+change only while it is empty, so each group is sampled by one version. What else is sampled beside a request changes
+neither its seeds nor, but for rounding, its tokens. There is no `abort`: a worker lets groups end, or ends itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -36,7 +44,8 @@ class RolloutEngine(Protocol):
     def load_policy(self, policy: PolicyVersion) -> None:
         """Loads a snapshot without a restart, and drops everything that the old weights computed.
 
-        Raises Mismatch if the snapshot's digest is not the announced one; the old weights then stay.
+        Raises Mismatch if the snapshot's digest is not the announced one; the old weights then stay. Not to be called
+        while a stream holds requests.
         """
         ...
 
@@ -50,6 +59,92 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Frees the memory and ends child processes."""
         ...
+
+
+class Ended(NamedTuple):
+    """An outcome, under the key that its request was added with."""
+
+    key: str
+    outcome: Outcome
+
+
+@runtime_checkable
+class RolloutStream(Protocol):
+    """Samples the requests that were added, a little further with each step. Use it from one thread."""
+
+    capacity: int | None
+    """How many requests are sampled at once; None where the engine bounds it by itself."""
+
+    @property
+    def tokens_held(self) -> int:
+        """Response tokens that the rollouts that are held may take at most; those that have ended don't count."""
+        ...
+
+    def add(self, key: str, request: RolloutRequest) -> None:
+        """Takes a request of the loaded policy; `key` is unique among those held. One that is refused ends as such.
+
+        Raises Mismatch when no policy is loaded.
+        """
+        ...
+
+    def step(self) -> list[Ended]:
+        """Samples further, and returns the requests that ended; none held: returns at once.
+
+        Raises when the engine fails as a whole; it must not be used any more then.
+        """
+        ...
+
+
+class OneByOne:
+    """A stream over an engine without one: each step answers the oldest request."""
+
+    capacity: int | None = 1
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+        self._held: deque[tuple[str, RolloutRequest]] = deque()
+
+    @property
+    def tokens_held(self) -> int:
+        """See `RolloutStream`."""
+        return sum(count_tokens(request) for _, request in self._held)
+
+    def add(self, key: str, request: RolloutRequest) -> None:
+        """See `RolloutStream`."""
+        self._held.append((key, request))
+
+    def step(self) -> list[Ended]:
+        """See `RolloutStream`."""
+        if not self._held:
+            return []
+        key, request = self._held.popleft()
+        return [Ended(key, outcome) for outcome in self._engine.generate([request])]
+
+
+def open_stream(engine: RolloutEngine) -> RolloutStream:
+    """Returns the engine's own stream where it has one."""
+    return engine if isinstance(engine, RolloutStream) else OneByOne(engine)
+
+
+def sample_all(
+    stream: RolloutStream, requests: Sequence[RolloutRequest], *, at_once: int | None = None
+) -> Iterator[tuple[int, Outcome]]:
+    """Yields (index of the request, outcome) as the requests end; at most `at_once` are held at once."""
+    capacity = stream.capacity or at_once or len(requests)
+    added = ended = 0
+    while ended < len(requests):
+        while added < len(requests) and added - ended < capacity:
+            stream.add(str(added), requests[added])
+            added += 1
+        for key, outcome in stream.step():
+            ended += 1
+            yield int(key), outcome
+
+
+def count_tokens(request: RolloutRequest) -> int:
+    """Returns how many response tokens a request may take at most. Greedy siblings are equal: one is sampled."""
+    sampling = request.sampling
+    return (1 if sampling.temperature == 0 else request.num_rollouts) * sampling.max_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +257,7 @@ def make_group(
     worker: str,
     generation_s: float,
 ) -> RolloutGroup:
-    """Puts a request's rollouts together; `generation_s` is the time that the engine took."""
+    """Puts a request's rollouts together; `generation_s`: from its start until the last one ended."""
     return RolloutGroup(
         group_id=request.group_id,
         policy_version=policy.version,

@@ -13,6 +13,7 @@ from vaopd.files.hub import model_folder
 from vaopd.grading import Verdict, judge, prepare
 from vaopd.run.snapshots import make_snapshot
 from vaopd.sampling.build import build_engine
+from vaopd.sampling.engine import open_stream, sample_all
 from vaopd.types import Prompt, RolloutGroup
 from vaopd.vlm.prompts import load_processor
 
@@ -45,17 +46,16 @@ def evaluate_model(
             engine.load_policy(policy)
             verdicts: dict[str, list[Verdict]] = {}
             requests = list(held_out_requests(prompts, version=policy.version, config=config))
-            size = config.rollout.requests_per_batch
-            for start in range(0, len(requests), size):
-                batch = requests[start : start + size]
-                for request, outcome, prompt in zip(batch, engine.generate(batch), prompts[start:], strict=False):
-                    if isinstance(outcome, RolloutGroup):
-                        texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in outcome.rollouts]
-                        verdicts[request.group_id] = [judge(text, prompt.answer) for text in texts]
-                    else:
-                        unasked["refused by the engine"] += 1
-                        on_refused(prompt, outcome)
-                on_progress(start + len(batch))
+            at_once = config.rollout.requests_per_batch
+            ended = sample_all(open_stream(engine), requests, at_once=at_once)
+            for done, (index, outcome) in enumerate(ended, 1):
+                if isinstance(outcome, RolloutGroup):
+                    texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in outcome.rollouts]
+                    verdicts[requests[index].group_id] = [judge(text, prompts[index].answer) for text in texts]
+                else:
+                    unasked["refused by the engine"] += 1
+                    on_refused(prompts[index], outcome)
+                on_progress(done)
             return held_out_result(verdicts, samples=config.evaluation.samples, not_asked=unasked)
         finally:
             engine.close()

@@ -1,25 +1,30 @@
 """A rollout engine over vLLM; `vllm_extension` runs inside vLLM.
 
-In: requests. Out: groups; the K siblings of a group are one vLLM request, so that prompt and image are computed once.
-New weights are loaded in place. docs/decisions/2026-11-24-rollout-worker.md has the measurements and the failures.
+In: requests, at any time. Out: groups, each when its last sibling ends; the K siblings of a group are one vLLM request,
+so that prompt and image are computed once. New weights are loaded in place, while nothing is sampled.
+docs/decisions/2026-11-24-rollout-worker.md has the measurements and the failures.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
 from vaopd.run.snapshots import verify_snapshot
 from vaopd.sampling.engine import (
+    Ended,
     Outcome,
     Prompting,
     RefusedRequest,
     check_version,
+    count_tokens,
     derive_seed,
     make_group,
     make_rollout,
+    sample_all,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutRequest
 from vaopd.vlm import vllm_start
@@ -28,8 +33,19 @@ from vaopd.vlm import vllm_start
 _OURS = ("model", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "mm_processor_kwargs")
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A request that vLLM samples. began_s: when it was added; time.monotonic."""
+
+    key: str
+    request: RolloutRequest
+    began_s: float
+
+
 class VllmEngine:
-    """The rollout engine over vLLM; see `RolloutEngine` for its methods."""
+    """The rollout engine over vLLM, and its stream; see `RolloutEngine` and `RolloutStream` for its methods."""
+
+    capacity: int | None = None
 
     def __init__(
         self,
@@ -55,6 +71,8 @@ class VllmEngine:
         self._worker = worker
         self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
         self._policy: PolicyVersion | None = None
+        self._running: dict[str, _Running] = {}  # by vLLM's id of the request
+        self._refused: list[Ended] = []
         self._llm = vllm_start.start(
             model,
             dtype=dtype,
@@ -72,8 +90,21 @@ class VllmEngine:
         """The loaded snapshot."""
         return self._policy
 
+    @property
+    def tokens_held(self) -> int:
+        """See `RolloutStream`; an upper bound where requests differ in their limits."""
+        requests = [running.request for running in self._running.values()]
+        rollouts = self._llm.llm_engine.get_num_unfinished_requests()
+        longest = max((request.sampling.max_new_tokens for request in requests), default=0)
+        return min(rollouts * longest, sum(map(count_tokens, requests)))
+
     def load_policy(self, policy: PolicyVersion) -> None:
         """Loads a snapshot in place and empties vLLM's caches; see `RolloutEngine`."""
+        if self._running:
+            raise VaopdError(
+                f"{len(self._running)} groups of another policy are still sampled; version {policy.version} must not "
+                "be loaded before they end"
+            )
         verify_snapshot(policy)
         self._policy = None
         self._llm.collective_rpc("load_snapshot", args=(policy.path,))
@@ -85,41 +116,53 @@ class VllmEngine:
         self._policy = policy
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
-        """Samples all requests in one batch; see `RolloutEngine`."""
-        policy = self._policy
-        if policy is None:
-            raise Mismatch("no policy is loaded; call load_policy first")
-        start = time.monotonic()
-        outcomes: dict[int, Outcome] = {}
-        accepted: list[int] = []
-        for index, request in enumerate(requests):
-            try:
-                self._enqueue(request, policy)
-                accepted.append(index)
-            except RefusedRequest as error:
-                outcomes[index] = error
-        # In the order of `accepted`. The ids that enqueue returns are internal ones, which outputs don't have.
-        finished = self._llm.wait_for_completion(use_tqdm=False)
-        generation_s = time.monotonic() - start
-        if len(finished) != len(accepted):
-            raise VaopdError(f"vLLM answered {len(finished)} of {len(accepted)} requests; its log says why")
-        for index, output in zip(accepted, finished, strict=True):
-            request = requests[index]
-            outcomes[index] = make_group(
-                request,
-                policy,
-                prompt_token_ids=output.prompt_token_ids,
-                rollouts=_make_rollouts(request, output),
-                worker=self._worker,
-                generation_s=generation_s,
-            )
+        """Samples all requests beside each other; see `RolloutEngine`."""
+        outcomes = dict(sample_all(self, requests))
         return [outcomes[index] for index in range(len(requests))]
+
+    def add(self, key: str, request: RolloutRequest) -> None:
+        """Gives vLLM a request; see `RolloutStream`."""
+        if self._policy is None:
+            raise Mismatch("no policy is loaded; call load_policy first")
+        began_s = time.monotonic()
+        try:
+            vllm_id = self._enqueue(request, self._policy)
+        except RefusedRequest as error:
+            self._refused.append(Ended(key, error))
+        else:
+            self._running[vllm_id] = _Running(key, request, began_s)
+
+    def step(self) -> list[Ended]:
+        """Samples one token of each rollout, or computes prompts; see `RolloutStream`."""
+        ended, self._refused = self._refused, []
+        if ended or not self._running:
+            return ended
+        if not self._llm.llm_engine.has_unfinished_requests():
+            raise VaopdError(f"vLLM lost {len(self._running)} requests; its log says why")
+        return [
+            self._finish(self._running.pop(output.request_id), output)
+            for output in self._llm.llm_engine.step()
+            if output.finished
+        ]
 
     def close(self) -> None:
         """Stops vLLM."""
         vllm_start.stop(self._llm)
 
-    def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> None:
+    def _finish(self, running: _Running, output: Any) -> Ended:
+        assert self._policy is not None
+        group = make_group(
+            running.request,
+            self._policy,
+            prompt_token_ids=output.prompt_token_ids,
+            rollouts=_make_rollouts(running.request, output),
+            worker=self._worker,
+            generation_s=time.monotonic() - running.began_s,
+        )
+        return Ended(running.key, group)
+
+    def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> str:
+        """Returns the id that vLLM's outputs have. Raises RefusedRequest."""
         check_version(request, policy)
         token_ids, images = self._prompting.read(request)
         if len(images) > self._max_images:
@@ -134,9 +177,10 @@ class VllmEngine:
             prompt["multi_modal_data"] = {"image": images}
         try:
             # One at a time, so that a refused request doesn't fail the others.
-            self._llm.enqueue(prompt, self._make_sampling_params(request), use_tqdm=False)
+            [internal_id] = self._llm.enqueue(prompt, self._make_sampling_params(request), use_tqdm=False)
         except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
+        return str(internal_id).partition("-")[0]  # NUMBER-RANDOM; outputs have the number alone
 
     def _make_sampling_params(self, request: RolloutRequest) -> Any:
         from vllm import SamplingParams

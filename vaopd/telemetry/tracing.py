@@ -92,6 +92,11 @@ def span(
         yield
 
 
+def record(name: str, *, since_ns: int, **attributes: Any) -> None:
+    """Traces what ends now and began at `since_ns` (since 1970), for work that runs beside other such work."""
+    _tracer.start_span(name, start_time=since_ns, attributes=_name_attributes(attributes)).end()
+
+
 def begin(name: str, *, parent: Context | None = None, **attributes: Any) -> Callable[[], None]:
     """Starts a server's span, current for the rest of this task, and returns the function that ends it.
 
