@@ -36,6 +36,7 @@ from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
+from vaopd.run.owner import TRAINER, own
 from vaopd.run.settings import Changes
 from vaopd.run.snapshots import load_state
 from vaopd.run.status import StatusWriter
@@ -71,6 +72,8 @@ def run(
     with contextlib.ExitStack() as stack:
         status, changes = None, Changes()
         if ranks.is_coordinator:
+            config.run_folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(own(config.run_folder, TRAINER))
             changes = prepare_folder(config, resume=resume, accept_teacher=accept_teacher is not None)
             status = stack.enter_context(StatusWriter(config.run_folder, role=ROLE))
             stack.enter_context(status.record_failure())

@@ -138,10 +138,13 @@ def damage(file: Path) -> None:
 
 
 def test_a_frozen_trainer_that_lost_its_job_is_refused_when_it_wakes(system: System, undisturbed: Job) -> None:
-    """Another one has finished the run meanwhile."""
+    """Another one has finished the run meanwhile. Before it is frozen, another one is refused at once."""
     job = system.job("frozen-trainer", **SETTINGS)
     frozen, worker = job.start_trainer(), job.start_worker()
     job.until("the third step is done", lambda: len(job.records()) >= 3, frozen, worker)
+    second = job.start_trainer(resume=True)
+    assert second.exit_code() == 2
+    assert re.search(r"is in use by trainer, process \d+ on \S+, since .*; `vaopd watch", second.text())
     frozen.send(signal.SIGSTOP)
     job.finished(job.start_trainer(resume=True))
     worker.kill()

@@ -28,6 +28,7 @@ from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.launch.teacher import check_credentials, describe_teacher
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
+from vaopd.run.owner import LAUNCHER, UP, own
 from vaopd.run.status import StatusWriter
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
@@ -85,8 +86,8 @@ def up(
     else:
         _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
-    write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
-    with StatusWriter(folder, role="vaopd up") as status:
+    with own(folder, UP), StatusWriter(folder, role="vaopd up") as status:
+        write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
         status.write("starting")
         try:
             with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
@@ -324,6 +325,7 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     processes = 1 + config.trainer.processes + config.rollout.workers
     added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     added = {key: value for key, value in added.items() if key not in os.environ}
+    added[LAUNCHER] = str(os.getpid())
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices
     return added

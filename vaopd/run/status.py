@@ -93,6 +93,15 @@ def read_status(folder: Path, *, now_s: float | None = None) -> RunStatus | None
     return replace(status, state="failed", reason=reason)
 
 
+def is_silent(folder: Path) -> bool:
+    """Returns whether a run at work has shown no sign of life for longer than its lease."""
+    try:
+        status = _parse(read_plain(folder / FILE), folder / FILE)
+    except (OSError, UnicodeDecodeError, InvalidInput):
+        return False
+    return status.alive and time.time() - status.seen_s > status.lease_s
+
+
 class StatusWriter:
     """Writes a run's status, and shows by a lock that this process lives.
 
