@@ -109,7 +109,7 @@ def run(
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
             stack.callback(ledger.close)
             collector = Collector(queue=queue, ledger=ledger)
-            gauge = DepthGauge(url=config.queue.url, job=config.run.name)
+            gauge = DepthGauge(url=config.queue.find_url(), job=config.run.name)
             stack.callback(gauge.close)
             metrics.watch(depth=gauge.read, counts=collector.counts)
             coordinator = Coordinator(
@@ -266,7 +266,7 @@ def connect_teacher(
 def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> TrainerQueue:
     """Takes the job's lease; a new run also empties its queue."""
     queue = TrainerQueue(
-        url=config.queue.url,
+        url=config.queue.find_url(),
         job=config.run.name,
         lease_s=config.queue.lease_s,
         max_deliveries=config.queue.max_deliveries,

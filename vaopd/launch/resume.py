@@ -77,7 +77,7 @@ def write_launch(
 ) -> None:
     """Writes RUN/launch.json for a later `--resume RUN`."""
     addresses = {"teacher.address": config.teacher.address, "api.address": config.api.address}
-    if config.queue.url == "embedded":  # any other URL is in config.toml, and may hold a password
+    if config.queue.url == "embedded":  # any other URL is in config.toml
         addresses["queue.url"] = config.queue.url
     values = {
         "addresses": addresses,

@@ -2,7 +2,8 @@
 
 The job's lease in Redis decides which trainer may train. These locks refuse a second one at once, before it has changed
 a file, and whatever Redis says. A frozen owner (stopped by a signal, or running without a word for longer than its
-lease) refuses no one: then the lease decides which of the two continues. A file system without locks leaves it to the lease.
+lease) refuses no one: then the lease decides which of the two continues. A file system without locks leaves it to the
+lease.
 """
 
 from __future__ import annotations

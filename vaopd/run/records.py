@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import InvalidInput
+from vaopd.net.passwords import remove_passwords
 from vaopd.run.json_lines import read_json_lines, read_text
 from vaopd.run.settings import read_history
 from vaopd.run.status import RunStatus, read_status
@@ -173,7 +174,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Reads a run's folder; raises NotFound, or InvalidInput that names the file and line."""
-    config_text = read_text(folder / "config.toml")
+    config_text = remove_passwords(read_text(folder / "config.toml"))  # an earlier vaopd wrote them down
     try:
         config = tomllib.loads(config_text)
     except (ValueError, RecursionError) as error:

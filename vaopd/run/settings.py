@@ -50,7 +50,7 @@ FIXED = (
 """Keys and whole sections that a resume may not change: objective, data, seed, batch, models, evaluation."""
 OF_THE_TEACHER = ("teacher.model", "teacher.dtype")
 """Those of `FIXED` that change with a teacher that is accepted."""
-PLACES = ("run.name", "run.folder", "teacher.address", "queue.url", "api.address")
+PLACES = ("run.name", "run.folder", "teacher.address", "queue.url", "queue.password_file", "api.address")
 """Addresses and folders."""
 MACHINE = (
     *PLACES,
