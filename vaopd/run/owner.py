@@ -51,19 +51,20 @@ def _lock(folder: Path, name: str) -> int | None:
     path = folder / name
     if (owner := _find_owner(path)) is not None:
         raise _refuse(folder, owner)
+    # A file of its own: a frozen owner keeps the lock of the one before.
+    aside = path.with_name(f".{name}.tmp-{os.getpid()}")
+    handle = None
     try:
-        # A file of its own: a frozen owner keeps the lock of the one before.
-        aside = path.with_name(f".{name}.tmp-{os.getpid()}")
         handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        words = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
-        }
-        os.write(handle, json.dumps(words | {"role": name.partition(".")[0]}).encode())
+        since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        words = {"role": name.partition(".")[0], "pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.write(handle, json.dumps(words).encode())
         aside.replace(path)
-    except OSError:
+    except OSError:  # no locks here, or a full disk
+        if handle is not None:
+            os.close(handle)
+        aside.unlink(missing_ok=True)
         return None
     return handle
 
