@@ -28,6 +28,7 @@ NOT_RUN = {
     r"^make (demo|test)\b": "`vaopd demo` is run below, and these are the tests",
     r"^make (chaos|fuzz)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
     r"gpu-check|benchmarks\.gpu": "needs a card; tests/services/test_gpu_check.py runs its phases on a CPU",
+    r"claims-lab": "an hour and more; tests/unit/test_claims_lab.py has a small laboratory",
     r"docker compose|deploy/hardening": "there is no engine here; tests/services/test_compose.py reads the files",
     r"localhost:8080": "of the containers",
     r"configs/geometry3k|--gpus|VISIBLE_DEVICES": "wants GPUs and the hub's models; test_docs.py takes a dry run",
@@ -174,7 +175,7 @@ def prepare_runs(world: World, command: str) -> None:
     kept = world.folder / "first_run"  # a later command may remove the run itself
     for name in re.findall(r"runs/([\w*-]+)", command):
         named = world.folder / "runs" / name.replace("*", "0")
-        if "vaopd up" in command or named.exists():
+        if ("vaopd up" in command and "--resume runs/" not in command) or named.exists():
             continue
         done = world.run_once(as_run(FIRST_RUN, world.teacher, world.api))
         assert done.returncode == 0, done.stderr
