@@ -289,18 +289,21 @@ class TeachersReply(Reply):
 
 
 class RunModel(Reply):
-    """A run; accuracies are held-out, from 0 to 1, and null before the first evaluation."""
+    """A run; accuracies are held-out, from 0 to 1, and null before the first evaluation.
+
+    Of a run whose folder can't be read only name, state and reason are known: objective, seed and steps are null.
+    """
 
     name: str
-    objective: str
-    seed: int
-    steps_done: int
+    objective: str | None
+    seed: int | None
+    steps_done: int | None
     steps_planned: int | None
     finished: bool
     state: str
-    """starting, running, stopped, failed or finished; a run of an earlier vaopd: finished or not finished."""
+    """starting, running, stopped, failed, finished or broken; a run of an earlier vaopd: finished or not finished."""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or what is broken in its folder."""
     accuracy_before: float | None
     """Accuracy of the initial student."""
     accuracy: float | None

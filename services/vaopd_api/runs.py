@@ -7,8 +7,10 @@ Summaries and reports are kept until the run's files change.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ logger = logging.getLogger("vaopd.api")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """The form of `run.name`; no path that leads out of the folder has it."""
 FILES = ("config.toml", "metrics.jsonl", "samples.jsonl", "settings.jsonl")
+BROKEN = "broken"
+LATEST_S = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 LOOK_AGAIN_S = 15
 REPORTS_KEPT = 8
 Signature = tuple[tuple[str, int, int], ...]
@@ -52,7 +56,7 @@ class Runs:
         self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
 
     async def list_summaries(self, *, job: str | None) -> list[RunModel]:
-        """Returns the runs that can be read, latest change first; with `job`, only that job's run."""
+        """Returns the runs, latest change first, broken ones with the reason; with `job`, only that job's run."""
         if self._folder is None:
             return []
         found = await asyncio.get_running_loop().run_in_executor(self._thread, self._summarise, self._folder)
@@ -67,21 +71,23 @@ class Runs:
     # The methods below run on the thread.
 
     def _summarise(self, folder: Path) -> list[RunModel]:
-        runs = []
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if _is_run(path):
-                try:
-                    runs.append(self._find_summary(path))
-                except (VaopdError, OSError) as error:
-                    logger.warning("run %s is left out: %s", path.name, error)
+        runs = [self._find_summary(path) for path in (folder.iterdir() if folder.is_dir() else ()) if _is_run(path)]
         return sorted(runs, key=lambda run: run.changed, reverse=True)
 
     def _find_summary(self, path: Path) -> RunModel:
+        """Returns a run's summary; a run that can't be read is its own fault only, and is listed as broken."""
         signature = _read_signature(path)
         known = self._summaries.get(path.name)
-        if known is None or known[0] != signature:
-            known = self._summaries[path.name] = (signature, _summarise(path, signature))
-        return _add_state(known[1], path)
+        try:
+            if known is None or known[0] != signature:
+                known = self._summaries[path.name] = (signature, _summarise(path, signature))
+            return known[1] if known[1].state == BROKEN else _add_state(known[1], path)
+        except Exception as error:
+            logger.warning("run %s is broken: %s", path.name, error, exc_info=not isinstance(error, VaopdError))
+            broken = _describe_broken(path, signature, error)
+            if known is None or known[0] != signature:  # not for a status, which may be whole the next time
+                self._summaries[path.name] = (signature, broken)
+            return broken
 
     def _report(self, name: str) -> Report:
         if self._folder is None or not NAME.fullmatch(name) or not _is_run(self._folder / name):
@@ -90,21 +96,58 @@ class Runs:
         signature = _read_signature(path)
         known = self._reports.get(name)
         # A run may die without a change of its files.
-        status = read_status(path)
-        state = "" if status is None else status.state
+        state = _read_state(path)
         if known is None or known[0] != (*signature, (state, 0, 0)):
             known = self._reports[name] = ((*signature, (state, 0, 0)), _draw(path))
         return known[1]
 
 
+def _read_state(path: Path) -> str:
+    try:
+        status = read_status(path)
+    except VaopdError:
+        return BROKEN  # the report says so
+    return "" if status is None else status.state
+
+
 def _is_run(path: Path) -> bool:
     """Returns whether `path` is a run's folder; not a link, which could lead anywhere."""
-    return bool(NAME.fullmatch(path.name)) and not path.is_symlink() and (path / "config.toml").is_file()
+    # The configuration may be anything, such as a loop of links: then the run is broken.
+    return bool(NAME.fullmatch(path.name)) and not path.is_symlink() and os.path.lexists(path / "config.toml")
 
 
 def _read_signature(path: Path) -> Signature:
-    files = ((name, path / name) for name in FILES)
-    return tuple((name, file.stat().st_mtime_ns, file.stat().st_size) for name, file in files if file.is_file())
+    found = []
+    for name in FILES:
+        with contextlib.suppress(OSError):
+            status = (path / name).stat()
+            found.append((name, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
+def _describe_broken(path: Path, signature: Signature, error: Exception) -> RunModel:
+    known = isinstance(error, VaopdError | OSError)
+    # A client is not told where the folder is.
+    reason = str(error).replace(f"{path}/", "") if known else f"its files can't be read ({type(error).__name__})"
+    return RunModel(
+        name=path.name,
+        objective=None,
+        seed=None,
+        steps_done=None,
+        steps_planned=None,
+        finished=False,
+        state=BROKEN,
+        reason=reason,
+        accuracy_before=None,
+        accuracy=None,
+        changed=_find_change(signature),
+    )
+
+
+def _find_change(signature: Signature) -> datetime:
+    newest_ns = max((changed for _, changed, _ in signature), default=0)
+    # Files may have any time, also one that no date has.
+    return datetime.fromtimestamp(min(max(newest_ns / 1e9, 0.0), LATEST_S), UTC)
 
 
 def _add_state(summary: RunModel, path: Path) -> RunModel:
@@ -131,7 +174,7 @@ def _summarise(path: Path, signature: Signature) -> RunModel:
         accuracy=last and last.accuracy,
         judge_before=(first and first.judge) or None,
         judge=(last and last.judge) or None,
-        changed=datetime.fromtimestamp(max(changed for _, changed, _ in signature) / 1e9, UTC),
+        changed=_find_change(signature),
     )
 
 
@@ -141,7 +184,7 @@ def _draw(path: Path) -> Report:
     try:
         run = read_run(path)
         html = report_html([run], again_s=LOOK_AGAIN_S if run.may_continue else None).encode()
-    except (VaopdError, KeyError, ValueError, TypeError) as error:
+    except Exception as error:
         # What is wrong with the trainer's files is for the API's log, not for its clients.
         logger.exception("the report of run %s can't be made: %s", path.name, error)
         raise ApiError(500, f"the report of run {path.name!r} can't be made; see the API's log") from None

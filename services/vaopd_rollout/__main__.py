@@ -52,7 +52,7 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
     from vaopd_rollout.worker import RolloutWorker, Stop
 
     queue = WorkerQueue(
-        url=config.queue.url,
+        url=config.queue.find_url(),
         job=config.run.name,
         worker=worker,
         lease_s=config.queue.lease_s,

@@ -1,27 +1,41 @@
 """Writes and reads checkpoints: all that a resumed run needs, in a folder that appears whole or not at all.
 
-RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step and schedule) and
-ledger.jsonl (each trained group once, with the step that trained it). No pickles.
+RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step, schedule and the
+digest of every file) and ledger.jsonl (each trained group once, with the step that trained it). No pickles.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vaopd.errors import InvalidInput, LimitExceeded
+from vaopd.errors import LimitExceeded
 from vaopd.files.durable import atomic_folder
-from vaopd.run.checkpoints import RunState, list_checkpoints, write_run_state
-from vaopd.run.tensor_files import write_tensors
+from vaopd.run.checkpoints import (
+    DamagedCheckpoint,
+    NoSoundCheckpoint,
+    RunState,
+    list_checkpoints,
+    make_name,
+    read_checkpoint,
+    read_state,
+    write_run_state,
+)
+from vaopd.run.tensor_files import compute_digest, write_tensors
 from vaopd_trainer import kill_points
+
+log = logging.getLogger(__name__)
+
+STUDENT, OPTIMIZER, RNG = (f"{name}.safetensors" for name in ("student", "optimizer", "rng"))
 
 
 def save(
@@ -31,13 +45,13 @@ def save(
 
     Raises LimitExceeded when the disk is full; older checkpoints are intact then.
     """
-    target = folder / f"step_{state.step:06d}"
+    target = folder / make_name(state.step)
     try:
         with atomic_folder(target) as part:
-            write_tensors(student, part / "student.safetensors")
-            write_tensors(_flatten(optimizer.state_dict()["state"]), part / "optimizer.safetensors")
-            write_tensors({"cpu": torch.get_rng_state()}, part / "rng.safetensors")
-            write_run_state(part, state)
+            moments = _flatten(optimizer.state_dict()["state"])
+            tensors = {STUDENT: student, OPTIMIZER: moments, RNG: {"cpu": torch.get_rng_state()}}
+            files = {name: write_tensors(values, part / name) for name, values in tensors.items()}
+            write_run_state(part, state, files=files)
             kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
         raise LimitExceeded(
@@ -50,17 +64,69 @@ def save(
     return target
 
 
+def set_damaged_aside(folder: Path) -> None:
+    """Checks the checkpoints, newest first, until one is sound; renames those newer than it to damaged_step_….
+
+    Then every reader finds the sound one as the newest. Raises NoSoundCheckpoint, and renames nothing, when there are
+    checkpoints and all are damaged; PermissionError for files that this process may not read.
+    """
+    found: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            check(path)
+        except DamagedCheckpoint as error:
+            found.append((path, error.reason))
+        else:
+            break
+    else:
+        if found:
+            raise NoSoundCheckpoint(folder, [reason for _, reason in found])
+        return
+    for bad, reason in found:
+        aside = bad.with_name(f"damaged_{bad.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        bad.rename(aside)
+        log.error(
+            "checkpoint %s; the run continues from %s, and repeats the steps since. It is now %s",
+            reason,
+            path.name,
+            aside,
+        )
+
+
+def check(checkpoint: Path) -> None:
+    """Compares every file with its digest. Raises DamagedCheckpoint, PermissionError."""
+    read_checkpoint(checkpoint)
+    files = read_state(checkpoint).get("files")
+    if files is None:
+        log.warning("%s is of an earlier vaopd, without digests: damage in its tensors can't be noticed", checkpoint)
+        files = dict.fromkeys((STUDENT, OPTIMIZER, RNG))
+    for name, digest in files.items():
+        try:
+            if digest is None:
+                with safe_open(checkpoint / name, framework="pt"):  # notices a file that was cut short
+                    continue
+            same = compute_digest(checkpoint / name) == digest
+        except PermissionError:  # not the file's fault
+            raise
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpoint(checkpoint, f"{name}: {error}") from None
+        if not same:
+            raise DamagedCheckpoint(checkpoint, f"{name}: it is not as it was written")
+
+
 def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Returns the student's weights, float32; raises InvalidInput when they can't be read."""
+    """Returns the student's weights, float32; raises DamagedCheckpoint when they can't be read."""
     with _name_damaged(checkpoint):
-        return load_file(checkpoint / "student.safetensors")
+        return load_file(checkpoint / STUDENT)
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restores AdamW's moments and the process's random state, in place; raises InvalidInput on a damaged file."""
+    """Restores AdamW's moments and the process's random state, in place; raises DamagedCheckpoint."""
     with _name_damaged(checkpoint):
-        moments = load_file(checkpoint / "optimizer.safetensors")
-        rng = load_file(checkpoint / "rng.safetensors")
+        moments = load_file(checkpoint / OPTIMIZER)
+        rng = load_file(checkpoint / RNG)
     state = optimizer.state_dict()
     state["state"] = _unflatten(moments)
     optimizer.load_state_dict(state)
@@ -86,9 +152,7 @@ def _name_damaged(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InvalidInput(
-            f"checkpoint {checkpoint} can't be read ({error}); remove that folder to resume from the one before it"
-        ) from None
+        raise DamagedCheckpoint(checkpoint, error) from None
 
 
 def _flatten(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
+from vaopd.run.owner import TRAINER, own
 from vaopd.run.settings import Changes
 from vaopd.run.snapshots import load_state
 from vaopd.run.status import StatusWriter
@@ -71,6 +72,8 @@ def run(
     with contextlib.ExitStack() as stack:
         status, changes = None, Changes()
         if ranks.is_coordinator:
+            config.run_folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(own(config.run_folder, TRAINER))
             changes = prepare_folder(config, resume=resume, accept_teacher=accept_teacher is not None)
             status = stack.enter_context(StatusWriter(config.run_folder, role=ROLE))
             stack.enter_context(status.record_failure())
@@ -106,7 +109,7 @@ def run(
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
             stack.callback(ledger.close)
             collector = Collector(queue=queue, ledger=ledger)
-            gauge = DepthGauge(url=config.queue.url, job=config.run.name)
+            gauge = DepthGauge(url=config.queue.find_url(), job=config.run.name)
             stack.callback(gauge.close)
             metrics.watch(depth=gauge.read, counts=collector.counts)
             coordinator = Coordinator(
@@ -263,7 +266,7 @@ def connect_teacher(
 def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> TrainerQueue:
     """Takes the job's lease; a new run also empties its queue."""
     queue = TrainerQueue(
-        url=config.queue.url,
+        url=config.queue.find_url(),
         job=config.run.name,
         lease_s=config.queue.lease_s,
         max_deliveries=config.queue.max_deliveries,

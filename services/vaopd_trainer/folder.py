@@ -20,6 +20,7 @@ from vaopd.run.checkpoints import find_latest_checkpoint, read_checkpoint, read_
 from vaopd.run.settings import Changes
 from vaopd.run.teacher import TeacherRecord, check_teacher, describe_change, read_teacher
 from vaopd.types import TeacherDescription, Tensor
+from vaopd_trainer import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 def prepare_folder(config: Config, *, resume: bool, accept_teacher: bool = False) -> Changes:
     """Makes RUN; returns the settings that a resume changes.
 
-    Raises ConfigError for the folder of another run unless it is resumed, and for changes that a resume may not make.
+    Raises ConfigError for the folder of another run unless it is resumed, and for changes that a resume may not make;
+    InvalidInput when no checkpoint of a run to be resumed is sound.
     """
     folder = config.run_folder
     if not resume and (folder / "metrics.jsonl").exists():
@@ -37,7 +39,9 @@ def prepare_folder(config: Config, *, resume: bool, accept_teacher: bool = False
     if not resume:
         shutil.rmtree(folder / "policy", ignore_errors=True)
         (folder / settings.FILE).unlink(missing_ok=True)
-    elif (folder / "config.toml").exists():  # a trainer may die before it has written anything
+    else:
+        checkpoint.set_damaged_aside(folder / "checkpoints")
+    if resume and (folder / "config.toml").exists():  # a trainer may die before it has written anything
         recorded = load_config(folder / "config.toml", warn=ignore)
         changes = settings.check_resume(
             recorded.model_dump(mode="json", exclude_none=True),

@@ -32,7 +32,9 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns all records but a last line that a crash cut short; none without a file."""
-        return [record for _, record in read_json_lines(self.path)] if self.path.exists() else []
+        if not self.path.exists():
+            return []
+        return [record for _, record in read_json_lines(self.path, limit_bytes=None)]
 
     def drop_from(self, step: int) -> None:
         """Removes the records of `step` and later ones: a resumed run takes those steps again."""

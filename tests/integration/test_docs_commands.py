@@ -38,7 +38,7 @@ NOT_RUN = {
     r"^prometheus |runs/first/logs": "tests/integration/test_monitoring.py has a Prometheus and JSON logs",
     r"http://collector": "tests/unit/test_tracing.py has a collector",
     r"^sudo ": "changes an account's files",
-    r"^export ": "of one shell, for the commands that follow",
+    r"^(export|umask) ": "of one shell, for the commands that follow",
     r"^vaopd models make": "judges 600 questions at its end, for minutes; tests/unit/test_tiny.py makes small ones",
 }
 SMALL = """

@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.api import Api, error_of, start_api, with_keys
+from tests.support.broken import DAMAGES, FILES
 from tests.support.runs import make_run
 from vaopd.access.keys import add_key
 from vaopd.http_client import ScoringClient
@@ -98,16 +100,48 @@ def test_a_run_s_name_is_never_a_path(api: Api, runs: Path) -> None:
     assert {run["name"] for run in api.http.get("/v1/runs").json()["runs"]} == {"begun", "done"}
 
 
-def test_a_damaged_run_is_left_out_of_the_list_and_its_report_is_an_error(api: Api, runs: Path) -> None:
+def test_a_broken_run_is_listed_with_the_reason_beside_the_others(api: Api, runs: Path) -> None:
     broken = make_run(runs / "broken")
     try:
         (broken / "metrics.jsonl").write_text("{\n")
-        assert "broken" not in {run["name"] for run in api.http.get("/v1/runs").json()["runs"]}
+        found = {run["name"]: run for run in api.http.get("/v1/runs").json()["runs"]}
+        assert set(found) == {"begun", "done", "broken"}
+        assert (found["broken"]["state"], found["broken"]["seed"], found["broken"]["steps_done"]) == (
+            "broken",
+            None,
+            None,
+        )
+        assert found["broken"]["reason"] == "metrics.jsonl:1 is not a JSON object"
         answer = api.http.get("/runs/broken/report")
         assert (answer.status_code, error_of(answer)["code"]) == (500, "internal")
         assert str(runs) not in answer.text
+        with ScoringClient(str(api.http.base_url)) as client:
+            assert "broken" in {run.state for run in client.runs()}
     finally:
-        (broken / "config.toml").unlink()
+        shutil.rmtree(broken)
+
+
+def test_whatever_lies_in_a_run_costs_no_other_run_its_place(api: Api, runs: Path) -> None:
+    """The list doesn't read samples.jsonl, which is for the report alone."""
+    listed = [file for file in FILES if file != "samples.jsonl"]
+    names = {f"{file}-{index}": (file, damage) for file in listed for index, damage in enumerate(DAMAGES.values())}
+    try:
+        for name, (file, damage) in names.items():
+            run = make_run(runs / name)
+            (run / file).unlink(missing_ok=True)
+            damage(run / file)
+        started = time.monotonic()
+        found = {run["name"]: run for run in api.http.get("/v1/runs").json()["runs"]}
+        assert time.monotonic() - started < 10
+        assert set(found) == {"begun", "done", *names}
+        for name, (file, _) in names.items():
+            assert found[name]["state"] == "broken", name
+            assert file in found[name]["reason"]
+            assert str(runs) not in found[name]["reason"]
+        assert api.http.get("/runs/done/report").status_code == 200
+    finally:
+        for name in names:
+            shutil.rmtree(runs / name)
 
 
 def test_with_keys_a_job_sees_its_own_run_only(nobody: str, runs: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def test_a_teacher_that_refuses_the_api_s_own_key_is_no_fault_of_its_clients(tmp
     keys = tmp_path / "teacher-keys.json"
     right = add_key(keys, "api")
     (tmp_path / "api.key").write_text(right)
+    (tmp_path / "api.key").chmod(0o600)
     with teacher_in_process(tiny_vlm(), service=TeacherServiceConfig(keys=KeysConfig(file=keys))) as guarded:
         for api in start_api(tmp_path, guarded.target):
             refused = api.score(**BODY)

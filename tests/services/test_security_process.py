@@ -35,6 +35,7 @@ def test_a_secured_teacher_serves_its_jobs_and_the_health_check(
     capsys.readouterr()
     assert main(["keys", "add", "geometry", "--file", str(tmp_path / "keys.json")]) == 0
     (tmp_path / "api.key").write_text(capsys.readouterr().out)
+    (tmp_path / "api.key").chmod(0o600)
     (tmp_path / "service.toml").write_text(SERVICE)
     variables = {
         "VAOPD_API_KEY_FILE": str(tmp_path / "api.key"),

@@ -114,6 +114,8 @@ def test_keys(tmp_path: Path) -> None:
     for job in ("geometry", "other"):
         files[job].write_text(add_key(store, job))
     files["unknown"].write_text(add_key(tmp_path / "elsewhere.json", "geometry"))
+    for file in files.values():
+        file.chmod(0o600)
     with teacher_in_process(tiny_vlm(), service=TeacherServiceConfig(keys=KeysConfig(file=store))) as teacher:
         told = refusal(teacher.target, Unauthenticated, {})
         assert "set VAOPD_API_KEY_FILE to a file with the key of job 'geometry'" in told

@@ -35,12 +35,16 @@ def test_without_variables_there_are_no_credentials() -> None:
 
 def test_the_key_is_what_its_file_holds(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("vaopd_0_1\n")
+    with pytest.raises(ConfigError, match="read or written by others; chmod go-w,o-r"):
+        from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")})
+    (tmp_path / "key").chmod(0o600)
     assert from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")}) == {"api_key": "vaopd_0_1"}
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"\xff\xfe", "schlüssel".encode(), b"a\x00b"])
 def test_a_file_that_holds_no_key_is_named_by_its_variable_and_not_quoted(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
+    (tmp_path / "key").chmod(0o600)
     with pytest.raises(ConfigError, match="VAOPD_API_KEY_FILE must hold one API key and nothing else") as caught:
         from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")})
     assert "words" not in str(caught.value)

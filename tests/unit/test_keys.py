@@ -108,12 +108,16 @@ def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | 
     with pytest.raises(Unavailable, match="fix the key file"):
         store.find_job(key)
     file.write_text(good)
+    file.chmod(0o600)
     assert store.find_job(key) == "geometry"
 
 
-def test_a_file_that_others_may_write_is_refused(file: Path) -> None:
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o604])
+def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) -> None:
     add_key(file, "geometry")
-    file.chmod(0o620)
+    file.chmod(0o640)  # a container's group reads its secrets
+    KeyStore.load(file)
+    file.chmod(mode)
     with pytest.raises(ConfigError, match="written by others; chmod go-w"):
         KeyStore.load(file)
 

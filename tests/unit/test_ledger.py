@@ -37,7 +37,7 @@ def checkpoint(run: Path, step: int, *trained: tuple[str, int]) -> None:
     folder = run / "checkpoints" / f"step_{step:06d}"
     folder.mkdir(parents=True)
     lines = [LedgerLine(group_id=group, step=of, policy_version=0) for group, of in trained]
-    write_run_state(folder, RunState(step=step, ledger=lines))
+    write_run_state(folder, RunState(step=step, ledger=lines), files={})
 
 
 def outcomes(books: Audit) -> dict[str, str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import resource
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,14 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.errors import InvalidInput, LimitExceeded
-from vaopd.run.checkpoints import LedgerLine, RunState, find_latest_checkpoint, load_run_state
+from vaopd.run.checkpoints import (
+    LedgerLine,
+    NoSoundCheckpoint,
+    RunState,
+    find_latest_checkpoint,
+    find_readable_checkpoint,
+    load_run_state,
+)
 from vaopd_trainer import checkpoint
 
 
@@ -140,3 +151,113 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_is_intact(tmp_path: Path) ->
         signal.signal(signal.SIGXFSZ, previous)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
     assert run.restore(saved).step == 2
+
+
+FILES = ("state.json", "ledger.jsonl", "student.safetensors", "optimizer.safetensors", "rng.safetensors")
+
+
+def save_two(folder: Path) -> tuple[Path, Path]:
+    run = Run()
+    saved = []
+    for step in (2, 4):
+        run.step()
+        saved.append(run.save(folder, step, keep=3))
+    return saved[0], saved[1]
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at % len(content)] ^= 4
+    file.write_bytes(content)
+
+
+def zero_half(file: Path, other: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "first byte": lambda file, other: flip(file, 0),
+    "a byte in the middle": lambda file, other: flip(file, file.stat().st_size // 2),
+    "last byte but one": lambda file, other: flip(file, -2),
+    "half of it zeroed": zero_half,
+    "the file of another step": lambda file, other: shutil.copy(other, file),
+    "missing": lambda file, other: file.unlink(),
+    "empty": lambda file, other: file.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_the_run_falls_back_aloud_to_the_newest_sound_checkpoint(
+    file: str, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newest = save_two(tmp_path)
+    before = {path.name: path.read_bytes() for path in older.iterdir()}
+    DAMAGES[damage](newest / file, older / file)
+    checkpoint.set_damaged_aside(tmp_path)
+    assert find_latest_checkpoint(tmp_path) == older
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == before
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert line.startswith(f"checkpoint {newest} can't be read (")
+    assert file in line
+    assert f"the run continues from {older.name}" in line
+    assert (tmp_path / "damaged_step_000004").is_dir()
+
+
+def test_no_byte_of_the_state_can_be_flipped_unnoticed(tmp_path: Path) -> None:
+    _, newest = save_two(tmp_path)
+    text = (newest / "state.json").read_bytes()
+    for at in range(len(text)):
+        flip(newest / "state.json", at)
+        with pytest.raises(InvalidInput, match="step_000004 can't be read"):
+            checkpoint.check(newest)
+        (newest / "state.json").write_bytes(text)
+    checkpoint.check(newest)
+
+
+def test_a_whole_checkpoint_in_another_ones_place_is_refused(tmp_path: Path) -> None:
+    older, newest = save_two(tmp_path)
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    with pytest.raises(InvalidInput, match=r"step_000004 can't be read \(state.json: it is of step 2\)"):
+        checkpoint.check(newest)
+
+
+def test_without_a_sound_one_the_run_does_not_begin_again(tmp_path: Path) -> None:
+    """However often a supervisor tries."""
+    for saved in save_two(tmp_path):
+        flip(saved / "student.safetensors", -2)
+    for _ in range(2):
+        with pytest.raises(NoSoundCheckpoint, match=r"none of the 2 checkpoints in .* is sound:\n.*004.*\n.*002.*\n"):
+            checkpoint.set_damaged_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002", "step_000004"]
+
+
+def test_a_damaged_one_is_no_reason_to_remove_the_sound_one_before_it(tmp_path: Path) -> None:
+    """With keep=1: what counts as the newest is what the next save keeps."""
+    older, newest = save_two(tmp_path)
+    (newest / "rng.safetensors").unlink()
+    checkpoint.set_damaged_aside(tmp_path)
+    saved = Run().save(tmp_path, 3, keep=1)
+    assert find_latest_checkpoint(tmp_path) == saved
+    assert not older.exists()
+
+
+def test_a_checkpoint_of_an_earlier_vaopd_is_accepted_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newest = save_two(tmp_path)
+    for saved in (older, newest):
+        values = json.loads((saved / "state.json").read_text())
+        (saved / "state.json").write_text(json.dumps({key: values[key] for key in ("step", "schedule", "teacher")}))
+    checkpoint.set_damaged_aside(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{newest} is of an earlier vaopd, without digests: damage in its tensors can't be noticed"
+    ]
+    assert load_run_state(newest).step == 4
+    with (older / "ledger.jsonl").open() as lines:
+        (newest / "ledger.jsonl").write_text(lines.read().replace('"step": 1', '"step": 4'))
+    assert find_readable_checkpoint(tmp_path) == older
+    with pytest.raises(InvalidInput, match=r"group train-000001-0000 of step 4, and state.json 4 steps"):
+        checkpoint.check(newest)

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import secrets
-import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from vaopd.errors import ConfigError, NotFound, Unauthenticated, Unavailable
 from vaopd.files.durable import atomic_file
+from vaopd.files.secret import read_secret
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class KeyStore:
 
     @classmethod
     def load(cls, path: str | Path) -> KeyStore:
-        """Reads the file. Raises ConfigError where it is missing, malformed, or writable by others."""
+        """Reads the file. Raises ConfigError where it is missing, malformed, or open to others."""
         return cls(Path(path))
 
     def __init__(self, path: Path) -> None:
@@ -150,12 +150,9 @@ def _index_by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
 
 
 def read_keys(path: Path) -> list[KeyEntry]:
-    """Reads the entries of a key file. Raises ConfigError where it is missing, malformed, or writable by others."""
+    """Reads the entries of a key file. Raises ConfigError where it is missing, malformed, or open to others."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise ConfigError(f"key file {str(path)!r} may be written by others; chmod go-w it")
-            text = file.read()
+        text = read_secret(path, what="key file")
     except OSError as error:
         raise ConfigError(
             f"key file {str(path)!r} can't be read ({error.strerror}); `vaopd keys add JOB --file FILE` makes one"

@@ -80,7 +80,7 @@ def _open_letters(arguments: argparse.Namespace) -> DeadLetters:
     job, url = arguments.job, arguments.url
     if arguments.run is not None:
         config = load_config(arguments.run / "config.toml")
-        job, url = job or config.run.name, url or config.queue.url
+        job, url = job or config.run.name, url or config.queue.find_url()
     if not job:
         raise ConfigError("no job is given; use --job JOB or --run RUN")
     return DeadLetters(url=url or URL, job=job, patience_s=5.0)

@@ -18,6 +18,7 @@ from typing import TypedDict
 import grpc
 
 from vaopd.errors import ConfigError
+from vaopd.files.secret import read_secret
 
 API_KEY_FILE, CA, CERT, KEY = "VAOPD_API_KEY_FILE", "VAOPD_TLS_CA", "VAOPD_TLS_CERT", "VAOPD_TLS_KEY"
 
@@ -60,6 +61,6 @@ def _read(environment: Mapping[str, str], name: str) -> bytes | None:
     if not (path := environment.get(name)):
         return None
     try:
-        return Path(path).read_bytes()
+        return read_secret(Path(path), what=name) if name in (API_KEY_FILE, KEY) else Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{name} = {path!r} can't be read ({error.strerror})") from None

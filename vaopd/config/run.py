@@ -8,6 +8,7 @@ overrides a field. Wrong keys, types and paths are named with the remedy. Import
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from fractions import Fraction as ExactFraction
 from pathlib import Path
@@ -19,6 +20,9 @@ from pydantic import Discriminator, Field
 
 from vaopd.config.old_names import Warn, accept_run_keys, warn_once
 from vaopd.config.toml import Section, apply_overrides, default_tag, read_toml, validate
+from vaopd.errors import ConfigError
+from vaopd.files.secret import read_secret
+from vaopd.net.passwords import add_password, split_password
 from vaopd.types import DEGRADATIONS, STRENGTH_MEANINGS, Degradation, DegradationKind
 
 if TYPE_CHECKING:
@@ -339,15 +343,54 @@ class EvaluationConfig(Section):
     """Sampling temperature (paper: 1); 0 = greedy."""
 
 
+QUEUE_PASSWORD, QUEUE_PASSWORD_FILE = "VAOPD_QUEUE_PASSWORD", "VAOPD_QUEUE_PASSWORD_FILE"
+"""The first is set by `vaopd up` for its processes; people name a file."""
+
+
 class QueueConfig(Section):
     """The queue between the trainer and the workers."""
 
     url: str = Field("redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://|^embedded$")
-    """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own."""
+    """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own. A password in it is never written down."""
+    password_file: Path | None = None
+    """The file with Redis's password, readable by its owner alone; also `VAOPD_QUEUE_PASSWORD_FILE`."""
     lease_s: float = Field(60, gt=0)
     """A worker or trainer that is silent for this long loses its work to another."""
     max_deliveries: int = Field(5, ge=1)
     """Deliveries after which an entry becomes a dead letter."""
+    _password: str | None = pydantic.PrivateAttr(None)
+
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _take_password(cls, values: Any, validate: pydantic.ModelWrapValidatorHandler[QueueConfig]) -> QueueConfig:
+        """Takes the password out of the URL, so that no dump, message or file holds it."""
+        password = None
+        if isinstance(values, dict) and isinstance(values.get("url"), str):
+            url, password = split_password(values["url"])
+            values = values | {"url": url}
+        section = validate(values)
+        if password is not None:
+            section._password = password
+        return section
+
+    @property
+    def own_password(self) -> str | None:
+        """The password that the configured URL held, for the environment of child processes."""
+        return self._password
+
+    def find_url(self) -> str:
+        """Returns the URL with the password, to open it with; the URL's own, else from file or environment.
+
+        Raises ConfigError for a file that can't be read, or is open to others.
+        """
+        password = self._password or os.environ.get(QUEUE_PASSWORD)
+        file = os.environ.get(QUEUE_PASSWORD_FILE) or self.password_file
+        if password is None and file:
+            try:
+                password = read_secret(Path(file), what="password file").decode().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"queue.password_file {str(file)!r} can't be read ({error})") from None
+        return add_password(self.url, password) if password else self.url
 
 
 class ApiConfig(Section):

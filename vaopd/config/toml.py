@@ -14,6 +14,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from vaopd.errors import ConfigError
+from vaopd.net.passwords import remove_passwords
 
 
 class Section(pydantic.BaseModel):
@@ -107,7 +108,7 @@ def _apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     key, separator, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not separator or len(parts) < 2:
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value")
+        raise ConfigError(f"--set {remove_passwords(override)!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -115,7 +116,7 @@ def _apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"--set {remove_passwords(override)!r}: {part!r} is a value, not a section")
     values[parts[-1]] = value
     return parts
 
@@ -158,7 +159,9 @@ def _describe(model: type[Section], error: Any) -> str:
     if error["type"] == "missing":
         return f"{key}: is required"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if error["type"] == "value_error" else f", got {error['input']!r}")
+    return f"{key}: {message}" + (
+        "" if error["type"] == "value_error" else remove_passwords(f", got {error['input']!r}")
+    )
 
 
 class _Place(NamedTuple):

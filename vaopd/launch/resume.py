@@ -16,7 +16,7 @@ from vaopd.config import Config, ignore, load_config
 from vaopd.errors import ConfigError, InvalidInput, NotFound
 from vaopd.files.durable import atomic_file
 from vaopd.run import settings
-from vaopd.run.checkpoints import find_latest_checkpoint, read_checkpoint, read_checkpoint_teacher
+from vaopd.run.checkpoints import find_readable_checkpoint, read_checkpoint, read_checkpoint_teacher
 from vaopd.run.settings import Changes
 from vaopd.run.status import read_status
 from vaopd.run.teacher import TeacherRecord, check_teacher
@@ -77,7 +77,7 @@ def write_launch(
 ) -> None:
     """Writes RUN/launch.json for a later `--resume RUN`."""
     addresses = {"teacher.address": config.teacher.address, "api.address": config.api.address}
-    if config.queue.url == "embedded":  # any other URL is in config.toml, and may hold a password
+    if config.queue.url == "embedded":  # any other URL is in config.toml
         addresses["queue.url"] = config.queue.url
     values = {
         "addresses": addresses,
@@ -106,7 +106,7 @@ def check_start(config: Config, *, resume: bool, accept_teacher: str | None, say
         )
     if not resume or not (folder / "config.toml").is_file():
         return Start(changes={})
-    newest = find_latest_checkpoint(folder / "checkpoints")
+    newest = find_readable_checkpoint(folder / "checkpoints")
     done = 0 if newest is None else read_checkpoint(newest)[0]
     changes = settings.check_resume(
         _dump(load_config(folder / "config.toml", warn=ignore)),
@@ -134,7 +134,7 @@ def check_same_teacher(
     The trainer compares again, with the LM head.
     """
     folder = config.run_folder
-    newest = find_latest_checkpoint(folder / "checkpoints")
+    newest = find_readable_checkpoint(folder / "checkpoints")
     known = None if newest is None else read_checkpoint_teacher(newest)
     found = TeacherRecord(
         model=description.model,

@@ -22,12 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaopd.config import Config, ignore, load_config, load_service_config
+from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.launch.teacher import check_credentials, describe_teacher
+from vaopd.net.passwords import remove_passwords
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
+from vaopd.run.owner import LAUNCHER, UP, own
 from vaopd.run.status import StatusWriter
 
 TEACHER_TIMEOUT_S = 1800.0  # a 32B teacher is read from disk first
@@ -85,8 +88,8 @@ def up(
     else:
         _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
-    write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
-    with StatusWriter(folder, role="vaopd up") as status:
+    with own(folder, UP), StatusWriter(folder, role="vaopd up") as status:
+        write_launch(config, teacher=options.teacher, service=options.service, gpus=options.gpus)
         status.write("starting")
         try:
             with Supervisor(logs=folder / "logs", say=say, show=show) as supervisor:
@@ -167,7 +170,8 @@ class _Launch:
     def _start_workers(self) -> None:
         from vaopd.queue import TrainerQueue
 
-        url = load_config(self._options.config_path, self._overrides).queue.url
+        settings = load_config(self._options.config_path, self._overrides).queue
+        url = settings.url if self._config.queue.url == "embedded" else settings.find_url()
         # Only to ask which workers are alive; without patience, since the supervisor asks again anyway.
         queue = TrainerQueue(url=url, job=self._config.run.name, patience_s=0.0)
         devices = self._options.gpus.get("rollout", ())
@@ -312,7 +316,8 @@ def locate_targets_file(config: Config) -> Path:
 
 def make_service_argv(role: str, config_path: Path, overrides: Sequence[str], *arguments: str) -> tuple[str, ...]:
     """Returns the command line of one service's process."""
-    settings = [part for override in overrides for part in ("--set", override)]
+    # Every account of the host can read a command line; `make_environment` passes the password.
+    settings = [part for override in overrides for part in ("--set", remove_passwords(override))]
     return (sys.executable, "-m", f"vaopd_{role}", "--config", str(config_path), *settings, *arguments)
 
 
@@ -324,6 +329,11 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     processes = 1 + config.trainer.processes + config.rollout.workers
     added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     added = {key: value for key, value in added.items() if key not in os.environ}
+    added[LAUNCHER] = str(os.getpid())
+    if config.queue.own_password is not None:
+        added[QUEUE_PASSWORD] = config.queue.own_password
+    elif config.queue.url == "embedded":  # it has none
+        added |= {QUEUE_PASSWORD: "", QUEUE_PASSWORD_FILE: ""}
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices
     return added

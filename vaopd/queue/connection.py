@@ -53,6 +53,14 @@ def find_problem(url: str) -> str | None:
     Quick, and nothing is sent: for a look before a process starts.
     """
     parts = urlsplit(url)
+    if parts.scheme == "unix":
+        try:
+            with socket.socket(socket.AF_UNIX) as tried:
+                tried.settimeout(PROBE_TIMEOUT_S)
+                tried.connect(parts.path)
+        except OSError as error:
+            return f"no Redis listens on {parts.path} ({error.strerror or error}); start it with --unixsocket"
+        return None
     if parts.scheme not in ("redis", "rediss"):
         return None
     try:
@@ -103,18 +111,21 @@ class Connection:
         try:
             # For messages: without the user and password that a URL may hold.
             parts = urlsplit(url)
-            self.where = f"{parts.hostname}:{parts.port or 6379}"
+            unix = parts.scheme == "unix"
+            self.where = parts.path if unix else f"{parts.hostname}:{parts.port or 6379}"
             self.redis: Any = redis.Redis.from_url(
                 url,
                 protocol=2,  # replies keep their shape if redis-py's default changes
                 socket_timeout=SOCKET_TIMEOUT_S,
                 socket_connect_timeout=SOCKET_TIMEOUT_S,
-                socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
+                **({} if unix else {"socket_keepalive": True}),
             )
-        except ValueError as error:
+        except ValueError:
             raise ConfigError(
-                f"the Redis URL can't be used ({error}); write redis://HOST:PORT/0 or rediss://…"
+                # Never the library's message: of a malformed URL it may quote the password.
+                "the Redis URL can't be used; write redis://HOST:PORT/0, rediss://… or unix:///PATH, and the password, "
+                "percent-encoded, in it or in queue.password_file"
             ) from None
         self.key = {name: f"vaopd:{{{job}}}:{name}" for name in scripts.KEY_NAMES}
         self._scripts: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vaopd.errors import InvalidInput, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
@@ -77,8 +78,20 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         smoothing_steps=plots.SMOOTHING_STEPS,
         full_colour_nats=FULL_COLOUR_NATS,
         comparison=_compare(runs, band=band) if len(runs) > 1 else None,
-        runs=[_describe(run) for run in runs],
+        runs=[_describe_or_name(run) for run in runs],
     )
+
+
+def _describe_or_name(run: Run) -> dict[str, Any]:
+    try:
+        return _describe(run)
+    except VaopdError:
+        raise
+    except Exception as error:
+        # Records that have their types, and still can't be drawn: the run is named, and no other one is at fault.
+        raise InvalidInput(
+            f"the records of run {run.folder} can't be shown ({error!r}); repair or remove them"
+        ) from error
 
 
 def content_security_policy(*, live: bool) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vaopd.files.plain import MIB
 from vaopd.run.json_lines import read_json_lines
 from vaopd.run.records import Run
 from vaopd.scoring.views import make_views
@@ -24,6 +26,7 @@ from vaopd.types import Degradation, EncodedImage
 GROUPS_SHOWN = 3  # of each step
 FULL_COLOUR_NATS = 1.0  # the VA from which a token has the full colour
 SHOWN_PX = 512  # the longer side of an image in the page
+SAMPLES_BYTES = 512 * MIB  # of samples.jsonl, in seconds; what is shown of it is a few lines
 Rollout = Mapping[str, Any]
 
 
@@ -64,9 +67,10 @@ def select_groups(run: Run) -> list[tuple[int, list[ShownGroup]]]:
     """Returns the first and last step with samples, with up to GROUPS_SHOWN groups each, images first."""
     path = run.folder / "samples.jsonl"
     steps: dict[int, dict[str, list[Rollout]]] = defaultdict(lambda: defaultdict(list))
-    if path.exists():
-        for _, line in read_json_lines(path):
-            steps[line["step"]][line["group_id"]].append(line)
+    for _, line in read_json_lines(path, limit_bytes=SAMPLES_BYTES) if os.path.lexists(path) else ():
+        steps[line["step"]][line["group_id"]].append(line)
+        if len(steps) > 2:  # neither the first nor the last is kept
+            del steps[sorted(steps)[1]]
     shown = []
     for step in dict.fromkeys((min(steps), max(steps))) if steps else ():
         groups = sorted(steps[step].values(), key=lambda group: _find_image(group) is None)

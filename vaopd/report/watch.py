@@ -7,6 +7,7 @@ that is drawn over itself in a terminal; elsewhere one line after each step. End
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import statistics
 import time
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TextIO
 
 from vaopd.errors import NotFound
+from vaopd.files.plain import read_end
 from vaopd.run.records import Evaluation, Run, read_run
 from vaopd.telemetry.progress_line import format_duration
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
+LAST_BYTES = 64 * 2**10  # of a log, for its last line
 QUIET_S = 120.0  # a step that takes longer than this, and three times as long as usual, is mentioned
 CURVES = (
     ("loss", "loss"),
@@ -71,9 +74,9 @@ def watch(
 
 def _read_begun(folder: Path) -> Run | None:
     """Returns the run, once it has taken a step or has ended; None before."""
-    if (folder / "metrics.jsonl").exists():
+    if os.path.lexists(folder / "metrics.jsonl"):
         return read_run(folder)
-    run = read_run(folder) if (folder / "config.toml").exists() else None
+    run = read_run(folder) if os.path.lexists(folder / "config.toml") else None
     return run if run is not None and run.status is not None and not run.may_continue else None
 
 
@@ -81,7 +84,10 @@ def describe_start(folder: Path) -> list[str]:
     """Returns the lines before the first step: the last line that each process logged."""
     lines = [f"{folder.resolve().name}: no step yet; its processes' logs are in {folder / 'logs'}"]
     for log in sorted((folder / "logs").glob("*.log")):
-        text = log.read_text(errors="replace").rstrip().splitlines()
+        try:
+            text = read_end(log, most_bytes=LAST_BYTES).rstrip().splitlines()
+        except OSError as error:
+            text = [f"can't be read ({error.strerror})"]
         if text:
             lines.append(f"  {log.stem:<10} {text[-1].strip()}")
     return lines

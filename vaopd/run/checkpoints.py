@@ -1,9 +1,16 @@
-"""Finds a run's checkpoints; reads and writes their state.json and ledger.jsonl. Torch-free."""
+"""Finds a run's checkpoints; reads and writes their state.json and ledger.jsonl. Torch-free.
+
+state.json holds digests of the checkpoint's other files and, as `sha256`, of itself: what was damaged since it was
+written is refused by name. A checkpoint of an earlier vaopd has none.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +19,8 @@ from vaopd.errors import InvalidInput
 from vaopd.run.teacher import TeacherRecord, read_teacher
 
 FILE = "ledger.jsonl"
+STATE_FILE = "state.json"
+_STEP = re.compile(r"step_\d{6,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +34,8 @@ class LedgerLine:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the complete checkpoints of RUN/checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+    """Returns the checkpoints of RUN/checkpoints, oldest first; one that has lost its files, too."""
+    return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=lambda path: path.name)
 
 
 def find_latest_checkpoint(folder: Path) -> Path | None:
@@ -34,15 +43,85 @@ def find_latest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(list_checkpoints(folder)), None)
 
 
+def find_readable_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest checkpoint with a sound state and ledger, None where no checkpoint exists.
+
+    The trainer also checks the tensors. Raises InvalidInput when there are checkpoints and none can be read.
+    """
+    found = list_checkpoints(folder)
+    reasons = []
+    for path in reversed(found):
+        try:
+            read_checkpoint(path)
+        except DamagedCheckpoint as error:
+            reasons.append(error.reason)
+        else:
+            return path
+    if found:
+        raise NoSoundCheckpoint(folder, reasons)
+    return None
+
+
+class DamagedCheckpoint(InvalidInput):
+    """A file of a checkpoint is missing, or is not as it was written."""
+
+    def __init__(self, checkpoint: Path, reason: object) -> None:
+        """reason: which file, and how."""
+        self.reason = f"{checkpoint} can't be read ({reason})"
+        super().__init__(f"checkpoint {self.reason}; remove that folder to resume from the one before it")
+
+
+class NoSoundCheckpoint(InvalidInput):
+    """A run has checkpoints, and each is damaged."""
+
+    def __init__(self, folder: Path, reasons: list[str]) -> None:
+        """reasons: one for each checkpoint."""
+        lines = "".join(f"\n  {reason}" for reason in reasons)
+        super().__init__(
+            f"none of the {len(reasons)} checkpoints in {folder} is sound:{lines}\n"
+            "  Copy one back from a backup, or begin a new run: --set run.name=NAME"
+        )
+
+
 def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
     """Returns the number of steps taken and the groups that they trained; raises InvalidInput on a damaged file."""
+    values = read_state(checkpoint)
+    step = values["step"]
     try:
-        step = json.loads((checkpoint / "state.json").read_text())["step"]
-        return step, [LedgerLine(**json.loads(line)) for line in (checkpoint / FILE).read_text().splitlines()]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InvalidInput(
-            f"checkpoint {checkpoint} can't be read ({error}); remove that folder to resume from the one before it"
-        ) from None
+        text = (checkpoint / FILE).read_bytes()
+        if "ledger" in values and hashlib.sha256(text).hexdigest() != values["ledger"]:
+            raise ValueError("it is not the one that was written with its state.json")
+        lines = [LedgerLine(**json.loads(line)) for line in text.decode().splitlines()]
+        for line in lines:
+            if not 0 <= line.step < step:
+                raise ValueError(f"it has group {line.group_id} of step {line.step}, and state.json {step} steps")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DamagedCheckpoint(checkpoint, f"{FILE}: {error}") from None
+    return step, lines
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns state.json's table, with an int as `step`; raises InvalidInput for a damaged one.
+
+    `files` is missing in a checkpoint of an earlier vaopd, which has no digests.
+    """
+    try:
+        values = json.loads((checkpoint / STATE_FILE).read_bytes())
+        if not isinstance(values, dict) or type(values.get("step")) is not int:
+            raise ValueError("it has no step")
+        # Without either it is of an earlier vaopd. A single damaged byte doesn't remove both.
+        if ("files" in values or "sha256" in values) and values.pop("sha256", None) != _digest(values):
+            raise ValueError("it is not as it was written")
+        if checkpoint.name != make_name(values["step"]) and _STEP.fullmatch(checkpoint.name):
+            raise ValueError(f"it is of step {values['step']}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DamagedCheckpoint(checkpoint, f"{STATE_FILE}: {error}") from None
+    return values
+
+
+def make_name(step: int) -> str:
+    """Returns the name of a checkpoint's folder."""
+    return f"step_{step:06d}"
 
 
 @dataclass(kw_only=True)
@@ -61,30 +140,34 @@ class RunState:
         return lines[::-1]
 
 
-def write_run_state(folder: Path, state: RunState) -> None:
-    """Writes state.json and ledger.jsonl into a checkpoint's folder."""
-    values = {"step": state.step, "schedule": state.schedule, "teacher": state.teacher and asdict(state.teacher)}
-    (folder / "state.json").write_text(json.dumps(values, indent=1))
-    (folder / FILE).write_text("".join(json.dumps(asdict(line)) + "\n" for line in state.ledger))
+def write_run_state(folder: Path, state: RunState, *, files: Mapping[str, str]) -> None:
+    """Writes state.json and ledger.jsonl into a checkpoint's folder; files: digests of the others, by name."""
+    ledger = "".join(json.dumps(asdict(line)) + "\n" for line in state.ledger).encode()
+    (folder / FILE).write_bytes(ledger)
+    values = {
+        "step": state.step,
+        "schedule": state.schedule,
+        "teacher": state.teacher and asdict(state.teacher),
+        "files": dict(files),
+        "ledger": hashlib.sha256(ledger).hexdigest(),
+    }
+    (folder / STATE_FILE).write_text(json.dumps(values | {"sha256": _digest(values)}, indent=1))
 
 
 def load_run_state(checkpoint: Path) -> RunState:
     """Reads what `write_run_state` wrote; raises InvalidInput when it is missing or damaged."""
     step, lines = read_checkpoint(checkpoint)
-    values = json.loads((checkpoint / "state.json").read_text())
-    schedule = values.get("schedule")
+    schedule = read_state(checkpoint).get("schedule")
     if not isinstance(schedule, dict):
-        raise InvalidInput(
-            f"checkpoint {checkpoint} can't be read (no schedule in its state.json); remove that folder to resume from "
-            "the one before it"
-        )
+        raise DamagedCheckpoint(checkpoint, f"{STATE_FILE} has no schedule")
     return RunState(step=step, schedule=schedule, teacher=read_checkpoint_teacher(checkpoint), ledger=lines)
 
 
 def read_checkpoint_teacher(checkpoint: Path) -> TeacherRecord | None:
     """Returns the teacher that a checkpoint names; None for one of an earlier vaopd."""
-    try:
-        teacher = json.loads((checkpoint / "state.json").read_text()).get("teacher")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidInput(f"checkpoint {checkpoint} can't be read ({error})") from None
-    return None if teacher is None else read_teacher(teacher, origin=str(checkpoint / "state.json"))
+    teacher = read_state(checkpoint).get("teacher")
+    return None if teacher is None else read_teacher(teacher, origin=str(checkpoint / STATE_FILE))
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -7,8 +7,9 @@ also while the run continues.
 from __future__ import annotations
 
 import itertools
-import math
+import os
 import statistics
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import InvalidInput
+from vaopd.net.passwords import remove_passwords
 from vaopd.run.json_lines import read_json_lines, read_text
 from vaopd.run.settings import read_history
 from vaopd.run.status import RunStatus, read_status
@@ -172,18 +174,19 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Reads a run's folder; raises NotFound, or InvalidInput that names the file and line."""
-    config_text = read_text(folder / "config.toml")
+    config_text = remove_passwords(read_text(folder / "config.toml"))  # an earlier vaopd wrote them down
     try:
         config = tomllib.loads(config_text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{folder / 'config.toml'} is not valid TOML: {error}") from None
+    _check_config(config, folder / "config.toml")
     train, evaluations, without_accuracy = [], [], []
     metrics = folder / "metrics.jsonl"
     # A run that has just been started has no metrics yet.
-    for where, line in read_json_lines(metrics) if metrics.exists() else ():
+    for where, line in read_json_lines(metrics) if os.path.lexists(metrics) else ():
         if line.get("kind") == "eval" and "accuracy" in line and line["accuracy"] is None:
             step = int(_read_number(line, "step", where))
-            without_accuracy.append(NoAccuracy(step=step, not_asked=_read_counts(line)))
+            without_accuracy.append(NoAccuracy(step=step, not_asked=_read_counts(line, where)))
         elif line.get("kind") == "eval":
             evaluations.append(_read_evaluation(line, where))
         elif line.get("kind") == "train":
@@ -202,8 +205,36 @@ def read_run(folder: Path) -> Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a record is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether a value of a record is a finite number that a float can hold."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raises InvalidInput unless all are tables, and what a `Run` reads of them has its type."""
+    for section, values in config.items():
+        if not isinstance(values, dict):
+            raise InvalidInput(f"{path}: {section} is {_shorten(values)}; it must be a table")
+    for section, key, kind, least in _READ:
+        value = config.get(section, {}).get(key)
+        if value is not None and (type(value) is not kind or (isinstance(value, int) and not least <= value < 2**53)):
+            bound = f" from {least} on" if kind is int else ""
+            raise InvalidInput(f"{path}: {section}.{key} is {_shorten(value)}; it must be {kind.__name__}{bound}")
+
+
+_READ: tuple[tuple[str, str, type, int], ...] = (
+    ("run", "seed", int, 0),
+    ("objective", "variant", str, 0),
+    ("objective", "token_score", str, 0),
+    ("trainer", "steps", int, 1),
+    ("evaluation", "every", int, 0),
+)
+
+
+def _shorten(value: Any) -> str:
+    try:
+        return repr(value)[:100]
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return f"a large {type(value).__name__}"
 
 
 def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
@@ -213,19 +244,21 @@ def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
         standard_error=_read_number(line, "standard_error", where),
         prompts=int(_read_number(line, "prompts", where)),
         samples=int(_read_number(line, "samples", where)),
-        not_judged=int(line.get("not_judged", 0)),
-        not_asked=_read_counts(line),
+        not_judged=int(_read_number({"not_judged": 0} | line, "not_judged", where)),
+        not_asked=_read_counts(line, where),
         judge=str(line.get("judge", "")),
     )
 
 
-def _read_counts(line: dict[str, Any]) -> dict[str, int]:
+def _read_counts(line: dict[str, Any], where: str) -> dict[str, int]:
     counts = line.get("not_asked")  # missing in a run of an earlier vaopd
-    return {str(reason): int(count) for reason, count in counts.items()} if isinstance(counts, dict) else {}
+    if not isinstance(counts, dict):
+        return {}
+    return {str(reason): int(_read_number(counts, reason, where)) for reason in counts}
 
 
 def _read_number(line: dict[str, Any], key: str, where: str) -> float:
     value = line.get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidInput(f"{where}: {key} is {value!r}; it must be a finite number")
-    return value
+    if isinstance(value, int | float) and is_number(value):
+        return value
+    raise InvalidInput(f"{where}: {key} is {_shorten(value)}; it must be a finite number")

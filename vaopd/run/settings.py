@@ -17,11 +17,12 @@ A line of settings.jsonl, one for each start of the trainer:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vaopd.errors import ConfigError
+from vaopd.errors import ConfigError, InvalidInput
 from vaopd.files.durable import atomic_file
 from vaopd.run.json_lines import read_json_lines
 
@@ -49,7 +50,7 @@ FIXED = (
 """Keys and whole sections that a resume may not change: objective, data, seed, batch, models, evaluation."""
 OF_THE_TEACHER = ("teacher.model", "teacher.dtype")
 """Those of `FIXED` that change with a teacher that is accepted."""
-PLACES = ("run.name", "run.folder", "teacher.address", "queue.url", "api.address")
+PLACES = ("run.name", "run.folder", "teacher.address", "queue.url", "queue.password_file", "api.address")
 """Addresses and folders."""
 MACHINE = (
     *PLACES,
@@ -133,9 +134,22 @@ def append(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of RUN/settings.jsonl; none for a run that was never begun, or by an earlier vaopd."""
-    path = folder / FILE
-    return [line for _, line in read_json_lines(path)] if path.is_file() else []
+    """Returns the lines of RUN/settings.jsonl; none for a run that was never begun, or by an earlier vaopd.
+
+    Raises InvalidInput for a line of another form.
+    """
+    path, lines = folder / FILE, []
+    for where, line in read_json_lines(path) if os.path.lexists(path) else ():
+        changes, teacher = line.get("changes", {}), line.get("teacher", {"revision": ""})
+        pairs = list(changes.values()) if isinstance(changes, dict) else [None]
+        if (
+            type(line.get("step")) is not int
+            or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+            or not (isinstance(teacher, dict) and "revision" in teacher)
+        ):
+            raise InvalidInput(f"{where} is no start of a run: step, changes and teacher have other types")
+        lines.append(line)
+    return lines
 
 
 def _show(value: Any) -> str:

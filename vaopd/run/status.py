@@ -25,6 +25,7 @@ from typing import Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, VaopdError
 from vaopd.files.durable import atomic_file
+from vaopd.files.plain import read_plain
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def read_status(folder: Path, *, now_s: float | None = None) -> RunStatus | None
     A run whose writer is gone is "failed", with the time for which nothing was heard of it.
     """
     try:
-        text = (folder / FILE).read_text()
+        text = read_plain(folder / FILE)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -90,6 +91,15 @@ def read_status(folder: Path, *, now_s: float | None = None) -> RunStatus | None
     else:
         return status
     return replace(status, state="failed", reason=reason)
+
+
+def is_silent(folder: Path) -> bool:
+    """Returns whether a run at work has shown no sign of life for longer than its lease."""
+    try:
+        status = _parse(read_plain(folder / FILE), folder / FILE)
+    except (OSError, UnicodeDecodeError, InvalidInput):
+        return False
+    return status.alive and time.time() - status.seen_s > status.lease_s
 
 
 class StatusWriter:
@@ -118,7 +128,7 @@ class StatusWriter:
             self._silent = self._before.state == "running"
         # Shared: `up` and the trainer both live, and a trainer that replaces a frozen one must not wait for it.
         with contextlib.suppress(OSError):  # a file system without locks: then the lease alone decides
-            self._lock = os.open(self._folder / LOCK, os.O_RDONLY | os.O_CREAT, 0o644)
+            self._lock = os.open(self._folder / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
         return self
 
@@ -148,8 +158,8 @@ class StatusWriter:
         "failed" with a reason: the launcher has stopped it, because another process couldn't be kept alive.
         """
         try:
-            written = _parse((self._folder / FILE).read_text(), self._folder / FILE)
-        except (OSError, InvalidInput):
+            written = _parse(read_plain(self._folder / FILE), self._folder / FILE)
+        except (OSError, UnicodeDecodeError, InvalidInput):
             written = self._status
         if not (written.alive or (reason and written.state == "stopped")):
             return
@@ -216,7 +226,7 @@ def _parse(text: str, path: Path) -> RunStatus:
             seen_s=float(values["seen_s"]),
             lease_s=float(values["lease_s"]),
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InvalidInput(f"{path} is not a run's status ({error!r}); remove the file") from None
     if status.state not in STATES:
         raise InvalidInput(f"{path}: state is {status.state!r}, not one of {', '.join(STATES)}")
@@ -226,7 +236,7 @@ def _parse(text: str, path: Path) -> RunStatus:
 def _is_free(path: Path) -> bool:
     """Returns whether no process of this host holds the lock; False when that can't be known."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe
     except OSError:
         return False
     try:

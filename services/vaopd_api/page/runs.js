@@ -22,13 +22,14 @@ function row(run) {
         showError(error);
       }
     });
-  const steps = run.steps_planned === null ? String(run.steps_done) : `${run.steps_done} of ${run.steps_planned}`;
+  const broken = run.steps_done === null; // its folder can't be read: there is no report
+  const steps = broken ? "" : run.steps_planned === null ? String(run.steps_done) : `${run.steps_done} of ${run.steps_planned}`;
   return h(
     "tr",
     {},
-    h("th", { scope: "row" }, link),
-    h("td", {}, run.objective),
-    h("td", {}, String(run.seed)),
+    h("th", { scope: "row" }, broken ? run.name : link),
+    h("td", {}, run.objective ?? ""),
+    h("td", {}, broken ? "" : String(run.seed)),
     h("td", {}, steps),
     h("td", run.reason ? { title: run.reason } : {}, run.state, ...(run.reason ? [h("small", {}, ` ${run.reason.split("\n")[0]}`)] : [])),
     accuracy(run.accuracy_before, run.judge_before),

@@ -227,7 +227,7 @@ class _Trainer:
         self._ledger.sync()
         with atomic_folder(self._checkpoints / f"step_{step:06d}") as part:
             (part / "weights.txt").write_text(self._weights)
-            write_run_state(part, self._state)
+            write_run_state(part, self._state, files={})
         for old in list_checkpoints(self._checkpoints)[:-2]:
             shutil.rmtree(old)
         self._ledger.write("checkpoint", step=step)

@@ -1,0 +1,119 @@
+"""Redis's password is nowhere that others can read: not in a dump, a command line, a message or a report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import make_run
+from vaopd.config import load_config, to_toml
+from vaopd.errors import ConfigError
+from vaopd.launch.up import make_environment, make_service_argv
+from vaopd.net.passwords import add_password, remove_passwords, split_password
+from vaopd.queue.connection import Connection, find_problem
+from vaopd.run.records import read_run
+
+MINIMAL = """
+[run]
+name = "test"
+[data]
+source = "unused"
+[student]
+model = "unused"
+[teacher]
+model = "unused"
+[trainer]
+steps = 1
+"""
+URLS = (
+    "redis://me:s3cret%2F@db:6380/1",
+    "redis://:s3cret%2F@db:6380/1",
+    "rediss://db:6380/1?password=s3cret%2F",
+    "unix://:s3cret%2F@/run/redis.sock?db=1",
+    "unix:///run/redis.sock?password=s3cret%2F&db=1",
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    return tmp_path / "run.toml"
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_password_in_the_url_reaches_redis_and_nothing_else(url: str, file: Path) -> None:
+    config = load_config(file, [f"queue.url={url}"])
+    argv = make_service_argv("trainer", file, [f"queue.url={url}", f'queue.url="{url}"'])
+    for shown in (to_toml(config), repr(config), str(config.model_dump()), " ".join(argv)):
+        assert "s3cret" not in shown
+    assert make_environment(config, devices=None)["VAOPD_QUEUE_PASSWORD"] == "s3cret/"
+    connection = Connection(url=config.queue.find_url(), job="test", patience_s=0.0)
+    assert connection.redis.connection_pool.connection_kwargs["password"] == "s3cret/"
+    assert "s3cret" not in connection.where
+
+
+def test_a_child_finds_the_password_in_its_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = load_config(file, [f"queue.url={URLS[0]}"])
+    argv = make_service_argv("trainer", file, [f"queue.url={URLS[0]}"])
+    monkeypatch.setattr(os, "environ", os.environ | make_environment(parent, devices=None))
+    child = load_config(file, [argv[argv.index("--set") + 1]])
+    assert child.queue.url == "redis://me@db:6380/1"
+    assert child.queue.find_url() == URLS[0]
+
+
+@pytest.mark.parametrize("by", ["the configuration", "the environment"])
+def test_a_file_holds_the_password(by: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = file.with_name("redis.password")
+    secret.write_text("s3cret/\n")
+    secret.chmod(0o600)
+    overrides = ["queue.url=redis://db:6380/1"]
+    if by == "the configuration":
+        overrides.append(f"queue.password_file={secret}")
+    else:
+        monkeypatch.setenv("VAOPD_QUEUE_PASSWORD_FILE", str(secret))
+    config = load_config(file, overrides)
+    assert config.queue.find_url() == "redis://:s3cret%2F@db:6380/1"
+    assert "s3cret" not in to_toml(config)
+    secret.chmod(0o644)
+    with pytest.raises(
+        ConfigError, match=rf"password file '{secret}' has mode 0644 and may be .*; chmod go-w,o-r {secret}"
+    ):
+        config.queue.find_url()
+    secret.unlink()
+    with pytest.raises(ConfigError, match="can't be read"):
+        config.queue.find_url()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:s3cret@db/0", "redis://me:s3cret@db:port/0", "redis://[me:s3cret@db", "s3cret://x:s3cret@"]
+)
+def test_no_message_about_a_wrong_url_quotes_the_password(url: str, file: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Connection(url=load_config(file, [f"queue.url={url}"]).queue.find_url(), job="test", patience_s=0.0)
+    assert ":s3cret" not in str(refused.value)
+
+
+def test_the_report_of_an_old_run_shows_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with (run / "config.toml").open("a") as config:
+        config.write(f'[queue]\nurl = "{URLS[0]}"\n')
+    found = read_run(run)
+    assert found.config["queue"]["url"] == "redis://me@db:6380/1"
+    assert "s3cret" not in found.config_text
+
+
+def test_a_url_comes_together_as_it_was_split() -> None:
+    assert split_password("redis://db/0") == ("redis://db/0", None)
+    assert split_password(URLS[0]) == ("redis://me@db:6380/1", "s3cret/")
+    assert add_password("redis://me@db:6380/1", "s3cret/") == URLS[0]
+    assert add_password("unix:///run/redis.sock", "a b") == "unix://:a%20b@/run/redis.sock"
+    assert remove_passwords("no address: at all") == "no address: at all"
+
+
+def test_a_socket_on_which_nothing_listens_is_named(tmp_path: Path) -> None:
+    assert f"no Redis listens on {tmp_path / 'none'}" in (find_problem(f"unix://{tmp_path / 'none'}") or "")
+    connection = Connection(url="unix:///run/redis.sock?db=1", job="test", patience_s=0.0)
+    assert connection.where == "/run/redis.sock"
+    connection.redis.connection_pool.make_connection()  # takes the options that it is given

@@ -1,0 +1,27 @@
+"""Reads files that hold secrets, and refuses those that other accounts may read or change, as SSH does."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from vaopd.errors import ConfigError
+
+_OPEN = stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
+"""A group may read: containers get their secrets so."""
+
+
+def read_secret(path: Path, *, what: str) -> bytes:
+    """Returns a file's content. Raises ConfigError, with the chmod to do, for one that is open to others; OSError.
+
+    what: the file's part in messages, such as "key file".
+    """
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if mode & _OPEN:
+            raise ConfigError(
+                f"{what} {str(path)!r} has mode {stat.S_IMODE(mode):04o} and may be read or written by others; "
+                f"chmod go-w,o-r {path}"
+            )
+        return file.read()
