@@ -140,11 +140,13 @@ def damage(file: Path) -> None:
 def test_a_frozen_trainer_that_lost_its_job_is_refused_when_it_wakes(system: System, undisturbed: Job) -> None:
     """Another one has finished the run meanwhile. Before it is frozen, another one is refused at once."""
     job = system.job("frozen-trainer", **SETTINGS)
-    frozen, worker = job.start_trainer(), job.start_worker()
-    job.until("the third step is done", lambda: len(job.records()) >= 3, frozen, worker)
-    second = job.start_trainer(resume=True)
+    frozen = job.start_trainer()
+    job.until("it owns the folder", lambda: (job.folder / "trainer.lock").exists(), frozen)
+    second = job.start_trainer(resume=True)  # meanwhile the first waits: no worker answers it
     assert second.exit_code() == 2
     assert re.search(r"is in use by trainer, process \d+ on \S+, since .*; `vaopd watch", second.text())
+    worker = job.start_worker()
+    job.until("the third step is done", lambda: len(job.records()) >= 3, frozen, worker)
     frozen.send(signal.SIGSTOP)
     job.finished(job.start_trainer(resume=True))
     worker.kill()

@@ -161,6 +161,7 @@ def as_run(command: str, teacher: str, api: str) -> str:
         r"^(vaopd up .*run\.name=(baseline|second|top-k)\b.*)": r"\1 --dry-run",
         r"^(vaopd up .*--metrics-port) \d+": r"\1 0 --dry-run",
         r"^(vaopd up .*run\.name=first\b(?!.*--dry-run).*)": r"\1 --metrics-port 0",
+        r"--resume runs/[\w-]+": "--resume runs/first",  # a copy of it under another name is refused
         r"^ *vaopd demo --variant va_opd .*\n": "",
     }
     for pattern, replacement in changes.items():
