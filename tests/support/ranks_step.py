@@ -62,6 +62,9 @@ class Coordinator:
     def give_up(self, refused: Iterator[Any]) -> None:
         assert not list(refused)
 
+    def finish_evaluation(self) -> None:
+        """There is none."""
+
     def record(self, step: int, sums: Sequence[dict[str, float] | None], *rest: Any, **more: Any) -> None:
         self.numbers = average_ranks(sums)
 

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
+from vaopd.process.extras import require
 from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
     read_service_config(arguments, quiet=not arguments.dry_run)
     if arguments.dry_run:
         return dry_run(config, NEEDS[role], offline=arguments.offline)
+    require(role)  # before a check needs one of its packages
     # The service reports a taken port itself: it may be free again by the time the service listens.
     check(config, [need for need in NEEDS[role] if not need.endswith("port") and need != "later teacher"])
     if role == "trainer":
