@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_a_trainer_refuses_a_teacher_that_can_t_compute_what_its_objective_needs
             }
         )
         with pytest.raises(Mismatch, match=f"can't compute {DIVERGENCE}, which objective.token_score needs"):
-            connect_teacher(config, tiny_vlm(), stack)
+            connect_teacher(config, tiny_vlm(), stack, threading.Event())
 
 
 def test_the_api_answers_with_the_columns_that_were_asked_for(api: Api, teacher: TeacherInProcess) -> None:
