@@ -144,6 +144,7 @@ def test_a_killed_run_continues_with_each_question_and_sample_once(tmp_path: Pat
             [sys.executable, "-m", "vaopd.cli", *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
         try:
+            wait_until("two requests wait", lambda: count == 17)
             wait_until("15 answers are stored", lambda: file.exists() and file.read_bytes().count(b"\n") == 15)
         finally:
             process.send_signal(signal.SIGKILL)

@@ -45,7 +45,8 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[PolicyVersion]:
 
 @pytest.fixture
 def trainer(redis_server, job) -> Iterator[TrainerQueue]:
-    with closing(TrainerQueue(url=redis_server.url, job=job)) as queue:
+    # Nothing here renews the lease, and a worker may take a minute to start on a busy machine.
+    with closing(TrainerQueue(url=redis_server.url, job=job, lease_s=600)) as queue:
         queue.acquire()
         yield queue
 
