@@ -10,6 +10,20 @@ from typing import Any
 
 from PIL import Image
 
+MINIMAL = """
+[run]
+name = "test"
+[data]
+source = "unused"
+[student]
+model = "unused"
+[teacher]
+model = "unused"
+[trainer]
+steps = 1
+"""
+"""The keys that a configuration must have; nothing that they name is there."""
+
 
 def jpeg() -> str:
     file = io.BytesIO()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import make_run
+from tests.support.runs import MINIMAL, make_run
 from vaopd.config import load_config, to_toml
 from vaopd.errors import ConfigError
 from vaopd.launch.up import make_environment, make_service_argv
@@ -15,18 +15,6 @@ from vaopd.net.passwords import add_password, remove_passwords, split_password
 from vaopd.queue.connection import Connection, find_problem
 from vaopd.run.records import read_run
 
-MINIMAL = """
-[run]
-name = "test"
-[data]
-source = "unused"
-[student]
-model = "unused"
-[teacher]
-model = "unused"
-[trainer]
-steps = 1
-"""
 URLS = (
     "redis://me:s3cret%2F@db:6380/1",
     "redis://:s3cret%2F@db:6380/1",

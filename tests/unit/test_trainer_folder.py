@@ -6,22 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import MINIMAL
 from vaopd.config import load_config
 from vaopd.errors import ConfigError
 from vaopd_trainer.folder import prepare_folder
-
-MINIMAL = """
-[run]
-name = "test"
-[data]
-source = "unused"
-[student]
-model = "unused"
-[teacher]
-model = "unused"
-[trainer]
-steps = 1
-"""
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
