@@ -1,34 +1,28 @@
-"""Reads TOML: a run (`run.py`) and the services' own settings (`service.py`). Loads nothing heavy."""
+"""Reads TOML: a run (`run.py`, `method.py`, `training.py`) and the services (`service.py`). Loads nothing heavy."""
 
-from vaopd.config.old_names import ignore
-from vaopd.config.run import (
-    Address,
-    Addresses,
-    ApiConfig,
-    Config,
-    DataConfig,
+from vaopd.config.method import (
     DegradationConfig,
-    EvaluationConfig,
-    Fraction,
     HiddenTeacher,
     MaskedOpd,
     ObjectiveConfig,
     PlainDegradation,
-    QueueConfig,
-    RolloutConfig,
     RolloutWeightsOnly,
-    RunConfig,
     SampledTeacher,
     ScaledDegradation,
     StandardOpd,
-    StudentConfig,
     TeacherConfig,
     TokenGroupsOnly,
     TopKTeacher,
-    TrainerConfig,
-    TransformersRollout,
     VaOpd,
-    VllmRollout,
+)
+from vaopd.config.old_names import ignore
+from vaopd.config.run import (
+    ApiConfig,
+    Config,
+    DataConfig,
+    QueueConfig,
+    RunConfig,
+    StudentConfig,
     load_config,
     to_toml,
 )
@@ -50,7 +44,8 @@ from vaopd.config.service import (
     VllmBackend,
     load_service_config,
 )
-from vaopd.config.toml import Section, find_variants, read_toml, validate
+from vaopd.config.toml import Address, Addresses, Fraction, Section, find_variants, read_toml, validate
+from vaopd.config.training import EvaluationConfig, RolloutConfig, TrainerConfig, TransformersRollout, VllmRollout
 
 __all__ = [
     "Address",

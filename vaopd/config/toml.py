@@ -8,13 +8,19 @@ import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from vaopd.errors import ConfigError
 from vaopd.net.passwords import remove_passwords
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+_ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
+Address = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
+Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
 
 
 class Section(pydantic.BaseModel):
