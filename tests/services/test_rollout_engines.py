@@ -277,3 +277,17 @@ def test_vllm_refuses_more_images_than_it_was_configured_for(engine):
 
     assert isinstance(outcome, LimitExceeded)
     assert "limit_mm_per_prompt" in str(outcome)
+
+
+def test_a_response_that_the_engine_would_cut_early_is_refused(engine, policies):
+    """A cut answer would count as the student's own: prompt and longest response fit together, or the group ends."""
+    limit = 256 if type(engine).__name__ == "VllmEngine" else 1024
+    prompt = len(answer(engine, ask("fits", max_new_tokens=1)).prompt_token_ids)
+
+    fits, cut = engine.generate(
+        [ask("fits", max_new_tokens=limit - prompt), ask("cut", max_new_tokens=limit - prompt + 1)]
+    )
+
+    assert isinstance(fits, RolloutGroup)
+    assert isinstance(cut, InvalidInput)
+    assert f"has {prompt} tokens; with max_new_tokens = {limit - prompt + 1} that is more than" in str(cut)

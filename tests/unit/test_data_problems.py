@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.support.models import model_folder
 from vaopd.cli import main
-from vaopd.config import Config, validate
+from vaopd.config import Config, VllmRollout, validate
 from vaopd.data import measures
 from vaopd.data.measures import CACHE_VARIABLE, Meter
 from vaopd.data.problems import check_training, load_problems
@@ -127,6 +127,17 @@ def test_a_bad_record_is_named_before_a_run_or_left_out(
     assert [prompt.prompt_id for prompt in problems.training.prompts] == ["train-0", "train-2"]
     assert problems.training.count_faults() == {kind: 1}
     assert f"left out: 1 of 3 records can't be used (1 {kind}: record 1); the first: " in caplog.text
+
+
+def test_a_prompt_leaves_room_for_the_longest_response(tmp_path: Path) -> None:
+    """An engine would cut the response early, and it would count as the student's own."""
+    source = write(tmp_path / "set", [record("first"), record("so many words " * 40)])
+    config = configure(source).model_copy(
+        update={"rollout": VllmRollout(max_new_tokens=40, engine_options={"max_model_len": 100})}
+    )
+    words = r"record 1.* the limit is rollout\.engine_options\.max_model_len = 100 less rollout\.max_new_tokens = 40; "
+    with pytest.raises(InvalidInput, match=words):
+        load_problems(config)
 
 
 def test_a_picture_that_the_processor_refuses_is_a_bad_record(tmp_path: Path) -> None:

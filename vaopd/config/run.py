@@ -156,6 +156,16 @@ class Config(Section):
         return self
 
     @property
+    def prompt_limit(self) -> tuple[int, str]:
+        """Tokens that a prompt may have, and the setting that says so; a response must fit in after it."""
+        limits = [(self.data.max_prompt_tokens, f"data.max_prompt_tokens = {self.data.max_prompt_tokens}")]
+        if isinstance(self.rollout, VllmRollout) and (context := self.rollout.engine_options.get("max_model_len")):
+            response = self.rollout.max_new_tokens
+            origin = f"rollout.engine_options.max_model_len = {context} less rollout.max_new_tokens = {response}"
+            limits.append((int(context) - response, origin))
+        return min(limits)
+
+    @property
     def run_folder(self) -> Path:
         """The folder of everything that the run writes: run.folder / run.name."""
         return self.run.folder / self.run.name

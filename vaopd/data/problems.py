@@ -170,7 +170,7 @@ def check_training(config: Config, *, make_report: MakeReport = be_quiet, downlo
         prompts,
         control_tokens=read_control_tokens(config.student.model),
         meter=_make_meter(config, download=download),
-        max_tokens=data.max_prompt_tokens,
+        limit=config.prompt_limit,
         make_report=make_report,
     )
 
@@ -183,7 +183,7 @@ def check_held_out(config: Config, *, make_report: MakeReport = be_quiet, downlo
         prompts.pick(pick_held_out(len(prompts), config.evaluation.prompts)),
         control_tokens=read_control_tokens(config.student.model),
         meter=_make_meter(config, download=download),
-        max_tokens=data.max_prompt_tokens,
+        limit=config.prompt_limit,
         make_report=make_report,
     )
 
@@ -193,10 +193,13 @@ def check_split(
     *,
     control_tokens: Sequence[str] = (),
     meter: Meter | None = None,
-    max_tokens: int | None = None,
+    limit: tuple[int, str] | None = None,
     make_report: MakeReport = be_quiet,
 ) -> CheckedSplit:
-    """Checks and measures records. Without a meter, no tokens are counted. max_tokens: a longer prompt is bad."""
+    """Checks and measures records; without a meter, no tokens are counted.
+
+    limit: tokens that a prompt may have, and the setting that says so.
+    """
     unsound = prompts.find_faults(control_tokens)
     sound = prompts.without(unsound)
     task = f"checking {prompts.source} ({prompts.split})"
@@ -206,11 +209,11 @@ def check_split(
             index=index,
             kind="over-long",
             field=prompts.name_text_field(index),
-            message=f"the prompt has {found.tokens} tokens, the limit is data.max_prompt_tokens = {max_tokens}; lower "
-            "data.max_pixels, or shorten or drop the record",
+            message=f"the prompt has {found.tokens} tokens, the limit is {limit[1]}; lower data.max_pixels, or shorten "
+            "or drop the record",
         )
         for index, found in measured.items()
-        if max_tokens is not None and found.tokens is not None and found.tokens > max_tokens
+        if limit is not None and found.tokens is not None and found.tokens > limit[0]
     ]
     faults = sorted([*unsound, *unreadable, *over_long], key=lambda fault: fault.index)
     return CheckedSplit(

@@ -208,6 +208,19 @@ def check_settings(request: RolloutRequest) -> None:
         )
 
 
+def check_length(request: RolloutRequest, *, prompt_tokens: int, limit: int, remedy: str) -> None:
+    """Raises InvalidInput when prompt and longest response together exceed the engine's `limit` of tokens.
+
+    A response that the engine cut earlier than asked would count as the student's own.
+    """
+    response = request.sampling.max_new_tokens
+    if prompt_tokens + response > limit:
+        raise InvalidInput(
+            f"the prompt of group {request.group_id!r} has {prompt_tokens} tokens; with max_new_tokens = {response} "
+            f"that is more than the engine's limit of {limit}; {remedy}"
+        )
+
+
 def check_version(request: RolloutRequest, policy: PolicyVersion) -> None:
     """Raises Mismatch for a request for another policy version than the loaded one."""
     if request.policy_version != policy.version:

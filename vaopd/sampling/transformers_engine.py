@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from vaopd.errors import InvalidInput, Mismatch
+from vaopd.errors import Mismatch
 from vaopd.run.snapshots import verify_snapshot
 from vaopd.sampling.engine import (
     FinishReason,
     Outcome,
     Prompting,
     RefusedRequest,
+    check_length,
     check_version,
     derive_seed,
     make_group,
@@ -111,11 +112,12 @@ class TransformersEngine:
         ids, images = self._prompting.read(request)
         prepared = [vlm.prepare_image(image) for image in images]
         expanded = vlm.expand(ids, prepared)
-        if len(expanded) >= vlm.max_tokens:
-            raise InvalidInput(
-                f"the prompt of group {request.group_id!r} has {len(expanded)} tokens, the model's limit is "
-                f"{vlm.max_tokens} with the response; shorten it or scale its images down"
-            )
+        check_length(
+            request,
+            prompt_tokens=len(expanded),
+            limit=vlm.max_tokens,
+            remedy="lower max_new_tokens, shorten the prompt or scale its images down",
+        )
         return vlm.read_token_ids(expanded, prepared)
 
     @torch.inference_mode()
@@ -135,7 +137,7 @@ class TransformersEngine:
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=GenerationConfig(
-                    max_new_tokens=min(sampling.max_new_tokens, vlm.max_tokens - input_ids.shape[1]),
+                    max_new_tokens=sampling.max_new_tokens,
                     eos_token_id=list(self._prompting.eos_ids),
                     pad_token_id=self._prompting.eos_ids[0],
                     **settings,

@@ -19,6 +19,7 @@ from vaopd.sampling.engine import (
     Outcome,
     Prompting,
     RefusedRequest,
+    check_length,
     check_version,
     count_tokens,
     derive_seed,
@@ -151,11 +152,22 @@ class VllmEngine:
 
     def _finish(self, running: _Running, output: Any) -> Ended:
         assert self._policy is not None
+        request = running.request
+        try:
+            # Not when the request is added: only vLLM knows how many tokens its images take.
+            check_length(
+                request,
+                prompt_tokens=len(output.prompt_token_ids),
+                limit=self._llm.llm_engine.model_config.max_model_len,
+                remedy="raise rollout.engine_options.max_model_len or lower rollout.max_new_tokens",
+            )
+        except RefusedRequest as error:
+            return Ended(running.key, error)
         group = make_group(
-            running.request,
+            request,
             self._policy,
             prompt_token_ids=output.prompt_token_ids,
-            rollouts=_make_rollouts(running.request, output),
+            rollouts=_make_rollouts(request, output),
             worker=self._worker,
             generation_s=time.monotonic() - running.began_s,
         )
