@@ -49,6 +49,7 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
     # No lease is held while the engine starts, so the process may end at once.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     from vaopd.queue import WorkerQueue
+    from vaopd.weights.fetch import PolicyFetcher
     from vaopd_rollout.worker import RolloutWorker, Stop
 
     queue = WorkerQueue(
@@ -63,6 +64,7 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
         engine = build_engine(config, worker=worker)
     stop = Stop(drain_s=service.drain_s)
     stop.install()
+    fetcher = PolicyFetcher(service.weights_folder)
     try:
         RolloutWorker(
             engine=engine,
@@ -72,8 +74,10 @@ def run(config: Config, *, worker: str, metrics: WorkerMetrics, service: Rollout
             stop=stop,
             metrics=metrics,
             stuck_after_s=service.stuck_after_s,
+            fetch=fetcher.fetch,
         ).run()
     finally:
+        fetcher.close()
         engine.close()
 
 

@@ -123,13 +123,15 @@ class RolloutWorker:
         stop: Stop,
         metrics: WorkerMetrics | None = None,
         stuck_after_s: float = STUCK_AFTER_S,
+        fetch: Callable[[PolicyVersion], PolicyVersion] = lambda policy: policy,
     ) -> None:
         """requests_per_batch bounds the requests that are held, tokens_in_flight what they may take in the engine.
 
         One request is always admitted. stuck_after_s: an engine that takes longer for a step hangs; the process ends,
-        and its leases run out.
+        and its leases run out. fetch: see `PolicyFetcher`.
         """
         self._engine = engine
+        self._fetch = fetch
         self._stream = open_stream(engine)
         self._queue = queue
         self._requests_per_batch = requests_per_batch
@@ -237,18 +239,21 @@ class RolloutWorker:
         self._waiting = [lease for lease in self._waiting if lease.request.policy_version != version]
         for lease in early:
             self._release(lease)
-        log.info("%d requests wait for policy version %d, which is not announced", len(early), version)
+        log.info("%d requests wait for policy version %d, which can't be had yet", len(early), version)
         self._ask_at_s = time.monotonic() + POLICY_POLL_S
         if not self._waiting and not self._running:
             self._stop.wait(POLICY_POLL_S)
 
     def _load(self, policy: PolicyVersion) -> bool:
-        """Loads weights where needed; False when the trainer has withdrawn that version."""
+        """Loads weights where needed; False when the trainer has withdrawn that version or doesn't answer."""
         if self._is_loaded(policy):
             return True
         try:
             with self._metrics.time_load(policy.version):
-                self._engine.load_policy(policy)
+                self._engine.load_policy(self._fetch(policy))
+        except Unavailable as error:  # the trainer is away; another one announces its weights anew
+            log.warning("%s", error)
+            return False
         except VaopdError:
             # A trainer withdraws a version before it deletes the snapshot: that is no error of this worker.
             if self._find_policy(policy.version) != policy:

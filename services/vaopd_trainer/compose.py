@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.client.diagnosis import wait_for_teacher
-from vaopd.config import Config
+from vaopd.config import Config, HttpWeights
 from vaopd.data.problems import load_problems
 from vaopd.errors import Mismatch, VaopdError
 from vaopd.payloads import to_torch
@@ -44,6 +45,7 @@ from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
+from vaopd.weights.serve import SnapshotServer
 from vaopd_trainer import checkpoint
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
@@ -126,6 +128,7 @@ def run(
                 status=status,
                 progress_line=ProgressLine(steps=config.trainer.steps),
                 metrics=metrics,
+                server=_serve_snapshots(config, stack),
                 track=lambda values, step: accelerator.log(values, step=step),
                 stop=stop,
             )
@@ -177,6 +180,16 @@ def _explain(
     except VaopdError:
         return error
     return explain_replaced_teacher(error, config=config, known=record, found=found, step=step)
+
+
+def _serve_snapshots(config: Config, stack: contextlib.ExitStack) -> SnapshotServer | None:
+    if config.weights.folder is not None:  # memory, maybe, which is let go with the run
+        stack.callback(shutil.rmtree, config.snapshots_folder, ignore_errors=True)
+    if not isinstance(config.weights, HttpWeights):
+        return None
+    server = SnapshotServer(config.weights.address)
+    stack.callback(server.close)
+    return server
 
 
 def _load_student(config: Config, start: Path | None) -> Vlm:

@@ -38,6 +38,7 @@ from vaopd.run.status import StatusWriter
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
+from vaopd.weights.serve import SnapshotServer
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.heldout import Evaluation
@@ -74,8 +75,11 @@ class Coordinator:
         stop: threading.Event,
         left_out: int = 0,
         not_asked: Mapping[str, int] | None = None,
+        server: SnapshotServer | None = None,
     ) -> None:
         """`track` passes numbers of a step to the trackers; `stop` is set by a signal.
+
+        server: from which workers fetch policies; None: they read them where they are written.
 
         left_out: bad records of the training split. not_asked: held-out problems beside `validation`, by reason.
         """
@@ -94,9 +98,8 @@ class Coordinator:
         self._stop = stop
         self._left_out = left_out
         self._not_asked = not_asked
-        self._folder = (
-            config.run_folder.resolve()
-        )  # absolute, since workers with another working folder read snapshots there
+        self._server = server
+        self._folder = config.run_folder
         self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
         self._samples_file = JsonLines(self._folder / "samples.jsonl")
         self._snapshot: PolicyVersion
@@ -151,14 +154,15 @@ class Coordinator:
         """Writes the weights as policy `version` in the student's dtype, and announces it to the workers."""
         dtype = getattr(torch, self._config.student.dtype)
         self._snapshot = publish_snapshot(
-            self._folder,
+            self._config.snapshots_folder,
             version,
             {name: tensor.to(dtype) for name, tensor in weights.items()},
             model_files_from=self._student.path,
         )
-        self._collector.publish(self._snapshot, check=self.check)
+        announced = self._server.offer(self._snapshot) if self._server is not None else self._snapshot
+        self._collector.publish(announced, check=self.check)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
-        prune_snapshots(self._folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
+        prune_snapshots(self._config.snapshots_folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
 
     def enqueue(self, step: int) -> None:
         """Requests the groups of this step and, with a lag, of the next ones that this policy may serve."""

@@ -37,7 +37,7 @@ def prepare_folder(config: Config, *, resume: bool, accept_teacher: bool = False
     folder.mkdir(parents=True, exist_ok=True)
     changes: Changes = {}
     if not resume:
-        shutil.rmtree(folder / "policy", ignore_errors=True)
+        shutil.rmtree(config.snapshots_folder / "policy", ignore_errors=True)
         (folder / settings.FILE).unlink(missing_ok=True)
     else:
         checkpoint.set_damaged_aside(folder / "checkpoints")

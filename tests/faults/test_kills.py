@@ -49,7 +49,7 @@ def test_an_undisturbed_run_trains_every_group_once(undisturbed: Job) -> None:
 
 
 def test_a_killed_worker_teacher_and_redis_leave_no_trace_in_the_result(system: System, undisturbed: Job) -> None:
-    job = system.job("killed-servers", **SETTINGS)
+    job = system.job("killed-servers", **SETTINGS, weights__transport="http")
     trainer, worker = job.start_trainer(), job.start_worker()
 
     job.until("the second step is done", lambda: len(job.records()) >= 2, trainer, worker)
@@ -102,7 +102,7 @@ def test_a_trainer_that_dies_at_each_of_its_points_in_turn_ends_with_the_same_we
     damaged, so that it resumes from the one before: groups that were acknowledged since are sampled again, those that
     were not come again, and the evaluations are repeated.
     """
-    job = system.job("killed-everywhere", **SETTINGS)
+    job = system.job("killed-everywhere", **SETTINGS, weights__transport="http")
     assert [point for point, _, _ in (death.partition(":") for death in DEATHS) if point != "device"] == [*KILL_POINTS]
     worker = job.start_worker()
     for number, death in enumerate(DEATHS):

@@ -45,7 +45,15 @@ from vaopd.config.service import (
     load_service_config,
 )
 from vaopd.config.toml import Address, Addresses, Fraction, Section, find_variants, read_toml, validate
-from vaopd.config.training import EvaluationConfig, RolloutConfig, TrainerConfig, TransformersRollout, VllmRollout
+from vaopd.config.training import (
+    EvaluationConfig,
+    FolderWeights,
+    HttpWeights,
+    RolloutConfig,
+    TrainerConfig,
+    TransformersRollout,
+    VllmRollout,
+)
 
 __all__ = [
     "Address",
@@ -59,8 +67,10 @@ __all__ = [
     "DegradationConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "FolderWeights",
     "Fraction",
     "HiddenTeacher",
+    "HttpWeights",
     "ImagesConfig",
     "KeysConfig",
     "MaskedOpd",

@@ -18,7 +18,14 @@ from pydantic import Field
 from vaopd.config.method import DegradationConfig, ObjectiveConfig, ScaledDegradation, TeacherConfig, VaOpd
 from vaopd.config.old_names import Warn, accept_run_keys, warn_once
 from vaopd.config.toml import Address, Fraction, Section, apply_overrides, read_toml, validate
-from vaopd.config.training import EvaluationConfig, RolloutConfig, TrainerConfig, VllmRollout
+from vaopd.config.training import (
+    EvaluationConfig,
+    FolderWeights,
+    RolloutConfig,
+    TrainerConfig,
+    VllmRollout,
+    WeightsConfig,
+)
 from vaopd.errors import ConfigError
 from vaopd.files.secret import read_secret
 from vaopd.net.passwords import add_password, split_password
@@ -139,6 +146,7 @@ class Config(Section):
     objective: ObjectiveConfig = VaOpd()
     rollout: RolloutConfig = VllmRollout()
     trainer: TrainerConfig
+    weights: WeightsConfig = FolderWeights()
     evaluation: EvaluationConfig = EvaluationConfig()
     queue: QueueConfig = QueueConfig()
     api: ApiConfig = ApiConfig()
@@ -169,6 +177,12 @@ class Config(Section):
     def run_folder(self) -> Path:
         """The folder of everything that the run writes: run.folder / run.name."""
         return self.run.folder / self.run.name
+
+    @property
+    def snapshots_folder(self) -> Path:
+        """The folder in which policy/ lies, absolute, since workers with another working folder read there."""
+        folder = self.run_folder if self.weights.folder is None else self.weights.folder / self.run.name
+        return folder.resolve()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, warn: Warn = warn_once) -> Config:

@@ -178,6 +178,8 @@ class RolloutServiceConfig(Section):
     """
     drain_s: PositiveFloat = 10.0
     """Seconds that the groups in progress may take after SIGTERM; unfinished requests are handed back."""
+    weights_folder: Path | None = None
+    """Where weights that are fetched from a trainer lie, e.g. /dev/shm; empty: the system's temporary folder."""
 
 
 class ConnectionsConfig(Section):

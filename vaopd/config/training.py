@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction as ExactFraction
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field
 
-from vaopd.config.toml import Fraction, Section, default_tag
+from vaopd.config.toml import Address, Fraction, Section, default_tag
 
 
 class _Rollout(Section):
@@ -90,6 +91,30 @@ class TrainerConfig(Section):
     def warmup_steps(self) -> int:
         """Steps of the warm-up: the fraction of all steps, exactly, rounded down."""
         return math.floor(ExactFraction(str(self.warmup_fraction)) * self.steps)
+
+
+class _Weights(Section):
+    folder: Path | None = None
+    """Where the trainer writes each step's weights, e.g. /dev/shm: in FOLDER/NAME; empty: the run's folder."""
+
+
+class FolderWeights(_Weights):
+    """Workers read the trainer's files: they are on its host, or mount them under the same path."""
+
+    transport: Literal["folder"] = "folder"
+    """How each step's weights reach the rollout workers: folder, or http for those on other hosts."""
+
+
+class HttpWeights(_Weights):
+    """Workers fetch the weights from the trainer: what changed since those that they have, or all."""
+
+    transport: Literal["http"] = "http"
+    """How each step's weights reach the rollout workers."""
+    address: Address = "127.0.0.1:0"
+    """host:port where the trainer listens and by which workers reach it; port 0: a free one."""
+
+
+WeightsConfig = Annotated[FolderWeights | HttpWeights, Discriminator("transport"), default_tag("transport", "folder")]
 
 
 class EvaluationConfig(Section):

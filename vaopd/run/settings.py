@@ -66,6 +66,7 @@ MACHINE = (
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
     "trainer.trackers",
+    "weights",
     "evaluation.every",
     "queue",
     "api",

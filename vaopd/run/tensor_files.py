@@ -66,8 +66,8 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
                     offset, data = offset + written, data[written:]
             return digest.digest()
 
-        with ThreadPoolExecutor(_count_threads()) as threads:
-            return _join(threads.map(write, _cut(parts)))
+        with ThreadPoolExecutor(count_threads()) as threads:
+            return join_digests(threads.map(write, _cut(parts)))
 
 
 def compute_digest(path: Path) -> str:
@@ -83,8 +83,8 @@ def compute_digest(path: Path) -> str:
                 at += len(data)
             return digest.digest()
 
-        with ThreadPoolExecutor(_count_threads()) as threads:
-            return _join(threads.map(read, range(0, size, PIECE_BYTES)))
+        with ThreadPoolExecutor(count_threads()) as threads:
+            return join_digests(threads.map(read, range(0, size, PIECE_BYTES)))
 
 
 def _read_bytes(tensor: torch.Tensor) -> memoryview:
@@ -108,9 +108,11 @@ def _cut(parts: list[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
         yield piece
 
 
-def _join(digests: Iterator[bytes]) -> str:
+def join_digests(digests: Iterator[bytes]) -> str:
+    """Returns the digest of a file from those of its pieces, in their order."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _count_threads() -> int:
+def count_threads() -> int:
+    """Returns how many threads read or write a file's pieces."""
     return min(16, os.cpu_count() or 1)

@@ -1,0 +1,200 @@
+"""Weights that a worker fetches from its trainer: whole, in ranges, or as what changed; never half of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.waiting import wait_until
+from vaopd.errors import ConfigError, Mismatch, NotFound, Unavailable
+from vaopd.run.snapshots import WEIGHTS_FILE, prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.run.tensor_files import compute_digest
+from vaopd.types import PolicyVersion
+from vaopd.weights import fetch as fetching
+from vaopd.weights.delta import BLOCK, apply_delta, write_delta
+from vaopd.weights.fetch import PolicyFetcher
+from vaopd.weights.serve import SnapshotServer
+
+ELEMENTS = 3 * BLOCK + 5
+
+
+@pytest.fixture
+def server() -> Iterator[SnapshotServer]:
+    running = SnapshotServer("127.0.0.1:0")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path) -> Iterator[PolicyFetcher]:
+    (tmp_path / "worker").mkdir()
+    made = PolicyFetcher(tmp_path / "worker", patience_s=0.2)
+    yield made
+    made.close()
+    assert list((tmp_path / "worker").iterdir()) == []
+
+
+def publish(folder: Path, version: int, *, changed: int) -> PolicyVersion:
+    """Publishes bf16 weights of which `changed` differ from those of version 0."""
+    (folder / "student").mkdir(parents=True, exist_ok=True)
+    (folder / "student/config.json").write_text("{}")
+    weights = torch.arange(ELEMENTS, dtype=torch.float32).bfloat16()
+    weights[torch.linspace(0, ELEMENTS - 1, changed).long()] *= -1 - version
+    return publish_snapshot(folder, version, {"layer.weight": weights}, model_files_from=folder / "student")
+
+
+def test_what_was_fetched_is_what_was_published(
+    server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "RANGE_BYTES", 1000)
+    published = publish(tmp_path, 7, changed=0)
+
+    found = fetcher.fetch(server.offer(published))
+
+    verify_snapshot(found)
+    assert (found.version, found.sha256) == (7, published.sha256)
+    assert {p.name: p.read_bytes() for p in Path(found.path).iterdir()} == {
+        p.name: p.read_bytes() for p in Path(published.path).iterdir()
+    }
+    assert fetcher.fetch(server.offer(published)) == found
+    assert fetcher.fetched_bytes == (Path(found.path) / WEIGHTS_FILE).stat().st_size
+
+
+def test_only_what_changed_travels(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
+    fetcher.fetch(server.offer(publish(tmp_path, 0, changed=0)))
+    whole = fetcher.fetched_bytes
+
+    found = fetcher.fetch(server.offer(publish(tmp_path, 1, changed=100)))
+
+    verify_snapshot(found)
+    # 100 places and values of two bytes; four counts; the header of safetensors.
+    assert 400 < fetcher.fetched_bytes - whole < 1000
+
+
+@pytest.mark.parametrize("case", ["its base was pruned", "most has changed"])
+def test_where_a_delta_is_not_to_be_had_all_travels(
+    server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path, case: str
+) -> None:
+    fetcher.fetch(server.offer(publish(tmp_path, 0, changed=0)))
+    whole = fetcher.fetched_bytes
+    if case == "most has changed":
+        announced = server.offer(publish(tmp_path, 1, changed=ELEMENTS // 2))
+    else:
+        newest = publish(tmp_path, 1, changed=3)
+        prune_snapshots(tmp_path, keep=1)
+        announced = server.offer(newest)
+
+    verify_snapshot(fetcher.fetch(announced))
+    assert fetcher.fetched_bytes == 2 * whole
+
+
+def test_pruning_removes_deltas(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
+    for version in range(3):
+        fetcher.fetch(server.offer(publish(tmp_path, version, changed=version)))
+        prune_snapshots(tmp_path, keep=2)
+    assert [path.name for path in sorted((tmp_path / "policy").glob("*"))] == ["v000001", "v000002"]
+
+
+def test_damaged_weights_are_named_and_not_kept(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
+    published = publish(tmp_path, 0, changed=0)
+    weights = Path(published.path) / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x55")
+    announced = server.offer(published)
+    for _ in range(2):
+        with pytest.raises(Mismatch, match=r"policy version 0: the weights from .* have digest"):
+            fetcher.fetch(announced)
+
+
+def test_a_delta_that_was_damaged_is_not_used(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
+    base = publish(tmp_path, 0, changed=0)
+    fetcher.fetch(server.offer(base))
+    published = publish(tmp_path, 1, changed=9)
+    announced = server.offer(published)
+    deltas = tmp_path / "policy/.v000001.tmp-deltas"
+    deltas.mkdir()
+    write_delta(
+        Path(published.path) / WEIGHTS_FILE, Path(base.path) / WEIGHTS_FILE, deltas / base.sha256
+    )  # the inverse
+
+    verify_snapshot(fetcher.fetch(announced))
+
+
+def test_a_policy_that_is_gone_and_a_trainer_that_is_gone(
+    server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path
+) -> None:
+    announced = [server.offer(publish(tmp_path, version, changed=version)) for version in range(2)]
+    prune_snapshots(tmp_path, keep=1)
+    with pytest.raises(NotFound, match="version 0: its trainer serves it no more"):
+        fetcher.fetch(announced[0])
+    server.close()
+    with pytest.raises(Unavailable, match="version 1 can't be fetched from its trainer"):
+        fetcher.fetch(announced[1])
+
+
+def test_without_the_secret_nothing_is_served(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
+    announced = server.offer(publish(tmp_path, 0, changed=0))
+    secret = announced.path.split("/")[3]
+    guessed = PolicyVersion(version=0, path=announced.path.replace(secret, "guess"), sha256=announced.sha256)
+    with pytest.raises(NotFound):
+        fetcher.fetch(guessed)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"), [("192.0.2.1:7000", "Cannot assign requested"), ("0.0.0.0:0", "stands for every host")]
+)
+def test_an_address_that_workers_could_not_reach_is_refused(address: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"weights\.address '{address}' can't be had here \(.*{words}.*\); name one"):
+        SnapshotServer(address)
+
+
+def test_a_worker_that_is_killed_leaves_its_weights_to_the_next_to_remove(tmp_path: Path) -> None:
+    """Each is gigabytes, maybe of memory."""
+    script = f"""
+    import time
+    from pathlib import Path
+    from vaopd.weights.fetch import PolicyFetcher
+    fetcher = PolicyFetcher(Path({str(tmp_path)!r}))
+    (fetcher._folder / "aside").mkdir()
+    time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    wait_until("it has a folder", lambda: list(tmp_path.glob("*/aside")))
+    other = PolicyFetcher(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the first one lives
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    another = PolicyFetcher(tmp_path)
+    assert not list(tmp_path.glob("*/aside"))
+    assert len(list(tmp_path.iterdir())) == 2
+    other.close()
+    another.close()
+
+
+@pytest.mark.parametrize("size", [2, 2 * BLOCK, 2 * BLOCK + 2, 6 * BLOCK])
+def test_a_delta_is_lossless(tmp_path: Path, size: int) -> None:
+    """Random bytes and places; the first and the last word are among them."""
+    draw = np.random.default_rng(size)
+    old = draw.integers(0, 2**16, size // 2, dtype=np.uint16)
+    new = old.copy()
+    places = np.unique([0, len(new) - 1, *draw.integers(0, len(new), len(new) // 10)])
+    new[places] ^= 1 + draw.integers(0, 2**16 - 1, len(places), dtype=np.uint16)
+    (tmp_path / "old").write_bytes(old.tobytes())
+    (tmp_path / "new").write_bytes(new.tobytes())
+    if write_delta(tmp_path / "old", tmp_path / "new", tmp_path / "delta") is None:
+        assert size == 2  # one word: all of it has changed
+        return
+    digest = apply_delta(tmp_path / "old", tmp_path / "delta", tmp_path / "patched")
+    assert (tmp_path / "patched").read_bytes() == new.tobytes()
+    assert digest == compute_digest(tmp_path / "new")
+    (tmp_path / "longer").write_bytes(bytes(size + 2 * BLOCK))
+    with pytest.raises(ValueError, match="another file"):
+        apply_delta(tmp_path / "longer", tmp_path / "delta", tmp_path / "patched")
