@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,8 @@ class PolicyFetcher:
     def __init__(self, folder: Path | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """folder: where they are fetched to, e.g. in /dev/shm; None: in the system's folder for such files."""
         self._folder, self._lock = _make_folder(folder or Path(tempfile.gettempdir()))
+        # No proxy of the environment: the trainer is a neighbour.
+        self._client = httpx.Client(timeout=_TIMEOUT, trust_env=False)
         self._kept: list[PolicyVersion] = []
         self._patience_s = patience_s
         self.fetched_bytes = 0
@@ -57,20 +59,17 @@ class PolicyFetcher:
         aside = self._folder / "aside"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        # No proxy of the environment: the trainer is a neighbour.
-        with httpx.Client(timeout=_TIMEOUT, trust_env=False) as client:
-            files = self._ask(lambda: client.get(policy.path), policy).json()
-            for name, size in files.items():
-                target = aside / Path(name).name
-                if target.suffix != ".safetensors":
-                    target.write_bytes(self._ask(lambda: client.get(f"{policy.path}/files/{name}"), policy).content)  # noqa: B023
-                elif not self._fetch_delta(client, policy, target):
-                    self._fetch_ranges(client, policy, target, size)
-                    if (digest := compute_digest(target)) != policy.sha256:
-                        raise Mismatch(
-                            f"policy version {policy.version}: the weights from {policy.path} have digest "
-                            f"{digest[:12]}…, not {policy.sha256[:12]}…"
-                        )
+        for name, size in self._ask(policy, policy.path).json().items():
+            target = aside / Path(name).name
+            if target.suffix != ".safetensors":
+                target.write_bytes(self._ask(policy, f"{policy.path}/files/{name}").content)
+            elif not self._fetch_delta(policy, target):
+                self._fetch_ranges(policy, target, size)
+                if (digest := compute_digest(target)) != policy.sha256:
+                    raise Mismatch(
+                        f"policy version {policy.version}: the weights from {policy.path} have digest "
+                        f"{digest[:12]}…, not {policy.sha256[:12]}…"
+                    )
         found = replace(policy, path=str(aside.rename(self._folder / policy.sha256)))
         self._kept.append(found)
         for old in self._kept[:-2]:
@@ -80,17 +79,18 @@ class PolicyFetcher:
 
     def close(self) -> None:
         """Removes what was fetched."""
+        self._client.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
-    def _fetch_delta(self, client: httpx.Client, policy: PolicyVersion, target: Path) -> bool:
+    def _fetch_delta(self, policy: PolicyVersion, target: Path) -> bool:
         """Writes the weights from the newest kept ones and what changed; False where that is not to be had."""
         if not self._kept:
             return False
         base = self._kept[-1]
         delta = target.with_suffix(".delta")
         try:
-            answer = self._ask(lambda: client.get(f"{policy.path}/delta/{base.sha256}"), policy)
+            answer = self._ask(policy, f"{policy.path}/delta/{base.sha256}")
         except NotFound:
             return False
         delta.write_bytes(answer.content)
@@ -103,25 +103,25 @@ class PolicyFetcher:
         finally:
             delta.unlink()
 
-    def _fetch_ranges(self, client: httpx.Client, policy: PolicyVersion, target: Path, size: int) -> None:
+    def _fetch_ranges(self, policy: PolicyVersion, target: Path, size: int) -> None:
         with target.open("wb") as file, ThreadPoolExecutor(STREAMS) as threads:
             file.truncate(size)
 
             def fetch(start: int) -> None:
                 end = min(start + RANGE_BYTES, size)
                 headers = {"Range": f"bytes={start}-{end - 1}"}
-                answer = self._ask(lambda: client.get(f"{policy.path}/files/{target.name}", headers=headers), policy)
+                answer = self._ask(policy, f"{policy.path}/files/{target.name}", headers)
                 os.pwrite(file.fileno(), answer.content, start)
 
             list(threads.map(fetch, range(0, size, RANGE_BYTES)))
         self.fetched_bytes += size
 
-    def _ask(self, call: Callable[[], httpx.Response], policy: PolicyVersion) -> httpx.Response:
-        """Calls until there is an answer. Raises NotFound and Unavailable."""
+    def _ask(self, policy: PolicyVersion, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
+        """Asks until there is an answer. Raises NotFound and Unavailable."""
         backoff = Backoff(self._patience_s)
         while True:
             try:
-                answer = call()
+                answer = self._client.get(url, headers=headers)
                 if answer.status_code == 404:
                     raise NotFound(f"policy version {policy.version}: its trainer serves it no more; take the latest")
                 answer.raise_for_status()
