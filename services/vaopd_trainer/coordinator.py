@@ -7,10 +7,10 @@
           │
           ├─ Collector ──────────── Redis    requests and policies out, groups in; writes Ledger (RUN/ledger.jsonl)
           ├─ LeaseKeeper ────────── Redis    the job's lease; each renewal repeats the status
-          ├─ heldout ────────────── the Collector, for the held-out prompts
+          ├─ heldout ────────────── the Collector, for the held-out prompts; student_va, for its own views of them
           ├─ snapshots, checkpoint ─ RUN     policy/, model/, best/, checkpoints/
           ├─ StatusWriter ───────── RUN      status.json
-          ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl
+          ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl, heldout.jsonl
           └─ ProgressLine, TrainerMetrics, trackers
 
 In: the student's whole weights, and each step's numbers. Out: policy versions, requests, checkpoints, records. Waits
@@ -47,6 +47,7 @@ from vaopd_trainer.prompt_order import TrainingPrompts, make_request
 from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
 from vaopd_trainer.records import JsonLines, ProgressLine
 from vaopd_trainer.student_loss import WeightedGroup
+from vaopd_trainer.student_va import StudentVa
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ class Coordinator:
         self._folder = config.run_folder
         self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
         self._samples_file = JsonLines(self._folder / "samples.jsonl")
+        self._held_out_file = JsonLines(self._folder / "heldout.jsonl")
+        self._student_va = StudentVa(student=student, prompts=validation, config=config, file=self._held_out_file)
         self._snapshot: PolicyVersion
         self._first_step = 0
         self._acknowledged = 0  # how many groups of the state's ledger need no acknowledgement any more
@@ -131,6 +134,7 @@ class Coordinator:
             self._collector.resume(state.step, (line.group_id for line in state.ledger))
         self._metrics_file.drop_from(state.step)
         self._samples_file.drop_from(state.step)
+        self._held_out_file.drop_from(state.step)
         evaluated = [line["accuracy"] for line in self._metrics_file.read() if line["kind"] == "eval"]
         self._best_accuracy = max((accuracy for accuracy in evaluated if accuracy is not None), default=-1.0)
 
@@ -211,7 +215,12 @@ class Coordinator:
         """
         if self._is_due(version):
             self._evaluation = Evaluation(
-                self._collector, self._validation, version=version, config=self._config, check=self.check
+                self._collector,
+                self._validation,
+                version=version,
+                config=self._config,
+                check=self.check,
+                keep=self._student_va.problems,
             )
 
     def finish_evaluation(self) -> None:
@@ -227,13 +236,14 @@ class Coordinator:
         )
         self._evaluation = None
         self._evaluated[version] = evaluation.group_ids
-        self._metrics.note_evaluation(result)
-        self._metrics_file.write({"kind": "eval", "step": version, **asdict(result)})
+        own = self._student_va.measure(evaluation.kept, version=version, check=self.check)
+        self._metrics.note_evaluation(result, student_va=own.get("student_va"))
+        self._metrics_file.write({"kind": "eval", "step": version, **asdict(result), **own})
         if result.accuracy is not None:  # None: no question could be asked
             if result.accuracy > self._best_accuracy:  # the first best wins
                 self._best_accuracy = result.accuracy
                 self._keep("best")
-            self._track({"eval/accuracy": result.accuracy}, version)
+            self._track({f"eval/{key}": value for key, value in {"accuracy": result.accuracy, **own}.items()}, version)
         self._progress_line.accuracy = result.accuracy
         self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
 

@@ -72,6 +72,10 @@ class TrainerMetrics:
         self._kl = gauge("kl_nats", "Last step: mean reverse KL of all response tokens, high group, others", "tokens")
         self._accuracy = gauge("held_out_accuracy_ratio", "Last evaluation: avg@n on the held-out problems")
         self._accuracy_error = gauge("held_out_accuracy_standard_error_ratio", "Its standard error, over problems")
+        self._student_va = gauge(
+            "held_out_student_visual_advantage_nats",
+            "Last evaluation: the student's own VA, mean over the tokens of its answers",
+        )
         self._unasked = gauge("held_out_unasked_problems", "Last evaluation: problems that could not be asked")
         self._parts = counter(
             "step_seconds",
@@ -134,11 +138,12 @@ class TrainerMetrics:
         else:
             self._at_scrape.trained += len(lags)
 
-    def note_evaluation(self, result: HeldOutResult) -> None:
+    def note_evaluation(self, result: HeldOutResult, *, student_va: float | None = None) -> None:
         """Takes over an evaluation; its accuracy is missing where no problem could be asked."""
         self.note_progress()
         self._unasked.labels(self._job).set(sum(result.not_asked.values()))
-        for metric, value in ((self._accuracy, result.accuracy), (self._accuracy_error, result.standard_error)):
+        values = ((self._accuracy, result.accuracy), (self._accuracy_error, result.standard_error))
+        for metric, value in (*values, (self._student_va, student_va)):
             if value is None:
                 metric.clear()
             else:

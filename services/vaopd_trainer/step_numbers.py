@@ -62,6 +62,14 @@ EVALUATION_DESCRIPTIONS = {
     "not_asked": "held-out problems that could not be asked, by reason: neither right nor wrong. Accuracy and its "
     "error are null where none could be asked",
     "judge": "the judge's version and math-verify's",
+    "student_va": "the student's own VA on its answers: its own log-prob of a token with the image minus that with the "
+    "degraded image, at least 0; mean over the tokens of one answer to each measured problem, nats; this and the next "
+    "four are missing with evaluation.student_va_prompts = 0, and for a student that is spread over ranks",
+    "student_va_error": "its standard error, over problems",
+    "student_va_first_answers": "the same on the answers of the run's first evaluation: the words stay, and only the "
+    "student changes",
+    "student_va_prompts": "problems that it was measured on",
+    "student_va_s": "seconds of the measurement",
 }
 """The numbers of an "eval" line; its `step` is the policy version: the steps that were taken before."""
 DRIFT_NATS = 0.1
@@ -175,16 +183,13 @@ def describe_rollouts(
     kl_M: the group's KL (M,) in nats, siblings one after the other.
     """
     score = group.scored.score
-    question = " ".join(
-        part.text for message in prompt.messages for part in message.content if isinstance(part, TextPart)
-    )
     start = 0
     for k, rollout in enumerate(group.scored.group.rollouts):
         verdict = judge(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer)
         record: dict[str, Any] = {
             "group_id": group.scored.group.group_id,
             "rollout_id": rollout.rollout_id,
-            "question": question.strip(),
+            "question": describe_question(prompt),
             "answer": prompt.answer,
             "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
             "visual_advantage": _round(score.visual_advantage[k]),
@@ -201,6 +206,12 @@ def describe_rollouts(
             record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
         start += len(rollout.response_ids)
         yield record
+
+
+def describe_question(prompt: Prompt) -> str:
+    """Returns the texts of a prompt's messages."""
+    texts = (part.text for message in prompt.messages for part in message.content if isinstance(part, TextPart))
+    return " ".join(texts).strip()
 
 
 def _round(values: np.ndarray) -> list[float]:

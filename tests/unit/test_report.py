@@ -21,8 +21,8 @@ from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
+from vaopd.report.curves import compute_band, seed_band, smooth
 from vaopd.report.groups import group_runs, keep_finished
-from vaopd.report.plots import compute_band, seed_band, smooth
 from vaopd.run import settings
 from vaopd.run.records import read_run
 from vaopd.run.status import StatusWriter

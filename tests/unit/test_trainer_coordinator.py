@@ -171,7 +171,7 @@ class Evaluated:
     """An evaluation with this result."""
 
     def __init__(self, version: int, result: HeldOutResult) -> None:
-        self.version, self.group_ids = version, ()
+        self.version, self.group_ids, self.kept = version, (), ()
         self._result = result
 
     def finish(self, **_: Any) -> HeldOutResult:

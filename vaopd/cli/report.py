@@ -1,8 +1,9 @@
-"""`vaopd report`: writes a run, or several compared, as one HTML file."""
+"""`vaopd report`: writes a run, or several compared, as one HTML file; with --figures, the paper's figures."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,14 +27,37 @@ def add_parsers(subparsers: Subparsers) -> None:
         default="range",
         help="the band around the mean over seeds: its standard error, or lowest to highest (default)",
     )
+    report.add_argument(
+        "--figures", action="store_true", help="draw the paper's figures instead, as PNG files (docs/figures.md)"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="of --figures (default: figures)"
+    )
     report.set_defaults(command=_report, extra="report")
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from vaopd.report import plot_accuracy, write_report
 
+    if arguments.figures:
+        return _draw_figures(arguments.runs, arguments.out)
     if arguments.plot is not None:
         print(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
     else:
         print(write_report(arguments.runs, output=arguments.output, band=arguments.band))
     return 0
+
+
+def _draw_figures(folders: list[Path], out: Path) -> int:
+    """Draws what the runs have the data of and names the rest; returns 1 if nothing could be drawn."""
+    from vaopd.report import read_run
+    from vaopd.report.figure_plots import write_figures
+
+    paths = []
+    for drawn in write_figures([read_run(folder) for folder in folders], out):
+        if drawn.path is not None:
+            paths.append(drawn.path)
+            print(drawn.path)
+        else:
+            print(f"vaopd: figure {drawn.name}, {drawn.title}, is not drawn: {drawn.why}", file=sys.stderr)
+    return 0 if paths else 1

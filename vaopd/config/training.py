@@ -128,3 +128,6 @@ class EvaluationConfig(Section):
     """n of avg@n (paper: 8)."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature (paper: 1); 0 = greedy."""
+    student_va_prompts: int = Field(64, ge=0)
+    """Held-out problems with an image, one answer each, on which every evaluation measures the student's own VA: two
+    forwards of the student, no sampling; 0 = never."""

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from vaopd.errors import InvalidInput, VaopdError
 from vaopd.files.durable import atomic_file
+from vaopd.report.curves import SMOOTHING_STEPS
 from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
 from vaopd.run.records import Evaluation, Run, read_run
@@ -66,8 +67,6 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
     band: around the mean over seeds, "range" (lowest to highest) or "standard-error".
     again_s: seconds after which the page asks its own address again, until the run is finished; None: never.
     """
-    from vaopd.report import plots  # matplotlib, which takes a second to load
-
     return _TEMPLATES.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
         policy=Markup(content_security_policy(live=again_s is not None)),
@@ -75,7 +74,7 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         state=runs[0].state,
         style=Markup(_read_asset("page.css")),
         script=Markup(_read_asset("page.js")),
-        smoothing_steps=plots.SMOOTHING_STEPS,
+        smoothing_steps=SMOOTHING_STEPS,
         full_colour_nats=FULL_COLOUR_NATS,
         comparison=_compare(runs, band=band) if len(runs) > 1 else None,
         runs=[_describe_or_name(run) for run in runs],
@@ -153,6 +152,11 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for key, name, form in (("rollouts_per_s", "rollouts per second", "{:.1f}"), ("mean_va", "mean VA", "{:.3f} nats")):
         if (mean := run.compute_mean(key)) is not None:
             yield (name, form.format(mean), "mean over the run")
+    measured = [e.student_va for e in run.evaluations if e.student_va is not None]
+    if measured:
+        before = f"first {measured[0].mean:.3f}, " if len(measured) > 1 else ""
+        note = f"{before}± {measured[-1].error:.3f}; on its answers to {measured[-1].problems} held-out problems"
+        yield ("the student's own VA", f"{measured[-1].mean:.3f} nats", note)
     if (drift := run.compute_mean("policy_drift_share")) is not None:
         yield ("policy drift", f"{drift:.1%}", "of the tokens differ by over 0.1 nats between worker and trainer")
     means = [run.compute_mean(key) for key in TIMES]

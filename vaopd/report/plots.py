@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import InvalidInput
-from vaopd.report.groups import Group, group_runs, keep_finished, split_by_seed
+from vaopd.report.curves import compute_seed_band, list_student_va, seed_band, smooth, smooth_series
+from vaopd.report.groups import Group, group_runs, keep_finished
 from vaopd.run.records import Run
 
 # A stand-in for currentColor, which matplotlib does not know; it is replaced in the SVG's text.
@@ -54,8 +54,6 @@ TIMES = {
     "forward_backward_s": ("forward, backward, step", "#1f9e89"),
     "publish_s": ("publishing the policy", "#9a60c8"),
 }
-SMOOTHING_STEPS = 9
-Band = tuple[list[int], list[float], list[float], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +69,7 @@ class Metric:
 
 HIGH = Metric(key="kl_high", title="KL, high-VA tokens", unit="nats", colour="#e07b00")
 LOW = Metric(key="kl_low", title="KL, other tokens", unit="nats", colour="#2f86d6")
+MEAN_VA = Metric(key="mean_va", title="Mean visual advantage", unit="nats")
 # The figures of one run, and the curves that share one.
 OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
     ("Reverse KL by token group", (HIGH, LOW)),
@@ -89,7 +88,7 @@ OF_A_RUN: tuple[tuple[str, tuple[Metric, ...]], ...] = (
 OF_A_COMPARISON: tuple[Metric, ...] = (
     HIGH,
     LOW,
-    Metric(key="mean_va", title="Mean visual advantage", unit="nats"),
+    MEAN_VA,
     Metric(key="va_top10_share", title="Share of all VA in the top 10 % of tokens", unit="share", top=1.05),
     Metric(key="weights_entropy", title="Entropy of the rollout weights", unit="nats"),
     Metric(key="grad_norm", title="Norm of the gradient", unit="norm"),
@@ -105,6 +104,8 @@ def run_svgs(run: Run) -> Iterator[str]:
         if present:
             draw = partial(_draw_metrics, run=run, metrics=present, title=title)
             yield _draw_svg(draw, salt=f"{run.name}-{title}")
+    if list_student_va(run):
+        yield _draw_svg(lambda axes: draw_student_va(axes, [run]), salt=f"{run.name}-student")
     if any(run.list_series(key)[0] for key in TIMES):
         yield _draw_svg(lambda axes: _draw_times(axes, run), salt=f"{run.name}-times")
 
@@ -116,8 +117,10 @@ def render_comparison(runs: Sequence[Run], *, band: str) -> Iterator[str]:
         yield _draw_svg(lambda axes: draw_comparison(axes, runs, band=band), salt="comparison")
     for metric in OF_A_COMPARISON:
         if all(run.list_series(metric.key)[0] for run in runs):
-            draw = partial(_draw_compared_metric, runs=runs, metric=metric, band=band)
+            draw = partial(draw_compared_metric, runs=runs, metric=metric, band=band)
             yield _draw_svg(draw, salt=f"comparison-{metric.key}")
+    if all(list_student_va(run) for run in runs):
+        yield _draw_svg(lambda axes: draw_student_va(axes, runs), salt="comparison-student")
     if all(run.list_series(key)[0] for run in runs for key in TIMES):
         yield _draw_svg(lambda axes: _draw_compared_times(axes, runs), salt="comparison-times")
 
@@ -142,7 +145,7 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
     if not groups:
         raise InvalidInput(f"no evaluation in {', '.join(str(run.folder) for run in runs)}; see evaluation.every")
     notes = []
-    for group, style in _choose_styles(groups):
+    for group, style in choose_styles(groups):
         if len(group.runs) == 1:
             evaluations = group.runs[0].evaluations
             axes.errorbar(
@@ -163,59 +166,16 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
     axes.legend()
 
 
-def seed_band(runs: Sequence[Run], *, band: str) -> Band:
-    """Returns the steps that all seeds evaluated; at each the mean accuracy and the band's edges, in percent."""
-    return _compute_seed_band(runs, lambda run: {e.step: 100 * e.accuracy for e in run.evaluations}, band=band)
-
-
-def _compute_seed_band(runs: Sequence[Run], draw: Callable[[Run], Mapping[int, float]], *, band: str) -> Band:
-    """Returns the band over the seeds; a seed that ran more than once counts once, with the mean of its runs."""
-    curves = []
-    for same in split_by_seed(runs).values():
-        steps, means, _, _ = compute_band([draw(run) for run in same], band="range")
-        curves.append(dict(zip(steps, means, strict=True)))
-    return compute_band(curves, band=band)
-
-
-def compute_band(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
-    """Returns the steps that all curves have; at each the mean, and the band's lower and upper edge."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    means, lows, highs = [], [], []
-    for step in steps:
-        values = [curve[step] for curve in curves]
-        mean = sum(values) / len(values)
-        if band == "range" or len(values) == 1:
-            low, high = min(values), max(values)
-        else:
-            variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-            error = math.sqrt(variance / len(values))
-            low, high = mean - error, mean + error
-        means.append(mean)
-        lows.append(low)
-        highs.append(high)
-    return steps, means, lows, highs
-
-
-def smooth(values: Sequence[float], *, width: int = SMOOTHING_STEPS) -> list[float]:
-    """Returns the centred mean over `width` values, fewer at either end.
-
-    >>> smooth([1, 2, 6, 3], width=3)
-    [1.5, 3.0, 3.6666666666666665, 4.5]
-    """
-    half = width // 2
-    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
+def choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
     """Yields each group with its objective's colour, and a line style by its place among those of the objective."""
     seen: dict[str, int] = {}
     for group in groups:
         number = seen[group.variant] = seen.get(group.variant, -1) + 1
-        yield group, {"color": _choose_colour(group.variant), "linestyle": LINES[number % len(LINES)]}
+        yield group, {"color": choose_colour(group.variant), "linestyle": LINES[number % len(LINES)]}
 
 
-def _choose_colour(variant: str) -> str:
+def choose_colour(variant: str) -> str:
+    """Returns the colour of a `Run.variant`."""
     return SCORE_COLOURS.get(variant.partition(" by ")[2]) or COLOURS.get(variant, "#888888")
 
 
@@ -237,18 +197,34 @@ def _draw_metrics(axes: Axes, *, run: Run, metrics: Sequence[Metric], title: str
         axes.legend()
 
 
-def _draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
-    def draw(run: Run) -> dict[int, float]:
-        steps, values = run.list_series(metric.key)
-        return dict(zip(steps, smooth(values), strict=True))
+def draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
+    """Draws a metric's running mean over the steps, one line per configuration, with the band over its seeds."""
 
-    for group, style in _choose_styles(group_runs(runs)):
-        steps, means, lows, highs = _compute_seed_band(group.runs, draw, band=band)
+    def draw(run: Run) -> dict[int, float]:
+        return smooth_series(run, metric.key)
+
+    for group, style in choose_styles(group_runs(runs)):
+        steps, means, lows, highs = compute_seed_band(group.runs, draw, band=band)
         axes.plot(steps, means, label=group.label, linewidth=1.6, **style)
         axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
     axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0, top=metric.top)
+    axes.legend()
+
+
+def draw_student_va(axes: Axes, runs: Sequence[Run]) -> None:
+    """Draws the student's own VA on held-out answers, one line per configuration; a single run with its error."""
+    for group, style in choose_styles(group_runs(runs)):
+        steps, means, lows, highs = compute_seed_band(group.runs, list_student_va)
+        if len(group.runs) == 1:
+            found = [e.student_va for e in group.runs[0].evaluations if e.student_va is not None]
+            lows, highs = [va.mean - va.error for va in found], [va.mean + va.error for va in found]
+        axes.plot(steps, means, label=group.legend, marker="o", markersize=3, **style)
+        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set(xlabel="optimizer step", ylabel="nats", title="The student's own VA on held-out answers")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
     axes.legend()
 
 

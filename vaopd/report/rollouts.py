@@ -19,7 +19,7 @@ from PIL import Image
 from vaopd.files.plain import MIB
 from vaopd.run.json_lines import read_json_lines
 from vaopd.run.records import Run
-from vaopd.scoring.views import make_views
+from vaopd.scoring.views import Views, make_views
 from vaopd.scoring.weights import HIGH_FRACTION, high_group
 from vaopd.types import Degradation, EncodedImage
 
@@ -131,12 +131,20 @@ def _find_image(rollouts: Sequence[Rollout]) -> str | None:
 
 def _draw_views(data: str, run: Run) -> Iterator[Picture]:
     """Yields the image and the degraded view that the teacher sees; large ones are scaled down for the page."""
-    settings = run.config.get("degradation", {})
-    degradation = Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
-    bounds = {key: run.config.get("data", {}).get(key) for key in ("min_pixels", "max_pixels")}
-    views = make_views(EncodedImage(data=base64.b64decode(data)), degradation, **bounds)
+    views = make_run_views(data, run)
     yield _draw(views.original, "the image")
-    yield _draw(views.degraded, f"degraded: {degradation.kind.replace('_', ' ')}")
+    yield _draw(views.degraded, f"degraded: {_read_degradation(run).kind.replace('_', ' ')}")
+
+
+def make_run_views(data: str, run: Run) -> Views:
+    """Makes both views of a recorded image (base64) by the run's own degradation and pixel bounds."""
+    bounds = {key: run.config.get("data", {}).get(key) for key in ("min_pixels", "max_pixels")}
+    return make_views(EncodedImage(data=base64.b64decode(data)), _read_degradation(run), **bounds)
+
+
+def _read_degradation(run: Run) -> Degradation:
+    settings = run.config.get("degradation", {})
+    return Degradation(kind=settings.get("kind", "pixelate"), strength=settings.get("strength", 0.1))
 
 
 def _draw(image: Image.Image, name: str) -> Picture:

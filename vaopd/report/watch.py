@@ -108,6 +108,10 @@ def block(run: Run, *, now_s: float) -> list[str]:
         curve = draw_sparkline([evaluation.accuracy for evaluation in run.evaluations])
         error = f"± {last.standard_error:.1%}, step {last.step}{_describe_judge(last)}"
         lines.append(f"{'accuracy':<16}{last.accuracy:>9.1%}  {curve}  {error}")
+    measured = [evaluation.student_va for evaluation in run.evaluations if evaluation.student_va is not None]
+    if measured:
+        curve = draw_sparkline([va.mean for va in measured])
+        lines.append(f"{'student VA':<16}{measured[-1].mean:>9.4g}  {curve}  ± {measured[-1].error:.2g}, its own views")
     if quiet := _describe_silence(run, now_s):
         lines.append(quiet)
     return lines
@@ -133,6 +137,7 @@ def format_line(run: Run) -> str:
     if run.evaluations:
         last = run.evaluations[-1]
         parts.append(f"accuracy {last.accuracy:.1%} at step {last.step}{_describe_judge(last)}")
+        parts.append(f"student VA {last.student_va.mean:.3f}" if last.student_va else "")
     ended = run.status is not None and run.state in ("failed", "stopped")
     parts.append(" ".join(run.state_label.split()) if ended else _format_time_left(run))
     return "  ".join(part for part in parts if part)

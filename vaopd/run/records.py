@@ -27,6 +27,19 @@ RECENT_STEPS = 20  # a step's duration is the median of so many, so that an eval
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentVa:
+    """The student's own VA on held-out answers, in nats: its mean over tokens, and the standard error over problems.
+
+    first_answers: the mean on the answers of the run's first evaluation; None where they aren't known.
+    """
+
+    mean: float
+    error: float
+    problems: int
+    first_answers: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Held-out accuracy of one policy version; accuracy and standard_error in [0, 1].
 
@@ -42,6 +55,8 @@ class Evaluation:
     not_judged: int = 0
     not_asked: Mapping[str, int] = field(default_factory=dict)
     judge: str = ""
+    student_va: StudentVa | None = None
+    """None where it was not measured."""
 
     @property
     def label(self) -> str:
@@ -247,6 +262,17 @@ def _read_evaluation(line: dict[str, Any], where: str) -> Evaluation:
         not_judged=int(_read_number({"not_judged": 0} | line, "not_judged", where)),
         not_asked=_read_counts(line, where),
         judge=str(line.get("judge", "")),
+        student_va=_read_student_va(line, where) if "student_va" in line else None,
+    )
+
+
+def _read_student_va(line: dict[str, Any], where: str) -> StudentVa:
+    first = "student_va_first_answers"
+    return StudentVa(
+        mean=_read_number(line, "student_va", where),
+        error=_read_number(line, "student_va_error", where),
+        problems=int(_read_number(line, "student_va_prompts", where)),
+        first_answers=_read_number(line, first, where) if first in line else None,
     )
 
 

@@ -68,6 +68,7 @@ MACHINE = (
     "trainer.trackers",
     "weights",
     "evaluation.every",
+    "evaluation.student_va_prompts",
     "queue",
     "api",
 )

@@ -1,0 +1,203 @@
+"""Measures the student's own VA on held-out answers: how much its predictions depend on the image.
+
+In: one answer of the evaluated policy to each of some held-out problems. The student that is trained, which has that
+policy's weights, reads it with the image and with the degraded image. Out: means for metrics.jsonl, and a record of
+each answer in RUN/heldout.jsonl. Two forwards, without gradients, of `evaluation.student_va_prompts` answers.
+
+The worker's log-probs don't serve as the original view: another engine's rounding would count as VA wherever it is
+positive. So both views are of one forward here.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from vaopd.config import Config
+from vaopd.degradation import degrade, view_seed
+from vaopd.divergence import token_logprobs
+from vaopd.grading import Verdict
+from vaopd.images import decode
+from vaopd.scoring.weights import visual_advantage
+from vaopd.types import Prompt, images_in_order
+from vaopd.vlm.model import Segment, Vlm
+from vaopd.vlm.transfer import upload
+from vaopd_trainer.records import JsonLines
+from vaopd_trainer.step_numbers import describe_question
+
+log = logging.getLogger(__name__)
+
+_IMAGES_SHOWN = 8  # so many problems are written with their image, at the first evaluation
+
+
+class HeldOutAnswer(NamedTuple):
+    """A policy's answer to the held-out problem `problem`: token ids of prompt (P,) and response (T,)."""
+
+    problem: int
+    prompt_token_ids: np.ndarray
+    response_ids: np.ndarray
+    verdict: Verdict
+
+
+class OwnAdvantage(NamedTuple):
+    """The student's own VA in nats: of its answer (T,), and of the first evaluation's answer, where that is known."""
+
+    answer: np.ndarray
+    first: np.ndarray | None
+
+
+class StudentVa:
+    """Measures one run's student. `problems` are the places of the held-out problems that it is measured on."""
+
+    def __init__(self, *, student: Vlm, prompts: Sequence[Prompt], config: Config, file: JsonLines) -> None:
+        self._student = student
+        self._file = file
+        self._degradation = config.degradation.as_degradation()
+        self._half = config.student.dtype == "bfloat16"
+        self._forward_tokens = config.trainer.forward_tokens
+        self._chunk_tokens = config.trainer.chunk_tokens
+        self._prompts = choose_prompts(prompts, most=config.evaluation.student_va_prompts)
+        self.problems = frozenset(self._prompts)
+
+    def measure(self, answers: Sequence[HeldOutAnswer], *, version: int, check: Callable[[], None]) -> dict[str, float]:
+        """Returns the numbers of `step_numbers.EVALUATION_DESCRIPTIONS` that begin with student_va, and writes records.
+
+        Nothing without an answer, for a student that is spread over ranks, which rank 0 can't run alone, and where
+        memory runs out: a measurement must not end a run. `check` is called before each forward and may raise.
+        """
+        if not answers or any(isinstance(weight, DTensor) for weight in self._student.model.parameters()):
+            return {}
+        started = time.monotonic()
+        first = self._read_first()
+        try:
+            found = list(self._compute(answers, first, check))
+        except torch.OutOfMemoryError as failure:
+            log.warning("the student's own VA at step %d is not measured: %s", version, failure)
+            return {}
+        for answer, own in zip(answers, found, strict=True):
+            self._file.write({"step": version, **self._describe(answer, own, with_image=not first)})
+        mean, error = average([own.answer for own in found])
+        fixed = [own.first if first else own.answer for own in found]
+        known = [row for row in fixed if row is not None]
+        return {
+            "student_va": mean,
+            "student_va_error": error,
+            **({"student_va_first_answers": average(known)[0]} if known else {}),
+            "student_va_prompts": len(found),
+            "student_va_s": time.monotonic() - started,
+        }
+
+    def _read_first(self) -> Mapping[int, np.ndarray]:
+        """Returns problem -> response ids of the first evaluation on record; empty before it."""
+        records = self._file.read()
+        first = min((record["step"] for record in records), default=None)
+        return {r["problem"]: np.array(r["response_ids"], np.int32) for r in records if r["step"] == first}
+
+    def _compute(
+        self, answers: Sequence[HeldOutAnswer], first: Mapping[int, np.ndarray], check: Callable[[], None]
+    ) -> Iterator[OwnAdvantage]:
+        for batch in self._pack(answers, first):
+            check()
+            yield from self._compare_views(batch)
+
+    def _pack(
+        self, answers: Sequence[HeldOutAnswer], first: Mapping[int, np.ndarray]
+    ) -> Iterator[list[tuple[Segment, Segment]]]:
+        """Yields problems in both views, as many as fit in a forward, at least one; images are decoded on the way."""
+        batch: list[tuple[Segment, Segment]] = []
+        tokens = 0
+        for answer in answers:
+            views = self._read(answer, first.get(answer.problem))
+            cost = sum(view.tokens for view in views)
+            if batch and tokens + cost > self._forward_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(views)
+            tokens += cost
+        yield batch
+
+    def _read(self, answer: HeldOutAnswer, first: np.ndarray | None) -> tuple[Segment, Segment]:
+        """Returns the problem with its answer, and the first one if there is one, in the original and degraded view."""
+        student, prompt = self._student, self._prompts[answer.problem]
+        responses = (answer.response_ids,) if first is None else (answer.response_ids, first)
+        original, degraded = [], []
+        for image in images_in_order(prompt.messages, prompt.images):
+            scaled = student.scale_image(decode(image))
+            original.append(student.prepare_image(scaled))
+            worse = degrade(scaled, self._degradation, seed=view_seed(image.sha256))
+            degraded.append(student.prepare_image(worse))
+        both = (student.read_token_ids(answer.prompt_token_ids, view) for view in (original, degraded))
+        with_image, without = (Segment(prompt=read, responses=responses) for read in both)
+        return with_image, without
+
+    @torch.no_grad()
+    def _compare_views(self, batch: Sequence[tuple[Segment, Segment]]) -> Iterator[OwnAdvantage]:
+        segments = [view for views in batch for view in views]
+        device = self._student.device
+        # Compiled layers would be compiled once more for a forward without gradients.
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, self._half):
+            hidden = self._student.compute_response_hidden(segments)
+            ids = np.concatenate([ids for segment in segments for ids in segment.responses])
+            logprobs = token_logprobs(
+                hidden,
+                self._student.padded_head.detach(),
+                upload(torch.from_numpy(ids), hidden.device),
+                vocab_size=self._student.vocab_size,
+                chunk_tokens=self._chunk_tokens,
+            )
+        of_views = iter(np.split(logprobs.cpu().numpy(), np.cumsum([_count(segment) for segment in segments])[:-1]))
+        for (segment, _), original, degraded in zip(batch, of_views, of_views, strict=True):
+            own = visual_advantage(original, degraded)
+            length = len(segment.responses[0])
+            yield OwnAdvantage(own[:length], own[length:] if len(segment.responses) > 1 else None)
+
+    def _describe(self, answer: HeldOutAnswer, own: OwnAdvantage, *, with_image: bool) -> dict[str, Any]:
+        prompt, ids = self._prompts[answer.problem], answer.response_ids
+        record: dict[str, Any] = {
+            "problem": answer.problem,
+            "question": describe_question(prompt),
+            "answer": prompt.answer,
+            "response_ids": ids.tolist(),
+            "tokens": [self._student.tokenizer.decode([token]) for token in ids],
+            "student_va": _round(own.answer),
+            "verdict": answer.verdict.value,
+        }
+        if own.first is not None:
+            record["student_va_of_first"] = _round(own.first)
+        if with_image and sorted(self.problems).index(answer.problem) < _IMAGES_SHOWN:
+            record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
+        return record
+
+
+def choose_prompts(prompts: Sequence[Prompt], *, most: int) -> dict[int, Prompt]:
+    """Returns place -> prompt of at most so many problems with an image, spread evenly over all of them."""
+    seen = [(place, prompt) for place, prompt in enumerate(prompts) if prompt.images]
+    count = min(most, len(seen))
+    return dict(seen[index * len(seen) // count] for index in range(count))
+
+
+def average(rows: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Returns the mean over all tokens of the rows, (T,) each, and its standard error over rows.
+
+    >>> average([np.array([1.0, 3.0]), np.array([0.0, 0.0])])
+    (1.0, 0.7071067811865476)
+    """
+    sums = np.array([row.sum(dtype=np.float64) for row in rows])
+    lengths = np.array([len(row) for row in rows])
+    mean = float(sums.sum() / lengths.sum())
+    return mean, float(np.sqrt(((sums - mean * lengths) ** 2).sum()) / lengths.sum())
+
+
+def _count(segment: Segment) -> int:
+    return sum(len(response) for response in segment.responses)
+
+
+def _round(values: np.ndarray) -> list[float]:
+    return [round(float(value), 5) for value in values]
