@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl and samples.jsonl, and draws a line of progress for each step."""
+"""Writes metrics.jsonl, samples.jsonl and heldout.jsonl, and draws a line of progress for each step."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def as_run(command: str, teacher: str, api: str) -> str:
         r"(--set trainer\.steps=)\d+": r"\g<1>2",
         # Each run of the whole system takes half a minute. Those that differ from `first` in a setting or the name are
         # tested elsewhere; `first` itself serves metrics, too, and of the demo's variants runs the one that it isn't.
-        r"^(vaopd up .*run\.name=(baseline|second|top-k)\b.*)": r"\1 --dry-run",
+        r"^(vaopd up .*run\.name=(baseline|second|top-k|masked-top)\b.*)": r"\1 --dry-run",
         r"^(vaopd up .*--metrics-port) \d+": r"\1 0 --dry-run",
         r"^(vaopd up .*run\.name=first\b(?!.*--dry-run).*)": r"\1 --metrics-port 0",
         r"--resume runs/[\w-]+": "--resume runs/first",  # a copy of it under another name is refused

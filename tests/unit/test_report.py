@@ -97,6 +97,22 @@ def test_judge_and_answers_it_did_not_judge_stand_beside_the_accuracy(tmp_path: 
     assert ">?</b>" in page
 
 
+def test_the_student_s_own_va_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first", accuracies=(0.3, 0.5))
+    assert "own VA" not in write_report([run]).read_text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, va in zip(lines[:2], (0.125, 0.25), strict=True):
+        line |= {"student_va": va, "student_va_error": 0.01, "student_va_prompts": 9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report([run]).read_text()
+    assert "0.250 nats<small>first 0.125, ± 0.010; on its answers to 9 held-out problems" in page
+    assert 'aria-label="The student\'s own VA on held-out answers, curves"' in page
+    lines[1].pop("student_va_error")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InvalidInput, match="student_va_error is None"):
+        read_run(run)
+
+
 def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "old")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ from tests.support.collectors import MakeCollector
 from tests.support.groups import a_request, an_answer
 from tests.support.memory_jobs import MemoryJob
 from vaopd.config import Config, validate
+from vaopd.grading import Verdict
 from vaopd.queue import WorkerEnd
 from vaopd.types import Message, Prompt, TextPart
 from vaopd_trainer.collector import Collector
@@ -70,6 +71,20 @@ def test_accuracy_is_the_mean_over_samples_and_problems(
     assert result.accuracy == pytest.approx((0.5 + 0.5 + 0) / 3)
     assert result.standard_error == pytest.approx(np.std([0.5, 0.5, 0]) / np.sqrt(3))
     assert (result.prompts, result.samples) == (3, 2)
+
+
+def test_the_first_answers_to_the_problems_to_keep_are_kept_by_place(
+    make_collector: MakeCollector, a_job: MemoryJob, config: Config
+) -> None:
+    """The first sibling says 12, which is right for problem 0 and wrong for problem 2."""
+    check = served_by(a_job.worker("w1"), (5, 7))
+    collector = make_collector(a_job.trainer())
+    evaluation = Evaluation(collector, PROMPTS, version=0, config=config, check=check, keep={2, 0})
+    evaluation.finish(decode=lambda ids: ANSWERS[int(ids[0])], check=check)
+    assert [(kept.problem, kept.response_ids.tolist(), kept.verdict) for kept in evaluation.kept] == [
+        (0, [5, 0, 0], Verdict.RIGHT),
+        (2, [5, 0, 0], Verdict.WRONG),
+    ]
 
 
 def test_a_step_s_groups_arrive_while_the_evaluation_is_still_answered(

@@ -85,6 +85,16 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "none is no folder; RUN is a run's folder" in capsys.readouterr().err
 
 
+def test_the_student_s_own_va_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "first", steps=3, evaluated=(0, 2))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, va in zip(lines[3:], (0.125, 0.25), strict=True):
+        line |= {"student_va": va, "student_va_error": 0.01, "student_va_prompts": 9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["watch", str(run), "--once"]) == 0
+    assert "student VA           0.25  ▁█  ± 0.01, its own views" in capsys.readouterr().out.splitlines()
+
+
 def test_a_curve_of_one_value_is_flat() -> None:
     assert draw_sparkline([3.0]) == "▁"
     assert draw_sparkline([3.0, 3.0]) == "▁▁"

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import NotFound
 from vaopd.report import figures
@@ -135,10 +136,11 @@ def draw_trajectories(groups: Sequence[Group]) -> Figure:
             ends = ((after.mean_va, after.accuracy), (before.mean_va, before.accuracy))
             axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "shrinkA": 2, "shrinkB": 2, **style})
         axes.plot([], [], label=group.legend, **style)
-        for point in (path[0], path[-1]):
-            place = (point.mean_va, point.accuracy)
-            axes.annotate(f"step {point.step}", place, (5, -9), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="mean VA of the rollouts, nats", ylabel="held-out accuracy, %", title="Where training leads")
+        axes.plot(path[0].mean_va, path[0].accuracy, "o", markerfacecolor="none", color=style["color"])
+        end = (path[-1].mean_va, path[-1].accuracy)
+        axes.annotate(f"step {path[-1].step}", end, (5, -9), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="mean VA of the rollouts, nats", ylabel="held-out accuracy, %", title="From the ring to the end")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(0.12)
     axes.legend(fontsize=8)
     return figure
@@ -157,6 +159,8 @@ def draw_race(groups: Sequence[Group]) -> Figure:
         axes.plot([s / unit for s in curve.seconds], curve.accuracies, label=group.legend, **style)
     end_s, level = baseline.seconds[-1], baseline.accuracies[-1]
     title = "VA-OPD does not reach Standard OPD's final accuracy"
+    if level <= baseline.accuracies[0]:
+        title = "Standard OPD ends no better than it began"
     if reached_s is not None:
         ends = ((reached_s / unit, level), (end_s / unit, level))
         axes.annotate("", *ends, arrowprops={"arrowstyle": "->", "color": "#444444", "linestyle": "--"})

@@ -240,7 +240,10 @@ class Timed(NamedTuple):
 
 
 class Race(NamedTuple):
-    """All curves; Standard OPD's, and when VA-OPD reaches its final accuracy, None if it never does."""
+    """All curves; Standard OPD's, and when VA-OPD reaches its final accuracy.
+
+    reached_s: None if it never does, or if Standard OPD gained nothing that could be reached sooner.
+    """
 
     curves: list[Timed]
     baseline: Timed
@@ -259,7 +262,8 @@ def race(groups: Sequence[Group]) -> Race:
     leader = next((curve for curve in curves if curve.group.variant.startswith("va_opd")), None)
     if baseline is None or leader is None:
         raise NotFound(f"it compares VA-OPD with Standard OPD; train: {UP}=va_opd, {UP}=standard")
-    reached_s = find_crossing(leader.seconds, leader.accuracies, baseline.accuracies[-1])
+    before, after = baseline.accuracies[0], baseline.accuracies[-1]
+    reached_s = find_crossing(leader.seconds, leader.accuracies, after) if after > before else None
     return Race(curves, baseline, reached_s)
 
 

@@ -1,6 +1,6 @@
 """Reads a run's configuration, metric lines, evaluations and sampled rollouts. Torch-free.
 
-The trainer writes them into RUN: config.toml, metrics.jsonl, samples.jsonl. `vaopd report` and `vaopd watch` read them,
+The trainer writes them into RUN: config.toml, metrics.jsonl, samples.jsonl, heldout.jsonl. `vaopd report` and `vaopd watch` read them,
 also while the run continues.
 """
 
