@@ -18,17 +18,18 @@ def add_parsers(subparsers: Subparsers) -> None:
     report.add_argument(
         "--output", type=Path, metavar="FILE", help="the file to write (default: report.html in the first run's folder)"
     )
-    report.add_argument(
+    instead = report.add_mutually_exclusive_group()
+    instead.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="write only the accuracy curves, as an image (.png, .svg or .pdf)"
+    )
+    instead.add_argument(
+        "--figures", action="store_true", help="write only the paper's figures, as PNG files (docs/figures.md)"
     )
     report.add_argument(
         "--band",
         choices=("standard-error", "range"),
         default="range",
         help="the band around the mean over seeds: its standard error, or lowest to highest (default)",
-    )
-    report.add_argument(
-        "--figures", action="store_true", help="draw the paper's figures instead, as PNG files (docs/figures.md)"
     )
     report.add_argument(
         "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="of --figures (default: figures)"

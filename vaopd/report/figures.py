@@ -19,8 +19,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +35,7 @@ from vaopd.scoring.weights import va_share_of_top
 TOP = 0.1
 """The share of the tokens that the paper marks, and masks."""
 STEP_PARTS = ("publish_s", "wait_s", "score_s", "forward_backward_s")
+_OF_AN_ANSWER = ("step", "problem", "question", "answer", "response_ids", "tokens", "student_va", "verdict")
 UP = "vaopd up CONFIG --set objective.variant"
 
 
@@ -66,8 +66,8 @@ def rank_tokens(groups: Sequence[Group]) -> list[RankCurve]:
     """Ranks all response tokens of each group's recorded rollouts by VA."""
     curves = []
     for group in groups:
-        rows = [row["visual_advantage"] for run in group.runs for row in _read_lines(run, "samples.jsonl")]
-        va = np.concatenate([np.empty(0), *(np.asarray(row, np.float64) for row in rows)])
+        lines = (line for run in group.runs for line in _read_lines(run, "samples.jsonl", ("visual_advantage",)))
+        va = np.concatenate([np.empty(0), *(np.asarray(line["visual_advantage"], np.float64) for line in lines)])
         top = va_share_of_top(va, fraction=TOP) if len(va) else None
         if top is not None:
             curves.append(RankCurve(group, *share_by_rank(va), top))
@@ -345,7 +345,7 @@ def _compare_readings(standard: Run, leader: Run) -> SharedRollout | None:
 
 def _read_ends(run: Run) -> tuple[dict[int, Mapping[str, Any]], dict[int, Mapping[str, Any]]]:
     """Returns problem -> record of the first evaluation on record, and of the last."""
-    records = list(_read_lines(run, "heldout.jsonl"))
+    records = list(_read_lines(run, "heldout.jsonl", _OF_AN_ANSWER))
     steps = [record["step"] for record in records] or [0]
     first, last = ({r["problem"]: r for r in records if r["step"] == step} for step in (min(steps), max(steps)))
     return first, last
@@ -359,8 +359,10 @@ def _keep_evaluated(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if seed_band(group.runs, band="range")[0]]
 
 
-def _read_lines(run: Run, name: str) -> Iterable[dict[str, Any]]:
-    path: Path = run.folder / name
-    if os.path.lexists(path):
-        for _, line in read_json_lines(path, limit_bytes=SAMPLES_BYTES):
-            yield line
+def _read_lines(run: Run, name: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a file of the run, none where it doesn't exist. Raises InvalidInput for a missing key."""
+    path = run.folder / name
+    for place, line in read_json_lines(path, limit_bytes=SAMPLES_BYTES) if os.path.lexists(path) else ():
+        if missing := [key for key in keys if key not in line]:
+            raise InvalidInput(f"{place}: {missing[0]} is missing; repair or remove the line")
+        yield line

@@ -1,7 +1,7 @@
 """Reads a run's configuration, metric lines, evaluations and sampled rollouts. Torch-free.
 
-The trainer writes them into RUN: config.toml, metrics.jsonl, samples.jsonl, heldout.jsonl. `vaopd report` and `vaopd watch` read them,
-also while the run continues.
+The trainer writes them into RUN: config.toml, metrics.jsonl, samples.jsonl, heldout.jsonl. `vaopd report` and
+`vaopd watch` read them, also while the run continues.
 """
 
 from __future__ import annotations
