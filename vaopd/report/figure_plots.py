@@ -25,7 +25,6 @@ POINTS = 1000
 """A curve over all tokens is drawn through so many of them."""
 LINE_CHARACTERS = 88
 """Width of a line of tokens in figure 6."""
-_MARGIN = {"fontsize": 8}
 
 
 class Drawn(NamedTuple):
@@ -94,12 +93,13 @@ def draw_masks(groups: Sequence[Group]) -> Figure:
     colours = [choose_colour(bar.variant) for bar in bars]
     axes.bar(places, [bar.mean for bar in bars], 0.6, color=colours, yerr=edges, ecolor="#444444", capsize=3)
     for place, bar in enumerate(bars):
-        axes.annotate(f"{bar.mean:.1f}", (place, bar.high), (0, 3), textcoords="offset points", ha="center", **_MARGIN)
+        axes.annotate(f"{bar.mean:.1f}", (place, bar.high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(before, color="#888888", linewidth=0.8, linestyle="--", label="before training")
     axes.set_xticks(places, [bar.label.replace(" masked", "\nmasked") for bar in bars], fontsize=8)
     axes.set(xlabel="", ylabel="held-out accuracy, %", title="Standard OPD with tokens masked")
+    axes.set_ylim(top=1.25 * max(before, *(bar.high for bar in bars)))
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     return figure
 
 
@@ -114,7 +114,7 @@ def draw_components(groups: Sequence[Group]) -> Figure:
     for number, (label, entries) in enumerate(found.items()):
         places = [names.index(entry.benchmark) + (number - (len(found) - 1) / 2) * width for entry in entries]
         errors = [entry.error or 0.0 for entry in entries]  # without an error: no bar of it
-        style = {"color": choose_colour(variants[label]), "ecolor": "#444444", "capsize": 2, "label": label}
+        style: Any = {"color": choose_colour(variants[label]), "ecolor": "#444444", "capsize": 2, "label": label}
         axes.bar(places, [entry.points for entry in entries], width * 0.92, yerr=errors, **style)
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
@@ -139,7 +139,7 @@ def draw_trajectories(groups: Sequence[Group]) -> Figure:
         axes.plot(path[0].mean_va, path[0].accuracy, "o", markerfacecolor="none", color=style["color"])
         end = (path[-1].mean_va, path[-1].accuracy)
         axes.annotate(f"step {path[-1].step}", end, (5, -9), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="mean VA of the rollouts, nats", ylabel="held-out accuracy, %", title="From the ring to the end")
+    axes.set(xlabel="mean VA of the rollouts, nats", ylabel="held-out accuracy, %", title="Mean VA and accuracy, from the ring on")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(0.12)
     axes.legend(fontsize=8)
@@ -179,7 +179,8 @@ def draw_rollout(groups: Sequence[Group]) -> Figure:
     lines = list(break_lines(shared.tokens))
     rows = len(shared.readings) * (len(lines) + 2) + 3
     figure = Figure(figsize=(9.2, max(3.0, 0.2 * rows)), layout="constrained")
-    pictures, text = figure.subfigures(1, 2, width_ratios=(1, 4))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 4))
+    pictures, text = halves
     views = make_run_views(shared.image_base64, shared.run)
     seen = ((views.original, "the image"), (views.degraded, "degraded view"))
     for axes, (image, title) in zip(pictures.subplots(2, 1), seen, strict=True):
@@ -189,7 +190,7 @@ def draw_rollout(groups: Sequence[Group]) -> Figure:
     axes = text.subplots()
     axes.set(xlim=(0, LINE_CHARACTERS), ylim=(rows, 0))
     axes.set_axis_off()
-    axes.text(0, 0.5, f"{shared.question}  Answer: {shared.answer} (this rollout: {shared.verdict})", **_MARGIN)
+    axes.text(0, 0.5, f"{shared.question}  Answer: {shared.answer} (this rollout: {shared.verdict})", fontsize=8)
     at = 2.0
     for student, va in shared.readings:
         axes.text(0, at, f"{student}: mean VA {np.mean(va):.3f} nats", fontsize=8, weight="bold")

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -343,7 +343,7 @@ def _compare_readings(standard: Run, leader: Run) -> SharedRollout | None:
     return None
 
 
-def _read_ends(run: Run) -> tuple[dict[int, Mapping[str, Any]], dict[int, Mapping[str, Any]]]:
+def _read_ends(run: Run) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
     """Returns problem -> record of the first evaluation on record, and of the last."""
     records = list(_read_lines(run, "heldout.jsonl", _OF_AN_ANSWER))
     steps = [record["step"] for record in records] or [0]
