@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.system import Job, System
+from tests.support.system import Job, System, read_lines
 from vaopd.run.ledger import audit
 from vaopd_trainer.kill_points import KILL_POINTS
 
@@ -39,6 +39,9 @@ def assert_each_group_once(job: Job) -> None:
     assert job.pending() == {"requests": 0, "groups": 0}
     assert [record["step"] for record in job.records()] == list(range(STEPS))
     assert [record["step"] for record in job.records("eval")] == [0, 2, 4, 6, 8]
+    held_out = Counter((record["step"], record["problem"]) for record in read_lines(job.folder / "heldout.jsonl"))
+    assert {step for step, _ in held_out} == {0, 2, 4, 6, 8}
+    assert set(held_out.values()) == {1}
     books = audit(job.folder)
     assert books.problems == []
     assert {fate.name_outcome(books.step) for fate in books.fates} == {"trained", "evaluated"}

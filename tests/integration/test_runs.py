@@ -184,6 +184,7 @@ def test_a_lag_of_one_and_prompts_with_any_number_of_images(system: System, tmp_
         "Compare and .",
     }
     assert all(record["prompts"] == 4 for record in job.records("eval"))
+    assert all(record["student_va_prompts"] == 3 and record["student_va"] > 0 for record in job.records("eval"))
     for name, step in (("model", 4), ("best", max(job.records("eval"), key=lambda record: record["accuracy"])["step"])):
         card = (job.folder / name / "README.md").read_text()
         assert f"| optimizer steps | {step} of 4 |" in card
