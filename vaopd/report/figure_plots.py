@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ from vaopd.run.records import Run
 
 POINTS = 1000
 """A curve over all tokens is drawn through so many of them."""
-LINE_CHARACTERS = 88
-"""Width of a line of tokens in figure 6."""
+LINE_CHARACTERS, MOST_LINES = 88, 12
+"""Width of a line of tokens in figure 6, and how many of them are drawn of a long rollout."""
 
 
 class Drawn(NamedTuple):
@@ -76,10 +77,8 @@ def draw_ranks(groups: Sequence[Group]) -> Figure:
         shown = np.unique(np.linspace(0, len(curve.ranks) - 1, POINTS).astype(int))
         label = f"{group.label}: the top 10 % carry {100 * curve.top:.1f} %"
         axes.plot(100 * curve.ranks[shown], 100 * curve.shares[shown], label=label, **style)
-    axes.set(
-        xlabel="tokens, by VA from the largest down, %", ylabel="share of all VA, %", title="Few tokens carry all VA"
-    )
-    axes.set(xlim=(0, 100), ylim=(0, 103))
+    axes.set(xlabel="tokens, by VA from the largest down, %", ylabel="share of all VA, %", xlim=(0, 100), ylim=(0, 103))
+    axes.set_title("Share of all VA by token rank")
     axes.legend(loc="lower right", fontsize=8)
     return figure
 
@@ -177,7 +176,10 @@ def draw_race(groups: Sequence[Group]) -> Figure:
 def draw_rollout(groups: Sequence[Group]) -> Figure:
     """Draws one rollout three times, coloured by the VA of each student: its own two views."""
     shared = figures.choose_rollout(groups)
-    lines = list(break_lines(shared.tokens))
+    lines = list(break_lines(shared.tokens))[:MOST_LINES]
+    drawn = sum(map(len, lines))
+    cut = f", the first {drawn} of {len(shared.tokens)} tokens" if drawn < len(shared.tokens) else ""
+    full = max(FULL_COLOUR_NATS, *(max(reading.va) for reading in shared.readings))  # so that students differ in colour
     rows = len(shared.readings) * (len(lines) + 2) + 3
     figure = Figure(figsize=(9.2, max(3.0, 0.2 * rows)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 4))
@@ -191,16 +193,17 @@ def draw_rollout(groups: Sequence[Group]) -> Figure:
     axes = text.subplots()
     axes.set(xlim=(0, LINE_CHARACTERS), ylim=(rows, 0))
     axes.set_axis_off()
-    axes.text(0, 0.5, f"{shared.question}  Answer: {shared.answer} (this rollout: {shared.verdict})", fontsize=8)
+    question = textwrap.shorten(shared.question, LINE_CHARACTERS, placeholder=" …")
+    axes.text(0, 0.5, f"{question}  Answer: {shared.answer} (this rollout: {shared.verdict}{cut})", fontsize=8)
     at = 2.0
     for student, va in shared.readings:
         axes.text(0, at, f"{student}: mean VA {np.mean(va):.3f} nats", fontsize=8, weight="bold")
         at += 1.2
         for line in lines:
-            _draw_tokens(axes, [(shared.tokens[index], va[index]) for index in line], at)
+            _draw_tokens(axes, [(shared.tokens[index], (va[index] / full) ** 0.5) for index in line], at)
             at += 1
         at += 0.8
-    axes.text(0, at, f"Full colour: {FULL_COLOUR_NATS:g} nat and more of the student's own VA", fontsize=7)
+    axes.text(0, at, f"Full colour: {full:.1f} nats of the student's own VA; colour grows with its root", fontsize=7)
     return figure
 
 
@@ -222,11 +225,10 @@ def break_lines(tokens: Sequence[str], *, width: int = LINE_CHARACTERS) -> Itera
 
 
 def _draw_tokens(axes: Axes, tokens: Sequence[tuple[str, float]], y: float) -> None:
-    """Draws one line, a column for each character: the width of monospaced text is known before it is drawn."""
+    """Draws one line of tokens, each with its colour from 0 to 1; monospaced, so that widths are known beforehand."""
     x = 0
-    for text, va in tokens:
+    for text, strength in tokens:
         shown = text.replace("\n", "↵")
-        strength = min(va / FULL_COLOUR_NATS, 1.0)
         axes.add_patch(Rectangle((x, y - 0.45), len(shown), 0.9, color=(1.0, 0.55, 0.0, strength), linewidth=0))
         for place, character in enumerate(shown):
             axes.text(x + place + 0.5, y, character, family="monospace", fontsize=8, ha="center", va="center")
