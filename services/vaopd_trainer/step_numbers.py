@@ -192,12 +192,12 @@ def describe_rollouts(
             "question": describe_question(prompt),
             "answer": prompt.answer,
             "tokens": [tokenizer.decode([token]) for token in rollout.response_ids],
-            "visual_advantage": _round(score.visual_advantage[k]),
-            "teacher_logprobs": _round(score.teacher_logprobs[k]),
-            "degraded_logprobs": _round(score.degraded_logprobs[k]),
-            "rollout_logprobs": _round(rollout.rollout_logprobs),
-            **{name: _round(rows[k]) for name, rows in score.columns.items()},
-            "kl": _round(kl_M[start : start + len(rollout.response_ids)]),
+            "visual_advantage": round_values(score.visual_advantage[k]),
+            "teacher_logprobs": round_values(score.teacher_logprobs[k]),
+            "degraded_logprobs": round_values(score.degraded_logprobs[k]),
+            "rollout_logprobs": round_values(rollout.rollout_logprobs),
+            **{name: round_values(rows[k]) for name, rows in score.columns.items()},
+            "kl": round_values(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
             "correct": bool(verdict),
             "verdict": verdict.value,
@@ -214,5 +214,6 @@ def describe_question(prompt: Prompt) -> str:
     return " ".join(texts).strip()
 
 
-def _round(values: np.ndarray) -> list[float]:
+def round_values(values: np.ndarray) -> list[float]:
+    """Returns the numbers as records have them, with five decimals."""
     return [round(float(value), 5) for value in values]

@@ -30,7 +30,7 @@ from vaopd.types import Prompt, images_in_order
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.transfer import upload
 from vaopd_trainer.records import JsonLines
-from vaopd_trainer.step_numbers import describe_question
+from vaopd_trainer.step_numbers import describe_question, round_values
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,11 @@ class StudentVa:
             "answer": prompt.answer,
             "response_ids": ids.tolist(),
             "tokens": [self._student.tokenizer.decode([token]) for token in ids],
-            "student_va": _round(own.answer),
+            "student_va": round_values(own.answer),
             "verdict": answer.verdict.value,
         }
         if own.first is not None:
-            record["student_va_of_first"] = _round(own.first)
+            record["student_va_of_first"] = round_values(own.first)
         if with_image and sorted(self.problems).index(answer.problem) < _IMAGES_SHOWN:
             record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()
         return record
@@ -197,7 +197,3 @@ def average(rows: Sequence[np.ndarray]) -> tuple[float, float]:
 
 def _count(segment: Segment) -> int:
     return sum(len(response) for response in segment.responses)
-
-
-def _round(values: np.ndarray) -> list[float]:
-    return [round(float(value), 5) for value in values]
