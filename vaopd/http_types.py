@@ -36,6 +36,7 @@ ColumnName = Annotated[
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
 MAX_ALTERNATIVES = 20
 MAX_BATCH_ITEMS = 256
+MAX_TILES = 12
 
 
 class Model(pydantic.BaseModel):
@@ -138,7 +139,8 @@ class RolloutScore(Reply):
     visual_advantage: list[float]
     """max(teacher_logprobs − degraded_logprobs, 0): how much seeing the image helps to predict the token."""
     high_group: list[bool]
-    """Whether the token is among the `high_fraction` of the response's tokens with the largest VA."""
+    """Whether the token is among the `high_fraction` of the response's tokens with the largest VA; none is, where no
+    token has any VA."""
     mean_visual_advantage: float
     rollout_weight: float
     """The response's share of the group's loss; the K of them add up to 1."""
@@ -213,6 +215,42 @@ class DegradeBody(Model):
     degradation: DegradationModel = DegradationModel()
 
 
+class RegionsBody(Model):
+    """Images, a question and one response, to find the regions of an image that its tokens depend on."""
+
+    model_config = pydantic.ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": PIXEL, "question": "Which colour is this?", "response": "It is white.", "tiles": 2}]
+        }
+    )
+
+    question: Text
+    image: ImageText | None = None
+    images: list[ImageText] = []
+    response: Text | TokenIds
+    """A text, or token ids, as in a request to score."""
+    picture: int = Field(0, ge=0)
+    """The place in `images` of the one that is examined, from 0."""
+    tiles: int = Field(6, ge=1, le=MAX_TILES)
+    """Tiles along the picture's longer side; along the shorter one, as many as make them about square."""
+    degradation: DegradationModel = DegradationModel()
+    """What is done to one tile at a time."""
+    teacher: str | None = None
+
+
+class RegionsReply(Reply):
+    """What each token loses while one tile of the picture is degraded; the tiles row by row, from the top left."""
+
+    model: str
+    columns: int
+    rows: int
+    tokens: list[Token]
+    teacher_logprobs: list[float]
+    """With the whole picture."""
+    losses: list[list[float]]
+    """For each tile, T numbers in nats: the log-prob with the whole picture less the one without the tile's detail."""
+
+
 class SampleBody(Model):
     """A question for the student."""
 
@@ -223,6 +261,8 @@ class SampleBody(Model):
     question: Text
     images: list[ImageText] = []
     image: ImageText | None = None
+    student: str | None = None
+    """The student to ask, by its name in GET /v1/students; empty: the first one."""
     num_responses: int = Field(4, ge=1, le=16)
     temperature: float = Field(0.7, ge=0, le=100, allow_inf_nan=False)
     top_p: float = Field(0.95, gt=0, le=1, allow_inf_nan=False)
@@ -260,7 +300,7 @@ class StudentsReply(Reply):
     """The students of this API."""
 
     students: list[StudentModel]
-    """At most one; none if the API was started without --student."""
+    """In the order of --student; none if the API was started without."""
 
 
 class TeacherModel(Reply):

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
         serve(
             config,
             further_teachers=arguments.teacher,
-            student=arguments.student,
+            students=arguments.student,
             runs=arguments.runs,
             service=process.read_service_config(arguments).api,
             announce=arguments.announce,
@@ -51,7 +51,7 @@ def serve(
     config: Config,
     *,
     further_teachers: Sequence[str] = (),
-    student: str | None = None,
+    students: Sequence[str] = (),
     runs: Path | None = None,
     service: ApiServiceConfig = ApiServiceConfig(),
     announce: Path | None,
@@ -84,7 +84,7 @@ def serve(
     settings = uvicorn.Config(
         create_app(
             teachers=Teachers([config.teacher.address, *further_teachers], options=options),
-            student=None if student is None else Student(student, dtype=config.student.dtype),
+            students=[Student(model, dtype=config.student.dtype) for model in students],
             runs=runs,
             pixel_bounds=(config.data.min_pixels, config.data.max_pixels),
             metrics=metrics,

@@ -22,7 +22,7 @@ OPEN_FOLDER = "/page/"
 ANY_HOST = ("/healthz", "/readyz", "/metrics")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 # Routes that count towards the quota, since they take work; a batch counts one request per item.
-COUNTED = ("/v1/score", "/v1/score/batch", "/v1/sample", "/v1/degrade")
+COUNTED = ("/v1/score", "/v1/score/batch", "/v1/regions", "/v1/sample", "/v1/degrade")
 
 JobOfKey = Callable[[str], str]
 """Returns the job that a key belongs to, or raises Unauthenticated (`vaopd.access.keys.KeyStore.find_job`)."""

@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import vaopd
-from vaopd.errors import NotFound
+from vaopd.errors import ConfigError, NotFound
 from vaopd.http_types import (
     DegradeBody,
     Health,
+    RegionsBody,
+    RegionsReply,
     RunsReply,
     SampleBody,
     SampleReply,
@@ -40,7 +43,8 @@ from vaopd_api.bodies import read_batch, read_score, require_json
 from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
-from vaopd_api.runs import Runs
+from vaopd_api.regions import find_regions
+from vaopd_api.runs import Report, Runs
 from vaopd_api.scorer import AdHocScorer, decode_images, make_degradation, make_teacher_model
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
@@ -78,7 +82,7 @@ class Sampler(Protocol):
 def create_app(
     *,
     teachers: Teachers,
-    student: Sampler | None = None,
+    students: Sequence[Sampler] = (),
     runs: Path | None = None,
     metrics: Metrics | None = None,
     metrics_route: bool = True,
@@ -88,7 +92,7 @@ def create_app(
 ) -> FastAPI:
     """Builds the application that `vaopd_api.__main__` serves.
 
-    student: None: /v1/sample answers 404.
+    students: without any, /v1/sample answers 404. Raises ConfigError for two of one name.
     runs: the folder with the runs to report on.
     metrics_route: whether /metrics is a route here, rather than on a port of its own.
     access: None: no keys and no quota.
@@ -106,7 +110,7 @@ def create_app(
     if metrics_route:
         _add_metrics(app, metrics)
     _add_scoring(app, teachers, AdHocScorer(teachers=teachers, metrics=metrics), access, pixel_bounds)
-    _add_sampling(app, student)
+    _add_sampling(app, students)
     _add_runs(app, Runs(runs))
     _add_pages(app)
     return app
@@ -168,6 +172,18 @@ def _add_scoring(
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
         return StreamingResponse(batch.stream_json(scorer, items), media_type="application/json")
 
+    @app.post("/v1/regions", tags=["scoring"], dependencies=JSON_ONLY, responses=openapi.PROBLEMS)
+    async def regions(body: RegionsBody, request: Request) -> RegionsReply:
+        """Finds the regions of a picture that the tokens of a response depend on: degrades one tile at a time.
+
+        Counts as one request for each tile, and one for the whole picture.
+        """
+        images = decode_images(body.image, body.images)
+        work = find_regions(
+            teachers, body, images, pixel_bounds=pixel_bounds, charge=partial(access.charge, request.scope)
+        )
+        return await run_unless_disconnected(request, work)
+
     @app.post(
         "/v1/degrade",
         tags=["scoring"],
@@ -183,18 +199,25 @@ def _add_scoring(
         return Response(png, media_type="image/png")
 
 
-def _add_sampling(app: FastAPI, student: Sampler | None) -> None:
+def _add_sampling(app: FastAPI, students: Sequence[Sampler]) -> None:
+    by_name = {student.model: student for student in students}
+    if len(by_name) < len(students):
+        names = ", ".join(student.model for student in students)
+        raise ConfigError(f"two students have one name ({names}); rename a folder, or leave one of them out")
+
     @app.get("/v1/students", tags=["sampling"])
     async def list_students() -> StudentsReply:
-        """Lists the student that answers here, if the API was started with one."""
-        found = [] if student is None else [student]
-        return StudentsReply(students=[StudentModel(model=each.model, loaded=each.loaded) for each in found])
+        """Lists the students that answer here; none if the API was started without."""
+        return StudentsReply(students=[StudentModel(model=each.model, loaded=each.loaded) for each in students])
 
     @app.post("/v1/sample", tags=["sampling"], responses=openapi.PROBLEMS, dependencies=JSON_ONLY)
     async def sample(body: SampleBody) -> SampleReply:
         """Samples responses from the student; they can be scored as token ids."""
-        if student is None:
+        if not students:
             raise NotFound("this API has no student; start it with vaopd api CONFIG --student MODEL")
+        student = students[0] if body.student is None else by_name.get(body.student)
+        if student is None:
+            raise NotFound(f"there is no student {body.student!r} here; GET /v1/students lists the students")
         sampling = SamplingSettings(
             temperature=body.temperature, top_p=body.top_p, max_new_tokens=body.max_new_tokens, seed=body.seed
         )
@@ -219,7 +242,20 @@ def _add_runs(app: FastAPI, runs: Runs) -> None:
     )
     async def report(name: str, request: Request) -> Response:
         """Returns a run's report, one self-contained page, which updates itself until the run is finished."""
-        found = await runs.report(name, job=request.scope.get("job"))
+        return answer(await runs.report([name], job=request.scope.get("job")), request)
+
+    @app.get(
+        "/runs/compare",
+        tags=["runs"],
+        response_class=HTMLResponse,
+        responses=openapi.describe_problems(401, 403, 404, 422, 500)
+        | {304: {"description": "not changed since If-None-Match"}},
+    )
+    async def compare(request: Request, run: Annotated[list[str], Query(min_length=1)]) -> Response:
+        """Returns the page that compares several runs, `run=NAME` once for each."""
+        return answer(await runs.report(run, job=request.scope.get("job")), request)
+
+    def answer(found: Report, request: Request) -> Response:
         headers = {**REVALIDATE, "ETag": found.tag, "Content-Security-Policy": policy}
         if request.headers.get("if-none-match") == found.tag:
             return Response(status_code=304, headers=headers)

@@ -1,7 +1,7 @@
 """Lists the runs in a folder, and makes their reports, also of unfinished runs.
 
-Reports are drawn by matplotlib, which has global settings, so one thread draws them all, beside the event loop.
-Summaries and reports are kept until the run's files change.
+Reading a run and making its report takes up to a second, so one thread does it, beside the event loop. Summaries and
+reports are kept until the run's files change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,8 @@ BROKEN = "broken"
 LATEST_S = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 LOOK_AGAIN_S = 15
 REPORTS_KEPT = 8
+COMPARED = 16
+"""Runs in one comparison, at most."""
 Signature = tuple[tuple[str, int, int], ...]
 """Name, time of the last change in ns and size in bytes of each file that exists."""
 
@@ -53,7 +56,7 @@ class Runs:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runs")
         self._summaries: dict[str, tuple[Signature, RunModel]] = {}
-        self._reports: LRUCache[str, tuple[Signature, Report]] = LRUCache(REPORTS_KEPT)
+        self._reports: LRUCache[tuple[str, ...], tuple[tuple[Signature, ...], Report]] = LRUCache(REPORTS_KEPT)
 
     async def list_summaries(self, *, job: str | None) -> list[RunModel]:
         """Returns the runs, latest change first, broken ones with the reason; with `job`, only that job's run."""
@@ -62,11 +65,18 @@ class Runs:
         found = await asyncio.get_running_loop().run_in_executor(self._thread, self._summarise, self._folder)
         return [run for run in found if job in (None, run.name)]
 
-    async def report(self, name: str, *, job: str | None) -> Report:
-        """Returns a run's report. Raises NotFound; PermissionDenied for any run, real or not, but the job's own."""
-        if job not in (None, name):
+    async def report(self, names: Sequence[str], *, job: str | None) -> Report:
+        """Returns a run's report, or the comparison of several runs.
+
+        Raises NotFound; PermissionDenied for any run, real or not, but the job's own; ApiError for too many runs.
+        """
+        if any(job not in (None, name) for name in names):
             raise PermissionDenied("this key is for another job's run; ask the service's operator")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._report, name)
+        if len(names) > COMPARED:
+            raise ApiError(
+                422, f"{len(names)} runs to compare, the limit is {COMPARED}; choose fewer", field="query.run"
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._report, tuple(names))
 
     # The methods below run on the thread.
 
@@ -89,17 +99,19 @@ class Runs:
                 self._summaries[path.name] = (signature, broken)
             return broken
 
-    def _report(self, name: str) -> Report:
+    def _report(self, names: tuple[str, ...]) -> Report:
+        paths = [self._find(name) for name in names]
+        # A run may die without a change of its files.
+        signature = tuple((*_read_signature(path), (_read_state(path), 0, 0)) for path in paths)
+        known = self._reports.get(names)
+        if known is None or known[0] != signature:
+            known = self._reports[names] = (signature, _draw(paths))
+        return known[1]
+
+    def _find(self, name: str) -> Path:
         if self._folder is None or not NAME.fullmatch(name) or not _is_run(self._folder / name):
             raise NotFound(f"there is no run {name[:128]!r} here; GET /v1/runs lists the runs")
-        path = self._folder / name
-        signature = _read_signature(path)
-        known = self._reports.get(name)
-        # A run may die without a change of its files.
-        state = _read_state(path)
-        if known is None or known[0] != (*signature, (state, 0, 0)):
-            known = self._reports[name] = ((*signature, (state, 0, 0)), _draw(path))
-        return known[1]
+        return self._folder / name
 
 
 def _read_state(path: Path) -> str:
@@ -178,14 +190,16 @@ def _summarise(path: Path, signature: Signature) -> RunModel:
     )
 
 
-def _draw(path: Path) -> Report:
-    from vaopd.report import report_html  # matplotlib
+def _draw(paths: Sequence[Path]) -> Report:
+    from vaopd.report import report_html  # numpy, Pillow
 
     try:
-        run = read_run(path)
-        html = report_html([run], again_s=LOOK_AGAIN_S if run.may_continue else None).encode()
+        runs = [read_run(path) for path in paths]
+        again_s = LOOK_AGAIN_S if any(run.may_continue for run in runs) else None
+        html = report_html(runs, again_s=again_s).encode()
     except Exception as error:
         # What is wrong with the trainer's files is for the API's log, not for its clients.
-        logger.exception("the report of run %s can't be made: %s", path.name, error)
-        raise ApiError(500, f"the report of run {path.name!r} can't be made; see the API's log") from None
+        names = ", ".join(path.name for path in paths)
+        logger.exception("the report of run %s can't be made: %s", names, error)
+        raise ApiError(500, f"the report of run {names!r} can't be made; see the API's log") from None
     return Report(html=html, tag=f'"{hashlib.sha256(html).hexdigest()[:32]}"')

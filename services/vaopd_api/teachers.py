@@ -72,6 +72,19 @@ class Teachers:
         columns: Sequence[str] = (),
     ) -> GroupScore:
         """Scores one group with the teacher at `address`. Raises the client's errors, and ApiError (502)."""
+        (score,) = await self.score_all(address, [request], degradation, top_k=top_k, columns=columns)
+        return score
+
+    async def score_all(
+        self,
+        address: str,
+        requests: Sequence[ScoreRequest],
+        degradation: Degradation,
+        *,
+        top_k: int = 0,
+        columns: Sequence[str] = (),
+    ) -> list[GroupScore]:
+        """Scores several groups in one call; returns the scores in the groups' order. Raises as `score` does."""
         options: ClientOptions = {
             **self._options,
             "timeout_s": SCORE_TIMEOUT_S,
@@ -80,13 +93,16 @@ class Teachers:
             "payload": "top_k" if top_k else "none",
             "top_k": max(top_k, 1),
         }
+        found: dict[str, GroupScore] = {}
         async with TeacherClient(address, **options) as client:
             with _map_operator_errors():
-                async for result in client.score([request], with_token_texts=True, columns=columns):
+                async for result in client.score(requests, with_token_texts=True, columns=columns):
                     if isinstance(result, GroupFailure):
                         raise result.error
-                    return result
-        raise ApiError(502, "the teacher ended the call without an answer")
+                    found[result.group_id] = result
+        if len(found) < len(requests):
+            raise ApiError(502, "the teacher ended the call without an answer")
+        return [found[request.group_id] for request in requests]
 
     async def _describe(self, address: str) -> TeacherDescription:
         options: ClientOptions = {**self._options, "timeout_s": CONNECT_TIMEOUT_S}

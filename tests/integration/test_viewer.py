@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.support.api import Api, start_api, with_keys
-from tests.support.models import model_folder
-from tests.support.teacher import TeacherInProcess
+from tests.support.models import model_folder, tiny_vlm
+from tests.support.teacher import TeacherInProcess, teacher_in_process
 from tests.support.viewer import PHONE, Viewer, serious_findings, viewer
 from vaopd.access.keys import add_key
 from vaopd_api.app import PAGE
 
+VIEWS = ("#compare .original", "#compare .degraded")
 EXAMPLES = json.loads((PAGE / "examples" / "examples.json").read_text())
 
 
@@ -122,17 +125,110 @@ def test_everything_can_be_reached_by_keyboard(seen: Viewer) -> None:
     assert page.locator("#details.idle").count() == 1
 
 
+def test_running_text_and_single_tokens(seen: Viewer) -> None:
+    seen.score_example()
+    first = seen.page.locator(".tokens").first
+    assert first.inner_text() == EXAMPLES[0]["responses"][0] + " end"
+    tokens = seen.tokens()
+    seen.page.click("#as-tokens")
+    assert seen.tokens() == tokens
+    assert first.inner_text().startswith("The\n·sides\n·are")
+
+
+def test_the_weights_are_explained(seen: Viewer) -> None:
+    """By hand: z is a mean's distance from the mean of all, over their standard deviation; weights are its softmax."""
+    with seen.page.expect_response("**/v1/score") as answer:
+        seen.score_example()
+    means = [rollout["mean_visual_advantage"] for rollout in answer.value.json()["rollouts"]]
+    z = [(mean - statistics.fmean(means)) / statistics.pstdev(means) for mean in means]
+    seen.page.locator(".weight").first.hover()
+    rows = [row.split() for row in seen.page.locator("#details tbody tr").all_inner_texts()]
+    assert [float(row[2].replace("−", "-")) for row in rows] == pytest.approx(z, abs=0.006)
+    weights = [math.exp(each) / sum(map(math.exp, z)) for each in z]
+    assert [float(row[4]) for row in rows] == pytest.approx(weights, abs=0.006)
+
+
+def test_the_region_that_a_token_depends_on(seen: Viewer) -> None:
+    seen.score_example()
+    seen.page.locator(".tokens").first.locator(".token").nth(4).click()
+    with seen.page.expect_response("**/v1/regions") as answer:
+        seen.page.click("#find-regions")
+    found = answer.value.json()
+    assert found["tokens"][4]["text"] == "3"
+    losses = [loss[4] for loss in found["losses"]]
+    most = losses.index(max(losses))
+    place = f"row {most // found['columns'] + 1}, column {most % found['columns'] + 1}"
+    seen.page.wait_for_selector(".map")
+    assert seen.page.locator(".map i").count() == len(losses)
+    said = seen.page.locator(".map figcaption").inner_text()
+    assert max(losses) < 0.01 or said == f"Without the detail in {place} the token loses {max(losses):.2f} nats."
+    assert serious_findings(seen) == []
+
+
+def test_several_images_letters_of_several_tokens_and_no_image(seen: Viewer) -> None:
+    page = seen.page
+    seen.score_example()
+    page.set_input_files("#more", PAGE / "examples" / "angle.png")
+    assert page.locator("#chosen li").all_inner_texts() == ["1: triangle.png\n✕", "2: angle.png\n✕"]
+    page.fill("#responses textarea >> nth=0", "Größe")
+    with page.expect_request("**/v1/score") as asked:
+        page.click("#score")
+    assert len(json.loads(asked.value.post_data or "")["images"]) == 2
+    seen.wait_for("both pairs are shown", "document.querySelectorAll('#compare .two').length === 2")
+    assert seen.tokens()[:-1] == list("Größe")
+    for _ in range(2):
+        page.locator("#chosen button").first.click()
+    page.click("#score")
+    seen.wait_for("the page says so", "!document.querySelector('#no-va').hidden")
+    assert "There is no image" in page.locator("#no-va").inner_text()
+    assert page.locator("#rollouts .token.high").count() == 0
+    assert page.locator("#views").is_hidden()
+
+
+def test_nothing_vanishes_while_the_teacher_is_down(seen: Viewer) -> None:
+    """One message, which goes when the teacher answers again; pictures and tokens stay those of one score."""
+    page = seen.page
+    seen.score_example()
+    tokens = seen.tokens()
+    problem = {"status": 503, "title": "Service Unavailable", "detail": "the teacher is down", "code": "unavailable"}
+    down = {"status": 503, "body": json.dumps(problem)}
+    for path in ("**/v1/score", "**/v1/teachers"):
+        page.route(path, lambda route: route.fulfill(**down))
+    with page.expect_response("**/v1/teachers"):  # it looks again by itself
+        page.select_option("#degradation", "black")
+    assert "The teacher is down" in seen.error
+    assert (seen.tokens(), page.locator("#error:visible").count()) == (tokens, 1)
+    assert page.locator(VIEWS[1]).get_attribute("alt") == "The degraded view: pixelate 0.1"
+    for path in ("**/v1/score", "**/v1/teachers"):
+        page.unroute(path)
+    page.wait_for_selector("#error", state="hidden")
+
+
+def test_two_teachers_side_by_side(browser: Browser, teacher: TeacherInProcess, tmp_path: Path) -> None:
+    with teacher_in_process(tiny_vlm("teacher-small"), model="other") as second:
+        for api in start_api(tmp_path, teacher.target, "--teacher", second.target):
+            with viewer(browser, str(api.http.base_url)) as seen:
+                seen.open()
+                seen.score_example()
+                seen.page.select_option("#other", "other")
+                seen.wait_for("both are shown", "document.querySelectorAll('.version').length === 6")
+                seen.page.locator(".tokens").first.locator(".token").nth(4).hover()
+                assert seen.page.locator("#details .names span").all_inner_texts() == ["tiny-teacher", "other"]
+                assert seen.page.locator("#details .va dd").count() == 2
+                assert serious_findings(seen) == []
+
+
 def test_original_and_degraded_view_side_by_side_and_under_a_slider(seen: Viewer) -> None:
     seen.score_example()
-    original, degraded = (seen.page.locator(name).bounding_box() for name in ("#original", "#degraded"))
+    original, degraded = (seen.page.locator(name).bounding_box() for name in VIEWS)
     assert original
     assert degraded
     assert degraded["x"] >= original["x"] + original["width"]
     seen.page.click("#as-slider")
-    over, under = (seen.page.locator(name).bounding_box() for name in ("#original", "#degraded"))
+    over, under = (seen.page.locator(name).bounding_box() for name in VIEWS)
     assert over == under
     seen.page.locator("#split").fill("75")
-    assert seen.page.locator("#original").evaluate("e => getComputedStyle(e).clipPath") == "inset(0px 0px 0px 25%)"
+    assert seen.page.locator(VIEWS[0]).evaluate("e => getComputedStyle(e).clipPath") == "inset(0px 0px 0px 25%)"
 
 
 def test_another_degradation_is_scored_at_once(seen: Viewer) -> None:
@@ -141,9 +237,11 @@ def test_another_degradation_is_scored_at_once(seen: Viewer) -> None:
         seen.page.select_option("#degradation", "black")
     assert answer.value.json()["degradation"]["kind"] == "black"
     assert seen.page.locator("#strength").is_disabled()
-    seen.wait_for("the black view is shown", "document.querySelector('#degraded').alt.endsWith('black')")
+    seen.wait_for("the black view is shown", "document.querySelector('#compare .degraded').alt.endsWith('black')")
     seen.page.select_option("#degradation", "blur")
-    seen.wait_for("the blurred view is shown", "document.querySelector('#degraded').alt.endsWith(': blur 0.1')")
+    seen.wait_for(
+        "the blurred view is shown", "document.querySelector('#compare .degraded').alt.endsWith(': blur 0.1')"
+    )
     assert seen.page.locator("#strength").is_enabled()
     assert "radius" in (seen.page.get_attribute("#strength", "title") or "")
 

@@ -144,6 +144,17 @@ def test_whatever_lies_in_a_run_costs_no_other_run_its_place(api: Api, runs: Pat
             shutil.rmtree(runs / name)
 
 
+def test_several_runs_are_compared_in_one_page(api: Api) -> None:
+    both = api.http.get("/runs/compare?run=done&run=begun")
+    assert "<title>2 runs compared" in both.text
+    again = api.http.get("/runs/compare?run=done&run=begun", headers={"If-None-Match": both.headers["etag"]})
+    assert again.status_code == 304
+    assert api.http.get("/runs/compare?run=done&run=none").status_code == 404
+    assert error_of(api.http.get("/runs/compare"))["field"] == "query.run"
+    many = error_of(api.http.get("/runs/compare?" + "&".join(["run=done"] * 17)))
+    assert many["detail"] == "17 runs to compare, the limit is 16; choose fewer"
+
+
 def test_with_keys_a_job_sees_its_own_run_only(nobody: str, runs: Path, tmp_path: Path) -> None:
     key = {"Authorization": f"Bearer {add_key(tmp_path / 'keys.json', 'done')}"}
     for api in start_api(tmp_path, nobody, "--runs", str(runs), *with_keys(tmp_path)):
@@ -152,6 +163,7 @@ def test_with_keys_a_job_sees_its_own_run_only(nobody: str, runs: Path, tmp_path
             assert api.http.get(path).status_code == 401
         assert [run["name"] for run in api.http.get("/v1/runs", headers=key).json()["runs"]] == ["done"]
         assert api.http.get("/runs/done/report", headers=key).status_code == 200
+        assert api.http.get("/runs/compare?run=done&run=begun", headers=key).status_code == 403
         others, none = (api.http.get(f"/runs/{name}/report", headers=key) for name in ("begun", "none"))
         assert others.status_code == none.status_code == 403
         assert error_of(others)["detail"] == error_of(none)["detail"]

@@ -54,6 +54,19 @@ def test_an_api_without_a_student_says_so(api: Api) -> None:
     assert (refused.status_code, error_of(refused)["code"]) == (404, "not_found")
 
 
+def test_students_are_asked_by_name(tmp_path: Path, teacher: TeacherInProcess) -> None:
+    """RUN/model and RUN/best are named with their run."""
+    trained = tmp_path / "first" / "model"
+    trained.parent.mkdir()
+    trained.symlink_to(model_folder("student"), target_is_directory=True)
+    students = ("--student", str(model_folder("student")), "--student", str(trained))
+    for api in start_api(tmp_path, teacher.target, *students):
+        names = [student["model"] for student in api.http.get("/v1/students").json()["students"]]
+        assert names == [model_folder("student").name, "first/model"]
+        unknown = api.http.post("/v1/sample", json={"question": "?", "student": "none"})
+        assert (unknown.status_code, error_of(unknown)["code"]) == (404, "not_found")
+
+
 @pytest.mark.slow
 def test_a_student_answers_with_tokens_that_can_be_scored(teacher: TeacherInProcess, tmp_path: Path) -> None:
     for api in start_api(tmp_path, teacher.target, "--student", str(model_folder("student"))):

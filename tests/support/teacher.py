@@ -43,7 +43,12 @@ class TeacherInProcess:
 
 @contextmanager
 def teacher_in_process(
-    teacher: Vlm | Backend, *, batch_tokens: int = 4096, address: str = "127.0.0.1:0", **options: Any
+    teacher: Vlm | Backend,
+    *,
+    model: str = "tiny-teacher",
+    batch_tokens: int = 4096,
+    address: str = "127.0.0.1:0",
+    **options: Any,
 ) -> Iterator[TeacherInProcess]:
     """A server on a free port of the loopback, on an event loop of its own; `options` are TeacherServer's."""
     loop = asyncio.new_event_loop()
@@ -51,7 +56,7 @@ def teacher_in_process(
     thread.start()
 
     async def start() -> tuple[TeacherServer, str]:
-        server = TeacherServer(teacher, model="tiny-teacher", batch_tokens=batch_tokens, **options)
+        server = TeacherServer(teacher, model=model, batch_tokens=batch_tokens, **options)
         return server, await server.start(address)
 
     try:

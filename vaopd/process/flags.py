@@ -101,7 +101,13 @@ def _add_api(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", action="append", default=[], metavar="HOST:PORT", help="another teacher to offer (repeatable)"
     )
-    parser.add_argument("--student", metavar="MODEL", help="a student that answers questions, loaded at the first one")
+    parser.add_argument(
+        "--student",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a student that answers questions, loaded at the first one; repeatable",
+    )
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
     old = _add_old_names(parser)
     old.add_argument("--keys", type=_make_absolute, metavar="FILE", help="now file in [api.keys]")

@@ -35,7 +35,8 @@ def make_reply(
                 teacher_logprobs=views[0].tolist(),
                 degraded_logprobs=views[1].tolist(),
                 visual_advantage=views[2].tolist(),
-                high_group=high_group(views[2]).tolist(),
+                # Without any VA, the first tokens would be "high" by their place alone.
+                high_group=(high_group(views[2]) & bool(views[2].any())).tolist(),
                 mean_visual_advantage=float(score.mean_visual_advantage[k]),
                 rollout_weight=float(weights_K[k]),
                 ranks=expected.list_ranks(k) if expected else None,

@@ -49,6 +49,7 @@ const json = async (path, options) => (await ask(path, options)).json();
 export const teachers = async () => (await json("v1/teachers")).teachers;
 export const students = async () => (await json("v1/students")).students;
 export const score = (body, signal) => json("v1/score", { body, signal });
+export const regions = (body, signal) => json("v1/regions", { body, signal });
 export const sample = (body, signal) => json("v1/sample", { body, signal });
 export const runs = async () => (await json("v1/runs")).runs;
 export const file = async (path) => (await ask(path)).blob();

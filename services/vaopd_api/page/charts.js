@@ -1,27 +1,16 @@
-// The summary's figures, the histogram, and the tables. All are tables, so that screen readers can read them.
+// The summary, the histogram and the tables. All are text or tables, so that screen readers can read them.
 import { $, h, nats, percent, visible } from "./dom.js";
 
 const EDGES = [0, 0.01, 0.03, 0.1, 0.3, 1, 3, Infinity]; // nats; VA spans orders of magnitude
 
-export function drawFigures(reply, seconds) {
-  const tokens = reply.rollouts.reduce((sum, rollout) => sum + rollout.tokens.length, 0);
-  const all = reply.rollouts.flatMap((rollout) => rollout.visual_advantage);
-  const facts = [
-    [percent(reply.share_of_top_10), "of VA in the top 10\u00a0% of tokens"],
-    [percent(reply.share_of_top_20), "in the top 20\u00a0%"],
-    [nats(all.reduce((sum, va) => sum + va, 0) / all.length), "mean VA, nats per token"],
-    [String(tokens), `tokens scored in ${seconds.toFixed(1)}\u00a0s`],
-  ];
-  $(".figures").replaceChildren(
-    ...facts.map(([value, meaning]) => h("div", {}, h("b", {}, value), h("span", {}, meaning))),
-  );
-}
+const countTokens = (reply) => reply.rollouts.reduce((sum, rollout) => sum + rollout.tokens.length, 0);
 
+/** Returns how VA is spread over the tokens, in a sentence or two. */
 export function summary(reply) {
-  const tokens = reply.rollouts.reduce((sum, rollout) => sum + rollout.tokens.length, 0);
-  if (reply.share_of_top_10 === null) return `Scored ${tokens} tokens. Seeing the image helps with none of them.`;
+  const scored = `Scored ${countTokens(reply)} tokens`;
+  if (reply.share_of_top_10 === null) return `${scored}. Seeing the image helps with none of them.`;
   const [tenth, fifth] = [percent(reply.share_of_top_10), percent(reply.share_of_top_20)];
-  return `Scored ${tokens} tokens. The top 10 % carry ${tenth} of the visual advantage, the top 20 % carry ${fifth}.`;
+  return `${scored}. The top 10 % carry ${tenth} of the visual advantage, the top 20 % carry ${fifth}.`;
 }
 
 export function drawHistogram(reply) {
@@ -65,8 +54,13 @@ const bar = (part, text, kind) =>
 const COLUMNS = ["#", "token", "original", "degraded", "VA", "rank", "group"];
 const NUMBERS = ["original", "degraded", "VA", "rank"];
 
-export function drawTables(reply, labels) {
-  $("#tables > div").replaceChildren(...reply.rollouts.map((rollout, k) => tokenTable(rollout, labels[k])));
+export function drawTables({ replies, labels }) {
+  const tables = replies.flatMap((reply) =>
+    reply.rollouts.map((rollout, k) =>
+      tokenTable(rollout, replies.length > 1 ? `${labels[k]}, ${reply.model}` : labels[k]),
+    ),
+  );
+  $("#tables > div").replaceChildren(...tables);
 }
 
 function tokenTable(rollout, label) {

@@ -5,7 +5,7 @@ import { Problem } from "./api.js";
 const ALTERNATIVES = 6;
 const COLUMNS = ["view_divergence_nats"]; // asked for where the teacher computes them
 
-let image = null; // { dataUrl, name, example? }
+let images = []; // of { dataUrl, name, example? }
 let strengths = {}; // of the chosen teacher: kind of degradation -> what its strength means
 const answers = () => [...$("#responses .list").children];
 const inWords = (kind) => kind.replaceAll("_", " ");
@@ -14,20 +14,38 @@ const inWords = (kind) => kind.replaceAll("_", " ");
 export const viewName = ({ degradation, strength }) =>
   inWords(degradation) + (degradation in strengths ? ` ${strength}` : "");
 
-export function setImage(next) {
-  image = next;
-  $("#chosen").hidden = !next;
-  if (!next) {
-    $("#file").value = "";
-    return;
-  }
-  $("#chosen img").src = next.dataUrl;
-  $("#chosen span").textContent = next.name;
+export function setImages(list) {
+  images = list;
+  for (const input of [$("#file"), $("#more")]) input.value = ""; // it would name files that are not shown
+  $("#add-image").hidden = !list.length;
+  $("#chosen").replaceChildren(
+    ...list.map((image, index) => {
+      const remove = () => {
+        setImages(images.filter((other) => other !== image));
+        $("#file").focus();
+      };
+      const label = `Remove ${image.name}`;
+      return h(
+        "li",
+        {},
+        h("img", { src: image.dataUrl, alt: "", width: "40", height: "40" }),
+        h("span", {}, list.length > 1 ? `${index + 1}: ${image.name}` : image.name),
+        h("button", { type: "button", class: "quiet", "aria-label": label, onclick: remove }, "✕"),
+      );
+    }),
+  );
 }
 
-/** Takes a file as the image. Throws a Problem for other types. `example`: the name, if it is one of the page's. */
-export async function takeFile(file, example) {
-  if (!file) return;
+/**
+ * Takes files as the images, or with `add` as further ones. Throws a Problem for other types. `example`: the name, if it
+ * is one of the page's.
+ */
+export async function takeFiles(files, { add = false, example } = {}) {
+  const taken = await Promise.all([...files].map((file) => readFile(file, example)));
+  if (taken.length) setImages(add ? [...images, ...taken] : taken);
+}
+
+async function readFile(file, example) {
   if (!/^image\/(png|jpeg|webp)$/.test(file.type)) {
     const kind = file.type ? `of type ${file.type}` : "of an unknown type";
     throw new Problem(415, `${file.name || "This"} is ${kind}; choose a PNG, JPEG or WEBP image`, "image");
@@ -38,17 +56,17 @@ export async function takeFile(file, example) {
     reader.onerror = () => reject(new Problem(0, `${file.name} can't be read; choose it again`, "image"));
     reader.readAsDataURL(file);
   });
-  setImage({ dataUrl, name: file.name || "pasted image", example });
+  return { dataUrl, name: file.name || "pasted image", example };
 }
 
-/** Adds a response. `ids`: the tokens that a student sampled, valid until the text is edited. */
-export function addAnswer(text = "", ids = null, student = null) {
+/** Adds a response. `ids`: the tokens that a student sampled, valid until the text is edited; `by`: its whole reply. */
+export function addAnswer(text = "", ids = null, by = null) {
   const area = h("textarea", { rows: "2" });
   area.value = text;
-  const hint = student && h("p", { class: "hint" }, `sampled by ${student}`);
+  const hint = by && h("p", { class: "hint" }, `sampled by ${by.model}`);
   const remove = h("button", { type: "button", class: "quiet" }, "✕");
   const box = h("div", { class: "answer" }, area, remove, hint);
-  box.ids = ids;
+  Object.assign(box, { ids, student: by?.model, vocabulary: by?.tokenizer_fingerprint });
   area.addEventListener("input", () => {
     box.ids = null;
     hint?.remove();
@@ -79,12 +97,14 @@ export function setAnswers(list) {
 
 export function readView() {
   return {
-    image,
+    images,
     question: $("#question").value.trim(),
     responses: answers().map((box) => $("textarea", box).value),
+    by: answers().map((box) => (box.ids ? box.student : null)),
     degradation: $("#degradation").value,
     strength: Number($("#strength").value),
     teacher: $("#teacher").value,
+    other: $("#other").value,
   };
 }
 
@@ -95,16 +115,18 @@ export function findMissing(view) {
   return empty < 0 ? null : new Problem(422, "Type a response, or remove the empty one", `responses.${empty}`);
 }
 
-/** Returns the body of a request to score; with token ids only if student and teacher (`known`) share a tokenizer. */
-export function requestBody(view, known) {
-  const teacher = known.teachers.find((each) => each.model === view.teacher);
-  const sameTokens = known.student?.tokenizer_fingerprint === teacher?.tokenizer_fingerprint;
+/** Returns the keys of a request that say what is asked. */
+export const promptOf = (view) => ({ question: view.question, images: view.images.map((image) => image.dataUrl) });
+
+/** Returns the body of a request to score with the teacher `model`; with sampled token ids if it has the same tokens. */
+export function requestBody(view, known, model) {
+  const teacher = known.teachers.find((each) => each.model === model);
+  const idsOf = (box) => (box.vocabulary === teacher?.tokenizer_fingerprint ? box.ids : null);
   const boxes = answers();
   return {
-    question: view.question,
-    ...(view.image && { image: view.image.dataUrl }),
-    ...(view.teacher && { teacher: view.teacher }),
-    responses: view.responses.map((text, k) => (sameTokens && boxes[k].ids) || text),
+    ...promptOf(view),
+    ...(model && { teacher: model }),
+    responses: view.responses.map((text, k) => idsOf(boxes[k]) ?? text),
     degradation: { kind: view.degradation, strength: view.strength },
     top_k: ALTERNATIVES,
     columns: COLUMNS.filter((name) => teacher?.columns.includes(name)),
@@ -112,8 +134,14 @@ export function requestBody(view, known) {
 }
 
 export function fillTeachers(teachers) {
-  const chosen = $("#teacher").value;
-  $("#teacher").replaceChildren(...teachers.map(({ model }) => h("option", { selected: model === chosen }, model)));
+  const fill = (select, models) => {
+    const chosen = select.value;
+    select.replaceChildren(...models.map(([value, text]) => h("option", { value, selected: value === chosen }, text)));
+  };
+  const models = teachers.map(({ model }) => [model, model]);
+  fill($("#teacher"), teachers.length ? models : [["", "none answers yet"]]);
+  fill($("#other"), [["", "none"], ...models]);
+  $("#other-field").hidden = teachers.length < 2;
   fillDegradations(teachers);
 }
 

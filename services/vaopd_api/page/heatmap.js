@@ -1,138 +1,156 @@
-// The tokens of every response, coloured by VA or by view divergence, and the details of the selected one.
-import { $, h, nats, percent, visible } from "./dom.js";
+// The tokens of every response, coloured by VA or by view divergence: as running text, or one tile per token.
+import { amount, makeCells, sum } from "./cells.js";
+import * as details from "./details.js";
+import { $, h, nats, visible } from "./dom.js";
 
 const AGAINST_NATS = 1; // from this difference on, the image speaks against a token
-const EXPONENT = 0.5; // colour grows with the root of VA, so that small values show
 
 let byDivergence = false; // what the colours show
-let rows = []; // the token buttons of each response, in order
-let pinned = null; // the token whose details stay after hovering over others
+let tiles = false; // whether each token is a tile of its own
+let rows = []; // the tokens' elements by response, and by teacher where two are compared
 
 const divergencesOf = (rollout) => rollout.columns.view_divergence_nats;
 const scoresOf = (rollout) => (byDivergence && divergencesOf(rollout)) || rollout.visual_advantage;
-const amount = (score, scale) => `${(100 * (score / scale) ** EXPONENT).toFixed(1)}%`;
+
+const press = (selector, pressed) => $(selector).setAttribute("aria-pressed", String(pressed));
 
 /** Colours the tokens by view divergence, or by VA; takes effect with the next `draw`. */
 export function colourBy(divergence) {
   byDivergence = divergence;
-  $("#by-va").setAttribute("aria-pressed", String(!divergence));
-  $("#by-divergence").setAttribute("aria-pressed", String(divergence));
+  press("#by-va", !divergence);
+  press("#by-divergence", divergence);
 }
 
-export function draw(reply, labels) {
-  const scale = Math.max(1, ...reply.rollouts.flatMap(scoresOf));
-  $("#colour-by").hidden = !divergencesOf(reply.rollouts[0]);
+/** Shows tiles, one for each token, or running text; takes effect with the next `draw`. */
+export function arrange(asTiles) {
+  tiles = asTiles;
+  press("#as-text", !asTiles);
+  press("#as-tokens", asTiles);
+}
+
+/** Draws what is `shown`: { view, replies, labels }; two replies are two teachers' of the same responses. */
+export function draw(shown) {
+  const { view, replies, labels } = shown;
+  const rollouts = replies.flatMap((reply) => reply.rollouts);
+  const scale = Math.max(1, ...rollouts.flatMap(scoresOf));
+  $("#colour-by").hidden = !rollouts.every(divergencesOf);
   $("#heat-title").textContent = `Tokens by ${byDivergence ? "view divergence" : "visual advantage"}`;
   $("#ramp-end").textContent = `${scale.toFixed(1)} nats`;
-  $("#details").hidden = false;
-  hideDetails();
+  $("#no-va").hidden = rollouts.some(helps);
+  $("#no-va").textContent = view.images.length
+    ? "The image makes no token more likely: VA is 0 everywhere, so there is no high group."
+    : "There is no image: both views of the question are the same, so VA is 0 everywhere, and there is no high group. " +
+      "Choose an image to see which tokens depend on it.";
+  details.begin(shown, scale);
   rows = [];
-  $("#rollouts").replaceChildren(...reply.rollouts.map((rollout, k) => card(reply, rollout, k, scale, labels[k])));
+  $("#rollouts").replaceChildren(...labels.map((label, k) => drawResponse(shown, k, scale, label)));
   if (rows[0]?.[0]) rows[0][0].tabIndex = 0;
 }
 
-function card(reply, rollout, k, scale, label) {
-  const tokens = h("div", {
-    class: "tokens",
+const helps = (rollout) => rollout.visual_advantage.some((va) => va > 0);
+
+function drawResponse({ view, replies }, k, scale, label) {
+  const versions = replies.map((reply) => {
+    const rollout = reply.rollouts[k];
+    const facts = [
+      `mean VA ${nats(rollout.mean_visual_advantage)} nats`,
+      `${rollout.tokens.length} tokens`,
+      !helps(rollout) && "no high group",
+    ];
+    const head = h("div", { class: "head" }, replies.length > 1 ? h("b", {}, reply.model) : h("h3", {}, label));
+    if (reply.rollouts.length > 1) head.append(weightButton(reply, k));
+    head.append(h("span", { class: "facts" }, facts.filter(Boolean).join(" · ")));
+    const name = replies.length > 1 ? `${label}, ${reply.model}` : label;
+    return h("div", { class: "version" }, head, tokenRow(reply, k, scale, view.responses[k] ?? "", name));
+  });
+  const title = replies.length > 1 ? h("h3", {}, label) : null;
+  return h("section", { class: "rollout", "aria-label": label }, title, h("div", { class: "versions" }, ...versions));
+}
+
+function weightButton(reply, k) {
+  const weight = reply.rollouts[k].rollout_weight;
+  const button = h(
+    "button",
+    { type: "button", class: "weight quiet", title: "Why this weight?" },
+    h("span", { class: "meter", style: { "--part": `${100 * weight}%` } }),
+    `weight ${weight.toFixed(2)}`,
+  );
+  details.follow(button, () => details.showWeights(reply));
+  return button;
+}
+
+function tokenRow(reply, k, scale, written, name) {
+  const rollout = reply.rollouts[k];
+  const row = h("div", {
+    class: `tokens ${tiles ? "tiles" : "text"}`,
     role: "toolbar",
-    "aria-label": `Tokens of ${label}`,
+    "aria-label": `Tokens of ${name}`,
     "aria-describedby": "keys-hint",
   });
-  rows[k] = rollout.tokens.map((token, t) => {
-    const button = tokenButton(rollout, t, scale);
-    const show = () => showDetails(reply, k, t, scale);
-    button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show());
-    button.addEventListener(
-      "pointerleave",
-      (event) => event.pointerType === "mouse" && (pinned ? pinned.show() : hideDetails()),
-    );
-    button.addEventListener("focus", () => {
-      pinned = { button, show };
-      show();
+  const elements = makeCells(rollout.tokens, written).map((cell) => {
+    const element = tokenElement(rollout, cell, scale);
+    details.follow(element, () => {
+      rows.flat().forEach((other) => other.classList.toggle("at", other === element));
+      details.showToken(reply, k, cell);
     });
-    button.addEventListener("keydown", (event) => move(event, k, t));
-    tokens.append(button);
-    if (token.text.includes("\n")) tokens.append(h("span", { class: "break" }));
-    return button;
+    element.addEventListener("keydown", (event) => move(event, element));
+    row.append(element);
+    if (tiles && cell.text.includes("\n")) row.append(h("span", { class: "break" }));
+    return element;
   });
-  const weight =
-    reply.rollouts.length > 1
-      ? h(
-          "span",
-          { class: "weight" },
-          h("span", { class: "meter", style: { "--part": `${100 * rollout.rollout_weight}%` } }),
-          `weight ${rollout.rollout_weight.toFixed(2)}`,
-        )
-      : null;
-  return h(
-    "section",
-    { class: "rollout", "aria-label": label },
-    h(
-      "div",
-      { class: "head" },
-      h("h3", {}, label),
-      weight,
-      h(
-        "span",
-        { class: "weight" },
-        `mean VA ${nats(rollout.mean_visual_advantage)} nats · ${rollout.tokens.length} tokens`,
-      ),
-    ),
-    tokens,
-  );
+  rows.push(elements);
+  return row;
 }
 
-function tokenButton(rollout, t, scale) {
-  const { text } = rollout.tokens[t];
-  const va = rollout.visual_advantage[t];
-  const against = difference(rollout, t) < -AGAINST_NATS;
-  const high = rollout.high_group[t];
-  const divergence = divergencesOf(rollout)?.[t];
+function tokenElement(rollout, cell, scale) {
+  const va = sum(rollout.visual_advantage, cell);
+  const against = sum(rollout.teacher_logprobs, cell) - sum(rollout.degraded_logprobs, cell) < -AGAINST_NATS;
+  const high = rollout.high_group.slice(cell.from, cell.to).includes(true);
+  const divergences = divergencesOf(rollout);
+  const count = cell.to - cell.from;
   const said = [
-    `${visible(text)}`,
-    `token ${t + 1} of ${rollout.tokens.length}`,
+    visible(cell.text),
+    `token ${cell.from + 1}${count > 1 ? ` to ${cell.to}` : ""} of ${rollout.tokens.length}`,
     `visual advantage ${va.toFixed(2)} nats`,
-    divergence !== undefined && `view divergence ${divergence.toFixed(2)} nats`,
+    divergences && `view divergence ${sum(divergences, cell).toFixed(2)} nats`,
     high && "high group",
     against && "the image speaks against it",
-    rollout.ranks && `rank ${rollout.ranks[t] ?? "beyond 20"}`,
+    rollout.ranks && count === 1 && `rank ${rollout.ranks[cell.from] ?? "beyond 20"}`,
   ];
-  const lead = /^ +/.exec(text)?.[0].length ?? 0;
+  const end = /^<\|.*\|>$/.test(cell.text);
   return h(
-    "button",
+    "span",
     {
-      type: "button",
+      role: "button",
       tabindex: "-1",
-      class: `token${high ? " high" : ""}${against ? " against" : ""}`,
+      class: `token${high ? " high" : ""}${against ? " against" : ""}${end ? " end" : ""}`,
       "aria-label": said.filter(Boolean).join(", "),
-      style: { "--a": amount(scoresOf(rollout)[t], scale) },
+      style: { "--a": amount(sum(scoresOf(rollout), cell), scale) },
     },
-    h("span", { class: "space" }, "·".repeat(lead)),
-    text.slice(lead).replaceAll("\n", "↵"),
+    ...(tiles ? tileText(cell.text) : [end ? " end" : cell.text]),
   );
 }
 
-const difference = (rollout, t) => rollout.teacher_logprobs[t] - rollout.degraded_logprobs[t];
+function tileText(text) {
+  const lead = /^ +/.exec(text)?.[0].length ?? 0;
+  return [h("span", { class: "space" }, "·".repeat(lead)), text.slice(lead).replaceAll("\n", "↵")];
+}
 
-function move(event, k, t) {
-  const beyond = { ArrowRight: [k, t + 1], ArrowLeft: [k, t - 1], Home: [k, 0], End: [k, rows[k].length - 1] }[
-    event.key
-  ];
-  let next = null;
-  if (beyond)
-    next = rows[beyond[0]][beyond[1]] ?? (event.key === "ArrowRight" ? rows[k + 1]?.[0] : rows[k - 1]?.at(-1));
-  else if (event.key === "ArrowDown" || event.key === "ArrowUp")
-    next = findInNextLine(rows[k][t], event.key === "ArrowDown" ? 1 : -1);
+function move(event, from) {
+  const all = rows.flat();
+  const at = all.indexOf(from);
+  const row = rows.find((each) => each.includes(from));
+  let next = { ArrowRight: all[at + 1], ArrowLeft: all[at - 1], Home: row[0], End: row.at(-1) }[event.key];
+  if (event.key === "ArrowDown" || event.key === "ArrowUp") next = findInNextLine(from, event.key === "ArrowDown" ? 1 : -1);
   else if (event.key === "Escape") {
-    pinned = null;
-    rows[k][t].blur();
-    hideDetails();
+    from.blur();
+    details.clear();
     return;
-  } else return;
+  } else if (!["ArrowRight", "ArrowLeft", "Home", "End"].includes(event.key)) return;
   event.preventDefault();
   if (!next) return;
-  rows.flat().forEach((button) => {
-    button.tabIndex = button === next ? 0 : -1;
+  all.forEach((element) => {
+    element.tabIndex = element === next ? 0 : -1;
   });
   next.focus();
 }
@@ -142,85 +160,9 @@ function findInNextLine(from, direction) {
   const here = from.getBoundingClientRect();
   const beyond = rows
     .flat()
-    .map((button) => [button, button.getBoundingClientRect()])
+    .map((element) => [element, element.getBoundingClientRect()])
     .filter(([, box]) => direction * (box.top - here.top) > here.height / 2);
   const distance = (box) =>
     Math.abs(box.top - here.top) * 1000 + Math.abs(box.left + box.width / 2 - here.left - here.width / 2);
   return beyond.sort(([, a], [, b]) => distance(a) - distance(b))[0]?.[0];
-}
-
-function hideDetails() {
-  pinned = null;
-  // The panel keeps its place, so that nothing moves under the pointer.
-  $("#details").classList.add("idle");
-  $("#details").replaceChildren(
-    h("h2", {}, "Selected token"),
-    h(
-      "p",
-      { class: "hint" },
-      "Hover over a token, tap it, or move with the arrow keys, to see the teacher's numbers.",
-    ),
-  );
-  rows.flat().forEach((button) => button.classList.remove("at"));
-}
-
-function showDetails(reply, k, t, scale) {
-  const rollout = reply.rollouts[k];
-  rows.flat().forEach((button) => button.classList.remove("at"));
-  rows[k][t].classList.add("at");
-  const [teacher, degraded, va] = [
-    rollout.teacher_logprobs[t],
-    rollout.degraded_logprobs[t],
-    rollout.visual_advantage[t],
-  ];
-  const facts = [
-    ["log p, original", `${nats(teacher)} (${percent(Math.exp(teacher))})`],
-    ["log p, degraded", `${nats(degraded)} (${percent(Math.exp(degraded))})`],
-    ["difference", `${nats(teacher - degraded)} nats`],
-    ["visual advantage", `${nats(va)} nats`, "va"],
-    ...(divergencesOf(rollout) ? [["view divergence", `${nats(divergencesOf(rollout)[t])} nats`]] : []),
-    ["rank", rollout.ranks ? String(rollout.ranks[t] ?? "beyond 20") : "–"],
-    ["group", rollout.high_group[t] ? `high, top ${Math.round(100 * reply.high_fraction)}\u00a0%` : "low"],
-  ];
-  $("#details").replaceChildren(
-    h("button", { type: "button", class: "close quiet", "aria-label": "Close the details", onclick: hideDetails }, "✕"),
-    h(
-      "h2",
-      {},
-      h("span", { class: "big", style: { "--a": amount(scoresOf(rollout)[t], scale) } }, visible(rollout.tokens[t].text)),
-      h("small", { class: "hint" }, `id ${rollout.tokens[t].id}, ${t + 1} of ${rollout.tokens.length}`),
-    ),
-    h(
-      "dl",
-      {},
-      ...facts.map(([name, value, kind]) =>
-        h("div", { class: kind }, h("dt", {}, name), h("dd", {}, value)),
-      ),
-    ),
-    drawAlternatives(rollout, t),
-  );
-  $("#details").classList.remove("idle");
-}
-
-function drawAlternatives(rollout, t) {
-  if (!rollout.alternatives) return h("p", {});
-  const lines = rollout.alternatives[t].map(({ id, text, logprob }) => {
-    const same = id === rollout.tokens[t].id;
-    return h(
-      "tr",
-      { "aria-current": same && "true" },
-      h("th", { scope: "row" }, h("code", {}, visible(text))),
-      h(
-        "td",
-        {},
-        h("span", { class: "bar va", style: { "--part": `${100 * Math.exp(logprob)}%` } }, percent(Math.exp(logprob))),
-      ),
-    );
-  });
-  return h(
-    "table",
-    {},
-    h("caption", { class: "label" }, "Most likely with the image"),
-    h("tbody", {}, ...lines),
-  );
 }

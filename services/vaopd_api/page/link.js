@@ -1,6 +1,6 @@
 // Writes the view into the fragment of the page's address, which browsers don't send to the server.
 
-const TINY_CHARACTERS = 8_000; // images of up to this many characters of base64 are included
+const TINY_CHARACTERS = 8_000; // images of up to this many characters of base64, together, are included
 
 export function write(view) {
   const parts = new URLSearchParams({
@@ -9,31 +9,31 @@ export function write(view) {
     s: String(view.strength),
     t: view.teacher,
   });
+  if (view.other) parts.set("o", view.other);
   for (const response of view.responses) parts.append("r", response);
-  let complete = true;
-  if (view.image?.example) parts.set("x", view.image.example);
-  else if (view.image && view.image.dataUrl.length <= TINY_CHARACTERS) parts.set("i", view.image.dataUrl);
-  else if (view.image) {
-    parts.set("n", "1"); // an image was left out
-    complete = false;
-  }
+  const { images } = view;
+  const example = images.length === 1 && images[0].example;
+  const tiny = images.reduce((sum, image) => sum + image.dataUrl.length, 0) <= TINY_CHARACTERS;
+  if (example) parts.set("x", example);
+  else if (tiny) images.forEach((image) => parts.append("i", image.dataUrl));
+  else parts.set("n", "1"); // images were left out
   history.replaceState(null, "", `#${parts}`);
-  return complete;
+  return Boolean(example || tiny);
 }
 
 /** Returns the view of the fragment, or null where there is none. */
 export function read() {
   const parts = new URLSearchParams(location.hash.slice(1));
   if (!parts.has("q")) return null;
-  const image = parts.get("i");
   return {
     question: parts.get("q"),
     responses: parts.getAll("r"),
     degradation: parts.get("d"),
     strength: Number(parts.get("s")),
     teacher: parts.get("t"),
+    other: parts.get("o") ?? "",
     example: parts.get("x"),
-    imageLeftOut: parts.has("n"),
-    dataUrl: image?.startsWith("data:image/") ? image : null,
+    imagesLeftOut: parts.has("n"),
+    dataUrls: parts.getAll("i").filter((url) => url.startsWith("data:image/")),
   };
 }

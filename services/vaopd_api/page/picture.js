@@ -8,9 +8,9 @@ const WIDTH = 1200,
   LINE = 36,
   PICTURE = 220;
 
-export async function savePng(view, reply, labels) {
+export async function savePng({ view, replies }) {
   const measure = document.createElement("canvas").getContext("2d");
-  const blocks = plan(measure, view, reply, labels);
+  const blocks = plan(measure, view, replies);
   const height = blocks.at(-1).bottom + MARGIN;
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [WIDTH * SCALE, height * SCALE];
@@ -38,7 +38,7 @@ function resolveColour(css) {
 const UI = "system-ui, sans-serif",
   MONO = "ui-monospace, 'DejaVu Sans Mono', monospace";
 
-function plan(measure, view, reply, labels) {
+function plan(measure, view, replies) {
   const blocks = [];
   let y = MARGIN;
   const add = (height, paint) => {
@@ -56,38 +56,32 @@ function plan(measure, view, reply, labels) {
     }
   };
   text(view.question, `600 22px ${UI}`, "--ink", 34);
-  text(
-    `${reply.model} · degraded view: ${viewName(view)} · the top 10 % of tokens carry ` +
-      `${percent(reply.share_of_top_10)} of VA, the top 20 % ${percent(reply.share_of_top_20)}`,
-    `14px ${UI}`,
-    "--muted",
-    28,
-  );
-  if (view.image) {
+  for (const reply of replies) {
+    text(
+      `${reply.model} · degraded view: ${viewName(view)} · the top 10 % of tokens carry ` +
+        `${percent(reply.share_of_top_10)} of VA, the top 20 % ${percent(reply.share_of_top_20)}`,
+      `14px ${UI}`,
+      "--muted",
+      28,
+    );
+  }
+  for (const pair of document.querySelectorAll("#compare .two")) {
     add(PICTURE + 20, (pen, _, top) => {
-      pen.imageSmoothingEnabled = $("#original").naturalWidth > PICTURE;
-      [$("#original"), $("#degraded")].forEach((image, index) => {
-        if (!image.naturalWidth) return;
+      const images = [...pair.querySelectorAll("img")];
+      pen.imageSmoothingEnabled = images[0].naturalWidth > PICTURE;
+      images.forEach((image, index) => {
         const ratio = PICTURE / Math.max(image.naturalWidth, image.naturalHeight);
-        pen.drawImage(
-          image,
-          MARGIN + index * (PICTURE + 20),
-          top + 6,
-          image.naturalWidth * ratio,
-          image.naturalHeight * ratio,
-        );
+        const [width, height] = [image.naturalWidth * ratio, image.naturalHeight * ratio];
+        pen.drawImage(image, MARGIN + index * (PICTURE + 20), top + 6, width, height);
       });
     });
   }
-  document.querySelectorAll("#rollouts .tokens").forEach((tokens, k) => {
-    const weight = reply.rollouts.length > 1 ? ` · weight ${reply.rollouts[k].rollout_weight.toFixed(2)}` : "";
-    text(
-      `${labels[k]}${weight} · mean VA ${reply.rollouts[k].mean_visual_advantage.toFixed(3)} nats`,
-      `600 15px ${UI}`,
-      "--ink",
-      36,
-    );
-    const lines = tokenLines(measure, tokens);
+  document.querySelectorAll("#rollouts .version").forEach((version) => {
+    const name = $(".tokens", version).getAttribute("aria-label").replace("Tokens of ", "");
+    const weight = $(".weight", version)?.textContent;
+    const heading = [name, weight, $(".facts", version).textContent].filter(Boolean).join(" · ");
+    text(heading, `600 15px ${UI}`, "--ink", 36);
+    const lines = tokenLines(measure, $(".tokens", version));
     add(lines.length * LINE + 8, (pen, colour, top) =>
       lines.forEach((line, row) => line.forEach((item) => paintToken(pen, colour, item, top + row * LINE))),
     );
