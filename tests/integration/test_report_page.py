@@ -60,6 +60,63 @@ def test_a_token_s_numbers_by_click_and_by_keyboard(browser: Browser, api: Api) 
         assert seen.complaints == []
 
 
+def test_curves_show_their_numbers_and_can_be_zoomed(browser: Browser, api: Api) -> None:
+    """Five steps of loss 0.5: a drag over the right half leaves the last ones in every curve."""
+    with viewer(browser, str(api.http.base_url)) as seen:
+        seen.open(path="/runs/begun/report", ready=".chart svg")
+        loss = seen.page.locator(".chart", has_text="Loss")
+        box = loss.locator("> svg").bounding_box()
+        assert box
+        middle, height = box["x"] + 0.55 * box["width"], box["y"] + box["height"] / 2
+        seen.page.mouse.move(middle, height)
+        assert loss.locator(".tip").inner_text() == "step 2\nloss: 0.5"
+        before = seen.page.locator(".chart > svg text").count()
+        seen.page.mouse.down()
+        seen.page.mouse.move(box["x"] + box["width"] - 12, height)
+        seen.page.mouse.up()
+        loss.locator("> svg").focus()
+        seen.page.keyboard.press("Home")
+        assert loss.locator(".tip").inner_text() == "step 3\nloss: 0.5"
+        seen.page.keyboard.press("Escape")
+        assert seen.page.locator(".chart > svg text").count() == before
+        assert seen.complaints == []
+
+
+def test_the_rollouts_of_all_steps_can_be_filtered(browser: Browser, api: Api) -> None:
+    """Steps 0, 5 and 10 with two rollouts each, of weights 0.75 and 0.25 and mean VA 9.5 / 3."""
+    with viewer(browser, str(api.http.base_url)) as seen:
+        seen.open(path="/runs/begun/report", ready=".browser .rollout")
+        assert seen.page.locator(".browser h4").all_inner_texts() == [
+            "Before the first step: the initial student",
+            "After 10 steps",
+        ]
+        seen.page.locator("label", has_text="step").locator("select").select_option("all")
+        assert seen.page.locator(".browser h4").count() == 3
+        seen.page.get_by_label("mean VA from").fill("3.2")
+        assert seen.page.locator(".browser .rollout").count() == 0
+        seen.page.get_by_label("mean VA from").fill("3.1")
+        assert seen.page.locator(".browser .rollout").count() == 6
+
+
+def test_runs_are_sorted_and_compared_by_ticking(browser: Browser, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "better", accuracies=(0.3, 0.9))
+    make_run(tmp_path / "runs" / "worse", accuracies=(0.3, 0.2), variant="standard")
+    for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(tmp_path / "runs")):
+        with viewer(browser, str(api.http.base_url)) as seen:
+            seen.open(path="/runs")
+            names = seen.page.locator("tbody th")
+            seen.page.get_by_role("button", name="accuracy", exact=True).click()
+            assert names.all_inner_texts() == ["better", "worse"]
+            seen.page.get_by_role("button", name="accuracy ↓").click()
+            assert names.all_inner_texts() == ["worse", "better"]
+            for name in ("better", "worse"):
+                seen.page.get_by_label(f"Compare {name}").check()
+            seen.page.click("text=Compare 2 runs")
+            seen.page.wait_for_selector(".chart svg")
+            assert seen.page.locator("h1").inner_text() == "2 runs compared"
+            assert seen.complaints == []
+
+
 def test_with_a_key_a_report_is_kept_as_a_file(browser: Browser, runs: Path, tmp_path: Path) -> None:
     key = add_key(tmp_path / "keys.json", "begun")
     for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(runs), *with_keys(tmp_path)):

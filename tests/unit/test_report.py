@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import io
 import json
 import re
@@ -21,8 +22,10 @@ from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import teacher_pb2
 from vaopd.report import report_html, write_report
+from vaopd.report.charts import make_charts
 from vaopd.report.curves import compute_band, seed_band, smooth
 from vaopd.report.groups import group_runs, keep_finished
+from vaopd.report.rollouts import select_samples
 from vaopd.run import settings
 from vaopd.run.records import read_run
 from vaopd.run.status import StatusWriter
@@ -36,21 +39,36 @@ def test_a_run_is_one_self_contained_page(tmp_path: Path) -> None:
     path = write_report([make_run(tmp_path / "first")])
     assert path == tmp_path / "first" / "report.html"
     page = path.read_text()
-    figures = re.findall(r'<svg role="img" aria-label="([^"]*)"', page)
-    assert figures == [
-        "Held-out accuracy, curves",
-        "Reverse KL by token group, curves",
-        "Loss, curves",
-        "Mean visual advantage, curves",
-        "Share of all VA in the top 10 % of tokens, curves",
-        "Entropy of the rollout weights, curves",
-        "Where a step's time goes, curves",
+    charts = read_charts(page)
+    assert [chart["title"] for chart in charts] == [
+        "Held-out accuracy",
+        "Reverse KL by token group",
+        "Loss",
+        "Mean visual advantage",
+        "Share of all VA in the top 10 % of tokens",
+        "Entropy of the rollout weights",
+        "Where a step's time goes",
     ]
+    (accuracy,) = charts[0]["series"]
+    assert (accuracy["x"], accuracy["y"], accuracy["error"]) == ([0, 10, 20], [30, 50, 60], [3, 3, 3])
     assert "30.0 % ± 3.0" in page
     assert "60.0 % ± 3.0<small>+30.0 points" in page
     assert "<td>objective.variant</td><td>va_opd</td>" in page
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page) == []  # nothing is loaded from elsewhere
-    assert "currentColor" in page  # the curves follow the page's light or dark
+
+
+def read_charts(page: str) -> list[dict[str, Any]]:
+    return [json.loads(html.unescape(data)) for data in re.findall(r"data-chart='([^']*)'", page)]
+
+
+def read_samples(page: str) -> dict[str, Any]:
+    (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)
+    samples: dict[str, Any] = json.loads(data)
+    return samples
+
+
+def list_rollouts(page: str) -> list[dict[str, Any]]:
+    return [rollout for group in read_samples(page)["groups"] for rollout in group["rollouts"]]
 
 
 def test_questions_that_were_not_asked_and_records_left_out_are_shown(tmp_path: Path) -> None:
@@ -90,11 +108,7 @@ def test_judge_and_answers_it_did_not_judge_stand_beside_the_accuracy(tmp_path: 
     page = write_report([run]).read_text()
     assert "90.0 % ± 3.0 (4 not judged)" in page
     assert "1 and 2, math-verify 0.9.0" in page  # the earlier ones were judged before versions were recorded
-    assert [title for title in ("right", "not judged", "wrong") if f'title="{title}"' in page] == [
-        "right",
-        "not judged",
-    ]
-    assert ">?</b>" in page
+    assert [rollout["verdict"] for rollout in list_rollouts(page)[:3]] == ["right", "not judged", "wrong"]
 
 
 def test_the_student_s_own_va_is_shown_where_it_was_measured(tmp_path: Path) -> None:
@@ -125,30 +139,54 @@ def test_what_a_run_did_not_record_is_left_out(tmp_path: Path) -> None:
     assert "Rollouts" not in page
 
 
-def test_rollouts_before_and_after_are_coloured_by_their_visual_advantage(tmp_path: Path) -> None:
-    """1 nat and more has the full colour; what a model or a data set wrote is text, never markup."""
+def test_the_rollouts_of_every_recorded_step_are_in_the_page(tmp_path: Path) -> None:
+    """In thousandths of a nat. What a model or a data set wrote is text, never markup."""
     page = write_report([make_run(tmp_path / "first")]).read_text()
-    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Before the first step: the initial student", "After 10 steps"]
-    assert re.findall(r"rgb\(255 140 0/([\d.]+)\)", page) == ["0.50", "0.00", "1.00"] * 4
-    assert (
-        page.count('<span class="high" style="background:rgb(255 140 0/1.00)" title="VA 9.000, teacher -0.300">') == 4
-    )
-    assert "&lt;</span>" in page
-    assert "Is 3 &lt; 4?" in page
+    samples = read_samples(page)
+    assert samples["totals"] == {"0": 1, "5": 1, "10": 1}
+    assert [group["step"] for group in samples["groups"]] == [0, 5, 10]
+    first = samples["groups"][0]["rollouts"][0]
+    assert (first["tokens"], first["weight"], first["high"]) == (["3", " <", "\n"], 0.75, [2])
+    assert first["numbers"] == {"VA": [500, 0, 9000], "teacher": [-100, -200, -300]}
+    assert samples["groups"][0]["question"] == "Is 3 < 4?"
+    assert "Is 3 <" not in page
+
+
+def test_long_rollouts_leave_room_for_fewer_groups_of_each_step(tmp_path: Path) -> None:
+    """Three groups of two rollouts of three tokens, so that 36 tokens are two groups of each of three steps."""
+    folder = make_run(tmp_path / "first")
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    lines = [{**line, "group_id": f"{line['group_id']}-{copy}"} for copy in range(3) for line in lines]
+    lines.sort(key=lambda line: line["step"])
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = select_samples(read_run(folder), tokens=36)
+    assert samples is not None
+    assert samples["totals"] == {0: 3, 5: 3, 10: 3}
+    assert [group["step"] for group in samples["groups"]] == [0, 0, 5, 5, 10, 10]
+
+
+def test_without_any_visual_advantage_there_is_no_high_group(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "first")
+    text = (folder / "samples.jsonl").read_text().replace("[0.5, 0.0, 9.0]", "[0.0, 0.0, 0.0]")
+    (folder / "samples.jsonl").write_text(text)
+    assert [rollout["high"] for rollout in list_rollouts(report_html([read_run(folder)]))] == [[]] * 6
 
 
 def test_the_image_stands_beside_its_degraded_view(tmp_path: Path) -> None:
     page = write_report([make_run(tmp_path / "first")]).read_text()
-    assert re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page) == ["the image", "degraded: pixelate"]
+    pictures = read_samples(page)["groups"][0]["pictures"]
+    assert [picture["name"] for picture in pictures] == ["the image", "degraded: pixelate"]
 
 
 def test_the_noise_shown_is_the_noise_that_the_teacher_saw(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
     with (run / "config.toml").open("a") as file:
         file.write('[degradation]\nkind = "noise"\n')
-    shown = re.findall(r'alt="degraded: noise" src="data:image/png;base64,([^"]*)"', write_report([run]).read_text())
+    _, shown = read_samples(write_report([run]).read_text())["groups"][0]["pictures"]
+    assert shown["name"] == "degraded: noise"
     image = EncodedImage(data=base64.b64decode(jpeg()))
-    assert Image.open(io.BytesIO(base64.b64decode(shown[0]))).tobytes() == teacher_s_noise(image).tobytes()
+    data = base64.b64decode(shown["url"].partition(",")[2])
+    assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == teacher_s_noise(image).tobytes()
 
 
 def teacher_s_noise(image: EncodedImage) -> Image.Image:
@@ -184,8 +222,7 @@ def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
     run = make_run(tmp_path / "first")
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(config.replace("[objective]\n", "[objective]\nhigh_fraction = 0.5\n"))
-    marked = re.findall(r'<span class="high"[^>]* title="VA ([\d.]+),', write_report([run]).read_text())
-    assert marked == ["0.500", "9.000"] * 4
+    assert [rollout["high"] for rollout in list_rollouts(write_report([run]).read_text())] == [[0, 2]] * 6
 
 
 def test_the_high_group_is_that_of_the_run_s_own_token_score(tmp_path: Path) -> None:
@@ -197,8 +234,9 @@ def test_the_high_group_is_that_of_the_run_s_own_token_score(tmp_path: Path) -> 
     for sample in samples:
         sample["view_divergence_nats"] = [0.5, 2.0, 1.0]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    marked = re.findall(r'<span class="high"[^>]* title="([^"]*)"', write_report([run]).read_text())
-    assert marked == ["VA 0.000, view divergence 2.000, teacher -0.200"] * 4
+    rollouts = list_rollouts(write_report([run]).read_text())
+    assert [rollout["high"] for rollout in rollouts] == [[1]] * 6
+    assert rollouts[0]["numbers"]["view divergence"] == [500, 2000, 1000]
 
 
 def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> None:
@@ -210,9 +248,9 @@ def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> 
     for run in runs:
         (run / "samples.jsonl").unlink()
     page = write_report(runs).read_text()
-    for name in ("token groups only", "token groups only, by view divergence"):
-        assert f"<td>{name}</td>" in page
-        assert f">{name}</text>" in page  # a line of its own in the curves
+    names = ["token groups only", "token groups only, by view divergence"]
+    assert all(f"<td>{name}</td>" in page for name in names)
+    assert [series["name"] for series in read_charts(page)[1]["series"]] == names
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
@@ -222,9 +260,9 @@ def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     page = write_report(runs, output=tmp_path / "comparison.html").read_text()
-    assert "VA-OPD, 2 seeds" in page
-    assert "Standard OPD, 2 seeds" in page
-    assert "line: mean; band: lowest to highest seed" in page
+    accuracy = read_charts(page)[0]
+    assert [series["name"] for series in accuracy["series"]] == ["VA-OPD, 2 seeds", "Standard OPD, 2 seeds"]
+    assert accuracy["notes"] == ["line: mean; band: lowest to highest seed"]
     differences = page[page.index("configurations differ") : page.index("<details>")]
     assert re.findall(r"<td>(\w+\.\w+)</td>", differences) == ["run.seed", "objective.variant"]
 
@@ -364,7 +402,7 @@ def test_runs_are_grouped_by_configuration_and_labelled_by_what_differs(tmp_path
     assert list_legends(*runs[1:], other) == ["VA-OPD, 2 seeds", "Standard OPD"]
     assert list_legends(*runs, other)[2] == "Standard OPD"
     page = write_report([*runs, other], output=tmp_path / "page.html").read_text()
-    assert "VA-OPD, learning_rate 0.0006, 2 seeds" in page
+    assert "VA-OPD, learning_rate 0.0006, 2 seeds" in [series["name"] for series in read_charts(page)[0]["series"]]
 
 
 def test_the_same_seed_twice_is_said_and_counts_once(tmp_path: Path) -> None:
@@ -405,4 +443,27 @@ def test_a_run_that_failed_says_so_at_the_top(tmp_path: Path) -> None:
         status.write("failed", step=5, reason="no room on <the disk>")
     page = write_report([run]).read_text()
     assert "The run failed at step 5: no room on &lt;the disk&gt;" in page
+    assert '<p class="state failed">' in page
     assert "5 of 20<small>failed" in page
+
+
+def test_models_data_and_dates_stand_at_the_top(tmp_path: Path) -> None:
+    """Two starts, ten minutes apart; stopped an hour and a half after the first."""
+    run = make_run(tmp_path / "first", steps=5)
+    change_settings(run, "[objective]", '[student]\nmodel = "small"\n[data]\nsource = "figures"\n[objective]')
+    teacher = {"model": "large", "revision": "0123456789abcdef"}
+    for time_s in (1_000_000_000.0, 1_000_000_600.0):
+        settings.append(run, {"step": 0, "time_s": time_s, "changes": {}, "teacher": teacher})
+    with StatusWriter(run, role="trainer", clock=lambda: 1_000_005_400.0) as status:
+        status.write("stopped", step=5)
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", write_report([run]).read_text()))
+    assert "The run was stopped at step 5. student small teacher large, revision 0123456789ab data figures" in page
+    assert "started 2001-09-09 01:46 UTC, 2 times; last 2001-09-09 01:56 UTC" in page
+    assert "ended 2001-09-09 03:16 UTC, after 1:30:00" in page
+
+
+def test_long_curves_are_averaged_over_equal_stretches(tmp_path: Path) -> None:
+    """1200 steps become 600 points: the means of two neighbours each."""
+    run = make_run(tmp_path / "first", steps=1200)
+    faint = next(chart for chart in make_charts(read_run(run)) if chart["title"] == "Loss")["series"][0]
+    assert (len(faint["x"]), faint["x"][:3], faint["x"][-1]) == (600, [0.5, 2.5, 4.5], 1198.5)

@@ -6,10 +6,6 @@ const showNumbers = (token) => {
   details.hidden = false;
   details.textContent = `“${token.textContent}”  ${token.title} (nats)`;
 };
-const makeReachable = () => {
-  for (const text of document.querySelectorAll(".rollout code"))
-    if (text.firstElementChild) text.firstElementChild.tabIndex = 0;
-};
 document.addEventListener("click", (event) => showNumbers(tokenOf(event)));
 document.addEventListener("focusin", (event) => showNumbers(tokenOf(event)));
 document.addEventListener("keydown", (event) => {
@@ -22,7 +18,8 @@ document.addEventListener("keydown", (event) => {
   next.focus();
   event.preventDefault();
 });
-makeReachable();
+drawCharts();
+startBrowsers();
 
 // The page of an unfinished run reloads itself, and keeps open what the reader has opened.
 const live = document.getElementById("live");
@@ -41,13 +38,14 @@ async function update() {
     const answer = await fetch(location.href, { cache: "no-cache" });
     if (!answer.ok) throw new Error(String(answer.status));
     const tag = answer.headers.get("ETag");
-    const reading = document.activeElement?.closest(".rollout"); // don't take the focus away
+    const reading = document.activeElement?.closest(".browser, .chart"); // don't take the focus away
     if (tag !== shown && !reading) {
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       const open = [...document.querySelectorAll("details")].map((each) => each.open);
       document.querySelector("main").replaceWith(fresh.querySelector("main"));
       document.querySelectorAll("details").forEach((each, index) => { each.open = open[index] ?? false; });
-      makeReachable();
+      drawCharts();
+      startBrowsers();
       shown = tag;
       live.dataset.state = fresh.getElementById("live").dataset.state;
       if (!fresh.body.dataset.again) return say(`${STATES[live.dataset.state] ?? "The run is finished"}. Last update ${time()}.`);

@@ -1,7 +1,8 @@
 """Makes one self-contained HTML file of runs' folders: configuration, curves, comparison, rollouts coloured by VA.
 
 The page loads nothing, follows the reader's light or dark mode, and fits a phone. Its numbers come from
-`vaopd.run.records`; `plots.py` draws the curves, `rollouts.py` selects the rollouts, `page.html.jinja` is the page.
+`vaopd.run.records`; `charts.py` and `rollouts.py` choose what is shown, `charts.js` and `samples.js` draw it,
+`page.html.jinja` is the page.
 The scoring API serves the pages of unfinished runs too; those reload themselves.
 """
 
@@ -13,6 +14,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,19 @@ from markupsafe import Markup
 
 from vaopd.errors import InvalidInput, VaopdError
 from vaopd.files.durable import atomic_file
+from vaopd.report import charts
 from vaopd.report.curves import SMOOTHING_STEPS
 from vaopd.report.groups import group_runs, name_variant
-from vaopd.report.rollouts import FULL_COLOUR_NATS, select_groups
-from vaopd.run.records import Evaluation, Run, read_run
+from vaopd.report.rollouts import FULL_COLOUR_NATS, TOKENS_SHOWN, select_samples
+from vaopd.run.records import Evaluation, Run, is_number, read_run
+from vaopd.telemetry.progress_line import format_duration
 
 __all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
 
 # Different in every run, and never the reason for a different curve.
 OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
+SCRIPTS = ("charts.js", "samples.js", "page.js")
+REVISION_CHARACTERS = 12
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("vaopd.report", "."),
     autoescape=True,
@@ -73,17 +79,17 @@ def report_html(runs: Sequence[Run], *, band: str = "range", again_s: int | None
         again_s=again_s,
         state=runs[0].state,
         style=Markup(_read_asset("page.css")),
-        script=Markup(_read_asset("page.js")),
+        script=Markup(_read_script()),
         smoothing_steps=SMOOTHING_STEPS,
         full_colour_nats=FULL_COLOUR_NATS,
         comparison=_compare(runs, band=band) if len(runs) > 1 else None,
-        runs=[_describe_or_name(run) for run in runs],
+        runs=[_describe_or_name(run, tokens=TOKENS_SHOWN // len(runs)) for run in runs],
     )
 
 
-def _describe_or_name(run: Run) -> dict[str, Any]:
+def _describe_or_name(run: Run, *, tokens: int) -> dict[str, Any]:
     try:
-        return _describe(run)
+        return _describe(run, tokens=tokens)
     except VaopdError:
         raise
     except Exception as error:
@@ -95,7 +101,7 @@ def _describe_or_name(run: Run) -> dict[str, Any]:
 
 def content_security_policy(*, live: bool) -> str:
     """Returns the page's policy: it loads nothing, and runs its own script only. A live one may reload itself."""
-    digest = base64.b64encode(hashlib.sha256(_read_asset("page.js").encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(_read_script().encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"{policy}; connect-src 'self'" if live else policy
 
@@ -105,27 +111,29 @@ def _read_asset(name: str) -> str:
     return resources.files("vaopd.report").joinpath(name).read_text()
 
 
-def _describe(run: Run) -> dict[str, Any]:
-    """Returns one run's section as the template takes it."""
-    from vaopd.report import plots
+def _read_script() -> str:
+    return "".join(_read_asset(name) for name in SCRIPTS)
 
+
+def _describe(run: Run, *, tokens: int) -> dict[str, Any]:
+    """Returns one run's section as the template takes it; `tokens`: how many its samples may have."""
     return {
         "name": run.name,
+        "state": run.state,
+        "state_text": _describe_state(run),
+        "facts": list(_make_facts(run)),
         "tiles": list(_make_tiles(run)),
-        "state": _describe_state(run),
         "history": [_describe_change(*change) for change in run.list_changes()] + list(_describe_teachers(run)),
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
-        "figures": [Markup(svg) for svg in plots.run_svgs(run)],
-        "samples": select_groups(run),
+        "charts": list(charts.make_charts(run)),
+        "samples": select_samples(run, tokens=tokens),
         "settings": [(f"{section}.{key}", _format_value(value)) for section, key, value in _list_settings(run.config)],
     }
 
 
 def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yields name, value and note of each number at the top of a run's section."""
-    from vaopd.report.plots import TIMES
-
     for none in run.without_accuracy[-1:]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in none.not_asked.items())
         yield (f"held-out accuracy, step {none.step}", "none", f"no question could be asked: {reasons}")
@@ -159,21 +167,19 @@ def _make_tiles(run: Run) -> Iterator[tuple[str, str, str]]:
         yield ("the student's own VA", f"{measured[-1].mean:.3f} nats", note)
     if (drift := run.compute_mean("policy_drift_share")) is not None:
         yield ("policy drift", f"{drift:.1%}", "of the tokens differ by over 0.1 nats between worker and trainer")
-    means = [run.compute_mean(key) for key in TIMES]
+    means = [run.compute_mean(key) for key in charts.TIMES]
     if all(mean is not None for mean in means):
         yield ("one step", f"{sum(mean or 0 for mean in means):.1f} s", "mean, without evaluations")
 
 
 def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
     """Returns the comparison of several runs as the template takes it."""
-    from vaopd.report import plots
-
     # Settings that differ between the runs, names and addresses aside.
     flat = [{f"{section}.{key}": value for section, key, value in _list_settings(run.config)} for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return {
-        "figures": [Markup(svg) for svg in plots.render_comparison(runs, band=band)],
+        "charts": list(charts.make_comparison_charts(runs, band=band)),
         "band": band,
         "repeats": [f"{g.label}: {g.describe_repeats()}" for g in group_runs(runs) if g.describe_repeats()],
         "rows": [_make_row(run) for run in runs],
@@ -182,13 +188,37 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
 
 
 def _describe_state(run: Run) -> str:
-    """Returns a sentence on a run that is not finished; "" for others, and where the run doesn't say."""
+    """Returns the state in a sentence, with the step and the reason of a run that ended early."""
     status = run.status
     if status is None or run.finished:
-        return ""
+        return f"The run is {run.state}."
     if status.state == "failed":
         return f"The run failed at step {status.step}: {status.reason}"
     return f"The run was stopped at step {status.step}." if status.state == "stopped" else f"The run is {status.state}."
+
+
+def _make_facts(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields name and value of what the run is made of: models, data, dates."""
+    yield ("student", str(run.config.get("student", {}).get("model", "–")))
+    teacher = run.history[-1]["teacher"] if run.history else {}
+    model = str(teacher.get("model") or run.config.get("teacher", {}).get("model", "–"))
+    revision = str(teacher.get("revision", ""))[:REVISION_CHARACTERS]
+    yield ("teacher", f"{model}, revision {revision}" if revision else model)
+    data = run.config.get("data", {})
+    yield ("data", ", ".join(str(data[key]) for key in ("source", "name", "split") if data.get(key)) or "–")
+    starts = [line["time_s"] for line in run.history if is_number(line.get("time_s"))]
+    times = [*starts, *run.list_series("time_s")[1]]
+    if not times:
+        return
+    again = f", {len(starts)} times; last {_format_time(starts[-1])}" if len(starts) > 1 else ""
+    yield ("started", _format_time(times[0]) + again)
+    ended = run.status is not None and not run.may_continue
+    last_s = run.status.since_s if run.status is not None and ended else times[-1]
+    yield ("ended" if ended else "last step", f"{_format_time(last_s)}, after {format_duration(last_s - times[0])}")
+
+
+def _format_time(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _describe_change(step: int, key: str, old: Any, new: Any) -> str:
