@@ -94,7 +94,7 @@ def scored(seen: Viewer, example: int = 0) -> None:
 
 
 def take_reports(browser: Browser, url: str, names: list[str], folder: Path) -> None:
-    """Takes the list, the last run's report, the same on a phone, and up to four runs compared."""
+    """Takes the list, the last run's report, the same on a phone, and the two last ones compared."""
     report = f"/runs/{names[0]}/report"
     with viewer(browser, url, **DESKTOP) as seen:
         seen.open(path="/runs")
@@ -103,7 +103,7 @@ def take_reports(browser: Browser, url: str, names: list[str], folder: Path) -> 
         seen.page.locator(".chart > svg").nth(1).hover()
         save(seen, folder / "report.png")
     with viewer(browser, url, color_scheme="dark", **DESKTOP) as seen:
-        seen.open(path="/runs/compare?" + "&".join(f"run={name}" for name in names[:4]), ready=".chart svg")
+        seen.open(path="/runs/compare?" + "&".join(f"run={name}" for name in names[:2]), ready=".chart svg")
         save(seen, folder / "report-comparison.png")
     with viewer(browser, url, **PHONE) as seen:
         seen.open(path=report, ready=".browser .rollout")

@@ -2,6 +2,7 @@
 // The data stand in the JSON of each .browser; `rollouts.py` makes them.
 const MORE = 3; // groups of each step that are added at a time
 const FULL_COLOUR = { VA: 1000, "view divergence": 1000, KL: 1000 }; // thousandths of a nat; rollouts.py
+const NAMES = ["VA", "view divergence", "teacher", "degraded", "student", "KL"]; // the order in which they are shown
 const SIGNS = { right: "✓", wrong: "✗" };
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length / 1000;
 
@@ -91,7 +92,7 @@ function drawGroup(group, colour) {
 }
 
 function drawRollout({ tokens, weight, verdict, high, numbers }, colour) {
-  const names = Object.keys(numbers);
+  const names = NAMES.filter((name) => name in numbers);
   const spans = tokens.map((text, index) => {
     const title = names.map((name) => `${name} ${(numbers[name][index] / 1000).toFixed(3)}`).join(", ");
     const span = element("span", { className: high.includes(index) ? "high" : "", title }, text);
