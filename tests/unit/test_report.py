@@ -120,7 +120,9 @@ def test_the_student_s_own_va_is_shown_where_it_was_measured(tmp_path: Path) -> 
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report([run]).read_text()
     assert "0.250 nats<small>first 0.125, ± 0.010; on its answers to 9 held-out problems" in page
-    assert 'aria-label="The student\'s own VA on held-out answers, curves"' in page
+    (chart,) = (each for each in read_charts(page) if "own VA" in each["title"])
+    (series,) = chart["series"]
+    assert (series["x"], series["y"], series["error"]) == ([0, 10], [0.125, 0.25], [0.01, 0.01])
     lines[1].pop("student_va_error")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InvalidInput, match="student_va_error is None"):
