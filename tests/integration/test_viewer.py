@@ -403,7 +403,7 @@ def test_the_student_answers_and_is_scored(browser: Browser, teacher: TeacherInP
             seen.open()
             seen.score_example()
             seen.page.select_option("#count", "2")
-            with seen.page.expect_request("**/v1/score") as asked:
+            with seen.page.expect_request("**/v1/score", timeout=120_000) as asked:  # the student is loaded first
                 seen.page.click("#sample")
             sent = json.loads(asked.value.post_data or "")["responses"]
             assert [type(response) for response in sent] == [list, list]  # the very tokens that were sampled
