@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
@@ -37,5 +39,5 @@ def _make(arguments: argparse.Namespace) -> int:
     for path in make_certificates(
         arguments.folder, hosts=arguments.host, days=arguments.days, replace=arguments.replace
     ):
-        print(path)
+        emit(path)
     return 0

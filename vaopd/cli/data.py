@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaopd.cli.common import make_progress
+from vaopd.cli.common import add_set_argument, make_progress
+
+from vaopd.cli.output import emit
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -40,14 +42,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     check.add_argument(
         "source", metavar="CONFIG|DATASET", help="a run's TOML file, or a folder or hub id of a data set"
     )
-    check.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one field of CONFIG (repeatable)",
-    )
+    add_set_argument(check)
     check.add_argument(
         "--split",
         action="append",
@@ -71,16 +66,16 @@ def _make_geometry(arguments: argparse.Namespace) -> int:
         validation=arguments.validation,
         test=arguments.test,
     )
-    print(arguments.folder)
+    emit(arguments.folder)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
     splits = list(_check_config(arguments) if arguments.source.endswith(".toml") else _check_data_set(arguments))
     if arguments.json:
-        print(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
+        emit(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
     else:
-        print("\n\n".join("\n".join(_format(split)) for split in splits))
+        emit("\n\n".join("\n".join(_format(split)) for split in splits))
     return 1 if any(split.faults for split in splits) else 0
 
 

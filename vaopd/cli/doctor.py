@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 
+from vaopd.cli.output import emit, paint
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
     from vaopd.launch.placement import Card
@@ -22,7 +24,8 @@ INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
 RECIPES = [Path(f"configs/geometry3k-{teacher}.toml") for teacher in ("4b", "8b", "32b")]
 OLDEST_DRIVERS = {"12": 525, "13": 580}
 """The oldest driver by CUDA's major version, from NVIDIA's table of minor version compatibility."""
-MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
+MARKS = {"ok": ("ok  ", 32), "note": ("note", 33), "missing": ("MISS", 31)}
+"""Word and the terminal's colour of each status."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +58,14 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
     for finding in make_findings(arguments.runs, arguments.config):
         found.append(finding)
-        print(f"{MARKS[finding.status]}  {finding.what:<24} {finding.detail}", flush=True)
+        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {finding.detail}", flush=True)
         if finding.remedy:
-            print(f"{'':6}{'':<24} → {finding.remedy}")
+            emit(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]
     if missing:
-        print(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
+        emit(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
         return 1
-    print("\nEverything that `vaopd demo` needs is installed.")
+    emit("\nEverything that `vaopd demo` needs is installed.")
     return 0
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
@@ -33,7 +35,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from vaopd.report import plot_accuracy, write_report
 
     if arguments.plot is not None:
-        print(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
+        emit(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
     else:
-        print(write_report(arguments.runs, output=arguments.output, band=arguments.band))
+        emit(write_report(arguments.runs, output=arguments.output, band=arguments.band))
     return 0

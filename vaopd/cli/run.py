@@ -16,6 +16,8 @@ from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
 
+from vaopd.cli.output import emit, say
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
     from vaopd.launch.up import UpOptions
@@ -106,7 +108,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
     require(*roles)
     # `up` describes a running teacher itself, and says what it found.
     needs = [need for need in needs if need != "running teacher"]
-    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+    return up(options, say=say, show=_make_show(), check=lambda config: check(config, needs))
 
 
 def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
@@ -155,8 +157,8 @@ def _place_on_gpus(options: UpOptions) -> UpOptions:
     config = load_config(options.config_path, options.overrides)
     chosen = place(list_cards(), Demand.of(config, with_teacher=options.teacher is None))
     for reason in chosen.reasons:
-        _say(reason)
-    _say(f"the same by hand: {chosen.flags}")
+        say(reason)
+    say(f"the same by hand: {chosen.flags}")
     # What is set by hand has priority.
     return dataclasses.replace(options, gpus=chosen.gpus, overrides=(*chosen.overrides, *options.overrides))
 
@@ -183,12 +185,12 @@ def _run_demo(arguments: argparse.Namespace) -> int:
 
     _make_demo_data(Path(config.data.source))
     check(config, ("student", "teacher", "data", "engine"))
-    _say(
+    say(
         f"run {config.run.name}: {config.trainer.steps} steps of {config.trainer.prompts_per_step} prompts × "
         f"{config.trainer.rollouts_per_prompt} rollouts; 180 steps take about 8 minutes on two cores. Ctrl-C ends it"
     )
-    _say(f"logs and results: {config.run_folder}")
-    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_make_show())
+    say(f"logs and results: {config.run_folder}")
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=say, show=_make_show())
     if code == 0:
         _print_result(config.run_folder)
     return code
@@ -199,7 +201,7 @@ def _make_demo_data(folder: Path) -> None:
         return
     from vaopd.data import handwritten_geometry
 
-    _say(f"drawing geometry problems on handwritten digits into {folder} …")
+    say(f"drawing geometry problems on handwritten digits into {folder} …")
     handwritten_geometry.write(folder, seed=0, train=4000, validation=300, test=600)
 
 
@@ -211,18 +213,12 @@ def _print_result(folder: Path) -> None:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         gain = f"{100 * (last.accuracy - first.accuracy):+.1f} points"
-        print(
+        emit(
             f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain})"
             f"\njudge    {last.judge}"
         )
-    print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
-    print(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))
-
-
-def _say(line: str) -> None:
-    from vaopd.telemetry.progress_line import draw
-
-    draw(sys.stderr, f"vaopd: {line}", stays=True)
+    emit(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
+    emit(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))
 
 
 def _make_show() -> Callable[[str], None] | None:
