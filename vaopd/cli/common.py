@@ -56,11 +56,16 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False) -> int:
-    """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
+def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False, notes: Iterable[str] = ()) -> int:
+    """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any.
+
+    notes: lines that follow as comments.
+    """
     from vaopd.config import to_toml
 
     emit(to_toml(config), end="")
+    for note in notes:
+        emit(f"# {note}")
     needs = [need for need in needs if not offline or need not in OVER_THE_NETWORK]
     problems = list(find_problems(config, needs, ask_hub=False))
     for problem in problems:

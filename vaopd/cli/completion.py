@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd completion`."""
-    completion = subparsers.add_parser("completion", help='print a shell\'s completion: eval "$(vaopd completion bash)"')
+    completion = subparsers.add_parser(
+        "completion", help='print a shell\'s completion: eval "$(vaopd completion bash)"'
+    )
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
     completion.set_defaults(command=_complete, extra="completion")
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
-
 from vaopd.cli.output import emit, paint
+from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -204,7 +203,7 @@ def _check_torch_companions() -> Iterator[Finding]:
     """Checks torchvision as the processors load it, and two packages that break vLLM beside a CPU torch."""
     import torch
 
-    from vaopd.vlm.torchvision_compat import ensure_torchvision
+    from vaopd.vlm.torchvision_compat import ensure_torchvision, is_installed
 
     try:
         ensure_torchvision()
@@ -217,9 +216,16 @@ def _check_torch_companions() -> Iterator[Finding]:
             remedy=f"install the torchvision that goes with torch {torch.__version__}",
         )
     else:
-        operators = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
-        how = "complete" if operators else "a build without operators for this torch; image processors need none"
-        yield Finding(status="ok", what="import torchvision", detail=how)
+        if torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+            yield Finding(status="ok", what="import torchvision", detail="complete")
+        elif is_installed():
+            how = "a build without operators for this torch, declared by vaopd-torchvision.pth; processors need none"
+            yield Finding(status="ok", what="import torchvision", detail=how)
+        else:
+            yield Finding(
+                status="note", what="import torchvision", remedy=INSTALL,
+                detail="a build without operators for this torch: vaopd works, plain transformers and vLLM don't",
+            )  # fmt: skip
     if torch.version.cuda is None and torch.version.hip is None:
         for package in ("torchaudio", "torchcodec"):
             version = find_version(package)

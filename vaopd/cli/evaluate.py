@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli import benchmark
 from vaopd.cli.common import add_config_arguments, dry_run, find_problems, make_progress
-
 from vaopd.cli.output import emit, say
 
 if TYPE_CHECKING:

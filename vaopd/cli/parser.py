@@ -13,7 +13,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, groups: Mapping[str, Sequence[str]] | None = None, **options: Any) -> None:
         """groups: heading -> names of subcommands, for the help."""
-        super().__init__(*arguments, **options)
+        # An abbreviation that works today may mean another option tomorrow, and a typing error is named.
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self._groups = groups or {}
 
     def parse_known_args(  # type: ignore[override]

@@ -60,7 +60,9 @@ def _push(arguments: argparse.Namespace) -> int:
             commit_message=arguments.message or f"{arguments.run.resolve().name}, {arguments.which}, by vaopd",
         )
     except (HfHubHTTPError, OSError) as error:
-        raise ConfigError(f"{where} took nothing ({str(error).partition(chr(10))[0]}); check id, token and network") from None
+        raise ConfigError(
+            f"{where} took nothing ({str(error).partition(chr(10))[0]}); check id, token and network"
+        ) from None
     emit(where)
     return 0
 
@@ -70,7 +72,9 @@ def _list_files(folder: Path) -> list[Path]:
     from vaopd.errors import ConfigError
 
     if not folder.is_dir():
-        raise ConfigError(f"{folder} doesn't exist: a run leaves model/ after its last step and best/ after an evaluation")
+        raise ConfigError(
+            f"{folder} doesn't exist: a run leaves model/ after its last step and best/ after an evaluation"
+        )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for name in ("config.json", CARD, WEIGHTS):
         if not any(path.match(name) for path in files):

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
+from vaopd.cli.output import emit, say
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
-
-from vaopd.cli.output import emit, say
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
@@ -101,7 +100,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
             overrides.append(f"teacher.address={options.teacher}")
         needs += [] if shared else ["teacher port"]
         needs += ["api port"] if arguments.api else []
-        return dry_run(load_config(options.config_path, overrides), needs, offline=arguments.offline)
+        from vaopd.launch.estimate import describe_cost
+
+        config = load_config(options.config_path, overrides)
+        notes = describe_cost(config, options.gpus, with_teacher=not shared)
+        return dry_run(config, needs, offline=arguments.offline, notes=notes)
     if arguments.log_format:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
     roles = ["rollout", "trainer", *([] if shared else ["teacher"]), *(["api"] if arguments.api else [])]
@@ -166,6 +169,7 @@ def _place_on_gpus(options: UpOptions) -> UpOptions:
 def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
+    from vaopd.launch.checks import find_engine_problem
     from vaopd.launch.up import UpOptions, make_run_name, up
 
     if not DEMO_CONFIG.exists():
@@ -181,6 +185,9 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     ]
     if arguments.steps is not None:
         overrides.append(f"trainer.steps={arguments.steps}")
+    if find_engine_problem(load_config(DEMO_CONFIG, overrides)):
+        say("vLLM is not installed: transformers samples the rollouts, which takes longer")
+        overrides.append("rollout.engine=transformers")
     config = load_config(DEMO_CONFIG, overrides)
 
     _make_demo_data(Path(config.data.source))

@@ -1,10 +1,11 @@
 """Makes `import torchvision` work beside a CPU build of torch.
 
-`deploy/setup.sh` installs it into the environment where it is needed: each program there can import torchvision,
-transformers and vLLM as usual. Elsewhere, call `ensure_torchvision()` before using a processor. PyPI's x86 torchvision is a CUDA build. Beside a CPU torch its C++ library can't be loaded, and the Python part then
+PyPI's x86 torchvision is a CUDA build. Beside a CPU torch its C++ library can't be loaded, and the Python part then
 fails at the two operators that it registers unconditionally, `torchvision::nms` and `torchvision::qnms`. transformers
 needs only the Python part (the image and video processors of Qwen3-VL), so declaring these two schemas is enough. A
-torchvision that works (a CUDA torch, or PyTorch's own CPU index) is left alone.
+torchvision that works (a CUDA torch, or PyTorch's own CPU index) is left alone. Where it is needed, `deploy/setup.sh`
+lets each Python of the environment call `install`, so that any program there can import transformers and vLLM.
+Elsewhere, call `ensure_torchvision()` before using a processor.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
 def install() -> None:
     """Lets any later `import torchvision` of this process work; a .pth file calls it at every start of Python."""
     sys.meta_path.insert(0, _BeforeTorchvision())
+
+
+def is_installed() -> bool:
+    """Returns whether this Python called `install` at its start."""
+    return any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path)
 
 
 def _can_load_library(package: Path) -> bool:
