@@ -43,9 +43,7 @@ def test_a_configuration_names_the_columns(tmp_path: Path) -> None:
     assert show(first) == [("system", "Be brief."), ("user", "#Where?\nOne word.")]
     assert show(second)[0] == ("system", "Look.")
     assert (first.prompt_id, first.answer, first.images[0].data) == ("a7", "here", RED)
-    with pytest.raises(
-        InvalidInput, match=r"columns prompt, .*; needed: problem or question.*data\.columns\.text="
-    ):
+    with pytest.raises(InvalidInput, match=r"columns prompt, .*; needed: problem or question.*data\.columns\.text="):
         open_train(source)
     with pytest.raises(InvalidInput, match=r"needed: data\.columns\.text = querry; "):
         open_train(source, columns=ColumnsConfig(text="querry"))
