@@ -40,11 +40,14 @@ vaopd eval own.toml --model runs/own/model "${small[@]}" --json >accuracy.json
 
 echo "== the model in plain transformers"
 python - <<'PYTHON'
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("runs/own/model")
 processor = AutoProcessor.from_pretrained("runs/own/model")
-content = [{"type": "image", "path": "own/validation/0.png"}, {"type": "text", "text": "Find the perimeter."}]
+# A picture, not a path: transformers reads paths by torchvision's decoder, which PyPI's build lacks beside a CPU torch.
+image = Image.open("own/validation/0.png")
+content = [{"type": "image", "image": image}, {"type": "text", "text": "Find the perimeter."}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
