@@ -83,6 +83,7 @@ def build_parser() -> Parser:
     parser.set_defaults(extra="services")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     shown = (run, init, services, evaluate, push, watch, report, score, ledger, usage, keys, certs, data, make, queue)
-    for module in (*shown, doctor, completion):
+    for module in (*shown, doctor):
         module.add_parsers(subparsers)
+    completion.add_parsers(subparsers, parser)
     return parser

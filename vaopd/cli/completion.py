@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,24 +14,21 @@ if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
 
-def add_parsers(subparsers: Subparsers) -> None:
-    """Adds `vaopd completion`."""
+def add_parsers(subparsers: Subparsers, root: argparse.ArgumentParser) -> None:
+    """Adds `vaopd completion`. root: the parser of all commands."""
     completion = subparsers.add_parser(
         "completion", help='print a shell\'s completion: eval "$(vaopd completion bash)"'
     )
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
-    completion.set_defaults(command=_complete, extra="completion")
+    completion.set_defaults(command=functools.partial(_complete, root), extra="completion")
 
 
-def _complete(arguments: argparse.Namespace) -> int:
+def _complete(root: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     import shtab
 
-    from vaopd.cli import build_parser
-
-    parser = build_parser()
-    for each in walk(parser):
+    for each in walk(root):
         for action in each._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    emit(shtab.complete(parser, arguments.shell))
+    emit(shtab.complete(root, arguments.shell))
     return 0
