@@ -7,14 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vaopd.cli.output import emit
 
 if TYPE_CHECKING:
     from vaopd.config import Config
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    Subparsers = argparse._SubParsersAction[Any]
 
 QUICK_S = 2.0
 Needs = Literal[
