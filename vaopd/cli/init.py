@@ -65,7 +65,10 @@ def _init(arguments: argparse.Namespace) -> int:
             if not sys.stdin.isatty():
                 raise ConfigError(f"--{name} is missing: the {question}")
             print(f"{question}: ", end="", file=sys.stderr, flush=True)
-            setattr(arguments, name, input().strip())
+            try:
+                setattr(arguments, name, input().strip())
+            except EOFError:
+                raise ConfigError(f"--{name} is missing: the {question}") from None
     data, has_answers = _read_data(arguments.data)
     values: dict[str, Any] = {
         "run": {"name": arguments.name or arguments.file.stem},
