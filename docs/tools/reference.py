@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -32,6 +33,7 @@ NOTE = "<!-- Made by `make reference`; don't edit. -->\n"
 
 def pages() -> dict[str, str]:
     """Returns the text of each page of the folder, by file name."""
+    from vaopd.cli.init import make_schema
     from vaopd.config import Config, ServiceConfig
 
     return {
@@ -52,6 +54,7 @@ def pages() -> dict[str, str]:
         "cli.md": command_line(),
         "http.md": http_api(),
         "memory.md": memory(),
+        "run.schema.json": json.dumps(make_schema(), indent=1) + "\n",
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import threading
 import warnings
@@ -144,7 +145,11 @@ def run(
         trainer.state.teacher = record
         if coordinator is not None:
             coordinator.begin(trainer.state, resumed=start is not None)
-        accelerator.init_trackers(config.run.name)
+        # One project for all runs, where it can hold several; TensorBoard's folder is the run's own.
+        settings = {"name": config.run.name, "config": config.model_dump(mode="json")}
+        remote = {name: settings for name in config.trainer.trackers if name != "tensorboard"}
+        project = os.environ.get("WANDB_PROJECT", "vaopd") if remote else config.run.name
+        accelerator.init_trackers(project, init_kwargs=remote)
         scorer = GroupScorer(
             teacher=teacher,
             student=student,

@@ -185,7 +185,8 @@ def describe_rollouts(
     score = group.scored.score
     start = 0
     for k, rollout in enumerate(group.scored.group.rollouts):
-        verdict = judge(tokenizer.decode(rollout.response_ids, skip_special_tokens=True), prompt.answer)
+        text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        verdict = judge(text, prompt.answer) if prompt.answer else None
         record: dict[str, Any] = {
             "group_id": group.scored.group.group_id,
             "rollout_id": rollout.rollout_id,
@@ -199,8 +200,7 @@ def describe_rollouts(
             **{name: round_values(rows[k]) for name, rows in score.columns.items()},
             "kl": round_values(kl_M[start : start + len(rollout.response_ids)]),
             "rollout_weight": round(float(group.rollout_weights[k]), 6),
-            "correct": bool(verdict),
-            "verdict": verdict.value,
+            **({} if verdict is None else {"correct": bool(verdict), "verdict": verdict.value}),
         }
         if k == 0 and prompt.images and group.scored.index < _IMAGES_SHOWN:
             record["image_base64"] = base64.b64encode(prompt.images[0].data).decode()

@@ -39,6 +39,9 @@ NOT_RUN = {
     r"^prometheus |runs/first/logs": "tests/integration/test_monitoring.py has a Prometheus and JSON logs",
     r"http://collector": "tests/unit/test_tracing.py has a collector",
     r"^sudo ": "changes an account's files",
+    r"own_run\.sh|own\.toml|data convert own": "the data are the reader's; tests/integration/test_own_run.py has some",
+    r"^vllm serve|^hf auth|^vaopd push (?!.*--dry-run)": "a server for good, and the hub",
+    r"^vaopd usage": "tests/services/test_cli_manners.py has two replicas' metrics",
     r"^(export|umask) ": "of one shell, for the commands that follow",
     r"^vaopd models make": "judges 600 questions at its end, for minutes; tests/unit/test_tiny.py makes small ones",
 }

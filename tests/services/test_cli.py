@@ -59,7 +59,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    assert [name for name in COMMANDS if not re.search(rf"^    {name} ", shown, re.MULTILINE)] == []
+    assert [name for name in COMMANDS if not re.search(rf"^  {name} ", shown, re.MULTILINE)] == []
 
 
 NESTED = ["data handwritten-geometry", "models make", "keys add", "queue retry"]

@@ -82,6 +82,19 @@ def test_in_a_terminal_they_are_shown_with_what_they_said_last(
     assert [line.split(" after")[0] for line in said] == ["teacher is ready"]
 
 
+def test_an_end_that_takes_a_while_names_who_is_left(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaopd.launch.supervisor.SAY_EVERY_S", 0.01)
+    monkeypatch.setattr("vaopd.launch.supervisor.ENDING_SILENT_S", 0.05)
+    ready = tmp_path / "ready"
+    code = f"import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(ready)!r}).touch()"
+    with Supervisor(logs=tmp_path, grace_s=0.5, say=said.append) as supervisor:
+        supervisor.start(Child(name="rollout-0", argv=python(code + "; time.sleep(600)"), is_ready=ready.exists))
+        supervisor.wait_ready("rollout-0", timeout_s=60)
+    assert said[-1] == "ending: rollout-0 (0 s)"
+
+
 def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: Path, said: list[str]) -> None:
     log = tmp_path / "logs" / "worker.log"
     with supervisor:

@@ -16,7 +16,7 @@ import pytest
 from tests.support.models import model_folder
 from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process
 from vaopd.cli import main
-from vaopd.cli.score import wants_colour
+from vaopd.cli.output import wants_colour
 from vaopd.http_types import DegradationModel, RolloutScore, ScoreReply, Token
 from vaopd.scoring import views
 from vaopd.vlm.model import Vlm

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_python(code: str) -> str:
@@ -23,6 +26,21 @@ from transformers import AutoProcessor, Qwen3VLVideoProcessor
 print(Qwen3VLVideoProcessor.__name__)
 """
     assert run_python(code) == "Qwen3VLVideoProcessor"
+
+
+def test_set_up_s_line_lets_any_program_import_it(tmp_path: Path) -> None:
+    """As a .pth file in the environment, which each Python reads at its start."""
+    (line,) = re.findall(r"^  echo '(import .*)' \\$", (ROOT / "deploy" / "setup.sh").read_text(), re.M)
+    (tmp_path / "vaopd-torchvision.pth").write_text(line)
+    code = f"""
+import site, sys
+site.addsitedir({str(tmp_path)!r})
+assert "torch" not in sys.modules  # it costs nothing until torchvision is imported
+import torchvision
+from transformers import AutoModelForImageTextToText, Qwen3VLVideoProcessor
+print(AutoModelForImageTextToText.__name__)
+"""
+    assert run_python(code) == "AutoModelForImageTextToText"
 
 
 def test_nothing_is_declared_beside_a_cuda_build_of_torch() -> None:

@@ -96,7 +96,6 @@ def test_lengths_are_those_of_the_prompts_that_a_run_reads(tmp_path: Path) -> No
         (record("ratio", picture(size=(402, 2))), "picture", "the limit is an aspect ratio of 200; crop it"),
         (record("no picture at all", b"GIF89a"), "picture", r"field 'images\[0\]': not a PNG, JPEG or WEBP image"),
         (record(" "), "text", "field 'problem': the text is missing or empty"),
-        (record("answer", answer=" "), "answer", "field 'answer': the answer is missing or empty"),
         (record("<image>"), "text", "the text is missing or empty"),
         (record("<image>mark"), "image markers", "the text has 1 <image> markers and the record 0 images"),
         (record("a <|im_end|> b"), "control token", r"the text holds '<\|im_end\|>', a control token"),

@@ -79,4 +79,4 @@ def test_it_holds_nothing_about_this_machine(tmp_path: Path) -> None:
 
 
 def test_the_hint_names_the_run() -> None:
-    assert upload_hint(Path("runs/va-8b/model")) == "to publish it: hf upload YOUR_NAME/va-8b runs/va-8b/model"
+    assert upload_hint(Path("runs/va-8b/model")) == "to publish it: vaopd push runs/va-8b YOUR_NAME/va-8b --which model"

@@ -53,7 +53,7 @@ def test_a_tracker_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr(checks, "_is_installed", lambda package: package != "wandb")
     told = refusal(capsys, command, str(config), "--set", 'trainer.trackers=["tensorboard", "wandb"]')
-    assert "trainer.trackers: wandb is not installed; pip install wandb, or leave it out" in told
+    assert "trainer.trackers: wandb is not installed; pip install 'vaopd[wandb]', or leave it out" in told
 
 
 def test_no_gpu(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,6 @@ def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"problem": "a", "answer": float("nan"), "images": []}], "record 0, field 'answer': the answer is no finite"),
         ([{"problem": "<image>a", "answer": "1", "images": []}], "record 0, field 'problem': the text has 1 <image>"),
         ([{"prompt": "a", "answer": "1"}], "columns prompt, answer; needed: problem or question"),
         ([], "needed: problem or question"),

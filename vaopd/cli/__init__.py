@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 import vaopd
-from vaopd.cli import certs, data, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
+from vaopd.cli import (
+    certs,
+    completion,
+    data,
+    doctor,
+    evaluate,
+    init,
+    keys,
+    ledger,
+    make,
+    output,
+    push,
+    queue,
+    report,
+    run,
+    score,
+    services,
+    usage,
+    watch,
+)
+from vaopd.cli.parser import Parser
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
 
 FAILED = 2
+GROUPS = {
+    "run": ("demo", "init", "up", "train", "eval", "push"),
+    "look": ("watch", "report", "score", "ledger", "usage"),
+    "serve": ("teacher", "rollout", "api", "keys", "certs"),
+    "maintain": ("data", "models", "queue", "doctor", "completion"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
+    arguments = parser.parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        with output.reserve_stdout():
+            return int(arguments.command(arguments))
     except VaopdError as error:
         if arguments.verbose or os.environ.get("VAOPD_DEBUG") == "1":
             traceback.print_exc()
@@ -36,21 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader (head, less) has closed its end; without this, Python would raise again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.get_results().fileno())
         return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Builds the parser of all commands; docs/tools/reference.py prints its help texts."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vaopd",
+        groups=GROUPS,
         description="Distil a vision-language teacher into a student, weighting the tokens that depend on the image.",
-        epilog="Start with `vaopd demo`: a whole run on two CPU cores.",
+        epilog="`vaopd demo` is a whole run on two CPU cores; `vaopd init` writes the configuration of your own.",
     )
     parser.add_argument("--version", action="version", version=vaopd.__version__)
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error (also VAOPD_DEBUG=1)")
     parser.set_defaults(extra="services")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (run, services, score, evaluate, data, make, watch, report, ledger, queue, keys, certs, doctor):
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    shown = (run, init, services, evaluate, push, watch, report, score, ledger, usage, keys, certs, data, make, queue)
+    for module in (*shown, doctor):
         module.add_parsers(subparsers)
+    completion.add_parsers(subparsers, parser)
     return parser

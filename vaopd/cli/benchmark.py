@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
+
+from vaopd.cli.output import emit, say
 
 DATA = Path("~/.cache/vaopd/benchmarks").expanduser()
 EVALUATOR = Path("~/.cache/vaopd/evaluator").expanduser()
@@ -36,7 +37,7 @@ def run_install() -> int:
     """Installs the evaluator."""
     from vaopd.benchmarks_eval.evaluator import install
 
-    install(EVALUATOR, say=_say)
+    install(EVALUATOR, say=say)
     return 0
 
 
@@ -71,7 +72,7 @@ def run_benchmarks(arguments: argparse.Namespace) -> int:
         command=shlex.split(arguments.evaluator) if arguments.evaluator else find_command(EVALUATOR),
         data=arguments.benchmark_data.resolve(),
         logs=plan.out / "logs",
-        say=_say,
+        say=say,
     )
     judge = Judge(url=arguments.judge_url, model=arguments.judge_model) if arguments.judge_url else None
     try:
@@ -79,15 +80,11 @@ def run_benchmarks(arguments: argparse.Namespace) -> int:
             plan,
             evaluator,
             judge,
-            say=_say,
+            say=say,
             make_report=lambda name, total: Progress(f"vaopd: {name}", total=total, unit="answers").report,
         )
     except Interrupted as interrupted:
-        _say(f"{interrupted}; the same command continues")
+        say(f"{interrupted}; the same command continues")
         return interrupted.exit_code
-    print(table, end="")
+    emit(table, end="")
     return 0
-
-
-def _say(line: str) -> None:
-    print(f"vaopd: {line}", file=sys.stderr, flush=True)

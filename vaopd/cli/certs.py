@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd certs`."""
-    certs = subparsers.add_parser("certs", help="make TLS certificates for development")
+    certs = subparsers.add_parser("certs", help="make TLS certificates for development, or one more client's")
     certs.add_argument(
         "folder",
         metavar="FOLDER",
@@ -28,14 +30,26 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     certs.add_argument("--days", type=int, default=30, metavar="N", help="days until they expire (default 30)")
     certs.add_argument("--replace", action="store_true", help="overwrite existing files")
+    certs.add_argument(
+        "--keep-authority",
+        action="store_true",
+        help="also write ca.key, with which --client signs more certificates",
+    )
+    certs.add_argument("--client", metavar="NAME", help="only add a client's NAME.pem and NAME.key to FOLDER")
     certs.set_defaults(command=_make, extra="certs")
 
 
 def _make(arguments: argparse.Namespace) -> int:
-    from vaopd.access.certificates import make_certificates
+    from vaopd.access.certificates import add_client, make_certificates
 
-    for path in make_certificates(
-        arguments.folder, hosts=arguments.host, days=arguments.days, replace=arguments.replace
-    ):
-        print(path)
+    days, replace = arguments.days, arguments.replace
+    if arguments.client:
+        paths = add_client(arguments.folder, arguments.client, days=days, replace=replace)
+    else:
+        keep = arguments.keep_authority
+        paths = make_certificates(
+            arguments.folder, hosts=arguments.host, days=days, replace=replace, keep_authority=keep
+        )
+    for path in paths:
+        emit(path)
     return 0

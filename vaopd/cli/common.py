@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from vaopd.cli.output import emit
 
 if TYPE_CHECKING:
     from vaopd.config import Config
 
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    Subparsers = argparse._SubParsersAction[Any]
 
 QUICK_S = 2.0
 Needs = Literal[
@@ -35,6 +37,15 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
     """Declares CONFIG, `--set`, `--dry-run` and `--offline`."""
     nargs = "?" if optional else None
     parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="a TOML file, e.g. configs/tiny.toml")
+    add_set_argument(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
+    )
+    parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Declares `--set`."""
     parser.add_argument(
         "--set",
         action="append",
@@ -43,17 +54,18 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
         dest="overrides",
         help="override one field, e.g. --set trainer.steps=10 (repeatable)",
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
-    )
-    parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
 
 
-def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False) -> int:
-    """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any."""
+def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False, notes: Iterable[str] = ()) -> int:
+    """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any.
+
+    notes: lines that follow as comments.
+    """
     from vaopd.config import to_toml
 
-    print(to_toml(config), end="")
+    emit(to_toml(config), end="")
+    for note in notes:
+        emit(f"# {note}")
     needs = [need for need in needs if not offline or need not in OVER_THE_NETWORK]
     problems = list(find_problems(config, needs, ask_hub=False))
     for problem in problems:

@@ -1,4 +1,4 @@
-"""`vaopd data`: makes the demo's data set, and checks a data set as a run would read it."""
+"""`vaopd data`: makes the demo's data set, checks a data set as a run would read it, and converts one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaopd.cli.common import make_progress
+from vaopd.cli.common import add_set_argument, make_progress
+from vaopd.cli.output import emit
+from vaopd.errors import InvalidInput
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
+    from vaopd.data.loaders import Prompts
     from vaopd.data.problems import CheckedSplit
 
 SHOWN = 20
@@ -22,7 +25,7 @@ SPLITS = ("train", "validation", "test")
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd data`."""
-    data = subparsers.add_parser("data", help="make or check a data set").add_subparsers(
+    data = subparsers.add_parser("data", help="make, check or convert a data set").add_subparsers(
         required=True, metavar="ACTION"
     )
     geometry = data.add_parser(
@@ -40,25 +43,33 @@ def add_parsers(subparsers: Subparsers) -> None:
     check.add_argument(
         "source", metavar="CONFIG|DATASET", help="a run's TOML file, or a folder or hub id of a data set"
     )
-    check.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="override one field of CONFIG (repeatable)",
-    )
-    check.add_argument(
-        "--split",
-        action="append",
-        metavar="SPLIT",
-        help="a split of DATASET (repeatable; default: those of train, validation and test that it has)",
-    )
+    add_set_argument(check)
     check.add_argument(
         "--model", metavar="MODEL", help="for DATASET: count tokens and find control tokens as this model does"
     )
     check.add_argument("--json", action="store_true", help="print JSON, with every bad record")
     check.set_defaults(command=_check, extra="trainer")
+
+    convert = data.add_parser("convert", help="write a data set as Parquet with its pictures, which needs no settings")
+    convert.add_argument("source", metavar="DATASET", help="a folder or hub id")
+    convert.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write to")
+    convert.set_defaults(command=_convert, extra="trainer")
+    for parser in (check, convert):
+        parser.add_argument(
+            "--split",
+            action="append",
+            metavar="SPLIT",
+            help="a split of DATASET (repeatable; default: those of train, validation and test that it has)",
+        )
+        parser.add_argument("--subset", default="", metavar="NAME", help="the configuration of a hub id")
+        parser.add_argument(
+            "--column",
+            action="append",
+            default=[],
+            metavar="KEY=NAME",
+            help="a column of DATASET: text, images, answer, id, system or messages, e.g. --column text=prompt "
+            "(repeatable)",
+        )
 
 
 def _make_geometry(arguments: argparse.Namespace) -> int:
@@ -71,16 +82,16 @@ def _make_geometry(arguments: argparse.Namespace) -> int:
         validation=arguments.validation,
         test=arguments.test,
     )
-    print(arguments.folder)
+    emit(arguments.folder)
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
     splits = list(_check_config(arguments) if arguments.source.endswith(".toml") else _check_data_set(arguments))
     if arguments.json:
-        print(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
+        emit(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
     else:
-        print("\n\n".join("\n".join(_format(split)) for split in splits))
+        emit("\n\n".join("\n".join(_format(split)) for split in splits))
     return 1 if any(split.faults for split in splits) else 0
 
 
@@ -91,31 +102,58 @@ def _check_config(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
 
     config = load_config(arguments.source, arguments.overrides)
     training = check_training(config, make_report=make_progress)
+    if config.evaluation.every == 0:
+        yield training
+        return
     held_out = check_held_out(config, make_report=make_progress)
     yield training.without_problems_of(held_out)
     yield held_out
 
 
 def _check_data_set(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
-    from vaopd.data.loaders import open_split
     from vaopd.data.measures import Meter
     from vaopd.data.problems import check_split
-    from vaopd.errors import NotFound
     from vaopd.files.hub import read_control_tokens
 
     control_tokens = read_control_tokens(arguments.model) if arguments.model else []
     meter = Meter(arguments.model) if arguments.model else None
-    found: list[CheckedSplit] = []
+    for prompts in _open_splits(arguments, control_tokens):
+        yield check_split(prompts, control_tokens=control_tokens, meter=meter, make_report=make_progress)
+
+
+def _open_splits(arguments: argparse.Namespace, control_tokens: Sequence[str]) -> Iterator[Prompts]:
+    """Yields the splits that are asked for, or all that there are; only those for evaluation need answers."""
+    from vaopd.config import ColumnsConfig, validate
+    from vaopd.data.loaders import open_split
+    from vaopd.errors import NotFound
+
+    names = dict(column.partition("=")[::2] for column in arguments.column)
+    found = False
     for name in arguments.split or SPLITS:
         try:
-            prompts = open_split(arguments.source, split=name, control_tokens=control_tokens)
+            yield open_split(
+                arguments.source,
+                split=name,
+                control_tokens=control_tokens,
+                subset=arguments.subset,
+                columns=validate(ColumnsConfig, dict(names), origin="--column"),
+                needs_answer=name != "train",
+            )
+            found = True
         except NotFound:
             if arguments.split or (name == SPLITS[-1] and not found):
                 raise
-            continue
-        split = check_split(prompts, control_tokens=control_tokens, meter=meter, make_report=make_progress)
-        found.append(split)
-        yield split
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from vaopd.data.convert import write_split
+
+    for prompts in _open_splits(arguments, ()):
+        if faults := prompts.find_faults():
+            raise InvalidInput(f"{prompts.describe_faults(faults)}; `vaopd data check` lists all")
+        file = arguments.folder / f"{prompts.split}.parquet"
+        emit(f"{file}: {write_split(prompts, file)} records")
+    return 0
 
 
 def _describe(split: CheckedSplit) -> dict[str, Any]:

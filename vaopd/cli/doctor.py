@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vaopd.cli.output import emit, paint
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
 RECIPES = [Path(f"configs/geometry3k-{teacher}.toml") for teacher in ("4b", "8b", "32b")]
 OLDEST_DRIVERS = {"12": 525, "13": 580}
 """The oldest driver by CUDA's major version, from NVIDIA's table of minor version compatibility."""
-MARKS = {"ok": "ok  ", "note": "note", "missing": "MISS"}
+MARKS = {"ok": ("ok  ", 32), "note": ("note", 33), "missing": ("MISS", 31)}
+"""Word and the terminal's colour of each status."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +57,14 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
     for finding in make_findings(arguments.runs, arguments.config):
         found.append(finding)
-        print(f"{MARKS[finding.status]}  {finding.what:<24} {finding.detail}", flush=True)
+        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {finding.detail}", flush=True)
         if finding.remedy:
-            print(f"{'':6}{'':<24} → {finding.remedy}")
+            emit(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]
     if missing:
-        print(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
+        emit(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
         return 1
-    print("\nEverything that `vaopd demo` needs is installed.")
+    emit("\nEverything that `vaopd demo` needs is installed.")
     return 0
 
 
@@ -201,7 +203,7 @@ def _check_torch_companions() -> Iterator[Finding]:
     """Checks torchvision as the processors load it, and two packages that break vLLM beside a CPU torch."""
     import torch
 
-    from vaopd.vlm.torchvision_compat import ensure_torchvision
+    from vaopd.vlm.torchvision_compat import ensure_torchvision, is_installed
 
     try:
         ensure_torchvision()
@@ -214,9 +216,16 @@ def _check_torch_companions() -> Iterator[Finding]:
             remedy=f"install the torchvision that goes with torch {torch.__version__}",
         )
     else:
-        operators = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
-        how = "complete" if operators else "a build without operators for this torch; image processors need none"
-        yield Finding(status="ok", what="import torchvision", detail=how)
+        if torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU"):
+            yield Finding(status="ok", what="import torchvision", detail="complete")
+        elif is_installed():
+            how = "a build without operators for this torch, declared by vaopd-torchvision.pth; processors need none"
+            yield Finding(status="ok", what="import torchvision", detail=how)
+        else:
+            yield Finding(
+                status="note", what="import torchvision", remedy=INSTALL,
+                detail="a build without operators for this torch: vaopd works, plain transformers and vLLM don't",
+            )  # fmt: skip
     if torch.version.cuda is None and torch.version.hip is None:
         for package in ("torchaudio", "torchcodec"):
             version = find_version(package)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vaopd.cli import benchmark
 from vaopd.cli.common import add_config_arguments, dry_run, find_problems, make_progress
+from vaopd.cli.output import emit, say
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Needs, Subparsers
@@ -65,27 +65,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     held_out = check_held_out(config, make_report=make_progress)
     for fault in held_out.faults[:SHOWN]:
-        _say(f"not asked: {held_out.prompts.describe_place(fault.index)}, field {fault.field!r}: {fault.message}")
+        say(f"not asked: {held_out.prompts.describe_place(fault.index)}, field {fault.field!r}: {fault.message}")
     if held_out.prompts:
-        _say(f"loading {config.student.model} into {config.rollout.engine}")
+        say(f"loading {config.student.model} into {config.rollout.engine}")
     progress = Progress("vaopd: evaluating", total=len(held_out.prompts), unit="problems")
     result = evaluate_model(
         config,
         held_out.prompts,
         not_asked=held_out.count_faults(),
         on_progress=progress.report,
-        on_refused=lambda prompt, error: _say(f"not asked: {prompt.prompt_id}: {error}"),
+        on_refused=lambda prompt, error: say(f"not asked: {prompt.prompt_id}: {error}"),
     )
     if arguments.json:
-        print(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
+        emit(json.dumps({"model": config.student.model, "split": config.data.validation_split, **asdict(result)}))
     else:
         source = config.data.validation_source or config.data.source
-        print(f"{config.student.model} on {source} ({config.data.validation_split}): {result}")
+        emit(f"{config.student.model} on {source} ({config.data.validation_split}): {result}")
     if not result.not_asked or arguments.allow_unasked:
         return 0
-    _say(f"{describe_unasked(result.not_asked, asked=result.prompts)}; --allow-unasked accepts that")
+    say(f"{describe_unasked(result.not_asked, asked=result.prompts)}; --allow-unasked accepts that")
     return 1
-
-
-def _say(line: str) -> None:
-    print(f"vaopd: {line}", file=sys.stderr, flush=True)

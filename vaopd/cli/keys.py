@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
@@ -46,7 +48,7 @@ def _parse_days(text: str) -> float | None:
 def _add(arguments: argparse.Namespace) -> int:
     from vaopd.access.keys import add_key
 
-    print(add_key(arguments.file, arguments.job, expires_days=arguments.expires))
+    emit(add_key(arguments.file, arguments.job, expires_days=arguments.expires))
     print(
         "vaopd: the key is shown only now and stored nowhere. Save it in a file that only its job can read, and name "
         "that file in the job's VAOPD_API_KEY_FILE",
@@ -58,9 +60,9 @@ def _add(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from vaopd.access.keys import read_keys
 
-    print(f"{'id':<12}  {'job':<24}  {'state':<8}  {'created':<25}  expires")
+    emit(f"{'id':<12}  {'job':<24}  {'state':<8}  {'created':<25}  expires")
     for entry in read_keys(arguments.file):
-        print(f"{entry.id:<12}  {entry.job:<24}  {entry.state():<8}  {entry.created:<25}  {entry.expires or 'never'}")
+        emit(f"{entry.id:<12}  {entry.job:<24}  {entry.state():<8}  {entry.created:<25}  {entry.expires or 'never'}")
     return 0
 
 
@@ -68,5 +70,5 @@ def _revoke(arguments: argparse.Namespace) -> int:
     from vaopd.access.keys import revoke_key
 
     entry = revoke_key(arguments.file, arguments.id)
-    print(f"key {entry.id} of job {entry.job} is revoked")
+    emit(f"key {entry.id} of job {entry.job} is revoked")
     return 0

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
     from vaopd.run.ledger import Audit, Fate
@@ -38,24 +40,24 @@ def _check_ledger(arguments: argparse.Namespace) -> int:
 
 def _print_summary(books: Audit) -> None:
     training, evaluation = (books.count_outcomes(training=kind) for kind in (True, False))
-    print(f"{books.run}, {books.step} steps in its newest checkpoint")
-    print(f"{'':<24}{'training':>10}{'evaluation':>12}")
+    emit(f"{books.run}, {books.step} steps in its newest checkpoint")
+    emit(f"{'':<24}{'training':>10}{'evaluation':>12}")
     for name in dict.fromkeys([*training, *evaluation]):
         row = [str(counts.get(name, "–")) for counts in (training, evaluation)]
-        print(f"{name:<24}{row[0]:>10}{row[1]:>12}")
+        emit(f"{name:<24}{row[0]:>10}{row[1]:>12}")
     settled = training["published"] - training["in flight"]
     found = len(books.problems)
     verdict = f"{found} problem{'s' * (found != 1)}" if found else "each once"
-    print(
+    emit(
         f"trained = published − in flight − dead-lettered: {training['trained']} = {settled} − "
         f"{training['dead-lettered']}, {verdict}"
     )
 
 
 def _print_groups(books: Audit) -> None:
-    print(f"{'group':<22}{'step':>6}{'policy':>8}  {'worker':<16}{'checkpoint':>10}  outcome")
+    emit(f"{'group':<22}{'step':>6}{'policy':>8}  {'worker':<16}{'checkpoint':>10}  outcome")
     for fate in books.fates:
-        print(
+        emit(
             f"{fate.group_id:<22}{_format_number(fate.step):>6}{_format_number(fate.delivered_policy):>8}  "
             f"{fate.worker or '–':<16}{_format_number(fate.checkpoint):>10}  {_describe_outcome(fate, books.step)}"
         )

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
@@ -28,5 +30,5 @@ def _make_model(arguments: argparse.Namespace) -> int:
     find_model(arguments.name)  # refuses an unknown name before torch is loaded
     from vaopd.tiny.pretrain import make
 
-    print(json.dumps(make(arguments.name, arguments.folder, seed=arguments.seed, steps=arguments.steps), indent=2))
+    emit(json.dumps(make(arguments.name, arguments.folder, seed=arguments.seed, steps=arguments.steps), indent=2))
     return 0

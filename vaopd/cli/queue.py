@@ -7,6 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
     from vaopd.queue import DeadLetter, DeadLetters
@@ -46,10 +48,10 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _list_dead(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
-        print(f"{'id':<22}  {'group':<22}{'policy':>7}  {'stream':<8}{'deliveries':>11}  reason")
+        emit(f"{'id':<22}  {'group':<22}{'policy':>7}  {'stream':<8}{'deliveries':>11}  reason")
         for letter in _list_all(letters):
             version = "–" if letter.policy_version is None else letter.policy_version
-            print(
+            emit(
                 f"{letter.entry_id:<22}  {letter.group_id:<22}{version:>7}  {letter.stream:<8}{letter.deliveries:>11}  "
                 f"{letter.reason}"
             )
@@ -60,7 +62,7 @@ def _retry(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
         for entry_id in _choose_ids(arguments, letters):
             letters.retry(entry_id)
-            print(f"{entry_id} was published again")
+            emit(f"{entry_id} was published again")
     return 0
 
 
@@ -68,7 +70,7 @@ def _drop(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
         for entry_id in _choose_ids(arguments, letters):
             letters.drop(entry_id)
-            print(f"{entry_id} was dropped")
+            emit(f"{entry_id} was dropped")
     return 0
 
 

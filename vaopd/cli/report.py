@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.output import emit
+
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
 
@@ -43,9 +45,9 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.figures:
         return _draw_figures(arguments.runs, arguments.out)
     if arguments.plot is not None:
-        print(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
+        emit(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
     else:
-        print(write_report(arguments.runs, output=arguments.output, band=arguments.band))
+        emit(write_report(arguments.runs, output=arguments.output, band=arguments.band))
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import add_config_arguments, check, dry_run
+from vaopd.cli.output import emit, say
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
@@ -99,14 +100,18 @@ def _run_up(arguments: argparse.Namespace) -> int:
             overrides.append(f"teacher.address={options.teacher}")
         needs += [] if shared else ["teacher port"]
         needs += ["api port"] if arguments.api else []
-        return dry_run(load_config(options.config_path, overrides), needs, offline=arguments.offline)
+        from vaopd.launch.estimate import describe_cost
+
+        config = load_config(options.config_path, overrides)
+        notes = describe_cost(config, options.gpus, with_teacher=not shared)
+        return dry_run(config, needs, offline=arguments.offline, notes=notes)
     if arguments.log_format:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
     roles = ["rollout", "trainer", *([] if shared else ["teacher"]), *(["api"] if arguments.api else [])]
     require(*roles)
     # `up` describes a running teacher itself, and says what it found.
     needs = [need for need in needs if need != "running teacher"]
-    return up(options, say=_say, show=_make_show(), check=lambda config: check(config, needs))
+    return up(options, say=say, show=_make_show(), check=lambda config: check(config, needs))
 
 
 def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
@@ -155,8 +160,8 @@ def _place_on_gpus(options: UpOptions) -> UpOptions:
     config = load_config(options.config_path, options.overrides)
     chosen = place(list_cards(), Demand.of(config, with_teacher=options.teacher is None))
     for reason in chosen.reasons:
-        _say(reason)
-    _say(f"the same by hand: {chosen.flags}")
+        say(reason)
+    say(f"the same by hand: {chosen.flags}")
     # What is set by hand has priority.
     return dataclasses.replace(options, gpus=chosen.gpus, overrides=(*chosen.overrides, *options.overrides))
 
@@ -164,6 +169,7 @@ def _place_on_gpus(options: UpOptions) -> UpOptions:
 def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.errors import ConfigError
+    from vaopd.launch.checks import find_engine_problem
     from vaopd.launch.up import UpOptions, make_run_name, up
 
     if not DEMO_CONFIG.exists():
@@ -179,16 +185,19 @@ def _run_demo(arguments: argparse.Namespace) -> int:
     ]
     if arguments.steps is not None:
         overrides.append(f"trainer.steps={arguments.steps}")
+    if find_engine_problem(load_config(DEMO_CONFIG, overrides)):
+        say("vLLM is not installed: transformers samples the rollouts, which takes longer")
+        overrides.append("rollout.engine=transformers")
     config = load_config(DEMO_CONFIG, overrides)
 
     _make_demo_data(Path(config.data.source))
     check(config, ("student", "teacher", "data", "engine"))
-    _say(
+    say(
         f"run {config.run.name}: {config.trainer.steps} steps of {config.trainer.prompts_per_step} prompts × "
         f"{config.trainer.rollouts_per_prompt} rollouts; 180 steps take about 8 minutes on two cores. Ctrl-C ends it"
     )
-    _say(f"logs and results: {config.run_folder}")
-    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=_say, show=_make_show())
+    say(f"logs and results: {config.run_folder}")
+    code = up(UpOptions(config_path=DEMO_CONFIG, overrides=tuple(overrides)), say=say, show=_make_show())
     if code == 0:
         _print_result(config.run_folder)
     return code
@@ -199,7 +208,7 @@ def _make_demo_data(folder: Path) -> None:
         return
     from vaopd.data import handwritten_geometry
 
-    _say(f"drawing geometry problems on handwritten digits into {folder} …")
+    say(f"drawing geometry problems on handwritten digits into {folder} …")
     handwritten_geometry.write(folder, seed=0, train=4000, validation=300, test=600)
 
 
@@ -211,18 +220,12 @@ def _print_result(folder: Path) -> None:
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         gain = f"{100 * (last.accuracy - first.accuracy):+.1f} points"
-        print(
+        emit(
             f"\nheld-out accuracy  before: {first.label}   after {last.step} steps: {last.label}   ({gain})"
             f"\njudge    {last.judge}"
         )
-    print(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
-    print(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))
-
-
-def _say(line: str) -> None:
-    from vaopd.telemetry.progress_line import draw
-
-    draw(sys.stderr, f"vaopd: {line}", stays=True)
+    emit(f"run      {folder}\nmetrics  {folder / 'metrics.jsonl'}\nreport   {path}   (open it in a browser)")
+    emit(NEXT.format(vaopd="vaopd" if shutil.which("vaopd") else os.path.relpath(sys.argv[0]), config=DEMO_CONFIG))
 
 
 def _make_show() -> Callable[[str], None] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vaopd.cli.output import emit, get_results, wants_colour
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -84,10 +85,10 @@ def _score(arguments: argparse.Namespace) -> int:
     )
     _write_files(arguments, reply, images, degradation, description.pixel_bounds)
     if arguments.json:
-        print(reply.model_dump_json(indent=2, exclude_none=True))
+        emit(reply.model_dump_json(indent=2, exclude_none=True))
     else:
-        colour = wants_colour(sys.stdout.isatty())
-        print("\n".join(make_terminal_lines(reply, colour=colour, table=arguments.table)))
+        colour = wants_colour(get_results().isatty())
+        emit("\n".join(make_terminal_lines(reply, colour=colour, table=arguments.table)))
     return 0
 
 
@@ -127,11 +128,6 @@ def ask(
         raise result.error
     view = DegradationModel(kind=degradation.kind, strength=degradation.strength)
     return make_reply(result, description, degradation=view, top_k=0), description
-
-
-def wants_colour(terminal: bool) -> bool:
-    """Returns whether to colour the output: in a terminal that supports it, unless NO_COLOR is set (no-color.org)."""
-    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:

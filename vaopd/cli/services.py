@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
+from vaopd.cli.output import get_results, say
 from vaopd.process.extras import require
 from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if role == "trainer":
         _check_teacher(config)
     argv = make_service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
-    sys.stdout.flush()
+    get_results().flush()
     return os.execv(argv[0], argv)
 
 
@@ -70,4 +70,4 @@ def _check_teacher(config: Config) -> None:
     try:
         examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
     except Unavailable as error:
-        print(f"vaopd: {error}; the trainer waits for it", file=sys.stderr, flush=True)
+        say(f"{error}; the trainer waits for it")

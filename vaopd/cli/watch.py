@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vaopd.cli.output import get_results
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -27,5 +28,5 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _watch(arguments: argparse.Namespace) -> int:
     from vaopd.report.watch import watch
 
-    state = watch(arguments.run, stream=sys.stdout, every_s=arguments.every, once=arguments.once)
+    state = watch(arguments.run, stream=get_results(), every_s=arguments.every, once=arguments.once)
     return 1 if state == "failed" else 0

@@ -18,6 +18,7 @@ from vaopd.config.method import (
 from vaopd.config.old_names import ignore
 from vaopd.config.run import (
     ApiConfig,
+    ColumnsConfig,
     Config,
     DataConfig,
     QueueConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "ApiConfig",
     "ApiQuotasConfig",
     "ApiServiceConfig",
+    "ColumnsConfig",
     "Config",
     "ConnectionsConfig",
     "DataConfig",

@@ -42,19 +42,43 @@ class RunConfig(Section):
     """Seeds the order of the prompts and the sampling of the rollouts."""
 
 
+class ColumnsConfig(Section):
+    """Names of columns other than Geometry3K's or ViRL39K's; validation_source may have either."""
+
+    text: str = ""
+    """The question; empty: problem or question."""
+    images: str = ""
+    """One image or a list; empty: images or image."""
+    answer: str = ""
+    """The reference, which evaluation needs and training doesn't; empty: answer."""
+    id: str = ""
+    """Names a record in logs and reports; empty: qid or id, else its number."""
+    system: str = ""
+    """A system prompt of each record; empty: `data.system_prompt` for all."""
+    messages: str = ""
+    """Turns {role, content} or {from, value} in place of the question; a last turn of the assistant is left out."""
+
+
 class DataConfig(Section):
     """The problems to train and to evaluate on."""
 
     source: str
-    """A local folder of Parquet files, or a hub id such as hiyouga/geometry3k."""
+    """A local folder of Parquet or JSON Lines, or a hub id such as hiyouga/geometry3k."""
+    subset: str = ""
+    """The configuration of a hub id that has several, such as "main"."""
+    columns: ColumnsConfig = ColumnsConfig()
     train_split: str = "train"
     """The split to train on."""
     validation_source: str = ""
     """Where held-out problems come from; empty: `source`."""
+    validation_subset: str = ""
+    """As `subset`, of validation_source."""
     validation_split: str = "validation"
     """The split that evaluation reads."""
     instruction: str = ""
     """Appended to every question, e.g. how to state the final answer."""
+    system_prompt: str = ""
+    """A system prompt before every question."""
     bad_records: Literal["error", "skip"] = "error"
     """A record that can't be used is named and keeps the run from starting, or is left out and counted."""
     max_bad_fraction: Fraction = 0.01

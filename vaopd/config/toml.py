@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import tomllib
 import typing
 from collections import deque
@@ -161,7 +162,9 @@ def _describe(model: type[Section], error: Any) -> str:
         if place.variants is not None and (owners := place.variants.find_owners(place.parts[-1])):
             chosen = f'{place.variants.tag} = "{place.tag}"'
             return f"{key}: no such key with {chosen}; it belongs to {owners}: set that, or leave the key out"
-        return f"{key}: no such key; known here: {', '.join(place.section.model_fields)}"
+        near = difflib.get_close_matches(place.parts[-1], place.section.model_fields, n=1)
+        hint = f"did you mean {near[0]}? Known here: " if near else "known here: "
+        return f"{key}: no such key; {hint}{', '.join(place.section.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: is required"
     message = error["msg"].removeprefix("Value error, ")

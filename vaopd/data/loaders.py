@@ -12,10 +12,11 @@ import logging
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
+from vaopd.config import ColumnsConfig
 from vaopd.data.records import (
     IMAGE_MARKER,
     Fault,
@@ -24,12 +25,13 @@ from vaopd.data.records import (
     content_parts,
     find_control_token,
     find_fault,
+    make_messages,
     read_image,
     recognise,
 )
 from vaopd.data.tables import Rows, as_entries, read_split
 from vaopd.errors import InvalidInput
-from vaopd.types import Message, Prompt
+from vaopd.types import Prompt
 
 __all__ = ["Prompts", "content_parts", "load_prompts", "open_split"]
 
@@ -45,6 +47,8 @@ def load_prompts(
     instruction: str | None = None,
     control_tokens: Sequence[str] = (),
     bad_records: Literal["error", "skip"] = "error",
+    subset: str = "",
+    columns: ColumnsConfig = ColumnsConfig(),
     cache_dir: Path | None = None,
 ) -> Prompts:
     r"""Loads the prompts of one split, in order or shuffled; at most `limit` of them (taken after shuffling).
@@ -54,12 +58,19 @@ def load_prompts(
     like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
     "Put the final answer in \boxed{}." control_tokens: texts that no record may hold, since models refuse them
     (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records with a wrong text,
-    answer or number of images. cache_dir: where `datasets` keeps what it downloads or maps.
+    answer or number of images. subset: the configuration of a hub id. columns: other names of its columns. cache_dir:
+    where `datasets` keeps what it downloads or maps.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")
     prompts = open_split(
-        source, split=split, instruction=instruction, control_tokens=control_tokens, cache_dir=cache_dir
+        source,
+        split=split,
+        instruction=instruction,
+        control_tokens=control_tokens,
+        subset=subset,
+        columns=columns,
+        cache_dir=cache_dir,
     )
     faults = prompts.find_faults(control_tokens)
     if faults:
@@ -81,29 +92,46 @@ def open_split(
     *,
     split: str,
     instruction: str | None = None,
+    system_prompt: str | None = None,
     control_tokens: Sequence[str] = (),
+    subset: str = "",
+    columns: ColumnsConfig = ColumnsConfig(),
+    needs_answer: bool = True,
     cache_dir: Path | None = None,
 ) -> Prompts:
     """Opens a split with all of its records in order, none of them checked; arguments as in `load_prompts`.
 
+    system_prompt: before every question. needs_answer: whether a record without a reference is bad.
+
     Raises NotFound or InvalidInput for files that can't be read, columns that are missing, a split without records and
     an instruction that no prompt may hold.
     """
-    if instruction is not None and IMAGE_MARKER in instruction:
-        raise InvalidInput(
-            f"the instruction holds {IMAGE_MARKER}, which marks images in texts; take it out", field="data.instruction"
-        )
-    if found := find_control_token(instruction or "", control_tokens):
-        raise InvalidInput(
-            f"the instruction holds {found!r}, a control token of the model; take it out", field="data.instruction"
-        )
-    shards = recognise(read_split(source, split, cache_dir), source)
+    for name, text in (("instruction", instruction or ""), ("system_prompt", system_prompt or "")):
+        words = name.replace("_", " ")
+        if IMAGE_MARKER in text:
+            raise InvalidInput(
+                f"the {words} holds {IMAGE_MARKER}, which marks images in texts; take it out", field=f"data.{name}"
+            )
+        if found := find_control_token(text, control_tokens):
+            raise InvalidInput(
+                f"the {words} holds {found!r}, a control token of the model; take it out", field=f"data.{name}"
+            )
+    files = read_split(source, split, cache_dir, subset=subset, named=columns.model_dump().values())
+    shards = recognise(files, source, columns=columns, needs_answer=needs_answer)
     num_records = sum(len(rows) for rows, _ in shards)
     if num_records == 0:
         raise InvalidInput(f"{source}: split {split!r} has no records; give a split that has some")
     folder = Path(source) if Path(source).is_dir() else None
     order = np.arange(num_records)
-    return Prompts(shards=shards, order=order, source=source, split=split, folder=folder, instruction=instruction)
+    return Prompts(
+        shards=shards,
+        order=order,
+        source=source,
+        split=split,
+        folder=folder,
+        instruction=instruction,
+        system_prompt=system_prompt,
+    )
 
 
 class Prompts(Sequence[Prompt]):
@@ -118,6 +146,7 @@ class Prompts(Sequence[Prompt]):
         split: str,
         folder: Path | None,
         instruction: str | None,
+        system_prompt: str | None,
     ) -> None:
         self.source = source
         self.split = split
@@ -126,6 +155,7 @@ class Prompts(Sequence[Prompt]):
         self._order = order
         self._folder = folder
         self._instruction = instruction
+        self._system_prompt = system_prompt
 
     def __len__(self) -> int:
         return len(self._order)
@@ -168,9 +198,10 @@ class Prompts(Sequence[Prompt]):
         faults = []
         for (rows, schema), end in zip(self._shards, self._ends, strict=True):
             has_images = schema.images in rows.columns
+            has_answers = schema.needs_answer or schema.answer in rows.columns
             records = zip(
                 rows.read_column(schema.text),
-                rows.read_column(schema.answer),
+                rows.read_column(schema.answer) if has_answers else [None] * len(rows),
                 rows.count_images(schema.images) if has_images else [0] * len(rows),
                 strict=True,
             )
@@ -202,15 +233,18 @@ class Prompts(Sequence[Prompt]):
                 images.append(read_image(entry, folder=self._folder, table=rows.file))
             except InvalidInput as error:
                 return self.make_picture_fault(index, position, str(error))
-        text: str = record[schema.text]
+        turns = schema.split_turns(record[schema.text])
         if self._instruction is not None:
-            text = f"{text}\n{self._instruction}"
+            turns[-1] = (turns[-1][0], f"{turns[-1][1]}\n{self._instruction}")
+        system = record.get(schema.system) or self._system_prompt
+        if system and turns[0][0] != "system":
+            turns.insert(0, ("system", str(system)))
         given = (record[name] for name in schema.record_ids if record.get(name) not in (None, ""))
         return Prompt(
             prompt_id=str(next(given, f"{self.split}-{index}")),
-            messages=(Message(role="user", content=content_parts(text, [image.sha256 for image in images])),),
+            messages=make_messages(turns, [image.sha256 for image in images]),
             images=tuple({image.sha256: image for image in images}.values()),
-            answer=as_answer(record[schema.answer]),
+            answer=as_answer(record.get(schema.answer)) if schema.needs_answer else _read_answer(record, schema),
         )
 
     def make_picture_fault(self, index: int, position: int, message: str) -> Fault:
@@ -231,3 +265,11 @@ class Prompts(Sequence[Prompt]):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         rows, schema = self._shards[shard]
         return rows, schema, index - self._ends[shard] + len(rows)
+
+
+def _read_answer(record: dict[str, Any], schema: Schema) -> str:
+    """Returns the reference of a record that is only trained on; "" for one that couldn't be compared with."""
+    try:
+        return as_answer(record.get(schema.answer))
+    except InvalidInput:
+        return ""

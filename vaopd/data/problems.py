@@ -114,6 +114,10 @@ class CheckedSplit:
         log.warning("left out: %s", message)
         return self
 
+    def take_none(self) -> CheckedSplit:
+        """Returns a split without records, for a run that evaluates on none."""
+        return CheckedSplit(prompts=self.prompts.pick([]), total=0)
+
     def _with_faults(self, new: list[Fault]) -> CheckedSplit:
         if not new:
             return self
@@ -130,7 +134,9 @@ class Problems:
 
 
 def load_problems(config: Config, *, make_report: MakeReport = be_quiet, download: bool = True) -> Problems:
-    """Loads and checks both splits of a run. download: fetch the student's processor if it isn't on this host.
+    """Loads and checks both splits of a run; with evaluation.every = 0, none is held out.
+
+    download: fetch the student's processor if it isn't on this host.
 
     Raises InvalidInput or NotFound, naming key and source: for what can't be read, for bad records that
     `data.bad_records` doesn't allow, and where no training problem is left.
@@ -139,15 +145,22 @@ def load_problems(config: Config, *, make_report: MakeReport = be_quiet, downloa
     own, other = _list_places(config)
     with _naming(own):
         training = check_training(config, make_report=make_report, download=download)
+    if config.evaluation.every == 0:
+        with _naming(own):
+            return Problems(training=_require_some(training.accept(data)), held_out=training.take_none())
     with _naming(other):
         held_out = check_held_out(config, make_report=make_report, download=download)
     with _naming(own):
-        training = training.without_problems_of(held_out).accept(data)
-        if not len(training.prompts):
-            raise InvalidInput("no record is left to train on; correct the data")
+        training = _require_some(training.without_problems_of(held_out).accept(data))
     with _naming(other):
         held_out.accept(data)
     return Problems(training=training, held_out=held_out)
+
+
+def _require_some(training: CheckedSplit) -> CheckedSplit:
+    if not len(training.prompts):
+        raise InvalidInput("no record is left to train on; correct the data")
+    return training
 
 
 def check_local_problems(config: Config, *, make_report: MakeReport = be_quiet) -> None:
@@ -156,6 +169,8 @@ def check_local_problems(config: Config, *, make_report: MakeReport = be_quiet) 
     if all(Path(source).is_dir() for _, source in places.values()):
         load_problems(config, make_report=make_report, download=False)
         return
+    if config.evaluation.every == 0:
+        places.pop(check_held_out)
     for check, place in places.items():
         if Path(place[1]).is_dir():
             with _naming(place):
@@ -165,7 +180,7 @@ def check_local_problems(config: Config, *, make_report: MakeReport = be_quiet) 
 def check_training(config: Config, *, make_report: MakeReport = be_quiet, download: bool = True) -> CheckedSplit:
     """Checks every record of the training split; without the student's processor, all but the lengths."""
     data = config.data
-    prompts = _open(config, data.source, data.train_split)
+    prompts = _open(config, data.source, data.train_split, subset=data.subset, needs_answer=False)
     return check_split(
         prompts,
         control_tokens=read_control_tokens(config.student.model),
@@ -178,7 +193,10 @@ def check_training(config: Config, *, make_report: MakeReport = be_quiet, downlo
 def check_held_out(config: Config, *, make_report: MakeReport = be_quiet, download: bool = True) -> CheckedSplit:
     """Checks the records of the validation split that a run evaluates on; see `check_training`."""
     data = config.data
-    prompts = _open(config, data.validation_source or data.source, data.validation_split)
+    source, subset = data.source, data.subset
+    if data.validation_source:
+        source, subset = data.validation_source, data.validation_subset
+    prompts = _open(config, source, data.validation_split, subset=subset)
     return check_split(
         prompts.pick(pick_held_out(len(prompts), config.evaluation.prompts)),
         control_tokens=read_control_tokens(config.student.model),
@@ -232,9 +250,17 @@ def pick_held_out(records: int, wanted: int) -> list[int]:
     return sorted(random.Random(HELD_OUT_SEED).sample(range(records), wanted))
 
 
-def _open(config: Config, source: str, split: str) -> Prompts:
-    control_tokens = read_control_tokens(config.student.model)
-    return open_split(source, split=split, instruction=config.data.instruction or None, control_tokens=control_tokens)
+def _open(config: Config, source: str, split: str, *, subset: str, needs_answer: bool = True) -> Prompts:
+    return open_split(
+        source,
+        split=split,
+        instruction=config.data.instruction or None,
+        system_prompt=config.data.system_prompt or None,
+        control_tokens=read_control_tokens(config.student.model),
+        subset=subset,
+        columns=config.data.columns,
+        needs_answer=needs_answer,
+    )
 
 
 def _make_meter(config: Config, *, download: bool) -> Meter | None:

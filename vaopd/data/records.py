@@ -1,37 +1,65 @@
 """One record of a data set: its columns, what may be wrong with it, its answer as text, its images as bytes.
 
 A record has a text (`problem` as in Geometry3K, `question` as in ViRL39K), an `answer`, and `images` or `image`: one or
-a list of bytes, paths or structs of both. "<image>" in the text marks the place of an image.
+a list of bytes, paths or structs of both. "<image>" in the text marks the place of an image. A configuration may give
+other names, a system prompt, and turns in place of the text (`vaopd.config.ColumnsConfig`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from vaopd.config import ColumnsConfig
 from vaopd.data.tables import Rows
 from vaopd.errors import InvalidInput
-from vaopd.types import EncodedImage, ImagePart, TextPart
+from vaopd.types import EncodedImage, ImagePart, Message, TextPart
 
 IMAGE_MARKER = "<image>"
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
 
+Role = Literal["system", "user", "assistant"]
+_ROLES: dict[object, Role] = {
+    "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
+}  # fmt: skip
 FaultKind = Literal["text", "answer", "image markers", "control token", "picture", "over-long", "overlap"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """The columns of a data set's text, answer, images and record id (the first of `record_ids` that it has)."""
+    """The columns of a data set's text, answer, images and record id (the first of `record_ids` that it has).
+
+    has_turns: whether the text is a list of turns. needs_answer: whether a record without a reference is bad.
+    """
 
     name: str
     text: str
     images: str
     answer: str = "answer"
     record_ids: tuple[str, ...] = ("qid", "id")
+    system: str = ""
+    has_turns: bool = False
+    needs_answer: bool = True
+
+    def rename(self, columns: ColumnsConfig) -> Schema:
+        """Returns it with the names that a configuration gives."""
+        return replace(
+            self,
+            text=columns.messages or columns.text or self.text,
+            images=columns.images or self.images,
+            answer=columns.answer or self.answer,
+            record_ids=(columns.id,) if columns.id else self.record_ids,
+            system=columns.system,
+            has_turns=bool(columns.messages) or (self.has_turns and not columns.text),
+        )
+
+    def split_turns(self, text: object) -> list[tuple[Role, str]]:
+        """Returns a record's turns, system prompt excluded, each with its text. Raises InvalidInput."""
+        return read_turns(text) if self.has_turns else [("user", check_text(text))]
 
 
 SCHEMAS = (
@@ -39,6 +67,9 @@ SCHEMAS = (
     Schema(name="ViRL39K", text="question", images="image"),
     Schema(name="data set", text="problem", images="image"),
     Schema(name="data set", text="question", images="images"),
+    Schema(name="chat", text="messages", images="images", has_turns=True),
+    Schema(name="chat", text="messages", images="image", has_turns=True),
+    Schema(name="LLaVA", text="conversations", images="image", has_turns=True),
 )
 
 
@@ -59,19 +90,25 @@ class Fault:
         return f"record {self.index}, field {self.field!r}: {self.message}"
 
 
-def recognise(files: Sequence[Rows], source: str) -> list[tuple[Rows, Schema]]:
+def recognise(
+    files: Sequence[Rows], source: str, *, columns: ColumnsConfig = ColumnsConfig(), needs_answer: bool = True
+) -> list[tuple[Rows, Schema]]:
     """Finds the columns of each file; a file may lack images if another has them.
 
-    Raises InvalidInput, naming file and columns, where text, answer or images are missing.
+    columns: names that come before the known ones. Raises InvalidInput, naming file and columns, where text, images
+    or, if it is needed, the answer is missing.
     """
     names = {name for rows in files for name in rows.columns}
+    given = {key: name for key, name in columns.model_dump().items() if name}
+    renamed = [schema.rename(columns) for schema in SCHEMAS] if names.issuperset(given.values()) else []
+    schemas = [replace(schema, needs_answer=needs_answer) for schema in dict.fromkeys((*renamed, *SCHEMAS))]
     shards = []
     for rows in (rows for rows in files if len(rows) or len(files) == 1):
         for needs_images in (True, False):
             fitting = [
                 schema
-                for schema in SCHEMAS
-                if {schema.text, schema.answer} <= set(rows.columns)
+                for schema in schemas
+                if {schema.text, *((schema.answer,) if needs_answer else ())} <= set(rows.columns)
                 and schema.images in (rows.columns if needs_images else names)
             ]
             if fitting:
@@ -79,8 +116,12 @@ def recognise(files: Sequence[Rows], source: str) -> list[tuple[Rows, Schema]]:
                 break
         else:
             known = "problem or question, answer, and images or image (an empty list where a problem has none)"
-            columns = ", ".join(rows.columns) or "none"
-            raise InvalidInput(f"{rows.file or source} has columns {columns}; needed: {known}; rename them")
+            has = ", ".join(rows.columns) or "none"
+            missing = ", ".join(f"data.columns.{key} = {name}" for key, name in given.items() if name not in names)
+            raise InvalidInput(
+                f"{rows.file or source} has columns {has}; needed: {missing or known}; name them, e.g. "
+                f"--set data.columns.text={next(iter(rows.columns), 'NAME')}"
+            )
     return shards
 
 
@@ -92,14 +133,14 @@ def find_fault(
     def fault(kind: FaultKind, field: str, message: str) -> Fault:
         return Fault(index=index, kind=kind, field=field, message=message)
 
-    if text is not None and not isinstance(text, str):
-        return fault("text", schema.text, f"{_describe(text)} where a text belongs")
-    if not text or not text.replace(IMAGE_MARKER, "").strip():
-        return fault("text", schema.text, "the text is missing or empty")
+    try:
+        text = "\n".join(turn for _, turn in schema.split_turns(text))
+    except InvalidInput as error:
+        return fault("text", schema.text, str(error))
     if half := _find_half_character(text):
         return fault("text", schema.text, f"the text holds {half}, half of a character; write the file again as UTF-8")
     try:
-        if not as_answer(answer):
+        if schema.needs_answer and not as_answer(answer):
             return fault("answer", schema.answer, "the answer is missing or empty")
     except InvalidInput as error:
         return fault("answer", schema.answer, str(error))
@@ -114,6 +155,59 @@ def find_fault(
     if found := find_control_token(text, control_tokens):
         return fault("control token", schema.text, f"the text holds {found!r}, a control token of the model")
     return None
+
+
+def check_text(text: object) -> str:
+    """Returns a question's text. Raises InvalidInput for one that is missing, empty or of another type."""
+    if text is not None and not isinstance(text, str):
+        raise InvalidInput(f"{_describe(text)} where a text belongs")
+    if not text or not text.replace(IMAGE_MARKER, "").strip():
+        raise InvalidInput("the text is missing or empty")
+    return text
+
+
+def read_turns(value: object) -> list[tuple[Role, str]]:
+    """Returns (role, text with image markers) of each turn; a last turn of the assistant is left out.
+
+    Raises InvalidInput for another form, and where the last turn isn't the user's.
+
+    >>> read_turns([{"from": "human", "value": "<image>Where?"}, {"role": "assistant", "content": "Here."}])
+    [('user', '<image>Where?')]
+    """
+    turns = []
+    for number, turn in enumerate(value if isinstance(value, list) else [], 1):
+        role = _ROLES.get(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+        if role is None:
+            raise InvalidInput(f"turn {number} has no role of {', '.join(map(str, _ROLES))}; give role and content")
+        content = turn.get("content") or turn.get("value")
+        if isinstance(content, list):
+            content = "".join(
+                IMAGE_MARKER if part.get("type") == "image" else str(part.get("text") or "")
+                for part in content
+                if isinstance(part, dict)
+            )
+        try:
+            turns.append((role, check_text(content)))
+        except InvalidInput as error:
+            raise InvalidInput(f"turn {number}: {error}") from None
+    if turns and turns[-1][0] == "assistant":
+        turns.pop()
+    if not turns or turns[-1][0] != "user":
+        raise InvalidInput("the turns don't end with the user's; give at least one question")
+    return turns
+
+
+def make_messages(turns: Sequence[tuple[Role, str]], image_sha256: Sequence[str]) -> tuple[Message, ...]:
+    """Returns the turns as messages, each image at its marker; without any marker, all before the first question."""
+    left = list(image_sha256)
+    placed = any(IMAGE_MARKER in text for _, text in turns)
+    first = next(index for index, (role, _) in enumerate(turns) if role == "user")
+    messages = []
+    for index, (role, text) in enumerate(turns):
+        count = text.count(IMAGE_MARKER) if placed else len(left) * (index == first)
+        messages.append(Message(role=role, content=content_parts(text, left[:count])))
+        del left[:count]
+    return tuple(messages)
 
 
 def _find_half_character(text: str) -> str | None:

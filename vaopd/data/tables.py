@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,7 @@ IN_MEMORY_BYTES = 256 * 2**20
 """Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_KNOWN_COLUMNS = ("problem", "question", "answer", "images", "image", "qid", "id")
+_KNOWN_COLUMNS = ("problem", "question", "messages", "conversations", "answer", "images", "image", "qid", "id")
 _METADATA = "metadata.jsonl"
 
 
@@ -83,10 +83,11 @@ class JsonRows:
 class ArrowRows:
     """The records of an Arrow table, in memory or mapped; class labels are read by name."""
 
-    def __init__(self, table: pa.Table, file: Path | None) -> None:
+    def __init__(self, table: pa.Table, file: Path | None, named: Collection[str] = ()) -> None:
+        """named: columns that a configuration names, besides those of known data sets."""
         self.file = file
         self.columns: Sequence[str] = table.column_names
-        known = [name for name in self.columns if name in _KNOWN_COLUMNS]
+        known = [name for name in self.columns if name in (*_KNOWN_COLUMNS, *named)]
         if len(known) > len(set(known)):
             raise InvalidInput(f"{file or 'the data set'} has a column twice: {', '.join(known)}; drop one")
         self._table = table.select(known)
@@ -133,36 +134,42 @@ def as_entries(value: object) -> Sequence[object]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def read_split(source: str, split: str, cache_dir: Path | None) -> list[Rows]:
+def read_split(
+    source: str, split: str, cache_dir: Path | None, *, subset: str = "", named: Collection[str] = ()
+) -> list[Rows]:
     """Reads the files of a split of a folder or hub id, in the order of their names.
+
+    subset: the configuration of a hub id. named: columns to read besides those of known data sets.
 
     Raises NotFound where there are none, InvalidInput for a file that can't be read.
     """
     folder = Path(source)
     if folder.is_dir():
-        return _read_folder(folder, split, cache_dir)
+        if subset:
+            raise InvalidInput(f"{source} is a folder, and the subset {subset!r} is for hub ids; leave it out")
+        return _read_folder(folder, split, cache_dir, named)
     if not _HUB_ID.fullmatch(source):
         raise NotFound(f"{source!r} is neither a folder nor a hub id (owner/name); check the path")
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(source, split=split, cache_dir=_format_path(cache_dir))
+        dataset = load_dataset(source, subset or None, split=split, cache_dir=_format_path(cache_dir))
     except (OSError, ValueError) as error:  # `datasets` raises these for an unknown id or split, or without a network
         raise NotFound(
-            f"the hub's data set {source!r}, split {split!r}, can't be loaded ({error}); check id, split and network, "
-            "or download it and give the folder"
+            f"the hub's data set {source!r}, subset {subset or 'default'!r}, split {split!r}, can't be loaded "
+            f"({error}); check id, subset, split and network, or download it and give the folder"
         ) from error
-    return [ArrowRows(_with_features(dataset), None)]
+    return [ArrowRows(_with_features(dataset), None, named)]
 
 
-def _read_folder(folder: Path, split: str, cache_dir: Path | None) -> list[Rows]:
+def _read_folder(folder: Path, split: str, cache_dir: Path | None, named: Collection[str]) -> list[Rows]:
     files = _split_files(folder, split)
     if files[0].name == _METADATA:
         return [_read_pictures(folder, files[0], split)]
     if files[0].suffix != ".parquet":
         return [JsonRows(_read_json_lines(file), file) for file in files]
     in_memory = sum(file.stat().st_size for file in files) <= IN_MEMORY_BYTES
-    return list(_read_parquet(files) if in_memory else _map_parquet(files, split, cache_dir))
+    return list(_read_parquet(files, named) if in_memory else _map_parquet(files, split, cache_dir, named))
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -187,18 +194,18 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     )
 
 
-def _read_parquet(files: Sequence[Path]) -> Iterator[Rows]:
+def _read_parquet(files: Sequence[Path], named: Collection[str]) -> Iterator[Rows]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for file in files:
         try:
-            yield ArrowRows(pq.ParquetFile(file).read(), file)
+            yield ArrowRows(pq.ParquetFile(file).read(), file, named)
         except (pa.ArrowException, OSError) as error:
             raise InvalidInput(f"{file} can't be read as Parquet ({_cut_first_line(error)}); write it again") from None
 
 
-def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None) -> Iterator[Rows]:
+def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None, named: Collection[str]) -> Iterator[Rows]:
     """Maps neighbours of one schema at once, since `datasets` refuses shards that differ."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -214,7 +221,7 @@ def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None) -> I
         for _, group in groupby(filled, read_schema_and_folder):
             names = [str(file) for file in group]
             mapped = load_dataset("parquet", data_files={split: names}, split=split, cache_dir=_format_path(cache_dir))
-            yield ArrowRows(_with_features(mapped), Path(names[0]))
+            yield ArrowRows(_with_features(mapped), Path(names[0]), named)
     except (pa.ArrowException, OSError, ValueError, DatasetsError) as error:
         raise InvalidInput(f"{files[0].parent}: its Parquet can't be mapped ({_cut_first_line(error)})") from None
 

@@ -83,9 +83,10 @@ def find_tracker_problem(config: Config) -> str | None:
     missing = [name for name in config.trainer.trackers if not _is_installed(name)]
     if not missing:
         return None
+    extras = ",".join("trainer" if name == "tensorboard" else name for name in missing)
     return (
         f"trainer.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; pip install "
-        f"{' '.join(missing)}, or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
+        f"'vaopd[{extras}]', or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
     )
 
 

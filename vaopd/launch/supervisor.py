@@ -28,6 +28,7 @@ STEADY_S = 300.0  # a child that lived this long after a restart has its restart
 LOG_TAIL_LINES = 15
 SAY_EVERY_S = 10.0  # how often the children that are still starting are listed
 SHOW_EVERY_S = 1.0  # the same in a terminal, where the line can be drawn over
+ENDING_SILENT_S = 1.0  # an end that takes longer is listed in the same way
 LAST_LINE_CHARACTERS = 70  # of the message in a log's last line
 LOG_PREFIX = re.compile(r"^.*?\b(?:INFO|WARNING|ERROR)\b[\d:, -]*(?:\S+: |\[\S+:\d+\] )?")
 
@@ -161,10 +162,9 @@ class Supervisor:
         self._list_starting()
 
     def _list_starting(self) -> None:
-        now = time.monotonic()
-        if now - self._last_listed < (SHOW_EVERY_S if self._show else SAY_EVERY_S):
+        if not self._is_time_to_list():
             return
-        self._last_listed = now
+        now = time.monotonic()
         starting = {
             name: running
             for name, running in self._running.items()
@@ -177,6 +177,18 @@ class Supervisor:
         elif starting:
             names = ", ".join(f"{name} ({now - running.started:.0f} s)" for name, running in starting.items())
             self._say(f"still starting: {names}; logs in {self._logs}")
+
+    def _list_ending(self, names: Sequence[str], seconds: float) -> None:
+        if seconds > ENDING_SILENT_S and self._is_time_to_list():
+            (self._show or self._say)(f"ending: {', '.join(names)} ({seconds:.0f} s)")
+
+    def _is_time_to_list(self) -> bool:
+        """Returns whether the last list is long enough ago, and takes this for the next one."""
+        now = time.monotonic()
+        if now - self._last_listed < (SHOW_EVERY_S if self._show else SAY_EVERY_S):
+            return False
+        self._last_listed = now
+        return True
 
     @staticmethod
     def _read_last_line(running: _Running) -> str:
@@ -254,9 +266,11 @@ class Supervisor:
                     running.process.terminate()
             graces = (running.child.grace_s for running in wave)
             deadline = time.monotonic() + max(self._grace_s if grace is None else grace for grace in graces)
-            while any(running.process.poll() is None for running in wave):
+            began = time.monotonic()
+            while left := [running.child.name for running in wave if running.process.poll() is None]:
                 if time.monotonic() > deadline or len(self._signals) > signals_before:
                     break
+                self._list_ending(left, time.monotonic() - began)
                 time.sleep(POLL_S / 4)
             for running in wave:
                 self._end_group(running.process.pid)

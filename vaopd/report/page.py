@@ -25,6 +25,7 @@ from markupsafe import Markup
 from vaopd.errors import InvalidInput, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.report import charts
+from vaopd.report.advice import describe_regime
 from vaopd.report.curves import SMOOTHING_STEPS
 from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, TOKENS_SHOWN, select_samples
@@ -124,6 +125,7 @@ def _describe(run: Run, *, tokens: int) -> dict[str, Any]:
         "facts": list(_make_facts(run)),
         "tiles": list(_make_tiles(run)),
         "history": [_describe_change(*change) for change in run.list_changes()] + list(_describe_teachers(run)),
+        "regime": describe_regime(run),
         "started": bool(run.train or run.evaluations),
         "smoothed": bool(run.train),
         "charts": list(charts.make_charts(run)),

@@ -42,7 +42,7 @@ def write_model_card(run_folder: Path, model: Path, *, step: int, base: Path) ->
 
 def upload_hint(model: Path) -> str:
     """Returns the line that says how to publish a model folder."""
-    return f"to publish it: hf upload YOUR_NAME/{model.resolve().parent.name} {model}"
+    return f"to publish it: vaopd push {model.parent} YOUR_NAME/{model.resolve().parent.name} --which {model.name}"
 
 
 def _front_matter(run: Run, licence: str | None) -> Iterator[str]:

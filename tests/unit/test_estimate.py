@@ -1,0 +1,67 @@
+"""What `--dry-run` says a step takes: the operations against the measured times that its rates come from."""
+
+from __future__ import annotations
+
+import pytest
+
+from vaopd.config import load_config
+from vaopd.launch.estimate import (
+    PEAK_FLOPS,
+    SCORING_SHARE,
+    TRAINING_SHARE,
+    count_cards,
+    count_forward,
+    describe_cost,
+    estimate_step,
+)
+from vaopd.vlm.memory import MODELS
+
+MEASURED = {
+    "prompt": 650,
+    "response": 1000,
+    "siblings": 4,
+    "pixels": 600 * 32 * 32,
+}  # 600 of 650 tokens are the image's
+
+
+def test_measured_times_come_out_again() -> None:
+    """benchmarks/RESULTS.md: 283 ms for a group in both views, 349 ms for its forward and backward."""
+    scoring_s = 2 * count_forward(MODELS["8B"], **MEASURED) / (SCORING_SHARE * PEAK_FLOPS)
+    training_s = 3 * count_forward(MODELS["2B"], **MEASURED) / (TRAINING_SHARE * PEAK_FLOPS)
+    assert scoring_s == pytest.approx(0.283, rel=0.05)
+    assert training_s == pytest.approx(0.349, rel=0.1)
+
+
+def test_a_step_by_part_by_hand() -> None:
+    """Half as many views and twice as many ranks halve their parts; with lag, the longer side is the step."""
+    config = load_config("configs/geometry3k-8b.toml")
+    one = estimate_step(config, response=1000, workers=1, ranks=1)
+    assert one.total_s == pytest.approx(one.sampling_s + one.scoring_s + one.training_s + one.publishing_s)
+    two = estimate_step(config, response=1000, workers=1, ranks=2)
+    assert two.training_s == pytest.approx(one.training_s / 2)
+    baseline = load_config("configs/geometry3k-8b.toml", ["objective.variant=standard", "trainer.max_policy_lag=1"])
+    standard = estimate_step(baseline, response=1000, workers=1, ranks=1)
+    assert standard.scoring_s == pytest.approx(one.scoring_s / 2)
+    assert standard.total_s == pytest.approx(
+        max(standard.sampling_s + standard.scoring_s, standard.training_s + standard.publishing_s)
+    )
+
+
+def test_card_hours_are_hours_times_cards() -> None:
+    config = load_config("configs/geometry3k-8b.toml")
+    gpus = {"teacher": ("0,1",), "rollout": ("2", "3"), "trainer": ("2",)}
+    assert count_cards(config, gpus, with_teacher=True) == 4
+    assert count_cards(config, {}, with_teacher=True) == 3
+    assert count_cards(config, {}, with_teacher=False) == 2
+    hours = 655 * estimate_step(config, response=4096, workers=1, ranks=1).total_s / 3600
+    lines = list(describe_cost(config))
+    assert f"{hours * 3:.0f} card-hours" in lines[2]
+    assert "measured on one H100" in lines[-1]
+
+
+def test_what_can_not_be_estimated_says_why() -> None:
+    assert list(describe_cost(load_config("configs/tiny.toml"))) == [
+        "no estimate: the figures are for GPUs, and teacher.device_map is cpu"
+    ]
+    unknown = load_config("configs/geometry3k-8b.toml", ["teacher.model=nobody/nothing"])
+    assert "its memory can't be counted" in "".join(describe_cost(unknown))

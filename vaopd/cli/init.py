@@ -1,0 +1,204 @@
+"""`vaopd init`: writes the configuration of a run, with a comment at each key, from options or questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaopd.cli.output import emit, say
+
+if TYPE_CHECKING:
+    from vaopd.cli.common import Subparsers
+    from vaopd.config import Config
+
+SCHEMA = "vaopd.schema.json"
+QUESTIONS = {
+    "student": "student, a folder or hub id",
+    "teacher": "teacher, a larger model of the same family",
+    "data": "data set, a folder or hub id",
+}
+EXAMPLES = {"data.columns": '{ text = "prompt" }', "data.max_pixels": "1048576"}
+SHOWN = (
+    "run.name", "run.seed", "data.source", "data.columns", "data.validation_source", "data.instruction",
+    "data.max_pixels", "student.model", "student.dtype", "teacher.model", "teacher.dtype", "teacher.device_map",
+    "objective.variant", "rollout.engine", "rollout.max_new_tokens", "trainer.steps", "trainer.prompts_per_step",
+    "trainer.rollouts_per_prompt", "trainer.learning_rate", "trainer.checkpoint_every", "trainer.trackers",
+    "evaluation.every", "evaluation.prompts", "queue.url",
+)  # fmt: skip
+"""The keys that a new file has; those that have their defaults are commented out."""
+ROOM = 8192 + 4096
+"""The paper's longest prompt and response; a model that can't read so many gets shorter responses."""
+LIKELY = {
+    "text": ("prompt", "query", "instruction", "input"),
+    "images": ("picture", "pictures", "img", "photo", "image_path", "file"),
+    "answer": ("label", "solution", "target", "reference", "gt"),
+}
+"""Names of columns that a data set may have in place of the known ones."""
+
+
+def add_parsers(subparsers: Subparsers) -> None:
+    """Adds `vaopd init`."""
+    init = subparsers.add_parser("init", help="write the configuration of a run of your own")
+    init.add_argument("file", metavar="FILE", type=Path, nargs="?", default=Path("run.toml"), help="default: run.toml")
+    for name, question in QUESTIONS.items():
+        init.add_argument(f"--{name}", metavar="MODEL" if name != "data" else "DATASET", help=question)
+    init.add_argument("--name", help="the run's name (default: that of FILE)")
+    init.add_argument("--steps", type=int, default=200, help="optimizer steps (default %(default)s)")
+    init.add_argument("--cards", type=int, metavar="N", help="80 GB cards to plan for (default: those of this host)")
+    init.add_argument("--force", action="store_true", help="overwrite FILE")
+    init.set_defaults(command=_init, extra="trainer")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from vaopd.config import Config, validate
+    from vaopd.errors import ConfigError
+
+    if arguments.file.exists() and not arguments.force:
+        raise ConfigError(f"{arguments.file} already exists; name another file, or --force overwrites it")
+    for name, question in QUESTIONS.items():
+        if getattr(arguments, name) is None:
+            if not sys.stdin.isatty():
+                raise ConfigError(f"--{name} is missing: the {question}")
+            print(f"{question}: ", end="", file=sys.stderr, flush=True)
+            try:
+                setattr(arguments, name, input().strip())
+            except EOFError:
+                raise ConfigError(f"--{name} is missing: the {question}") from None
+    data, has_answers = _read_data(arguments.data)
+    values: dict[str, Any] = {
+        "run": {"name": arguments.name or arguments.file.stem},
+        "data": {"source": arguments.data, **data},
+        "student": {"model": arguments.student},
+        "teacher": {"model": arguments.teacher},
+        "trainer": {"steps": arguments.steps},
+        "queue": {"url": "embedded"},
+    }
+    if not has_answers:
+        values["evaluation"] = {"every": 0}
+    if (context := _read_context(arguments.student)) < ROOM:
+        values["rollout"] = {"max_new_tokens": int(context // 2)}
+    cards = _list_cards(arguments.cards)
+    if not cards:
+        values["student"]["dtype"] = values["teacher"]["dtype"] = "float32"
+        values["teacher"]["device_map"] = "cpu"
+    config = validate(Config, values, origin="vaopd init")
+    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    arguments.file.write_text("\n".join(write_commented(config, values)) + "\n")
+    (arguments.file.parent / SCHEMA).write_text(json.dumps(make_schema(), indent=1) + "\n")
+    emit(arguments.file)
+    for line in _describe_fit(arguments.file, cards):
+        say(line)
+    auto = " --gpus auto" if cards else ""
+    say(f"next: vaopd data check {arguments.file}, then vaopd up {arguments.file}{auto} --dry-run")
+    return 0
+
+
+def write_commented(config: Config, values: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yields a TOML file's lines: `values` as they are, the other keys of SHOWN as comments, each with its meaning."""
+    yield f"#:schema ./{SCHEMA}"
+    yield "# Keys that are commented out have their defaults; docs/reference/configuration.md lists all."
+    section = ""
+    for place in SHOWN:
+        name, _, key = place.partition(".")
+        if name != section:
+            yield f"\n[{name}]"
+            section = name
+        part = getattr(config, name)
+        meaning = " ".join((type(part).model_fields[key].description or "").split())
+        given = key in values.get(name, {})
+        value = part.model_dump(mode="json", exclude_none=True, exclude_defaults=key == "columns").get(key)
+        text = EXAMPLES.get(place, "") if value is None else _to_toml(value)
+        yield f"{'' if given else '# '}{key} = {text}".rstrip() + (f"   # {meaning}" if meaning else "")
+
+
+def _to_toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + "".join(f" {key} = {_to_toml(item)}," for key, item in value.items()).rstrip(",") + " }"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def make_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a run's file, for editors: a section that is a union may lack its tag."""
+    from vaopd.config import Config
+
+    def relax(node: Any) -> Any:
+        if isinstance(node, list):
+            return [relax(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        # A section without its tag fits several variants, and `oneOf` would refuse that.
+        return {"anyOf" if key == "oneOf" else key: relax(item) for key, item in node.items() if key != "discriminator"}
+
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **relax(Config.model_json_schema())}
+
+
+def _read_data(source: str) -> tuple[dict[str, Any], bool]:
+    """Reads a folder -> the settings that it needs, and whether it can be evaluated on; a hub id isn't downloaded."""
+    from vaopd.config import ColumnsConfig
+    from vaopd.data.loaders import open_split
+    from vaopd.data.records import recognise
+    from vaopd.data.tables import read_split
+    from vaopd.errors import InvalidInput, NotFound
+
+    if not Path(source).is_dir():
+        return {}, True
+    named = [name for names in LIKELY.values() for name in names]
+    files = read_split(source, "train", None, named=named)
+    settings: dict[str, Any] = {}
+    try:
+        recognise(files, source, needs_answer=False)
+    except InvalidInput:
+        present = {name for rows in files for name in rows.columns}
+        found = ((key, next((name for name in names if name in present), None)) for key, names in LIKELY.items())
+        settings["columns"] = {key: name for key, name in found if name}
+        recognise(files, source, columns=ColumnsConfig(**settings["columns"]), needs_answer=False)
+        say(f"columns: {', '.join(f'{key} = {name}' for key, name in settings['columns'].items())}; please check them")
+    try:
+        open_split(source, split="validation", columns=ColumnsConfig(**settings.get("columns", {})))
+    except (NotFound, InvalidInput) as error:
+        say(f"evaluation.every = 0, since there is no validation split with answers ({error})")
+        return settings, False
+    return settings, True
+
+
+def _read_context(student: str) -> float:
+    """Returns how many tokens a model in a folder can read; infinity for one that isn't here."""
+    try:
+        config = json.loads((Path(student) / "config.json").read_text())
+    except (OSError, ValueError):
+        return math.inf
+    return float(config.get("text_config", config).get("max_position_embeddings") or math.inf)
+
+
+def _list_cards(wanted: int | None) -> Sequence[Any]:
+    from vaopd.launch.estimate import H100_GIB
+    from vaopd.launch.placement import Card, list_cards
+
+    return list_cards() if wanted is None else [Card(index=index, gib=H100_GIB) for index in range(wanted)]
+
+
+def _describe_fit(file: Path, cards: Sequence[Any]) -> Iterator[str]:
+    """Yields where the processes would run and what a step would take."""
+    from vaopd.config import load_config
+    from vaopd.errors import VaopdError
+    from vaopd.launch.estimate import describe_cost
+    from vaopd.launch.placement import Demand, place
+
+    gpus: dict[str, tuple[str, ...]] = {}
+    config = load_config(file)
+    if cards:
+        try:
+            placement = place(cards, Demand.of(config, with_teacher=True))
+        except VaopdError as error:
+            yield str(error)
+        else:
+            yield from placement.reasons
+            gpus, config = placement.gpus, load_config(file, placement.overrides)
+    else:
+        yield "this host shows no GPU, so the file is for the CPU; --cards N plans for 80 GB cards"
+    yield from describe_cost(config, gpus)

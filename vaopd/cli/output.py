@@ -1,0 +1,70 @@
+"""Keeps standard output for a command's results: whatever libraries print goes to standard error.
+
+vLLM logs to standard output, from several processes; `vaopd eval --json | jq` must see the JSON alone. So the file
+descriptor is moved away for as long as a command runs, and only `emit` writes to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_results: TextIO | None = None
+
+
+@contextlib.contextmanager
+def reserve_stdout() -> Iterator[None]:
+    """Sends what this process and its children print to standard error, except for `emit`'s lines."""
+    global _results
+    own, moved = sys.stdout, None
+    with contextlib.suppress(AttributeError, OSError):  # no standard output, or a test's that is no file
+        if own.fileno() == 1:
+            own.flush()
+            moved = os.dup(1)
+            os.dup2(2, 1)
+    _results = own if moved is None else open(moved, "w", encoding=own.encoding, errors=own.errors)  # noqa: SIM115
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        try:
+            get_results().flush()
+        finally:
+            if moved is not None:
+                os.dup2(moved, 1)
+            _results = None
+
+
+def emit(*values: object, end: str = "\n", flush: bool = False) -> None:
+    """Prints a command's result to standard output."""
+    print(*values, end=end, flush=flush, file=get_results())
+
+
+def get_results() -> TextIO:
+    """Returns the stream of the results."""
+    return sys.stdout if _results is None else _results
+
+
+def say(line: str) -> None:
+    """Prints a line on what happens, to standard error; in a terminal over a line that didn't stay."""
+    from vaopd.telemetry.progress_line import draw
+
+    draw(sys.stderr, f"vaopd: {line}", stays=True)
+
+
+def wants_colour(terminal: bool) -> bool:
+    """Returns whether to colour the output: in a terminal that supports it, unless NO_COLOR is set (no-color.org)."""
+    return terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, code: int, *, stream: Any = None) -> str:
+    """Returns a text in one of the terminal's colours, e.g. 31 for red; plain where no colour is wanted.
+
+    >>> import io
+    >>> paint("MISS", 31, stream=io.StringIO())
+    'MISS'
+    """
+    return f"\x1b[{code}m{text}\x1b[0m" if wants_colour((stream or get_results()).isatty()) else text

@@ -1,0 +1,131 @@
+"""Estimates what a step takes on H100s: sampling, scoring, training, handing the weights over. Torch-free.
+
+Operations and bytes are counted from the models' configurations; the rates are those that benchmarks/RESULTS.md
+measured on one H100. Sampling has no measurement yet: its figure is the time in which weights and KV cache pass through
+the card's memory, so a lower bound. Preparation on the host and the network are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from vaopd.config import Config
+from vaopd.errors import ConfigError
+from vaopd.launch.placement import IMAGE_PX, Demand
+from vaopd.telemetry.progress_line import format_duration
+from vaopd.vlm import memory
+from vaopd.vlm.memory import GIB, MARGIN, MERGE, PATCH_PX, Model
+
+PEAK_FLOPS, MEMORY_BYTES_PER_S = 989e12, 3.35e12
+"""Of an H100 SXM, by its data sheet."""
+SCORING_SHARE = 0.54
+"""Of the peak, measured: an 8B teacher, P 650, R 1000, K 4, both views, 283 ms."""
+TRAINING_SHARE = 0.17
+"""Of the peak by useful operations, measured: a 2B student, P 650, R 1000, K 4, 349 ms."""
+PUBLISHING_BYTES_PER_S = 4.26e9 / 7.2
+"""Measured: the 2B student's weights from trainer to worker by /tmp."""
+PROMPT_TEXT = 50
+H100_GIB = 79.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Seconds of one optimizer step by part, for responses of `response` tokens."""
+
+    response: int
+    sampling_s: float
+    scoring_s: float
+    training_s: float
+    publishing_s: float
+    overlaps: bool
+    """Whether sampling goes on while the trainer trains (max_policy_lag > 0)."""
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the step."""
+        sampled, trained = self.sampling_s + self.scoring_s, self.training_s + self.publishing_s
+        return max(sampled, trained) if self.overlaps else sampled + trained
+
+
+def count_forward(model: Model, *, prompt: int, response: int, siblings: int, pixels: int) -> float:
+    """Operations of one view of a group: the prompt and its image once, the LM head on responses only."""
+    layers = model.text_parameters - model.head_parameters * (1 if model.tied else 2)
+    tokens, patches = prompt + siblings * response, pixels / PATCH_PX**2
+    pairs = prompt**2 / 2 + siblings * (prompt * response + response**2 / 2)
+    attention = 4 * model.layers * model.heads * model.head_dim * pairs
+    heads = 2 * model.head_parameters * siblings * response
+    return 2 * layers * tokens + attention + heads + 2 * model.vision_parameters * patches
+
+
+def estimate_step(config: Config, *, response: int, workers: int, ranks: int) -> Step:
+    """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here."""
+    student, teacher = memory.find_model(config.student.model), memory.find_model(config.teacher.model)
+    groups, siblings = config.trainer.prompts_per_step, config.trainer.rollouts_per_prompt
+    pixels, prompt = count_pixels(config), count_prompt_tokens(config)
+    views = 1 if config.objective.variant == "standard" else 2
+    scored = count_forward(teacher, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
+    trained = count_forward(student, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
+    rollouts = math.ceil(groups * siblings / workers)
+    moved = 2 * student.parameters + rollouts * (prompt + response / 2) * student.kv_bytes_per_token
+    return Step(
+        response=response,
+        sampling_s=response * moved / MEMORY_BYTES_PER_S,
+        scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS),
+        training_s=groups * 3 * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
+        publishing_s=2 * student.parameters / PUBLISHING_BYTES_PER_S,
+        overlaps=config.trainer.max_policy_lag > 0,
+    )
+
+
+def describe_cost(
+    config: Config, gpus: Mapping[str, Sequence[str]] = {}, *, with_teacher: bool = True
+) -> Iterator[str]:
+    """Yields the lines of an estimate, or the one that says why there is none. gpus: devices by role, if chosen."""
+    if config.teacher.device_map == "cpu":
+        yield "no estimate: the figures are for GPUs, and teacher.device_map is cpu"
+        return
+    workers, ranks = config.rollout.workers, config.trainer.processes
+    try:
+        longest = config.rollout.max_new_tokens
+        steps = [
+            estimate_step(config, response=response, workers=workers, ranks=ranks)
+            for response in dict.fromkeys((max(1, longest // 4), longest))
+        ]
+        cards = count_cards(config, gpus, with_teacher=with_teacher)
+    except ConfigError as error:
+        yield f"no estimate: {error}"
+        return
+    prompt = count_prompt_tokens(config)
+    yield f"estimate for H100s: {cards} cards, {workers} workers, {ranks} trainer ranks; prompts of {prompt} tokens"
+    for step in steps:
+        hours = config.trainer.steps * step.total_s / 3600
+        yield (
+            f"  responses of {step.response} tokens: {step.total_s:.0f} s a step = sampling ≥ {step.sampling_s:.0f} + "
+            f"scoring {step.scoring_s:.0f} + training {step.training_s:.0f} + handing over {step.publishing_s:.0f}"
+            f"{' (sampling and scoring beside training)' if step.overlaps else ''}; {config.trainer.steps} steps "
+            f"{format_duration(hours * 3600)} h, {hours * cards:.0f} card-hours"
+        )
+    yield (
+        "  measured on one H100: the rates of scoring, training and handing over; counted: operations and bytes; a "
+        "lower bound: sampling; left out: evaluations, checkpoints, the host's part"
+    )
+
+
+def count_pixels(config: Config) -> int:
+    """Returns the pixels of an image, which is taken to have a megapixel unless less is allowed."""
+    return min(config.data.max_pixels or IMAGE_PX, IMAGE_PX)
+
+
+def count_prompt_tokens(config: Config) -> int:
+    """Returns the tokens of a prompt with such an image and a short question."""
+    return count_pixels(config) // (PATCH_PX * MERGE) ** 2 + PROMPT_TEXT
+
+
+def count_cards(config: Config, gpus: Mapping[str, Sequence[str]], *, with_teacher: bool) -> int:
+    """Counts the cards chosen; where none are, one for each worker and rank, and as many as hold the teacher."""
+    if gpus:
+        return len({card for values in gpus.values() for value in values for card in value.split(",")})
+    teacher = Demand.of(config, with_teacher=with_teacher).teacher_bytes / GIB / (H100_GIB * (1 - MARGIN))
+    return math.ceil(teacher) + config.rollout.workers + config.trainer.processes
