@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vaopd import objective
 from vaopd.grading import judge
@@ -26,6 +27,10 @@ DESCRIPTIONS = {
     "kl_high": "the same over the high group: the tokens of largest VA of each rollout",
     "kl_low": "the same over the other tokens; left out when there are none",
     "va_top10_share": "share of all VA that the top 10 % of tokens carry, mean over ranks",
+    "kl_unseen_share": "share of the reverse KL on tokens with a VA of at most 0.001 nats on which teacher and student "
+    "differ by 1 nat or more: what the student is sure of and misreads, or words otherwise",
+    "va_spread": "standard deviation of siblings' mean VA, mean over groups, nats: what the rollout weights amplify",
+    "high_ties_share": "share of the high group whose VA a token outside it has, too, so that the place decides",
     "weights_entropy": "entropy of the rollout weights, mean over groups, nats; log K when they are uniform",
     "response_tokens_mean": "length of the responses, mean, tokens",
     "truncated_fraction": "share of the responses that were cut at the length limit",
@@ -77,6 +82,8 @@ DRIFT_NATS = 0.1
 LARGEST_DRIFT_SHARE = 0.05
 """A larger share is warned of, here and by the alert. Two forwards whose logits near 24 are rounded to bfloat16 differ
 by σ = 0.04 nats, which takes 1 % of the tokens over 0.1; other weights or pixels take many more."""
+UNSEEN_NATS, SURE_NATS = 1e-3, 1.0
+"""A token with at most that VA, and at least that KL, counts in kl_unseen_share."""
 _IMAGES_SHOWN = 4  # so many groups of a step are written with their image
 
 
@@ -90,7 +97,8 @@ def sum_groups(
     if not groups:
         return None
     va_NT, mask_NT = objective.pad_rows([va for group in groups for va in group.scored.score.visual_advantage])
-    high_M = objective.high_group(va_NT, mask_NT, high_fraction=high_fraction)[mask_NT].numpy()
+    high_NT = objective.high_group(va_NT, mask_NT, high_fraction=high_fraction)
+    high_M = high_NT[mask_NT].numpy()
     kl_M = np.concatenate(kl)
     rollouts = [rollout for group in groups for rollout in group.scored.group.rollouts]
     entropy = [float(-(w * w.clamp_min(1e-30).log()).sum()) for w in (group.rollout_weights for group in groups)]
@@ -103,11 +111,22 @@ def sum_groups(
         "va": float(va_NT.sum()),
         "kl": float(kl_M.sum()),
         "kl_high": float(kl_M[high_M].sum()),
+        "kl_unseen": float(kl_M[(va_NT[mask_NT].abs().numpy() <= UNSEEN_NATS) & (kl_M >= SURE_NATS)].sum()),
+        "va_spread": sum(float(np.std([va.mean() for va in group.scored.score.visual_advantage])) for group in groups),
+        "high_ties": _count_ties(va_NT, mask_NT, high_NT),
         "va_top10_share": objective.va_share_of_top(va_NT, mask_NT, fraction=0.1),
         "weights_entropy": sum(entropy),
         "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts),
         "generation_s": max(group.scored.group.generation_s for group in groups),
     }
+
+
+def _count_ties(va_NT: Tensor, mask_NT: Tensor, high_NT: Tensor) -> int:
+    """Counts the tokens of the high group whose VA a token of the same rollout outside it has, too."""
+    lowest_N1 = va_NT.masked_fill(~high_NT, math.inf).amin(1, keepdim=True)
+    tied_NT = va_NT == lowest_N1
+    outside_N1 = (tied_NT & mask_NT & ~high_NT).any(1, keepdim=True)
+    return int((tied_NT & high_NT & outside_N1).sum())
 
 
 def sum_drift(groups: Sequence[WeightedGroup], logprobs: Sequence[np.ndarray], *, version: int) -> dict[str, float]:
@@ -143,6 +162,9 @@ def average_ranks(sums: Sequence[dict[str, float] | None]) -> dict[str, float]:
         "kl_mean": total["kl"] / total["tokens"],
         "kl_high": total["kl_high"] / total["high_tokens"],
         "kl_low": (total["kl"] - total["kl_high"]) / low_tokens if low_tokens else math.nan,
+        "kl_unseen_share": total["kl_unseen"] / total["kl"] if total["kl"] else math.nan,
+        "va_spread": total["va_spread"] / total["groups"],
+        "high_ties_share": total["high_ties"] / total["high_tokens"],
         "va_top10_share": sum(shares) / len(shares) if shares else math.nan,
         "weights_entropy": total["weights_entropy"] / total["groups"],
         "response_tokens_mean": total["tokens"] / total["rollouts"],

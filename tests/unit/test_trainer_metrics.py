@@ -69,6 +69,9 @@ def expected() -> dict[str, Any]:
         "kl_mean": (9 + 4 + 2 + 3 + 6) / 8,
         "kl_high": (9 + 3 + 6) / 3,
         "kl_low": (4 + 2) / 5,
+        "kl_unseen_share": (4 + 2) / 24,  # VA 0, and at least a nat
+        "va_spread": (0.15 + 0) / 2,  # means of 0.8 and 0.5; a single sibling
+        "high_ties_share": 0.0,
         "weights_entropy": (math.log(2) + 0) / 2,  # uniform over two siblings; certain of one
         "response_tokens_mean": 8 / 3,
         "truncated_fraction": 1 / 3,
@@ -192,3 +195,13 @@ def test_ranks_are_averaged_by_their_tokens_and_those_without_any_are_left_out()
         "policy_drift_share": pytest.approx(1 / 8),
     }
     assert drift(none) == {}  # not 0: nothing was compared
+
+
+def test_what_tells_the_regime() -> None:
+    """Of the high group's two tokens one ties with tokens outside; KL below a nat, or with VA, is not unseen."""
+    group = a_group(0, [[0.5, 0, 0, 0, 0, 0], [-0.0005, 1e-2]], weights=[0.5, 0.5])
+    kl = np.array([2, 1.5, 0.9, 0, 0, 0, 4, 8], np.float32)
+    found = step_numbers.average_ranks([step_numbers.sum_groups([group], [kl], loss=1.0)])
+    assert found["kl_unseen_share"] == pytest.approx((1.5 + 4) / kl.sum())
+    assert found["high_ties_share"] == pytest.approx(1 / 3)  # ⌈6/5⌉ = 2 and ⌈2/5⌉ = 1 tokens; 0 is in and outside
+    assert found["va_spread"] == pytest.approx((0.5 / 6 - (1e-2 - 0.0005) / 2) / 2, rel=1e-5)

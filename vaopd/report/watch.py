@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TextIO
 
 from vaopd.errors import NotFound
 from vaopd.files.plain import read_end
+from vaopd.report.advice import describe_regime
 from vaopd.run.records import Evaluation, Run, read_run
 from vaopd.telemetry.progress_line import format_duration
 
@@ -112,6 +114,7 @@ def block(run: Run, *, now_s: float) -> list[str]:
     if measured:
         curve = draw_sparkline([va.mean for va in measured])
         lines.append(f"{'student VA':<16}{measured[-1].mean:>9.4g}  {curve}  ± {measured[-1].error:.2g}, its own views")
+    lines += [line for sentence in describe_regime(run) for line in textwrap.wrap(sentence, 78)]
     if quiet := _describe_silence(run, now_s):
         lines.append(quiet)
     return lines
