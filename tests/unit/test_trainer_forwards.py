@@ -19,7 +19,9 @@ from vaopd.config import TrainerConfig
 from vaopd.errors import LimitExceeded
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.forwards import Accumulator, plan_forwards
+from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import StudentLoss, WeightedGroup
+from vaopd_trainer.student_weights import WholeWeights
 
 pytestmark = pytest.mark.numeric
 
@@ -54,9 +56,8 @@ class Step:
         head = teacher_head(student).double()
         self.module = Scarce(StudentLoss(student, teacher_head=head, trainer=settings), **scarce)
         try:
-            self.accumulator = Accumulator(
-                accelerator=Accelerator(cpu=True), loss=self.module, settings=settings, world=1
-            )
+            weights = WholeWeights(self.module, model=student.model, settings=settings, ranks=Ranks(), tied=False)
+            self.accumulator = Accumulator(accelerator=Accelerator(cpu=True), weights=weights, settings=settings)
             self.loss, values = self.accumulator.backward(groups)
             self.kl, self.logprobs = ([part.numpy() for part in parts] for parts in zip(*values, strict=True))
         finally:
