@@ -40,7 +40,6 @@ from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.owner import TRAINER, own
 from vaopd.run.settings import Changes
-from vaopd.run.snapshots import has_tied_head
 from vaopd.run.status import StatusWriter
 from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
@@ -214,12 +213,7 @@ def hold_weights(
 ) -> StudentWeights:
     """Shards the student, or gives it to accelerate whole, with an optimizer for the rank's part of it."""
     settings, sharding = config.trainer, config.trainer.sharding
-    keywords: dict[str, Any] = {
-        "model": student.model,
-        "settings": settings,
-        "ranks": ranks,
-        "tied": has_tied_head(student.path),
-    }
+    keywords: dict[str, Any] = {"model": student.model, "settings": settings, "ranks": ranks}
     if isinstance(sharding, NoSharding) or not is_sharded(settings):
         return WholeWeights(accelerator.prepare(loss), **keywords)
     mesh = make_mesh(sharding, world=ranks.world, device=accelerator.device.type)

@@ -92,9 +92,9 @@ class ShardedWeights(StudentWeights):
 
     can_begin_again = False  # the other ranks wait in the forward's collectives
 
-    def __init__(self, loss: nn.Module, *, model: nn.Module, settings: TrainerConfig, ranks: Ranks, tied: bool) -> None:
+    def __init__(self, loss: nn.Module, *, model: nn.Module, settings: TrainerConfig, ranks: Ranks) -> None:
         """See `StudentWeights`."""
-        super().__init__(loss, model=model, settings=settings, ranks=ranks, tied=tied)
+        super().__init__(loss, model=model, settings=settings, ranks=ranks)
         self._root = cast(FSDPModule, loss)
 
     def plan(self, own: Sequence[frozenset[Part]]) -> list[frozenset[Part]]:

@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vaopd.config import TrainerConfig
-from vaopd.run.snapshots import drop_tied_head
 from vaopd.run.tensor_files import TensorStream, write_tensors
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part
@@ -51,14 +50,13 @@ class StudentWeights(ABC):
     can_begin_again = True
     """Whether a rank that runs out of memory may begin its step again by itself."""
 
-    def __init__(self, loss: nn.Module, *, model: nn.Module, settings: TrainerConfig, ranks: Ranks, tied: bool) -> None:
-        """model: the student within `loss`, whose names the files have. tied: its LM head is its embedding matrix."""
+    def __init__(self, loss: nn.Module, *, model: nn.Module, settings: TrainerConfig, ranks: Ranks) -> None:
+        """model: the student within `loss`, whose names the files have."""
         self.loss = loss
         self.ranks = ranks
         self.parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.parameters, settings)
         self._model = model
-        self._tied = tied
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -87,8 +85,12 @@ class StudentWeights(ABC):
     # -- weights and state as tensors ---------------------------------------------------------------------------------
 
     def list_weights(self) -> dict[str, Tensor]:
-        """Returns this rank's weights, whole or shards, under the names of the model's files."""
-        return drop_tied_head(self._model.state_dict(), tied=self._tied)
+        """Returns this rank's weights, whole or shards, under the names of the model's files; a tied one once."""
+        state = self._model.state_dict()
+        names, distinct = (
+            {name for name, _ in self._model.named_parameters(remove_duplicate=once)} for once in (False, True)
+        )
+        return {name: tensor.contiguous() for name, tensor in state.items() if name not in names - distinct}
 
     def stream(self, dtype: torch.dtype) -> TensorStream:
         """Returns the whole weights, tensor by tensor, for a snapshot. Reading them is a collective."""

@@ -71,7 +71,7 @@ def train(config: Config, loss: nn.Module, recorder: Recorder, scorer: Any) -> N
         config=config,
         accelerator=Accelerator(cpu=True),
         ranks=Ranks(),
-        weights=WholeWeights(loss, model=recorder.student, settings=config.trainer, ranks=Ranks(), tied=False),
+        weights=WholeWeights(loss, model=recorder.student, settings=config.trainer, ranks=Ranks()),
         coordinator=recorder,  # type: ignore[arg-type]
     )
     trainer.run(scorer)

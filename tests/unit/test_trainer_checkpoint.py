@@ -47,7 +47,7 @@ class Run:
         loss = Loss()
         settings = TrainerConfig(steps=10, learning_rate=0.1)
         self.model = loss.model
-        self.weights = WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks(), tied=False)
+        self.weights = WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks())
         self.optimizer = self.weights.optimizer
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 2, 10)
 

@@ -145,7 +145,7 @@ def test_a_checkpoint_is_durable_before_its_groups_are_acknowledged_and_each_is_
 ) -> None:
     world = World(tmp_path)
     model = torch.nn.Linear(1, 1)
-    weights = WholeWeights(model, model=model, settings=TrainerConfig(steps=2), ranks=Ranks(), tied=False)
+    weights = WholeWeights(model, model=model, settings=TrainerConfig(steps=2), ranks=Ranks())
     state = RunState()
     for step in range(2):
         state.step = step + 1

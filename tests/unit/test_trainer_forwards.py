@@ -56,7 +56,7 @@ class Step:
         head = teacher_head(student).double()
         self.module = Scarce(StudentLoss(student, teacher_head=head, trainer=settings), **scarce)
         try:
-            weights = WholeWeights(self.module, model=student.model, settings=settings, ranks=Ranks(), tied=False)
+            weights = WholeWeights(self.module, model=student.model, settings=settings, ranks=Ranks())
             self.accumulator = Accumulator(accelerator=Accelerator(cpu=True), weights=weights, settings=settings)
             self.loss, values = self.accumulator.backward(groups)
             self.kl, self.logprobs = ([part.numpy() for part in parts] for parts in zip(*values, strict=True))

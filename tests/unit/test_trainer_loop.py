@@ -149,7 +149,7 @@ class Run:
             config=config,
             accelerator=Accelerator(cpu=True),
             ranks=ranks,
-            weights=WholeWeights(loss, model=loss.model, settings=config.trainer, ranks=ranks, tied=False),
+            weights=WholeWeights(loss, model=loss.model, settings=config.trainer, ranks=ranks),
             coordinator=coordinator,  # type: ignore[arg-type]
         )
         self.scorer = Scorer(*refused)

@@ -138,7 +138,7 @@ def drop_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if not (tied and name == HEAD)}
     owners: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
-        if tensor.numel() == 0 or not tensor.data_ptr():  # 0: sharded
+        if tensor.numel() == 0:
             continue
         owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
         if owner != name:
