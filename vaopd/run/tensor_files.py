@@ -135,8 +135,6 @@ def _cut(parts: Iterable[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
         yield piece
 
 
-def join_digests(digests: Iterator[bytes]) -> str:
-    """Returns the digest of a file from those of its pieces, in their order."""
 def _map(threads: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """As `threads.map`, which would take all items at once: here as many are taken as threads can work on."""
     pending: deque[Future[R]] = deque()
@@ -148,7 +146,8 @@ def _map(threads: ThreadPoolExecutor, function: Callable[[T], R], items: Iterabl
         yield pending.popleft().result()
 
 
-def _join(digests: Iterator[bytes]) -> str:
+def join_digests(digests: Iterator[bytes]) -> str:
+    """Returns the digest of a file from those of its pieces, in their order."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
