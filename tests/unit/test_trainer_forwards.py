@@ -157,6 +157,33 @@ def test_a_rollout_that_does_not_fit_alone_is_named(student: Vlm, groups: list[W
     assert all(parameter.grad is None for parameter in student.model.parameters())
 
 
+def test_a_rank_of_a_sharded_student_ends_instead_since_the_others_wait_for_it(
+    student: Vlm, groups: list[WeightedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WholeWeights, "can_begin_again", False)
+    total = sum(group.tokens for group in groups)
+    with pytest.raises(
+        LimitExceeded, match=rf"{total} tokens .*0000, .*0002\); resume with trainer.forward_tokens below"
+    ):
+        Step(student, groups, forward_tokens=10_000, tokens=total - 1)
+
+
+@pytest.mark.parametrize("parts", [{"text"}, {"vision"}, {"text", "vision"}])
+def test_a_placeholder_runs_the_parts_that_it_is_told_and_adds_a_gradient_of_zero(
+    student: Vlm, parts: set[Any]
+) -> None:
+    student.model.zero_grad()
+    loss, values = StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))([], parts=frozenset(parts))
+    loss.backward()
+    assert (loss.item(), len(values.kl)) == (0.0, 0)
+    gradients = {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
+    assert not any(bool(gradient.any()) for gradient in gradients.values())
+    tower = {name for name, _ in student.model.named_parameters() if ".visual." in name}
+    reached = {"vision": tower, "text": {name for name, _ in student.model.named_parameters()} - tower}
+    for part, names in reached.items():
+        assert (names <= gradients.keys()) == (part in parts)
+
+
 def test_without_groups_there_is_a_zero_with_a_gradient_of_zero(student: Vlm) -> None:
     student.model.zero_grad()
     loss, values = StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))([])
