@@ -1,15 +1,14 @@
 """Writes and reads checkpoints: all that a resumed run needs, in a folder that appears whole or not at all.
 
-RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng, state.json (step, schedule and the
-digest of every file) and ledger.jsonl (each trained group once, with the step that trained it). No pickles.
+RUN/checkpoints/step_000020/ holds the safetensors files student, optimizer and rng (of a sharded student, one file for
+each rank in place of the first two), state.json (step, schedule and the digest of every file) and ledger.jsonl (each
+trained group once, with the step that trained it). No pickles.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,25 +31,24 @@ from vaopd.run.checkpoints import (
 )
 from vaopd.run.tensor_files import compute_digest, write_tensors
 from vaopd_trainer import kill_points
+from vaopd_trainer.student_weights import OPTIMIZER, STUDENT, StudentWeights
 
 log = logging.getLogger(__name__)
 
-STUDENT, OPTIMIZER, RNG = (f"{name}.safetensors" for name in ("student", "optimizer", "rng"))
+RNG = "rng.safetensors"
 
 
-def save(
-    folder: Path, state: RunState, *, student: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, keep: int
-) -> Path:
+def save(folder: Path, state: RunState, weights: StudentWeights, *, keep: int) -> Path:
     """Writes a checkpoint, fsynced and renamed into place, and removes all but the newest `keep`.
 
-    Raises LimitExceeded when the disk is full; older checkpoints are intact then.
+    On rank 0; the others call `weights.save(None)` meanwhile. Raises LimitExceeded when the disk is full; older
+    checkpoints are intact then.
     """
     target = folder / make_name(state.step)
     try:
         with atomic_folder(target) as part:
-            moments = _flatten(optimizer.state_dict()["state"])
-            tensors = {STUDENT: student, OPTIMIZER: moments, RNG: {"cpu": torch.get_rng_state()}}
-            files = {name: write_tensors(values, part / name) for name, values in tensors.items()}
+            files = weights.save(part)
+            files[RNG] = write_tensors({"cpu": torch.get_rng_state()}, part / RNG)
             write_run_state(part, state, files=files)
             kill_points.pass_point("written", state.step)
     except (OSError, SafetensorError) as error:
@@ -116,21 +114,13 @@ def check(checkpoint: Path) -> None:
             raise DamagedCheckpoint(checkpoint, f"{name}: it is not as it was written")
 
 
-def load_student(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Returns the student's weights, float32; raises DamagedCheckpoint when they can't be read."""
-    with _name_damaged(checkpoint):
-        return load_file(checkpoint / STUDENT)
-
-
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Restores AdamW's moments and the process's random state, in place; raises DamagedCheckpoint."""
-    with _name_damaged(checkpoint):
-        moments = load_file(checkpoint / OPTIMIZER)
-        rng = load_file(checkpoint / RNG)
-    state = optimizer.state_dict()
-    state["state"] = _unflatten(moments)
-    optimizer.load_state_dict(state)
-    torch.set_rng_state(rng["cpu"])
+def load(checkpoint: Path, weights: StudentWeights) -> None:
+    """Restores weights, moments and the process's random state, in place; raises DamagedCheckpoint."""
+    try:
+        weights.load(checkpoint)
+        torch.set_rng_state(load_file(checkpoint / RNG)["cpu"])
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise DamagedCheckpoint(checkpoint, error) from None
 
 
 def continue_schedule(schedule: LambdaLR, optimizer: Optimizer, state: RunState) -> None:
@@ -145,23 +135,3 @@ def continue_schedule(schedule: LambdaLR, optimizer: Optimizer, state: RunState)
     # The schedule sets the optimizer's rate after a step only; this one still has step 0's.
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-@contextmanager
-def _name_damaged(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise DamagedCheckpoint(checkpoint, error) from None
-
-
-def _flatten(state: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {f"{index}.{name}": tensor for index, entry in state.items() for name, tensor in entry.items()}
-
-
-def _unflatten(tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    return state

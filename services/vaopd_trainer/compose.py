@@ -1,10 +1,11 @@
 """Puts one trainer rank together and runs it. Called once the configuration is read.
 
-data set ──► TrainingPrompts ─┐         ┌─ Vlm (the student; of a checkpoint when resumed)
+data set ──► TrainingPrompts ─┐         ┌─ Vlm (the student)
                               ▼         ▼
 SyncTeacherClient ──────► GroupScorer  StudentLoss ◄── the teacher's head
                               │         │
-                              └► Trainer ◄── Accelerator, Ranks
+                              │   StudentWeights ◄── Accelerator; of a checkpoint when resumed
+                              └► Trainer ◄── Ranks
                                     │
             on rank 0 alone    folder ──► RUN's settings and teacher; StatusWriter
                                Coordinator ──► Collector ──► TrainerQueue (Redis), Ledger
@@ -20,7 +21,7 @@ import os
 import shutil
 import threading
 import warnings
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +31,7 @@ from torch import Tensor
 from vaopd import client, grading, process
 from vaopd.client import SyncTeacherClient
 from vaopd.client.diagnosis import wait_for_teacher
-from vaopd.config import Config, HttpWeights
+from vaopd.config import Config, HttpWeights, NoSharding
 from vaopd.data.problems import load_problems
 from vaopd.errors import Mismatch, VaopdError
 from vaopd.payloads import to_torch
@@ -40,14 +41,12 @@ from vaopd.run.checkpoints import FILE, find_latest_checkpoint
 from vaopd.run.ledger import Ledger
 from vaopd.run.owner import TRAINER, own
 from vaopd.run.settings import Changes
-from vaopd.run.snapshots import load_state
 from vaopd.run.status import StatusWriter
 from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd.weights.serve import SnapshotServer
-from vaopd_trainer import checkpoint
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, make_record, prepare_folder
@@ -57,7 +56,9 @@ from vaopd_trainer.prompt_order import TrainingPrompts
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.records import ProgressLine
 from vaopd_trainer.scorer import GroupScorer
+from vaopd_trainer.sharded_weights import ShardedWeights, is_sharded, make_mesh, shard
 from vaopd_trainer.student_loss import StudentLoss
+from vaopd_trainer.student_weights import StudentWeights, WholeWeights
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def run(
         ranks.barrier()
         start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
         with process.loading():
-            student = _load_student(config, start)
+            student = _load_student(config)
         if not ranks.is_coordinator:
             ranks.barrier()  # rank 0 measures the prompts, the others find its measures
         problems = load_problems(config)
@@ -133,11 +134,12 @@ def run(
                 track=lambda values, step: accelerator.log(values, step=step),
                 stop=stop,
             )
+        loss = make_loss(config, student, teacher_head=head, device=accelerator.device)
         trainer = Trainer(
             config=config,
             accelerator=accelerator,
             ranks=ranks,
-            loss=make_loss(config, student, teacher_head=head, device=accelerator.device),
+            weights=hold_weights(config, loss, student, accelerator, ranks),
             coordinator=coordinator,
         )
         if start is not None:
@@ -197,19 +199,33 @@ def _serve_snapshots(config: Config, stack: contextlib.ExitStack) -> SnapshotSer
     return server
 
 
-def _load_student(config: Config, start: Path | None) -> Vlm:
-    """Loads the student with the weights of checkpoint `start`, if given."""
+def _load_student(config: Config) -> Vlm:
+    """Loads the student; one that will be sharded without its weights, which no rank then holds whole."""
     student = Vlm.load(
         config.student.model,
         dtype="float32",  # at any compute precision: steps of 1e-6 would vanish in bfloat16
+        device="meta" if is_sharded(config.trainer) else None,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
-    if start is not None:
-        load_state(student.model, checkpoint.load_student(start))
     if not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     return student
+
+
+def hold_weights(
+    config: Config, loss: StudentLoss, student: Vlm, accelerator: Accelerator, ranks: Ranks
+) -> StudentWeights:
+    """Shards the student, or gives it to accelerate whole, with an optimizer for the rank's part of it."""
+    settings, sharding = config.trainer, config.trainer.sharding
+    keywords: dict[str, Any] = {"model": student.model, "settings": settings, "ranks": ranks}
+    if isinstance(sharding, NoSharding) or not is_sharded(settings):
+        return WholeWeights(accelerator.prepare(loss), **keywords)
+    mesh = make_mesh(sharding, world=ranks.world, device=accelerator.device.type)
+    shard(loss, student, mesh=mesh, compute=getattr(torch, config.student.dtype))
+    weights = ShardedWeights(loss, **keywords)
+    weights.load_model(student.path)
+    return weights
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -13,8 +13,9 @@
           ├─ JsonLines ──────────── RUN      metrics.jsonl, samples.jsonl, heldout.jsonl
           └─ ProgressLine, TrainerMetrics, trackers
 
-In: the student's whole weights, and each step's numbers. Out: policy versions, requests, checkpoints, records. Waits
-for rollout workers, and for a Redis that is full or away; a lost lease or a signal ends each wait (`check`).
+In: the student's weights, tensor by tensor, and each step's numbers. Out: policy versions, requests, checkpoints,
+records. Waits for rollout workers, and for a Redis that is full or away; a lost lease or a signal ends each wait
+(`check`).
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-import torch
 
 from vaopd.config import Config
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
 from vaopd.run.model_card import upload_hint, write_model_card
-from vaopd.run.snapshots import drop_tied_head, has_tied_head, keep_snapshot, prune_snapshots, publish_snapshot
+from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot
 from vaopd.run.status import StatusWriter
+from vaopd.run.tensor_files import TensorStream
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -48,11 +49,9 @@ from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
 from vaopd_trainer.records import JsonLines, ProgressLine
 from vaopd_trainer.student_loss import WeightedGroup
 from vaopd_trainer.student_va import StudentVa
+from vaopd_trainer.student_weights import StudentWeights
 
 log = logging.getLogger(__name__)
-
-Weights = Mapping[str, torch.Tensor]
-"""The student's whole `state_dict`, float32, named as transformers names it."""
 
 
 class Coordinator:
@@ -154,14 +153,10 @@ class Coordinator:
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
-    def publish(self, version: int, weights: Weights) -> None:
-        """Writes the weights as policy `version` in the student's dtype, and announces it to the workers."""
-        dtype = getattr(torch, self._config.student.dtype)
+    def publish(self, version: int, weights: TensorStream) -> None:
+        """Writes the weights as policy `version`, and announces it to the workers."""
         self._snapshot = publish_snapshot(
-            self._config.snapshots_folder,
-            version,
-            {name: tensor.to(dtype) for name, tensor in weights.items()},
-            model_files_from=self._student.path,
+            self._config.snapshots_folder, version, weights, model_files_from=self._student.path
         )
         announced = self._server.offer(self._snapshot) if self._server is not None else self._snapshot
         self._collector.publish(announced, check=self.check)
@@ -182,24 +177,25 @@ class Coordinator:
             )
 
     def distribute(self, step: int, submit: Callable[[Sequence[RolloutGroup]], None]) -> None:
-        """Hands each group of the step to its rank on arrival; this rank's own go to `submit`.
+        """Hands each group of the step to a rank on arrival, the one with the fewest tokens; its own go to `submit`.
 
-        Every rank gets as many messages as it has groups: None for a group that will not come.
+        Of groups that arrive together the longest goes first. None ends what a rank gets.
         """
-        missing = {str(group): group.index % self._ranks.world for group in self._prompts.list_groups(step)}  # -> rank
-        for groups in self._collector.wait_for_groups(list(missing), check=self.check):
+        loads = [0] * self._ranks.world
+        ids = [str(group) for group in self._prompts.list_groups(step)]
+        for groups in self._collector.wait_for_groups(ids, check=self.check):
             self._metrics.note_progress()
             mine = []
-            for group in groups:
-                rank = missing.pop(group.group_id)
+            for group in sorted(groups, key=_count_tokens, reverse=True):
+                rank = loads.index(min(loads))
+                loads[rank] += _count_tokens(group)
                 if rank == COORDINATOR:
                     mine.append(group)
                 else:
                     self._ranks.send_group(group, to=rank)
             submit(mine)
-        for rank in missing.values():
-            if rank != COORDINATOR:
-                self._ranks.send_group(None, to=rank)
+        for rank in range(1, self._ranks.world):
+            self._ranks.send_group(None, to=rank)
 
     def give_up(self, refused: Iterable[tuple[str, str]]) -> None:
         """Sends groups that can't be trained on to the dead letters; each is an id and the reason."""
@@ -304,15 +300,14 @@ class Coordinator:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+    def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
         """Durable first, then acknowledged: what is acknowledged is in a checkpoint."""
         self._collector.confirm()
         self._ledger.sync()
         checkpoint.save(
             self._folder / "checkpoints",
             state,
-            student=drop_tied_head(weights, tied=has_tied_head(self._student.path)),
-            optimizer=optimizer,
+            weights,
             keep=self._config.trainer.keep_checkpoints,
         )
         self._ledger.write("checkpoint", step=state.step)
@@ -325,3 +320,8 @@ class Coordinator:
         # The next step's groups are at most that old. Older records go, so that a resume from the checkpoint before
         # this one has its groups sampled again.
         self._collector.forget(max(0, state.step - self._config.trainer.max_policy_lag))
+
+
+def _count_tokens(group: RolloutGroup) -> int:
+    """Counts what a forward of the group computes, the prompt once."""
+    return len(group.prompt_token_ids) + sum(len(rollout.response_ids) - 1 for rollout in group.rollouts)

@@ -29,11 +29,12 @@ from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
 from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
 from vaopd_trainer import checkpoint, kill_points, step_numbers
-from vaopd_trainer.coordinator import Coordinator, Weights
+from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.forwards import Accumulator
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import GroupScorer, Refused
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, weigh
+from vaopd_trainer.student_loss import ScoredGroup, weigh
+from vaopd_trainer.student_weights import StudentWeights
 
 log = logging.getLogger(__name__)
 
@@ -47,35 +48,25 @@ class Trainer:
         config: Config,
         accelerator: Accelerator,
         ranks: Ranks,
-        loss: StudentLoss,
+        weights: StudentWeights,
         coordinator: Coordinator | None,
     ) -> None:
         self.config = config
-        self.accelerator = accelerator
         self.ranks = ranks
         self.coordinator = coordinator
         self.state = RunState()
-        self._weights: Weights | None = None  # those of a checkpoint, until they are published
+        self.weights = weights
+        self.optimizer = weights.optimizer
         settings = config.trainer
-        trainable = [p for p in loss.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            # One pass over parameters, gradients and moments. A CPU keeps the plain form: its runs stay as they were.
-            fused=True if accelerator.device.type == "cuda" else None,
-        )
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-        self.loss, self.optimizer = accelerator.prepare(loss, optimizer)
-        self._accumulator = Accumulator(accelerator=accelerator, loss=self.loss, settings=settings, world=ranks.world)
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, settings.warmup_steps, settings.steps)
+        self._accumulator = Accumulator(accelerator=accelerator, weights=weights, settings=settings)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def resume(self, folder: Path) -> None:
-        """Continues from a checkpoint. Its weights were loaded into the student before the model was wrapped."""
+        """Continues from a checkpoint, whichever number of ranks wrote it."""
         self.state = load_run_state(folder)
-        checkpoint.load_optimizer(folder, self.optimizer)
+        checkpoint.load(folder, self.weights)
         checkpoint.continue_schedule(self.schedule, self.optimizer, self.state)
         log.info("resumed at step %d with %d trained groups", self.state.step, len(self.state.ledger))
 
@@ -117,24 +108,19 @@ class Trainer:
         return publish_s
 
     def _publish(self, version: int) -> None:
-        # After a checkpoint its weights serve; a sharded student's are a copy, which is let go here. None alone means
-        # "not gathered": on other ranks they may be empty, and all ranks gather together.
-        weights, self._weights = self._weights, None
-        if weights is None:
-            weights = self._gather_weights()
+        stream = self.weights.stream(getattr(torch, self.config.student.dtype))
         if self.coordinator is not None:
-            self.coordinator.publish(version, weights)
+            self.coordinator.publish(version, stream)
+        else:
+            for _ in stream:  # all ranks gather each tensor together
+                pass
 
     def _checkpoint(self) -> None:
         self.state.schedule = self.schedule.state_dict()
-        self._weights = self._gather_weights()
         if self.coordinator is not None:
-            self.coordinator.save_checkpoint(self.state, self._weights, self.optimizer.optimizer)
-
-    def _gather_weights(self) -> Weights:
-        """Returns the whole student's weights on rank 0. A collective under FSDP."""
-        state = self.accelerator.get_state_dict(self.loss)
-        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+            self.coordinator.save_checkpoint(self.state, self.weights)
+        else:
+            self.weights.save(None)
 
     # -- groups -------------------------------------------------------------------------------------------------------
 
@@ -147,9 +133,8 @@ class Trainer:
         if self.coordinator is not None:
             self.coordinator.distribute(step, scorer.submit)
         else:
-            for _ in range(self.ranks.rank, self.config.trainer.prompts_per_step, self.ranks.world):
-                group = self.ranks.receive_group()
-                scorer.submit([] if group is None else [group])
+            while (group := self.ranks.receive_group()) is not None:
+                scorer.submit([group])
         generated = time.monotonic()
         kill_points.pass_point("collected", step)
         results, failure = self._wait_for_scores(scorer)
@@ -195,7 +180,7 @@ class Trainer:
         kl = [of_group.kl.numpy() for of_group in values]
         kill_points.pass_point("backward", step)
         started += self._finish_evaluation()
-        norm = float(self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.trainer.max_grad_norm))
+        norm = self.weights.clip(self.config.trainer.max_grad_norm)
         learning_rate = self.schedule.get_last_lr()[0]
         skipped = not math.isfinite(norm)  # on every rank alike: the gradient is the sum of all
         if not skipped:

@@ -32,7 +32,8 @@ class Ranks:
         distributed = dist.is_available() and dist.is_initialized()
         self.world = dist.get_world_size() if distributed else 1
         self.rank = dist.get_rank() if distributed else COORDINATOR
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
+        # Over gloo also where gradients go over NCCL.
+        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
 
     @property
     def is_coordinator(self) -> bool:
@@ -61,11 +62,11 @@ class Ranks:
         if self.world == 1:
             return [json.loads(data)]
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
         padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         everyone = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(everyone, padded, group=self._group)
+        dist.all_gather(everyone, padded, group=self.group)
         return [
             json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(everyone, lengths, strict=True)
         ]
@@ -73,17 +74,17 @@ class Ranks:
     def barrier(self) -> None:
         """Waits until every rank has called this."""
         if self.world > 1:
-            dist.barrier(group=self._group)
+            dist.barrier(group=self.group)
 
     def _send(self, data: bytes, *, to: int) -> None:
-        dist.send(torch.tensor([len(data)]), dst=to, group=self._group)
+        dist.send(torch.tensor([len(data)]), dst=to, group=self.group)
         if data:
-            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=to, group=self._group)
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), dst=to, group=self.group)
 
     def _receive(self) -> bytes:
         length = torch.zeros(1, dtype=torch.long)
-        dist.recv(length, src=COORDINATOR, group=self._group)
+        dist.recv(length, src=COORDINATOR, group=self.group)
         data = torch.empty(int(length), dtype=torch.uint8)
         if len(data):
-            dist.recv(data, src=COORDINATOR, group=self._group)
+            dist.recv(data, src=COORDINATOR, group=self.group)
         return data.numpy().tobytes()

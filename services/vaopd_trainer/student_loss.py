@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from vaopd.errors import ConfigError
 from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
 from vaopd.vlm.compiled import compile_layers
+from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.transfer import upload, upload_rows
@@ -119,6 +121,17 @@ class TokenValues(NamedTuple):
     logprobs: Tensor
 
 
+Part = Literal["text", "vision"]
+"""A part of the model whose weights ranks gather together when they are sharded."""
+
+
+def list_parts(groups: Sequence[WeightedGroup]) -> frozenset[Part]:
+    """Returns the parts of the model that a forward of these groups runs."""
+    if not groups:
+        return frozenset()
+    return frozenset({"text", "vision"} if any(group.scored.prompt.images for group in groups) else {"text"})
+
+
 class StudentLoss(nn.Module):
     """Σ weight·KL over the tokens of some groups. One module, so that DDP and FSDP wrap model and head together."""
 
@@ -152,6 +165,7 @@ class StudentLoss(nn.Module):
             compile_layers(student)
         self.model = student.model
         self._student = student
+        self._picture: PreparedImage | None = None
         self._vocab_size = None if teacher_head is None else len(teacher_head)
         if teacher_head is not None and teacher_head.is_cuda:
             teacher_head = divergence.pad_head(teacher_head)  # once, in place of every forward
@@ -159,14 +173,43 @@ class StudentLoss(nn.Module):
         self._chunk_tokens = trainer.chunk_tokens
         self._estimator = estimator
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
+    def forward(
+        self, groups: Sequence[WeightedGroup], *, parts: frozenset[Part] = frozenset()
+    ) -> tuple[Tensor, TokenValues]:
         """Returns the loss (), not yet divided by B, and values of M tokens, flat over groups, siblings and tokens.
 
-        Without groups: a zero that is connected to the model, for the ranks' common backward, and no tokens.
+        parts: run these in any case, because other ranks do in their forwards; where no group needs them, on a
+        placeholder that adds zero. Without groups and parts: a zero that is connected to the model, for the ranks'
+        common backward, and no tokens.
         """
-        if not groups:
-            smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
-            return smallest.sum() * 0, TokenValues(smallest.new_empty(0), smallest.new_empty(0))
+        missing = parts - list_parts(groups)
+        nothing = self._look() if "vision" in missing else None  # first, as in a forward of groups with images
+        if groups:
+            loss, values = self._compute(groups)
+        else:
+            loss = self._read() if "text" in missing else self._connect()
+            values = TokenValues(loss.new_empty(0), loss.new_empty(0))
+        return loss if nothing is None else loss + nothing, values
+
+    def _connect(self) -> Tensor:
+        smallest = min((p for p in self.model.parameters() if p.requires_grad), key=Tensor.numel)
+        return smallest.sum() * 0
+
+    def _look(self) -> Tensor:
+        """Encodes the smallest picture: a zero with the vision tower's gradients of zero."""
+        if self._picture is None:
+            self._picture = self._student.prepare_image(PIL.Image.new("RGB", (64, 64)))
+        (features,) = self._student.encode_images([self._picture])
+        return torch.stack([part.float().sum() for part in features]).sum() * 0
+
+    def _read(self) -> Tensor:
+        """Reads three tokens: a zero with the gradients of zero of text model and head."""
+        ids = np.zeros(2, np.int64)
+        segment = Segment(prompt=PreparedPrompt(token_ids=ids, images=()), responses=(ids,))
+        hidden = self._student.compute_response_hidden([segment])
+        return (hidden.float().sum() + self._student.padded_head[0].float().sum()) * 0
+
+    def _compute(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
         segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.system import Job, System, read_lines
 from vaopd.run.ledger import audit
+from vaopd.vlm.model import Vlm
 from vaopd_trainer.kill_points import KILL_POINTS
 
 STEPS, PROMPTS = 8, 4
@@ -175,3 +176,23 @@ def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: Sy
     assert len(new.ledger()) == 2 * PROMPTS
     assert not {key for record in new.records() for key in record if key.startswith("groups_")}  # none was dropped
     assert new.pending() == {"requests": 0, "groups": 0}
+
+
+def test_two_ranks_of_a_sharded_student_die_in_a_checkpoint_and_one_whole_rank_goes_on(system: System) -> None:
+    """The coordinator is killed when both ranks' files of step 2 are there, and not yet in place."""
+    settings = {"trainer__steps": 3, "trainer__checkpoint_every": 1, "trainer__prompts_per_step": 3}
+    sharded = system.job("sharded", trainer__processes=2, trainer__sharding__kind="full", **settings)
+    worker = sharded.start_worker()
+    assert sharded.start_trainer(kill_at="written:2").exit_code() == -signal.SIGKILL
+    (checkpoint,) = (sharded.folder / "checkpoints").glob("step_*")
+    assert [len(list(checkpoint.glob(f"shard-0000{rank}.safetensors"))) for rank in range(3)] == [1, 1, 0]
+
+    whole = system.job("sharded", **settings)
+    last = whole.start_trainer(resume=True)
+    whole.finished(last)
+    worker.kill()
+    assert "resumed at step 1 with 3 trained groups" in last.text()
+    wanted = [(f"train-{step:06d}-{index:04d}", step) for step in range(3) for index in range(3)]
+    assert sorted((line["group_id"], line["step"]) for line in whole.ledger()) == wanted
+    assert audit(whole.folder).problems == []
+    Vlm.load(whole.folder / "model")

@@ -22,6 +22,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.config import Config, validate
 from vaopd.data.loaders import load_prompts
 from vaopd.payloads import to_torch
+from vaopd.run.tensor_files import TensorStream
 from vaopd.types import GroupId, Prompt, Rollout, RolloutGroup
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.torchvision_compat import ensure_torchvision
@@ -31,6 +32,7 @@ from vaopd_trainer.prompt_order import PromptOrder, TrainingPrompts
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.scorer import GroupScorer
 from vaopd_trainer.student_loss import ScoredGroup, StudentLoss
+from vaopd_trainer.student_weights import WholeWeights
 
 BOUNDS = {"min_pixels": 20_000, "max_pixels": 60_000}
 """For the tiny pair, whose context is short: the first picture is enlarged, the second shrunk, the third as it is."""
@@ -45,11 +47,12 @@ class Recorder:
     def __init__(self, groups: Callable[[int], list[RolloutGroup]]) -> None:
         self.steps: list[dict[str, Any]] = []
         self.weights: list[np.ndarray] = []
+        self.student: Any = None
         self._groups = groups
 
-    def publish(self, version: int, weights: dict[str, torch.Tensor]) -> None:
-        if "weight" in weights:
-            self.weights.append(weights["weight"][0].numpy().copy())
+    def publish(self, version: int, weights: TensorStream) -> None:
+        if isinstance(self.student, nn.Linear):  # as trained, not as rounded for the workers
+            self.weights.append(self.student.weight[0].detach().numpy().copy())
 
     def distribute(self, step: int, submit: Callable[[list[RolloutGroup]], None]) -> None:
         for group in self._groups(step):
@@ -63,11 +66,12 @@ class Recorder:
 
 
 def train(config: Config, loss: nn.Module, recorder: Recorder, scorer: Any) -> None:
+    recorder.student = loss.model
     trainer = Trainer(
         config=config,
         accelerator=Accelerator(cpu=True),
         ranks=Ranks(),
-        loss=loss,  # type: ignore[arg-type]
+        weights=WholeWeights(loss, model=recorder.student, settings=config.trainer, ranks=Ranks()),
         coordinator=recorder,  # type: ignore[arg-type]
     )
     trainer.run(scorer)

@@ -174,7 +174,7 @@ class GivenGradients(nn.Module):
         nn.init.ones_(self.model.weight)
         self._gradients = iter(gradients)
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, TokenValues]:
+    def forward(self, groups: Sequence[WeightedGroup], **parts: object) -> tuple[torch.Tensor, TokenValues]:
         tokens = sum(len(group.token_weights) for group in groups)
         return (self.model.weight[0] * next(self._gradients)).sum(), TokenValues(
             torch.ones(tokens), torch.zeros(tokens)

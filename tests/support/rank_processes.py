@@ -32,7 +32,7 @@ def run_ranks(
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(300) for process in processes]
+        codes = [process.wait(600) for process in processes]
     finally:
         for process in processes:
             process.kill()

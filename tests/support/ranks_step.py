@@ -18,7 +18,7 @@ from tests.support.weighted import Scarce, a_weighted_group, teacher_head
 from vaopd.config import Config, TrainerConfig, validate
 from vaopd.types import GroupId, RolloutGroup
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.compose import make_accelerator, make_loss
+from vaopd_trainer.compose import hold_weights, make_accelerator, make_loss
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.scorer import BusyTime
@@ -39,6 +39,9 @@ class Scorer:
     def submit(self, groups: Sequence[RolloutGroup]) -> None:
         self._results += [self._scored[group.group_id] for group in groups]
 
+    def clear(self) -> None:
+        self._results = []
+
     def wait_for_results(self, *, check: Callable[[], None]) -> Iterator[ScoredGroup]:
         yield from self._results
 
@@ -58,6 +61,8 @@ class Coordinator:
                 submit([group])
             else:
                 self._ranks.send_group(group, to=rank)
+        for rank in range(1, self._ranks.world):
+            self._ranks.send_group(None, to=rank)
 
     def give_up(self, refused: Iterator[Any]) -> None:
         assert not list(refused)
@@ -91,7 +96,8 @@ def main(folder: str, count: int) -> None:
     short = sum(group.tokens for group in mine) - 1
     scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in="backward")
     coordinator = Coordinator(groups, ranks) if ranks.is_coordinator else None
-    trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, loss=scarce, coordinator=coordinator)  # type: ignore[arg-type]
+    weights = hold_weights(config, scarce, student, accelerator, ranks)  # type: ignore[arg-type]
+    trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, weights=weights, coordinator=coordinator)  # type: ignore[arg-type]
     whole, expected = gradients_of_all(folder, groups)
     scorer = Scorer(groups)
     found: dict[str, torch.Tensor] = {}

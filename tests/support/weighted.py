@@ -16,7 +16,7 @@ from vaopd.payloads import from_torch
 from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, TokenValues, WeightedGroup, weigh
+from vaopd_trainer.student_loss import Part, ScoredGroup, StudentLoss, TokenValues, WeightedGroup, weigh
 
 TEACHER_WIDTH = 24
 
@@ -83,13 +83,15 @@ class Scarce(nn.Module):
         first = loss.model.model.language_model.layers[0]
         self._hook = first.register_forward_hook(self._watch)
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[Tensor, TokenValues]:
+    def forward(
+        self, groups: Sequence[WeightedGroup], *, parts: frozenset[Part] = frozenset()
+    ) -> tuple[Tensor, TokenValues]:
         tokens = sum(group.tokens for group in groups)
         self.tokens_of_forwards.append(tokens)
         self._too_large = self._most is not None and tokens > self._most
         if self._too_large and self._fails_in == "forward":
             raise torch.OutOfMemoryError(f"{tokens} tokens")
-        return self.loss(groups)
+        return self.loss(groups, parts=parts)
 
     def _watch(self, _: nn.Module, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vaopd.vlm.memory import KEPT, MODELS, Model, count_image_bytes, count_token_bytes, find_kept
+from vaopd.vlm.memory import (
+    KEPT,
+    MODELS,
+    Model,
+    count_image_bytes,
+    count_token_bytes,
+    count_trainer_fixed_bytes,
+    find_kept,
+)
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
@@ -63,3 +71,12 @@ def test_layers_that_were_not_counted_are_estimated_from_their_widths() -> None:
     estimate, counted = find_kept(renamed), KEPT["4B"]
     assert counted.text_token_layer < estimate.text_token_layer < 1.1 * counted.text_token_layer
     assert estimate.patch_block == counted.patch_block
+
+
+def test_a_sharded_rank_by_hand() -> None:
+    """8B over eight ranks: an eighth of 16 bytes a weight; both matrices of 622 329 856 weights at 8 bytes and two
+    layers of 192 946 545 at 10, gathered and with gradients; the head's gradient and one chunk, as of a whole one.
+    """
+    share, ends, layers = 17_534_247_392, 8 * 2 * 622_329_856, 10 * 192_946_545
+    counted = count_trainer_fixed_bytes(MODELS["8B"], 0, ranks=8, shards=8)
+    assert counted == share + ends + layers + 4 * 622_329_856 + 1024 * 151_936 * 16

@@ -54,6 +54,14 @@ def test_ranks_divide_the_step_s_prompt_groups() -> None:
     assert chosen.gpus["trainer"] == ("4,5",)  # four ranks would not share six groups equally
 
 
+def test_a_student_that_no_card_holds_whole_is_sharded() -> None:
+    """8B: 18 bytes for each of 8.77e9 weights exceed a card; a fourth of 16 are 32.7 GiB, before what is gathered."""
+    chosen = place(cards(8), demand("8b", "student.model=Qwen/Qwen3-VL-8B-Instruct"))
+    assert chosen.gpus == {"teacher": ("0",), "rollout": ("1", "2", "3"), "trainer": ("4,5,6,7",)}
+    assert "trainer.sharding.kind=full" in chosen.overrides
+    assert "the student sharded: 49.5 GiB" in chosen.reasons[-1]
+
+
 def test_a_teacher_elsewhere_needs_no_card() -> None:
     chosen = place(cards(2), demand(with_teacher=False))
     assert chosen.gpus == {"rollout": ("0",), "trainer": ("1",)}
@@ -71,8 +79,9 @@ def test_everything_on_one_card_if_it_fits() -> None:
 @pytest.mark.parametrize(("count", "gib", "teacher", "overrides", "message"), [
     (0, H100, "8b", [], "shows no NVIDIA card"),
     (1, 48, "32b", [], r"teacher Qwen/Qwen3-VL-32B-Instruct needs \d+\.\d GiB, 1 × 44\.6 GiB are usable"),
-    # 18 bytes for each of 4.44e9 weights are 74.4 GiB before the head's gradient, a chunk and any token.
-    (8, H100, "8b", ["student.model=Qwen/Qwen3-VL-4B-Instruct"], r"rank of \S+4B\S+ needs 8\d\.\d GiB .* 73\.6 GiB"),
+    # 16 bytes for each of 33.4e9 weights are 124.3 GiB on each of four ranks, before what they gather.
+    (8, H100, "8b", ["student.model=Qwen/Qwen3-VL-32B-Instruct"],
+     r"rank of \S+32B\S+ needs 1\d\d\.\d GiB .* sharded over 4 ranks, 73\.6 GiB"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named_with_its_figures(
     count: int, gib: float, teacher: str, overrides: list[str], message: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vaopd.run import tensor_files
-from vaopd.run.tensor_files import compute_digest, write_tensors
+from vaopd.run.tensor_files import TensorStream, compute_digest, write_tensors
 
 DTYPES = [
     torch.float64,
@@ -71,3 +72,24 @@ def test_the_file_takes_the_place_of_a_longer_one(tmp_path: Path) -> None:
     write_tensors({"a": torch.zeros(1000)}, path)
     write_tensors({"a": torch.ones(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
+
+
+def test_a_stream_is_written_while_few_of_its_tensors_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 tensors of a piece each, those that the threads write, one that waits and one that is being made."""
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 4096)
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = torch.full((1024,), float(name))
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    shapes = {str(n): torch.empty(1024, device="meta") for n in range(200)}
+    write_tensors(TensorStream(shapes, read), tmp_path / "model.safetensors")
+    assert most <= tensor_files.count_threads() + 3
+    assert {name: float(tensor[5]) for name, tensor in load_file(tmp_path / "model.safetensors").items()} == {
+        str(n): float(n) for n in range(200)
+    }

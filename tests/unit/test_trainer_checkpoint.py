@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from vaopd.config import TrainerConfig
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.run.checkpoints import (
     LedgerLine,
@@ -25,6 +26,17 @@ from vaopd.run.checkpoints import (
     load_run_state,
 )
 from vaopd_trainer import checkpoint
+from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.student_weights import WholeWeights
+
+
+class Loss(nn.Module):
+    """A small model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(3, 2)
+        self.unused = nn.Linear(2, 2)  # never gets a gradient, so the optimizer has no state for it
 
 
 class Run:
@@ -32,10 +44,11 @@ class Run:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Linear(3, 2)
-        self.unused = nn.Linear(2, 2)  # never gets a gradient, so the optimizer has no state for it
-        parameters = [*self.model.parameters(), *self.unused.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=0.1, betas=(0.9, 0.95))
+        loss = Loss()
+        settings = TrainerConfig(steps=10, learning_rate=0.1)
+        self.model = loss.model
+        self.weights = WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks())
+        self.optimizer = self.weights.optimizer
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 2, 10)
 
     def step(self) -> None:
@@ -50,13 +63,12 @@ class Run:
             schedule=self.schedule.state_dict(),
             ledger=[LedgerLine(group_id=f"train-{s:06d}-0000", step=s, policy_version=s) for s in range(step)],
         )
-        return checkpoint.save(folder, state, student=self.model.state_dict(), optimizer=self.optimizer, keep=keep)
+        return checkpoint.save(folder, state, self.weights, keep=keep)
 
     def restore(self, folder: Path) -> RunState:
         """As `Trainer.resume` does."""
         state = load_run_state(folder)
-        self.model.load_state_dict(checkpoint.load_student(folder))
-        checkpoint.load_optimizer(folder, self.optimizer)
+        checkpoint.load(folder, self.weights)
         self.schedule.load_state_dict(state.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -113,17 +125,12 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> 
     saved = run.save(tmp_path, 2)
 
     class Failing:
-        def state_dict(self) -> dict:
+        def save(self, folder: Path) -> dict:
+            (folder / "student.safetensors").write_bytes(b"half")
             raise DiskFull
 
     with pytest.raises(DiskFull):
-        checkpoint.save(
-            tmp_path,
-            RunState(step=4),
-            student=run.model.state_dict(),
-            optimizer=Failing(),  # type: ignore[arg-type]
-            keep=1,
-        )
+        checkpoint.save(tmp_path, RunState(step=4), Failing(), keep=1)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
     assert find_latest_checkpoint(tmp_path) == saved
 

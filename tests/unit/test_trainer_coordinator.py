@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.groups import a_request, an_answer
-from vaopd.config import Config, validate
+from vaopd.config import Config, TrainerConfig, validate
 from vaopd.errors import LeaseLost
 from vaopd.evaluation import HeldOutResult, held_out_result
 from vaopd.run.checkpoints import LedgerLine, RunState
@@ -22,7 +24,8 @@ from vaopd_trainer import coordinator
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
-from vaopd_trainer.rank_messages import Stopped
+from vaopd_trainer.rank_messages import Ranks, Stopped
+from vaopd_trainer.student_weights import WholeWeights
 
 
 class World:
@@ -30,13 +33,16 @@ class World:
 
     world = 3
 
-    def __init__(self, folder: Path, *, arriving: Sequence[Sequence[str]] = (), steps: int = 4) -> None:
+    def __init__(
+        self, folder: Path, *, arriving: Sequence[Sequence[str]] = (), lengths: Sequence[int] = (3,) * 6, steps: int = 4
+    ) -> None:
+        """lengths: of each group's one response, by its index."""
         self.events: list[tuple[Any, ...]] = []
         self.submitted: list[str] = []
         self.counts: dict[str, int] = {}
         self.lease_lost = False
         self.stop = threading.Event()
-        self._arriving = arriving
+        self._arriving, self._lengths = arriving, lengths
         self._checkpoints = folder / "r" / "checkpoints"
         values = {
             "run": {"name": "r", "folder": str(folder)},
@@ -67,7 +73,12 @@ class World:
     def wait_for_groups(self, group_ids: Sequence[str], *, check: Callable[[], None]) -> Iterator[list[RolloutGroup]]:
         for part in self._arriving:
             check()
-            yield [an_answer(a_request(group_id)) for group_id in part]
+            yield [self._answer(group_id) for group_id in part]
+
+    def _answer(self, group_id: str) -> RolloutGroup:
+        group = an_answer(a_request(group_id))
+        ids = np.zeros(self._lengths[int(group_id[-1])], np.int32)
+        return replace(group, rollouts=(replace(group.rollouts[0], response_ids=ids),))
 
     def confirm(self) -> None:
         self.events.append(("confirm",))
@@ -111,16 +122,21 @@ def names(step: int, *indices: int) -> list[str]:
     return [f"train-{step:06d}-{index:04d}" for index in indices]
 
 
-def test_groups_go_to_their_ranks_on_arrival_and_a_rank_hears_of_one_that_never_comes(tmp_path: Path) -> None:
-    """Group i is rank i mod 3's. Of step 2's six, 1 and 3 are dead: each rank still gets its two."""
-    world = World(tmp_path, arriving=[names(2, 5, 0), names(2, 4, 2)])
+def test_groups_go_on_arrival_to_the_rank_with_the_fewest_tokens_the_longest_first(tmp_path: Path) -> None:
+    """Six groups, of which 1 never comes. A group is its prompt's 3 tokens and its one response's, less the last.
+
+    0 (42) takes rank 0, then 3 (32) rank 1 and 5 (12) rank 2. 4 (22) makes rank 2's 34, so 2 (7) is rank 1's.
+    """
+    world = World(tmp_path, arriving=[names(2, 0), names(2, 5, 3), names(2, 2, 4)], lengths=[40, 0, 5, 30, 20, 10])
     world.coordinator.distribute(2, world.submit)
-    assert world.submitted == names(2, 0)  # this rank's own; it needs no message for group 3
+    assert world.submitted == names(2, 0)
     assert world.events == [
+        ("send", 1, "train-000002-0003"),
         ("send", 2, "train-000002-0005"),
-        ("send", 1, "train-000002-0004"),
-        ("send", 2, "train-000002-0002"),
+        ("send", 2, "train-000002-0004"),
+        ("send", 1, "train-000002-0002"),
         ("send", 1, None),
+        ("send", 2, None),
     ]
 
 
@@ -128,13 +144,13 @@ def test_a_checkpoint_is_durable_before_its_groups_are_acknowledged_and_each_is_
     tmp_path: Path,
 ) -> None:
     world = World(tmp_path)
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight])
+    model = torch.nn.Linear(1, 1)
+    weights = WholeWeights(model, model=model, settings=TrainerConfig(steps=2), ranks=Ranks())
     state = RunState()
     for step in range(2):
         state.step = step + 1
         state.ledger += [LedgerLine(group_id=name, step=step, policy_version=step) for name in names(step, 0, 1)]
-        world.coordinator.save_checkpoint(state, {"weight": weight.data}, optimizer)
+        world.coordinator.save_checkpoint(state, weights)
     assert world.events == [
         ("confirm",),
         ("sync", []),

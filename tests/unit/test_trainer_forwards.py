@@ -19,7 +19,9 @@ from vaopd.config import TrainerConfig
 from vaopd.errors import LimitExceeded
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.forwards import Accumulator, plan_forwards
+from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import StudentLoss, WeightedGroup
+from vaopd_trainer.student_weights import WholeWeights
 
 pytestmark = pytest.mark.numeric
 
@@ -54,9 +56,8 @@ class Step:
         head = teacher_head(student).double()
         self.module = Scarce(StudentLoss(student, teacher_head=head, trainer=settings), **scarce)
         try:
-            self.accumulator = Accumulator(
-                accelerator=Accelerator(cpu=True), loss=self.module, settings=settings, world=1
-            )
+            weights = WholeWeights(self.module, model=student.model, settings=settings, ranks=Ranks())
+            self.accumulator = Accumulator(accelerator=Accelerator(cpu=True), weights=weights, settings=settings)
             self.loss, values = self.accumulator.backward(groups)
             self.kl, self.logprobs = ([part.numpy() for part in parts] for parts in zip(*values, strict=True))
         finally:
@@ -154,6 +155,33 @@ def test_a_rollout_that_does_not_fit_alone_is_named(student: Vlm, groups: list[W
     ):
         Step(student, [group], forward_tokens=10_000, tokens=alone - 1)
     assert all(parameter.grad is None for parameter in student.model.parameters())
+
+
+def test_a_rank_of_a_sharded_student_ends_instead_since_the_others_wait_for_it(
+    student: Vlm, groups: list[WeightedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WholeWeights, "can_begin_again", False)
+    total = sum(group.tokens for group in groups)
+    with pytest.raises(
+        LimitExceeded, match=rf"{total} tokens .*0000, .*0002\); resume with trainer.forward_tokens below"
+    ):
+        Step(student, groups, forward_tokens=10_000, tokens=total - 1)
+
+
+@pytest.mark.parametrize("parts", [{"text"}, {"vision"}, {"text", "vision"}])
+def test_a_placeholder_runs_the_parts_that_it_is_told_and_adds_a_gradient_of_zero(
+    student: Vlm, parts: set[Any]
+) -> None:
+    student.model.zero_grad()
+    loss, values = StudentLoss(student, teacher_head=None, trainer=TrainerConfig(steps=1))([], parts=frozenset(parts))
+    loss.backward()
+    assert (loss.item(), len(values.kl)) == (0.0, 0)
+    gradients = {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
+    assert not any(bool(gradient.any()) for gradient in gradients.values())
+    tower = {name for name, _ in student.model.named_parameters() if ".visual." in name}
+    reached = {"vision": tower, "text": {name for name, _ in student.model.named_parameters()} - tower}
+    for part, names in reached.items():
+        assert (names <= gradients.keys()) == (part in parts)
 
 
 def test_without_groups_there_is_a_zero_with_a_gradient_of_zero(student: Vlm) -> None:

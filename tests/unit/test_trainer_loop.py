@@ -18,16 +18,17 @@ from tests.support.groups import a_request, an_answer
 from vaopd.config import Config, validate
 from vaopd.errors import NumericalError
 from vaopd.run.checkpoints import LedgerLine, RunState, find_latest_checkpoint
+from vaopd.run.tensor_files import TensorStream
 from vaopd.types import GroupScore, Payload, RolloutGroup
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_trainer import checkpoint, kill_points
 from vaopd_trainer.__main__ import set_environment
-from vaopd_trainer.coordinator import Weights
 from vaopd_trainer.kill_points import KILL_POINTS
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import BusyTime, Refused
 from vaopd_trainer.student_loss import ScoredGroup, TokenValues, WeightedGroup
+from vaopd_trainer.student_weights import StudentWeights, WholeWeights
 
 RESPONSE_TOKENS = 2 * 3  # of the group that `an_answer` makes
 
@@ -41,7 +42,9 @@ class Loss(nn.Module):
         nn.init.ones_(self.model.weight)
         self._infinite = infinite
 
-    def forward(self, groups: Sequence[WeightedGroup]) -> tuple[torch.Tensor, TokenValues]:
+    def forward(
+        self, groups: Sequence[WeightedGroup], *, parts: frozenset[str] = frozenset()
+    ) -> tuple[torch.Tensor, TokenValues]:
         sizes = [float("inf") if g.scored.group.group_id in self._infinite else 1.0 for g in groups]
         kl = torch.tensor(sizes).repeat_interleave(RESPONSE_TOKENS)
         return self.model.weight.sum() * sum(sizes), TokenValues(kl, torch.zeros_like(kl))
@@ -88,8 +91,8 @@ class Coordinator:
         self.events: list[tuple[Any, ...]] = []
         self._stop_in = stop_in
 
-    def publish(self, version: int, weights: Weights) -> None:
-        self.events.append(("publish", version, weights["weight"].item()))
+    def publish(self, version: int, weights: TensorStream) -> None:
+        self.events.append(("publish", version, dict(weights)["weight"].item()))
 
     def enqueue(self, step: int) -> None:
         self.events.append(("enqueue", step))
@@ -116,8 +119,8 @@ class Coordinator:
     def record(self, step: int, sums: Any, own: Any, *, trained: Sequence[LedgerLine], **rest: Any) -> None:
         self.events.append(("record", step, [line.group_id for line in trained], own.get("skipped")))
 
-    def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
-        self.events.append(("save", state.step, weights["weight"].item()))
+    def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
+        self.events.append(("save", state.step, weights.list_weights()["weight"].item()))
 
     def finish(self) -> None:
         self.events.append(("finish",))
@@ -136,24 +139,17 @@ class Run:
         values = {
             "run": {"name": "r"},
             "data": {"source": "unused"},
-            "student": {"model": "unused"},
+            "student": {"model": "unused", "dtype": "float32"},
             "teacher": {"model": "unused"},
             "trainer": {"checkpoint_every": 1, "prompts_per_step": 2, "learning_rate": 0.1, "steps": steps, **trainer},
         }
-        accelerator = Accelerator(cpu=True)
-        self.gathered = 0
-        whole_state = accelerator.get_state_dict
-
-        def get_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-            self.gathered += 1
-            return whole_state(model)
-
-        accelerator.get_state_dict = get_state_dict  # type: ignore[method-assign, assignment]
+        config = validate(Config, values, origin="test")
+        loss, ranks = Loss(*infinite), Ranks()
         self.trainer = Trainer(
-            config=validate(Config, values, origin="test"),
-            accelerator=accelerator,
-            ranks=Ranks(),
-            loss=Loss(*infinite),  # type: ignore[arg-type]
+            config=config,
+            accelerator=Accelerator(cpu=True),
+            ranks=ranks,
+            weights=WholeWeights(loss, model=loss.model, settings=config.trainer, ranks=ranks),
             coordinator=coordinator,  # type: ignore[arg-type]
         )
         self.scorer = Scorer(*refused)
@@ -194,17 +190,13 @@ def test_a_run_that_is_stopped_in_an_evaluation_saves_the_version_that_is_evalua
     assert coordinator.events[-1] == ("save", 1, weights[1])
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 2])
-def test_a_policy_s_weights_are_gathered_once_whether_they_are_saved_too_or_not(checkpoint_every: int) -> None:
-    """Versions 0, 1 and 2: what is saved after a step is what is published after it."""
+def test_what_is_saved_after_a_step_is_what_is_published_after_it() -> None:
     coordinator = Coordinator()
-    run = Run(coordinator, checkpoint_every=checkpoint_every)
-    run.start()
-    assert run.gathered == 3
+    Run(coordinator).start()
     published = [event[1:] for event in coordinator.events if event[0] == "publish"]
     assert [version for version, _ in published] == [0, 1, 2]
     assert 1.0 == published[0][1] > published[1][1] > published[2][1]
-    assert {event[1:] for event in coordinator.events if event[0] == "save"} <= set(published)
+    assert {event[1:] for event in coordinator.events if event[0] == "save"} == set(published[1:])
 
 
 def test_a_refused_group_is_given_up_before_the_step_and_not_in_the_ledger() -> None:
@@ -271,9 +263,8 @@ class Killed(BaseException):
 class DurableCoordinator(Coordinator):
     """Keeps real checkpoints."""
 
-    def save_checkpoint(self, state: RunState, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
-        student = {name: tensor.clone() for name, tensor in weights.items()}
-        checkpoint.save(Path("checkpoints"), state, student=student, optimizer=optimizer, keep=2)
+    def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
+        checkpoint.save(Path("checkpoints"), state, weights, keep=2)
 
 
 @pytest.mark.parametrize("point", KILL_POINTS[:-1])  # the last one is in the real coordinator
@@ -296,8 +287,6 @@ def test_a_run_killed_around_a_skipped_step_has_each_group_once_and_goes_on(
 
     again = Run(DurableCoordinator(), **options)
     if (latest := find_latest_checkpoint(Path("checkpoints"))) is not None:
-        weight = checkpoint.load_student(latest)["weight"]
-        again.trainer.accelerator.unwrap_model(again.trainer.loss).model.load_state_dict({"weight": weight})
         again.trainer.resume(latest)
     again.start()
     assert skipped_lines(again) == [(s, f"step{s}-{i}", s < 2) for s in range(3) for i in range(2)]
@@ -328,23 +317,6 @@ def test_a_resumed_run_counts_the_skipped_steps_before_it_and_takes_the_next_gro
             assert ("enqueue", 2) in coordinator.events
             assert ("enqueue", 1) not in coordinator.events
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.parametrize(("device", "fused"), [("cpu", None), ("cuda", True)])
-def test_adamw_is_one_pass_on_a_gpu_and_plain_on_a_cpu(
-    device: str, fused: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The student is still on the CPU when the optimizer is made: the accelerator's device decides."""
-    prepared: list[torch.optim.Optimizer] = []
-
-    def prepare(self: Accelerator, loss: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
-        prepared.append(optimizer)
-        return loss, optimizer
-
-    monkeypatch.setattr(Accelerator, "device", property(lambda self: torch.device(device)))
-    monkeypatch.setattr(Accelerator, "prepare", prepare)
-    Run(Coordinator())
-    assert [optimizer.defaults["fused"] for optimizer in prepared] == [fused]
 
 
 class TestEnvironment:

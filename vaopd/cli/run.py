@@ -70,6 +70,11 @@ def add_parsers(subparsers: Subparsers) -> None:
         "auto: place all processes by the memory that they need",
     )
     up.add_argument(
+        "--cards",
+        metavar="NUMBERxGIB",
+        help="with --gpus auto --dry-run: plan for these cards, e.g. 8x79.1, instead of those of this host",
+    )
+    up.add_argument(
         "--metrics-port",
         type=int,
         metavar="N",
@@ -86,11 +91,13 @@ def _run_up(arguments: argparse.Namespace) -> int:
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
     auto = "auto" in arguments.gpus
+    if arguments.cards is not None and not (auto and arguments.dry_run):
+        raise ConfigError("--cards assumes cards for a plan; give it with --gpus auto --dry-run")
     options = _make_options(arguments, gpus={} if auto else parse_gpus(arguments.gpus))
     if auto:
         if arguments.gpus != ["auto"]:
             raise ConfigError("--gpus auto places every process; leave out the other --gpus, or auto")
-        options = _place_on_gpus(options)
+        options = _place_on_gpus(options, arguments.cards)
     shared = options.teacher is not None
     needs: list[Needs] = ["student", "data", "engine", "trackers", "redis"]
     needs += ["running teacher"] if shared else ["teacher", "device"]
@@ -152,13 +159,14 @@ def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, .
     )
 
 
-def _place_on_gpus(options: UpOptions) -> UpOptions:
+def _place_on_gpus(options: UpOptions, assumed: str | None) -> UpOptions:
     """Chooses the cards by memory and says why; returns the options with them."""
     from vaopd.config import load_config
-    from vaopd.launch.placement import Demand, list_cards, place
+    from vaopd.launch.placement import Demand, assume_cards, list_cards, place
 
     config = load_config(options.config_path, options.overrides)
-    chosen = place(list_cards(), Demand.of(config, with_teacher=options.teacher is None))
+    cards = list_cards() if assumed is None else assume_cards(assumed)
+    chosen = place(cards, Demand.of(config, with_teacher=options.teacher is None))
     for reason in chosen.reasons:
         say(reason)
     say(f"the same by hand: {chosen.flags}")

@@ -48,6 +48,34 @@ class TransformersRollout(_Rollout):
 RolloutConfig = Annotated[VllmRollout | TransformersRollout, Discriminator("engine"), default_tag("engine", "vllm")]
 
 
+class NoSharding(Section):
+    """Every rank holds the whole student: the fastest, where it fits."""
+
+    kind: Literal["none"] = "none"
+    """How the student is held by the trainer's ranks."""
+
+
+class FullSharding(Section):
+    """Each rank holds its share of weights, gradients and moments (FSDP2)."""
+
+    kind: Literal["full"] = "full"
+    """How the student is held by the trainer's ranks."""
+
+
+class HybridSharding(Section):
+    """Several ranks hold one copy together, sharded; the copies exchange gradients (HSDP)."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    """How the student is held by the trainer's ranks."""
+    ranks_per_copy: int | None = Field(None, ge=2)
+    """Ranks that hold one copy; unset: those of a host, whose links are the fastest."""
+
+
+ShardingConfig = Annotated[
+    NoSharding | FullSharding | HybridSharding, Discriminator("kind"), default_tag("kind", "none")
+]
+
+
 class TrainerConfig(Section):
     """The optimizer, the batches and the checkpoints."""
 
@@ -84,6 +112,8 @@ class TrainerConfig(Section):
     """How many of the newest checkpoints stay on disk."""
     processes: int = Field(1, ge=1)
     """Ranks of the trainer on this host, through accelerate."""
+    sharding: ShardingConfig = NoSharding()
+    """Whether each rank holds the whole student, or a share of it."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl, which is always written."""
 

@@ -91,6 +91,19 @@ def parse_cards(text: str, *, visible: str | None) -> list[Card]:
     return [by_index[int(part)] for part in wanted if int(part) in by_index]
 
 
+def assume_cards(text: str) -> list[Card]:
+    """Reads NUMBERxGIB, cards that a plan is made for and that needn't be here.
+
+    >>> len(assume_cards("8x79.1"))
+    8
+    """
+    number, _, gib = text.partition("x")
+    try:
+        return [Card(index=index, gib=float(gib), name="assumed") for index in range(int(number))]
+    except ValueError:
+        raise ConfigError(f"--cards {text!r} is not NUMBERxGIB, such as 8x79.1") from None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
     """What the processes of a configuration need, in bytes. `teacher_name` None: none is started."""
@@ -109,6 +122,9 @@ class Demand:
     prompts_per_step: int
     vllm: bool
     configured_share: float
+    sharded: bool
+    """Whether the configuration shards the student."""
+    ranks_per_copy: int | None
 
     @classmethod
     def of(cls, config: Config, *, with_teacher: bool) -> Demand:
@@ -143,13 +159,29 @@ class Demand:
             prompts_per_step=config.trainer.prompts_per_step,
             vllm=vllm,
             configured_share=float(options.get("gpu_memory_utilization", 0.9)),
+            sharded=config.trainer.sharding.kind != "none",
+            ranks_per_copy=getattr(config.trainer.sharding, "ranks_per_copy", None),
         )
 
-    def count_trainer_bytes(self, ranks: int) -> int:
+    def count_trainer_bytes(self, ranks: int, *, sharded: bool) -> int:
         """Counts a trainer rank's memory before any group."""
+        shards = min(ranks, self.ranks_per_copy or ranks) if sharded else 1
         return memory.count_trainer_fixed_bytes(
-            self.student, self.teacher_head, ranks=ranks, chunk_tokens=self.chunk_tokens
+            self.student, self.teacher_head, ranks=ranks, shards=shards, chunk_tokens=self.chunk_tokens
         )
+
+    def choose_ranks(self, cards: int, usable_gib: float) -> tuple[int, bool] | None:
+        """Returns the number of trainer ranks, and whether the student is sharded; None if no forward fits.
+
+        It is sharded if that is configured, or if no rank holds it whole. One card is left for a worker, if there are
+        two.
+        """
+        allowed = [n for n in (1, 2, 4, 8) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
+        for ranks in reversed(allowed):
+            for sharded in (True,) if self.sharded and ranks > 1 else (False, True) if ranks > 1 else (False,):
+                if (self.count_trainer_bytes(ranks, sharded=sharded) + self.smallest_bytes) / GIB <= usable_gib:
+                    return ranks, sharded
+        return None
 
 
 def place(cards: Sequence[Card], demand: Demand) -> Placement:
@@ -163,23 +195,26 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
             f"--gpus auto: the teacher {demand.teacher_name} needs {demand.teacher_bytes / GIB:.1f} GiB, "
             f"{len(cards)} × {smallest:.1f} GiB are usable; take a smaller teacher, or one on another host (--teacher)"
         )
-    needed = demand.count_trainer_bytes(1) + demand.smallest_bytes
-    if needed / GIB > smallest:
+    teacher, rest = tuple(cards[:count]), tuple(cards[count:])
+    chosen = demand.choose_ranks(len(rest), smallest)
+    if chosen is None:
+        most = max(n for n in (1, 2, 4, 8) if n <= max(1, len(rest) - 1))
+        needed = demand.count_trainer_bytes(most, sharded=most > 1) + demand.smallest_bytes
         raise ConfigError(
             f"--gpus auto: a trainer rank of {demand.student_name} needs {needed / GIB:.1f} GiB for its shortest "
-            f"forward, {smallest:.1f} GiB of a card are usable; take a smaller student, or lower data.max_pixels, "
-            "rollout.max_new_tokens or trainer.chunk_tokens"
+            f"forward{f', sharded over {most} ranks' if most > 1 else ''}, {smallest:.1f} GiB of a card are usable; "
+            "take a smaller student or more cards, or lower data.max_pixels, rollout.max_new_tokens or "
+            "trainer.chunk_tokens"
         )
-    teacher, rest = tuple(cards[:count]), tuple(cards[count:])
+    ranks, sharded = chosen
     if len(rest) >= 2:
-        ranks = max(n for n in (1, 2, 4, 8) if n < len(rest) and (n == 1 or demand.prompts_per_step % n == 0))
-        return _describe(demand, teacher, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest)
+        return _describe(demand, teacher, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
     return _share(demand, teacher, rest, smallest)
 
 
 def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], usable_gib: float) -> Placement:
     """Places the worker beside the teacher or the trainer, or all three on one card."""
-    trainer_gib = (demand.count_trainer_bytes(1) + demand.group_bytes) / GIB
+    trainer_gib = (demand.count_trainer_bytes(1, sharded=False) + demand.group_bytes) / GIB
     teacher_gib = demand.teacher_bytes / GIB / max(1, len(teacher))
     trainer = rest or teacher[:1]
     rooms = {}
@@ -197,7 +232,7 @@ def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], us
             f"worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or rollout.max_new_tokens"
         )
     share = math.floor(min(VLLM_SHARE, room / card.gib) * 20) / 20
-    return _describe(demand, teacher, (card,), trainer, share, usable_gib)
+    return _describe(demand, teacher, (card,), trainer, share, usable_gib, False)
 
 
 def _describe(
@@ -207,18 +242,20 @@ def _describe(
     trainer: Sequence[Card],
     share: float,
     usable_gib: float,
+    sharded: bool,
 ) -> Placement:
     gpus: dict[str, tuple[str, ...]] = {"teacher": (_join(teacher),)} if teacher else {}
     gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
     overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
     overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
+    overrides += ["trainer.sharding.kind=full"] if sharded and not demand.sharded else []
     overrides += ["teacher.device_map=balanced"] if len(teacher) > 1 else []
     # The configuration's own share stays where the card is the worker's.
     shared = workers[0] in (*teacher, *trainer)
     wanted = share if shared else min(share, demand.configured_share)
     if demand.vllm and wanted != demand.configured_share:
         overrides.append(f"rollout.engine_options.gpu_memory_utilization={wanted:.2f}")
-    fixed_gib = demand.count_trainer_bytes(len(trainer)) / GIB
+    fixed_gib = demand.count_trainer_bytes(len(trainer), sharded=sharded) / GIB
     taken_gib = 0.0
     if trainer[0] in workers:
         taken_gib = wanted * workers[0].gib if demand.vllm else demand.worker_bytes / GIB
@@ -235,8 +272,9 @@ def _describe(
     reasons += [
         f"rollout workers on card {_join(workers)}, {place}"
         + (f": vLLM gets {wanted:.0%} of it" if demand.vllm else ""),
-        f"trainer on card {_join(trainer)}: {fixed_gib:.1f} GiB before the first token; a group of {tokens:,} tokens "
-        f"with an image of {demand.image_px:,} pixels fits beside it",
+        f"trainer on card {_join(trainer)}, the student {'sharded' if sharded else 'whole on each'}: {fixed_gib:.1f} "
+        f"GiB before the first token; a group of {tokens:,} tokens with an image of {demand.image_px:,} pixels fits "
+        "beside it",
     ]
     return Placement(gpus=gpus, overrides=tuple(overrides), reasons=tuple(reasons), utilization=wanted)
 

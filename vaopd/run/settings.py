@@ -60,6 +60,7 @@ MACHINE = (
     "rollout.requests_per_batch",
     "rollout.engine_options",
     "trainer.processes",
+    "trainer.sharding",
     "trainer.forward_tokens",
     "trainer.groups_per_forward",
     "trainer.chunk_tokens",

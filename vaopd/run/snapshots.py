@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.files.durable import atomic_folder, copy_file
-from vaopd.run.tensor_files import compute_digest, write_tensors
+from vaopd.run.tensor_files import TensorStream, compute_digest, write_tensors
 from vaopd.types import PolicyVersion
 
 WEIGHTS_FILE = "model.safetensors"
@@ -30,22 +30,26 @@ VERSION_FOLDER = re.compile(r"v(\d{6,})")
 
 
 def publish_snapshot(
-    folder: Path, version: int, state: Mapping[str, torch.Tensor], *, model_files_from: Path
+    folder: Path, version: int, state: Mapping[str, torch.Tensor] | TensorStream, *, model_files_from: Path
 ) -> PolicyVersion:
     """Writes `folder`/policy/v{version}; replaces an existing one in one step.
 
     state: the model's whole `state_dict()`, on any device, under the names that `save_pretrained` writes; a tied LM
-    head is left out, as there. model_files_from: the student's folder, for configuration and tokenizer.
+    head is left out, as there. A stream is written as it is, tensor by tensor. model_files_from: the student's folder,
+    for configuration and tokenizer.
     """
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
     path = locate_snapshot(folder, version)
-    tensors = drop_tied_head(state, tied=has_tied_head(model_files_from))
+    if isinstance(state, TensorStream):
+        stream = state
+    else:
+        stream = TensorStream(drop_tied_head(state, tied=has_tied_head(model_files_from)))
     with atomic_folder(path) as aside:
-        digest = write_tensors(tensors, aside / WEIGHTS_FILE)
+        digest = write_tensors(stream, aside / WEIGHTS_FILE)
         for source in list_model_files(model_files_from):
             copy_file(source, aside / source.name)
-        _name_dtype(aside / "config.json", tensors.values())
+        _name_dtype(aside / "config.json", stream.shapes.values())
     return PolicyVersion(version=version, path=str(path), sha256=digest)
 
 
@@ -128,8 +132,8 @@ def has_tied_head(model_folder: Path) -> bool:
 def drop_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
     """Returns the tensors that `save_pretrained` would write: no tied LM head, all contiguous.
 
-    `load_state` is the inverse. `tied` comes from the configuration, not from the storage: a state that is gathered
-    from shards holds the tied tensor twice.
+    `tied` comes from the configuration, not from the storage: a state that is gathered from shards holds the tied
+    tensor twice.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in state.items() if not (tied and name == HEAD)}
     owners: dict[tuple[torch.device, int], str] = {}
@@ -143,16 +147,6 @@ def drop_tied_head(state: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str
                 "clone one, or correct config.json"
             )
     return tensors
-
-
-def load_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Loads tensors from `drop_tied_head`. Raises Mismatch when others are missing or unknown to the model."""
-    missing, strange = model.load_state_dict(dict(tensors), strict=False)
-    if strange or set(missing) - {HEAD}:
-        raise Mismatch(
-            f"the weights lack {sorted(set(missing) - {HEAD})[:3]} and bring {strange[:3]}, unknown to the model; "
-            "they belong to another model"
-        )
 
 
 def _name_dtype(config_file: Path, tensors: Iterable[torch.Tensor]) -> None:

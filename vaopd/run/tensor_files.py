@@ -10,12 +10,17 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 PIECE_BYTES = 32 * 2**20
 _NAMES = {
@@ -32,30 +37,52 @@ _NAMES = {
 }
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+class TensorStream:
+    """Tensors of which one exists at a time: their shapes are known beforehand, each is made when it is read."""
+
+    def __init__(self, shapes: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor] | None = None) -> None:
+        """shapes: a tensor of each one's dtype and shape, on any device, "meta" too. read: None if these are they."""
+        # Wide numbers first, as the safetensors library writes them, so that every tensor is aligned.
+        self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda n: (-shapes[n].element_size(), n))}
+        self._read = read or shapes.__getitem__
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Makes the tensors, always in the same order: ranks that gather each of them together go in step."""
+        return ((name, self._read(name)) for name in self.shapes)
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor] | TensorStream, path: Path, *, metadata: Mapping[str, str] | None = None
+) -> str:
     """Writes contiguous tensors on any device as a safetensors file, with the umask's mode -> `compute_digest` of it.
 
-    The library's own function goes over the bytes three times, on one thread. Raises OSError, and KeyError for a dtype
-    that the format doesn't have.
+    Of a stream, only the tensors whose pieces are being written exist. The library's own function goes over the bytes
+    three times, on one thread. Raises OSError, and KeyError for a dtype that the format doesn't have.
     """
-    # Wide numbers first, as the library does, so that every tensor is aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    ends = list(accumulate(tensors[name].nbytes for name in names))
+    stream = tensors if isinstance(tensors, TensorStream) else TensorStream(tensors)
+    shapes = stream.shapes
+    ends = list(accumulate(tensor.nbytes for tensor in shapes.values()))
     entries = {
         name: {
-            "dtype": _NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [end - tensors[name].nbytes, end],
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end - tensor.nbytes, end],
         }
-        for name, end in zip(names, ends, strict=True)
+        for (name, tensor), end in zip(shapes.items(), ends, strict=True)
     }
-    header = json.dumps({"__metadata__": {"format": "pt"}} | entries, separators=(",", ":")).encode()
+    about = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header = json.dumps(about | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    parts = [memoryview(struct.pack("<Q", len(header)) + header)]
-    parts += [_read_bytes(tensors[name]) for name in names if tensors[name].nbytes]
+    start = struct.pack("<Q", len(header)) + header
+
+    def list_parts() -> Iterator[memoryview]:
+        yield memoryview(start)
+        for _, tensor in stream:
+            if tensor.nbytes:
+                yield _read_bytes(tensor)
+
     with path.open("wb") as file:
-        size = sum(len(part) for part in parts)
-        file.truncate(size)
+        file.truncate(len(start) + (ends[-1] if ends else 0))
 
         def write(piece: list[tuple[int, memoryview]]) -> bytes:
             digest = hashlib.sha256()
@@ -67,7 +94,7 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
             return digest.digest()
 
         with ThreadPoolExecutor(count_threads()) as threads:
-            return join_digests(threads.map(write, _cut(parts)))
+            return join_digests(_map(threads, write, _cut(list_parts())))
 
 
 def compute_digest(path: Path) -> str:
@@ -91,7 +118,7 @@ def _read_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _cut(parts: list[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
+def _cut(parts: Iterable[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
     """Yields the pieces of a file that holds these parts one after the other: each as offsets with their bytes."""
     piece: list[tuple[int, memoryview]] = []
     at = 0
@@ -106,6 +133,17 @@ def _cut(parts: list[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
                 piece = []
     if piece:
         yield piece
+
+
+def _map(threads: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """As `threads.map`, which would take all items at once: here as many are taken as threads can work on."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(threads.submit(function, item))
+        if len(pending) > count_threads():
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def join_digests(digests: Iterator[bytes]) -> str:

@@ -1,9 +1,9 @@
 """Counts what Qwen3-VL needs in GPU memory as teacher, as student in the trainer and in a rollout worker. Torch-free.
 
-Everything follows from the models' configurations. Counted: weights, gradients, AdamW's moments, autocast's copies,
-what the backward pass keeps with checkpointed activations, one chunk of the divergence, the teacher's head. Not
-counted: fragmentation, NCCL and the CUDA context, for which `MARGIN` is left. `python benchmarks/memory_table.py
---measure` counts the bytes of `KEPT` on the real layers again.
+Everything follows from the models' configurations. Counted: weights, gradients and AdamW's moments, or a rank's share
+of them, autocast's copies or the layers that are gathered, what the backward pass keeps with checkpointed activations,
+one chunk of the divergence, the teacher's head. Not counted: fragmentation, NCCL and the CUDA context, for which
+`MARGIN` is left. `python benchmarks/memory_table.py --measure` counts the bytes of `KEPT` on the real layers again.
 """
 
 from __future__ import annotations
@@ -200,20 +200,36 @@ def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> in
 
 
 def count_trainer_fixed_bytes(
-    student: Model, teacher_head: int, *, ranks: int, chunk_tokens: int = CHUNK_TOKENS
+    student: Model, teacher_head: int, *, ranks: int, shards: int = 1, chunk_tokens: int = CHUNK_TOKENS
 ) -> int:
-    """A rank without any group: float32 weights, gradients, moments; autocast's copies; the teacher's head; one chunk.
+    """A rank without any group: its part of the student, the teacher's head, and one chunk of the divergence.
 
-    teacher_head: weights of the teacher's LM head, 0 for a payload that doesn't need it. With several ranks,
-    DistributedDataParallel keeps its buckets beside the gradients.
+    teacher_head: weights of the teacher's LM head, 0 for a payload that doesn't need it. shards: ranks that hold one
+    copy of the student together.
     """
-    per_parameter = 4 + 4 + 8 + 2 + (4 if ranks > 1 else 0)
+    held = _count_whole_bytes(student, ranks=ranks) if shards == 1 else _count_sharded_bytes(student, shards=shards)
     return (
-        per_parameter * student.parameters
+        held
         + 2 * teacher_head
         + 4 * student.head_parameters  # the head's gradient, summed over the chunks
         + count_chunk_bytes(student, chunk_tokens=chunk_tokens)
     )
+
+
+def _count_whole_bytes(student: Model, *, ranks: int) -> int:
+    """Float32 weights, gradients and moments, and autocast's copies; with several ranks, DDP's buckets."""
+    return (4 + 4 + 8 + 2 + (4 if ranks > 1 else 0)) * student.parameters
+
+
+def _count_sharded_bytes(student: Model, *, shards: int) -> int:
+    """A share of float32 weights, gradients and moments; and what FSDP2 gathers, in bfloat16.
+
+    Embeddings and LM head from the forward to the end of the backward, two layers at a time; with their gradients,
+    which are summed over the ranks in float32.
+    """
+    ends = student.head_parameters * (1 if student.tied else 2)
+    layer = (student.text_parameters - ends) // student.layers
+    return -(-16 * student.parameters // shards) + (2 + 2 + 4) * ends + (2 * 2 + 2 + 4) * layer
 
 
 def count_chunk_bytes(student: Model, *, chunk_tokens: int = CHUNK_TOKENS) -> int:

@@ -69,6 +69,7 @@ class Vlm(PromptReader):
 
         dtype: torch's name of the weights' type.
         device_map: accelerate's; spreads the weights over several devices, and `device` is then ignored.
+        device: "meta" builds the model without its weights, for a trainer that reads each rank's share of them.
         min_pixels, max_pixels: override the processor's bounds on an image's size.
         tensor_parallel: splits each text layer over all ranks of the process group; all ranks must then make the same
         calls.
@@ -85,14 +86,16 @@ class Vlm(PromptReader):
 
             options = {"distributed_config": DistributedConfig(tp_plan=reader.family.tp_plan)}
         folder = model_folder(str(path), role="model")
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation={"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"},
-            **options,
-        )
-        check_placement(model, str(path))
-        if device is not None and device_map is None:
+        attention = {"text_config": shared_attention.ATTENTION, "vision_config": "sdpa", "": "sdpa"}
+        model: Any
+        if device == "meta":
+            model = _build_without_weights(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(
+                folder, dtype=getattr(torch, dtype), attn_implementation=attention, **options
+            )
+            check_placement(model, str(path))
+        if device not in (None, "meta") and device_map is None:
             model = model.to(device)
         return cls(
             path=folder,
@@ -159,3 +162,14 @@ class Vlm(PromptReader):
                 at += read
         hidden = self.family.compute_hidden(self.model, torch.cat(ids), torch.cat(positions, dim=1), features, layout)
         return hidden[upload(torch.from_numpy(np.concatenate(rows)), hidden.device)]
+
+
+def _build_without_weights(folder: Path, **options: Any) -> Any:
+    """Builds the model with its parameters on "meta", and its buffers, which no file holds, as they are."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), **options)
+    model.tie_weights()
+    return model
