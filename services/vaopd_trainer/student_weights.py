@@ -74,7 +74,7 @@ class StudentWeights(ABC):
     # -- weights and state as tensors ---------------------------------------------------------------------------------
 
     def list_weights(self) -> dict[str, Tensor]:
-        """Returns this rank's weights that learn, whole or shards, as the model's files name them; with LoRA, adapters."""
+        """Returns this rank's weights, whole or shards, by the names of the model's files; with LoRA the adapters."""
         weights = self._list_state()
         return name_adapters(weights) or weights
 

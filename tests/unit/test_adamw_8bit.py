@@ -29,7 +29,7 @@ class Student(nn.Module):
 def hold(optimizer: str) -> WholeWeights:
     loss = Student()
     settings = TrainerConfig(steps=9, optimizer=optimizer, learning_rate=1e-2)  # type: ignore[arg-type]
-    return WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks(), tied=False)
+    return WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks())
 
 
 def step(weights: WholeWeights, seed: int) -> None:
