@@ -8,6 +8,8 @@ import tempfile
 
 import pytest
 
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+
 pytest_plugins = [
     "tests.support.leftovers",
     "tests.support.programs",
@@ -22,6 +24,8 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests import transformers, which imports PEFT, which imports what needs torchvision.
+ensure_torchvision()
 # What commands measure of their data sets, for this process and those that it starts; emptied when it ends.
 _MEASURES = tempfile.TemporaryDirectory(prefix="vaopd-measures-")
 os.environ["VAOPD_CACHE"] = _MEASURES.name

@@ -210,6 +210,8 @@ class RolloutGroup:
 class PolicyVersion:
     """A published policy snapshot: a folder with model.safetensors and the digest of that file.
 
+    With LoRA, adapter_model.safetensors takes that file's place.
+
     >>> PolicyVersion(version=12, path="runs/tiny/policy/12", sha256="9f86…").version
     12
     """

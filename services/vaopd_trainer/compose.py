@@ -44,6 +44,7 @@ from vaopd.run.settings import Changes
 from vaopd.run.status import StatusWriter
 from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
+from vaopd.vlm.adapters import add_adapters
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd.weights.serve import SnapshotServer
@@ -201,14 +202,18 @@ def _serve_snapshots(config: Config, stack: contextlib.ExitStack) -> SnapshotSer
 
 def _load_student(config: Config) -> Vlm:
     """Loads the student; one that will be sharded without its weights, which no rank then holds whole."""
+    lora = config.student.lora
     student = Vlm.load(
         config.student.model,
-        dtype="float32",  # at any compute precision: steps of 1e-6 would vanish in bfloat16
+        # What learns is float32 at any compute precision: steps of 1e-6 would vanish in bfloat16.
+        dtype="float32" if lora is None else config.student.dtype,
         device="meta" if is_sharded(config.trainer) else None,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
     )
-    if not config.student.train_vision_tower:
+    if lora is not None:
+        add_adapters(student, lora, vision_tower=config.student.train_vision_tower, seed=config.run.seed)
+    elif not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     return student
 

@@ -25,19 +25,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from vaopd.config import Config
+from vaopd.files.durable import atomic_folder
 from vaopd.queue import LeaseKeeper
 from vaopd.run.checkpoints import LedgerLine, RunState
 from vaopd.run.ledger import Ledger
 from vaopd.run.model_card import upload_hint, write_model_card
-from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot
+from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_adapter, publish_snapshot, write_model
 from vaopd.run.status import StatusWriter
 from vaopd.run.tensor_files import TensorStream
 from vaopd.telemetry import logs
 from vaopd.types import GroupId, PolicyVersion, Prompt, RolloutGroup
+from vaopd.vlm.adapters import describe_adapters, merge_adapters
 from vaopd.vlm.model import Vlm
 from vaopd.weights.serve import SnapshotServer
 from vaopd_trainer import checkpoint, kill_points, step_numbers
@@ -52,6 +56,10 @@ from vaopd_trainer.student_va import StudentVa
 from vaopd_trainer.student_weights import StudentWeights
 
 log = logging.getLogger(__name__)
+
+
+ADAPTERS_OF = {"model": "adapter", "best": "best_adapter"}
+"""Where the adapters lie that are merged into RUN/model and RUN/best."""
 
 
 class Coordinator:
@@ -147,17 +155,28 @@ class Coordinator:
         self._status.write("finished")
 
     def _keep(self, name: str) -> None:
-        """Keeps the current policy as RUN/`name`, with a model card."""
-        keep_snapshot(self._snapshot, self._folder / name)
-        write_model_card(self._folder, self._folder / name, step=self._snapshot.version, base=self._student.path)
+        """Keeps the current policy as RUN/`name`, with a model card; of LoRA merged, and the adapters beside it."""
+        target, base = self._folder / name, self._student.path
+        if self._config.student.lora is None:
+            keep_snapshot(self._snapshot, target)
+        else:
+            keep_snapshot(self._snapshot, self._folder / ADAPTERS_OF[name])
+            dtype = getattr(torch, self._config.student.dtype)
+            merged = merge_adapters(base, Path(self._snapshot.path), dtype=dtype)
+            with atomic_folder(target) as aside:
+                write_model(aside, merged, model_files_from=base)
+        write_model_card(self._folder, target, step=self._snapshot.version, base=base)
 
     # -- policy, prompts and groups -----------------------------------------------------------------------------------
 
     def publish(self, version: int, weights: TensorStream) -> None:
         """Writes the weights as policy `version`, and announces it to the workers."""
-        self._snapshot = publish_snapshot(
-            self._config.snapshots_folder, version, weights, model_files_from=self._student.path
-        )
+        folder, student = self._config.snapshots_folder, self._config.student
+        if student.lora is None:
+            self._snapshot = publish_snapshot(folder, version, weights, model_files_from=self._student.path)
+        else:
+            settings = describe_adapters(self._student.model, base=student.model)
+            self._snapshot = publish_adapter(folder, version, weights, settings=settings)
         announced = self._server.offer(self._snapshot) if self._server is not None else self._snapshot
         self._collector.publish(announced, check=self.check)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.config import Config
 from vaopd.errors import LeaseLost, Mismatch, NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
 from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
+from vaopd.vlm.torchvision_compat import ensure_torchvision
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.forwards import Accumulator
@@ -35,6 +35,9 @@ from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import GroupScorer, Refused
 from vaopd_trainer.student_loss import ScoredGroup, weigh
 from vaopd_trainer.student_weights import StudentWeights
+
+ensure_torchvision()  # transformers imports PEFT, which imports all of transformers
+from transformers import get_cosine_schedule_with_warmup  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,9 @@ class Trainer:
         return publish_s
 
     def _publish(self, version: int) -> None:
-        stream = self.weights.stream(getattr(torch, self.config.student.dtype))
+        student = self.config.student
+        # Adapters are small: the workers round them.
+        stream = self.weights.stream(getattr(torch, student.dtype if student.lora is None else "float32"))
         if self.coordinator is not None:
             self.coordinator.publish(version, stream)
         else:

@@ -33,6 +33,7 @@ from torch.futures import Future
 from vaopd.config import FullSharding, HybridSharding, TrainerConfig
 from vaopd.errors import ConfigError
 from vaopd.run.tensor_files import TensorStream, write_tensors
+from vaopd.vlm.adapters import name_base
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part, StudentLoss
@@ -119,7 +120,7 @@ class ShardedWeights(StudentWeights):
         Where a family's files have other names than its modules, transformers maps them: then each rank holds the
         whole model for a moment, in the files' precision.
         """
-        weights = self.list_weights()
+        weights = name_base(self._list_state())
         if weights.keys() <= list_tensors(folder).keys():
             read_tensors(folder, weights)
             return

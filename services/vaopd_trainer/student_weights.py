@@ -22,26 +22,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from vaopd.config import TrainerConfig
 from vaopd.run.tensor_files import TensorStream, write_tensors
+from vaopd.vlm.adapters import name_adapters
+from vaopd_trainer.optimizer import make_optimizer
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part
 
 STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
-
-
-def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainerConfig) -> Optimizer:
-    """Returns AdamW over the parameters, which are where the steps will be taken."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        # One pass over parameters, gradients and moments. A CPU keeps the plain form: its runs stay as they were.
-        fused=True if parameters[0].device.type == "cuda" else None,
-    )
 
 
 class StudentWeights(ABC):
@@ -85,7 +74,12 @@ class StudentWeights(ABC):
     # -- weights and state as tensors ---------------------------------------------------------------------------------
 
     def list_weights(self) -> dict[str, Tensor]:
-        """Returns this rank's weights, whole or shards, under the names of the model's files; a tied one once."""
+        """Returns this rank's weights, whole or shards, by the names of the model's files; with LoRA the adapters."""
+        weights = self._list_state()
+        return name_adapters(weights) or weights
+
+    def _list_state(self) -> dict[str, Tensor]:
+        """Returns all tensors of the model; a tied one once."""
         state = self._model.state_dict()
         names, distinct = (
             {name for name, _ in self._model.named_parameters(remove_duplicate=once)} for once in (False, True)
@@ -102,8 +96,8 @@ class StudentWeights(ABC):
 
     def list_moments(self) -> dict[str, Tensor]:
         """Returns the optimizer's state as "parameter's number.name": none before the first step."""
-        entries: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
-        return {f"{index}.{name}": tensor for index, entry in entries.items() for name, tensor in entry.items()}
+        entries = [self.optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        return {f"{number}.{name}": tensor for number, entry in enumerate(entries) for name, tensor in entry.items()}
 
     @abstractmethod
     def save(self, folder: Path | None) -> dict[str, str]:

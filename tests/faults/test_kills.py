@@ -14,7 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from tests.support import tolerance
+from tests.support.models import LARGEST_LOGIT
 from tests.support.system import Job, System, read_lines
 from vaopd.run.ledger import audit
 from vaopd.vlm.model import Vlm
@@ -196,3 +200,26 @@ def test_two_ranks_of_a_sharded_student_die_in_a_checkpoint_and_one_whole_rank_g
     assert sorted((line["group_id"], line["step"]) for line in whole.ledger()) == wanted
     assert audit(whole.folder).problems == []
     Vlm.load(whole.folder / "model")
+
+
+def test_a_killed_student_of_adapters_resumes_with_them_and_leaves_both_forms(system: System) -> None:
+    """At any time its worker samples with the trainer's own weights, and a policy version is adapters alone."""
+    settings = {"trainer__steps": 4, "student__lora__rank": 4, "trainer__learning_rate": 3e-3}
+    job, undisturbed = system.job("lora", **settings), system.job("lora-undisturbed", **settings)
+    worker = job.start_worker()
+    killed = job.start_trainer(kill_at="stepped:3")
+    assert killed.exit_code() == -signal.SIGKILL, killed.text()[-4000:]
+    last = job.start_trainer(resume=True)
+    job.finished(last)
+    worker.kill()
+    undisturbed.run()
+
+    assert "resumed at step 2 with 8 trained groups" in last.text()
+    assert audit(job.folder).problems == []
+    rounding = tolerance.forward(AutoConfig.from_pretrained(job.folder / "model")) * LARGEST_LOGIT
+    assert max(record["policy_drift_max"] for record in job.records()) < rounding
+    adapters = load_file(job.folder / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapters.items() if "lora_B" in name), "some adapters learnt nothing"
+    newest = max((job.folder / "policy").glob("v*"))
+    assert {file.name for file in newest.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert job.weights() == undisturbed.weights()

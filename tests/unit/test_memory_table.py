@@ -47,6 +47,9 @@ def test_parameters_are_those_of_the_real_class(name: str) -> None:
         network = Qwen3VLForConditionalGeneration(config)
     network.tie_weights()
     assert model.parameters == sum(parameter.numel() for parameter in network.parameters())
+    for adapted, vision_tower in ((network.model, True), (network.model.language_model, False)):
+        widths = [m.in_features + m.out_features for m in adapted.modules() if isinstance(m, torch.nn.Linear)]
+        assert model.count_adapter_parameters(3, vision_tower=vision_tower) == 3 * sum(widths)
 
 
 def test_the_published_sizes() -> None:
@@ -80,3 +83,13 @@ def test_a_sharded_rank_by_hand() -> None:
     share, ends, layers = 17_534_247_392, 8 * 2 * 622_329_856, 10 * 192_946_545
     counted = count_trainer_fixed_bytes(MODELS["8B"], 0, ranks=8, shards=8)
     assert counted == share + ends + layers + 4 * 622_329_856 + 1024 * 151_936 * 16
+
+
+def test_adapters_and_8_bit_moments_by_hand() -> None:
+    """2B: 2 bytes a weight and 18 an adapter; or 12 a weight in place of 18. No gradient of the head with adapters."""
+    model = MODELS["2B"]
+    whole = count_trainer_fixed_bytes(model, 0, ranks=1)
+    adapters = model.count_adapter_parameters(32, vision_tower=True)
+    lora = count_trainer_fixed_bytes(model, 0, ranks=1, adapters=adapters)
+    assert whole - lora == 16 * model.parameters + 4 * model.head_parameters - 18 * adapters
+    assert whole - count_trainer_fixed_bytes(model, 0, ranks=1, moment_bytes=2) == 6 * model.parameters

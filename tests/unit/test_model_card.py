@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -23,9 +24,16 @@ url = "redis://user:password@secret-host:6379/0"
 """
 
 
-def write_card(folder: Path, *, step: int, base: str = "") -> str:
+LORA = """
+[student.lora]
+rank = 8
+alpha = 32
+"""
+
+
+def write_card(folder: Path, *, step: int, base: str = "", more: str = "") -> str:
     run = make_run(folder / "va-8b", accuracies=(0.3, 0.5, 0.6), judged=True)
-    (run / "config.toml").write_text((run / "config.toml").read_text() + MODELS)
+    (run / "config.toml").write_text((run / "config.toml").read_text() + MODELS + more)
     (folder / "base").mkdir()
     (folder / "base" / "README.md").write_text(base)
     model = run / "model"
@@ -80,3 +88,10 @@ def test_it_holds_nothing_about_this_machine(tmp_path: Path) -> None:
 
 def test_the_hint_names_the_run() -> None:
     assert upload_hint(Path("runs/va-8b/model")) == "to publish it: vaopd push runs/va-8b YOUR_NAME/va-8b --which model"
+
+
+def test_a_student_of_adapters_is_called_one_and_its_recipe_is_toml(tmp_path: Path) -> None:
+    card = write_card(tmp_path, step=20, more=LORA)
+    assert "| trained | LoRA, rank 8, alpha 32, merged into the base model's weights |" in card
+    recipe = tomllib.loads(card.partition("```toml\n")[2].partition("```")[0])
+    assert recipe["student"] == {"model": "Qwen/Qwen3-VL-2B-Instruct", "lora": {"rank": 8, "alpha": 32}}

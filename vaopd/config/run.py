@@ -91,6 +91,17 @@ class DataConfig(Section):
     """Images are scaled down to at most this many pixels; empty: the processor's own (paper: 4194304)."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA) learn in place of the student's own weights; no dropout."""
+
+    rank: int = Field(ge=1, le=512)
+    """Rank of the matrices; 16 to 64 are usual. The section as a whole is left out for a student that learns whole."""
+    alpha: int = Field(32, ge=1)
+    """What an adapter adds is multiplied by alpha / rank."""
+    target_modules: tuple[str, ...] = ()
+    """Linear layers with adapters, by the last part of their names, e.g. q_proj; empty: all but the LM head."""
+
+
 class StudentConfig(Section):
     """The model that is trained."""
 
@@ -99,7 +110,9 @@ class StudentConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute precision; log-softmax, KL and reductions are always float32."""
     train_vision_tower: bool = True
-    """Whether the vision tower learns too (paper: yes)."""
+    """Whether the vision tower learns too (paper: yes); with LoRA: whether its layers have adapters."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters; left out: all weights learn."""
 
 
 QUEUE_PASSWORD, QUEUE_PASSWORD_FILE = "VAOPD_QUEUE_PASSWORD", "VAOPD_QUEUE_PASSWORD_FILE"

@@ -71,8 +71,10 @@ def find_variants(field: FieldInfo) -> Variants | None:
 
 
 def find_section(field: FieldInfo) -> type[Section] | None:
-    """Returns the class of a field that is one section; None for a value or a union."""
-    kind = field.annotation
+    """Returns the class of a field that is one section, or may be; None for a value or a union."""
+    kind, parts = field.annotation, typing.get_args(field.annotation)
+    if type(None) in parts and len(parts) == 2:  # may be left out
+        kind = next(part for part in parts if part is not type(None))
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 

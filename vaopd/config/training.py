@@ -7,6 +7,7 @@ from fractions import Fraction as ExactFraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pydantic
 from pydantic import Discriminator, Field
 
 from vaopd.config.toml import Address, Fraction, Section, default_tag
@@ -85,6 +86,8 @@ class TrainerConfig(Section):
     """B (paper: 16)."""
     rollouts_per_prompt: int = Field(4, ge=1)
     """K (paper: 4)."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW's moments: float32, or 8 bits each by bitsandbytes (2 bytes a parameter, not 8); not for sharding."""
     learning_rate: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW (paper: 1e-6)."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -116,6 +119,14 @@ class TrainerConfig(Section):
     """Whether each rank holds the whole student, or a share of it."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl, which is always written."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_optimizer(self) -> TrainerConfig:
+        if self.optimizer == "adamw_8bit" and self.sharding.kind != "none":
+            raise ValueError(
+                f'optimizer = "adamw_8bit" can\'t be sharded, and sharding.kind is {self.sharding.kind!r}; choose one'
+            )
+        return self
 
     @property
     def warmup_steps(self) -> int:

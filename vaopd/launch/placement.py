@@ -104,6 +104,13 @@ def assume_cards(text: str) -> list[Card]:
         raise ConfigError(f"--cards {text!r} is not NUMBERxGIB, such as 8x79.1") from None
 
 
+def _count_adapters(config: Config, student: Model) -> int:
+    """Returns the weights of LoRA on all layers: an upper bound where `target_modules` names some."""
+    lora = config.student.lora
+    vision_tower = config.student.train_vision_tower
+    return 0 if lora is None else student.count_adapter_parameters(lora.rank, vision_tower=vision_tower)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
     """What the processes of a configuration need, in bytes. `teacher_name` None: none is started."""
@@ -125,6 +132,9 @@ class Demand:
     sharded: bool
     """Whether the configuration shards the student."""
     ranks_per_copy: int | None
+    adapters: int
+    """LoRA's weights; 0: the student learns whole."""
+    moment_bytes: int
 
     @classmethod
     def of(cls, config: Config, *, with_teacher: bool) -> Demand:
@@ -161,13 +171,21 @@ class Demand:
             configured_share=float(options.get("gpu_memory_utilization", 0.9)),
             sharded=config.trainer.sharding.kind != "none",
             ranks_per_copy=getattr(config.trainer.sharding, "ranks_per_copy", None),
+            adapters=_count_adapters(config, student),
+            moment_bytes=2 if config.trainer.optimizer == "adamw_8bit" else 8,
         )
 
     def count_trainer_bytes(self, ranks: int, *, sharded: bool) -> int:
         """Counts a trainer rank's memory before any group."""
         shards = min(ranks, self.ranks_per_copy or ranks) if sharded else 1
         return memory.count_trainer_fixed_bytes(
-            self.student, self.teacher_head, ranks=ranks, shards=shards, chunk_tokens=self.chunk_tokens
+            self.student,
+            self.teacher_head,
+            ranks=ranks,
+            shards=shards,
+            chunk_tokens=self.chunk_tokens,
+            adapters=self.adapters,
+            moment_bytes=self.moment_bytes,
         )
 
     def choose_ranks(self, cards: int, usable_gib: float) -> tuple[int, bool] | None:

@@ -67,6 +67,8 @@ def _body(run: Run, *, step: int) -> Iterator[str]:
     yield f"A vision-language model, trained by {variant} (arXiv 2605.21924) with vaopd {vaopd.__version__}.\n"
     yield "| | |\n| --- | --- |"
     yield f"| base model | {_shorten(config['student']['model'])} |"
+    if lora := config["student"].get("lora"):
+        yield f"| trained | LoRA, rank {lora['rank']}, alpha {lora['alpha']}, merged into the base model's weights |"
     yield f"| teacher | {_shorten(config['teacher']['model'])} |"
     yield f"| training data | {_shorten(data['source'])}, split {data.get('train_split', 'train')} |"
     yield f"| objective | `{run.variant}` |"
@@ -104,11 +106,18 @@ def _describe(evaluation: Evaluation) -> str:
 
 def _list_settings(config: dict[str, Any]) -> Iterator[str]:
     """Yields the sections that tell how it was trained, as TOML; nothing about this machine."""
-    for section in _SHOWN:
-        yield f"[{section}]"
-        for key, value in config.get(section, {}).items():
-            if key not in _OF_THIS_MACHINE:
-                yield f"{key} = {json.dumps(_shorten(value) if key == 'model' else value)}"
+    for name in _SHOWN:
+        yield from _list_section(name, config.get(name, {}))
+
+
+def _list_section(name: str, values: dict[str, Any]) -> Iterator[str]:
+    yield f"[{name}]"
+    for key, value in values.items():
+        if key not in _OF_THIS_MACHINE and not isinstance(value, dict):
+            yield f"{key} = {json.dumps(_shorten(value) if key == 'model' else value)}"
+    for key, value in values.items():
+        if key not in _OF_THIS_MACHINE and isinstance(value, dict):
+            yield from _list_section(f"{name}.{key}", value)
 
 
 def _shorten(name: str) -> str:

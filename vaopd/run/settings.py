@@ -43,6 +43,7 @@ FIXED = (
     "rollout.max_new_tokens",
     "trainer.prompts_per_step",
     "trainer.rollouts_per_prompt",
+    "trainer.optimizer",
     "evaluation.prompts",
     "evaluation.samples",
     "evaluation.temperature",

@@ -2,6 +2,9 @@
 
 run/policy/v000042/model.safetensors     (written beside, fsynced, renamed: a reader sees all of it or nothing)
 run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
+
+With LoRA adapter_model.safetensors and adapter_config.json alone, as PEFT writes them: what the student's own folder
+lacks.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from vaopd.run.tensor_files import TensorStream, compute_digest, write_tensors
 from vaopd.types import PolicyVersion
 
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 HEAD = "lm_head.weight"
 # All files of a model folder but its weights, and the index of weights in several files.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -41,16 +46,42 @@ def publish_snapshot(
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
     path = locate_snapshot(folder, version)
+    with atomic_folder(path) as aside:
+        digest = write_model(aside, state, model_files_from=model_files_from)
+    return PolicyVersion(version=version, path=str(path), sha256=digest)
+
+
+def write_model(folder: Path, state: Mapping[str, torch.Tensor] | TensorStream, *, model_files_from: Path) -> str:
+    """Writes a model into an existing folder, see `publish_snapshot`; returns the digest of its weights."""
     if isinstance(state, TensorStream):
         stream = state
     else:
         stream = TensorStream(drop_tied_head(state, tied=has_tied_head(model_files_from)))
+    digest = write_tensors(stream, folder / WEIGHTS_FILE)
+    for source in list_model_files(model_files_from):
+        copy_file(source, folder / source.name)
+    _name_dtype(folder / "config.json", stream.shapes.values())
+    return digest
+
+
+def publish_adapter(
+    folder: Path,
+    version: int,
+    adapters: Mapping[str, torch.Tensor] | TensorStream,
+    *,
+    settings: Mapping[str, Any],
+) -> PolicyVersion:
+    """Writes adapters, under PEFT's names, as `folder`/policy/v{version}; settings: adapter_config.json's table."""
+    path = locate_snapshot(folder, version)
     with atomic_folder(path) as aside:
-        digest = write_tensors(stream, aside / WEIGHTS_FILE)
-        for source in list_model_files(model_files_from):
-            copy_file(source, aside / source.name)
-        _name_dtype(aside / "config.json", stream.shapes.values())
+        digest = write_tensors(adapters, aside / ADAPTER_FILE)
+        (aside / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return PolicyVersion(version=version, path=str(path), sha256=digest)
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Whether a snapshot holds adapters only, without the base model's weights."""
+    return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
 def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
@@ -107,7 +138,7 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
 
 def verify_snapshot(policy: PolicyVersion) -> None:
     """Raises NotFound when the snapshot is missing, Mismatch when its weights are not those that were announced."""
-    weights = Path(policy.path) / WEIGHTS_FILE
+    weights = Path(policy.path) / (ADAPTER_FILE if is_adapter(policy.path) else WEIGHTS_FILE)
     try:
         digest = compute_digest(weights)
     except FileNotFoundError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vaopd.config import Config
 
@@ -12,13 +12,19 @@ if TYPE_CHECKING:
 
 def build_engine(config: Config, *, worker: str) -> RolloutEngine:
     """Builds the engine of `rollout.engine` for `student.model`; `worker` names it in its rollouts."""
-    model, dtype = config.student.model, config.student.dtype
-    min_pixels, max_pixels = config.data.min_pixels, config.data.max_pixels
+    student, data = config.student, config.data
+    settings: dict[str, Any] = {
+        "worker": worker,
+        "dtype": student.dtype,
+        "min_pixels": data.min_pixels,
+        "max_pixels": data.max_pixels,
+        "lora": student.lora,
+        "vision_tower": student.train_vision_tower,
+    }
     if config.rollout.engine == "transformers":
         from vaopd.sampling.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, worker=worker, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels)
+        return TransformersEngine(student.model, **settings)
     from vaopd.sampling.vllm_engine import VllmEngine
 
-    options = config.rollout.engine_options
-    return VllmEngine(model, worker=worker, dtype=dtype, min_pixels=min_pixels, max_pixels=max_pixels, options=options)
+    return VllmEngine(student.model, options=config.rollout.engine_options, **settings)

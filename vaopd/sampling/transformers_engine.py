@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from safetensors.torch import load_file
 
+from vaopd.config import LoraConfig
 from vaopd.errors import Mismatch
-from vaopd.run.snapshots import verify_snapshot
+from vaopd.run.snapshots import ADAPTER_FILE, verify_snapshot
 from vaopd.sampling.engine import (
     FinishReason,
     Outcome,
@@ -25,8 +26,13 @@ from vaopd.sampling.engine import (
     make_rollout,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutGroup, RolloutRequest
+from vaopd.vlm.adapters import add_adapters, load_adapters
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
+from vaopd.vlm.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 
 class TransformersEngine:
@@ -40,8 +46,16 @@ class TransformersEngine:
         dtype: str = "float32",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        lora: LoraConfig | None = None,
+        vision_tower: bool = True,
     ) -> None:
-        """Takes a folder or hub id; its processor and EOS ids are used for all snapshots."""
+        """Takes a folder or hub id; its processor and EOS ids are used for all snapshots.
+
+        lora: the snapshots are adapters of its weights; vision_tower: whether it has some too.
+        """
+        self._base = model
+        self._lora = lora
+        self._vision_tower = vision_tower
         self._worker = worker
         self._dtype = dtype
         self._min_pixels = min_pixels
@@ -60,18 +74,30 @@ class TransformersEngine:
         """Loads a snapshot; see `RolloutEngine`."""
         verify_snapshot(policy)
         self._policy = None
-        self._vlm = None  # before the new weights are loaded, so that both are never in memory
-        vlm = Vlm.load(
-            policy.path,
+        if self._lora is None:
+            self._vlm = None  # before the new weights are loaded, so that both are never in memory
+            vlm = self._open(policy.path)
+        else:
+            vlm = self._vlm or self._open_base(self._lora)
+            load_adapters(vlm.model, load_file(Path(policy.path) / ADAPTER_FILE))
+        # Empty, so that the model's own settings (top_k, repetition_penalty, …) don't mix with a request's.
+        vlm.model.generation_config = GenerationConfig()
+        self._vlm = vlm
+        self._policy = policy
+
+    def _open(self, model: str | Path) -> Vlm:
+        return Vlm.load(
+            model,
             dtype=self._dtype,
             device=str(self._device),
             min_pixels=self._min_pixels,
             max_pixels=self._max_pixels,
         )
-        # Empty, so that the model's own settings (top_k, repetition_penalty, …) don't mix with a request's.
-        vlm.model.generation_config = GenerationConfig()
-        self._vlm = vlm
-        self._policy = policy
+
+    def _open_base(self, lora: LoraConfig) -> Vlm:
+        vlm = self._open(self._base)
+        add_adapters(vlm, lora, vision_tower=self._vision_tower, dtype=getattr(torch, self._dtype))
+        return vlm
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
         """Samples all requests, one after the other; see `RolloutEngine`."""

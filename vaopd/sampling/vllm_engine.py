@@ -1,19 +1,23 @@
 """A rollout engine over vLLM; `vllm_extension` runs inside vLLM.
 
 In: requests, at any time. Out: groups, each when its last sibling ends; the K siblings of a group are one vLLM request,
-so that prompt and image are computed once. New weights are loaded in place, while nothing is sampled.
+so that prompt and image are computed once. New weights are loaded in place, while nothing is sampled. A snapshot of
+adapters is applied beside the base weights by vLLM's own LoRA, or merged into them for families that need it.
 docs/decisions/2026-11-24-rollout-worker.md has the measurements and the failures.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vaopd.config import LoraConfig
 from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, VaopdError
-from vaopd.run.snapshots import verify_snapshot
+from vaopd.files.hub import model_folder
+from vaopd.run.snapshots import is_adapter, verify_snapshot
 from vaopd.sampling.engine import (
     Ended,
     Outcome,
@@ -29,6 +33,8 @@ from vaopd.sampling.engine import (
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutRequest
 from vaopd.vlm import vllm_start
+
+log = logging.getLogger(__name__)
 
 # Options that the trainer relies on.
 _OURS = ("model", "dtype", "generation_config", "logprobs_mode", "worker_extension_cls", "mm_processor_kwargs")
@@ -57,10 +63,13 @@ class VllmEngine:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         options: Mapping[str, Any] | None = None,
+        lora: LoraConfig | None = None,
+        vision_tower: bool = True,
     ) -> None:
-        """Starts vLLM for a folder or hub id; its own weights are never sampled from.
+        """Starts vLLM for a folder or hub id; its own weights are sampled from with adapters only.
 
-        options: `rollout.engine_options`, by vLLM's names.
+        options: `rollout.engine_options`, by vLLM's names. lora: the snapshots are adapters, of this rank.
+        vision_tower: whether it has adapters too.
 
         Raises ConfigError for an option that the worker sets itself, and if vLLM isn't installed.
         """
@@ -74,6 +83,13 @@ class VllmEngine:
         self._policy: PolicyVersion | None = None
         self._running: dict[str, _Running] = {}  # by vLLM's id of the request
         self._refused: list[Ended] = []
+        self._base, self._dtype = model, dtype
+        self._adapter: Any = None  # vLLM's request for the loaded adapters, where it computes with them
+        family = self._prompting.reader.config.model_type
+        lora_options = lora and vllm_start.make_lora_options(family, rank=lora.rank, vision_tower=vision_tower)
+        self._merges = not lora_options
+        if lora and self._merges:
+            log.info("vLLM doesn't apply adapters in all layers of %s: they are merged into its weights", family)
         self._llm = vllm_start.start(
             model,
             dtype=dtype,
@@ -82,6 +98,7 @@ class VllmEngine:
             max_pixels=max_pixels,
             extension="vaopd.sampling.vllm_extension.RolloutExtension",
             logprobs_mode="raw_logprobs",  # before temperature, bias and top-p: those of the student at temperature 1
+            **lora_options or {},
         )
         self._max_images = vllm_start.read_max_images(self._llm)
         self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._prompting.vocab_size,))
@@ -108,13 +125,28 @@ class VllmEngine:
             )
         verify_snapshot(policy)
         self._policy = None
-        self._llm.collective_rpc("load_snapshot", args=(policy.path,))
+        self._load(policy)
         # Keys, values and image features of the old weights must not be used again. The encoder cache has two halves:
         # reload_weights empties the runner's but not the scheduler's, which would then promise features that are gone.
         self._llm.llm_engine.reset_encoder_cache()
         if not self._llm.reset_prefix_cache():
             raise VaopdError("vLLM did not reset its prefix cache, since requests still run; restart the worker")
         self._policy = policy
+
+    def _load(self, policy: PolicyVersion) -> None:
+        if not is_adapter(policy.path):
+            self._llm.collective_rpc("load_snapshot", args=(policy.path,))
+        elif self._merges:
+            folder = model_folder(self._base, role="student").resolve()
+            self._llm.collective_rpc("load_merged", args=(str(folder), policy.path, self._dtype))
+        else:
+            from vllm.lora.request import LoRARequest
+
+            if self._adapter is not None:
+                self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+            # Loaded under this number, the next version's adapters are not taken for these.
+            self._adapter = LoRARequest(f"v{policy.version}", policy.version + 1, policy.path)
+            self._llm.llm_engine.add_lora(self._adapter)
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
         """Samples all requests beside each other; see `RolloutEngine`."""
@@ -189,7 +221,9 @@ class VllmEngine:
             prompt["multi_modal_data"] = {"image": images}
         try:
             # One at a time, so that a refused request doesn't fail the others.
-            [internal_id] = self._llm.enqueue(prompt, self._make_sampling_params(request), use_tqdm=False)
+            [internal_id] = self._llm.enqueue(
+                prompt, self._make_sampling_params(request), lora_request=self._adapter, use_tqdm=False
+            )
         except (VLLMClientError, ValueError) as error:
             raise InvalidInput(f"vLLM refuses group {request.group_id!r}: {error}") from None
         return str(internal_id).partition("-")[0]  # NUMBER-RANDOM; outputs have the number alone

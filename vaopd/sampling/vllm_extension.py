@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,17 @@ class RolloutExtension:
     def load_snapshot(self, folder: str) -> None:
         """Replaces the weights in place, a tied LM head included."""
         self.reload_weights(weights_path=folder)
+        self._pack_tied_head()
+
+    def load_merged(self, base: str, adapter: str, dtype: str) -> None:
+        """Replaces the weights by those of folder `base` with the adapters of folder `adapter` merged in."""
+        from vaopd.vlm.adapters import merge_adapters
+
+        merged = merge_adapters(Path(base), Path(adapter), dtype=getattr(torch, dtype))
+        self.reload_weights(weights_iterator=iter(merged.items()))
+        self._pack_tied_head()
+
+    def _pack_tied_head(self) -> None:
         # On a CPU, vLLM computes with a packed copy of each matrix. A tied head is not in the snapshot, so reloading
         # does not change its copy: the new layers would be combined with the old head.
         for module in self.model_runner.get_model().modules():

@@ -104,6 +104,17 @@ class Model:
         """All weights."""
         return self.text_parameters + self.vision_parameters
 
+    def count_adapter_parameters(self, rank: int, *, vision_tower: bool) -> int:
+        """Counts LoRA's weights: rank · (in + out) of every linear layer but the LM head."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = 2 * (self.hidden + queries) + 2 * (self.hidden + keys)
+        widths = self.layers * (attention + 3 * (self.hidden + self.mlp))
+        if vision_tower:
+            merged = self.vision_hidden * MERGE**2
+            block = 6 * self.vision_hidden + 2 * (self.vision_hidden + self.vision_mlp)
+            widths += self.vision_depth * block + (1 + self.deepstack) * (3 * merged + self.hidden)
+        return rank * widths
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the KV cache for one token, in 16 bits."""
@@ -200,25 +211,46 @@ def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> in
 
 
 def count_trainer_fixed_bytes(
-    student: Model, teacher_head: int, *, ranks: int, shards: int = 1, chunk_tokens: int = CHUNK_TOKENS
+    student: Model,
+    teacher_head: int,
+    *,
+    ranks: int,
+    shards: int = 1,
+    chunk_tokens: int = CHUNK_TOKENS,
+    adapters: int = 0,
+    moment_bytes: int = 8,
 ) -> int:
     """A rank without any group: its part of the student, the teacher's head, and one chunk of the divergence.
 
     teacher_head: weights of the teacher's LM head, 0 for a payload that doesn't need it. shards: ranks that hold one
-    copy of the student together.
+    copy of the student together. adapters: LoRA's weights, which learn in place of the student's; 0: it learns whole.
+    moment_bytes: of AdamW for a weight; 2 with `trainer.optimizer = "adamw_8bit"`.
     """
-    held = _count_whole_bytes(student, ranks=ranks) if shards == 1 else _count_sharded_bytes(student, shards=shards)
+    if adapters:
+        # The student in bfloat16, spread over the shards; adapters whole, as an upper bound.
+        held = -(-2 * student.parameters // shards) + _count_whole_bytes(adapters, ranks=ranks, moment_bytes=8)
+    elif shards == 1:
+        held = _count_whole_bytes(student.parameters, ranks=ranks, moment_bytes=moment_bytes)
+    else:
+        held = _count_sharded_bytes(student, shards=shards)
     return (
         held
         + 2 * teacher_head
-        + 4 * student.head_parameters  # the head's gradient, summed over the chunks
+        + (0 if adapters else 4 * student.head_parameters)  # the head's gradient, summed over the chunks
+        + (_count_gathered_bytes(student) if adapters and shards > 1 else 0)
         + count_chunk_bytes(student, chunk_tokens=chunk_tokens)
     )
 
 
-def _count_whole_bytes(student: Model, *, ranks: int) -> int:
-    """Float32 weights, gradients and moments, and autocast's copies; with several ranks, DDP's buckets."""
-    return (4 + 4 + 8 + 2 + (4 if ranks > 1 else 0)) * student.parameters
+def _count_whole_bytes(parameters: int, *, ranks: int, moment_bytes: int) -> int:
+    """Float32 weights and gradients, moments, and autocast's copies; with several ranks, DDP's buckets."""
+    return (4 + 4 + moment_bytes + 2 + (4 if ranks > 1 else 0)) * parameters
+
+
+def _count_gathered_bytes(student: Model) -> int:
+    """What FSDP2 gathers of weights that don't learn: embeddings and LM head, and two layers, in bfloat16."""
+    ends = student.head_parameters * (1 if student.tied else 2)
+    return 2 * ends + 2 * 2 * (student.text_parameters - ends) // student.layers
 
 
 def _count_sharded_bytes(student: Model, *, shards: int) -> int:

@@ -14,6 +14,10 @@ from vaopd.vlm.torchvision_compat import ensure_torchvision
 MAX_IMAGES_PER_PROMPT = 8
 """The default; the option limit_mm_per_prompt overrides it. On a GPU, vLLM reserves memory for that many."""
 CPU_KV_CACHE_BYTES = 2**30
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_EXACT_LORA = ("qwen3_vl",)
+"""Families whose adapters vLLM applies everywhere, vision tower included: log-probs equal transformers' (tests). Of a
+layer that it can't wrap, vLLM leaves the adapter out without an error."""
 
 
 def set_environment() -> None:
@@ -72,6 +76,17 @@ def start(
     # starting the engine configures vLLM's loggers again.
     logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
     return llm
+
+
+def make_lora_options(model_type: str, *, rank: int, vision_tower: bool) -> dict[str, Any] | None:
+    """Returns vLLM's options for adapters of the rank; None for a family that needs them merged into its weights."""
+    if model_type not in _EXACT_LORA:
+        return None
+    return {
+        "enable_lora": True,
+        "max_lora_rank": next(known for known in _LORA_RANKS if known >= rank),
+        "enable_tower_connector_lora": vision_tower,
+    }
 
 
 def serve(model: str, *, host: str, port: int, name: str) -> None:

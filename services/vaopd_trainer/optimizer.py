@@ -1,0 +1,55 @@
+"""AdamW in float32, torch's own, or with moments of 8 bits each (bitsandbytes): 2 bytes a parameter in place of 8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vaopd.config import TrainerConfig
+from vaopd.errors import ConfigError
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainerConfig) -> Optimizer:
+    """Returns AdamW over the parameters, which are where the steps will be taken.
+
+    Raises ConfigError for 8 bits without bitsandbytes.
+    """
+    shared: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adamw_8bit":
+        return _make_8bit(parameters, shared)
+    # One pass over parameters, gradients and moments. A CPU keeps the plain form: its runs stay as they were.
+    return torch.optim.AdamW(parameters, fused=True if parameters[0].device.type == "cuda" else None, **shared)
+
+
+def _make_8bit(parameters: Sequence[nn.Parameter], shared: dict[str, Any]) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"trainer.optimizer = \"adamw_8bit\" needs bitsandbytes ({error}); pip install 'vaopd[adamw-8bit]'"
+        ) from None
+
+    class CountingAdamW8bit(AdamW8bit):
+        """Counts its steps in a tensor, as torch's optimizers do, so that a checkpoint holds and restores the count."""
+
+        def init_state(self, group: Any, p: Any, gindex: int, pindex: int) -> None:
+            super().init_state(group, p, gindex, pindex)
+            self.state[p]["step"] = torch.tensor(0.0)
+
+        def update_step(self, group: Any, p: Any, gindex: int, pindex: int) -> None:
+            state = self.state[p]
+            count = state["step"]
+            state["step"] = int(count)
+            super().update_step(group, p, gindex, pindex)
+            state["step"] = count.fill_(state["step"])
+
+    optimizer: Optimizer = CountingAdamW8bit(parameters, **shared)
+    return optimizer
