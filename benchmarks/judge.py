@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     prepare()
-    print(f"judge {judge_version()}")
+    print(f"judge {judge_version()}", flush=True)
 
     counts: Counter[tuple[str, str]] = Counter()
     for line in TABLE.read_text().splitlines():
