@@ -28,11 +28,10 @@ from pathlib import Path
 from vaopd.errors import Unavailable
 
 BOUND_S = 2.0
-"""A judgement takes no longer on a machine that runs what it has to within `_WAKE_S`."""
-_WAKE_S = 0.35
-"""How late the caller runs again: with 40 runnable processes a core and the kernel's slices of 4 ms it waits 160 ms for
-a core, and as long for another thread that holds the interpreter's lock and waits for a core itself."""
-LIMIT_S = BOUND_S - _WAKE_S
+"""A judgement takes no longer."""
+_LATE_S = 0.41
+"""The latest that a caller ran again after its deadline, with twelve runnable processes on two cores and at nice 5."""
+LIMIT_S = BOUND_S - 1.5 * _LATE_S
 """From the start of a judgement to its deadline, the start of the worker included if that leaves `LEAST_S`."""
 LEAST_S = 1.0
 START_S = 60.0
