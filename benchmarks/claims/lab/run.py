@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from school import School, train_eye
-from student import AdamW
+from student import AdamW, School, train_eye
 from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
 from torch import Tensor
 from worlds import Draws, Eye, Pictures, pixelate
