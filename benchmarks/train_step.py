@@ -89,7 +89,7 @@ def make_sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    model = floor.Model(vlm.config.to_dict())
+    model = floor.Model.of(vlm.config)
     for run in make_sides(vlm, plain, weighted_group(vlm, QUICK)).values():
         run()  # gradients are allocated, kernels are there
     for shape in shapes:

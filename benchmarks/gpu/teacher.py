@@ -55,7 +55,7 @@ def compare(check: Check, vlm: Vlm, prompt: int, response: int, rollouts: int) -
     known_s = measure_s(lambda: score(engine, known), repeats=1) / together
     counted = {
         side: floor.count_scoring_cost(
-            floor.Model(vlm.config.to_dict()),
+            floor.Model.of(vlm.config),
             side,
             prompt=prompt,
             image_tokens=prompt - TEXT_TOKENS,
