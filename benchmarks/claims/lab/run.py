@@ -41,14 +41,13 @@ BLIND_NATS, DIVERGENT_NATS = 1e-3, 0.1
 """Below this VA the image says nothing for a token; from this view divergence on, it says something of the place."""
 
 
-class Batch:
+class Batch(School):
     """Runs whose answers have one form and whose steps have one size, with all that they share."""
 
     def __init__(self, runs: Sequence[Run], eye: Eye, device: torch.device) -> None:
-        self.runs, self.eye, self.device = runs, eye, device
         names = sorted({run.world for run in runs})
-        self.school = School([WORLDS[name] for name in names], eye, device)
-        self.language, self.architecture = self.school.language, self.school.architecture
+        super().__init__([WORLDS[name] for name in names], eye, device)
+        self.runs = runs
         self.world_R = torch.tensor([names.index(run.world) for run in runs], device=device)
         self.learned: Tensor | None = None
         """The network of a teacher that has learnt the process, (1, P)."""
@@ -222,7 +221,7 @@ def load_students(batch: Batch, folder: Path) -> Tensor:
     own = {pair: (replace(pair[0], name="", meaning="", learned_teacher=False), pair[1]) for pair in pairs}
     paths = {pair: folder / f"student-{_fingerprint(own[pair])}.safetensors" for pair in own}
     if missing := [pair for pair in own if not paths[pair].exists()]:
-        for pair, student in zip(missing, batch.school.teach_students(missing).cpu(), strict=True):
+        for pair, student in zip(missing, batch.teach_students(missing).cpu(), strict=True):
             save_file({"student": student.clone()}, paths[pair])
     students = {pair: load_file(path)["student"] for pair, path in paths.items()}
     return torch.stack([students[pair] for pair in pairs]).to(batch.device)
@@ -230,10 +229,10 @@ def load_students(batch: Batch, folder: Path) -> Tensor:
 
 def load_teacher(batch: Batch, folder: Path) -> Tensor | None:
     """Returns the batch's teacher if it is a network, (1, P); it is trained first if the folder lacks it."""
-    (learned,) = {world.learned_teacher for world in batch.school.worlds}
-    path = folder / f"teacher-{_fingerprint(batch.school.worlds)}.safetensors"
+    (learned,) = {world.learned_teacher for world in batch.worlds}
+    path = folder / f"teacher-{_fingerprint(batch.worlds)}.safetensors"
     if learned and not path.exists():
-        save_file({"teacher": batch.school.teach_teacher().cpu()}, path)
+        save_file({"teacher": batch.teach_teacher().cpu()}, path)
     return load_file(path)["teacher"].to(batch.device) if learned else None
 
 

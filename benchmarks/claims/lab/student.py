@@ -195,7 +195,7 @@ class School:
     """Pre-trains for worlds whose answers have one form and length."""
 
     def __init__(self, worlds: Sequence[World], eye: Eye, device: torch.device) -> None:
-        self.worlds, self._eye, self._device = worlds, eye, device
+        self.worlds, self.eye, self.device = worlds, eye, device
         self.language = make_language(worlds, device)
         self.architecture = Architecture(
             digits=self.language.digits, length=self.language.length, vocabulary=self.language.vocabulary
@@ -204,7 +204,7 @@ class School:
 
     def teach_students(self, pairs: Sequence[tuple[World, int]]) -> Tensor:
         """Returns the student of each world and seed, (pairs, P)."""
-        device, size, m = self._device, BATCH, self.language.digits
+        device, size, m = self.device, BATCH, self.language.digits
         seeds = sorted({seed for _, seed in pairs})
         seed_R = torch.tensor([seeds.index(seed) for _, seed in pairs], device=device)
         world_R = torch.tensor([self.worlds.index(world) for world, _ in pairs], device=device)
@@ -230,7 +230,7 @@ class School:
 
     def teach_teacher(self) -> Tensor:
         """Returns a network that has learnt the first world's process, (1, P): its texts, and what the eye sees."""
-        device, size = self._device, BATCH
+        device, size = self.device, BATCH
         draws, first = Draws([0], 6, device), torch.zeros(1, dtype=torch.long, device=device)
         pool = self._pictures.pool([0], None)
         teacher = self.architecture.initialise([1_000]).to(device).requires_grad_()
@@ -242,7 +242,7 @@ class School:
             hidden = round(TEACHER_PIXELATED * size)
             cells = torch.cat([pixelate(cells[:, :hidden]), cells[:, hidden:]], 1)
             # Of a pixelated digit it learns what that shows, no more.
-            guessed = pick(self._eye.look(cells[:, :hidden]), numbers[:, :hidden, :, 2])
+            guessed = pick(self.eye.look(cells[:, :hidden]), numbers[:, :hidden, :, 2])
             digits = torch.cat([guessed, digits[:, hidden:]], 1)
             reading = torch.tensor([step < TEACHER_READING_STEPS], device=device)
             tokens = self.language.write(digits, text, first, by="teacher")
