@@ -19,7 +19,7 @@ from vaopd.vlm.families import PreparedImage, find_family
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.torchvision_compat import ensure_torchvision
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
+from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 from vaopd_trainer.student_loss import WeightedGroup
@@ -153,13 +153,9 @@ def make_group(
     )
 
 
-def make_engine(vlm: Vlm, *, batch_tokens: int = BATCH_TOKENS, cache_gib: int = 8) -> GroupEngine:
-    cache = VisionCache(vlm, capacity_bytes=cache_gib * 2**30)
+def make_engine(vlm: Vlm, *, batch_tokens: int = BATCH_TOKENS) -> GroupEngine:
+    cache = VisionCache(vlm, capacity_bytes=8 * 2**30)
     return GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=cache)
-
-
-def score(engine: GroupEngine, asked: Sequence[PreparedGroup]) -> list[EngineResult]:
-    return groups.score(engine, asked)
 
 
 def make_weighted(vlm: Vlm, prompt: int, lengths: Sequence[int], *, width: int) -> WeightedGroup:
