@@ -8,7 +8,6 @@ encode, and one that is in both caches.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -23,9 +22,10 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
+from vaopd.vlm import vllm_start
 from vaopd.vlm.model import Vlm
-from vaopd.vlm.torchvision_compat import ensure_torchvision
 from vaopd_teacher.engines.transformers_engine import GroupEngine
+from vaopd_teacher.engines.vllm_engine import collapse_images
 
 SHAPES = [
     HEADLINE,
@@ -42,43 +42,20 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 def start_vllm(folder: Path, threads: int) -> Any:
     """Starts vLLM in this process, so that both sides have the same cores and the same clock."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_NO_USAGE_STATS"] = os.environ["VLLM_DO_NOT_TRACK"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    options: dict[str, Any] = {}
     if not timing.ON_GPU:
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        options = {"enforce_eager": True, "kv_cache_memory_bytes": 2**30}
-    ensure_torchvision()
-    import vllm
-    from transformers import AutoConfig
-    from vllm import ModelRegistry
-
-    for name in AutoConfig.from_pretrained(folder).architectures or ():
-        if name in ModelRegistry.models:  # inspected here, not in a subprocess
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-    llm: Any = vllm.LLM(
-        model=str(folder),
-        dtype=timing.DTYPE,  # type: ignore[arg-type]
-        max_model_len=4096,
-        limit_mm_per_prompt={"image": 1, "video": 0},
+    return vllm_start.start(
+        str(folder),
+        dtype=timing.DTYPE,
+        options={"max_model_len": 4096, "limit_mm_per_prompt": {"image": 1}},
+        min_pixels=None,
+        max_pixels=None,
+        extension="",
         logprobs_mode="raw_logprobs",
         seed=0,
-        **options,
     )
-    # It warns at every image that it keeps its number of threads, which is intended.
-    logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
-    return llm
-
-
-def collapse_image(vlm: Vlm, token_ids: np.ndarray) -> list[int]:
-    """Returns the prompt with one placeholder for its image, as vLLM reads it."""
-    is_image = token_ids == vlm.family.image_token_id(vlm.model.config)
-    first = int(np.flatnonzero(is_image)[0])
-    keep = ~is_image
-    keep[first] = True
-    return token_ids[keep].tolist()
 
 
 def score_with_vllm(
@@ -103,7 +80,7 @@ def score_with_vllm(
 
 def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> dict[str, Any]:
     group = groups.group(vlm, shape)
-    prompt = collapse_image(vlm, group.original.token_ids)
+    prompt = collapse_images(vlm, group.original)
     seconds, difference = {}, 0.0
     for case in ("new", "known"):
         turns = repeats if case == "new" else 1
@@ -141,7 +118,7 @@ def main() -> None:
         measure(llm, vlm, groups.engine_for(vlm), QUICK, repeats=2)  # both are warm now
         shapes = tables.chosen(options, SHAPES, usual=1)
         found = [measure(llm, vlm, groups.engine_for(vlm), shape, options.repeats) for shape in shapes]
-        llm.llm_engine.engine_core.shutdown()
+        vllm_start.stop(llm)
     rows = []
     for entry in found:
         new, known = entry["seconds"]["new"], entry["seconds"]["known"]

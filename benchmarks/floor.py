@@ -10,35 +10,12 @@ from less work if both sides are equally well implemented.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The relevant part of the published config.json of Qwen/Qwen3-VL-8B-Instruct.
-QWEN3_VL_8B = {
-    "tie_word_embeddings": False,
-    "text_config": {
-        "vocab_size": 151_936,
-        "hidden_size": 4096,
-        "intermediate_size": 12_288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-    "vision_config": {
-        "depth": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "out_hidden_size": 4096,
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "in_channels": 3,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [8, 16, 24],
-    },
-}
+from vaopd.vlm import memory
+
 PUBLISHED_PARAMETERS = 8.77e9
 # H100 SXM, NVIDIA's data sheet: bf16 on the tensor cores without sparsity, HBM3.
 H100_FLOPS, H100_BYTES_PER_S = 989e12, 3.35e12
@@ -67,38 +44,36 @@ class Cost:
 
 
 class Model:
-    """Sizes of a Qwen3-VL, from its configuration as a dictionary."""
+    """The matrices of a Qwen3-VL, (in, out) each, from its sizes."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        text, vision = config["text_config"], config["vision_config"]
-        self.vocabulary, self.width, self.layers = text["vocab_size"], text["hidden_size"], text["num_hidden_layers"]
-        self.heads_width = text["num_attention_heads"] * text["head_dim"]
-        self.kv_width = text["num_key_value_heads"] * text["head_dim"]
-        inner = text["intermediate_size"]
-        # (in, out) of every matrix of a layer.
+    def __init__(self, sizes: memory.Model) -> None:
+        self.vocabulary, self.width, self.layers = sizes.vocabulary, sizes.hidden, sizes.layers
+        self.heads_width, self.kv_width = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         self.text_matrices = [
             (self.width, self.heads_width),
             (self.width, 2 * self.kv_width),
             (self.heads_width, self.width),
-            (self.width, 2 * inner),
-            (inner, self.width),
+            (self.width, 2 * sizes.mlp),
+            (sizes.mlp, self.width),
         ]
-        self.vision_width, self.depth = vision["hidden_size"], vision["depth"]
-        v_inner = vision["intermediate_size"]
+        self.vision_width, self.depth = sizes.vision_hidden, sizes.vision_depth
         self.vision_matrices = [
             (self.vision_width, 3 * self.vision_width),
             (self.vision_width, self.vision_width),
-            (self.vision_width, v_inner),
-            (v_inner, self.vision_width),
+            (self.vision_width, sizes.vision_mlp),
+            (sizes.vision_mlp, self.vision_width),
         ]
-        self.merged = vision["spatial_merge_size"] ** 2
+        self.merged = memory.MERGE**2
         joined = self.merged * self.vision_width
-        self.merger_matrices = [(joined, joined), (joined, vision["out_hidden_size"])]
-        self.mergers = 1 + len(vision["deepstack_visual_indexes"])
-        pixels = vision.get("in_channels", 3) * vision["temporal_patch_size"] * vision["patch_size"] ** 2
-        self.patch_matrix = (pixels, self.vision_width)
-        self.positions = vision["num_position_embeddings"]
-        self.tied = config["tie_word_embeddings"]
+        self.merger_matrices = [(joined, joined), (joined, self.width)]
+        self.mergers = 1 + sizes.deepstack
+        self.patch_matrix = (3 * 2 * memory.PATCH_PX**2, self.vision_width)
+        self.positions, self.tied = sizes.vision_positions, sizes.tied
+
+    @classmethod
+    def of(cls, config: Any) -> Model:
+        """Reads the sizes of transformers' configuration."""
+        return cls(memory.Model.from_config(config.to_dict(), name="the benchmark's model"))
 
     @property
     def text_weights(self) -> int:
@@ -217,7 +192,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--groups", type=int, default=16, help="prompt groups of an optimizer step")
     options = parser.parse_args()
-    model = Model(QWEN3_VL_8B)
+    model = Model(memory.MODELS["8B"])
     print(
         f"Qwen3-VL-8B: {model.parameters / 1e9:.2f} B parameters counted, {PUBLISHED_PARAMETERS / 1e9} B published; "
         f"text {model.text_weights / 1e9:.2f} B, vision {model.vision_weights / 1e9:.2f} B, head and embeddings "

@@ -19,9 +19,11 @@ import PIL.Image
 import torch
 from timing import DEVICE, DTYPE
 
+from vaopd.config import VaOpd
 from vaopd.degradation import degrade
+from vaopd.payloads import from_torch
 from vaopd.tiny.tokenizer import SPECIAL_TOKENS, assemble_tokenizer, build_processor
-from vaopd.types import Degradation, ImagePart, Message, TextPart
+from vaopd.types import Degradation, GroupScore, ImagePart, Message, Payload, Rollout, RolloutGroup, TextPart
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
@@ -29,6 +31,8 @@ from vaopd.vlm.torchvision_compat import ensure_torchvision
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
+from vaopd_trainer import student_loss
+from vaopd_trainer.student_loss import ScoredGroup, WeightedGroup
 
 PATCH_PX, MERGE = 16, 2
 MAX_POSITIONS = 8192
@@ -68,61 +72,63 @@ QUICK = Shape(prompt=150, response=16, rollouts=2)
 # ---------------------------------------------------------------------------------------------------------- the models
 
 
-def save_model(folder: Path, *, vocabulary: int, layers: int = 8, seed: int = 0) -> Path:
+def save_model(folder: Path, *, vocabulary: int, layers: int = 8) -> Path:
     """Saves a random Qwen3-VL with tokenizer and processor in a folder that transformers and vLLM can load."""
     ensure_torchvision()
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
     quiet()
     processor = build_processor()
-    processor.tokenizer = _widened(processor.tokenizer, vocabulary)
+    processor.tokenizer = widen(processor.tokenizer, vocabulary)
     processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 2048 * 2048}
-    ids = processor.tokenizer.get_vocab()
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": 384,
-            "intermediate_size": 1152,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "max_position_embeddings": MAX_POSITIONS,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5_000_000.0,
-                "mrope_section": [12, 10, 10],
-                "mrope_interleaved": True,
-            },
-            "tie_word_embeddings": True,
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "bos_token_id": None,
-        },
-        vision_config={
-            "depth": 6,
-            "hidden_size": 256,
-            "intermediate_size": 1024,
-            "num_heads": 4,
-            "out_hidden_size": 384,
-            "patch_size": PATCH_PX,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 48**2,
-            "deepstack_visual_indexes": [1, 3],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+    text = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": layers, "num_attention_heads": 6}
+    vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "num_heads": 4}
+    config = make_config(
+        processor,
+        text={**text, "vocab_size": vocabulary, "num_key_value_heads": 2, "max_position_embeddings": MAX_POSITIONS},
+        vision={**vision, "deepstack_visual_indexes": [1, 3]},
+        head_dim=64,
+        tied=True,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
-def _widened(tokenizer: Any, vocabulary: int) -> Any:
+def make_config(processor: Any, *, text: dict[str, Any], vision: dict[str, Any], head_dim: int, tied: bool) -> Any:
+    """Returns a Qwen3-VL's configuration with the processor's ids; `text`, `vision`: sizes by transformers' names."""
+    from transformers import Qwen3VLConfig
+
+    ids = processor.tokenizer.get_vocab()
+    rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_interleaved": True}
+    rope["mrope_section"] = [head_dim * part // 32 for part in (6, 5, 5)]
+    return Qwen3VLConfig(
+        text_config={
+            "head_dim": head_dim,
+            "rope_parameters": rope,
+            "tie_word_embeddings": tied,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "bos_token_id": None,
+            **text,
+        },
+        vision_config={
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": PATCH_PX,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 48**2,
+            **vision,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+
+
+def widen(tokenizer: Any, vocabulary: int) -> Any:
     """Adds entries that no merge makes, so that the tiny tokenizer's vocabulary is as wide as the LM head."""
     learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     words = dict(learned["vocab"])
@@ -211,6 +217,37 @@ def group(vlm: Vlm, shape: Shape, *, seed: int = 0, images: Sequence[PreparedIma
         responses=response_ids(vlm, shape, seed),
         payload="hidden",
         top_k=0,
+    )
+
+
+def weigh(prepared: PreparedGroup, hidden: torch.Tensor, *, seed: int) -> WeightedGroup:
+    """Scores and weighs a group for the student: random log-probs, and a teacher's hidden states (M, D_T)."""
+    rng = np.random.default_rng(seed)
+    teacher, advantage = (tuple(rng.random(len(ids), dtype=np.float32) for ids in prepared.responses) for _ in range(2))
+    teacher = tuple(-row for row in teacher)
+    score = GroupScore(
+        group_id=prepared.group_id,
+        teacher_logprobs=teacher,
+        degraded_logprobs=tuple(t - a for t, a in zip(teacher, advantage, strict=True)),
+        visual_advantage=advantage,
+        payload=Payload(kind="hidden", tensors={"hidden": from_torch(hidden)}),
+        prompt_tokens=len(prepared.original.token_ids),
+    )
+    rollouts = tuple(
+        Rollout(rollout_id=str(k), response_ids=ids.astype(np.int32), rollout_logprobs=p, finish_reason="length")
+        for k, (ids, p) in enumerate(zip(prepared.responses, teacher, strict=True))
+    )
+    rollout_group = RolloutGroup(
+        group_id=prepared.group_id,
+        policy_version=0,
+        policy_sha256="",
+        prompt_token_ids=prepared.original.token_ids.astype(np.int32),
+        rollouts=rollouts,
+        worker="benchmark",
+        generation_s=0.0,
+    )
+    return student_loss.weigh(
+        ScoredGroup(index=0, group=rollout_group, prompt=prepared.original, score=score), VaOpd(), seed=0
     )
 
 

@@ -9,18 +9,21 @@ binomials, powers of long sums, nested roots. Every other one stands in the refe
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import random
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 from vaopd.grading import judge, judge_version, pool, prepare
 
 TABLE = Path(__file__).parents[1] / "tests" / "data" / "judge_pairs.tsv"
-SAMPLE_EVERY_S = 0.02
+SAMPLE_EVERY_S = 0.1
 
 
 def generate_plain(draw: random.Random) -> str:
@@ -65,20 +68,15 @@ def generate_costly(draw: random.Random) -> str:
     return draw.choice(forms)()[:900]
 
 
-def peak_memory_mb(stop: threading.Event, peak: list[float]) -> None:
-    """Samples the resident memory of worker and comparisons together, until `stop`."""
+def watch_memory(worker: int, stop: Event, peak_mb: Synchronized[float]) -> None:
+    """Samples the resident memory of worker and comparisons together; a process, so that it holds up no caller."""
     while not stop.wait(SAMPLE_EVERY_S):
-        total = 0.0
-        worker = pool._get_worker().pid
+        pages = 0
         for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
-                if worker in (pid, parent):
-                    pages = int((path.parent / "statm").read_text().split()[1])
-                    total += pages * 4096 / 2**20
-            except (FileNotFoundError, ProcessLookupError):  # it has just ended
-                continue
-        peak[0] = max(peak[0], total)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if worker in (int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])):
+                    pages += int((path.parent / "statm").read_text().split()[1])
+        peak_mb.value = max(peak_mb.value, pages * 4096 / 2**20)
 
 
 def main() -> None:
@@ -88,7 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     prepare()
-    print(f"judge {judge_version()}")
+    print(f"judge {judge_version()}", flush=True)
 
     counts: Counter[tuple[str, str]] = Counter()
     for line in TABLE.read_text().splitlines():
@@ -101,9 +99,10 @@ def main() -> None:
     print(f"table: {counts.total()} pairs, precision {precision:.4f}, recall {recall:.4f}, {dict(counts)}")
 
     draw = random.Random(options.seed)
-    peak, stop = [0.0], threading.Event()
-    sampler = threading.Thread(target=peak_memory_mb, args=(stop, peak))
-    sampler.start()
+    processes = multiprocessing.get_context("spawn")
+    stop, peak_mb = processes.Event(), processes.Value("d", 0.0)
+    watcher = processes.Process(target=watch_memory, args=(pool._get_worker().pid, stop, peak_mb))
+    watcher.start()
     for name, generate in (("plain", generate_plain), ("costly", generate_costly)):
         seconds, verdicts = [], Counter[str]()
         for index in range(options.expressions // 2):
@@ -118,8 +117,8 @@ def main() -> None:
         times = f"p50 {cuts[49]:.3f} s, p99 {cuts[98]:.3f} s, worst {max(seconds):.3f} s"
         print(f"{name}: {len(seconds)} expressions, {times}; {dict(verdicts)}", flush=True)
     stop.set()
-    sampler.join()
-    print(f"memory of worker and comparison: at most {peak[0]:.0f} MB")
+    watcher.join()
+    print(f"memory of worker and comparison: at most {peak_mb.value:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def images_of(group: PreparedGroup) -> list[PreparedImage]:
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
     engine = groups.engine_for(vlm)
-    model = floor.Model(vlm.config.to_dict())
+    model = floor.Model.of(vlm.config)
     matmul = timing.matmul_flops_per_s()
     found: list[dict[str, Any]] = []
     for run in make_sides(vlm, plain, engine, QUICK).values():
@@ -124,7 +124,7 @@ def scaling(vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int) -> list[d
     """
     images = groups.prepare(vlm, groups.both_views(shape, seed=3), key="scaling")
     cache = VisionCache(vlm, capacity_bytes=groups.VISION_CACHE_BYTES)
-    model = floor.Model(vlm.config.to_dict())
+    model = floor.Model.of(vlm.config)
     sides: dict[str, Callable[[], Any]] = {}
     expected, counted = {}, {}
     for k in (1, 2, 4, 8):

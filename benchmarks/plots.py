@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vaopd.report.plots import COLOURS, RC
+from vaopd.vlm import memory
 
 ROOT = Path(__file__).parents[1]
 SIDE_COLOURS = {
@@ -153,7 +154,7 @@ def draw_training(numbers: dict[str, Any], images: Path) -> None:
 
 
 def draw_floor(images: Path) -> None:
-    model = floor.Model(floor.QWEN3_VL_8B)
+    model = floor.Model(memory.MODELS["8B"])
     entries: list[dict[str, Any]] = []
     for prompt, response in floor.SETTINGS:
         costs = {side: floor.count_cost_at(model, side, (prompt, response), rollouts=4) for side in floor.SIDES}

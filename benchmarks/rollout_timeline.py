@@ -1,9 +1,8 @@
 """Shows a step's timeline when groups leave a rollout worker one by one, and when they leave as a batch.
 
-`python benchmarks/rollout_timeline.py` prints two tables. The first is measured: the tiny pair, vLLM, a Valkey, a
-teacher process, one worker, a step of 16 groups of 4 responses; all take TOKENS tokens but for one rollout, 40 times as
-long. An evaluation of 8 groups is requested behind the step. *batch* waits until all that it took has ended, and takes
-nothing meanwhile. The second table is counted: the recipe on one H100, with the same worker.
+`python benchmarks/rollout_timeline.py` measures the tiny pair, vLLM, a Valkey, a teacher process, one worker, a step of
+16 groups of 4 responses; all take TOKENS tokens but for one rollout, 40 times as long. An evaluation of 8 groups is
+requested behind the step. *batch* waits until all that it took has ended, and takes nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-import rollout_timeline_counted
 import tables
 from serving import ROOT, TINY_TEACHER, encoded, teacher_server
 
@@ -192,8 +190,7 @@ def main() -> None:
         for what, batch in medians["batch"].items()
     ]
     tables.table("A step with one long rollout, tiny pair", ("since the first request", "batch", "stream", ""), rows)
-    counted = rollout_timeline_counted.count()
-    tables.save(options.json, "rollout_timeline", {"measured": medians, "counted": counted})
+    tables.save(options.json, "rollout_timeline", {"measured": medians})
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import groups
 import numpy as np
+import tables
 import timing
 import torch
-from serving import encoded, print_table, teacher_server, tokens_of
+from serving import encoded, teacher_server, tokens_of
 
 from vaopd.client import TeacherClient
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherLimits
@@ -127,7 +128,7 @@ async def measure(options: argparse.Namespace, model: Path) -> None:
         ("processor time per group, engine's thread / all of the server", f"{engine_ms:.0f} / {server_ms:.0f} ms", ""),
     ]  # fmt: skip
     title = f"Cost of the service: {options.groups} groups of {shape}, {options.groups_per_forward} in a forward"
-    print_table(title, rows)
+    tables.table(title, ("", "measured", "target"), rows)
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
-"""Requests, a server process, percentiles and a table, for the measurements of the teacher service."""
+"""Requests, a server process and percentiles, for the measurements of the teacher service."""
 
 from __future__ import annotations
 
 import io
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -12,8 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +103,3 @@ def teacher_server(model: Path, *, batch_tokens: int, service: str = "", timeout
 
 def percentile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(np.array(values), percent))
-
-
-def print_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """Prints rows of (quantity, measured, target) in Markdown."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "grpcio"))
-    print(f"\n{title}\n\n{date.today()}, {device}, Python {platform.python_version()}, {versions}\n")
-    print("| | measured | target |\n| --- | --- | --- |")
-    for what, measured, wanted in rows:
-        print(f"| {what} | {measured} | {wanted} |")

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
-from serving import TINY_TEACHER, group, percentile, print_table, teacher_server, tokens_of
+import tables
+from serving import TINY_TEACHER, group, percentile, teacher_server, tokens_of
 
 from vaopd.client import TeacherClient
 from vaopd.pb import teacher_pb2_grpc
@@ -189,7 +190,8 @@ async def among_jobs(target: str, large: ScoreRequest, small: ScoreRequest, opti
 async def measure(target: str, large: ScoreRequest, small: ScoreRequest, options: argparse.Namespace) -> None:
     rows = [] if options.only_overload else await among_jobs(target, large, small, options)
     rows += await under_overload(target, large, options.window_s)
-    print_table(f"Sharing a teacher: {tokens_of(large)} and {tokens_of(small)} tokens per group", rows)
+    title = f"Sharing a teacher: {tokens_of(large)} and {tokens_of(small)} tokens per group"
+    tables.table(title, ("", "measured", "target"), rows)
 
 
 def main() -> None:

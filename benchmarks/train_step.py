@@ -23,12 +23,11 @@ import timing
 import torch
 from groups import HEADLINE, QUICK, Shape
 
-from vaopd.config import TrainerConfig, VaOpd
+from vaopd.config import TrainerConfig
 from vaopd.divergence import FullTarget, fused_loss
-from vaopd.payloads import from_torch, to_torch
-from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
+from vaopd.payloads import to_torch
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup, weigh
+from vaopd_trainer.student_loss import StudentLoss, WeightedGroup
 
 SHAPES = [
     HEADLINE,
@@ -44,34 +43,8 @@ SIDES = ("shared", "per sequence", "image shared")
 
 def weighted_group(vlm: Vlm, shape: Shape) -> WeightedGroup:
     """Makes a scored group: random advantages, and hidden states of a teacher of the same width."""
-    prepared = groups.group(vlm, shape)
-    rng = np.random.default_rng(7)
-    hidden = torch.from_numpy(rng.standard_normal((sum(shape.lengths), vlm.hidden_size), dtype=np.float32))
-    teacher = tuple(-rng.random(length, dtype=np.float32) for length in shape.lengths)
-    advantage = tuple(rng.random(length, dtype=np.float32) for length in shape.lengths)
-    score = GroupScore(
-        group_id=prepared.group_id,
-        teacher_logprobs=teacher,
-        degraded_logprobs=tuple(t - a for t, a in zip(teacher, advantage, strict=True)),
-        visual_advantage=advantage,
-        payload=Payload(kind="hidden", tensors={"hidden": from_torch(hidden.to(vlm.head.dtype))}),
-        prompt_tokens=shape.prompt,
-    )
-    rollouts = tuple(
-        Rollout(rollout_id=str(k), response_ids=ids.astype(np.int32), rollout_logprobs=told, finish_reason="length")
-        for k, (ids, told) in enumerate(zip(prepared.responses, teacher, strict=True))
-    )
-    group = RolloutGroup(
-        group_id=prepared.group_id,
-        policy_version=0,
-        policy_sha256="",
-        prompt_token_ids=prepared.original.token_ids.astype(np.int32),
-        rollouts=rollouts,
-        worker="benchmark",
-        generation_s=0.0,
-    )
-    scored = ScoredGroup(index=0, group=group, prompt=prepared.original, score=score)
-    return weigh(scored, VaOpd(), seed=0)
+    hidden = np.random.default_rng(7).standard_normal((sum(shape.lengths), vlm.hidden_size), dtype=np.float32)
+    return groups.weigh(groups.group(vlm, shape), torch.from_numpy(hidden).to(vlm.head.dtype), seed=7)
 
 
 def teacher_head(vlm: Vlm) -> torch.Tensor:
@@ -116,7 +89,7 @@ def make_sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    model = floor.Model(vlm.config.to_dict())
+    model = floor.Model.of(vlm.config)
     for run in make_sides(vlm, plain, weighted_group(vlm, QUICK)).values():
         run()  # gradients are allocated, kernels are there
     for shape in shapes:

@@ -15,12 +15,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import pydantic
 
@@ -43,6 +40,7 @@ from vaopd.http_types import (
     TeachersReply,
 )
 from vaopd.net.backoff import Backoff, check_timeout
+from vaopd.net.loop import LoopThread
 
 try:
     import httpx
@@ -51,6 +49,7 @@ except ModuleNotFoundError:
 
 __all__ = ["AsyncScoringClient", "ImageSource", "ScoringClient", "ask"]
 
+LOCAL = "http://127.0.0.1:8080"
 ImageSource = bytes | Path
 """A PNG, JPEG or WEBP file: its bytes or its path."""
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -70,181 +69,56 @@ _KINDS: dict[int, type[errors.VaopdError]] = {
 }
 
 
-def ask(
-    question: str,
-    responses: Sequence[str | Sequence[int]],
-    *,
-    images: Sequence[ImageSource] = (),
-    degradation: DegradationModel = DegradationModel(),
-    teacher: str | None = None,
-    top_k: int = 0,
-    columns: Sequence[str] = (),
-) -> ScoreBody:
+class AskOptions(TypedDict, total=False):
+    """The keyword arguments of a request to score."""
+
+    images: Sequence[ImageSource]
+    degradation: DegradationModel
+    teacher: str | None
+    """The model to score with; None: the API's first."""
+    top_k: int
+    """The number of alternatives to list at each place."""
+    columns: Sequence[str]
+    """Further numbers to compute for each token, see `vaopd.columns`."""
+
+
+def ask(question: str, responses: Sequence[str | Sequence[int]], **options: Unpack[AskOptions]) -> ScoreBody:
     """Builds one request to score.
 
     responses: K texts or lists of token ids, compared as one group.
-    teacher: the model to score with; None: the API's first.
-    top_k: the number of alternatives to list at each place.
-    columns: further numbers to compute for each token, see `vaopd.columns`.
 
     Raises InvalidInput for an image that can't be read, pydantic.ValidationError for values that the API would refuse.
     """
-    return ScoreBody(
-        question=question,
-        images=[_encode_image(image) for image in images],
-        responses=[response if isinstance(response, str) else list(response) for response in responses],
-        degradation=degradation,
-        teacher=teacher,
-        top_k=top_k,
-        columns=list(columns),
-    )
+    given: dict[str, Any] = {**options, "images": [_encode_image(image) for image in options.get("images", ())]}
+    listed = [response if isinstance(response, str) else list(response) for response in responses]
+    return ScoreBody(question=question, responses=listed, **given)
 
 
-class ScoringClient:
-    """A client of the scoring API, for one thread. Methods raise the errors of `vaopd.errors`.
+class AsyncScoringClient:
+    """A client of the scoring API, for one event loop. Methods raise the errors of `vaopd.errors`.
 
     timeout_s: for each request.
     patience_s: how long requests to an API that is down or busy are repeated.
-    transport: httpx's, for proxies and tests.
     """
 
     def __init__(
         self,
-        base_url: str = "http://127.0.0.1:8080",
+        base_url: str = LOCAL,
         *,
         api_key: str | None = None,
         timeout_s: float = 120.0,
         patience_s: float = 30.0,
-        transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(
-            base_url=base_url,
-            headers=_make_headers(api_key),
-            timeout=check_timeout("timeout_s", timeout_s),
-            transport=transport,
-        )
-        self._patience_s = patience_s
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
-
-    def teachers(self) -> list[TeacherModel]:
-        """Returns the teachers that score for this API."""
-        return _read(TeachersReply, self._ask("GET", "/v1/teachers")).teachers
-
-    def students(self) -> list[StudentModel]:
-        """Returns the API's student, if it has one."""
-        return _read(StudentsReply, self._ask("GET", "/v1/students")).students
-
-    def runs(self) -> list[RunModel]:
-        """Returns the runs that the API has reports of."""
-        return _read(RunsReply, self._ask("GET", "/v1/runs")).runs
-
-    def score(
-        self,
-        question: str,
-        responses: Sequence[str | Sequence[int]],
-        *,
-        images: Sequence[ImageSource] = (),
-        degradation: DegradationModel = DegradationModel(),
-        teacher: str | None = None,
-        top_k: int = 0,
-        columns: Sequence[str] = (),
-    ) -> ScoreReply:
-        """Scores the responses as one group. See `ask` for the arguments."""
-        body = ask(
-            question,
-            responses,
-            images=images,
-            degradation=degradation,
-            teacher=teacher,
-            top_k=top_k,
-            columns=columns,
-        )
-        return _read(ScoreReply, self._ask("POST", "/v1/score", body))
-
-    def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
-        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
-        for start in range(0, len(requests), MAX_BATCH_ITEMS):
-            reader = _Events(start)
-            request = self._http.build_request(
-                "POST", "/v1/score/batch", **_encode_batch(requests[start:][:MAX_BATCH_ITEMS])
-            )
-            with closing(self._send(request)) as answer:
-                try:
-                    for line in answer.iter_lines():
-                        yield from reader.read(line)
-                except httpx.TransportError as error:
-                    raise _make_lost_error(error) from None
-            reader.end()
-
-    def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
-        """Returns the degraded view that the teacher sees, as PNG."""
-        return self._ask(
-            "POST", "/v1/degrade", DegradeBody(image=_encode_image(image), degradation=degradation)
-        ).content
-
-    def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
-        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
-        body = SampleBody(question=question, images=[_encode_image(image) for image in images], **settings)
-        return _read(SampleReply, self._ask("POST", "/v1/sample", body))
-
-    def _ask(self, method: str, path: str, body: pydantic.BaseModel | None = None) -> httpx.Response:
-        with closing(self._send(self._http.build_request(method, path, **_encode_body(body)))) as answer:
-            answer.read()
-        return answer
-
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        backoff = Backoff(self._patience_s)
-        while True:
-            try:
-                answer = self._http.send(request, stream=True)
-                if answer.is_success:
-                    return answer
-                with closing(answer):
-                    answer.read()
-                raise _make_refusal(answer)
-            except httpx.TransportError as error:
-                time.sleep(backoff.delay_s(_make_lost_error(error)))
-            except (errors.Busy, errors.Unavailable) as refused:
-                time.sleep(backoff.delay_s(refused))
-
-
-class AsyncScoringClient:
-    """`ScoringClient` for event loops: the same methods, awaited; `score_batch` is iterated with `async for`."""
-
-    def __init__(
-        self,
-        base_url: str = "http://127.0.0.1:8080",
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 120.0,
-        patience_s: float = 30.0,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
-            base_url=base_url,
-            headers=_make_headers(api_key),
-            timeout=check_timeout("timeout_s", timeout_s),
-            transport=transport,
+            base_url=base_url, headers=headers, timeout=check_timeout("timeout_s", timeout_s)
         )
         self._patience_s = patience_s
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: Any) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -264,29 +138,12 @@ class AsyncScoringClient:
         return _read(RunsReply, await self._ask("GET", "/v1/runs")).runs
 
     async def score(
-        self,
-        question: str,
-        responses: Sequence[str | Sequence[int]],
-        *,
-        images: Sequence[ImageSource] = (),
-        degradation: DegradationModel = DegradationModel(),
-        teacher: str | None = None,
-        top_k: int = 0,
-        columns: Sequence[str] = (),
+        self, question: str, responses: Sequence[str | Sequence[int]], **options: Unpack[AskOptions]
     ) -> ScoreReply:
         """Scores the responses as one group. See `ask` for the arguments."""
-        body = ask(
-            question,
-            responses,
-            images=images,
-            degradation=degradation,
-            teacher=teacher,
-            top_k=top_k,
-            columns=columns,
-        )
-        return _read(ScoreReply, await self._ask("POST", "/v1/score", body))
+        return _read(ScoreReply, await self._ask("POST", "/v1/score", ask(question, responses, **options)))
 
-    async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncIterator[BatchResult]:
+    async def score_batch(self, requests: Sequence[ScoreBody]) -> AsyncGenerator[BatchResult]:
         """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
         for start in range(0, len(requests), MAX_BATCH_ITEMS):
             reader = _Events(start)
@@ -338,7 +195,60 @@ class AsyncScoringClient:
                 await asyncio.sleep(backoff.delay_s(refused))
 
 
-# ------------------------------------------------------------------------------------------- what both share
+class ScoringClient:
+    """`AsyncScoringClient` for code without an event loop: the same methods, run on a thread of its own."""
+
+    def __init__(
+        self,
+        base_url: str = LOCAL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        patience_s: float = 30.0,
+    ) -> None:
+        """See `AsyncScoringClient`."""
+        self._client = AsyncScoringClient(base_url, api_key=api_key, timeout_s=timeout_s, patience_s=patience_s)
+        self._loop = LoopThread("this client of the scoring API")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; calls in progress on other threads raise Unavailable."""
+        self._loop.close(self._client.close())
+
+    def teachers(self) -> list[TeacherModel]:
+        """Returns the teachers that score for this API."""
+        return self._loop.run(self._client.teachers())
+
+    def students(self) -> list[StudentModel]:
+        """Returns the API's student, if it has one."""
+        return self._loop.run(self._client.students())
+
+    def runs(self) -> list[RunModel]:
+        """Returns the runs that the API has reports of."""
+        return self._loop.run(self._client.runs())
+
+    def score(
+        self, question: str, responses: Sequence[str | Sequence[int]], **options: Unpack[AskOptions]
+    ) -> ScoreReply:
+        """Scores the responses as one group. See `ask` for the arguments."""
+        return self._loop.run(self._client.score(question, responses, **options))
+
+    def score_batch(self, requests: Sequence[ScoreBody]) -> Iterator[BatchResult]:
+        """Yields each request's result when it is done; `index` is the request's place. Long lists are split."""
+        return self._loop.iterate(self._client.score_batch(requests))
+
+    def degrade(self, image: ImageSource, degradation: DegradationModel = DegradationModel()) -> bytes:
+        """Returns the degraded view that the teacher sees, as PNG."""
+        return self._loop.run(self._client.degrade(image, degradation))
+
+    def sample(self, question: str, *, images: Sequence[ImageSource] = (), **settings: Any) -> SampleReply:
+        """Samples responses from the API's student; `settings` are those of `vaopd.http_types.SampleBody`."""
+        return self._loop.run(self._client.sample(question, images=images, **settings))
 
 
 class _Events:
@@ -361,10 +271,6 @@ class _Events:
     def end(self) -> None:
         if not self._done:
             raise errors.Unavailable("the API ended a batch early; send the requests without a result again")
-
-
-def _make_headers(api_key: str | None) -> dict[str, str]:
-    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def _encode_body(body: pydantic.BaseModel | None) -> dict[str, Any]:

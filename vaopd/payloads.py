@@ -6,7 +6,6 @@ else of a score is numpy.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ import torch
 from vaopd.divergence import top_k_logprobs
 from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
+from vaopd.wire.common import check_tensor
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "top_k", "sampled")
 """The payloads that a teacher of this version can send."""
@@ -34,11 +34,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
     Raises InvalidInput when the bytes don't fit dtype and shape.
     """
-    expected = math.prod(tensor.shape) * ITEMSIZE_BYTES[tensor.dtype]
-    if len(tensor.data) != expected:
-        raise InvalidInput(
-            f"tensor of dtype {tensor.dtype} and shape {tensor.shape} needs {expected} bytes, got {len(tensor.data)}"
-        )
+    check_tensor(tensor.dtype, tensor.shape, tensor.data)
     dtype = getattr(torch, tensor.dtype)
     if not tensor.data:
         return torch.empty(tensor.shape, dtype=dtype)
@@ -58,24 +54,6 @@ def from_torch(tensor: torch.Tensor) -> Tensor:
     return Tensor(dtype=dtype, shape=tuple(tensor.shape), data=data)  # type: ignore[arg-type]
 
 
-def encode(
-    kind: PayloadKind,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    *,
-    top_k: int,
-    vocab_size: int | None = None,
-    chunk_tokens: int = 1024,
-) -> Payload:
-    """Makes the payload of M response tokens from hidden states (M, D) and the LM head (V, D).
-
-    Only the "top_k" payload uses `top_k`. Raises NumericalError for hidden states that aren't finite ("hidden_int8").
-    """
-    if kind == "hidden_int8":
-        check_finite(hidden)
-    return pack(kind, compute(kind, hidden, head, top_k=top_k, vocab_size=vocab_size, chunk_tokens=chunk_tokens))
-
-
 def compute(
     kind: PayloadKind,
     hidden: torch.Tensor,
@@ -85,9 +63,10 @@ def compute(
     vocab_size: int | None = None,
     chunk_tokens: int = 1024,
 ) -> dict[str, torch.Tensor]:
-    """Returns a payload's tensors by name, on the device of the hidden states; waits for nothing there.
+    """Returns the tensors by name of M response tokens' payload, from hidden states (M, D) and the LM head (V, D).
 
-    vocab_size: V, where the head has rows of padding beyond it.
+    They stay on the device of the hidden states, and nothing here waits for it. top_k: of that payload. vocab_size: V,
+    where the head has rows of padding beyond it.
     """
     if kind == "hidden":
         return {"hidden": hidden}
@@ -121,24 +100,8 @@ def decode(payload: Payload) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def quantised(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds to 8 bits: (M, D) -> (M, D) int8 and scales (M,) float32, value ≈ int8·scale.
-
-    The error is at most scale / 2 = max|row| / 254. Raises NumericalError for values that aren't finite.
-    """
-    check_finite(hidden)
-    return _quantise(hidden.float())
-
-
-def check_finite(hidden: torch.Tensor) -> None:
-    """Raises NumericalError, with their number, for hidden states that aren't finite; waits for the device."""
-    if bad := int((~torch.isfinite(hidden)).sum()):
-        raise NumericalError(
-            f"{bad} of {hidden.numel()} hidden states are not finite; check the teacher's weights and dtype"
-        )
-
-
 def _quantise(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds to 8 bits: (M, D) -> (M, D) int8 and scales (M,), value ≈ int8·scale, off by at most max|row| / 254."""
     scales = wide.abs().amax(-1) / _INT8_MAX if wide.numel() else wide.new_zeros(len(wide))
     divisors = torch.where(scales > 0, scales, 1.0)  # a row of zeros stays one
     rows = (wide / divisors[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)

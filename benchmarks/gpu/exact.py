@@ -9,7 +9,7 @@ import timing
 import torch
 
 from benchmarks.gpu.measure import Check
-from benchmarks.gpu.models import make_engine, make_group, score
+from benchmarks.gpu.models import make_engine, make_group
 
 SHAPES = [(650, [500] * 4), (650, [40, 200, 333, 500])] if timing.ON_GPU else [(100, [3, 9])]
 
@@ -22,7 +22,7 @@ def run(check: Check) -> None:
             continue
         group = make_group(vlm, prompt, lengths, seed=3)
         with torch.inference_mode():
-            found = groups.logprobs(score(make_engine(vlm), [group]))
+            found = groups.logprobs(groups.score(make_engine(vlm), [group]))
             expected = competitors.score_usual(vlm.model, group, vocab_size=vlm.vocab_size)
         error = float(np.abs(found - expected).max())
         check.tell(name, f"largest difference {error:.1e} nats", target="≤ 1e-4", ok=error <= 1e-4, nats=error)

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 
+import groups
 import timing
 import torch
 
 from benchmarks.gpu.measure import Check, measure_s
-from benchmarks.gpu.models import BATCH_TOKENS, count_words, make_engine, make_group, score
+from benchmarks.gpu.models import BATCH_TOKENS, count_words, make_engine, make_group
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.server import TeacherServer
 
@@ -27,7 +28,7 @@ def run(check: Check) -> None:
         engine = make_engine(vlm)
         pair = [make_group(vlm, PROMPT, [RESPONSE] * ROLLOUTS, seed=i, key=key and f"{key}{i}") for i in range(2)]
         with torch.inference_mode():
-            alone_s[turn] = measure_s(lambda engine=engine, pair=pair: score(engine, pair)) / 2
+            alone_s[turn] = measure_s(lambda engine=engine, pair=pair: groups.score(engine, pair)) / 2
     lines, busy_s = asyncio.run(serve(vlm, timeout_s=max(30.0, check.left_s)))
     for turn, line in zip(TURNS, lines, strict=True):
         found = json.loads(line)

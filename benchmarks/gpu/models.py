@@ -12,21 +12,17 @@ import groups
 import numpy as np
 import timing
 import torch
-from torch import Tensor
 
-from vaopd.config import VaOpd
-from vaopd.payloads import from_torch
 from vaopd.tiny.tokenizer import build_processor
-from vaopd.types import GroupScore, Payload, Rollout, RolloutGroup
 from vaopd.vlm import shared_attention
 from vaopd.vlm.families import PreparedImage, find_family
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.torchvision_compat import ensure_torchvision
-from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
+from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
-from vaopd_trainer.student_loss import ScoredGroup, WeightedGroup, weigh
+from vaopd_trainer.student_loss import WeightedGroup
 
 DTYPE = getattr(torch, timing.DTYPE)
 # Qwen/Qwen3-VL-NAME-Instruct, config.json: hidden, mlp, layers, heads, tied; the tower's hidden, mlp, depth, deepstack.
@@ -95,49 +91,23 @@ class Models:
     def _get_processor(self) -> Any:
         if self._processor is None:
             self._processor = build_processor()
-            self._processor.tokenizer = groups._widened(self._processor.tokenizer, VOCABULARY)
+            self._processor.tokenizer = groups.widen(self._processor.tokenizer, VOCABULARY)
             self._processor.image_processor.size = {"shortest_edge": 32 * 32, "longest_edge": 2048 * 2048}
         return self._processor
 
 
 def make_config(processor: Any, size: str, layers: int | None) -> Any:
-    from transformers import Qwen3VLConfig
-
     hidden, mlp, depth_text, heads, tied, v_hidden, v_mlp, depth, deepstack = SIZES[size]
     toy = size == "toy"
-    ids = processor.tokenizer.get_vocab()
-    rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_interleaved": True}
-    rope["mrope_section"] = [12, 10, 10] if toy else [24, 20, 20]
-    return Qwen3VLConfig(
-        text_config={
-            "vocab_size": PADDED,
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "num_hidden_layers": layers or depth_text,
-            "num_attention_heads": heads,
-            "num_key_value_heads": min(8, heads),
-            "head_dim": 64 if toy else 128,
-            "max_position_embeddings": 262_144,
-            "rope_parameters": rope,
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": depth,
-            "hidden_size": v_hidden,
-            "intermediate_size": v_mlp,
-            "num_heads": 2 if toy else 16,
-            "out_hidden_size": hidden,
-            "patch_size": 16,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": deepstack,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tied,
+    text = {"hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads, "vocab_size": PADDED}
+    text |= {"num_hidden_layers": layers or depth_text, "num_key_value_heads": min(8, heads)}
+    vision = {"depth": depth, "hidden_size": v_hidden, "intermediate_size": v_mlp, "num_heads": 2 if toy else 16}
+    return groups.make_config(
+        processor,
+        text={**text, "max_position_embeddings": 262_144},
+        vision={**vision, "deepstack_visual_indexes": deepstack},
+        head_dim=64 if toy else 128,
+        tied=tied,
     )
 
 
@@ -183,42 +153,12 @@ def make_group(
     )
 
 
-def make_engine(vlm: Vlm, *, batch_tokens: int = BATCH_TOKENS, cache_gib: int = 8) -> GroupEngine:
-    cache = VisionCache(vlm, capacity_bytes=cache_gib * 2**30)
+def make_engine(vlm: Vlm, *, batch_tokens: int = BATCH_TOKENS) -> GroupEngine:
+    cache = VisionCache(vlm, capacity_bytes=8 * 2**30)
     return GroupEngine(vlm, batch_tokens=batch_tokens, vision_cache=cache)
-
-
-def score(engine: GroupEngine, asked: Sequence[PreparedGroup]) -> list[EngineResult]:
-    return groups.score(engine, asked)
 
 
 def make_weighted(vlm: Vlm, prompt: int, lengths: Sequence[int], *, width: int) -> WeightedGroup:
     """Makes a scored group for the student: random log-probs, and a teacher's hidden states (M, width)."""
-    group = make_group(vlm, prompt, lengths)
-    rng = np.random.default_rng(0)
-    logprobs = tuple(-rng.random(length, dtype=np.float32) for length in lengths)
-    advantage = tuple(rng.random(length, dtype=np.float32) for length in lengths)
-    hidden: Tensor = torch.randn(sum(lengths), width, device=timing.DEVICE).to(DTYPE).cpu()
-    score = GroupScore(
-        group_id=group.group_id,
-        teacher_logprobs=logprobs,
-        degraded_logprobs=tuple(t - a for t, a in zip(logprobs, advantage, strict=True)),
-        visual_advantage=advantage,
-        payload=Payload(kind="hidden", tensors={"hidden": from_torch(hidden)}),
-        prompt_tokens=prompt,
-    )
-    rollouts = tuple(
-        Rollout(rollout_id=str(k), response_ids=ids.astype(np.int32), rollout_logprobs=p, finish_reason="length")
-        for k, (ids, p) in enumerate(zip(group.responses, logprobs, strict=True))
-    )
-    rollout_group = RolloutGroup(
-        group_id=group.group_id,
-        policy_version=0,
-        policy_sha256="",
-        prompt_token_ids=group.original.token_ids.astype(np.int32),
-        rollouts=rollouts,
-        worker="benchmark",
-        generation_s=0.0,
-    )
-    scored = ScoredGroup(index=0, group=rollout_group, prompt=group.original, score=score)
-    return weigh(scored, VaOpd(), seed=0)
+    hidden = torch.randn(sum(lengths), width, device=timing.DEVICE).to(DTYPE).cpu()
+    return groups.weigh(make_group(vlm, prompt, lengths), hidden, seed=0)

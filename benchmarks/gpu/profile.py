@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import groups
 import timing
 
 from benchmarks.gpu.measure import Check, count_launches, count_waits, profile_s
-from benchmarks.gpu.models import make_engine, make_group, score
+from benchmarks.gpu.models import make_engine, make_group
 
 KINDS = {
     "attention": ("flash", "fmha", "attention", "attn"),
@@ -31,8 +32,8 @@ def run(check: Check) -> None:
     for name, asked in cases.items():
         if not check.has_time(name, 5):
             continue
-        score(engine, asked)
-        report(check, name, lambda asked=asked: score(engine, asked))
+        groups.score(engine, asked)
+        report(check, name, lambda asked=asked: groups.score(engine, asked))
 
 
 def report(check: Check, name: str, run: Callable[[], Any]) -> None:

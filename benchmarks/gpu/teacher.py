@@ -13,7 +13,7 @@ import timing
 import torch
 
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, measure_peak, measure_s
-from benchmarks.gpu.models import BATCH_TOKENS, TEXT_TOKENS, make_engine, make_group, score
+from benchmarks.gpu.models import BATCH_TOKENS, TEXT_TOKENS, make_engine, make_group
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.engine import PreparedGroup
 
@@ -50,12 +50,12 @@ def compare(check: Check, vlm: Vlm, prompt: int, response: int, rollouts: int) -
     new = [make_group(vlm, prompt, [response] * rollouts, seed=i) for i in range(together)]
     known = [make_group(vlm, prompt, [response] * rollouts, seed=i, key=f"k{i}") for i in range(together)]
     with measure_peak() as peak:
-        first = score(engine, new)
-    new_s = measure_s(lambda: score(engine, new), repeats=2, warm=0) / together
-    known_s = measure_s(lambda: score(engine, known), repeats=1) / together
+        first = groups.score(engine, new)
+    new_s = measure_s(lambda: groups.score(engine, new), repeats=2, warm=0) / together
+    known_s = measure_s(lambda: groups.score(engine, known), repeats=1) / together
     counted = {
         side: floor.count_scoring_cost(
-            floor.Model(vlm.config.to_dict()),
+            floor.Model.of(vlm.config),
             side,
             prompt=prompt,
             image_tokens=prompt - TEXT_TOKENS,

@@ -105,7 +105,7 @@ def measure_group(
         loss.zero_grad(set_to_none=True)
         free_memory()
         return
-    counted = floor.Model(student.config.to_dict())
+    counted = floor.Model.of(student.config)
     useful = floor.count_training_flops(
         counted, "shared", prompt=prompt, image_tokens=prompt - TEXT_TOKENS, lengths=[response] * rollouts
     )

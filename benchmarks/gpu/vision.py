@@ -17,7 +17,7 @@ def run(check: Check) -> None:
         check.tell("the tower", "needs a GPU")
         return
     vlm = check.models.teacher()
-    counted = floor.Model(vlm.config.to_dict())
+    counted = floor.Model.of(vlm.config)
     for tokens, count in ((256, 16), (1024, 4), (4096, 1)):
         name = f"{count} images of {tokens} tokens"
         if not check.has_time(name, 4):

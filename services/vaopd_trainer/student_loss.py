@@ -25,7 +25,6 @@ from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.transfer import upload, upload_rows
-from vaopd_trainer.rounded_norms import round_norms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -160,7 +159,6 @@ class StudentLoss(nn.Module):
             # The families here have no dropout, hence no random state to restore in each layer.
             student.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             student.model.train()  # transformers checkpoints in this mode only
-        round_norms(student.model)
         if device.type == "cuda" and trainer.compile_layers:
             compile_layers(student)
         self.model = student.model

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,9 @@ def test_every_hand_made_verdict_of_the_table(record_property: pytest.RecordProp
     assert len(rows) >= 300
     counts: Counter[tuple[str, str]] = Counter()
     misses = []
-    for kind, response, reference, expected in rows:
-        got = judge(response, reference).value
+    with ThreadPoolExecutor(pool.AT_ONCE) as judges:
+        found = list(judges.map(lambda row: judge(row[1], row[2]).value, rows))
+    for (kind, response, reference, expected), got in zip(rows, found, strict=True):
         counts[expected, got] += 1
         if got != expected and (response, reference) not in KNOWN_MISSES:
             misses.append(f"{kind}: {response!r} for {reference!r} is {got}, should be {expected}")
@@ -85,7 +87,8 @@ def test_every_hand_made_verdict_of_the_table(record_property: pytest.RecordProp
 
 
 @pytest.mark.parametrize("runaway", RUNAWAYS)
-def test_a_comparison_that_is_cut_off_is_not_judged(runaway: str) -> None:
+def test_a_comparison_that_is_cut_off_is_not_judged(runaway: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "LIMIT_S", 0.5)  # none would end within minutes
     assert judge(rf"\boxed{{{runaway}}}", "12") is Verdict.NOT_JUDGED
     assert judge(r"\boxed{12}", runaway) is Verdict.NOT_JUDGED
     assert judge(rf"\boxed{{{runaway}}}", runaway) is Verdict.RIGHT  # as text

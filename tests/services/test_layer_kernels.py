@@ -134,10 +134,10 @@ def test_the_kernels_compile_for_an_h100(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from vaopd.divergence import token_kernel
+    from vaopd.divergence import kernels as of_rows
     from vaopd.vlm import kernels
 
-    function = getattr(kernels, name, None) or getattr(token_kernel, name)
+    function = getattr(kernels, name, None) or getattr(of_rows, name)
     types = dict.fromkeys(("values", "weight", "out", "gate", "up"), "*bf16") | {"logits": "*fp32", "epsilon": "fp32"}
     types |= {"cos": "*bf16", "sin": "*bf16"} | ({"out": "*fp32"} if name == "_sum" else {})
     signature = {argument: types.get(argument, "i32") for argument in function.arg_names}

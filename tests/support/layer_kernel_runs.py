@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.families import ask, family_vlm
 from tests.support.teacher import drawing
-from vaopd.divergence.token_kernel import compute_log_sums
+from vaopd.divergence.kernels import compute_log_sums
 from vaopd.vlm import fused_layers, kernels
 from vaopd.vlm.families import vision_tower
 from vaopd.vlm.kernels import multiply_by_silu, rotate

@@ -21,7 +21,7 @@ from vaopd import degradation, objective
 
 pytestmark = pytest.mark.numeric
 ROOT = Path(__file__).parents[2]
-MODULES = ("worlds", "languages", "student", "school", "table", "run", "summary")
+MODULES = ("worlds", "languages", "student", "table", "run", "summary")
 CPU = torch.device("cpu")
 
 
@@ -116,7 +116,7 @@ def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None
         replace(short, name="3 steps", reading_steps=1, neglecting_steps=2, scans_per_digit=2),
         replace(short, name="5 steps", reading_steps=5, neglecting_steps=0),
     ]
-    school = lab.school.School(worlds, lab.worlds.Eye().eval(), CPU)
+    school = lab.student.School(worlds, lab.worlds.Eye().eval(), CPU)
     together = school.teach_students([(worlds[0], 4), (worlds[1], 4)])
     alone = school.teach_students([(worlds[0], 4)])
     start = school.architecture.initialise([4])
@@ -127,7 +127,7 @@ def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None
 
 
 def test_a_learned_teacher_scores_both_views(lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(lab.school, "TEACHER_STEPS", 2)
+    monkeypatch.setattr(lab.student, "TEACHER_STEPS", 2)
     runs = [
         lab.table.Run(world="learned teacher", objective="view_divergence", rate=1e-3, prompts=2, siblings=2, seed=0)
     ]

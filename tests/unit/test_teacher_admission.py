@@ -46,7 +46,7 @@ def test_a_full_queue_takes_nobody_until_something_is_answered() -> None:
     hint(queue, "b", 1)
     queue.release("a")
     queue.admit("b", 1)
-    assert (queue.waiting, queue.count_waiting("a"), queue.count_waiting("b"), queue.refused) == (3, 2, 1, 1)
+    assert (queue.waiting, queue.count_waiting_by_job(), queue.refused) == (3, {"a": 2, "b": 1}, 1)
 
 
 def test_when_nobody_fits_a_call_needn_t_be_read_to_be_refused() -> None:

@@ -154,7 +154,7 @@ def test_norms_by_one_kernel_are_transformers_own(family: str) -> None:
         norm.weight.copy_(torch.randn_like(norm.weight))
         values = torch.randn(3, 7, len(norm.weight), dtype=torch.float64)
         # transformers computes the norm in float32 whatever the precision, so the bound is float32's.
-        torch.testing.assert_close(normalise(norm, values), norm(values), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(normalise(norm, values, norm.weight), norm(values), rtol=1e-6, atol=1e-6)
 
 
 def test_a_copied_model_reads_its_own_weights() -> None:

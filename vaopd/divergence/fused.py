@@ -134,7 +134,7 @@ def _compute_token_logprobs(hidden: Tensor, head: Tensor, ids: Tensor, vocab_siz
     """Computes one chunk, ids (m, 1) -> (m,). A function, so that its logits are gone before the next ones are made."""
     logits = head_logits(hidden, head, vocab_size)
     if logits.dtype == torch.float32 and has_kernels(logits.device):
-        from vaopd.divergence.token_kernel import compute_log_sums
+        from vaopd.divergence.kernels import compute_log_sums
 
         return logits.gather(-1, ids)[:, 0] - compute_log_sums(logits)
     chosen, largest = logits.gather(-1, ids), logits.amax(-1, keepdim=True)

@@ -1,7 +1,8 @@
-"""Triton kernels for the reverse KL of whole rows of logits: on a GPU in place of `measures.DIVERGENCES`' ten passes.
+"""Triton kernels for whole rows of logits: on a GPU in place of the ten passes of `measures.DIVERGENCES`.
 
-The matrix products stay with cuBLAS. In: both sides' float32 logits of a chunk, each read twice. Out: the KL and
-log-normaliser of each token, and the KL's gradient by the student's logits in the precision of the next product.
+`compare_logits`: both sides' float32 logits of a chunk, each read twice -> the reverse KL and log-normaliser of each
+token, and the KL's gradient by the student's logits in the precision of the next product. `compute_log_sums`: the
+log-normaliser of logits that are read once; the plain formula takes six passes. The products stay with cuBLAS.
 
 Shapes: m tokens, V logical vocabulary, V_pad ≥ V the width of the rows in memory, whose values beyond V are ignored.
 
@@ -43,6 +44,16 @@ def compare_logits(student: Tensor, teacher: Tensor, *, slope: Tensor | None = N
             **options,
         )
     return values, student_lse
+
+
+def compute_log_sums(logits: Tensor) -> Tensor:
+    """Computes log Σ exp of each row: float32 logits (m, V), as `head_logits` returns them -> (m,) float32."""
+    rows, vocabulary = logits.shape
+    out = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if rows:
+        # Rows are read to their end in memory, because loads are wide only where the bound is a multiple of 16.
+        _sum[(rows,)](logits, out, logits.stride(0), vocabulary, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+    return out
 
 
 @triton.jit
@@ -120,3 +131,24 @@ def _differentiate(  # type: ignore[no-untyped-def]
     found = tl.exp(log_p) * (log_p - log_q - tl.load(values + row))
     found = tl.where(columns < vocabulary, found, 0.0)
     tl.store(slope + row * slope_stride + columns, found.to(slope.dtype.element_ty), mask=columns < slope_width)
+
+
+@triton.jit
+def _sum(logits, out, stride, vocabulary, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per row: each lane keeps a maximum and a sum, rescaled as its maximum grows; merged at the end."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < width, other=float("-inf"))
+        x = tl.where(column < vocabulary, x, float("-inf"))
+        grown = tl.maximum(largest, x)
+        # A lane that has seen nothing keeps 0: −∞ − (−∞) would be NaN.
+        shrink = tl.where(largest == grown, 1.0, tl.exp(largest - grown))
+        total = total * shrink + tl.where(x == float("-inf"), 0.0, tl.exp(x - grown))
+        largest = grown
+    top = tl.max(largest, 0)
+    share = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - top))
+    tl.store(out + row, top + tl.log(tl.sum(share, 0)))

@@ -27,14 +27,20 @@ from pathlib import Path
 
 from vaopd.errors import Unavailable
 
-LIMIT_S = 1.7
-"""A comparison takes no longer, the start of the worker included if that leaves `LEAST_S`."""
+BOUND_S = 2.0
+"""A judgement takes no longer."""
+_LATE_S = 0.41
+"""The latest that a caller ran again after its deadline, at nice 5 beside 28 runnable processes on two cores."""
+LIMIT_S = BOUND_S - 1.25 * _LATE_S
+"""From the start of a judgement to its deadline, the start of the worker included if that leaves `LEAST_S`."""
 LEAST_S = 1.0
 START_S = 60.0
 """The worker's start: 0.9 s where the machine is idle."""
 AT_ONCE = 4
 """Comparisons in flight, each of up to 400 MB; further callers wait, within `LIMIT_S`."""
 _MARGIN_S = 0.1  # a child's alarm comes first
+_MAX_REQUEST_BYTES = 200_000
+"""The kernel refuses messages of more than 212 992 bytes."""
 
 _slots = threading.BoundedSemaphore(AT_ONCE)
 _lock = threading.Lock()
@@ -50,21 +56,22 @@ class Question:
     extract: bool = False
 
 
-def ask(questions: Sequence[Question]) -> bool | None:
+def ask(questions: Sequence[Question], *, began: float) -> bool | None:
     """Whether any of the questions has the answer yes; None if that was cut off.
 
-    Raises Unavailable when the worker can't start.
+    began: `time.monotonic()` at the start of the judgement. Raises Unavailable when the worker can't start.
     """
-    began = time.monotonic()
-    if not _slots.acquire(timeout=LIMIT_S):
+    if not _slots.acquire(timeout=max(0.0, began + LIMIT_S - time.monotonic())):
         return None
     try:
         for _ in range(2):  # a worker that was ended from outside is started again, once
             worker = _get_worker()
             deadline = max(began + LIMIT_S, worker.ready_at + LEAST_S) - _MARGIN_S
-            request = json.dumps([deadline, *map(astuple, questions)], ensure_ascii=False)
+            request = json.dumps([deadline, *map(astuple, questions)], ensure_ascii=False).encode()
+            if len(request) > _MAX_REQUEST_BYTES:
+                return None
             with contextlib.suppress(OSError):
-                return worker.ask(request.encode(), until=deadline + _MARGIN_S)
+                return worker.ask(request, until=deadline + _MARGIN_S)
             close(worker)
         return None
     finally:
@@ -133,15 +140,16 @@ class _Worker:
             )
         self.pid = self._process.pid
         self.ready_at = time.monotonic()
-        self.socket.settimeout(LIMIT_S)
 
     def ask(self, request: bytes, *, until: float) -> bool | None:
         """Sends a request and waits for its verdict; raises ConnectionError when the worker is gone."""
         receiver, sender = os.pipe()
         try:
             try:
+                # All threads' own; between two that set it at once, either's time will do.
+                self.socket.settimeout(max(0.001, until - time.monotonic()))
                 socket.send_fds(self.socket, [request], [sender])
-            except TimeoutError:
+            except TimeoutError:  # the worker is behind with earlier requests
                 return None
             finally:
                 os.close(sender)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
@@ -84,6 +85,7 @@ def judge_version() -> str:
 @lru_cache(maxsize=8192)
 def _judge(answer: str, reference: str, form: Literal["boxed", "said", "whole"]) -> Verdict:
     """Looks for a reading of the answer that equals the reference; asks math-verify once, for what is left open."""
+    began = time.monotonic()
     readings = [answer, cut_reason(answer)] if len(answer) <= MAX_ANSWER_CHARS else [answer]
     if form != "boxed" and answer.endswith("!"):  # a factorial or an exclamation
         readings.append(answer.rstrip("! "))
@@ -105,7 +107,7 @@ def _judge(answer: str, reference: str, form: Literal["boxed", "said", "whole"])
         return Verdict.WRONG
     if any(len(one.given) > MAX_RESPONSE_CHARS or len(one.wanted) > MAX_ANSWER_CHARS for one in questions):
         return Verdict.NOT_JUDGED
-    equal = pool.ask(list(questions))
+    equal = pool.ask(list(questions), began=began)
     return Verdict.NOT_JUDGED if equal is None else Verdict.RIGHT if equal else Verdict.WRONG
 
 

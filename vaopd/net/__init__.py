@@ -1,1 +1,1 @@
-"""Ports that this host can listen on, and the delays between a client's attempts. Standard library only."""
+"""Ports that this host can listen on, the delays between a client's attempts, an event loop for code without one."""

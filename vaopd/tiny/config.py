@@ -7,7 +7,7 @@ as real LM heads are. The teachers' heads are untied, as in Qwen3-VL-8B; the stu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vaopd.data.handwritten_geometry import COMMON_FIRST, COMMON_LAST
 from vaopd.errors import InvalidInput
@@ -54,7 +54,7 @@ class TinyRecipe:
     seed: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TinyModel:
     """Shape and training of one model."""
 
@@ -62,79 +62,40 @@ class TinyModel:
     recipe: TinyRecipe
 
 
-def _make_teacher_recipe(steps: int, seed: int) -> TinyRecipe:
-    return TinyRecipe(
-        steps=steps,
-        read_only_steps=800,
-        read_share=0.2,
-        scans_per_digit=None,
-        pixelated_share=0.1,
-        habit=COMMON_FIRST,
-        seed=seed,
-    )
-
-
+_SIZE = TinySize(
+    hidden=128,
+    layers=4,
+    kv_heads=2,
+    vision_hidden=64,
+    vision_depth=3,
+    deepstack=(1,),
+    padded_vocab=512,
+    tied=False,
+)
+_SMALL = replace(_SIZE, hidden=96, layers=3, kv_heads=1, vision_hidden=32, vision_depth=2, deepstack=(0,))
+_TEACHER = TinyRecipe(
+    steps=3000,
+    read_only_steps=800,
+    read_share=0.2,
+    scans_per_digit=None,
+    pixelated_share=0.1,
+    habit=COMMON_FIRST,
+    seed=1,
+)
+_STUDENT = TinyRecipe(
+    steps=800,
+    read_only_steps=100,
+    read_share=0.1,
+    scans_per_digit=2,
+    pixelated_share=0.0,
+    habit=COMMON_LAST,
+    seed=2,
+)
 MODELS: dict[str, TinyModel] = {
-    "teacher": TinyModel(
-        size=TinySize(
-            hidden=128,
-            layers=4,
-            kv_heads=2,
-            vision_hidden=64,
-            vision_depth=3,
-            deepstack=(1,),
-            padded_vocab=512,
-            tied=False,
-        ),
-        recipe=_make_teacher_recipe(steps=3000, seed=1),
-    ),
-    "student": TinyModel(
-        size=TinySize(
-            hidden=128,
-            layers=4,
-            kv_heads=2,
-            vision_hidden=64,
-            vision_depth=2,
-            deepstack=(0,),
-            padded_vocab=496,
-            tied=True,
-        ),
-        recipe=TinyRecipe(
-            steps=800,
-            read_only_steps=100,
-            read_share=0.1,
-            scans_per_digit=2,
-            pixelated_share=0.0,
-            habit=COMMON_LAST,
-            seed=2,
-        ),
-    ),
-    "teacher-small": TinyModel(
-        size=TinySize(
-            hidden=96,
-            layers=3,
-            kv_heads=1,
-            vision_hidden=32,
-            vision_depth=2,
-            deepstack=(0,),
-            padded_vocab=512,
-            tied=False,
-        ),
-        recipe=_make_teacher_recipe(steps=3000, seed=3),
-    ),
-    "teacher-large": TinyModel(
-        size=TinySize(
-            hidden=192,
-            layers=4,
-            kv_heads=2,
-            vision_hidden=64,
-            vision_depth=4,
-            deepstack=(1,),
-            padded_vocab=512,
-            tied=False,
-        ),
-        recipe=_make_teacher_recipe(steps=2500, seed=4),
-    ),
+    "teacher": TinyModel(_SIZE, _TEACHER),
+    "student": TinyModel(replace(_SIZE, vision_depth=2, deepstack=(0,), padded_vocab=496, tied=True), _STUDENT),
+    "teacher-small": TinyModel(_SMALL, replace(_TEACHER, seed=3)),
+    "teacher-large": TinyModel(replace(_SIZE, hidden=192, vision_depth=4), replace(_TEACHER, steps=2500, seed=4)),
 }
 
 

@@ -2,8 +2,7 @@
 
 In: a name of the table in config.py. Out: a folder that transformers and vLLM load like any Qwen3-VL (weights,
 configuration, processor, chat template), with `training.json`, the accuracy on scans that training never shows. Each
-example is drawn when it is needed, so there is no data set and no epoch. Run it by `vaopd models make NAME FOLDER` or
-`python -m vaopd.tiny NAME FOLDER`.
+example is drawn when it is needed, so there is no data set and no epoch. Run it by `vaopd models make NAME FOLDER`.
 """
 
 from __future__ import annotations

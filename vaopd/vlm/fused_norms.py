@@ -1,6 +1,9 @@
-"""Lets RMS norms run as one kernel on a GPU: transformers' six kernels move nine times the bytes.
+"""Lets RMS norms run as torch's one kernel: transformers' six kernels move nine times the bytes.
 
-The kernel rounds once, after the weight; transformers rounds before it, too. On a CPU nothing changes.
+In inference on a GPU it rounds once, after the weight; transformers rounds before it, too. Under autocast, in training,
+weights and residual stream are float32: a norm would return float32, which each of the products that follow (query,
+key, value; gate, up) rounds to bfloat16 for itself. Here every norm is computed in float32 and its result rounded once.
+Elsewhere the norm stays the module's own.
 """
 
 from __future__ import annotations
@@ -25,13 +28,18 @@ def is_rms_norm(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def normalise(module: Any, values: Tensor) -> Tensor:
+def normalise(module: Any, values: Tensor, weight: Tensor) -> Tensor:
     """Computes the norm of (…, D) by PyTorch's own function."""
-    return F.rms_norm(values, module.weight.shape, module.weight, module.variance_epsilon)
+    return F.rms_norm(values, weight.shape, weight, module.variance_epsilon)
 
 
-def _forward(self: Any, values: Tensor) -> Tensor:
-    if values.is_cuda and values.dtype == self.weight.dtype:
-        return normalise(self, values)
-    own: Tensor = type(self).forward(self, values)
+def _forward(self: Any, hidden_states: Tensor) -> Tensor:
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind) and hidden_states.dtype != torch.float64:
+        with torch.autocast(kind, enabled=False):
+            wide = normalise(self, hidden_states.float(), self.weight.float())
+        return wide.to(torch.get_autocast_dtype(kind))
+    if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:
+        return normalise(self, hidden_states, self.weight)
+    own: Tensor = type(self).forward(self, hidden_states)
     return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from typing import TypeVar
 
 import numpy as np
@@ -20,12 +21,7 @@ def rollout_request_to_bytes(request: t.RolloutRequest) -> bytes:
         messages=messages_to_pb(request.messages),
         images=[image_to_pb(image) for image in request.images],
         num_rollouts=request.num_rollouts,
-        sampling=queue_pb2.SamplingSettings(
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            max_new_tokens=request.sampling.max_new_tokens,
-            seed=request.sampling.seed,
-        ),
+        sampling=queue_pb2.SamplingSettings(**asdict(request.sampling)),
         policy_version=request.policy_version,
     ).SerializeToString()
 
@@ -53,10 +49,7 @@ def rollout_request_from_bytes(data: bytes) -> t.RolloutRequest:
         images=images_from_pb(message.images),
         num_rollouts=message.num_rollouts,
         sampling=t.SamplingSettings(
-            temperature=message.sampling.temperature,
-            top_p=message.sampling.top_p,
-            max_new_tokens=message.sampling.max_new_tokens,
-            seed=message.sampling.seed,
+            **{field.name: getattr(message.sampling, field.name) for field in fields(t.SamplingSettings)}
         ),
         policy_version=message.policy_version,
     )
@@ -122,7 +115,7 @@ def _rollout_from_pb(message: queue_pb2.Rollout) -> t.Rollout:
 
 def policy_version_to_bytes(policy: t.PolicyVersion) -> bytes:
     """Encodes a policy announcement."""
-    return queue_pb2.PolicyVersion(version=policy.version, path=policy.path, sha256=policy.sha256).SerializeToString()
+    return queue_pb2.PolicyVersion(**asdict(policy)).SerializeToString()
 
 
 def policy_version_from_bytes(data: bytes) -> t.PolicyVersion:

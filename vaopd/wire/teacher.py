@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 
 import numpy as np
 
@@ -25,6 +26,8 @@ DEGRADATION_KINDS: dict[t.DegradationKind, teacher_pb2.DegradationKind] = {
 }
 _IMAGE_TOKENS, TOKEN_LETTERS = 512, 3
 """Tokens of an image and letters of a token, for prompts and responses that come as texts: guesses."""
+_AS_THEY_ARE = ("model", "revision", "tokenizer_fingerprint", "vocab_size", "hidden_size", "dtype")
+"""Fields of a description that are the same in both forms."""
 _PAYLOAD_NAMES = {value: name for name, value in PAYLOAD_KINDS.items()}
 _DEGRADATION_NAMES = {value: name for name, value in DEGRADATION_KINDS.items()}
 
@@ -119,21 +122,8 @@ def degradation_from_pb(message: teacher_pb2.Degradation) -> t.Degradation:
 def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription:
     """Encodes what Describe answers."""
     return teacher_pb2.TeacherDescription(
-        model=d.model,
-        revision=d.revision,
-        tokenizer_fingerprint=d.tokenizer_fingerprint,
-        vocab_size=d.vocab_size,
-        hidden_size=d.hidden_size,
-        dtype=d.dtype,
-        limits=teacher_pb2.Limits(
-            max_groups_per_request=d.limits.max_groups_per_request,
-            max_rollouts_per_group=d.limits.max_rollouts_per_group,
-            max_tokens_per_rollout=d.limits.max_tokens_per_rollout,
-            max_image_bytes=d.limits.max_image_bytes,
-            max_image_pixels=d.limits.max_image_pixels,
-            max_message_bytes=d.limits.max_message_bytes,
-            max_tokens_per_request=d.limits.max_tokens_per_request,
-        ),
+        **{name: getattr(d, name) for name in _AS_THEY_ARE},
+        limits=teacher_pb2.Limits(**asdict(d.limits)),
         payloads=[PAYLOAD_KINDS[name] for name in d.payloads],
         degradations=[DEGRADATION_KINDS[name] for name in d.degradations],
         columns=d.columns,
@@ -144,24 +134,13 @@ def description_to_pb(d: t.TeacherDescription) -> teacher_pb2.TeacherDescription
 
 def description_from_pb(message: teacher_pb2.TeacherDescription) -> t.TeacherDescription:
     """Decodes what Describe answered, also by a teacher of another version."""
-    limits = message.limits
+    limits = {field.name: getattr(message.limits, field.name) for field in fields(t.TeacherLimits)}
+    limits["max_tokens_per_request"] = (
+        limits["max_tokens_per_request"] or sys.maxsize
+    )  # an older teacher has no such limit
     return t.TeacherDescription(
-        model=message.model,
-        revision=message.revision,
-        tokenizer_fingerprint=message.tokenizer_fingerprint,
-        vocab_size=message.vocab_size,
-        hidden_size=message.hidden_size,
-        dtype=message.dtype,
-        limits=t.TeacherLimits(
-            max_groups_per_request=limits.max_groups_per_request,
-            max_rollouts_per_group=limits.max_rollouts_per_group,
-            max_tokens_per_rollout=limits.max_tokens_per_rollout,
-            max_image_bytes=limits.max_image_bytes,
-            max_image_pixels=limits.max_image_pixels,
-            max_message_bytes=limits.max_message_bytes,
-            # An older teacher has no such limit.
-            max_tokens_per_request=limits.max_tokens_per_request or sys.maxsize,
-        ),
+        **{name: getattr(message, name) for name in _AS_THEY_ARE},
+        limits=t.TeacherLimits(**limits),
         # A newer teacher may know kinds that this client doesn't; they are left out.
         payloads=tuple(_PAYLOAD_NAMES[kind] for kind in message.payloads if kind in _PAYLOAD_NAMES),
         degradations=tuple(_DEGRADATION_NAMES[kind] for kind in message.degradations if kind in _DEGRADATION_NAMES),

@@ -1,8 +1,13 @@
 """The two forms of answers, and what a teacher that knows the form expects at every place.
 
-Both give: `write`, the student's pre-training answers; `predict`, the teacher's log-probs of every next token after any
-prefix; `valid`, `slots` and `answers`, which say what a response's tokens are. Tokens are (R, N, T); `world_R` is the
-place of each run's world among the worlds that the language was made for.
+    write        answers to learn from, by the habits of student or teacher: digits (R, N, m), numbers -> (R, N, T)
+    predict      the teacher's log p(next token) after any prefix: tokens, the digits' probabilities -> (R, N, T, V)
+    valid        a response's tokens, (R, N, T) bool
+    slots        which of the m digits is read at a place, -1 for none: (R, N, T)
+    answers      the digit that each response answers, -1 for no digit: (R, N)
+    digit_token  the digits' token ids
+
+`world_R` is the place of each run's world among the worlds that the language was made for.
 """
 
 from __future__ import annotations
@@ -59,7 +64,6 @@ class Words:
         self._by_student = torch.stack([self._make_table(world, student=True) for world in worlds]).to(device)
 
     def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor, *, by: Writer = "student") -> Tensor:
-        """Writes answers to learn from: digits (R, N, m), numbers (R, N, T) -> (R, N, T). by: the writer's habits."""
         tables = {"student": self._by_student, "teacher": self._by_teacher}[by]
         before = last = torch.zeros_like(digits[..., 0])
         tokens = []
@@ -75,7 +79,6 @@ class Words:
         return torch.stack(tokens, -1)
 
     def predict(self, tokens: Tensor, seen: Tensor, world_R: Tensor) -> Tensor:
-        """Returns log p(next token) at every place: tokens (R, N, T), digits' probabilities (R, N, m, 10) -> (…, V)."""
         p = self._fixed.expand(*tokens.shape, -1).clone()
         words = (tokens - self._first_word).clamp_min(0)
         before, last = (torch.where(there, words[..., places], 0) for places, there in self._before)
@@ -88,19 +91,15 @@ class Words:
         return (p * (1 - self.smoothing) + self.smoothing / self.vocabulary).log()
 
     def valid(self, tokens: Tensor) -> Tensor:
-        """Marks a response's tokens: here all of them, (R, N, T) bool."""
         return torch.ones_like(tokens, dtype=torch.bool)
 
     def slots(self, tokens: Tensor) -> Tensor:
-        """Returns which of the m digits is read at a place, −1 for none: (R, N, T)."""
         return self._slots.expand(tokens.shape)
 
     def answers(self, tokens: Tensor) -> Tensor:
-        """Returns the digit that each response answers, (R, N); −1 for no digit."""
         return _as_digit(tokens[..., self._answer] - self._zero)
 
     def digit_token(self, digits: Tensor) -> Tensor:
-        """Returns the digits' token ids."""
         return self._zero + digits
 
     def _make_table(self, world: World, *, student: bool) -> Tensor:
@@ -169,7 +168,6 @@ class Phrases:
         self._prefers: dict[Writer, Tensor] = {"teacher": preferred, "student": preferred.flip(0)}
 
     def write(self, digits: Tensor, uniform: Tensor, world_R: Tensor, *, by: Writer = "student") -> Tensor:
-        """Writes answers to learn from: digits (R, N, m), numbers (R, N, T) -> (R, N, T). by: the writer's habits."""
         chosen = torch.zeros_like(digits[..., 0])
         for i in range(self.digits + 1):
             choice = pick(self._prefers[by].expand(*chosen.shape, -1), uniform[..., i])
@@ -180,10 +178,7 @@ class Phrases:
         return torch.where(which >= 0, filled, tokens)
 
     def predict(self, tokens: Tensor, seen: Tensor, world_R: Tensor) -> Tensor:
-        """Returns log p(next token) at every place: tokens (R, N, T), digits' probabilities (R, N, m, 10) -> (…, V).
-
-        After a prefix that has left the form, every token is as likely as any other.
-        """
+        """After a prefix that has left the form, every token is as likely as any other."""
         m, zero, shape = self.digits, self._zero, tokens.shape
         last = torch.cat([torch.full_like(tokens[..., :1], self._begin), tokens[..., :-1]], -1)
         places = torch.arange(shape[-1], device=tokens.device).expand(shape)
@@ -213,24 +208,20 @@ class Phrases:
         return (p * (1 - self.smoothing) + self.smoothing / self.vocabulary).log()
 
     def valid(self, tokens: Tensor) -> Tensor:
-        """Marks the tokens up to the first EOS, which is among them: (R, N, T) bool."""
         ended = (tokens == self._eos).long().cumsum(-1)
         return (ended == 0) | ((ended == 1) & (tokens == self._eos))
 
     def slots(self, tokens: Tensor) -> Tensor:
-        """Returns which of the m digits is read at a place, −1 for none and after the end: (R, N, T)."""
         last = torch.cat([torch.full_like(tokens[..., :1], self._begin), tokens[..., :-1]], -1)
         reads = (last >= self._marker) & (last < self._marker + self.digits) & self.valid(tokens)
         return torch.where(reads, last - self._marker, -1)
 
     def answers(self, tokens: Tensor) -> Tensor:
-        """Returns the digit after the first ANS, (R, N); −1 for no ANS or no digit."""
         ans = (tokens == self._ans) & self.valid(tokens)
         place = (ans.int().argmax(-1, keepdim=True) + 1).clamp_max(self.length - 1)
         return torch.where(ans.any(-1), _as_digit(tokens.gather(-1, place)[..., 0] - self._zero), -1)
 
     def digit_token(self, digits: Tensor) -> Tensor:
-        """Returns the digits' token ids."""
         return self._zero + digits
 
     def _find_read(self, last: Tensor, places: Tensor, i: int) -> Tensor:

@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from school import School, train_eye
-from student import AdamW
+from student import AdamW, School, train_eye
 from table import OBJECTIVES, WORLDS, Run, Scores, list_runs
 from torch import Tensor
 from worlds import Draws, Eye, Pictures, pixelate
@@ -42,14 +41,13 @@ BLIND_NATS, DIVERGENT_NATS = 1e-3, 0.1
 """Below this VA the image says nothing for a token; from this view divergence on, it says something of the place."""
 
 
-class Batch:
+class Batch(School):
     """Runs whose answers have one form and whose steps have one size, with all that they share."""
 
     def __init__(self, runs: Sequence[Run], eye: Eye, device: torch.device) -> None:
-        self.runs, self.eye, self.device = runs, eye, device
         names = sorted({run.world for run in runs})
-        self.school = School([WORLDS[name] for name in names], eye, device)
-        self.language, self.architecture = self.school.language, self.school.architecture
+        super().__init__([WORLDS[name] for name in names], eye, device)
+        self.runs = runs
         self.world_R = torch.tensor([names.index(run.world) for run in runs], device=device)
         self.learned: Tensor | None = None
         """The network of a teacher that has learnt the process, (1, P)."""
@@ -99,15 +97,10 @@ def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
     means = {name: torch.stack([d[name] for d in during]).nanmean(0).tolist() for name in during[0]}
     # The curve is that of the rollouts, which cost nothing more: windows of steps, each of some hundred digits.
     curve = torch.stack([d["p_right"] for d in during]).unflatten(0, (-1, WINDOW)).nanmean(1)
+    parts = {"before": before, "validation": validation, "test": test, "during": means}
     for r, run in enumerate(runs):
-        yield {
-            **vars(run),
-            "before": {name: values[r] for name, values in before.items()},
-            "validation": {name: values[r] for name, values in validation.items()},
-            "test": {name: values[r] for name, values in test.items()},
-            "during": {name: values[r] for name, values in means.items()},
-            "curve": curve[:, r].tolist(),
-        }
+        found = {part: {name: values[r] for name, values in numbers.items()} for part, numbers in parts.items()}
+        yield {**vars(run), **found, "curve": curve[:, r].tolist()}
 
 
 def weigh(
@@ -118,16 +111,12 @@ def weigh(
     weights, advantage = torch.zeros(tokens.shape, device=batch.device), torch.zeros(tokens.shape, device=batch.device)
     for name in dict.fromkeys(run.objective for run in batch.runs):
         places = [r for r, run in enumerate(batch.runs) if run.objective == name]
+        some = {"tokens": tokens, "valid": valid, "student": student, "teacher": teacher, "degraded": degraded}
         scores = Scores(
-            **{
-                key: values[places].flatten(0, 1)
-                for key, values in {
-                    "tokens": tokens, "valid": valid, "student": student, "teacher": teacher, "degraded": degraded,
-                }.items()
-            },
+            **{key: values[places].flatten(0, 1) for key, values in some.items()},
             siblings=batch.runs[0].siblings,
             seeds=tuple(1000 * batch.runs[r].seed + step for r in places),
-        )  # fmt: skip
+        )
         weights[places] = OBJECTIVES[name](scores).view(len(places), *tokens.shape[1:])
         advantage[places] = scores.advantage.view(len(places), *tokens.shape[1:])
     return weights, advantage
@@ -227,26 +216,24 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def load_students(batch: Batch, folder: Path) -> Tensor:
     """Returns each run's pre-trained student, (R, P); those that the folder lacks are pre-trained first."""
-    pairs = list(dict.fromkeys((WORLDS[run.world], run.seed) for run in batch.runs))
+    pairs = [(WORLDS[run.world], run.seed) for run in batch.runs]
     # The student doesn't depend on what its world is called and who will teach it.
     own = {pair: (replace(pair[0], name="", meaning="", learned_teacher=False), pair[1]) for pair in pairs}
-    paths = {pair: folder / f"student-{_fingerprint(own[pair])}.safetensors" for pair in pairs}
-    if missing := [pair for pair in pairs if not paths[pair].exists()]:
-        for pair, student in zip(missing, batch.school.teach_students(missing).cpu(), strict=True):
+    paths = {pair: folder / f"student-{_fingerprint(own[pair])}.safetensors" for pair in own}
+    if missing := [pair for pair in own if not paths[pair].exists()]:
+        for pair, student in zip(missing, batch.teach_students(missing).cpu(), strict=True):
             save_file({"student": student.clone()}, paths[pair])
     students = {pair: load_file(path)["student"] for pair, path in paths.items()}
-    return torch.stack([students[WORLDS[run.world], run.seed] for run in batch.runs]).to(batch.device)
+    return torch.stack([students[pair] for pair in pairs]).to(batch.device)
 
 
 def load_teacher(batch: Batch, folder: Path) -> Tensor | None:
     """Returns the batch's teacher if it is a network, (1, P); it is trained first if the folder lacks it."""
-    (learned,) = {world.learned_teacher for world in batch.school.worlds}
-    if not learned:
-        return None
-    path = folder / f"teacher-{_fingerprint(batch.school.worlds)}.safetensors"
-    if not path.exists():
-        save_file({"teacher": batch.school.teach_teacher().cpu()}, path)
-    return load_file(path)["teacher"].to(batch.device)
+    (learned,) = {world.learned_teacher for world in batch.worlds}
+    path = folder / f"teacher-{_fingerprint(batch.worlds)}.safetensors"
+    if learned and not path.exists():
+        save_file({"teacher": batch.teach_teacher().cpu()}, path)
+    return load_file(path)["teacher"].to(batch.device) if learned else None
 
 
 def load_eye(folder: Path, device: torch.device) -> Eye:
@@ -267,8 +254,18 @@ def split_batches(runs: Sequence[Run], at_once: int) -> Iterator[list[Run]]:
         key = (world.form, world.words, world.learned_teacher, run.prompts, run.siblings)
         alike.setdefault(key, []).append(run)
     for group in alike.values():
-        for start in range(0, len(group), at_once):
-            yield group[start : start + at_once]
+        yield from (group[start : start + at_once] for start in range(0, len(group), at_once))
+
+
+def tidy(value: Any, name: str = "") -> Any:
+    """Rounds all numbers but rates to 4 decimals, since the tables have 3, and writes NaN as null."""
+    if isinstance(value, dict):
+        return {key: tidy(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [tidy(inner) for inner in value]
+    if not isinstance(value, float) or name == "rate":
+        return value
+    return None if math.isnan(value) else round(value, 4)
 
 
 def _fingerprint(of: object) -> str:
@@ -278,12 +275,6 @@ def _fingerprint(of: object) -> str:
 def identify(run: dict[str, Any]) -> Run:
     """Returns the run that a line of the results is of."""
     return Run(**{name: run[name] for name in Run.__dataclass_fields__})
-
-
-def _drop_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _drop_nan(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def main() -> None:
@@ -320,24 +311,15 @@ def main() -> None:
             break
         batch = Batch(runs, eye, device)
         batch.learned = load_teacher(batch, options.work)
-        finished += [_drop_nan(numbers) for numbers in distil(batch, load_students(batch, options.work))]
+        finished += map(tidy, distil(batch, load_students(batch, options.work)))
         written = options.results.with_suffix(".tmp")
-        lines = ",\n".join(json.dumps(_round(run), allow_nan=False) for run in finished)
+        lines = ",\n".join(json.dumps(run, allow_nan=False) for run in finished)
         written.write_text(f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n')
         written.replace(options.results)
         trained += len(runs)
         each_s = (time.perf_counter() - started) / trained
         left_min = each_s * (len(missing) - trained) / 60
         print(f"{trained} runs, {each_s:.1f} s each; about {left_min:.0f} minutes left", flush=True)
-
-
-def _round(value: Any) -> Any:
-    """Rounds to 4 decimals; the tables have 3."""
-    if isinstance(value, dict):
-        return {key: _round(inner) if key != "rate" else inner for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_round(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

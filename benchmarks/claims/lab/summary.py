@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +39,12 @@ NAMES = {
 T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 """Student's t, two-sided 95 %, by degrees of freedom."""
 MIN_SEEDS = 5
-BASE_RATE = 1e-3
+BASE, BASE_RATE = EXPERIMENTS[0], 1e-3
+TUNED = [e for e in EXPERIMENTS if len(e.rates) > 1]
+"""The experiments with several learning rates, one of each world."""
 Runs = dict[int, dict[str, Any]]
 """Seed → the numbers of its run."""
+Row = Iterable[object]
 
 
 class Difference(NamedTuple):
@@ -53,7 +56,7 @@ class Difference(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{_sign(self.mean)} ± {self.half:.3f} ({self.above}/{self.seeds})"
+        return f"{self.mean:+.3f}".replace("-", "−") + f" ± {self.half:.3f} ({self.above}/{self.seeds})"
 
 
 class Results:
@@ -70,16 +73,29 @@ class Results:
         found = self._runs.get((e.world, e.prompts, e.siblings, name, rate), {})
         return found if len(found) >= MIN_SEEDS else {}
 
-    def tune(self, e: Experiment, name: str) -> tuple[float, Runs] | None:
-        """Returns an objective's rate with the best mean on validation pictures, and its runs; None without any."""
-        found = [(rate, runs) for rate in e.rates if (runs := self.find(e, name, rate))]
-        return max(found, key=lambda pair: mean_of(pair[1], "validation", "p_right")) if found else None
+    def tune(self, names: Sequence[str]) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
+        """Yields each world's objectives at the rates with the best mean on validation pictures.
+
+        The first objective has to be among those that there are, and another one.
+        """
+        for e in TUNED:
+            tuned = {}
+            for name in names:
+                if found := [(rate, runs) for rate in e.rates if (runs := self.find(e, name, rate))]:
+                    tuned[name] = max(found, key=lambda pair: mean_of(pair[1], "validation", "p_right"))
+            if names[0] in tuned and len(tuned) > 1:
+                yield e, tuned
 
 
 def mean_of(runs: Runs, part: str, name: str) -> float:
     """Returns the mean over seeds; NaN where a number is missing from all."""
     values = [run[part][name] for run in runs.values() if run[part].get(name) is not None]
     return statistics.fmean(values) if values else math.nan
+
+
+def mean_curve(runs: Runs) -> list[float]:
+    """Returns the mean over seeds of p(right digit) in the rollouts, by window of steps."""
+    return [statistics.fmean(points) for points in zip(*(run["curve"] for run in runs.values()), strict=True)]
 
 
 def compare(runs: Runs, baseline: Runs, name: str) -> Difference:
@@ -91,38 +107,63 @@ def compare(runs: Runs, baseline: Runs, name: str) -> Difference:
 
 def make_tables(runs: Sequence[dict[str, Any]]) -> str:
     """Returns all tables as Markdown."""
-    results = Results(runs)
-    wanted = set(list_runs())
+    results, wanted = Results(runs), set(list_runs())
     there = sum(identify(run) in wanted for run in runs)
-    counted = f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out."
-    parts = [[counted], _rates(results), _parts(results), _worlds(results), _regimes(results), _sizes(results)]
-    return "\n".join(line for part in parts for line in [*part, ""]).strip()
+    parts = [f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out."]
+    for title, head, rows in (
+        (
+            "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD.",
+            "learning rate | p(right digit): before, Standard, VA-OPD | difference | greedy reading | all five right | "
+            "answer right | KL per other token | steps of VA-OPD to Standard's last p",
+            _list_rates(results),
+        ),
+        (
+            f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD.",
+            "objective | p(right digit) | answer right | KL per other token | weight of read digits | "
+            "siblings that count",
+            _list_parts(results),
+        ),
+        (
+            "**What decides**: every world, each objective at its own learning rate, minus Standard OPD.",
+            " | ".join(
+                ["world", "Standard: p(right digit), answers"]
+                + [f"{NAMES[name]}: {what}" for what in ("p(right digit)", "answers") for name in MAIN[1:]]
+                + ["rates"]
+            ),
+            _list_worlds(results),
+        ),
+        (
+            "**Where the divergence lies** in each world, and how much the read digits weigh; means over the run.",
+            "world | tokens that are read digits | share of KL on them | on misread ones | on tokens without VA | "
+            "on tokens that VA overlooks | VA-OPD's weight of read digits | of misread ones",
+            _list_regimes(results),
+        ),
+        (
+            f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
+            "prompts × siblings | p(right digit) | answer right",
+            _list_sizes(results),
+        ),
+    ):
+        lines = [f"| {head} |", f"| {' | '.join(['---'] * len(head.split(' | ')))} |"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+        parts.append("\n".join([title, "", *lines]))
+    return "\n\n".join(parts)
 
 
-def _rates(results: Results) -> Iterator[str]:
-    e = EXPERIMENTS[0]
-    yield "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD."
-    yield ""
-    yield from _head(
-        "learning rate", "p(right digit): before, Standard, VA-OPD", "difference", "greedy reading", "all five right",
-        "answer right", "KL per other token", "steps of VA-OPD to Standard's last p",
-    )  # fmt: skip
-    for rate in e.rates:
-        baseline, runs = results.find(e, "standard", rate), results.find(e, "va_opd", rate)
+def _list_rates(results: Results) -> Iterator[Row]:
+    for rate in BASE.rates:
+        baseline, runs = (results.find(BASE, name, rate) for name in ("standard", "va_opd"))
         if baseline and runs:
-            before, *after = (mean_of(*each) for each in _before_and_after(baseline, runs))
-            levels = f"{before:.3f}, {after[0]:.3f}, {after[1]:.3f}"
+            levels = [
+                mean_of(baseline, "before", "p_right"),
+                *(mean_of(r, "test", "p_right") for r in (baseline, runs)),
+            ]
             names = ("p_right", "greedy", "all_right", "answer", "kl_other")
-            yield _row(f"{rate:g}", levels, *(compare(runs, baseline, name) for name in names), _speed(runs, baseline))
+            found = [compare(runs, baseline, name) for name in names]
+            yield f"{rate:g}", ", ".join(f"{level:.3f}" for level in levels), *found, _say_speed(runs, baseline)
 
 
-def _before_and_after(baseline: Runs, runs: Runs) -> Iterator[tuple[Runs, str, str]]:
-    yield (baseline, "before", "p_right")
-    yield (baseline, "test", "p_right")
-    yield (runs, "test", "p_right")
-
-
-def _speed(runs: Runs, baseline: Runs) -> str:
+def _say_speed(runs: Runs, baseline: Runs) -> str:
     """Says after how many steps the mean curve has reached the baseline's last point."""
     mine, theirs = mean_curve(runs), mean_curve(baseline)
     reached = next((i for i, value in enumerate(mine) if value >= theirs[-1]), None)
@@ -134,90 +175,43 @@ def _speed(runs: Runs, baseline: Runs) -> str:
     return f"{WINDOW * (reached - 0.5 + part):.0f} of {STEPS - WINDOW / 2:.0f}"
 
 
-def mean_curve(runs: Runs) -> list[float]:
-    """Returns the mean over seeds of p(right digit) in the rollouts, by window of steps."""
-    return [statistics.fmean(points) for points in zip(*(run["curve"] for run in runs.values()), strict=True)]
-
-
-def _parts(results: Results) -> Iterator[str]:
-    e = EXPERIMENTS[0]
-    baseline = results.find(e, "standard", BASE_RATE)
-    yield f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD."
-    yield ""
-    yield from _head(
-        "objective",
-        "p(right digit)",
-        "answer right",
-        "KL per other token",
-        "weight of read digits",
-        "siblings that count",
-    )
-    for name in NAMES:
-        if baseline and name != "standard" and (runs := results.find(e, name, BASE_RATE)):
+def _list_parts(results: Results) -> Iterator[Row]:
+    baseline = results.find(BASE, "standard", BASE_RATE)
+    for name in list(NAMES)[1:]:
+        if baseline and (runs := results.find(BASE, name, BASE_RATE)):
             found = [compare(runs, baseline, each) for each in ("p_right", "answer", "kl_other")]
             weight, siblings = (mean_of(runs, "during", each) for each in ("weight_read", "effective_siblings"))
-            yield _row(NAMES[name], *found, f"{weight:.2f} ×", f"{siblings:.1f} of {e.siblings}")
+            yield NAMES[name], *found, f"{weight:.2f} ×", f"{siblings:.1f} of {BASE.siblings}"
 
 
-def _worlds(results: Results) -> Iterator[str]:
-    names = ("va_opd", "view_divergence")
-    yield "**What decides**: every world, each objective at its own learning rate, minus Standard OPD."
-    yield ""
-    said = [f"{NAMES[name]}: {measure}" for measure in ("p(right digit)", "answers") for name in names]
-    yield from _head("world", "Standard: p(right digit), answers", *said, "rates")
-    for e, tuned in _tune_all(results, ("standard", *names)):
+def _list_worlds(results: Results) -> Iterator[Row]:
+    measures = ("p_right", "answer")
+    for e, tuned in results.tune(MAIN):
         _, baseline = tuned["standard"]
-        levels = ", ".join(f"{mean_of(baseline, 'test', measure):.3f}" for measure in ("p_right", "answer"))
+        levels = ", ".join(f"{mean_of(baseline, 'test', measure):.3f}" for measure in measures)
         found = [
-            str(compare(tuned[name][1], baseline, measure)) if name in tuned else "–"
-            for measure in ("p_right", "answer")
-            for name in names
+            compare(tuned[name][1], baseline, measure) if name in tuned else "–"
+            for measure in measures
+            for name in MAIN[1:]
         ]
-        rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in ("standard", *names))
-        yield _row(f"{e.world}: {WORLDS[e.world].meaning}", levels, *found, rates)
+        rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in MAIN)
+        yield f"{e.world}: {WORLDS[e.world].meaning}", levels, *found, rates
 
 
-def _regimes(results: Results) -> Iterator[str]:
-    yield "**Where the divergence lies** in each world, and how much the read digits weigh; means over the run."
-    yield ""
-    yield from _head(
-        "world", "tokens that are read digits", "share of KL on them", "on misread ones", "on tokens without VA",
-        "on tokens that VA overlooks", "VA-OPD's weight of read digits", "of misread ones",
-    )  # fmt: skip
-    for e, tuned in _tune_all(results, ("standard", "va_opd")):
-        parts = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
-        shares = [mean_of(tuned["standard"][1], "during", part) for part in parts]
-        weights = [
-            mean_of(tuned["va_opd"][1], "during", name) if "va_opd" in tuned else math.nan
-            for name in ("weight_read", "weight_misread")
-        ]
+def _list_regimes(results: Results) -> Iterator[Row]:
+    names = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
+    for e, tuned in results.tune(("standard", "va_opd")):
+        shares = [mean_of(tuned["standard"][1], "during", name) for name in names]
+        weights = [mean_of(tuned["va_opd"][1], "during", name) for name in ("weight_read", "weight_misread")]
         said = ["–" if math.isnan(share) else f"{100 * share:.0f} %" for share in shares]
-        yield _row(e.world, *said, *("–" if math.isnan(weight) else f"{weight:.2f} ×" for weight in weights))
+        yield e.world, *said, *("–" if math.isnan(weight) else f"{weight:.2f} ×" for weight in weights)
 
 
-def _tune_all(results: Results, names: Sequence[str]) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
-    """Yields each world's experiment with its objectives at their own rates; the first has to be among them."""
-    for e in tuned_experiments():
-        tuned = {name: found for name in names if (found := results.tune(e, name))}
-        if names[0] in tuned and len(tuned) > 1:
-            yield e, tuned
-
-
-def tuned_experiments() -> list[Experiment]:
-    """Returns the experiments with several learning rates, one of each world."""
-    return [e for e in EXPERIMENTS if len(e.rates) > 1]
-
-
-def _sizes(results: Results) -> Iterator[str]:
-    yield f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD."
-    yield ""
-    yield from _head("prompts × siblings", "p(right digit)", "answer right")
-    for e in (EXPERIMENTS[0], *(e for e in EXPERIMENTS if (e.prompts, e.siblings) != (8, 4))):
+def _list_sizes(results: Results) -> Iterator[Row]:
+    for e in (BASE, *(e for e in EXPERIMENTS if (e.prompts, e.siblings) != (8, 4))):
         baseline, runs = (results.find(e, name, BASE_RATE) for name in ("standard", "va_opd"))
         if baseline and runs:
-            yield _row(
-                f"{e.prompts} × {e.siblings}", *(compare(runs, baseline, each) for each in ("p_right", "answer"))
-            )
+            yield f"{e.prompts} × {e.siblings}", *(compare(runs, baseline, each) for each in ("p_right", "answer"))
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -230,51 +224,31 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
     from vaopd.report.plots import COLOURS, RC
 
     colours = {"standard": COLOURS["standard"], "va_opd": COLOURS["va_opd"], "view_divergence": COLOURS["token_groups"]}
-    results = Results(runs)
+    results, shown = Results(runs), []
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-        shown = []
-        for e in tuned_experiments():
-            standard = results.tune(e, "standard")
-            if not standard:
-                continue
+        for e, tuned in results.tune(MAIN):
+            _, standard = tuned["standard"]
             for offset, name in ((-0.14, "va_opd"), (0.14, "view_divergence")):
-                if found := results.tune(e, name):
-                    mean, half, *_ = compare(found[1], standard[1], "p_right")
-                    label = NAMES[name] if not shown else None
-                    y = len(shown) + offset
-                    left.errorbar(
-                        mean, y, xerr=half, fmt="o", color=colours[name], markersize=4, capsize=2, label=label
-                    )
-            shown.append(f"{e.world}\n{100 * mean_of(standard[1], 'during', 'kl_share_read'):.0f} % of KL on digits")
+                if name in tuned:
+                    mean, half, *_ = compare(tuned[name][1], standard, "p_right")
+                    style: dict[str, Any] = {"fmt": "o", "color": colours[name], "markersize": 4, "capsize": 2}
+                    style["label"] = None if shown else NAMES[name]
+                    left.errorbar(mean, len(shown) + offset, xerr=half, **style)
+            shown.append(f"{e.world}\n{100 * mean_of(standard, 'during', 'kl_share_read'):.0f} % of KL on digits")
         left.axvline(0, color="#888888", linewidth=0.8)
         left.set_yticks(range(len(shown)), shown, fontsize=8)
         left.invert_yaxis()
-        left.set_xlabel("p(right digit) minus Standard OPD's; 95 % over seeds")
-        left.set_title("By world, each at its own learning rate")
-        left.legend(fontsize=8)
+        left.set(xlabel="p(right digit) minus Standard OPD's; 95 % over seeds", title="By world, each at its own rate")
         for name in MAIN:
-            if curves := results.find(EXPERIMENTS[0], name, BASE_RATE):
+            if curves := results.find(BASE, name, BASE_RATE):
                 steps = [WINDOW * (i + 0.5) for i in range(STEPS // WINDOW)]
                 right.plot(steps, mean_curve(curves), color=colours[name], marker=".", label=NAMES[name])
-        right.set(xlabel="step", ylabel="p(right digit) in the rollouts")
-        right.set_title(f"Base world, rate {BASE_RATE:g}")
+        right.set(xlabel="step", ylabel="p(right digit) in the rollouts", title=f"Base world, rate {BASE_RATE:g}")
+        left.legend(fontsize=8)
         right.legend(fontsize=8)
         figure.savefig(path, dpi=160)
-
-
-def _head(*cells: str) -> Iterator[str]:
-    yield _row(*cells)
-    yield _row(*["---"] * len(cells))
-
-
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _sign(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
 
 
 def main() -> None:

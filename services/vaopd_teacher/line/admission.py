@@ -38,10 +38,6 @@ class Admission:
         """The most groups of all jobs that may wait."""
         return self._sharing.max_waiting_groups
 
-    def count_waiting(self, job: str) -> int:
-        """Returns the accepted and unanswered groups of one job."""
-        return self._waiting[job]
-
     def count_waiting_by_job(self) -> dict[str, int]:
         """Returns the accepted and unanswered groups of each job that has some. Thread-safe."""
         return dict(self._waiting)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import PIL.Image
 import torch
 
 from vaopd.vlm.families import vision_tower
-from vaopd.vlm.families.base import ImageFeatures, PreparedImage, TpPlan, compute_packed_hidden, find_image_rows
+from vaopd.vlm.families.base import Family, ImageFeatures, PreparedImage, TpPlan
 from vaopd.vlm.fused_layers import fuse_text_layers
-from vaopd.vlm.shared_attention import Layout
 from vaopd.vlm.transfer import upload, upload_rows
 
-_SPLIT = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-_SPLIT_MLP = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+_SPLIT = {f"self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"}
+_SPLIT |= {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
 
 
-class Qwen25VL:
+class Qwen25VL(Family):
     """Adapter for Qwen2.5-VL. `PreparedImage.grid` is (t, h, w) in patches, before merging."""
 
-    tp_plan: TpPlan = "auto"
+    tower = "visual"
 
     def prepare_image(self, processor: Any, image: PIL.Image.Image) -> PreparedImage:
         """Cuts the image into patches; `merge_size`² of them become one token."""
@@ -40,17 +39,9 @@ class Qwen25VL:
         size = processor.image_processor.size
         return int(size["shortest_edge"]), int(size["longest_edge"])
 
-    def image_token_id(self, config: Any) -> int:
-        """Returns the id of `<|image_pad|>`."""
-        return int(config.image_token_id)
-
     def make_image_tokens(self, processor: Any, config: Any, image: PreparedImage) -> list[int]:
         """Returns the placeholders; the chat template has the marks around them."""
         return [self.image_token_id(config)] * image.num_tokens
-
-    def runs(self, image: PreparedImage) -> list[int]:
-        """Returns one run for the whole image."""
-        return [image.num_tokens]
 
     def vision_token_ids(self, processor: Any, config: Any) -> frozenset[int]:
         """Returns the ids of image, video, their marks and `<|vision_pad|>`."""
@@ -58,14 +49,6 @@ class Qwen25VL:
         pad = processor.tokenizer.get_vocab().get("<|vision_pad|>")
         ids = (config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
         return frozenset(ids) | (frozenset() if pad is None else {pad})
-
-    def vision_tower(self, model: Any) -> torch.nn.Module:
-        """Returns the vision encoder."""
-        return model.model.visual
-
-    def language_model(self, model: Any) -> torch.nn.Module:
-        """Returns the text model."""
-        return model.model.language_model
 
     def adapt(self, model: Any) -> None:
         """Lets the tower attend within all images by one kernel call, and embed patches by one product, on a GPU."""
@@ -108,39 +91,16 @@ class Qwen25VL:
         )
         return positions[:, 0]
 
-    def compute_hidden(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        features: Sequence[ImageFeatures],
-        layout: Layout,
-    ) -> torch.Tensor:
-        """Computes the hidden states with the images at their placeholders."""
-        return compute_packed_hidden(
-            self,
-            model,
-            input_ids,
-            positions[:, None],
-            [embeddings for embeddings, *_ in features],
-            layout,
-            **self._make_deepstack_arguments(model, input_ids, features),
-        )
-
-    def _make_deepstack_arguments(
-        self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]
-    ) -> dict[str, Any]:
-        """Returns the text model's arguments besides embeddings."""
-        return {}
+    def shape_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Adds an axis for the prompts: (3, 1, length)."""
+        return positions[:, None]
 
 
 class Qwen3VL(Qwen25VL):
     """Adapter for Qwen3-VL, as Qwen2.5-VL with deepstack features."""
 
     # transformers 5.19 has no plan for it; this is Qwen2.5-VL's. The norms of queries and keys are within one head.
-    tp_plan: TpPlan = {f"model.language_model.layers.*.self_attn.{name}": how for name, how in _SPLIT.items()} | {
-        f"model.language_model.layers.*.mlp.{name}": how for name, how in _SPLIT_MLP.items()
-    }
+    tp_plan: ClassVar[TpPlan] = {f"model.language_model.layers.*.{name}": how for name, how in _SPLIT.items()}
 
     def adapt(self, model: Any) -> None:
         """As Qwen2.5-VL's; the text model adds deepstack features at rows, and its layers compute by fewer kernels."""
@@ -158,14 +118,15 @@ class Qwen3VL(Qwen25VL):
     def _precompute(self, tower: Any, grids: torch.Tensor) -> dict[str, Any]:
         return vision_tower.compute_sequences(tower, grids) | vision_tower.compute_interpolation(tower, grids)
 
-    def _make_deepstack_arguments(
+    def make_text_arguments(
         self, model: Any, input_ids: torch.Tensor, features: Sequence[ImageFeatures]
     ) -> dict[str, Any]:
+        """Returns the deepstack features and their rows."""
         if not features:
             return {}
         _, *deepstack = zip(*features, strict=True)
         return {
-            "visual_pos_masks": upload(find_image_rows(self, model, input_ids), deepstack[0][0].device),
+            "visual_pos_masks": upload(self.find_image_rows(model, input_ids), deepstack[0][0].device),
             "deepstack_visual_embeds": [torch.cat(layer) for layer in deepstack],
         }
 
