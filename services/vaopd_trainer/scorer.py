@@ -19,7 +19,7 @@ import numpy as np
 
 from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
+from vaopd.errors import Busy, InvalidInput, Mismatch, NotFound, Unavailable
 from vaopd.telemetry import tracing
 from vaopd.types import GroupId, GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm.model import Vlm
@@ -187,6 +187,9 @@ def ask_teacher(
     while waiting:
         try:
             for answer in teacher.score(list(waiting.values()), columns=columns):
+                if isinstance(answer, GroupFailure) and isinstance(answer.error, NotFound) and not closed.is_set():
+                    log.warning("group %s waits for the teacher: %s", answer.group_id, answer.error)
+                    continue
                 del waiting[answer.group_id]
                 yield answer
         except (Unavailable, Busy) as error:

@@ -56,7 +56,9 @@ class Replica:
         tls: grpc.ChannelCredentials | None,
         metadata: Sequence[tuple[str, str]],
         timeout_s: float,
+        job: str = "",
     ) -> None:
+        """job: charged for uploads; "" stands for the key's own."""
         self.target = target
         self.stored: set[str] = set()
         """SHA-256 of the images that it stores, as far as is known."""
@@ -67,6 +69,7 @@ class Replica:
         self._tls = tls
         self._metadata = metadata
         self._timeout_s = timeout_s
+        self._job = job
         self._channel: grpc.aio.Channel | None = None
 
     @property
@@ -109,12 +112,15 @@ class Replica:
         return description_from_pb(await await_answer(call, self.target))
 
     async def upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
-        """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256."""
+        """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256.
+
+        Raises Busy while the replica has no room for them.
+        """
         refused: dict[str, VaopdError] = {}
         unknown = [sha256 for sha256 in images if sha256 not in self.stored]
         if not unknown:
             return refused
-        asked = pb.MissingImagesRequest(sha256=unknown)
+        asked = pb.MissingImagesRequest(sha256=unknown, job=self._job)
         call = self.stub.MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s)
         missing = (await await_answer(call, self.target)).sha256
         self.stored.update(set(unknown) - set(missing))
@@ -129,17 +135,21 @@ class Replica:
                 sendable.append(images[sha256])
         try:
             await self._put(sendable)
+        except Busy:
+            raise
         except (InvalidInput, LimitExceeded):
             for image in sendable:  # one of them is refused: find out which
                 try:
                     await self._put([image])
+                except Busy:
+                    raise
                 except (InvalidInput, LimitExceeded) as error:
                     refused[image.sha256] = error
         return refused
 
     async def _put(self, images: Sequence[EncodedImage]) -> None:
         if images:
-            messages = iter([image_to_pb(image) for image in images])
+            messages = iter([image_to_pb(image, job=self._job) for image in images])
             call = self.stub.PutImages(messages, metadata=self._metadata, timeout=self._timeout_s)
             self.stored.update((await await_answer(call, self.target)).sha256)
 
@@ -158,9 +168,11 @@ class Replicas:
         tls: grpc.ChannelCredentials | None,
         metadata: Sequence[tuple[str, str]],
         timeout_s: float,
+        job: str,
     ) -> None:
         self._all = [
-            Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in split_addresses(target)
+            Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s, job=job)
+            for address in split_addresses(target)
         ]
         self._turn = 0
         self.description: TeacherDescription | None = None

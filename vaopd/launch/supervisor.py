@@ -141,6 +141,13 @@ class Supervisor:
                 return code
             time.sleep(POLL_S)
 
+    def pause(self, seconds: float, *, except_for: str) -> None:
+        """Waits, and keeps the other children alive meanwhile. Raises as `check`."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.check(except_for=except_for)
+            time.sleep(POLL_S)
+
     def check(self, *, except_for: str | None = None) -> None:
         """Handles signals, readiness, deaths and due restarts once.
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd.errors import VaopdError
+from vaopd.errors import Busy, Unavailable, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = 2
+UNAVAILABLE = 75
+"""What the process needs was away for too long; the same command may succeed later (EX_TEMPFAIL)."""
 
 
 def make_parser(role: Role, description: str) -> argparse.ArgumentParser:
@@ -49,7 +51,8 @@ def main(
 ) -> int:
     """Parses the options, sets up logs and traces, and returns `run`'s exit code.
 
-    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line.
+    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line; 75 after
+    Unavailable or Busy.
     """
     arguments = parser.parse_args(argv)
     role = parser.prog.removeprefix("vaopd_")
@@ -70,7 +73,7 @@ def main(
             log.critical("%s", error)
         else:
             print(f"{role}: {error}", file=sys.stderr)
-        return FAILED
+        return UNAVAILABLE if isinstance(error, Unavailable | Busy) else FAILED
 
 
 @contextlib.contextmanager

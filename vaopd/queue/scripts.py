@@ -25,6 +25,7 @@ KEY_NAMES = (
     "trainer",  # owner token of the trainer that holds the job, with a time to live
     "epoch",  # random, written once: another one means that Redis came back empty
     "workers",  # sorted set: worker -> when it was last seen, ms, by the server's clock
+    "last_trainer",  # owner token of the trainer that took the job last, without a time to live
 )
 """The keys of a job, in the order in which keys.lua names them. Every script gets all of them."""
 _INCLUDE = re.compile(r"^-- include (\S+)\n", re.MULTILINE)
@@ -44,10 +45,12 @@ class EpochGone(Exception):
 class JobLost(Exception):
     """The trainer's lease ran out. Caught in this package."""
 
-    def __init__(self, holder: str) -> None:
-        super().__init__(holder)
+    def __init__(self, holder: str, last: str) -> None:
+        super().__init__(holder, last)
         self.holder = holder
         """Owner token of the trainer that holds the job now; empty when none does."""
+        self.last = last
+        """Owner token of the trainer that took it last; known after `retake_job` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,11 @@ def workers_alive(run: Run, within_ms: int) -> list[str]:
 def renew_job(run: Run, fence: Fence, lease_ms: int) -> None:
     """Lets the job's lease run for another `lease_ms`."""
     _run_fenced(run, "renew_job", fence, lease_ms)
+
+
+def retake_job(run: Run, fence: Fence, lease_ms: int) -> None:
+    """Takes the job again after its lease ran out, unless another trainer has taken it since."""
+    _run_fenced(run, "retake_job", fence, lease_ms)
 
 
 def release_job(run: Run, fence: Fence, last_id: str) -> None:
@@ -196,7 +204,7 @@ def _run_fenced(run: Run, name: str, fence: Fence, *args: str | int | bytes) -> 
     if reply[0] == b"epoch":
         raise EpochGone
     if reply[0] == b"lost":
-        raise JobLost(reply[1].decode())
+        raise JobLost(reply[1].decode(), reply[2].decode())
     return reply
 
 

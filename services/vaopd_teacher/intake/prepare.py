@@ -85,6 +85,13 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
     )
 
 
+def list_images(group: teacher_pb2.PromptGroup) -> list[str]:
+    """Returns the SHA-256 of the images that a group's prompt refers to, unchecked."""
+    if group.WhichOneof("prompt") == "tokens":
+        return list(group.tokens.image_sha256)
+    return [part.image_sha256 for m in group.messages.messages for part in m.content if part.image_sha256]
+
+
 def check_revision(revision: str, teacher: TeacherDescription) -> None:
     """Raises Mismatch for a revision other than the teacher's, unless it is empty."""
     if revision and revision != teacher.revision:
@@ -185,13 +192,13 @@ class Preparer:
         self._usual = Degradation()
         self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
 
-    def admit_image(self, image: EncodedImage) -> None:
-        """Decodes and stores an uploaded image and makes its views.
+    def admit_image(self, image: EncodedImage, *, job: str = "") -> None:
+        """Decodes and stores an image that `job` uploaded and makes its views.
 
-        Raises ImageRefused or LimitExceeded, so that a bad image is refused at its upload.
+        Raises ImageRefused or LimitExceeded, so that a bad image is refused at its upload, and Busy.
         """
         decoded = self._decode(image)
-        self._store.put(image)
+        self._store.put(image, job=job)
         self._make_both_views(image.sha256, self._usual, lambda: decoded)
 
     def prepare(self, group: teacher_pb2.PromptGroup, settings: CallSettings) -> PreparedGroup:
