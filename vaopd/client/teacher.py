@@ -195,11 +195,11 @@ class TeacherClient:
                 if any(uploads[replica, group_id] > 1 for group_id in dropped):
                     await asyncio.sleep(backoff.delay_s(NotFound("")))
             except NotFound:
-                for group_id, error in dropped.items():
+                for group_id, missing in dropped.items():
                     del waiting[group_id]
                     times = f"it was uploaded {uploads[replica, group_id]} times and dropped before it was read"
                     room = "the teacher needs more room for images ([teacher.images] encoded_bytes)"
-                    yield GroupFailure(group_id=group_id, error=NotFound(f"{error}; {times}: {room}"))
+                    yield GroupFailure(group_id=group_id, error=NotFound(f"{missing}; {times}: {room}"))
 
     async def _attempt(
         self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
