@@ -123,6 +123,16 @@ CALLS = {
     ),
     "two groups of one name": (lambda r: setattr(r.groups[1], "group_id", "good"), IA, "'good' stands twice.*unique"),
     "a group without a name": (lambda r: setattr(r.groups[1], "group_id", ""), IA, "1 .* empty group_id; name it"),
+    "a group with a name of a megabyte": (
+        lambda r: setattr(r.groups[1], "group_id", "g" * 2**20),
+        IA,
+        "a group_id has 1048576 characters, the limit is 256; shorten it",
+    ),
+    "a job with a long name": (
+        lambda r: setattr(r, "job", "j" * 300),
+        IA,
+        "a job has 300 characters, the limit is 256",
+    ),
     "another tokenizer": (
         lambda r: setattr(r, "tokenizer_fingerprint", "f" * 64),
         FP,

@@ -300,6 +300,7 @@ class TeacherClient:
     async def _recover(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
         """Notes a failed attempt and waits until the next one."""
         if isinstance(error, Unavailable):
+            error = await replica.explain(error)
             replica.mark_lost(error)
         failures[replica] = error
         await self._replicas.pause(failures, backoff)

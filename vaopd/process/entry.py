@@ -24,6 +24,7 @@ from vaopd.errors import Busy, Unavailable, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.visible import escape_lines
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -66,13 +67,15 @@ def main(
         tracing.set_up(role)
         try:
             return run(arguments, config)
-        except (RuntimeError, ImportError, AssertionError) as error:  # torch's and vLLM's: no device, no memory
+        except VaopdError:
+            raise
+        except Exception as error:  # torch's and vLLM's: no device, no memory; of the disk; any other is raised again
             raise as_config_error(error, role) from error
     except VaopdError as error:
         if log_format == "json":
             log.critical("%s", error)
         else:
-            print(f"{role}: {error}", file=sys.stderr)
+            print(f"{role}: {escape_lines(str(error))}", file=sys.stderr)
         return UNAVAILABLE if isinstance(error, Unavailable | Busy) else FAILED
 
 
