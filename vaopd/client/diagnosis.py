@@ -25,6 +25,7 @@ from vaopd.errors import (
     ConfigError,
     Mismatch,
     PermissionDenied,
+    TlsRefused,
     Unauthenticated,
     Unavailable,
     VaopdError,
@@ -68,6 +69,8 @@ def examine_teacher(
             _check_connection(address, environment)
             described = asyncio.run(_describe(address, job=job, environment=environment))
             found = found or described
+        except TlsRefused:
+            raise
         except (Unavailable, Busy) as error:
             absent[address] = str(error)
     if found is None:
@@ -95,7 +98,7 @@ def wait_for_teacher(
             return examine_teacher(target, job=job)
         except Unavailable as error:
             now = time.monotonic()
-            if now > deadline:
+            if now > deadline or isinstance(error, TlsRefused):
                 raise
             if now - said_s >= SAY_EVERY_S:
                 log.warning("waiting for the teacher: %s", error)
