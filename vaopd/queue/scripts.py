@@ -45,12 +45,10 @@ class EpochGone(Exception):
 class JobLost(Exception):
     """The trainer's lease ran out. Caught in this package."""
 
-    def __init__(self, holder: str, last: str) -> None:
-        super().__init__(holder, last)
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
         self.holder = holder
         """Owner token of the trainer that holds the job now; empty when none does."""
-        self.last = last
-        """Owner token of the trainer that took it last; known after `retake_job` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +202,7 @@ def _run_fenced(run: Run, name: str, fence: Fence, *args: str | int | bytes) -> 
     if reply[0] == b"epoch":
         raise EpochGone
     if reply[0] == b"lost":
-        raise JobLost(reply[1].decode(), reply[2].decode())
+        raise JobLost(reply[1].decode())
     return reply
 
 

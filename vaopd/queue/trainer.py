@@ -218,7 +218,7 @@ class TrainerQueue(TrainerEnd):
         except scripts.EpochGone:
             raise self._make_empty_error() from None
         except scripts.JobLost as lost:
-            now = f"trainer {lost.holder!r} holds it" if lost.holder else f"trainer {lost.last!r} had it since"
+            now = f"trainer {lost.holder!r} holds it" if lost.holder else "another one had it since"
             raise LeaseLost(
                 f"trainer {self.owner!r} lost job {self._connection.job!r}: its lease was not renewed for "
                 f"{self.lease_s:g} s and {now}; nothing was committed. Resume from the last checkpoint"

@@ -3,5 +3,5 @@
 if redis.call('GET', K.epoch) ~= ARGV[1] then return {'epoch'} end
 do
   local holder = redis.call('GET', K.trainer)
-  if holder ~= ARGV[2] then return {'lost', holder or '', ''} end
+  if holder ~= ARGV[2] then return {'lost', holder or ''} end
 end

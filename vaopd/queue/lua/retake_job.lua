@@ -4,6 +4,6 @@
 -- stood still. Refused when another trainer has taken it since, even if that one has ended. ARGV: epoch, owner, lease in ms.
 if redis.call('GET', K.epoch) ~= ARGV[1] then return {'epoch'} end
 local holder, last = redis.call('GET', K.trainer), redis.call('GET', K.last_trainer)
-if (holder and holder ~= ARGV[2]) or last ~= ARGV[2] then return {'lost', holder or '', last or ''} end
+if (holder and holder ~= ARGV[2]) or last ~= ARGV[2] then return {'lost', holder or ''} end
 redis.call('SET', K.trainer, ARGV[2], 'PX', ARGV[3])
 return {'ok'}
