@@ -13,6 +13,7 @@
     ├── NotFound                an image, run or snapshot that the other side doesn't have
     ├── LeaseLost               another process owns this queue entry or job now; nothing was committed
     ├── Unavailable             the other side is starting, draining, or can't be reached; try again
+    │   └── TlsRefused          it is there, but TLS doesn't fit: trying again changes nothing until that is fixed
     ├── NumericalError          a number that must be finite isn't
     ├── ConfigError             the configuration can't be run as it is
     ├── ChildFailed             a process that `vaopd up` started has ended, or never became ready
@@ -92,6 +93,10 @@ class QueueFull(Busy):
 
 class TeacherFault(Mismatch):
     """A fault of the teacher, not of the request: it differs from its replicas, or breaks the protocol."""
+
+
+class TlsRefused(Unavailable):
+    """Client and server don't agree on TLS: an expired or foreign certificate, or plain text on one side."""
 
 
 class ChildFailed(VaopdError):

@@ -9,6 +9,8 @@ import io
 import math
 import re
 import warnings
+import zlib
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -22,6 +24,9 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_ASPECT_RATIO = 200  # the image processors of the Qwen family refuse more
 # Encoders make about ten. A scan of 51 bytes took 0.1 s at 31 megapixels: without a cap, 5 MB kept a core for hours.
 MAX_JPEG_SCANS = 32
+_MAX_PARTS = 32_768
+"""Chunks of a PNG or segments of a JPEG, one for about 8 KB. Python code walks them, here and in Pillow."""
+_SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not those that occur inside a scan
 _TEM, _EOI, _SOS = 0x01, 0xD9, 0xDA
 _MAX_PROFILE_BYTES = 4 * 2**20  # a press's tables take up to about three
@@ -52,14 +57,23 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
     name = f"image {image.sha256[:12]}…"
     if len(image.data) > max_bytes:
         raise LimitExceeded(f"{name} has {len(image.data)} bytes, the limit is {max_bytes}; send a smaller encoding")
+    kind = next((kind for beginning, kind in _SIGNATURES.items() if image.data.startswith(beginning)), None)
+    structure = _walk(image.data, kind)
+    if structure.parts >= _MAX_PARTS:
+        raise ImageRefused(f"{name} is a {kind} of more than {_MAX_PARTS} parts, the limit; re-encode it")
+    if structure.scans > MAX_JPEG_SCANS:
+        raise ImageRefused(f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit; re-encode it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own cap is checked just below
             opened = PIL.Image.open(io.BytesIO(image.data), formats=FORMATS)
     except PIL.Image.DecompressionBombError:  # Pillow checks its own cap, far above ours, in `open`
         raise ImageRefused(f"{name} claims far more than {max_pixels} pixels, the limit; scale it down") from None
-    except Exception:
-        raise ImageRefused(f"{name} ({len(image.data)} bytes) is not a PNG, JPEG or WEBP image; re-encode it") from None
+    except Exception as error:
+        if kind == "PNG" and "MAX_TEXT" in str(error):
+            raise ImageRefused(f"{name} holds a text or profile of over 1 MiB, the limit; leave it out") from None
+        what = f", {kind}) is damaged" if kind else ") is not a PNG, JPEG or WEBP image"
+        raise ImageRefused(f"{name} ({len(image.data)} bytes{what}; re-encode it") from None
     width, height = opened.size
     if width * height > max_pixels:
         raise ImageRefused(f"{name} is {width}×{height} pixels, the limit is {max_pixels} in all; scale it down")
@@ -67,8 +81,9 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
         raise ImageRefused(f"{name} is {width}×{height}, the limit is an aspect ratio of {MAX_ASPECT_RATIO}; crop it")
     if opened.format in ("PNG", "WEBP") and (frames := getattr(opened, "n_frames", 1)) > 1:
         raise ImageRefused(f"{name} is an animation of {frames} frames, the limit is 1; send one of them")
-    if opened.format not in ("PNG", "WEBP") and _count_jpeg_scans(image.data) > MAX_JPEG_SCANS:
-        raise ImageRefused(f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit; re-encode it")
+    if not structure.ends:
+        what = f"{width}×{height} {kind}, ends early or has a wrong checksum"
+        raise ImageRefused(f"{name} ({what}) is damaged; re-encode it")
     try:
         return _draw(opened, image.data)
     except Exception:
@@ -162,13 +177,41 @@ def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int)
     return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
 
 
-def _count_jpeg_scans(data: bytes) -> int:
-    """Counts a decoder's passes over the image: the SOS markers before the first EOI. Stops above the limit."""
+class _Structure(NamedTuple):
+    """How a file is made up. parts: chunks or segments. ends: whether its end is there, and the checksums hold."""
+
+    parts: int = 0
+    scans: int = 0
+    ends: bool = True
+
+
+def _walk(data: bytes, kind: str | None) -> _Structure:
+    return _walk_png(data) if kind == "PNG" else _walk_jpeg(data) if kind == "JPEG" else _Structure()
+
+
+def _walk_png(data: bytes) -> _Structure:
+    """Follows the chunks to IEND and checks their CRCs; Pillow reads no further than the last row of pixels."""
+    view, position = memoryview(data), 8
+    for number in range(_MAX_PARTS + 1):
+        end = position + 12 + int.from_bytes(data[position : position + 4])
+        if end > len(data) or zlib.crc32(view[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
+            return _Structure(number, ends=False)
+        if data[position + 4 : position + 8] == b"IEND":
+            break
+        position = end
+    return _Structure(number)
+
+
+def _walk_jpeg(data: bytes) -> _Structure:
+    """Follows the segments to EOI and counts a decoder's passes over the image, the SOS markers."""
     scans, position = 0, 2
-    while scans <= MAX_JPEG_SCANS and (found := _JPEG_MARKER.search(data, position)):
+    for number in range(_MAX_PARTS + 1):
+        found = _JPEG_MARKER.search(data, position)
+        if found is None or scans > MAX_JPEG_SCANS:
+            return _Structure(number, scans, ends=False)
         if (marker := data[found.end() - 1]) == _EOI:
             break
         scans += marker == _SOS
         length = 0 if marker == _TEM else int.from_bytes(data[found.end() : found.end() + 2])
         position = found.end() + length
-    return scans
+    return _Structure(number, scans)

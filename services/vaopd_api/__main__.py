@@ -14,6 +14,7 @@ from vaopd import process
 from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
 from vaopd.net.ports import is_loopback
+from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry, hang_timer
 from vaopd.telemetry import metrics_port
 
@@ -112,6 +113,7 @@ def serve(
     )
     try:
         settings.load()
+        expires = read_expiry(tls.cert, tls.key, section="api") if tls.cert and tls.key else math.inf
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(
             f"[api.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} must be PEM files that belong together "
@@ -127,10 +129,13 @@ def serve(
         entry.announce(address, announce)
     print(f"api ready on {address}", flush=True)
 
+    expiry = ExpiryWatch(expires, section="api")
+
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
             """Resets the hang timer; called ten times a second while the event loop runs."""
             hang_timer.expect_life_within(service.stuck_after_s)
+            expiry.look()
             return await super().on_tick(counter)
 
     Server(settings).run(sockets=[listener])

@@ -75,7 +75,12 @@ async def read_json(request: Request) -> Any:
 
 
 def read_content_type(request: Request) -> str:
-    """Returns the content type in lower case, without parameters; "" where there is none."""
+    """Returns the content type in lower case, without parameters; "" where there is none.
+
+    Raises ApiError (415) for a compressed body: it could be a bomb, and images don't shrink.
+    """
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+        raise ApiError(415, f"the body's content encoding {coding[:40]!r} isn't read; send it uncompressed")
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

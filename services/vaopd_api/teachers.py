@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vaopd.client import ClientOptions, GroupFailure, TeacherClient
-from vaopd.errors import NotFound, PermissionDenied, TeacherFault, Unauthenticated, Unavailable
+from vaopd.errors import Busy, NotFound, PermissionDenied, TeacherFault, Unauthenticated, Unavailable
 from vaopd.types import Degradation, GroupScore, ScoreRequest, TeacherDescription
 from vaopd_api.problems import ApiError
 
@@ -16,6 +16,7 @@ logger = logging.getLogger("vaopd.api")
 
 CONNECT_TIMEOUT_S = 3.0
 SCORE_TIMEOUT_S = 120.0
+_BUSY_S = 2.0
 
 
 class Teachers:
@@ -98,6 +99,8 @@ class Teachers:
             with _map_operator_errors():
                 async for result in client.score(requests, with_token_texts=True, columns=columns):
                     if isinstance(result, GroupFailure):
+                        if isinstance(result.error, NotFound):
+                            raise Busy("the teacher has no room for the request's images now; try again", _BUSY_S)
                         raise result.error
                     found[result.group_id] = result
         if len(found) < len(requests):

@@ -183,7 +183,7 @@ class RolloutWorker:
                 self._ask_at_s = time.monotonic() + POLL_S
         except Unavailable as error:
             self._metrics.count_error("redis_unavailable")
-            log.warning("%s", error)
+            log.warning("waiting for Redis: %s", error)
             self._ask_at_s = time.monotonic() + AWAY_S
             if idle and not found:
                 self._stop.wait(RETRY_S)

@@ -136,7 +136,7 @@ class TeacherServer:
         self.description = describe(backend, model=model, limits=limits)
         limits = self.description.limits
         loop = asyncio.get_running_loop()
-        self.images = ImageStore(service.images.encoded_bytes)
+        self.images = ImageStore(service.images.encoded_bytes, weights=sharing.weights)
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
         self.vision_cache = backend.vision_cache
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")

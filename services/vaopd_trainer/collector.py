@@ -30,8 +30,19 @@ Check = Callable[[], None]
 class Collector:
     """The trainer's side of one job's queue. Not thread-safe: the coordinator's main thread owns it."""
 
-    def __init__(self, *, queue: TrainerEnd, ledger: Ledger, remind_every_s: float = 30.0) -> None:
-        """remind_every_s: after so long without a group, log that, and republish requests that Redis has lost."""
+    def __init__(
+        self,
+        *,
+        queue: TrainerEnd,
+        ledger: Ledger,
+        remind_every_s: float = 30.0,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """remind_every_s: after so long without a group, log that, and republish requests that Redis has lost.
+
+        say: prints what is waited for, once.
+        """
+        self._say = say
         self._remind_every_s = remind_every_s
         self._queue = queue
         self._ledger = ledger
@@ -245,15 +256,21 @@ class Collector:
 
     def _until_redis_takes_it(self, operation: Callable[[], object]) -> None:
         """Waits while Redis is full or away: nothing is lost by waiting. Refills a Redis that came back empty."""
+        waited = False
         while True:
             try:
                 operation()
+                if waited:
+                    self._say("Redis answers again; the run continues")
                 return
             except Mismatch as error:
                 log.warning("republishing from this trainer's own record: %s", error)
                 operation = self._republish
             except Unavailable as error:
                 log.warning("waiting for Redis: %s", error)
+                if not waited:
+                    self._say(f"waiting for Redis: {error}")
+                waited = True
                 until = time.monotonic() + _POLL_S
                 while time.monotonic() < until:
                     self._check()

@@ -33,7 +33,7 @@ from vaopd.client import SyncTeacherClient
 from vaopd.client.diagnosis import wait_for_teacher
 from vaopd.config import Config, HttpWeights, NoSharding
 from vaopd.data.problems import load_problems
-from vaopd.errors import Mismatch, VaopdError
+from vaopd.errors import LeaseLost, Mismatch, Unavailable, VaopdError
 from vaopd.payloads import to_torch
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
@@ -113,7 +113,8 @@ def run(
             keeper = stack.enter_context(LeaseKeeper(renew=lambda: _renew(queue, status), every_s=queue.lease_s / 3))
             ledger = Ledger(config.run_folder / FILE, owner=queue.owner, fresh=not resume)
             stack.callback(ledger.close)
-            collector = Collector(queue=queue, ledger=ledger)
+            progress_line = ProgressLine(steps=config.trainer.steps)
+            collector = Collector(queue=queue, ledger=ledger, say=progress_line.print_line)
             gauge = DepthGauge(url=config.queue.find_url(), job=config.run.name)
             stack.callback(gauge.close)
             metrics.watch(depth=gauge.read, counts=collector.counts)
@@ -129,7 +130,7 @@ def run(
                 ledger=ledger,
                 keeper=keeper,
                 status=status,
-                progress_line=ProgressLine(steps=config.trainer.steps),
+                progress_line=progress_line,
                 metrics=metrics,
                 server=_serve_snapshots(config, stack),
                 track=lambda values, step: accelerator.log(values, step=step),
@@ -317,12 +318,23 @@ def _take_job(config: Config, stack: contextlib.ExitStack, *, resume: bool) -> T
         # What an earlier run of this name left would keep this one's requests from being published.
         queue.purge()
         queue.acquire()
-    stack.callback(queue.release)
+    stack.callback(_give_back, queue)
     return queue
+
+
+def _give_back(queue: TrainerQueue) -> None:
+    try:
+        queue.release()
+    except (Unavailable, Mismatch, LeaseLost) as error:  # what ends the run is another matter
+        log.warning("the job is not given back, and is free once its lease has run out: %s", error)
 
 
 def _renew(queue: TrainerQueue, status: StatusWriter) -> None:
     # The collector refills a Redis that came back empty, even if the keeper notices first.
-    with contextlib.suppress(Mismatch):
-        queue.renew()
+    try:
+        with contextlib.suppress(Mismatch):
+            queue.renew()
+    except Unavailable:
+        status.beat()  # the trainer lives, and waits
+        raise
     status.beat()

@@ -19,7 +19,7 @@ import numpy as np
 
 from vaopd import images
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.errors import Busy, InvalidInput, Mismatch, Unavailable
+from vaopd.errors import Busy, InvalidInput, Mismatch, NotFound, TlsRefused, Unavailable
 from vaopd.telemetry import tracing
 from vaopd.types import GroupId, GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
 from vaopd.vlm.model import Vlm
@@ -29,6 +29,7 @@ from vaopd_trainer.student_loss import ScoredGroup
 log = logging.getLogger(__name__)
 
 _CHECK_EVERY_S = 1.0
+_TLS_AGAIN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,9 +188,14 @@ def ask_teacher(
     while waiting:
         try:
             for answer in teacher.score(list(waiting.values()), columns=columns):
+                if isinstance(answer, GroupFailure) and isinstance(answer.error, NotFound) and not closed.is_set():
+                    log.warning("group %s waits for the teacher: %s", answer.group_id, answer.error)
+                    continue
                 del waiting[answer.group_id]
                 yield answer
         except (Unavailable, Busy) as error:
             if closed.is_set():
                 raise
             log.warning("%d groups wait for the teacher: %s", len(waiting), error)
+            if isinstance(error, TlsRefused):  # until its certificate is renewed
+                closed.wait(_TLS_AGAIN_S)

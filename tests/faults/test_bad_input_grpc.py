@@ -7,6 +7,7 @@ who asks and when is in test_bad_input_grpc_service.py.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -122,6 +123,16 @@ CALLS = {
     ),
     "two groups of one name": (lambda r: setattr(r.groups[1], "group_id", "good"), IA, "'good' stands twice.*unique"),
     "a group without a name": (lambda r: setattr(r.groups[1], "group_id", ""), IA, "1 .* empty group_id; name it"),
+    "a group with a name of a megabyte": (
+        lambda r: setattr(r.groups[1], "group_id", "g" * 2**20),
+        IA,
+        "a group_id has 1048576 characters, the limit is 256; shorten it",
+    ),
+    "a job with a long name": (
+        lambda r: setattr(r, "job", "j" * 300),
+        IA,
+        "a job has 300 characters, the limit is 256",
+    ),
     "another tokenizer": (
         lambda r: setattr(r, "tokenizer_fingerprint", "f" * 64),
         FP,
@@ -228,6 +239,7 @@ def test_a_fault_of_one_group_leaves_the_others_alone(
 UNREADABLE = r"bytes\) is not a PNG, JPEG or WEBP image; re-encode it"
 DAMAGED = "is damaged; re-encode it"
 TOO_LARGE = "32000000.*; scale it down"
+TEXT_BOMB = pictures.hand_made_png((1, 1), [0], depth=8, colour=0, zTXt=b"k\0\0" + zlib.compress(bytes(2**22)))
 IMAGES = {
     "empty": (b"", IA, UNREADABLE),
     "one byte": (b"\x89", IA, UNREADABLE),
@@ -237,11 +249,17 @@ IMAGES = {
     "random bytes": (np.random.default_rng(0).bytes(500), IA, UNREADABLE),
     "a cut PNG": (PICTURE.data[: len(PICTURE.data) // 2], IA, DAMAGED),
     "a PNG with a flipped byte": (pictures.with_changed_byte(PICTURE.data, 900), IA, DAMAGED),
-    "a PNG with a bad CRC": (pictures.with_changed_byte(pictures.saved("PNG", size=(8, 8)), 30), IA, UNREADABLE),
+    "a PNG with a bad CRC": (pictures.with_changed_byte(pictures.saved("PNG", size=(8, 8)), 30), IA, DAMAGED),
+    "a PNG without its IEND": (PICTURE.data[:-12], IA, f"ends early.*{DAMAGED}"),
+    "a PNG without its last CRC": (PICTURE.data[:-4], IA, f"ends early.*{DAMAGED}"),
+    "a PNG with a bomb of text": (TEXT_BOMB, IA, "text or profile of over 1 MiB, the limit; leave"),
+    "a JPEG without its EOI": (encoded(drawing(1, (40, 40)), "JPEG").data[:-2], IA, f"ends early.*{DAMAGED}"),
+    "a JPEG with noise for its EOI": (encoded(drawing(1, (40, 40)), "JPEG").data[:-2] + b"junk" * 99, IA, DAMAGED),
+    "a WEBP without its last byte": (encoded(drawing(1), "WEBP").data[:-1], IA, f"WEBP.*{DAMAGED}"),
     "a cut JPEG": (encoded(drawing(1), "JPEG").data[:900], IA, DAMAGED),
-    "a JPEG cut in its header": (encoded(drawing(1), "JPEG").data[:300], IA, UNREADABLE),
+    "a JPEG cut in its header": (encoded(drawing(1), "JPEG").data[:300], IA, DAMAGED),
     "a JPEG of too many scans": (pictures.jpeg_of_many_scans(), IA, "more than 32 scans, the limit; re-encode it"),
-    "a cut WEBP": (encoded(drawing(1), "WEBP").data[:900], IA, f"{UNREADABLE}|{DAMAGED}"),
+    "a cut WEBP": (encoded(drawing(1), "WEBP").data[:900], IA, DAMAGED),
     "a GIF": (pictures.saved("GIF"), IA, UNREADABLE),
     "an animated GIF": (pictures.saved("GIF", frames=3), IA, UNREADABLE),
     "an animated PNG": (pictures.saved("PNG", frames=3), IA, "animation of 3 frames, the limit is 1; send one"),
@@ -251,7 +269,7 @@ IMAGES = {
     "a PDF": (pictures.saved("PDF"), IA, UNREADABLE),
     "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', IA, UNREADABLE),
     "an EPS": (pictures.saved("EPS"), IA, UNREADABLE),
-    "a header of 0×0": (pictures.png_that_claims(0, 0), IA, UNREADABLE),
+    "a header of 0×0": (pictures.png_that_claims(0, 0), IA, DAMAGED),
     "a header of 60000²": (pictures.png_that_claims(60_000, 60_000), IA, TOO_LARGE),
     "a header of 2³¹×1": (pictures.png_that_claims(2**31, 1), IA, f"{UNREADABLE}|{TOO_LARGE}"),
     "a header just over the cap": (pictures.png_that_claims(6_400, 5_001), IA, TOO_LARGE),

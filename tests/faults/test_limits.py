@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
+import numpy as np
+import PIL.Image
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.api import BODY, error_of, start_api
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process, token_request
 from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
-from vaopd.config import SharingConfig, TeacherServiceConfig
+from vaopd.config import ImagesConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, Unavailable
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest, TeacherLimits, user_turn
+from vaopd.wire.common import image_to_pb
 from vaopd.wire.teacher import count_tokens, score_request_to_pb
 from vaopd_teacher import server
 
@@ -163,3 +168,37 @@ def describe_or_none(target: str) -> object:
             return client.describe()
     except Unavailable:
         return None
+
+
+def test_a_light_job_loses_no_group_beside_one_that_floods_a_small_store() -> None:
+    """Its images, a third of the store, are uploaded again and again, and read while the flood goes on."""
+    groups = [token_request(tiny_vlm(), f"g{n}", pictures=[drawing(n)], responses=["12"]) for n in range(4)]
+    own_bytes = sum(len(image.data) for group in groups for image in group.images)
+    rooms = ImagesConfig(encoded_bytes=3 * own_bytes, prepared_bytes=1)
+    over = threading.Event()
+
+    def flood(target: str) -> int:
+        """Uploads distinct images of the size of the light job's, as fast as it can."""
+        noise, count = np.random.default_rng(0), 0
+        with grpc.insecure_channel(target) as channel:
+            stub = teacher_pb2_grpc.TeacherStub(channel)
+            while not over.is_set():
+                pixels = noise.integers(0, 256, (40, own_bytes // 480, 3), dtype=np.uint8)
+                stub.PutImages(iter([image_to_pb(encoded(PIL.Image.fromarray(pixels)), job="heavy")]))
+                count += 1
+        return count
+
+    with (
+        teacher_in_process(tiny_vlm(), service=TeacherServiceConfig(images=rooms)) as teacher,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        flooding = pool.submit(flood, teacher.target)
+        try:
+            for _ in range(5):
+                with SyncTeacherClient(teacher.target, job="light", patience_s=30.0) as client:
+                    assert all(isinstance(result, GroupScore) for result in client.score(groups))
+            wait_until("the flood has dropped images", lambda: teacher.server.images.dropped > 0)
+        finally:
+            over.set()
+        assert flooding.result() > 1
+        assert teacher.server.images.find_missing(i.sha256 for g in groups for i in g.images) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import zlib
@@ -170,6 +171,16 @@ def test_numbers_that_are_not_finite(api: Api, number: str) -> None:
 def test_another_content_type(api: Api, kind: str) -> None:
     answer = api.http.post("/v1/score", content=json.dumps(BODY), headers={"Content-Type": kind})
     assert (answer.status_code, error_of(answer)["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_compressed_body_is_named_as_such(api: Api) -> None:
+    answer = api.http.post(
+        "/v1/score",
+        content=gzip.compress(json.dumps(BODY).encode()),
+        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    )
+    assert (answer.status_code, error_of(answer)["code"]) == (415, "unsupported_media_type")
+    assert error_of(answer)["detail"] == "the body's content encoding 'gzip' isn't read; send it uncompressed"
 
 
 def test_a_body_above_the_limit_is_refused_by_its_declared_length(api: Api) -> None:

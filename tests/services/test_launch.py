@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.runs import MINIMAL
 from tests.support.waiting import wait_until
+from vaopd.config import load_config
 from vaopd.errors import ChildFailed
+from vaopd.launch import up
 from vaopd.launch.supervisor import Child, Supervisor
 
 SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(600)"
@@ -110,6 +113,46 @@ def test_restarts_are_bounded(supervisor: Supervisor) -> None:
         supervisor.start(Child(name="worker", argv=python("raise SystemExit(1)"), restarts=2))
         with pytest.raises(ChildFailed, match="restarted 2 times"):
             wait_until("the supervisor gives up", supervisor.check)
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "answer", "starts"),
+    [
+        ([75, 1, -9, 0], True, 0, ["", "--resume", "--resume", "--resume"]),  # Redis away, a device error, SIGKILL
+        ([1, 2], True, 2, ["", "--resume"]),  # an error by name would come back
+        ([130], True, 130, [""]),  # a signal asked for it
+        ([1] * 7, True, 1, ["", *["--resume"] * 5]),
+        ([75], False, 75, [""]),
+    ],
+)
+def test_the_trainer_is_restarted_after_what_a_resume_may_cure(
+    supervisor: Supervisor,
+    tmp_path: Path,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    codes: list[int],
+    restarts: bool,
+    answer: int,
+    starts: list[str],
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(MINIMAL)
+    given: list[str] = []
+
+    def exiting(role: str, path: Path, overrides: list[str], *arguments: str) -> tuple[str, ...]:
+        code = codes[len(given)]
+        given.append(" ".join(arguments))
+        return python(
+            "import os, sys; n = int(sys.argv[1]); os.kill(os.getpid(), -n) if n < 0 else os._exit(n)", str(code)
+        )
+
+    monkeypatch.setattr(up, "make_service_argv", exiting)
+    monkeypatch.setattr(up, "RESTART_S", 0.01)
+    options = up.UpOptions(config_path=config, restart_trainer=restarts)
+    with supervisor:
+        assert up._Launch(load_config(config), options, supervisor, said.append)._run_trainer() == answer
+    assert given == starts
+    assert sum("it continues from its last checkpoint" in line for line in said) == len(starts) - 1
 
 
 def test_a_restart_may_run_with_other_arguments(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.support.data_sets import write_both_splits
 from tests.support.models import model_folder, tiny_vlm
@@ -16,10 +19,21 @@ from tests.support.waiting import wait_until
 from vaopd.access.certificates import make_certificates
 from vaopd.access.keys import add_key
 from vaopd.cli import main
+from vaopd.client import SyncTeacherClient, from_environment
 from vaopd.client.diagnosis import examine_teacher, wait_for_teacher
 from vaopd.config import KeysConfig, TeacherServiceConfig, TeacherTlsConfig
-from vaopd.errors import ConfigError, Mismatch, PermissionDenied, Unauthenticated, Unavailable, VaopdError
+from vaopd.errors import (
+    ConfigError,
+    Mismatch,
+    PermissionDenied,
+    TlsRefused,
+    Unauthenticated,
+    Unavailable,
+    VaopdError,
+)
 from vaopd.launch.teacher import find_credentials_problem
+from vaopd.net.tls import ExpiryWatch, read_expiry
+from vaopd_teacher.rpc.tls import make_server_credentials
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +120,43 @@ def test_another_authority(with_tls: str, with_mtls: str, certificates: Path, tm
     assert "wants a client's certificate" in refusal(with_mtls, ConfigError, trust(certificates))
     told = refusal(with_mtls, ConfigError, trust(certificates, client=tmp_path))
     assert "refuses the certificate of VAOPD_TLS_CERT" in told
+
+
+def test_a_client_with_all_its_patience_hears_of_tls_at_once(
+    plain: str, with_tls: str, with_mtls: str, certificates: Path, tmp_path: Path
+) -> None:
+    make_certificates(tmp_path)
+    ours, foreign = from_environment(trust(certificates)), from_environment(trust(tmp_path))
+    for target, credentials, words in (
+        (with_tls, {}, "it speaks TLS, and this client plain text; set VAOPD_TLS_CA"),
+        (plain, ours, "it speaks plain text"),
+        (with_tls, foreign, "unable to get local issuer certificate"),
+        (with_mtls, ours, "wants one; set VAOPD_TLS_CERT and VAOPD_TLS_KEY"),
+    ):
+        with (
+            SyncTeacherClient(target, job="geometry", patience_s=3600.0, **credentials) as client,
+            pytest.raises(TlsRefused, match=f"TLS with the teacher at {target} failed: .*{words}"),
+        ):
+            client.describe()
+
+
+def test_a_server_says_that_its_certificate_has_expired(
+    tmp_path: Path, certificates: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = datetime.now(UTC)
+    old = trustme.CA().issue_cert("localhost", not_before=now - timedelta(days=9), not_after=now - timedelta(days=1))
+    old.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
+    old.private_key_pem.write_to_path(tmp_path / "server.key")
+    with pytest.raises(ConfigError, match=r"\[teacher\.tls\] cert = .*server\.pem'.*expired; renew it"):
+        make_server_credentials(serve(tmp_path, mutual=False).tls, "localhost:0")
+    # Thirty days are left, and later one, and later none.
+    expires = read_expiry(certificates / "server.pem", certificates / "server.key", section="teacher")
+    assert expires == pytest.approx(time.time() + 30 * 86_400, abs=600)  # since the module's first test
+    for left_s in (8 * 86_400, 86_400, -1):
+        ExpiryWatch(time.time() + left_s, section="teacher").look()
+    soon, over = caplog.messages
+    assert "[teacher.tls] expires in 1.0 days" in soon
+    assert "[teacher.tls] has expired: clients refuse it; renew it" in over
 
 
 def test_keys(tmp_path: Path) -> None:

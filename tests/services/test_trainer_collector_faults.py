@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +16,7 @@ import redis
 from tests.support.collectors import MakeCollector, a_policy, never
 from tests.support.groups import a_request, an_answer, answer
 from vaopd.errors import LeaseLost
-from vaopd.queue import TrainerQueue, WorkerQueue
+from vaopd.queue import TrainerQueue, WorkerQueue, connection
 from vaopd.queue.embedded import EmbeddedRedis
 from vaopd.types import RolloutGroup, RolloutRequest
 from vaopd_trainer.collector import Collector
@@ -111,6 +114,35 @@ def test_waiting_for_groups_outlasts_an_absent_redis(make_collector: MakeCollect
         revival.start()
         assert [group.group_id for group in collect(collector, "g1")] == ["g1"]
         revival.join()
+
+
+def test_a_redis_frozen_for_longer_than_the_lease_costs_the_trainer_nothing(
+    make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "SOCKET_TIMEOUT_S", 0.2)
+    with (
+        EmbeddedRedis() as server,
+        closing(TrainerQueue(url=server.url, job="j", lease_s=0.3, patience_s=0.1)) as queue,
+    ):
+        queue.acquire()
+        said: list[str] = []
+        collector = make_collector(queue, say=said.append)
+        ask(collector, a_request("g1"))
+        with closing(WorkerQueue(url=server.url, job="j", worker="w", patience_s=60)) as worker:
+            answer(worker)
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+            with queue.keeper() as keeper:
+                thaw = threading.Timer(1.0, lambda: os.kill(server.pid or 0, signal.SIGCONT))
+                thaw.start()
+                assert [group.group_id for group in collect(collector, "g1")] == ["g1"]
+                thaw.join()
+                ask(collector, a_request("g2"))
+                answer(worker)
+                assert [group.group_id for group in collect(collector, "g2")] == ["g2"]
+                keeper.check()
+        assert re.match(r"waiting for Redis: Redis at .* did not answer for 0\.1 s", said[0])
+        assert said[1:] == ["Redis answers again; the run continues"]
 
 
 def test_an_empty_redis_gets_every_policy_that_a_request_still_names(make_collector: MakeCollector) -> None:

@@ -72,7 +72,7 @@ class MemoryBroker:
         self.policies: dict[int, PolicyVersion] = {}
         self.latest: int | None = None
         self.letters: list[DeadLetter] = []
-        self.owner, self.owned_until_s = "", 0.0
+        self.owner, self.owned_until_s = "", 0.0  # `owner` took the job last, and may have lost it
         self.seen_s: dict[str, float] = {}  # worker -> when it was last seen
 
     def holder(self) -> str:
@@ -124,6 +124,8 @@ class MemoryTrainer(TrainerEnd):
         broker = self._broker
         if broker.epoch != self._epoch:
             raise Mismatch("the queue came back empty")
+        if broker.owner == self.owner and not broker.holder():
+            broker.owned_until_s = broker.clock() + self.lease_s
         if broker.holder() != self.owner:
             raise LeaseLost(f"trainer {self.owner!r} lost the job: {broker.holder()!r} holds it; nothing was committed")
         return broker

@@ -252,13 +252,27 @@ class TrainersThatFail:
         assert collect_one(resumed).group.group_id == "g1"
         assert resumed.requests_in_flight() == 0
 
-    def test_a_lease_that_ran_out_is_not_revived(self, a_job: QueueJob) -> None:
-        """Another trainer may have held the job in between."""
+    def test_a_lease_that_ran_out_is_taken_again_if_no_other_trainer_had_the_job(self, a_job: QueueJob) -> None:
         trainer = a_job.trainer()
+        for call in (trainer.renew, lambda: trainer.enqueue(a_request("g1"))):
+            a_job.trainer_dies()
+            call()
+        with pytest.raises(LeaseLost):
+            a_job.trainer(acquire=False).acquire()
+        assert trainer.requests_in_flight() == 1
+
+    def test_a_lease_is_not_revived_once_another_trainer_had_the_job(self, a_job: QueueJob) -> None:
+        """Though that one has died, or has given the job up."""
+        trainer = a_job.trainer()
+        a_job.trainer_dies()
+        other = a_job.trainer()
         a_job.trainer_dies()
         for call in (trainer.renew, lambda: trainer.enqueue(a_request("g1"))):
             with pytest.raises(LeaseLost):
                 call()
+        other.release()
+        with pytest.raises(LeaseLost):
+            trainer.renew()
         trainer.acquire()
         assert trainer.enqueue(a_request("g1"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import PIL.ImageCms
 import pytest
 
 from tests.support.pictures import hand_made_png
+from vaopd.errors import ImageRefused
 from vaopd.images import decode
 from vaopd.types import EncodedImage
 
@@ -200,3 +202,33 @@ def test_a_profile_of_srgb_or_none_that_can_be_read_changes_no_level(profile: by
 def test_a_profile_of_other_channels_changes_nothing() -> None:
     grey = PIL.Image.fromarray(np.array([[0, 100, 255]], dtype=np.uint8))
     assert pixels(with_profile(grey, profile_with_red_and_blue_swapped())) == [0, 100, 255]
+
+
+FORMATS: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {}, "JPEG progressive": {"progressive": True}, "WEBP": {}}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_ends_early_is_refused_wherever_it_ends(format: str) -> None:
+    buffer = io.BytesIO()
+    PIL.Image.linear_gradient("L").resize((20, 16)).save(buffer, format.partition(" ")[0], **FORMATS[format])
+    data = buffer.getvalue()
+    assert decode(EncodedImage(data=data + b"bytes after the end are nobody's pixels")).size == (20, 16)
+    for size in range(len(data)):
+        with pytest.raises(ImageRefused, match=r"is damaged; re-encode it|not a PNG, JPEG or WEBP"):
+            decode(EncodedImage(data=data[:size]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        hand_made_png((1, 1), [0], depth=8, colour=GREY).replace(
+            b"\0\0\0\0IEND", (struct.pack(">I", 0) + b"teSt" + struct.pack(">I", zlib.crc32(b"teSt"))) * 40_000, 1
+        ),
+        b"\xff\xd8" + b"\xff\xfe\0\2" * 40_000 + b"\xff\xd9",
+    ],
+    ids=["PNG", "JPEG"],
+)
+def test_a_file_of_countless_parts_is_refused(data: bytes) -> None:
+    """Python code walks them, here and in Pillow: 32 MB would take it half a minute."""
+    with pytest.raises(ImageRefused, match="of more than 32768 parts, the limit; re-encode it"):
+        decode(EncodedImage(data=data))

@@ -85,3 +85,21 @@ def test_a_format_that_there_is_none_of_is_told() -> None:
 @pytest.mark.parametrize("name", ["", "x" * 129, "two words", "line\nbreak", 'quote"'])
 def test_what_is_no_request_id_is_not_taken_from_a_client(name: str) -> None:
     assert logs.REQUEST_ID.fullmatch(name) is None
+
+
+HOSTILE = "\x1b]0;owned\x07\x9b31m\u202egnp.exe\x7f\n2026-11-26 10:00:00,000 INFO vaopd: all is well"
+
+
+def test_what_a_line_quotes_neither_controls_a_terminal_nor_forges_a_line() -> None:
+    record = logging.LogRecord("vaopd.test", logging.ERROR, __file__, 1, "refused: %s", (HOSTILE,), None)
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    text = logs.TextFormatter(logs.TEXT).format(record)
+    assert "\\x1b]0;owned\\x07\\x9b31m\\u202egnp.exe\\x7f\n  2026-11-26" in text
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert [line for line in text.splitlines() if not line.startswith("  ")] == [text.splitlines()[0]]
+    line = logs.JsonFormatter().format(record)
+    assert line.isprintable()
+    assert json.loads(line)["message"] == f"refused: {HOSTILE}"

@@ -56,7 +56,7 @@ def signatures() -> Iterator[str]:
 
 def test_each_script_has_one_signature_and_each_signature_one_script() -> None:
     assert sorted(signatures()) == SCRIPTS
-    assert len(SCRIPTS) == 19
+    assert len(SCRIPTS) == 20
     assert {"fence_lease", "fence_trainer", "fields", "keys"} == INCLUDED
 
 

@@ -8,14 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vaopd.errors import ImageRefused, LimitExceeded, NotFound
+from vaopd.errors import Busy, ImageRefused, LimitExceeded, NotFound
 from vaopd.types import EncodedImage
 from vaopd.vlm.families import PreparedImage
-from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
+from vaopd_teacher.intake.image_stores import ImageStore, Pins, PreparedImages
 
 
 def encoded(number: int, size: int = 10) -> EncodedImage:
     return EncodedImage(data=bytes([number]) * size)
+
+
+def missing(store: ImageStore, job: str, *numbers: int) -> list[int]:
+    digests = {encoded(n).sha256: n for n in numbers}
+    return [digests[sha256] for sha256 in store.find_missing(digests, job=job)]
 
 
 def view(floats: int = 25) -> PreparedImage:
@@ -49,6 +54,83 @@ def test_asking_which_images_are_missing_counts_as_use() -> None:
 def test_an_image_above_the_whole_room_is_refused() -> None:
     with pytest.raises(LimitExceeded, match="21 bytes, the teacher keeps 20"):
         ImageStore(20).put(encoded(1, size=21))
+
+
+def test_a_job_within_its_share_loses_nothing_to_one_that_floods() -> None:
+    store = ImageStore(100)
+    for n in range(4):
+        store.put(encoded(n), job="light")
+    for n in range(100, 150):
+        store.put(encoded(n), job="heavy")
+    assert missing(store, "light", *range(4)) == []
+    assert (store.size_bytes, store.dropped) == (100, 44)
+    # Half of the room is its own, though the other has taken more than that.
+    for n in range(4, 6):
+        store.put(encoded(n), job="light")
+    assert missing(store, "light", *range(6)) == [0]  # six are above its share
+
+
+def test_shares_follow_the_weights() -> None:
+    store = ImageStore(40, weights={"heavy": 3.0})
+    for n in range(4):
+        store.put(encoded(n), job="light")
+    for n in range(10, 14):
+        store.put(encoded(n), job="heavy")
+    assert missing(store, "light", *range(4)) == [0, 1, 2]
+    assert missing(store, "heavy", *range(10, 14)) == [10]
+
+
+def test_a_pinned_image_stays_until_it_is_let_go() -> None:
+    store = ImageStore(30)
+    first = encoded(1)
+    store.put(first)
+    pins = Pins(store, {"g": [first.sha256], "h": [first.sha256, "0" * 64]}, job="")
+    for n in range(2, 6):
+        store.put(encoded(n))
+    assert store.find_missing([first.sha256]) == []
+    pins.release("g")
+    others = Pins(store, {"i": [encoded(n).sha256 for n in (4, 5)]}, job="")
+    with pytest.raises(Busy, match="in use by calls in progress"):
+        store.put(encoded(6))
+    pins.release_all()
+    store.put(encoded(6))
+    assert store.find_missing([first.sha256, encoded(4).sha256, encoded(5).sha256]) == [first.sha256]
+    others.release_all()
+
+
+def test_pins_beyond_a_jobs_share_keep_no_other_job_out() -> None:
+    store = ImageStore(40)
+    for n in range(4):
+        store.put(encoded(n), job="greedy")
+    Pins(store, {"g": [encoded(n).sha256 for n in range(4)]}, job="greedy")
+    for n in (11, 12):
+        store.put(encoded(n), job="other")
+    Pins(store, {"g": [encoded(n).sha256 for n in (11, 12)]}, job="other")
+    with pytest.raises(Busy):
+        store.put(encoded(13), job="other")
+    assert missing(store, "greedy", *range(4)) == [0, 1]
+
+
+def test_a_shared_image_is_charged_to_the_job_with_less() -> None:
+    store = ImageStore(40)
+    for n in range(3):
+        store.put(encoded(n), job="heavy")
+    store.put(encoded(0), job="light")
+    for n in range(10, 20):
+        store.put(encoded(n), job="heavy")
+    assert missing(store, "light", 0) == []
+
+
+def test_a_silent_jobs_images_make_room_first() -> None:
+    now = [0.0]
+    store = ImageStore(40, clock=lambda: now[0])
+    store.put(encoded(1), job="ended")
+    now[0] = 601.0
+    for n in range(10, 14):
+        store.put(encoded(n), job="busy")
+    assert missing(store, "busy", 1, *range(10, 14)) == [1]
+    store.put(encoded(20, size=35), job="large")  # more than its share, and nothing else of its own
+    assert store.size_bytes == 35
 
 
 def test_a_view_is_made_once() -> None:

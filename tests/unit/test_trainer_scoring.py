@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vaopd.client import GroupFailure
-from vaopd.errors import InvalidInput, Unavailable
+from vaopd.errors import InvalidInput, NotFound, Unavailable
 from vaopd.types import ScoreRequest
 from vaopd_trainer.scorer import ask_teacher
 
@@ -44,6 +44,23 @@ def test_a_teacher_that_is_away_for_long_is_asked_again_for_what_is_missing() ->
     assert [result.group_id for result in results] == ["a", "b"]
     assert teacher.asked == [["a", "b"], ["a", "b"], ["b"]]
     assert teacher.columns == [columns] * 3
+
+
+class WithoutRoom:
+    """A teacher that drops the images of its first call before it reads them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def score(self, groups: Sequence[ScoreRequest], *, columns: Sequence[str]) -> Iterator[GroupFailure]:
+        self.calls += 1
+        error = NotFound("image is not stored here") if self.calls == 1 else InvalidInput("no matter")
+        yield from (GroupFailure(group_id=group.group_id, error=error) for group in groups)
+
+
+def test_images_that_found_no_room_end_no_run() -> None:
+    results = list(ask_teacher(WithoutRoom(), [a_request("a")], closed=threading.Event()))  # type: ignore[arg-type]
+    assert [type(result.error) for result in results if isinstance(result, GroupFailure)] == [InvalidInput]
 
 
 def test_when_the_run_ends_nobody_waits_any_more() -> None:

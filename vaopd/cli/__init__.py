@@ -31,6 +31,8 @@ from vaopd.cli import (
 from vaopd.cli.parser import Parser
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
+from vaopd.process.failures import explain_disk
+from vaopd.telemetry.visible import escape_lines
 
 FAILED = 2
 GROUPS = {
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VaopdError as error:
         if arguments.verbose or os.environ.get("VAOPD_DEBUG") == "1":
             traceback.print_exc()
-        print(f"vaopd: {error}", file=sys.stderr)
+        print(f"vaopd: {escape_lines(str(error))}", file=sys.stderr)
         return FAILED
     except ImportError as error:
         missing = explain_missing_module(error, arguments.extra)
@@ -68,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has closed its end; without this, Python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.get_results().fileno())
         return 0
+    except OSError as error:
+        if (problem := explain_disk(error)) is None:
+            raise
+        print(f"vaopd: {escape_lines(problem)}", file=sys.stderr)
+        return FAILED
 
 
 def build_parser() -> Parser:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.output import emit
+from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -52,8 +53,8 @@ def _list_dead(arguments: argparse.Namespace) -> int:
         for letter in _list_all(letters):
             version = "–" if letter.policy_version is None else letter.policy_version
             emit(
-                f"{letter.entry_id:<22}  {letter.group_id:<22}{version:>7}  {letter.stream:<8}{letter.deliveries:>11}  "
-                f"{letter.reason}"
+                f"{letter.entry_id:<22}  {escape(letter.group_id):<22}{version:>7}  {escape(letter.stream):<8}"
+                f"{letter.deliveries:>11}  {escape(letter.reason)}"
             )
     return 0
 

@@ -53,7 +53,9 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     add_accept_teacher_flag(up)
     up.add_argument(
-        "--restart-trainer", action="store_true", help="resume automatically when the trainer is killed by a signal"
+        "--restart-trainer",
+        action="store_true",
+        help="resume automatically when the trainer was killed, failed unexpectedly, or waited in vain",
     )
     up.add_argument(
         "--teacher", metavar="HOST:PORT[,…]", help="use this running teacher, or replicas of it, and start none"

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 from vaopd.client.channel import await_answer
 from vaopd.client.credentials import API_KEY_FILE, CA, CERT, KEY, from_environment
-from vaopd.client.replicas import Replica, split_addresses
+from vaopd.client.replicas import Replica, speaks_tls, split_addresses
 from vaopd.errors import (
     Busy,
     ConfigError,
     Mismatch,
     PermissionDenied,
+    TlsRefused,
     Unauthenticated,
     Unavailable,
     VaopdError,
@@ -68,6 +69,8 @@ def examine_teacher(
             _check_connection(address, environment)
             described = asyncio.run(_describe(address, job=job, environment=environment))
             found = found or described
+        except TlsRefused:
+            raise
         except (Unavailable, Busy) as error:
             absent[address] = str(error)
     if found is None:
@@ -95,7 +98,7 @@ def wait_for_teacher(
             return examine_teacher(target, job=job)
         except Unavailable as error:
             now = time.monotonic()
-            if now > deadline:
+            if now > deadline or isinstance(error, TlsRefused):
                 raise
             if now - said_s >= SAY_EVERY_S:
                 log.warning("waiting for the teacher: %s", error)
@@ -121,40 +124,19 @@ def _check_connection(address: str, environment: Mapping[str, str]) -> None:
             "teacher.address or --teacher"
         ) from None
     own_tls = bool(environment.get(CA) or environment.get(CERT))
-    speaks_tls = _speaks_tls(host, int(port))
-    if speaks_tls is False and own_tls:
+    found_tls = speaks_tls(host, int(port))
+    if found_tls is False and own_tls:
         raise ConfigError(
             f"the teacher at {address} speaks plain text, and {CA if environment.get(CA) else CERT} turns TLS on here; "
             "unset it, or give the teacher a certificate ([teacher.tls] of its service file)"
         )
-    if speaks_tls and not own_tls:
+    if found_tls and not own_tls:
         raise ConfigError(
             f"the teacher at {address} speaks TLS, and this process plain text; set {CA} to the file of the authority "
             "that signed the teacher's certificate"
         )
-    if speaks_tls and own_tls:
+    if found_tls and own_tls:
         _check_certificates(host, int(port), environment)
-
-
-def _speaks_tls(host: str, port: int) -> bool | None:
-    """Returns whether the server answers a TLS handshake; None when it says nothing in time."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # only whether it is TLS; `_check_certificates` looks at the certificate
-    context.set_alpn_protocols(["h2"])
-    try:
-        with (
-            socket.create_connection((host, port), timeout=PROBE_S) as plain,
-            context.wrap_socket(plain, server_hostname=host),
-        ):
-            return True
-    except TimeoutError:
-        return None
-    except ssl.SSLError as error:
-        # An alert is TLS; anything else that isn't a handshake is not.
-        return "ALERT" in (error.reason or "")
-    except OSError:
-        return False
 
 
 def _check_certificates(host: str, port: int, environment: Mapping[str, str]) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
+import ssl
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -17,7 +19,16 @@ from typing import Any
 import grpc
 
 from vaopd.client.channel import await_answer, make_channel_options
-from vaopd.errors import Busy, ConfigError, InvalidInput, LimitExceeded, TeacherFault, Unavailable, VaopdError
+from vaopd.errors import (
+    Busy,
+    ConfigError,
+    InvalidInput,
+    LimitExceeded,
+    TeacherFault,
+    TlsRefused,
+    Unavailable,
+    VaopdError,
+)
 from vaopd.net.backoff import Backoff
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
@@ -30,6 +41,29 @@ log = logging.getLogger(__name__)
 _CONNECT_S = 5.0
 """How long a client waits for the first of several replicas to be connected before it calls one regardless."""
 _POLL_S = 0.01
+_PROBE_S = 3.0
+_HUNG_UP = re.compile("failed to connect to all addresses.*Socket closed")
+
+
+def speaks_tls(host: str, port: int) -> bool | None:
+    """Returns whether a server answers a TLS handshake; None when it says nothing in time."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # only whether it is TLS, not whether its certificate is good
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, port), timeout=_PROBE_S) as plain,
+            context.wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except TimeoutError:
+        return None
+    except ssl.SSLError as error:
+        # An alert is TLS; anything else that isn't a handshake is not.
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
 
 
 def split_addresses(target: str) -> list[str]:
@@ -56,7 +90,9 @@ class Replica:
         tls: grpc.ChannelCredentials | None,
         metadata: Sequence[tuple[str, str]],
         timeout_s: float,
+        job: str = "",
     ) -> None:
+        """job: charged for uploads; "" stands for the key's own."""
         self.target = target
         self.stored: set[str] = set()
         """SHA-256 of the images that it stores, as far as is known."""
@@ -67,6 +103,7 @@ class Replica:
         self._tls = tls
         self._metadata = metadata
         self._timeout_s = timeout_s
+        self._job = job
         self._channel: grpc.aio.Channel | None = None
 
     @property
@@ -102,6 +139,20 @@ class Replica:
         self.stored.clear()
         self.description = None
 
+    async def explain(self, error: Unavailable) -> Unavailable:
+        """Returns TlsRefused for a server that hangs up on this client since the two don't agree on TLS."""
+        if not _HUNG_UP.search(str(error)) or isinstance(error, TlsRefused):
+            return error
+        host, _, port = self.target.rpartition(":")
+        if not port.isdecimal() or not await asyncio.to_thread(speaks_tls, host.strip("[]"), int(port)):
+            return error
+        reason = (
+            "it speaks TLS, and this client plain text; set VAOPD_TLS_CA"
+            if self._tls is None
+            else "it refuses this client's certificate, or wants one; set VAOPD_TLS_CERT and VAOPD_TLS_KEY"
+        )
+        return TlsRefused(f"TLS with the teacher at {self.target} failed: {reason}")
+
     async def describe(self, timeout_s: float | None = None) -> TeacherDescription:
         """Asks the replica for its description. Raises Unavailable when it doesn't answer in time."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
@@ -109,12 +160,15 @@ class Replica:
         return description_from_pb(await await_answer(call, self.target))
 
     async def upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
-        """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256."""
+        """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256.
+
+        Raises Busy while the replica has no room for them.
+        """
         refused: dict[str, VaopdError] = {}
         unknown = [sha256 for sha256 in images if sha256 not in self.stored]
         if not unknown:
             return refused
-        asked = pb.MissingImagesRequest(sha256=unknown)
+        asked = pb.MissingImagesRequest(sha256=unknown, job=self._job)
         call = self.stub.MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s)
         missing = (await await_answer(call, self.target)).sha256
         self.stored.update(set(unknown) - set(missing))
@@ -129,17 +183,21 @@ class Replica:
                 sendable.append(images[sha256])
         try:
             await self._put(sendable)
+        except Busy:
+            raise
         except (InvalidInput, LimitExceeded):
             for image in sendable:  # one of them is refused: find out which
                 try:
                     await self._put([image])
+                except Busy:
+                    raise
                 except (InvalidInput, LimitExceeded) as error:
                     refused[image.sha256] = error
         return refused
 
     async def _put(self, images: Sequence[EncodedImage]) -> None:
         if images:
-            messages = iter([image_to_pb(image) for image in images])
+            messages = iter([image_to_pb(image, job=self._job) for image in images])
             call = self.stub.PutImages(messages, metadata=self._metadata, timeout=self._timeout_s)
             self.stored.update((await await_answer(call, self.target)).sha256)
 
@@ -158,9 +216,11 @@ class Replicas:
         tls: grpc.ChannelCredentials | None,
         metadata: Sequence[tuple[str, str]],
         timeout_s: float,
+        job: str,
     ) -> None:
         self._all = [
-            Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s) for address in split_addresses(target)
+            Replica(address, tls=tls, metadata=metadata, timeout_s=timeout_s, job=job)
+            for address in split_addresses(target)
         ]
         self._turn = 0
         self.description: TeacherDescription | None = None
@@ -218,14 +278,18 @@ class Replicas:
     async def pause(self, failures: Failures, backoff: Backoff) -> None:
         """Waits until the next attempt: not at all while a replica is left that has not failed, else for a pause.
 
-        Raises the error of the last attempt, or of the one with the shortest retry hint, when `backoff` is over.
+        Raises the error of the last attempt, or of the one with the shortest retry hint, when `backoff` is over; at
+        once when all failed by TLS.
         """
         if len(failures) < len(self._all):
             return
         # The shortest retry hint, if there is one, or else the last failure.
         busy = [error for error in failures.values() if isinstance(error, Busy)]
         error = min(busy, key=lambda hint: hint.retry_after_s) if busy else list(failures.values())[-1]
+        refused = all(isinstance(failure, TlsRefused) for failure in failures.values())
         failures.clear()
+        if refused:
+            raise error
         await asyncio.sleep(backoff.delay_s(error))
 
 

@@ -15,6 +15,7 @@ GroupFailure when they concern one group.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
@@ -104,7 +105,7 @@ class TeacherClient:
         self._top_k = top_k
         self._fingerprint = tokenizer_fingerprint
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        self._replicas = Replicas(target, tls=tls, metadata=self._metadata, timeout_s=timeout_s)
+        self._replicas = Replicas(target, tls=tls, metadata=self._metadata, timeout_s=timeout_s, job=self._job)
 
     async def __aenter__(self) -> Self:
         return self
@@ -154,7 +155,8 @@ class TeacherClient:
     ) -> AsyncGenerator[GroupScore | GroupFailure, None]:
         """Yields one result per group, as soon as it has arrived. Raises an error that concerns all groups.
 
-        Images that the teacher lacks are uploaded first. What doesn't fit into one call is sent in several.
+        Images that the teacher lacks are uploaded first, and again when it dropped them before they were read, for as
+        long as `patience_s` allows. What doesn't fit into one call is sent in several.
         `columns`: names of further columns to compute, see `vaopd.columns.COLUMNS`. Raises Mismatch when the teacher
         can't compute one of them.
         """
@@ -165,10 +167,11 @@ class TeacherClient:
         waiting = {group.group_id: group for group in groups}
         if len(waiting) < len(groups):
             raise InvalidInput("two groups have the same group_id; ids must be unique among the groups scored together")
-        uploaded_again: set[tuple[Replica, str]] = set()
+        uploads: Counter[tuple[Replica, str]] = Counter()
         backoff, failures = Backoff(self._patience_s), Failures()
         while waiting:
             replica = await self._replicas.pick(failures)
+            dropped: dict[str, NotFound] = {}
             try:
                 attempt = self._attempt(replica, dict(waiting), with_token_texts=with_token_texts, columns=columns)
                 async with aclosing(attempt) as results:
@@ -176,17 +179,27 @@ class TeacherClient:
                         failure = result.error if isinstance(result, GroupFailure) else None
                         if isinstance(failure, Unavailable):
                             raise failure
-                        again = (replica, result.group_id)
-                        if isinstance(failure, NotFound) and again not in uploaded_again:
-                            # It restarted, or dropped the image to make room: upload the images once more.
-                            uploaded_again.add(again)
-                            replica.stored.difference_update(i.sha256 for i in waiting[result.group_id].images)
+                        if isinstance(failure, NotFound) and (images := waiting[result.group_id].images):
+                            # It restarted, or dropped the image to make room: upload the images again.
+                            dropped[result.group_id] = failure
+                            replica.stored.difference_update(image.sha256 for image in images)
                             continue
                         del waiting[result.group_id]
                         yield result
                         backoff.renew()
             except (Unavailable, Busy) as error:
                 await self._recover(replica, error, failures, backoff)
+                continue
+            uploads.update((replica, group_id) for group_id in dropped)
+            try:
+                if any(uploads[replica, group_id] > 1 for group_id in dropped):
+                    await asyncio.sleep(backoff.delay_s(NotFound("")))
+            except NotFound:
+                for group_id, missing in dropped.items():
+                    del waiting[group_id]
+                    times = f"it was uploaded {uploads[replica, group_id]} times and dropped before it was read"
+                    room = "the teacher needs more room for images ([teacher.images] encoded_bytes)"
+                    yield GroupFailure(group_id=group_id, error=NotFound(f"{missing}; {times}: {room}"))
 
     async def _attempt(
         self, replica: Replica, groups: Mapping[str, ScoreRequest], *, with_token_texts: bool, columns: Sequence[str]
@@ -287,6 +300,7 @@ class TeacherClient:
     async def _recover(self, replica: Replica, error: VaopdError, failures: Failures, backoff: Backoff) -> None:
         """Notes a failed attempt and waits until the next one."""
         if isinstance(error, Unavailable):
+            error = await replica.explain(error)
             replica.mark_lost(error)
         failures[replica] = error
         await self._replicas.pause(failures, backoff)

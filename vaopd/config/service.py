@@ -48,7 +48,10 @@ class ImagesConfig(Section):
     """Room for images in memory."""
 
     encoded_bytes: int = Field(2**30, ge=1)
-    """Room for images as uploaded; the least recently used are dropped first, and clients upload them again."""
+    """Room for images as uploaded, a fair share for each job; clients upload dropped ones again.
+
+    Give it room for a step's images of every job, or they are sent several times.
+    """
     prepared_bytes: int = Field(2**30, ge=1)
     """Room for decoded images of both views; a 512 × 512 image takes about 3 MB in each, 6 in float32.
 
@@ -102,12 +105,14 @@ class KeysConfig(Section):
 
 
 class QuotasConfig(Section):
-    """Limits of prompt groups per minute."""
+    """Limits of each job in a minute."""
 
     groups_per_minute: PositiveInt | None = None
     """Prompt groups of one job that are accepted in a minute; that many at once, refilled evenly. None: no quota."""
     jobs: dict[str, PositiveInt] = Field(default_factory=dict)
     """The same for single jobs, by name."""
+    image_bytes_per_minute: PositiveInt | None = None
+    """Bytes of images that one job may upload in a minute, and at once. None: no quota."""
 
 
 class ApiQuotasConfig(Section):
@@ -163,7 +168,7 @@ class TeacherServiceConfig(Section):
 
     @model_validator(mode="after")
     def _check_quotas(self) -> Self:
-        if self.keys.file is None and (self.quotas.groups_per_minute or self.quotas.jobs):
+        if self.keys.file is None and self.quotas != QuotasConfig():
             raise ValueError("quotas need keys.file; without keys a client may give any job's name")
         return self
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from vaopd.errors import ChildFailed, Interrupted
 from vaopd.launch import orphan_guard
+from vaopd.telemetry.visible import escape
 
 POLL_S = 0.1
 STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
@@ -142,6 +143,13 @@ class Supervisor:
                 return code
             time.sleep(POLL_S)
 
+    def pause(self, seconds: float, *, except_for: str) -> None:
+        """Waits, and keeps the other children alive meanwhile. Raises as `check`."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.check(except_for=except_for)
+            time.sleep(POLL_S)
+
     def check(self, *, except_for: str | None = None) -> None:
         """Handles signals, readiness, deaths and due restarts once.
 
@@ -197,7 +205,7 @@ class Supervisor:
             file.seek(max(running.log_start, running.log.stat().st_size - 4096))
             lines = file.read().decode(errors="replace").splitlines()
         messages = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
-        return next((message[:LAST_LINE_CHARACTERS] for message in messages if message), "")
+        return next((escape(message)[:LAST_LINE_CHARACTERS] for message in messages if message), "")
 
     def log_tail(self, name: str) -> str:
         """Returns the last lines that the child wrote since it was started, with the log's path."""
@@ -205,7 +213,7 @@ class Supervisor:
         with running.log.open("rb") as file:
             file.seek(running.log_start)
             lines = file.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"the end of {running.log}:\n" + "\n".join(f"  {line}" for line in lines)
+        return f"the end of {running.log}:\n" + "\n".join(f"  {escape(line)}" for line in lines)
 
     def _launch(self, child: Child, argv: Sequence[str]) -> _Running:
         log = self._logs / f"{child.name}.log"

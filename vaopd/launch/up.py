@@ -25,7 +25,7 @@ from vaopd.config import Config, ignore, load_config, load_service_config
 from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.resume import check_start, write_launch
-from vaopd.launch.supervisor import Child, Supervisor
+from vaopd.launch.supervisor import STEADY_S, Child, Supervisor
 from vaopd.launch.teacher import check_credentials, describe_teacher
 from vaopd.net.passwords import remove_passwords
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
@@ -39,6 +39,7 @@ REDIS_TIMEOUT_S = 30.0
 TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a second signal ends it at once
 AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
 EXIT_STOPPED = 130  # the trainer's, after a signal
+RESTART_S = 1.0  # before the trainer's first restart; each further one waits twice as long
 ROLES = ("teacher", "rollout", "trainer")
 
 
@@ -52,7 +53,7 @@ class UpOptions:
     accept_teacher: str | None = None
     """With resume: the revision of another teacher than before, or `vaopd.run.teacher.ANY`."""
     restart_trainer: bool = False
-    """Restart a trainer that was killed by a signal, from its last checkpoint."""
+    """Restart a trainer from its last checkpoint after every exit that this may cure (`may_be_cured`)."""
     teacher: str | None = None
     """host:port of a running teacher for this run to share; None starts one."""
     service: Path | None = None
@@ -231,11 +232,11 @@ class _Launch:
 
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
-        resume, restarts = self._options.resume, 0
+        first, resume, restarts = True, self._options.resume, 0
         arguments: tuple[str, ...]
         while True:
             arguments = ("--resume",) if resume else ()
-            if self._options.accept_teacher is not None and not restarts:
+            if self._options.accept_teacher is not None and first:
                 arguments += ("--accept-teacher", self._options.accept_teacher)
             child = dataclasses.replace(
                 self._make_service("trainer", "trainer", *arguments, devices=devices),
@@ -243,13 +244,19 @@ class _Launch:
                 stop_order=0,
                 grace_s=TRAINER_GRACE_S,
             )
+            started = time.monotonic()
             self._supervisor.start(child)
             code = self._supervisor.run_until_exit("trainer")
-            if code >= 0 or not self._options.restart_trainer or restarts == child.restarts:
+            if time.monotonic() - started > STEADY_S:
+                restarts = 0
+            if not (self._options.restart_trainer and may_be_cured(code)) or restarts == child.restarts:
                 break
+            delay_s = RESTART_S * 2**restarts
             restarts += 1
-            resume = True
-            self._say(f"the trainer was killed by signal {-code}; it continues from its last checkpoint")
+            first, resume = False, True
+            how = describe_exit(code if code >= 0 else 128 - code)
+            self._say(f"the trainer {how}; it continues from its last checkpoint in {delay_s:g} s")
+            self._supervisor.pause(delay_s, except_for="trainer")
         if code:
             self._say(f"the trainer ended with code {code}; {self._supervisor.log_tail('trainer')}")
         return code if code >= 0 else 128 - code
@@ -370,6 +377,15 @@ def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
             f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
         )
     return placed
+
+
+def may_be_cured(code: int) -> bool:
+    """Whether a trainer that exits so may do better after a resume.
+
+    It was killed, failed unexpectedly (a device, a library), or waited in vain for another process. An error by name
+    (2) comes back, and a signal's 130 was wanted.
+    """
+    return code < 0 or code in (1, entry.UNAVAILABLE)
 
 
 def describe_exit(code: int) -> str:

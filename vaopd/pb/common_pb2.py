@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15vaopd/pb/common.proto\x12\x08vaopd.v1\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"=\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x16\n\x0cimage_sha256\x18\x02 \x01(\tH\x00\x42\x06\n\x04part\"C\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12&\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x15.vaopd.v1.ContentPart\",\n\x0c\x45ncodedImage\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15vaopd/pb/common.proto\x12\x08vaopd.v1\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"=\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x16\n\x0cimage_sha256\x18\x02 \x01(\tH\x00\x42\x06\n\x04part\"C\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12&\n\x07\x63ontent\x18\x02 \x03(\x0b\x32\x15.vaopd.v1.ContentPart\"9\n\x0c\x45ncodedImage\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0b\n\x03job\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,5 +38,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=152
   _globals['_CHATMESSAGE']._serialized_end=219
   _globals['_ENCODEDIMAGE']._serialized_start=221
-  _globals['_ENCODEDIMAGE']._serialized_end=265
+  _globals['_ENCODEDIMAGE']._serialized_end=278
 # @@protoc_insertion_point(module_scope)

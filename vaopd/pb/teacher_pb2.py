@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from vaopd.pb import common_pb2 as vaopd_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vaopd/pb/teacher.proto\x12\x08vaopd.v1\x1a\x15vaopd/pb/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"H\n\x0b\x44\x65gradation\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vaopd.v1.DegradationKind\x12\x10\n\x08strength\x18\x02 \x01(\x01\"\xd6\x01\n\x06Limits\x12\x1e\n\x16max_groups_per_request\x18\x01 \x01(\r\x12\x1e\n\x16max_rollouts_per_group\x18\x02 \x01(\r\x12\x1e\n\x16max_tokens_per_rollout\x18\x03 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x12\x1e\n\x16max_tokens_per_request\x18\x07 \x01(\x04\"5\n\x0bPixelBounds\x12\x12\n\nmin_pixels\x18\x01 \x01(\x04\x12\x12\n\nmax_pixels\x18\x02 \x01(\x04\"\xc6\x02\n\x12TeacherDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12 \n\x06limits\x18\x07 \x01(\x0b\x32\x10.vaopd.v1.Limits\x12\'\n\x08payloads\x18\x08 \x03(\x0e\x32\x15.vaopd.v1.PayloadKind\x12/\n\x0c\x64\x65gradations\x18\t \x03(\x0e\x32\x19.vaopd.v1.DegradationKind\x12\x0f\n\x07\x63olumns\x18\n \x03(\t\x12+\n\x0cpixel_bounds\x18\x0b \x01(\x0b\x32\x15.vaopd.v1.PixelBounds\"#\n\x11PutImagesResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"&\n\x14MissingImagesRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"\'\n\x15MissingImagesResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\":\n\x0bTokenPrompt\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x0cimage_sha256\x18\x02 \x03(\t\"8\n\rMessagePrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.vaopd.v1.ChatMessage\"T\n\rRolloutTokens\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x18\n\x0cresponse_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x15\n\rresponse_text\x18\x03 \x01(\t\"\xaa\x01\n\x0bPromptGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.vaopd.v1.TokenPromptH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.vaopd.v1.MessagePromptH\x00\x12)\n\x08rollouts\x18\x04 \x03(\x0b\x32\x17.vaopd.v1.RolloutTokensB\x08\n\x06prompt\"\x87\x02\n\x12ScoreGroupsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.vaopd.v1.PromptGroup\x12&\n\x07payload\x18\x03 \x01(\x0e\x32\x15.vaopd.v1.PayloadKind\x12\r\n\x05top_k\x18\x04 \x01(\r\x12*\n\x0b\x64\x65gradation\x18\x05 \x01(\x0b\x32\x15.vaopd.v1.Degradation\x12\x1d\n\x15tokenizer_fingerprint\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x18\n\x10with_token_texts\x18\x08 \x01(\x08\x12\x0f\n\x07\x63olumns\x18\t \x03(\t\"\x95\x01\n\x13ScoreGroupsResponse\x12%\n\x05score\x18\x01 \x01(\x0b\x32\x14.vaopd.v1.GroupScoreH\x00\x12(\n\x07payload\x18\x02 \x01(\x0b\x32\x15.vaopd.v1.TensorChunkH\x00\x12%\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.vaopd.v1.GroupErrorH\x00\x42\x06\n\x04item\"\x92\x04\n\nGroupScore\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x13\n\x07lengths\x18\x02 \x03(\rB\x02\x10\x01\x12*\n\x10teacher_logprobs\x18\x03 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12+\n\x11\x64\x65graded_logprobs\x18\x04 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12*\n\x10visual_advantage\x18\x05 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12(\n\x07payload\x18\x07 \x03(\x0b\x32\x17.vaopd.v1.PayloadTensor\x12\x18\n\x0cresponse_ids\x18\x08 \x03(\x03\x42\x02\x10\x01\x12\x13\n\x0btoken_texts\x18\t \x03(\t\x12=\n\rpayload_texts\x18\n \x03(\x0b\x32&.vaopd.v1.GroupScore.PayloadTextsEntry\x12\x32\n\x07\x63olumns\x18\x0b \x03(\x0b\x32!.vaopd.v1.GroupScore.ColumnsEntry\x1a\x33\n\x11PayloadTextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a@\n\x0c\x43olumnsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.vaopd.v1.Tensor:\x02\x38\x01\";\n\rPayloadTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"z\n\x0bTensorChunk\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\'\n\x06tensor\x18\x05 \x01(\x0b\x32\x17.vaopd.v1.PayloadTensor\"U\n\nGroupError\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0estatus_details\x18\x04 \x01(\x0c\"\"\n\x0eGetHeadRequest\x12\x10\n\x08revision\x18\x01 \x01(\t*\xab\x01\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PAYLOAD_KIND_NONE\x10\x01\x12\x17\n\x13PAYLOAD_KIND_HIDDEN\x10\x02\x12\x16\n\x12PAYLOAD_KIND_TOP_K\x10\x03\x12\x18\n\x14PAYLOAD_KIND_SAMPLED\x10\x04\x12\x1c\n\x18PAYLOAD_KIND_HIDDEN_INT8\x10\x05*\xc7\x01\n\x0f\x44\x65gradationKind\x12 \n\x1c\x44\x45GRADATION_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45GRADATION_KIND_PIXELATE\x10\x01\x12\x19\n\x15\x44\x45GRADATION_KIND_BLUR\x10\x02\x12 \n\x1c\x44\x45GRADATION_KIND_MEAN_COLOUR\x10\x03\x12\x1a\n\x16\x44\x45GRADATION_KIND_BLACK\x10\x04\x12\x1a\n\x16\x44\x45GRADATION_KIND_NOISE\x10\x05\x32\xf0\x02\n\x07Teacher\x12\x43\n\x08\x44\x65scribe\x12\x19.vaopd.v1.DescribeRequest\x1a\x1c.vaopd.v1.TeacherDescription\x12\x42\n\tPutImages\x12\x16.vaopd.v1.EncodedImage\x1a\x1b.vaopd.v1.PutImagesResponse(\x01\x12P\n\rMissingImages\x12\x1e.vaopd.v1.MissingImagesRequest\x1a\x1f.vaopd.v1.MissingImagesResponse\x12L\n\x0bScoreGroups\x12\x1c.vaopd.v1.ScoreGroupsRequest\x1a\x1d.vaopd.v1.ScoreGroupsResponse0\x01\x12<\n\x07GetHead\x12\x18.vaopd.v1.GetHeadRequest\x1a\x15.vaopd.v1.TensorChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vaopd/pb/teacher.proto\x12\x08vaopd.v1\x1a\x15vaopd/pb/common.proto\"\x11\n\x0f\x44\x65scribeRequest\"H\n\x0b\x44\x65gradation\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.vaopd.v1.DegradationKind\x12\x10\n\x08strength\x18\x02 \x01(\x01\"\xd6\x01\n\x06Limits\x12\x1e\n\x16max_groups_per_request\x18\x01 \x01(\r\x12\x1e\n\x16max_rollouts_per_group\x18\x02 \x01(\r\x12\x1e\n\x16max_tokens_per_rollout\x18\x03 \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x12\x1e\n\x16max_tokens_per_request\x18\x07 \x01(\x04\"5\n\x0bPixelBounds\x12\x12\n\nmin_pixels\x18\x01 \x01(\x04\x12\x12\n\nmax_pixels\x18\x02 \x01(\x04\"\xc6\x02\n\x12TeacherDescription\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12 \n\x06limits\x18\x07 \x01(\x0b\x32\x10.vaopd.v1.Limits\x12\'\n\x08payloads\x18\x08 \x03(\x0e\x32\x15.vaopd.v1.PayloadKind\x12/\n\x0c\x64\x65gradations\x18\t \x03(\x0e\x32\x19.vaopd.v1.DegradationKind\x12\x0f\n\x07\x63olumns\x18\n \x03(\t\x12+\n\x0cpixel_bounds\x18\x0b \x01(\x0b\x32\x15.vaopd.v1.PixelBounds\"#\n\x11PutImagesResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\"3\n\x14MissingImagesRequest\x12\x0e\n\x06sha256\x18\x01 \x03(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\"\'\n\x15MissingImagesResponse\x12\x0e\n\x06sha256\x18\x01 \x03(\t\":\n\x0bTokenPrompt\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x0cimage_sha256\x18\x02 \x03(\t\"8\n\rMessagePrompt\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.vaopd.v1.ChatMessage\"T\n\rRolloutTokens\x12\x12\n\nrollout_id\x18\x01 \x01(\t\x12\x18\n\x0cresponse_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x15\n\rresponse_text\x18\x03 \x01(\t\"\xaa\x01\n\x0bPromptGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\'\n\x06tokens\x18\x02 \x01(\x0b\x32\x15.vaopd.v1.TokenPromptH\x00\x12+\n\x08messages\x18\x03 \x01(\x0b\x32\x17.vaopd.v1.MessagePromptH\x00\x12)\n\x08rollouts\x18\x04 \x03(\x0b\x32\x17.vaopd.v1.RolloutTokensB\x08\n\x06prompt\"\x87\x02\n\x12ScoreGroupsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.vaopd.v1.PromptGroup\x12&\n\x07payload\x18\x03 \x01(\x0e\x32\x15.vaopd.v1.PayloadKind\x12\r\n\x05top_k\x18\x04 \x01(\r\x12*\n\x0b\x64\x65gradation\x18\x05 \x01(\x0b\x32\x15.vaopd.v1.Degradation\x12\x1d\n\x15tokenizer_fingerprint\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x18\n\x10with_token_texts\x18\x08 \x01(\x08\x12\x0f\n\x07\x63olumns\x18\t \x03(\t\"\x95\x01\n\x13ScoreGroupsResponse\x12%\n\x05score\x18\x01 \x01(\x0b\x32\x14.vaopd.v1.GroupScoreH\x00\x12(\n\x07payload\x18\x02 \x01(\x0b\x32\x15.vaopd.v1.TensorChunkH\x00\x12%\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x14.vaopd.v1.GroupErrorH\x00\x42\x06\n\x04item\"\x92\x04\n\nGroupScore\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x13\n\x07lengths\x18\x02 \x03(\rB\x02\x10\x01\x12*\n\x10teacher_logprobs\x18\x03 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12+\n\x11\x64\x65graded_logprobs\x18\x04 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12*\n\x10visual_advantage\x18\x05 \x01(\x0b\x32\x10.vaopd.v1.Tensor\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12(\n\x07payload\x18\x07 \x03(\x0b\x32\x17.vaopd.v1.PayloadTensor\x12\x18\n\x0cresponse_ids\x18\x08 \x03(\x03\x42\x02\x10\x01\x12\x13\n\x0btoken_texts\x18\t \x03(\t\x12=\n\rpayload_texts\x18\n \x03(\x0b\x32&.vaopd.v1.GroupScore.PayloadTextsEntry\x12\x32\n\x07\x63olumns\x18\x0b \x03(\x0b\x32!.vaopd.v1.GroupScore.ColumnsEntry\x1a\x33\n\x11PayloadTextsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a@\n\x0c\x43olumnsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.vaopd.v1.Tensor:\x02\x38\x01\";\n\rPayloadTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"z\n\x0bTensorChunk\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\'\n\x06tensor\x18\x05 \x01(\x0b\x32\x17.vaopd.v1.PayloadTensor\"U\n\nGroupError\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\r\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0estatus_details\x18\x04 \x01(\x0c\"\"\n\x0eGetHeadRequest\x12\x10\n\x08revision\x18\x01 \x01(\t*\xab\x01\n\x0bPayloadKind\x12\x1c\n\x18PAYLOAD_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11PAYLOAD_KIND_NONE\x10\x01\x12\x17\n\x13PAYLOAD_KIND_HIDDEN\x10\x02\x12\x16\n\x12PAYLOAD_KIND_TOP_K\x10\x03\x12\x18\n\x14PAYLOAD_KIND_SAMPLED\x10\x04\x12\x1c\n\x18PAYLOAD_KIND_HIDDEN_INT8\x10\x05*\xc7\x01\n\x0f\x44\x65gradationKind\x12 \n\x1c\x44\x45GRADATION_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45GRADATION_KIND_PIXELATE\x10\x01\x12\x19\n\x15\x44\x45GRADATION_KIND_BLUR\x10\x02\x12 \n\x1c\x44\x45GRADATION_KIND_MEAN_COLOUR\x10\x03\x12\x1a\n\x16\x44\x45GRADATION_KIND_BLACK\x10\x04\x12\x1a\n\x16\x44\x45GRADATION_KIND_NOISE\x10\x05\x32\xf0\x02\n\x07Teacher\x12\x43\n\x08\x44\x65scribe\x12\x19.vaopd.v1.DescribeRequest\x1a\x1c.vaopd.v1.TeacherDescription\x12\x42\n\tPutImages\x12\x16.vaopd.v1.EncodedImage\x1a\x1b.vaopd.v1.PutImagesResponse(\x01\x12P\n\rMissingImages\x12\x1e.vaopd.v1.MissingImagesRequest\x1a\x1f.vaopd.v1.MissingImagesResponse\x12L\n\x0bScoreGroups\x12\x1c.vaopd.v1.ScoreGroupsRequest\x1a\x1d.vaopd.v1.ScoreGroupsResponse0\x01\x12<\n\x07GetHead\x12\x18.vaopd.v1.GetHeadRequest\x1a\x15.vaopd.v1.TensorChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,10 +44,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUPSCORE'].fields_by_name['lengths']._serialized_options = b'\020\001'
   _globals['_GROUPSCORE'].fields_by_name['response_ids']._loaded_options = None
   _globals['_GROUPSCORE'].fields_by_name['response_ids']._serialized_options = b'\020\001'
-  _globals['_PAYLOADKIND']._serialized_start=2508
-  _globals['_PAYLOADKIND']._serialized_end=2679
-  _globals['_DEGRADATIONKIND']._serialized_start=2682
-  _globals['_DEGRADATIONKIND']._serialized_end=2881
+  _globals['_PAYLOADKIND']._serialized_start=2521
+  _globals['_PAYLOADKIND']._serialized_end=2692
+  _globals['_DEGRADATIONKIND']._serialized_start=2695
+  _globals['_DEGRADATIONKIND']._serialized_end=2894
   _globals['_DESCRIBEREQUEST']._serialized_start=59
   _globals['_DESCRIBEREQUEST']._serialized_end=76
   _globals['_DEGRADATION']._serialized_start=78
@@ -61,35 +61,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTIMAGESRESPONSE']._serialized_start=753
   _globals['_PUTIMAGESRESPONSE']._serialized_end=788
   _globals['_MISSINGIMAGESREQUEST']._serialized_start=790
-  _globals['_MISSINGIMAGESREQUEST']._serialized_end=828
-  _globals['_MISSINGIMAGESRESPONSE']._serialized_start=830
-  _globals['_MISSINGIMAGESRESPONSE']._serialized_end=869
-  _globals['_TOKENPROMPT']._serialized_start=871
-  _globals['_TOKENPROMPT']._serialized_end=929
-  _globals['_MESSAGEPROMPT']._serialized_start=931
-  _globals['_MESSAGEPROMPT']._serialized_end=987
-  _globals['_ROLLOUTTOKENS']._serialized_start=989
-  _globals['_ROLLOUTTOKENS']._serialized_end=1073
-  _globals['_PROMPTGROUP']._serialized_start=1076
-  _globals['_PROMPTGROUP']._serialized_end=1246
-  _globals['_SCOREGROUPSREQUEST']._serialized_start=1249
-  _globals['_SCOREGROUPSREQUEST']._serialized_end=1512
-  _globals['_SCOREGROUPSRESPONSE']._serialized_start=1515
-  _globals['_SCOREGROUPSRESPONSE']._serialized_end=1664
-  _globals['_GROUPSCORE']._serialized_start=1667
-  _globals['_GROUPSCORE']._serialized_end=2197
-  _globals['_GROUPSCORE_PAYLOADTEXTSENTRY']._serialized_start=2080
-  _globals['_GROUPSCORE_PAYLOADTEXTSENTRY']._serialized_end=2131
-  _globals['_GROUPSCORE_COLUMNSENTRY']._serialized_start=2133
-  _globals['_GROUPSCORE_COLUMNSENTRY']._serialized_end=2197
-  _globals['_PAYLOADTENSOR']._serialized_start=2199
-  _globals['_PAYLOADTENSOR']._serialized_end=2258
-  _globals['_TENSORCHUNK']._serialized_start=2260
-  _globals['_TENSORCHUNK']._serialized_end=2382
-  _globals['_GROUPERROR']._serialized_start=2384
-  _globals['_GROUPERROR']._serialized_end=2469
-  _globals['_GETHEADREQUEST']._serialized_start=2471
-  _globals['_GETHEADREQUEST']._serialized_end=2505
-  _globals['_TEACHER']._serialized_start=2884
-  _globals['_TEACHER']._serialized_end=3252
+  _globals['_MISSINGIMAGESREQUEST']._serialized_end=841
+  _globals['_MISSINGIMAGESRESPONSE']._serialized_start=843
+  _globals['_MISSINGIMAGESRESPONSE']._serialized_end=882
+  _globals['_TOKENPROMPT']._serialized_start=884
+  _globals['_TOKENPROMPT']._serialized_end=942
+  _globals['_MESSAGEPROMPT']._serialized_start=944
+  _globals['_MESSAGEPROMPT']._serialized_end=1000
+  _globals['_ROLLOUTTOKENS']._serialized_start=1002
+  _globals['_ROLLOUTTOKENS']._serialized_end=1086
+  _globals['_PROMPTGROUP']._serialized_start=1089
+  _globals['_PROMPTGROUP']._serialized_end=1259
+  _globals['_SCOREGROUPSREQUEST']._serialized_start=1262
+  _globals['_SCOREGROUPSREQUEST']._serialized_end=1525
+  _globals['_SCOREGROUPSRESPONSE']._serialized_start=1528
+  _globals['_SCOREGROUPSRESPONSE']._serialized_end=1677
+  _globals['_GROUPSCORE']._serialized_start=1680
+  _globals['_GROUPSCORE']._serialized_end=2210
+  _globals['_GROUPSCORE_PAYLOADTEXTSENTRY']._serialized_start=2093
+  _globals['_GROUPSCORE_PAYLOADTEXTSENTRY']._serialized_end=2144
+  _globals['_GROUPSCORE_COLUMNSENTRY']._serialized_start=2146
+  _globals['_GROUPSCORE_COLUMNSENTRY']._serialized_end=2210
+  _globals['_PAYLOADTENSOR']._serialized_start=2212
+  _globals['_PAYLOADTENSOR']._serialized_end=2271
+  _globals['_TENSORCHUNK']._serialized_start=2273
+  _globals['_TENSORCHUNK']._serialized_end=2395
+  _globals['_GROUPERROR']._serialized_start=2397
+  _globals['_GROUPERROR']._serialized_end=2482
+  _globals['_GETHEADREQUEST']._serialized_start=2484
+  _globals['_GETHEADREQUEST']._serialized_end=2518
+  _globals['_TEACHER']._serialized_start=2897
+  _globals['_TEACHER']._serialized_end=3265
 # @@protoc_insertion_point(module_scope)

@@ -109,10 +109,12 @@ class PutImagesResponse(_message.Message):
     def __init__(self, sha256: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class MissingImagesRequest(_message.Message):
-    __slots__ = ("sha256",)
+    __slots__ = ("sha256", "job")
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
     sha256: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, sha256: _Optional[_Iterable[str]] = ...) -> None: ...
+    job: str
+    def __init__(self, sha256: _Optional[_Iterable[str]] = ..., job: _Optional[str] = ...) -> None: ...
 
 class MissingImagesResponse(_message.Message):
     __slots__ = ("sha256",)

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd.errors import VaopdError
+from vaopd.errors import Busy, Unavailable, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.visible import escape_lines
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FAILED = 2
+UNAVAILABLE = 75
+"""What the process needs was away for too long; the same command may succeed later (EX_TEMPFAIL)."""
 
 
 def make_parser(role: Role, description: str) -> argparse.ArgumentParser:
@@ -49,7 +52,8 @@ def main(
 ) -> int:
     """Parses the options, sets up logs and traces, and returns `run`'s exit code.
 
-    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line.
+    Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line; 75 after
+    Unavailable or Busy.
     """
     arguments = parser.parse_args(argv)
     role = parser.prog.removeprefix("vaopd_")
@@ -63,14 +67,16 @@ def main(
         tracing.set_up(role)
         try:
             return run(arguments, config)
-        except (RuntimeError, ImportError, AssertionError) as error:  # torch's and vLLM's: no device, no memory
+        except VaopdError:
+            raise
+        except Exception as error:  # torch's and vLLM's: no device, no memory; of the disk; any other is raised again
             raise as_config_error(error, role) from error
     except VaopdError as error:
         if log_format == "json":
             log.critical("%s", error)
         else:
-            print(f"{role}: {error}", file=sys.stderr)
-        return FAILED
+            print(f"{role}: {escape_lines(str(error))}", file=sys.stderr)
+        return UNAVAILABLE if isinstance(error, Unavailable | Busy) else FAILED
 
 
 @contextlib.contextmanager

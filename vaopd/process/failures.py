@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.process.extras import explain_missing_module
 
@@ -17,6 +21,28 @@ LESS_MEMORY = {
 }
 
 
+_DISK = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of the quota there",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that this account may write",
+    errno.EPERM: "choose a folder that this account may write",
+    errno.EIO: "the disk is damaged; choose another one",
+}
+_RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
+
+
+def explain_disk(error: BaseException) -> str | None:
+    """Returns one line for a file that can't be written or read, as the disk or its rights are; None for the rest."""
+    code, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    if type(error).__name__ == "SafetensorError" and (found := _RUST_ERRNO.search(str(error))):
+        code = int(found[1])
+    if code not in _DISK:
+        return None
+    place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
+    return f"{place}{os.strerror(code)}; {_DISK[code]}, then continue with --resume or run the command again"
+
+
 def explain(error: BaseException, role: str) -> str | None:
     """Returns what an error of torch, vLLM or the import system means for a process of `role`; None if unknown."""
     text = str(error)
@@ -28,6 +54,8 @@ def explain(error: BaseException, role: str) -> str | None:
         return NO_VLLM
     if isinstance(error, ImportError) and (missing := explain_missing_module(error, role)):
         return missing
+    if (disk := explain_disk(error)) is not None:
+        return disk
     if "Engine core initialization failed" in text:
         return f"vLLM did not start; its own lines above say why. Most often it is memory: {LESS_MEMORY['rollout']}"
     return None

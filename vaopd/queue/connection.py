@@ -7,6 +7,7 @@ again (trainer: from its last id; worker: once the lease runs out), all others a
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import time
@@ -24,6 +25,8 @@ from vaopd.net.backoff import Backoff
 from vaopd.queue import scripts
 from vaopd.types import PolicyVersion
 from vaopd.wire.queue import policy_version_from_bytes
+
+log = logging.getLogger(__name__)
 
 SOCKET_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 3.0
@@ -129,6 +132,7 @@ class Connection:
             ) from None
         self.key = {name: f"vaopd:{{{job}}}:{name}" for name in scripts.KEY_NAMES}
         self._scripts: dict[str, Any] = {}
+        self._away_since: float | None = None
 
     def call(self, operation: Callable[[], T], *, patience_s: float | None = None) -> T:
         """Runs an operation that may be repeated, and repeats it for `patience_s` while Redis does not answer.
@@ -140,7 +144,9 @@ class Connection:
         backoff = Backoff(patience_s, first_s=0.05, longest_s=1.0)
         while True:
             try:
-                return operation()
+                result = operation()
+                self._note_answer()
+                return result
             except redis.exceptions.OutOfMemoryError:
                 raise Unavailable(
                     f"Redis at {self.where} is full (maxmemory); nothing was written. It takes writes again once "
@@ -155,7 +161,9 @@ class Connection:
                     f"Redis at {self.where} did not answer for {patience_s:g} s ({type(error).__name__}); "
                     "is it up, and reachable from here?"
                 )
-                time.sleep(backoff.delay_s(silence))
+                delay_s = backoff.delay_s(silence)
+                self._note_silence(error)
+                time.sleep(delay_s)
             except redis.ResponseError as error:
                 text = str(error)
                 if "NOGROUP" in text:
@@ -164,12 +172,23 @@ class Connection:
                     raise Unavailable(f"Redis at {self.where} can't write to its disk; free some space there") from None
                 raise VaopdError(f"Redis at {self.where} refused a command: {text}") from None
 
-    def run(self, name: str, *args: str | int | bytes) -> Any:
-        """Runs NAME.lua on this job's keys; `vaopd.queue.scripts` has its signature."""
+    def _note_silence(self, error: Exception) -> None:
+        """Says once in an outage what is waited for; waiting itself is silent until the patience is over."""
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            log.warning("Redis at %s does not answer (%s); waiting for it", self.where, type(error).__name__)
+
+    def _note_answer(self) -> None:
+        if (since := self._away_since) is not None:
+            self._away_since = None
+            log.info("Redis at %s answers again after %.0f s", self.where, time.monotonic() - since)
+
+    def run(self, name: str, *args: str | int | bytes, patience_s: float | None = None) -> Any:
+        """Runs NAME.lua on this job's keys, as `call`; `vaopd.queue.scripts` has its signature."""
         if name not in self._scripts:
             self._scripts[name] = self.redis.register_script(scripts.read_script(name))
         script = self._scripts[name]
-        return self.call(lambda: script(keys=list(self.key.values()), args=args))
+        return self.call(lambda: script(keys=list(self.key.values()), args=args), patience_s=patience_s)
 
     def join(self) -> str:
         """Checks the server, creates streams and groups, and returns the epoch.

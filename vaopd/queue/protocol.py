@@ -66,9 +66,10 @@ class DeadLetter:
 class TrainerEnd(Protocol):
     """The end of the trainer that holds the job. A job has one such trainer at a time.
 
-    The job is held under a lease. Every method that writes or delivers raises LeaseLost once the lease has run out,
-    even if no other trainer took the job, and Mismatch when the queue came back empty since `acquire`; either way
-    nothing was done. All raise Unavailable while the queue can't be reached.
+    The job is held under a lease. Every method that writes or delivers raises LeaseLost once another trainer has taken
+    the job, even if that one has ended, and Mismatch when the queue came back empty since `acquire`; either way nothing
+    was done. A lease that ran out, since the queue or this process stood still, is taken again if no other trainer had
+    the job meanwhile. All raise Unavailable while the queue can't be reached.
     """
 
     owner: str
@@ -83,7 +84,7 @@ class TrainerEnd(Protocol):
         """
 
     def renew(self) -> None:
-        """Extends the job's lease by `lease_s`; a lease that has run out is not revived."""
+        """Extends the job's lease by `lease_s`."""
 
     def keeper(self) -> LeaseKeeper:
         """Renews the job's lease while its `with` block runs."""

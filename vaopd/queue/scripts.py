@@ -25,6 +25,7 @@ KEY_NAMES = (
     "trainer",  # owner token of the trainer that holds the job, with a time to live
     "epoch",  # random, written once: another one means that Redis came back empty
     "workers",  # sorted set: worker -> when it was last seen, ms, by the server's clock
+    "last_trainer",  # owner token of the trainer that took the job last, without a time to live
 )
 """The keys of a job, in the order in which keys.lua names them. Every script gets all of them."""
 _INCLUDE = re.compile(r"^-- include (\S+)\n", re.MULTILINE)
@@ -111,6 +112,11 @@ def workers_alive(run: Run, within_ms: int) -> list[str]:
 def renew_job(run: Run, fence: Fence, lease_ms: int) -> None:
     """Lets the job's lease run for another `lease_ms`."""
     _run_fenced(run, "renew_job", fence, lease_ms)
+
+
+def retake_job(run: Run, fence: Fence, lease_ms: int) -> None:
+    """Takes the job again after its lease ran out, unless another trainer has taken it since."""
+    _run_fenced(run, "retake_job", fence, lease_ms)
 
 
 def release_job(run: Run, fence: Fence, last_id: str) -> None:

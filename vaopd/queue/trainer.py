@@ -2,16 +2,19 @@
 
 In: finished groups. Out: requests and policy versions. Waits for: a group. A group stays in Redis until `acknowledge`,
 which is called only once a checkpoint that contains its effect is durable; until then a resumed trainer gets it again.
-Each write is fenced: a trainer with a lease that ran out is refused (LeaseLost), even when it still runs.
+Each write is fenced: once another trainer has taken the job, this one is refused (LeaseLost), even when it still runs.
+A lease that ran out because Redis or the process stood still is taken again if no other trainer had the job meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
 from vaopd.errors import InvalidInput, LeaseLost, Mismatch
@@ -22,6 +25,8 @@ from vaopd.queue.keeper import LeaseKeeper
 from vaopd.queue.protocol import DeadLetter, Delivered, TrainerEnd
 from vaopd.types import PolicyVersion, RolloutGroup, RolloutRequest
 from vaopd.wire.queue import policy_version_to_bytes, rollout_group_from_bytes, rollout_request_to_bytes
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,8 +85,9 @@ class TrainerQueue(TrainerEnd):
             self._epoch, self._last_id = epoch, "0"
 
     def renew(self) -> None:
-        """Extends the job's lease."""
-        self._run(scripts.renew_job, self._lease_ms)
+        """Extends the job's lease; while Redis is away, waits for a third of the lease at most."""
+        patience_s = min(self._connection.patience_s, self.lease_s / 3)
+        self._run_with(partial(self._connection.run, patience_s=patience_s), scripts.renew_job, self._lease_ms)
 
     def keeper(self) -> LeaseKeeper:
         """Renews the job's lease while its `with` block runs."""
@@ -188,12 +194,31 @@ class TrainerQueue(TrainerEnd):
         **kwargs: P.kwargs,
     ) -> T:
         """Runs a fenced script; raises Mismatch or LeaseLost when it refuses."""
+        return self._run_with(self._connection.run, script, *args, **kwargs)
+
+    def _run_with(
+        self,
+        run: scripts.Run,
+        script: Callable[Concatenate[scripts.Run, scripts.Fence, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        fence = scripts.Fence(self._epoch, self.owner)
         try:
-            return script(self._connection.run, scripts.Fence(self._epoch, self.owner), *args, **kwargs)
+            try:
+                return script(run, fence, *args, **kwargs)
+            except scripts.JobLost:  # nothing was done
+                scripts.retake_job(run, fence, self._lease_ms)
+                log.warning(
+                    "job %r is taken again: its lease of %g s ran out, and no other trainer had it meanwhile",
+                    self._connection.job,
+                    self.lease_s,
+                )
+                return script(run, fence, *args, **kwargs)
         except scripts.EpochGone:
             raise self._make_empty_error() from None
         except scripts.JobLost as lost:
-            now = f"trainer {lost.holder!r} holds it" if lost.holder else "no trainer holds it now"
+            now = f"trainer {lost.holder!r} holds it" if lost.holder else "another one had it since"
             raise LeaseLost(
                 f"trainer {self.owner!r} lost job {self._connection.job!r}: its lease was not renewed for "
                 f"{self.lease_s:g} s and {now}; nothing was committed. Resume from the last checkpoint"

@@ -21,6 +21,7 @@ from vaopd.files.plain import read_end
 from vaopd.report.advice import describe_regime
 from vaopd.run.records import Evaluation, Run, read_run
 from vaopd.telemetry.progress_line import format_duration
+from vaopd.telemetry.visible import escape
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
@@ -60,13 +61,13 @@ def watch(
             lines = [line[: width - 1] for line in (block(run, now_s=clock()) if run else describe_start(folder))]
             # Moves to the block's first line, overwrites each line, and clears lines left of a longer block.
             stream.write((f"\x1b[{drawn}F" if drawn else "") if terminal else "")
-            stream.write("".join(f"{line}\x1b[K\n" if terminal else f"{line}\n" for line in lines))
+            stream.write("".join(f"{escape(line)}\x1b[K\n" if terminal else f"{escape(line)}\n" for line in lines))
             stream.write("\x1b[J" if terminal else "")
             drawn = len(lines)
         else:
             line = format_line(run) if run else describe_start(folder)[0]
             if line != last_line:
-                stream.write(line + "\n")
+                stream.write(escape(line) + "\n")
                 last_line = line
         stream.flush()
         if once or (run is not None and not run.may_continue):

@@ -21,6 +21,7 @@ from typing import Any
 
 from vaopd.errors import ConfigError
 from vaopd.telemetry import tracing
+from vaopd.telemetry.visible import escape_json, escape_lines
 
 FORMATS = ("text", "json")
 FORMAT_VARIABLE = "VAOPD_LOG_FORMAT"
@@ -49,7 +50,9 @@ def set_up(format: str, **shared: Any) -> None:
         raise ConfigError(f"log format {format!r}; use {' or '.join(FORMATS)} (--log-format, {FORMAT_VARIABLE})")
     share(**shared)
     if format == "text":
-        logging.basicConfig(level=logging.INFO, format=TEXT)
+        plain = logging.StreamHandler()
+        plain.setFormatter(TextFormatter(TEXT))
+        logging.basicConfig(level=logging.INFO, handlers=[plain])
         return
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
@@ -63,6 +66,14 @@ def set_up(format: str, **shared: Any) -> None:
 def share(**values: Any) -> None:
     """Adds fields to every line of this process from now on, such as its role and job; None is left out."""
     _shared.update({key: value for key, value in values.items() if value is not None})
+
+
+class TextFormatter(logging.Formatter):
+    """Formats each record for people; what it quotes can neither control a terminal nor forge a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the record as a line; further lines, of a traceback above all, are indented."""
+        return escape_lines(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -85,4 +96,4 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in given.items() if value is not None}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return escape_json(json.dumps(line, ensure_ascii=False, default=str))

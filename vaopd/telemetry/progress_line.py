@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from vaopd.telemetry.visible import escape
+
 PLAIN_EVERY_S = 10.0
 DRAWN_EVERY_S = 0.1
 
@@ -61,6 +63,7 @@ class Progress:
 
 def draw(stream: TextIO, line: str, *, stays: bool) -> None:
     """Prints a line; in a terminal over the last line that didn't stay, cut to the terminal's width."""
+    line = escape(line)
     if stream.isatty():
         shown = line if stays else line[: shutil.get_terminal_size().columns - 1]
         stream.write(f"\r\x1b[K{shown}" + ("\n" if stays else ""))

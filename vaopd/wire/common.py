@@ -86,9 +86,9 @@ def images_from_pb(images: Iterable[common_pb2.EncodedImage]) -> tuple[t.Encoded
     return tuple(decoded)
 
 
-def image_to_pb(image: t.EncodedImage) -> common_pb2.EncodedImage:
-    """Encodes one image with its SHA-256."""
-    return common_pb2.EncodedImage(sha256=image.sha256, data=image.data)
+def image_to_pb(image: t.EncodedImage, *, job: str = "") -> common_pb2.EncodedImage:
+    """Encodes one image with its SHA-256; `job` is charged for an upload."""
+    return common_pb2.EncodedImage(sha256=image.sha256, data=image.data, job=job)
 
 
 def image_from_pb(message: common_pb2.EncodedImage) -> t.EncodedImage:

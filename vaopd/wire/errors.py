@@ -30,6 +30,7 @@ from vaopd.errors import (
     NotFound,
     NumericalError,
     PermissionDenied,
+    TlsRefused,
     Unauthenticated,
     Unavailable,
     VaopdError,
@@ -147,11 +148,32 @@ def make_error(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
     """Returns the tree's error for a failed call to the teacher at `target`."""
     details = error.details() or error.code().name
     kind = _ERRORS.get(error.code(), VaopdError)
+    if kind is Unavailable and (reason := _find_tls_reason(details)):
+        return TlsRefused(
+            f"TLS with the teacher at {target} failed: {reason}. VAOPD_TLS_CA must name the authority that signed its "
+            "certificate, which must be valid now and for this host name"
+        )
     if kind is Unavailable:
         return Unavailable(f"the teacher at {target} can't be reached ({details}); is it running?")
     if kind is VaopdError:
         details = f"{error.code().name}: {details}"
     return unpack(error.trailing_metadata() or (), message=details, default=kind)
+
+
+_TLS_REASONS = (
+    (re.compile(r"CERTIFICATE_VERIFY_FAILED: ([\w .,'-]+?)(?:: OK)?$"), r"\1"),
+    (re.compile("WRONG_VERSION_NUMBER"), "it speaks plain text"),
+    (re.compile("Hostname Verification Check failed"), "its certificate is for another host name"),
+    (re.compile(r"handshake failed .*OPENSSL_internal:(\w+)"), r"\1"),
+)
+
+
+def _find_tls_reason(details: str) -> str | None:
+    """Returns why gRPC's handshake failed; None where it wasn't TLS. It retries these for ever by itself."""
+    for pattern, reason in _TLS_REASONS:
+        if found := pattern.search(details):
+            return found.expand(reason)
+    return None
 
 
 def group_error_of(error: pb.GroupError) -> VaopdError:

@@ -43,6 +43,7 @@ from vaopd_teacher.engines.engine import PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 
 _SHA256 = re.compile("[0-9a-f]{64}")
+MAX_ID_CHARACTERS = 256
 MAX_LETTERS_PER_TOKEN = 16
 """No text of any language has so many on average; a longer text is refused before a tokenizer sees it."""
 
@@ -71,6 +72,9 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
     if tokens > limit:
         raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]
+    check_id("job", request.job, field="job")
+    for index, name in enumerate(ids):
+        check_id("group_id", name, field=f"groups[{index}].group_id")
     if "" in ids:
         unnamed = ids.index("")
         raise InvalidInput(
@@ -83,6 +87,21 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         degradation=_read_degradation(request.degradation),
         columns=_read_columns(request.columns, teacher),
     )
+
+
+def check_id(kind: str, name: str, *, field: str) -> None:
+    """Raises InvalidInput for a name that is too long to be quoted in messages and logs."""
+    if len(name) > MAX_ID_CHARACTERS:
+        raise InvalidInput(
+            f"a {kind} has {len(name)} characters, the limit is {MAX_ID_CHARACTERS}; shorten it", field=field
+        )
+
+
+def list_images(group: teacher_pb2.PromptGroup) -> list[str]:
+    """Returns the SHA-256 of the images that a group's prompt refers to, unchecked."""
+    if group.WhichOneof("prompt") == "tokens":
+        return list(group.tokens.image_sha256)
+    return [part.image_sha256 for m in group.messages.messages for part in m.content if part.image_sha256]
 
 
 def check_revision(revision: str, teacher: TeacherDescription) -> None:
@@ -185,13 +204,13 @@ class Preparer:
         self._usual = Degradation()
         self._max_tokens = min(reader.max_tokens, limits.max_tokens_per_rollout)
 
-    def admit_image(self, image: EncodedImage) -> None:
-        """Decodes and stores an uploaded image and makes its views.
+    def admit_image(self, image: EncodedImage, *, job: str = "") -> None:
+        """Decodes and stores an image that `job` uploaded and makes its views.
 
-        Raises ImageRefused or LimitExceeded, so that a bad image is refused at its upload.
+        Raises ImageRefused or LimitExceeded, so that a bad image is refused at its upload, and Busy.
         """
         decoded = self._decode(image)
-        self._store.put(image)
+        self._store.put(image, job=job)
         self._make_both_views(image.sha256, self._usual, lambda: decoded)
 
     def prepare(self, group: teacher_pb2.PromptGroup, settings: CallSettings) -> PreparedGroup:
@@ -228,6 +247,8 @@ class Preparer:
         if rollouts > limit:
             raise LimitExceeded(f"group {group.group_id!r} holds {rollouts} rollouts, the limit is {limit}; split it")
         ids = [rollout.rollout_id for rollout in group.rollouts]
+        for index, name in enumerate(ids):
+            check_id("rollout_id", name, field=f"rollouts[{index}].rollout_id")
         _refuse_duplicates("rollout_id", ids, f"group {group.group_id!r}", path="rollouts")
 
     def _render_prompts(

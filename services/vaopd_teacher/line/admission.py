@@ -57,6 +57,11 @@ class Admission:
             self._quotas.take(job, groups)  # last, since it counts accepted groups only
         self._waiting[job] += groups
 
+    def charge_upload(self, job: str, nbytes: int) -> None:
+        """Takes an upload from the job's quota of bytes. Raises Busy, or LimitExceeded for one above the quota."""
+        if self._quotas is not None:
+            self._quotas.take_image_bytes(job, nbytes)
+
     def release(self, job: str, groups: int = 1) -> None:
         """Frees the room of groups that are answered or given up."""
         self._waiting[job] -= groups

@@ -39,11 +39,12 @@ class Access:
 
 
 class Quotas:
-    """Limits each job to its groups in a minute."""
+    """Limits each job to its groups, and the bytes of its images, in a minute."""
 
     def __init__(self, config: QuotasConfig, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._config = config
         self._buckets = TokenBuckets(clock=clock)
+        self._image_buckets = TokenBuckets(clock=clock)
 
     def take(self, job: str, groups: int) -> None:
         """Takes groups from the job's quota. Raises Busy if it is used up, LimitExceeded beyond its size."""
@@ -55,6 +56,22 @@ class Quotas:
         if wait_s := self._buckets.take(job, groups, per_minute=quota).wait_s:
             raise Busy(
                 f"{groups} groups are more than what is left of the job's quota of {quota} in a minute; "
+                f"try again in {wait_s:.2g} s",
+                wait_s,
+            )
+
+    def take_image_bytes(self, job: str, nbytes: int) -> None:
+        """Takes an upload from the job's quota. Raises as `take`."""
+        quota = self._config.image_bytes_per_minute
+        if quota is None:
+            return
+        if nbytes > quota:
+            raise LimitExceeded(
+                f"an image of {nbytes} bytes is above the job's quota of {quota} in a minute; send a smaller encoding"
+            )
+        if wait_s := self._image_buckets.take(job, nbytes, per_minute=quota).wait_s:
+            raise Busy(
+                f"an image of {nbytes} bytes is more than what is left of the job's quota of {quota} in a minute; "
                 f"try again in {wait_s:.2g} s",
                 wait_s,
             )

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -30,8 +31,8 @@ from vaopd.wire.common import image_from_pb
 from vaopd.wire.errors import choose_status
 from vaopd.wire.teacher import columns_to_pb, description_to_pb
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
-from vaopd_teacher.intake.image_stores import ImageStore
-from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, read_call_settings
+from vaopd_teacher.intake.image_stores import ImageStore, Pins
+from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, list_images, read_call_settings
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.prepare_ahead import Ahead
 from vaopd_teacher.line.scheduler import Scheduler
@@ -102,15 +103,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
 
     async def _admit_image(self, message: common_pb2.EncodedImage) -> str:
         image = await self._run_on_thread(image_from_pb, message)
-        await self._run_on_thread(self._preparer.admit_image, image)
-        log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
+        if self._store.find_missing([image.sha256], job=message.job):
+            self._admission.charge_upload(message.job, len(image.data))
+            await self._run_on_thread(partial(self._preparer.admit_image, image, job=message.job))
+            log.info("image %s stored, %d bytes", image.sha256[:12], len(image.data))
         return image.sha256
 
     async def MissingImages(
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
         """Returns those of the images that are not stored."""
-        return pb.MissingImagesResponse(sha256=self._store.find_missing(request.sha256))
+        return pb.MissingImagesResponse(sha256=self._store.find_missing(request.sha256, job=request.job))
 
     async def GetHead(
         self, request: pb.GetHeadRequest, context: grpc.aio.ServicerContext
@@ -140,9 +143,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         self._admission.admit(job, unanswered)
         remaining_s = context.time_remaining()
         call = Call(self._scheduler, job=job, expires=None if remaining_s is None else time.monotonic() + remaining_s)
+        pins = Pins(self._store, {group.group_id: list_images(group) for group in request.groups}, job=job)
         # Not at the generator's end only: when the reader goes away, the generator may stay suspended for a while.
-        context.add_done_callback(lambda _: self._give_up(call))
-        call.feeder = asyncio.create_task(self._feed(request, settings, call))
+        context.add_done_callback(lambda _: self._give_up(call, pins))
+        call.feeder = asyncio.create_task(self._feed(request, settings, call, pins))
         started, failed = time.monotonic(), 0
         try:
             while unanswered:
@@ -158,7 +162,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 unanswered -= 1
                 self._admission.release(job)
         finally:
-            self._give_up(call)
+            self._give_up(call, pins)
             self._admission.release(job, unanswered)
             elapsed_s, groups = time.monotonic() - started, len(request.groups)
             log.info(
@@ -171,11 +175,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 extra=logs.make_fields(job=job[:64], groups=[group.group_id[:64] for group in request.groups]),
             )
 
-    def _give_up(self, call: Call) -> None:
+    def _give_up(self, call: Call, pins: Pins) -> None:
         call.cancel()
+        pins.release_all()
         self._ahead.look()
 
-    async def _feed(self, request: pb.ScoreGroupsRequest, settings: CallSettings, call: Call) -> None:
+    async def _feed(self, request: pb.ScoreGroupsRequest, settings: CallSettings, call: Call, pins: Pins) -> None:
         """Prepares the groups and submits them in units of about one forward, as far ahead as `Ahead` allows.
 
         The cut depends on the request alone, so an idle teacher gives a request the same answer bit for bit every time.
@@ -186,6 +191,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 async with self._ahead.turn(call.job):
                     outcomes = await asyncio.gather(*(self._prepare_or_refuse(group, settings) for group in unit))
                     for group, outcome in zip(unit, outcomes, strict=True):
+                        pins.release(group.group_id)
                         if isinstance(outcome, VaopdError):
                             call.refuse(group.group_id, outcome)
                     if ready := [outcome for outcome in outcomes if isinstance(outcome, PreparedGroup)]:

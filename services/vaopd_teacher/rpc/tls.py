@@ -10,6 +10,7 @@ import grpc
 from vaopd.config import TeacherTlsConfig
 from vaopd.errors import ConfigError
 from vaopd.net.ports import is_loopback
+from vaopd.net.tls import ExpiryWatch, read_expiry
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,12 @@ class _Files:
     def __init__(self, tls: TeacherTlsConfig) -> None:
         self._tls = tls
         self._content: tuple[bytes, bytes, bytes | None] | None = None
+        self._expiry: ExpiryWatch | None = None
 
     def read_first(self) -> grpc.ServerCertificateConfiguration:
         self._content = self._read()
+        if self._expiry is not None:
+            self._expiry.look()
         return _make_configuration(*self._content)
 
     def read_if_changed(self) -> grpc.ServerCertificateConfiguration | None:
@@ -49,6 +53,9 @@ class _Files:
         except ConfigError as error:  # e.g. the certificate has been renewed, and its key not yet
             log.error("the previous certificate stays in use: %s", error)
             return None
+        finally:
+            if self._expiry is not None:
+                self._expiry.look()
         if content == self._content:
             return None
         self._content = content
@@ -66,6 +73,9 @@ class _Files:
             )  # an encrypted key would be asked for on the terminal
             if tls.client_ca is not None:
                 context.load_verify_locations(tls.client_ca)
+            expires = read_expiry(tls.cert, tls.key, section="teacher")
+            if self._expiry is None or self._expiry.expires != expires:
+                self._expiry = ExpiryWatch(expires, section="teacher")
             return tls.key.read_bytes(), tls.cert.read_bytes(), tls.client_ca.read_bytes() if tls.client_ca else None
         except ssl.SSLError:
             raise ConfigError(

@@ -4,4 +4,5 @@
 local holder = redis.call('GET', K.trainer)
 if holder and holder ~= ARGV[1] then return {'held', holder, redis.call('PTTL', K.trainer)} end
 redis.call('SET', K.trainer, ARGV[1], 'PX', ARGV[2])
+redis.call('SET', K.last_trainer, ARGV[1])
 return {'ok', redis.call('GET', K.epoch)}

@@ -6,5 +6,5 @@
 for _, pending in ipairs(redis.call('XPENDING', K.groups, 'trainer', '-', ARGV[3], 1000000, 'trainer')) do
   redis.call('XCLAIM', K.groups, 'trainer', 'trainer', 0, pending[1], 'RETRYCOUNT', math.max(pending[4] - 1, 0), 'JUSTID')
 end
-redis.call('DEL', K.trainer)
+redis.call('DEL', K.trainer, K.last_trainer)
 return {'ok'}

@@ -1,0 +1,66 @@
+"""A full disk or a folder that can't be written costs one line, in every process and command."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from tests.support.runs import MINIMAL
+from vaopd import process
+from vaopd.cli import main
+from vaopd.config import Config
+from vaopd.process.failures import explain_disk
+
+FAILURES = {
+    "full": (
+        OSError(errno.ENOSPC, "", "/runs/r/model.safetensors"),
+        "model.safetensors: No space left on device; free",
+    ),
+    "read-only": (OSError(errno.EROFS, "", "/runs/r"), "/runs/r: Read-only file system; choose a folder that can be"),
+    "another's": (
+        PermissionError(errno.EACCES, "", "/runs/r"),
+        "/runs/r: Permission denied; choose a folder that this",
+    ),
+    "a library's": (
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        "No space left on device; free some space there, then continue with --resume",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), FAILURES.values(), ids=FAILURES)
+def test_a_process_says_it_in_one_line(
+    error: Exception, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(MINIMAL)
+
+    def run(arguments: argparse.Namespace, config: Config) -> int:
+        raise error
+
+    assert process.main(run, process.make_parser("trainer", "Trains."), ["--config", str(config)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("trainer: ")
+    assert words in line
+
+
+def test_a_command_says_it_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "", str(tmp_path / "report.html"))
+
+    monkeypatch.setattr("vaopd.report.write_report", refuse)
+    assert main(["report", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vaopd: {tmp_path / 'report.html'}: Read-only file system; choose")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert explain_disk(FileNotFoundError(errno.ENOENT, "", "x")) is None
+    assert explain_disk(ConnectionRefusedError(errno.ECONNREFUSED, "")) is None
+    assert explain_disk(ValueError("x")) is None

@@ -1,0 +1,67 @@
+"""Says when a server's certificate ends, with the standard library alone: by a handshake with itself, in memory."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import time
+from pathlib import Path
+
+from vaopd.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SAY_EVERY_S = 3600.0
+SOON_S = 7 * 24 * 3600.0
+_NOT_YET, _EXPIRED = 9, 10  # X509_V_ERR_*
+
+
+def read_expiry(cert: Path, key: Path, *, section: str) -> float:
+    """Returns when a certificate expires, in seconds since the epoch; infinity where that can't be known.
+
+    Raises ConfigError for one that has expired or isn't valid yet, ssl.SSLError and OSError for unusable files.
+    """
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(cert, key, password="")  # an encrypted key would be asked for on the terminal
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.load_verify_locations(cert)
+    client.verify_flags = ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is the root here
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True))
+    try:
+        for end in ends * 3:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code in (_EXPIRED, _NOT_YET):
+            raise ConfigError(
+                f"[{section}.tls] cert = {str(cert)!r}: {error.verify_message}; renew it, and check this host's clock"
+            ) from None
+        return float("inf")
+    except ssl.SSLError:
+        return float("inf")
+    found = ends[0].getpeercert() or {}
+    return float(ssl.cert_time_to_seconds(str(found["notAfter"]))) if "notAfter" in found else float("inf")
+
+
+class ExpiryWatch:
+    """Says that a certificate in use expires soon or has expired, at most every `SAY_EVERY_S`."""
+
+    def __init__(self, expires: float, *, section: str) -> None:
+        self.expires = expires
+        self._section = section
+        self._said = float("-inf")
+
+    def look(self) -> None:
+        """Logs what is wrong now."""
+        left_s = self.expires - time.time()
+        if left_s > SOON_S or time.monotonic() - self._said < SAY_EVERY_S:
+            return
+        self._said = time.monotonic()
+        if left_s > 0:
+            log.warning("the certificate of [%s.tls] expires in %.1f days; renew it", self._section, left_s / 86_400)
+        else:
+            log.error("the certificate of [%s.tls] has expired: clients refuse it; renew it", self._section)
