@@ -27,6 +27,7 @@ from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest, user_turn
 from vaopd_api.app import MAX_BODY_BYTES
 from vaopd_api.connections import HEADER_BYTES
+from vaopd_api.middleware import MAX_JSON_KEYS, MAX_JSON_VALUES
 from vaopd_api.reply_cost import MAX_VALUES, count_values
 
 ADDRESS = "127.0.0.2"
@@ -60,6 +61,9 @@ class Worst:
             f"{PER_ADDRESS + 32} connections": (self._crowd, {"refused"}),
             "an endless body": (self._endless_body, {"413", "closed"}),
             "the largest body": (self._largest_body, {"413", "422"}),
+            "the most keys": (self._keys, {"422"}),
+            "the most token ids": (self._token_ids, {"413"}),
+            "more values than are read": (self._too_many_values, {"413"}),
             "the largest reply": (self._largest_reply, {"200"}),
             "a reply beyond the limit": (self._too_large_a_reply, {"413"}),
             "a batch of the largest": (self._batch, {"200, 0 failed"}),
@@ -141,6 +145,20 @@ class Worst:
     async def _largest_body(self) -> str:
         start, end = b'{"question":"?","response":"x","image":"', b'"}'
         return str((await self._post("/v1/score", start + b"A" * (MAX_BODY_BYTES - 64) + end)).status_code)
+
+    async def _keys(self) -> str:
+        body = dict.fromkeys((f"k{n}" for n in range(MAX_JSON_KEYS - 3)), 1)
+        return str((await self._post("/v1/score", _dump({"question": "?", "response": "x", **body}))).status_code)
+
+    async def _token_ids(self) -> str:
+        return await self._sent_ids(MAX_JSON_VALUES - 3)
+
+    async def _too_many_values(self) -> str:
+        return await self._sent_ids(12 * MAX_JSON_VALUES)
+
+    async def _sent_ids(self, count: int) -> str:
+        content = b'{"question":"?","response_token_ids":[1' + b",1" * (count - 1) + b"]}"
+        return str((await self._post("/v1/score", content)).status_code)
 
     async def _largest_reply(self) -> str:
         return str((await self._post("/v1/score", _dump(LARGEST))).status_code)
