@@ -42,7 +42,6 @@ SERVICE = "[teacher.images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000
 FIRST_PART, LONGEST_FIRST_PART_S = 0.4, 120.0
 QUIET_PART = 0.2  # of the rest: without the dearest requests
 SAMPLE_EVERY_S = 1.0
-LONGEST_PATIENCE_S = 70.0  # the API ends a client that reads nothing for 60 s
 MOST_GROWTH_MIB = 16.0
 """From the first to the last fifth of the second part; a leak of one small image per second is twice that."""
 _STREAMS, _HASHES = ("requests", "groups"), ("seen:requests", "seen:groups", "policies")
@@ -187,7 +186,7 @@ def run(folder: Path, *, minutes: float, say: Callable[[str], None] = print) -> 
         servers = {"teacher": teacher.process.pid, "api": api.process.pid}
         pids = servers | {name: process.pid or 0 for name, process in queue.processes.items()}
         load = Load(teacher.target)
-        worst = Worst(api=address, teacher=teacher.target, patience_s=min(LONGEST_PATIENCE_S, 10 * minutes))
+        worst = Worst(api=address, teacher=teacher.target, share=min(1.0, minutes / 10))
         golden = asyncio.run(load.known_answer())
         lights = {name: Light(api=address, teacher=teacher.target) for name in ("mixed load", "dearest requests")}
 

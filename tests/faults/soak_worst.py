@@ -24,7 +24,7 @@ from vaopd.client import GroupFailure, TeacherClient
 from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import GroupScore, ScoreRequest, user_turn
+from vaopd.types import GroupScore, ScoreRequest, TeacherLimits, user_turn
 from vaopd_api.app import MAX_BODY_BYTES
 from vaopd_api.connections import HEADER_BYTES
 from vaopd_api.middleware import MAX_JSON_KEYS, MAX_JSON_VALUES
@@ -36,6 +36,8 @@ LIGHT_EVERY_S = 0.25
 SLOW_SENDERS = 16
 TEACHER_CONNECTIONS = 256
 LONGEST_S = 100.0
+LONGEST_PATIENCE_S = 70.0  # the API ends a client that reads nothing for 60 s
+MAX_ROLLOUTS = TeacherLimits().max_rollouts_per_group
 
 Kind = tuple[Callable[[], Awaitable[str]], set[str]]
 """What sends it, and the answers that it may get."""
@@ -44,13 +46,16 @@ Kind = tuple[Callable[[], Awaitable[str]], set[str]]
 class Worst:
     """Sends the kinds in turn, those that only wait beside the others; `calls` counts answers, `problems` odd ones."""
 
-    def __init__(self, *, api: str, teacher: str, patience_s: float) -> None:
-        """patience_s: how long a client that reads nothing stays."""
+    def __init__(self, *, api: str, teacher: str, share: float = 1.0) -> None:
+        """share: of the largest batch, reply and patience, for a short run."""
         self.calls: Counter[tuple[str, str]] = Counter()
         self.problems: list[str] = []
         self.longest_s: dict[str, float] = {}
         host, _, port = api.rpartition(":")
-        self._api, self._teacher, self._patience_s = (host, int(port)), teacher, patience_s
+        self._api, self._teacher = (host, int(port)), teacher
+        self._patience_s = share * LONGEST_PATIENCE_S
+        self._items = [ITEM] * max(1, round(share * MAX_BATCH_ITEMS))
+        self._largest = LARGEST | {"responses": LARGEST["responses"][: max(1, round(share * MAX_ROLLOUTS))]}
         self._url = f"http://{api}"
         self._waiting: dict[str, Kind] = {
             f"{SLOW_SENDERS} requests that stop half-way": (self._slow_senders, {"408"}),
@@ -161,17 +166,17 @@ class Worst:
         return str((await self._post("/v1/score", content)).status_code)
 
     async def _largest_reply(self) -> str:
-        return str((await self._post("/v1/score", _dump(LARGEST))).status_code)
+        return str((await self._post("/v1/score", _dump(self._largest))).status_code)
 
     async def _too_large_a_reply(self) -> str:
         return str((await self._post("/v1/score", _dump({**BODY, "response": "a" * 20_000, "top_k": 20}))).status_code)
 
     async def _batch(self) -> str:
-        answer = await self._post("/v1/score/batch", _dump({"requests": [ITEM] * MAX_BATCH_ITEMS}))
+        answer = await self._post("/v1/score/batch", _dump({"requests": self._items}))
         return f"{answer.status_code}, {answer.json()['failed']} failed"
 
     async def _unread(self) -> str:
-        content = _dump({"requests": [ITEM] * MAX_BATCH_ITEMS})
+        content = _dump({"requests": self._items})
         async with self._connection() as (_, writer):
             writer.transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(_head("/v1/score/batch", f"Content-Length: {len(content)}").encode() + content)
@@ -244,8 +249,8 @@ class Light:
 
 
 ITEM: dict[str, Any] = {"question": "?", "responses": ["abcdefg"] * 16, "top_k": 20}
-_LENGTH = MAX_VALUES // (count_values(ScoreBody(question="?", responses=["a"] * 64, top_k=20)) // 2) - 1
-LARGEST: dict[str, Any] = {"question": "?", "responses": ["a" * _LENGTH] * 64, "top_k": 20}
+_LENGTH = MAX_VALUES // (count_values(ScoreBody(question="?", responses=["a"] * MAX_ROLLOUTS, top_k=20)) // 2) - 1
+LARGEST: dict[str, Any] = {"question": "?", "responses": ["a" * _LENGTH] * MAX_ROLLOUTS, "top_k": 20}
 """As many values in its reply as are answered."""
 
 
