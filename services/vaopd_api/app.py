@@ -193,7 +193,7 @@ def _add_scoring(
     )
     async def degraded_view(body: DegradeBody) -> Response:
         """Returns the degraded view as the teacher sees it, of the picture scaled to the run's pixel bounds."""
-        image = image_from_text(body.image, field="image")
+        image = await asyncio.to_thread(image_from_text, body.image, field="image")
         async with decoding:
             png = await asyncio.to_thread(make_degraded_png, image, make_degradation(body.degradation), pixel_bounds)
         return Response(png, media_type="image/png")
@@ -221,7 +221,7 @@ def _add_sampling(app: FastAPI, students: Sequence[Sampler]) -> None:
         sampling = SamplingSettings(
             temperature=body.temperature, top_p=body.top_p, max_new_tokens=body.max_new_tokens, seed=body.seed
         )
-        images = decode_images(body.image, body.images)
+        images = await asyncio.to_thread(decode_images, body.image, body.images)
         return await student.sample(body.question, images, sampling, num_responses=body.num_responses)
 
 

@@ -73,7 +73,7 @@ async def _score(scorer: AdHocScorer, index: int, item: Any) -> tuple[BatchResul
     """Returns a request's result, without its score, and its JSON."""
     try:
         body = problems.parse(ScoreBody, item)
-        images = decode_images(body.image, body.images)
+        images = await asyncio.to_thread(decode_images, body.image, body.images)
 
         def wrap(score: ScoreReply) -> BatchResult:
             return BatchResult(index=index, score=score)

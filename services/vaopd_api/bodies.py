@@ -6,6 +6,7 @@ kind, and `strength` a key of its own.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -36,7 +37,7 @@ async def read_score(request: Request) -> tuple[ScoreBody, list[EncodedImage]]:
     if read_content_type(request) == FORM:
         return _from_form(await _read_form(request))
     body = parse(ScoreBody, await read_json(request))
-    return body, decode_images(body.image, body.images)
+    return body, await asyncio.to_thread(decode_images, body.image, body.images)
 
 
 async def read_batch(request: Request) -> list[Any]:

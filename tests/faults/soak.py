@@ -1,11 +1,12 @@
 """A long mixed load, bad input included: memory stays flat; descriptors, threads and keys return to where they began.
 
-    python -m tests.faults.soak [--minutes N] [--json FILE]
+    python -m tests.faults.soak [--minutes N] [--json FILE]      (also: make soak MINUTES=N)
 
-Real processes: a teacher with the tiny model and small caches, which are full and turn over soon; a Valkey; and, of the
-chaos run, a trainer, two rollout workers and a teacher without a model, which pass groups, poison, duplicates and
-corrupt messages through queue, ledger and checkpoints all the while. After a first part, in which caches fill and
-threads start, everybody rests and is counted; then again at the end.
+Real processes: a teacher with the tiny model and small caches, which are full and turn over soon; the API before it; a
+Valkey; and, of the chaos run, a trainer, two rollout workers and a teacher without a model, which pass groups, poison,
+duplicates and corrupt messages through queue, ledger and checkpoints all the while. After a first part, in which caches
+fill and threads start, everybody rests and is counted; then again at the end. A light job asks four times a second, at
+first beside the mixed load (`soak_load`), then beside the dearest requests too (`soak_worst`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import redis
@@ -30,6 +31,8 @@ import redis
 from tests.faults.chaos import roles
 from tests.faults.chaos.world import JOB, World
 from tests.faults.soak_load import Load
+from tests.faults.soak_worst import Light, Worst
+from tests.support.api import start_api
 from tests.support.teacher import teacher_process
 from tests.support.waiting import wait_until
 from vaopd.net.ports import free_port
@@ -37,6 +40,7 @@ from vaopd.queue.embedded import EmbeddedRedis
 
 SERVICE = "[teacher.images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
 FIRST_PART, LONGEST_FIRST_PART_S = 0.4, 120.0
+QUIET_PART = 0.2  # of the rest: without the dearest requests
 SAMPLE_EVERY_S = 1.0
 MOST_GROWTH_MIB = 16.0
 """From the first to the last fifth of the second part; a leak of one small image per second is twice that."""
@@ -66,6 +70,7 @@ class Rest:
     """What is left while nobody asks for anything."""
 
     teacher: Count
+    api: Count
     redis_keys: int
 
 
@@ -80,6 +85,13 @@ class Result:
     growth_mib: dict[str, float] = field(default_factory=dict)
     """Of each process's resident memory, from the first to the last fifth of the second part."""
     slope_mib_per_minute: dict[str, float] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    rss_mib: dict[str, list[int]] = field(default_factory=dict)
+    """Every 15 s."""
+    light_ms: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """How long the light job's calls took: beside the mixed load, and beside the dearest requests too."""
+    longest_s: dict[str, float] = field(default_factory=dict)
+    """Of each of the dearest requests."""
     redis_entries: dict[str, float] = field(default_factory=dict)
     """Of the streams and hashes of the queue: the mean of the first and of the last fifth."""
     problems: list[str] = field(default_factory=list)
@@ -149,6 +161,12 @@ class Samples:
         fifth = max(1, len(values) // 5)
         return float(np.mean(values[:fifth])), float(np.mean(values[-fifth:]))
 
+    def every(self, seconds: int, name: str) -> list[int]:
+        return [round(value) for value in self._values[name][:: round(seconds / SAMPLE_EVERY_S)]]
+
+    def peak(self, name: str) -> float:
+        return round(max(self._values[name]), 1)
+
     def per_minute(self, name: str) -> float:
         return float(np.polyfit(np.array(self._times) / 60, self._values[name], 1)[0])
 
@@ -161,62 +179,89 @@ def run(folder: Path, *, minutes: float, say: Callable[[str], None] = print) -> 
     launch = ("-m", "vaopd_teacher", "--service", str(folder / "service.toml"))
     with ExitStack() as stack:
         teacher = stack.enter_context(teacher_process(folder, launch=launch, batch_tokens=2000))
+        (folder / "api").mkdir()
+        api = stack.enter_context(contextmanager(start_api)(folder / "api", teacher.target))
+        address = str(api.http.base_url).removeprefix("http://").rstrip("/")
         queue = Queue(folder / "queue", stack)
-        pids = {"teacher": teacher.process.pid} | {name: process.pid or 0 for name, process in queue.processes.items()}
+        servers = {"teacher": teacher.process.pid, "api": api.process.pid}
+        pids = servers | {name: process.pid or 0 for name, process in queue.processes.items()}
         load = Load(teacher.target)
+        worst = Worst(api=address, teacher=teacher.target, share=min(1.0, minutes / 10))
         golden = asyncio.run(load.known_answer())
+        lights = {name: Light(api=address, teacher=teacher.target) for name in ("mixed load", "dearest requests")}
 
-        asyncio.run(load.run(first_s))
+        asyncio.run(_beside(first_s, load, worst))
         wait_until("the trainer has made a step", lambda: queue.steps > 0)
-        before = _rest(teacher.process.pid, queue)
+        before = _rest(servers, queue)
         say(f"after {first_s:.0f} s: {before}")
 
         samples = Samples()
-        asyncio.run(_sampled(load, 60 * minutes - first_s, samples, pids, queue))
+        rest_s = 60 * minutes - first_s
+        asyncio.run(_beside(QUIET_PART * rest_s, load, lights["mixed load"]))
+        asyncio.run(_sampled((1 - QUIET_PART) * rest_s, samples, pids, queue, load, worst, lights["dearest requests"]))
 
         def is_as_before() -> bool:
-            return not _more(before, _rest(teacher.process.pid, queue))
+            return not _more(before, _rest(servers, queue))
 
         try:
             wait_until("descriptors, threads and keys are as many as before", is_as_before)
         except AssertionError as error:
-            result.problems.append(f"{error}: {_more(before, _rest(teacher.process.pid, queue))}")
-        result.before, result.after = before, _rest(teacher.process.pid, queue)
+            result.problems.append(f"{error}: {_more(before, _rest(servers, queue))}")
+        result.before, result.after = before, _rest(servers, queue)
         if asyncio.run(load.known_answer()) != golden:
             result.problems.append("the known request has another answer now")
         dead = [name for name, process in queue.processes.items() if not process.is_alive()]
-        if dead or teacher.process.poll() is not None:
-            result.problems.append(f"ended in the midst of it: {dead or 'the teacher'}; {folder} has the logs")
+        dead += [name for name, server in (("teacher", teacher), ("api", api)) if server.process.poll() is not None]
+        if dead:
+            result.problems.append(f"ended in the midst of it: {dead}; {folder} has the logs")
         result.groups_trained = queue.steps * queue.world.groups_per_step
-    result.calls = {f"{kind}: {answer}": number for (kind, answer), number in sorted(load.calls.items())}
-    result.problems += load.problems
+    calls = load.calls + worst.calls
+    result.calls = {f"{kind}: {answer}": number for (kind, answer), number in sorted(calls.items())}
+    result.longest_s = worst.longest_s
+    result.light_ms = {name: light.percentiles_ms() for name, light in lights.items()}
+    result.problems += [
+        *load.problems,
+        *worst.problems,
+        *(line for light in lights.values() for line in light.problems),
+    ]
     for name in pids:
         first, last = samples.ends(name)
         result.growth_mib[name] = round(last - first, 2)
         result.slope_mib_per_minute[name] = round(samples.per_minute(name), 3)
+        result.peak_mib[name] = samples.peak(name)
+        result.rss_mib[name] = samples.every(15, name)
     result.redis_entries = dict(zip(("first fifth", "last fifth"), samples.ends("redis"), strict=True))
     return result
 
 
-async def _sampled(load: Load, seconds: float, samples: Samples, pids: dict[str, int], queue: Queue) -> None:
+class _Sender(Protocol):
+    async def run(self, ends: float) -> None: ...
+
+
+async def _beside(seconds: float, *senders: _Sender) -> None:
+    ends = time.monotonic() + seconds
+    await asyncio.gather(*(sender.run(ends) for sender in senders))
+
+
+async def _sampled(seconds: float, samples: Samples, pids: dict[str, int], queue: Queue, *senders: _Sender) -> None:
     follower = asyncio.create_task(samples.follow(pids, queue))
-    await load.run(seconds)
+    await _beside(seconds, *senders)
     if follower.done():
         follower.result()
     follower.cancel()
 
 
-def _rest(pid: int, queue: Queue) -> Rest:
-    return Rest(teacher=Count.of(pid), redis_keys=queue.keys())
+def _rest(servers: dict[str, int], queue: Queue) -> Rest:
+    counts = {name: Count.of(pid) for name, pid in servers.items()}
+    return Rest(teacher=counts["teacher"], api=counts["api"], redis_keys=queue.keys())
 
 
 def _more(before: Rest, after: Rest) -> dict[str, tuple[int, int]]:
     """What there is more of."""
-    pairs = {
-        "descriptors": (before.teacher.descriptors, after.teacher.descriptors),
-        "threads": (before.teacher.threads, after.teacher.threads),
-        "keys": (before.redis_keys, after.redis_keys),
-    }
+    pairs = {"keys": (before.redis_keys, after.redis_keys)}
+    for name, first, last in (("teacher", before.teacher, after.teacher), ("api", before.api, after.api)):
+        pairs[f"{name}'s descriptors"] = (first.descriptors, last.descriptors)
+        pairs[f"{name}'s threads"] = (first.threads, last.threads)
     return {name: pair for name, pair in pairs.items() if pair[1] > pair[0]}
 
 
@@ -249,7 +294,7 @@ def main() -> int:
         result = run(folder, minutes=arguments.minutes, say=_say)
     result.problems += memory_problems(result)
     figures: dict[str, Any] = asdict(result)
-    for name in ("calls", "groups_trained", "before", "after", "growth_mib", "slope_mib_per_minute", "redis_entries"):
+    for name in figures.keys() - {"minutes", "problems"}:
         _say(f"{name.replace('_', ' ')}: {json.dumps(figures[name])}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1))

@@ -64,8 +64,8 @@ class Load:
                 return b"".join(values.tobytes() for values in scores)
         raise AssertionError("no answer")
 
-    async def run(self, seconds: float) -> None:
-        ends = time.monotonic() + seconds
+    async def run(self, ends: float) -> None:
+        """Until the time `ends` of the monotonic clock."""
         async with grpc.aio.insecure_channel(self._target) as channel:
             await asyncio.gather(*(self._caller(channel, ends) for _ in range(CALLERS)))
 

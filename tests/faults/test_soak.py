@@ -1,4 +1,4 @@
-"""A short soak; `python -m tests.faults.soak` takes ten minutes and watches the memory too."""
+"""A short soak; `make soak` takes ten minutes and watches the memory too."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ def test_descriptors_threads_and_keys_are_as_many_after_a_mixed_load_as_before(t
     result = soak.run(tmp_path, minutes=1 / 3)
     assert result.problems == []
     assert result.groups_trained > 0
-    assert sum(result.calls.values()) > 200
+    assert sum(result.calls.values()) > 50

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 NOT_RUN = {
     r"^make (demo|test)\b": "`vaopd demo` is run below, and these are the tests",
-    r"^make (chaos|fuzz)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
+    r"^make (chaos|fuzz|soak)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
     r"gpu-check|benchmarks\.gpu": "needs a card; tests/services/test_gpu_check.py runs its phases on a CPU",
     r"eval --(install|benchmark)": "gigabytes; tests/services/test_benchmarks_eval.py has small ones",
     r"claims-lab": "an hour and more; tests/unit/test_claims_lab.py has a small laboratory",

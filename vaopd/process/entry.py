@@ -24,6 +24,7 @@ from vaopd.errors import Busy, Unavailable, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def main(
     Unavailable or Busy.
     """
     arguments = parser.parse_args(argv)
+    disable_usage_reports()
     role = parser.prog.removeprefix("vaopd_")
     log_format = arguments.log_format or os.environ.get(logs.FORMAT_VARIABLE) or "text"
     from vaopd.config import load_config

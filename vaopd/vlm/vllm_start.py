@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vaopd.errors import ConfigError
+from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 MAX_IMAGES_PER_PROMPT = 8
@@ -29,8 +30,7 @@ def set_environment() -> None:
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_DO_NOT_TRACK", "1")
+    disable_usage_reports()
 
 
 def start(
