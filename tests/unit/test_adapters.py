@@ -8,17 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_folder, plain_logprobs, plain_model
 from tests.support.teacher import drawing
 from tests.support.tolerance import assert_noticed, assert_within
-from vaopd.config import LoraConfig
+from vaopd.config import LoraConfig, TrainerConfig
 from vaopd.divergence import token_logprobs
 from vaopd.errors import ConfigError, Mismatch
+from vaopd.run.checkpoints import RunState
 from vaopd.run.snapshots import publish_adapter, write_model
 from vaopd.vlm.adapters import add_adapters, describe_adapters, load_adapters, merge_adapters, name_adapters
 from vaopd.vlm.model import Segment, Vlm
+from vaopd_trainer import checkpoint
+from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.student_weights import WholeWeights
 
 pytestmark = pytest.mark.numeric
 
@@ -126,3 +132,32 @@ def test_only_the_layers_that_are_named_get_adapters(tmp_path: Path) -> None:
     layers = student.config.text_config.num_hidden_layers
     assert named == [f"model.language_model.layers.{n}.self_attn.q_proj" for n in range(layers)]
     assert sum(p.requires_grad for p in student.model.parameters()) == 2 * layers
+
+
+def test_a_checkpoint_of_adapters_continues_bit_for_bit(tmp_path: Path) -> None:
+    """It holds adapters and their moments alone; the base weights come from the student's own folder."""
+    settings = TrainerConfig(steps=9, learning_rate=RATE)
+
+    def hold() -> tuple[Vlm, WholeWeights]:
+        student = Vlm.load(family_folder("qwen3_vl"))
+        add_adapters(student, LoraConfig(rank=3), vision_tower=True)
+        loss = nn.ModuleDict({"model": student.model})
+        return student, WholeWeights(loss, model=student.model, settings=settings, ranks=Ranks())
+
+    def step(student: Vlm, weights: WholeWeights) -> None:
+        logprobs(student).sum().backward()
+        weights.optimizer.step()
+        weights.optimizer.zero_grad()
+
+    first, resumed = hold(), hold()
+    step(*first)
+    step(*first)
+    saved = checkpoint.save(tmp_path, RunState(step=2), first[1], keep=1)
+    assert load_file(saved / "student.safetensors").keys() == name_adapters(first[0].model.state_dict()).keys()
+
+    checkpoint.load(saved, resumed[1])
+
+    step(*first)
+    step(*resumed)
+    for name, tensor in first[1].list_weights().items():
+        assert torch.equal(resumed[1].list_weights()[name], tensor), name
