@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from vaopd.errors import VaopdError
 from vaopd.report import report_html
 from vaopd.report.watch import describe_start, watch
 from vaopd.run.records import read_run
-
-SLOW_S = 5.0
 
 
 def show(folder: Path) -> None:
@@ -30,10 +27,8 @@ def test_it_is_one_error_that_names_the_file(file: str, damage: str, tmp_path: P
     run = make_run(tmp_path / "run")
     (run / file).unlink(missing_ok=True)
     DAMAGES[damage](run / file)
-    started = time.monotonic()
     with pytest.raises(VaopdError, match=file if damage != "wrong types" else r"run"):
         show(run)
-    assert time.monotonic() - started < SLOW_S
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -65,10 +65,13 @@ def add_adapters(
     for module in student.model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False  # autocast rounds the matrices, in place of widening each input
-            bound = module.in_features**-0.5  # PEFT's own
-            first = torch.empty(lora.rank, module.in_features).uniform_(-bound, bound, generator=generator)
+            inputs, outputs = module.in_features, module.out_features
+            assert inputs is not None
+            assert outputs is not None  # None stands for layers that are not linear
+            bound = inputs**-0.5  # PEFT's own
+            first = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
             _set(module.lora_A, first.to(dtype))
-            _set(module.lora_B, torch.zeros(module.out_features, lora.rank, dtype=dtype))
+            _set(module.lora_B, torch.zeros(outputs, lora.rank, dtype=dtype))
 
 
 def _set(side: nn.ModuleDict, values: Tensor) -> None:
