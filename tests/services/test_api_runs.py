@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,9 +129,7 @@ def test_whatever_lies_in_a_run_costs_no_other_run_its_place(api: Api, runs: Pat
             run = make_run(runs / name)
             (run / file).unlink(missing_ok=True)
             damage(run / file)
-        started = time.monotonic()
         found = {run["name"]: run for run in api.http.get("/v1/runs").json()["runs"]}
-        assert time.monotonic() - started < 10
         assert set(found) == {"begun", "done", *names}
         for name, (file, _) in names.items():
             assert found[name]["state"] == "broken", name
