@@ -391,11 +391,7 @@ def user_turn(question: str, images: Sequence[EncodedImage]) -> tuple[Message, .
     >>> [type(part).__name__ for part in user_turn("How long?", [EncodedImage(data=b"abc")])[0].content]
     ['ImagePart', 'TextPart']
     """
-    parts: tuple[ImagePart | TextPart, ...] = (
-        *(ImagePart(sha256=image.sha256) for image in images),
-        TextPart(text=question),
-    )
-    return (Message(role="user", content=parts),)
+    return (Message(role="user", content=(*(ImagePart(sha256=i.sha256) for i in images), TextPart(text=question))),)
 
 
 def unique_images(images: Sequence[EncodedImage]) -> tuple[EncodedImage, ...]:

@@ -16,7 +16,7 @@ from playwright.sync_api import Browser
 from tests.support.api import Api, start_api, with_keys
 from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import TeacherInProcess, teacher_in_process
-from tests.support.viewer import PHONE, Viewer, serious_findings, viewer
+from tests.support.viewer import Viewer, serious_findings, viewer
 from vaopd.access.keys import add_key
 from vaopd_api.app import PAGE
 
@@ -336,47 +336,6 @@ def test_a_page_opened_before_the_teacher_is_there_looks_again(browser: Browser,
         assert "The teacher is starting" in seen.error
         seen.page.wait_for_selector("#error", state="hidden")
         seen.score_example()
-
-
-def test_light_and_dark(browser: Browser, api: Api) -> None:
-    """The system's choice holds until the user makes another, which is remembered."""
-    ground = "getComputedStyle(document.body).backgroundColor"
-    with viewer(browser, str(api.http.base_url), color_scheme="dark") as seen:
-        seen.open()
-        dark = seen.page.evaluate(ground)
-        seen.page.click("#theme")
-        light = seen.page.evaluate(ground)
-        assert dark != light
-        seen.open()
-        assert seen.page.evaluate(ground) == light
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
-def test_no_serious_finding_of_axe(browser: Browser, api: Api, options: dict[str, object]) -> None:
-    with viewer(browser, str(api.http.base_url), **options) as seen:
-        seen.open()
-        found = serious_findings(seen)
-        seen.score_example()
-        seen.page.locator("#tables summary").click()
-        seen.page.locator("#rollouts .token").nth(4).click()
-        found += serious_findings(seen)
-        seen.open(path="/docs")
-        found += serious_findings(seen)
-        assert found == []
-
-
-def test_it_fits_a_phone(browser: Browser, api: Api) -> None:
-    with viewer(browser, str(api.http.base_url), **PHONE) as seen:
-        seen.open()
-        seen.score_example()
-        assert seen.page.evaluate("document.documentElement.scrollWidth") == 360
-        seen.page.locator("#rollouts .token").nth(4).tap()
-        box = seen.page.locator("#details").bounding_box()
-        assert box
-        assert box["y"] + box["height"] <= 740
-        seen.page.locator("#details .close").tap()
-        assert seen.page.locator("#details").is_hidden()
 
 
 def test_an_api_with_keys_asks_for_one(browser: Browser, teacher: TeacherInProcess, tmp_path: Path) -> None:

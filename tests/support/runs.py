@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,14 @@ def make_run(
     samples[0]["image_base64"] = jpeg()
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     return folder
+
+
+def read_charts(page: str) -> list[dict[str, Any]]:
+    return [json.loads(html.unescape(data)) for data in re.findall(r"data-chart='([^']*)'", page)]
+
+
+def change_settings(run: Path, old: str, new: str) -> Path:
+    config = (run / "config.toml").read_text()
+    assert old in config
+    (run / "config.toml").write_text(config.replace(old, new))
+    return run
