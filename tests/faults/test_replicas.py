@@ -164,7 +164,8 @@ def test_closing_the_client_ends_every_wait_for_an_absent_teacher() -> None:
     for thread in waiting:
         thread.start()
     # Each thread's own task, beside those that look for a connection.
-    asked = lambda: [task for task in asyncio.all_tasks(client._loop) if "read_next" in str(task.get_coro())]  # noqa: E731
+    loop = client._loop._loop
+    asked = lambda: [task for task in asyncio.all_tasks(loop) if "read_next" in str(task.get_coro())]  # noqa: E731
     wait_until("they wait", lambda: len(asked()) == 3)
     client.close()
     for thread in waiting:
