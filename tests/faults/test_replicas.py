@@ -152,11 +152,12 @@ async def test_names_and_tls_are_no_different(tmp_path: Path) -> None:
 def test_closing_the_client_ends_every_wait_for_an_absent_teacher() -> None:
     """What lets a trainer that is told to stop end while its teacher is away."""
     client = SyncTeacherClient("127.0.0.1:1", timeout_s=300)
+    request = group("g")  # here, since what it imports is not to be imported by three threads at once
     ends: list[BaseException] = []
 
     def wait() -> None:
         try:
-            list(client.score([group("g")]))
+            list(client.score([request]))
         except Unavailable as error:
             ends.append(error)
 
