@@ -183,7 +183,8 @@ def test_doctor_names_cards_and_what_fits(monkeypatch: pytest.MonkeyPatch, capsy
     told = capsys.readouterr().out
     assert re.search(r"^ok +GPU 3 +NVIDIA H100 80GB HBM3, 79\.6 GiB, driver 570\.10$", told, re.MULTILINE)
     assert re.search(r"^MISS +NVIDIA driver +570\.10: torch for CUDA 13\.0 needs 580$", told, re.MULTILINE)
-    assert re.search(r"^ok +geometry3k-8b +teacher on card 0: .*; trainer on card 2,3, the student whole on each: ", told, re.MULTILINE)
+    placed = r"^ok +geometry3k-8b +teacher on card 0: .*; trainer on card 2,3, the student whole on each: "
+    assert re.search(placed, told, re.MULTILINE)
     main(["doctor"])
     assert re.findall(r"^ok +(geometry3k-\w+) ", capsys.readouterr().out, re.MULTILINE) == [
         "geometry3k-4b",

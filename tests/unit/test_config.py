@@ -120,7 +120,7 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
         ("teacher.address=one:50051,two", r"teacher\.address: .*pattern"),
         ("teacher.payload=none", r"teacher\.payload: must be one of 'hidden', .*'sampled', got 'none'"),
         ("rollout.engine.name=vllm", r"rollout\.engine: must be one of 'vllm', 'transformers'"),
-        ("student.lora.rnk=8", r"student\.lora\.rnk: no such key; known here: rank, alpha"),
+        ("student.lora.rnk=8", r"student\.lora\.rnk: no such key; did you mean rank\? Known here: rank, alpha"),
         ("data.min_pixels=0", r"data\.min_pixels: .* greater than or equal to 1, got 0"),
         ("steps=3", r"not of the form section\.key=value"),
     ],

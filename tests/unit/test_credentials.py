@@ -141,7 +141,7 @@ def test_a_host_that_is_no_name_is_refused(tmp_path: Path, host: str) -> None:
         ('[teacher.tls]\ncert = "a"\nkey = "b"\nplaintext = true', "contradicts cert"),
         ("[teacher.quotas]\ngroups_per_minute = 5", "quotas need keys.file"),
         ('[teacher.keys]\nfile = "k"\n[teacher.quotas]\ngroups_per_minute = 0', "groups_per_minute"),
-        ('[teacher.keys]\nfolder = "k"', "known here: file"),
+        ('[teacher.keys]\nfolder = "k"', "Known here: file"),
     ],
 )
 def test_a_service_configuration_that_cant_be_meant_is_refused(tmp_path: Path, text: str, told: str) -> None:

@@ -60,7 +60,7 @@ def _draw_figures(folders: list[Path], out: Path) -> int:
     for drawn in write_figures([read_run(folder) for folder in folders], out):
         if drawn.path is not None:
             paths.append(drawn.path)
-            print(drawn.path)
+            emit(drawn.path)
         else:
             print(f"vaopd: figure {drawn.name}, {drawn.title}, is not drawn: {drawn.why}", file=sys.stderr)
     return 0 if paths else 1
