@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_one_step_is_plain_peft_s_and_leaves_the_base_weights_alone(tmp_path: Pa
 
     base = {name: p.clone() for name, p in student.model.named_parameters() if not p.requires_grad}
     plain = peft.PeftModel.from_pretrained(
-        plain_model("qwen3_vl", dtype="float64"), publish(student, tmp_path), is_trainable=True
+        copy.deepcopy(plain_model("qwen3_vl", dtype="float64")), publish(student, tmp_path), is_trainable=True
     ).double()
     for mine in (student.model, plain):
         optimizer = torch.optim.AdamW([p for p in mine.parameters() if p.requires_grad], lr=RATE, weight_decay=0.1)
