@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import tempfile
 
@@ -24,8 +25,9 @@ gc.disable()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests import transformers, which imports PEFT, which imports what needs torchvision.
-ensure_torchvision()
+# Tests import transformers, which imports PEFT, which imports what needs torchvision. Some run without torch.
+if importlib.util.find_spec("torch") is not None:
+    ensure_torchvision()
 # What commands measure of their data sets, for this process and those that it starts; emptied when it ends.
 _MEASURES = tempfile.TemporaryDirectory(prefix="vaopd-measures-")
 os.environ["VAOPD_CACHE"] = _MEASURES.name
