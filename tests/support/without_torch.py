@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 NEEDED = re.compile(
-    r"(ModuleNotFoundError: No module named '|import_module\(')(torch|transformers|safetensors|datasets|huggingface_hub)\b"
+    r"(ModuleNotFoundError: No module named '|import_module\(')"
+    r"(torch|transformers|safetensors|datasets|huggingface_hub)\b"
 )
 
 
