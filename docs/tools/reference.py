@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -223,25 +222,17 @@ def prometheus(registry: CollectorRegistry) -> str:
 def command_line() -> str:
     """Renders the page of the commands, with the help of each."""
     from vaopd.cli import build_parser
+    from vaopd.cli.parser import walk
 
     os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
     parts = [
         f"{NOTE}# Command line\n",
         "The `--help` of every command. Exit codes and habits: [here](../cli.md).\n",
     ]
-    for parser in parsers(build_parser()):
+    for parser in walk(build_parser()):
         help_text = re.sub(r"[ \t]+$", "", parser.format_help(), flags=re.MULTILINE).rstrip()
         parts.append(f"## {parser.prog}\n\n```text\n{help_text}\n```\n")
     return "\n".join(parts)
-
-
-def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yields a parser and, depth first, those of its subcommands."""
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in dict.fromkeys(action.choices.values()):
-                yield from parsers(child)
 
 
 # -- HTTP --------------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ class Coordinator:
         announced = self._server.offer(self._snapshot) if self._server is not None else self._snapshot
         self._collector.publish(announced, check=self.check)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
-        prune_snapshots(self._config.snapshots_folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
+        prune_snapshots(folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
 
     def enqueue(self, step: int) -> None:
         """Requests the groups of this step and, with a lag, of the next ones that this policy may serve."""

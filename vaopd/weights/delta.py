@@ -80,6 +80,12 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
     return digest
 
 
+def find_weights(folder: Path) -> Path:
+    """Returns a snapshot's one file of weights, the model's or an adapter's."""
+    [path] = folder.glob("*.safetensors")
+    return path
+
+
 def _map_pieces(function: Callable[[int], T], words: int) -> Iterator[T]:
     with ThreadPoolExecutor(count_threads()) as threads:
         yield from threads.map(function, range(0, words, _PIECE))

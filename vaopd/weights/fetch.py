@@ -19,7 +19,7 @@ from vaopd.errors import Mismatch, NotFound, Unavailable
 from vaopd.net.backoff import Backoff
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
-from vaopd.weights.delta import apply_delta
+from vaopd.weights.delta import apply_delta, find_weights
 
 STREAMS = 4
 """Ranges of the weights that are fetched beside each other."""
@@ -95,9 +95,8 @@ class PolicyFetcher:
             return False
         delta.write_bytes(answer.content)
         self.fetched_bytes += len(answer.content)
-        [weights] = Path(base.path).glob("*.safetensors")
         try:
-            return apply_delta(weights, delta, target) == policy.sha256
+            return apply_delta(find_weights(Path(base.path)), delta, target) == policy.sha256
         except ValueError:
             return False
         finally:

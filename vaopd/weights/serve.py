@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from vaopd.errors import ConfigError
 from vaopd.types import PolicyVersion
-from vaopd.weights.delta import write_delta
+from vaopd.weights.delta import find_weights, write_delta
 
 
 class SnapshotServer:
@@ -102,9 +102,3 @@ class SnapshotServer:
         if not known or folder is None or not folder.is_dir():
             raise HTTPException(404)
         return folder
-
-
-def find_weights(folder: Path) -> Path:
-    """Returns a snapshot's one file of weights."""
-    [path] = folder.glob("*.safetensors")
-    return path
