@@ -92,8 +92,10 @@ class SnapshotServer:
                 delta.parent.mkdir(exist_ok=True)
                 aside = delta.with_suffix(".part")
                 if write_delta(find_weights(base), find_weights(folder), aside) is None:
-                    raise HTTPException(404)
+                    aside.touch()  # empty: not worth it, and the other workers need not wait for that again
                 aside.rename(delta)
+        if not delta.stat().st_size:
+            raise HTTPException(404)
         return FileResponse(delta)
 
     def _find_folder(self, request: Request) -> Path:
