@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from benchmarks.gpu import profile
 from benchmarks.gpu.measure import PEAK_FLOPS, Check, free_memory, measure_peak, measure_s
 from benchmarks.gpu.models import DTYPE, TEXT_TOKENS, make_weighted
-from vaopd.config import TrainerConfig, ignore, load_config
+from vaopd.config import TrainerConfig, load_config
 from vaopd.vlm.compiled import compile_layers
 from vaopd.vlm.model import Vlm
 from vaopd_trainer import compose
@@ -65,7 +65,7 @@ def compile_student(check: Check, student: Vlm, loss: StudentLoss) -> None:
 
 def report_checkpointing(check: Check) -> None:
     """In the trainer's order: the student is loaded without a device, the loss is made, then accelerate moves it."""
-    config = load_config(timing.ROOT / "configs" / "tiny.toml", warn=ignore)
+    config = load_config(timing.ROOT / "configs" / "tiny.toml")
     tiny = Vlm.load(timing.ROOT / config.student.model, dtype="float32")
     accelerator = Accelerator(cpu=not timing.ON_GPU)
     accelerator.prepare(compose.make_loss(config, tiny, teacher_head=None, device=accelerator.device))

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from vaopd.config import Config, ignore, load_config, to_toml
+from vaopd.config import Config, load_config, to_toml
 from vaopd.errors import ConfigError, Mismatch, VaopdError
 from vaopd.files.durable import atomic_file
 from vaopd.run import settings
@@ -42,7 +42,7 @@ def prepare_folder(config: Config, *, resume: bool, accept_teacher: bool = False
     else:
         checkpoint.set_damaged_aside(folder / "checkpoints")
     if resume and (folder / "config.toml").exists():  # a trainer may die before it has written anything
-        recorded = load_config(folder / "config.toml", warn=ignore)
+        recorded = load_config(folder / "config.toml")
         changes = settings.check_resume(
             recorded.model_dump(mode="json", exclude_none=True),
             config.model_dump(mode="json", exclude_none=True),

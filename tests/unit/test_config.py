@@ -25,7 +25,6 @@ from vaopd.config import (
     VaOpd,
     find_variants,
     load_config,
-    old_names,
     to_toml,
     validate,
 )
@@ -45,11 +44,6 @@ model = "models/teacher"
 [trainer]
 steps = 10
 """
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet() -> None:
-    old_names.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -174,10 +168,6 @@ ROLLOUTS = {"temperature": 1.0, "rollout_deviation_floor": 0.0}
 TOKENS = {"high_fraction": 0.2, "high_weight": 0.5}
 
 
-def refuse(line: str) -> None:
-    raise AssertionError(f"nothing is to be said, and this is: {line}")
-
-
 @pytest.mark.parametrize(
     ("overrides", "objective", "keywords"),
     [
@@ -203,19 +193,19 @@ def refuse(line: str) -> None:
 def test_an_objective_has_the_fields_of_its_variant_alone(
     minimal: Path, overrides: list[str], objective: Section, keywords: dict[str, object]
 ) -> None:
-    config = load_config(minimal, [f"objective.{override}" for override in overrides], warn=refuse)
+    config = load_config(minimal, [f"objective.{override}" for override in overrides])
     assert config.objective == objective
     assert config.objective.as_keywords() == keywords
 
 
 def test_payload_degradation_and_engine_are_variants_too(minimal: Path) -> None:
     overrides = ["teacher.payload=top_k", "teacher.top_k=8", "degradation.kind=black", "rollout.engine=transformers"]
-    config = load_config(minimal, overrides, warn=refuse)
+    config = load_config(minimal, overrides)
     assert config.teacher == TopKTeacher(model="models/teacher", top_k=8)
     assert config.teacher.make_payload_keywords() == {"payload": "top_k", "top_k": 8}
     assert config.degradation == PlainDegradation(kind="black")
     assert config.rollout == TransformersRollout()
-    config = load_config(minimal, ["teacher.payload=sampled", "teacher.sampled_estimator=k1"], warn=refuse)
+    config = load_config(minimal, ["teacher.payload=sampled", "teacher.sampled_estimator=k1"])
     assert config.teacher == SampledTeacher(model="models/teacher", sampled_estimator="k1")
     assert config.teacher.make_payload_keywords() == {"payload": "sampled"}
     assert config.teacher.make_loss_keywords() == {"estimator": "k1"}
@@ -258,7 +248,7 @@ def test_an_override_that_chooses_another_variant_leaves_the_file_s_one_behind(m
         + "[rollout]\ntop_p = 0.9\nengine_options = { max_model_len = 512 }\n[objective]\ntemperature = 2.0\n"
     )
     overrides = ["rollout.engine=transformers", "objective.variant=rollout_weights", "teacher.payload=hidden"]
-    config = load_config(minimal, overrides, warn=refuse)
+    config = load_config(minimal, overrides)
     assert config.rollout == TransformersRollout(top_p=0.9)
     assert config.objective == RolloutWeightsOnly(temperature=2.0)  # which this variant knows too
     assert config.teacher == HiddenTeacher(model="models/teacher")
@@ -294,97 +284,3 @@ def test_a_section_with_variants_may_stand_in_another_section() -> None:
     assert values == {"optimizer": {"sharding": {"kind": "none"}}}
     apply_overrides(Nested, values, ["optimizer.sharding={ kind = 'fsdp', ranks = 8 }"])
     assert values == {"optimizer": {"sharding": {"kind": "fsdp", "ranks": 8}}}
-
-
-# -- old keys, for one release -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("old", "says"),
-    [
-        (
-            ["objective.mask=random", "objective.mask_fraction=0.3"],
-            'objective.mask, objective.mask_fraction have no effect with objective.variant = "va_opd"',
-        ),
-        (["teacher.top_k=3"], 'teacher.top_k has no effect with teacher.payload = "hidden"'),
-        (
-            ["objective.sampled_estimator=k1"],
-            'objective.sampled_estimator has no effect with teacher.payload = "hidden"',
-        ),
-        (
-            [
-                "rollout.engine=transformers",
-                "rollout.engine_options={ x = 3 }",
-                "degradation.kind=black",
-                "degradation.strength=0.3",
-            ],
-            'degradation.strength has no effect with degradation.kind = "black"; '
-            'rollout.engine_options has no effect with rollout.engine = "transformers"',
-        ),
-    ],
-)
-def test_a_key_of_another_variant_is_dropped_with_one_line(minimal: Path, old: list[str], says: str) -> None:
-    lines: list[str] = []
-    config = load_config(minimal, old, warn=lines.append)
-    assert lines == [f"{minimal}: {says}; the next release refuses this"]
-    choices = [override for override in old if override.split("=")[0] in ("rollout.engine", "degradation.kind")]
-    assert config == load_config(minimal, choices, warn=refuse)
-
-
-def test_the_estimator_s_old_place_still_works(minimal: Path) -> None:
-    lines: list[str] = []
-    config = load_config(minimal, ["teacher.payload=sampled", "objective.sampled_estimator=k1"], warn=lines.append)
-    assert config.teacher.make_loss_keywords() == {"estimator": "k1"}
-    says = "objective.sampled_estimator is now teacher.sampled_estimator; the next release refuses this"
-    assert lines == [f"{minimal}: {says}"]
-    both = ["teacher.payload=sampled", "teacher.sampled_estimator=k3", "objective.sampled_estimator=k1"]
-    with pytest.raises(
-        ConfigError, match=r"sampled_estimator: is the old name of teacher\.sampled_estimator, which is"
-    ):
-        load_config(minimal, both)
-
-
-def test_old_keys_are_named_once_in_a_process(minimal: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(2):
-        load_config(minimal, ["objective.mask=random"])
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "objective.mask has no effect" in record.getMessage()
-
-
-OF_THE_RELEASE_BEFORE = """
-[run]
-name = "first"
-[data]
-source = "datasets/geometry"
-[student]
-model = "models/student"
-[teacher]
-model = "models/teacher"
-payload = "hidden"
-top_k = 64
-[degradation]
-kind = "pixelate"
-strength = 0.1
-[objective]
-variant = "va_opd"
-temperature = 1.0
-high_fraction = 0.2
-high_weight = 0.5
-mask = "top"
-mask_fraction = 0.1
-sampled_estimator = "k3"
-[rollout]
-engine = "vllm"
-engine_options = {}
-[trainer]
-steps = 10
-"""
-
-
-def test_a_run_of_the_release_before_can_be_read(minimal: Path, tmp_path: Path) -> None:
-    """Its resolved config.toml had every field, whatever the variant."""
-    (tmp_path / "config.toml").write_text(OF_THE_RELEASE_BEFORE)
-    lines: list[str] = []
-    assert load_config(tmp_path / "config.toml", warn=lines.append) == load_config(minimal)
-    assert len(lines) == 1

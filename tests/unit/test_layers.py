@@ -123,11 +123,7 @@ def test_the_readme_names_every_room_and_folder() -> None:
     folders = {f"{parts[0]}/" for parts in paths if len(parts) > 1 and not parts[0].startswith(".")}
     inside = {f"{parts[1]}/" for parts in paths if len(parts) > 2 and parts[0] in ("vaopd", "services", "tests")}
     root = {parts[1] for parts in paths if len(parts) == 2 and parts[0] == "vaopd" and parts[1].endswith(".py")}
-    needed = folders | inside | root - {"__init__.py", *OLD_NAMES}
+    needed = folders | inside | root - {"__init__.py"}
     anywhere = {part for parts in paths for part in (f"{parts[-1]}", *(f"{folder}/" for folder in parts[:-1]))}
     assert needed <= named
     assert named - anywhere == {"runs/"}  # made by the demo
-
-
-OLD_NAMES = ("credentials.py", "prompts.py", "torchvision_compat.py")
-"""Left behind for one release; the changelog says where they went."""

@@ -1,4 +1,4 @@
-"""The service file: a section for each process; old keys and flags work for one release, each with a line."""
+"""The service file: a section for each process; and the flags beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from vaopd.config import (
     VllmBackend,
     load_config,
     load_service_config,
-    old_names,
 )
 from vaopd.errors import ConfigError
 from vaopd.launch.supervisor import Supervisor
 from vaopd.launch.up import UpOptions, _Launch
-from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
+from vaopd.process.flags import Role, add_flags, to_argv
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
 EVERY_SECTION = """
@@ -61,15 +60,6 @@ requests_per_minute = 30
 """
 
 
-def refuse(line: str) -> None:
-    raise AssertionError(f"nothing is to be said, and this is: {line}")
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet() -> None:
-    old_names.warn_once.cache_clear()
-
-
 @pytest.fixture
 def service(tmp_path: Path) -> Path:
     return tmp_path / "service.toml"
@@ -77,7 +67,7 @@ def service(tmp_path: Path) -> Path:
 
 def test_one_file_has_the_settings_of_every_process(service: Path, tmp_path: Path) -> None:
     service.write_text(EVERY_SECTION)
-    settings = load_service_config(service, warn=refuse)
+    settings = load_service_config(service)
     teacher, api = settings.teacher, settings.api
     assert (teacher.stuck_after_s, teacher.drain_s) == (120, 20)
     assert teacher.engine == VllmBackend(options={"max_model_len": 512})
@@ -91,7 +81,7 @@ def test_one_file_has_the_settings_of_every_process(service: Path, tmp_path: Pat
 
 
 def test_without_a_file_each_process_has_its_defaults() -> None:
-    assert load_service_config(None, warn=refuse) == ServiceConfig()
+    assert load_service_config(None) == ServiceConfig()
     assert ServiceConfig().teacher.engine == TransformersBackend(processes=1)
     sections = (ServiceConfig().teacher, RolloutServiceConfig(), ApiServiceConfig())
     limits = [(section.stuck_after_s, section.drain_s) for section in sections]
@@ -117,35 +107,6 @@ def test_what_a_section_does_not_know_is_refused(service: Path, text: str, messa
         load_service_config(service)
 
 
-# -- old keys ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_teacher_s_file_of_the_release_before_works_and_says_the_new_names(service: Path) -> None:
-    sections = '[keys]\nfile = "k"\n[quotas]\ngroups_per_minute = 5\n[tls]\nplaintext = true\n'
-    service.write_text(f"stuck_after_s = 9\n{sections}")
-    lines: list[str] = []
-    teacher = load_service_config(service, warn=lines.append).teacher
-    assert (teacher.stuck_after_s, teacher.tls.plaintext, teacher.quotas.groups_per_minute) == (9, True, 5)
-    assert teacher.keys.file == service.parent / "k"
-    assert lines == [
-        f"{service}: tls is now teacher.tls; keys is now teacher.keys; quotas is now teacher.quotas; "
-        "stuck_after_s is now teacher.stuck_after_s; the next release refuses this"
-    ]
-
-
-def test_one_rank_of_vllm_was_no_choice(service: Path) -> None:
-    service.write_text('[engine]\nbackend = "vllm"\nprocesses = 1\n')
-    lines: list[str] = []
-    assert load_service_config(service, warn=lines.append).teacher.engine == VllmBackend()
-    assert "processes has no effect" in lines[0]
-
-
-def test_an_old_section_beside_its_new_one_is_refused(service: Path) -> None:
-    service.write_text("[tls]\nplaintext = true\n[teacher.tls]\nplaintext = true\n")
-    with pytest.raises(ConfigError, match=r"tls: is the old name of teacher\.tls, which is given too; leave tls out"):
-        load_service_config(service)
-
-
 # -- flags -------------------------------------------------------------------------------------------------------------
 
 
@@ -156,47 +117,12 @@ def parsed(role: Role, *argv: str) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize(
-    ("role", "flag", "value", "key"),
-    [
-        ("api", "--keys", "keys.json", "file in [api.keys]"),
-        ("api", "--requests-per-minute", "7", "requests_per_minute in [api.quotas]"),
-        ("api", "--tls-cert", "server.pem", "cert in [api.tls]"),
-        ("api", "--tls-key", "server.key", "key in [api.tls]"),
-        ("rollout", "--stuck-after", "0.5", "stuck_after_s in [rollout]"),
-    ],
-)
-def test_an_old_flag_goes_over_the_file_with_a_line_that_names_the_setting(
-    role: Role, flag: str, value: str, key: str, service: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Paths on the command line are from the working directory, not from the file's folder."""
-    service.write_text(EVERY_SECTION)
-    arguments = parsed(role, "--service", str(service), flag, value)
-    settings = read_service_config(arguments)
-    found: object = settings
-    name, _, section = key.partition(" in ")
-    for part in [*section.strip("[]").split("."), name]:
-        found = getattr(found, part)
-    assert str(found) in (value, str(Path(value).absolute()))
-    (record,) = caplog.records
-    says = f"{flag} is now {key} of the service file (--service FILE); the next release refuses this"
-    assert record.getMessage() == says
-
-
-def test_an_old_flag_is_checked_like_the_setting(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConfigError, match=r"--tls-cert:\n.*api\.tls: cert and key go together"):
-        read_service_config(parsed("api", "--tls-cert", "server.pem"))
-    with pytest.raises(ConfigError, match=r"requests_per_minute: .*greater than 0, got 0"):
-        read_service_config(parsed("api", "--requests-per-minute", "0"))
-
-
-@pytest.mark.parametrize(
     ("role", "argv"),
     [
         ("trainer", ["--resume", "--metrics-address", "127.0.0.1:0", "--log-format", "json"]),
         ("teacher", ["--service", "s.toml", "--announce", "a"]),
-        ("rollout", ["--service", "s.toml", "--worker", "w", "--stuck-after", "3.0"]),
+        ("rollout", ["--service", "s.toml", "--worker", "w"]),
         ("api", ["--announce", "a", "--teacher", "one:1", "--teacher", "two:2", "--student", "m", "--runs", "r"]),
-        ("api", ["--requests-per-minute", "3", "--keys", "/k", "--tls-cert", "/c", "--tls-key", "/d"]),
         ("api", []),
     ],
 )

@@ -42,14 +42,12 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vaopd.config import ignore, load_config
-    from vaopd.config.old_names import warn_once
+    from vaopd.config import load_config
     from vaopd.launch.up import make_service_argv
 
     role: Role = arguments.role
-    # The service reads both files again, and warns of their old keys itself.
-    config = load_config(arguments.config, arguments.overrides, warn=warn_once if arguments.dry_run else ignore)
-    read_service_config(arguments, quiet=not arguments.dry_run)
+    config = load_config(arguments.config, arguments.overrides)
+    read_service_config(arguments)
     if arguments.dry_run:
         return dry_run(config, NEEDS[role], offline=arguments.offline)
     require(role)  # before a check needs one of its packages

@@ -15,7 +15,6 @@ from vaopd.config.method import (
     TopKTeacher,
     VaOpd,
 )
-from vaopd.config.old_names import ignore
 from vaopd.config.run import (
     ApiConfig,
     ColumnsConfig,
@@ -114,7 +113,6 @@ __all__ = [
     "VllmBackend",
     "VllmRollout",
     "find_variants",
-    "ignore",
     "load_config",
     "load_service_config",
     "read_toml",

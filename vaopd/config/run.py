@@ -16,7 +16,6 @@ import tomli_w
 from pydantic import Field
 
 from vaopd.config.method import DegradationConfig, ObjectiveConfig, ScaledDegradation, TeacherConfig, VaOpd
-from vaopd.config.old_names import Warn, accept_run_keys, warn_once
 from vaopd.config.toml import Address, Fraction, Section, apply_overrides, read_toml, validate
 from vaopd.config.training import (
     EvaluationConfig,
@@ -222,14 +221,10 @@ class Config(Section):
         return folder.resolve()
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, warn: Warn = warn_once) -> Config:
-    """Reads a TOML file and applies overrides such as "trainer.steps=10".
-
-    `warn` gets a line that names the old keys, if there are any. Raises ConfigError with key and remedy.
-    """
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
     values = read_toml(path)
     apply_overrides(Config, values, overrides)
-    accept_run_keys(Config, values, origin=str(path), warn=warn)
     return validate(Config, values, origin=str(path))
 
 

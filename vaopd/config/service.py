@@ -7,7 +7,6 @@ reads its own section. Importing this module loads nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from vaopd.config.old_names import Warn, accept_flags, accept_service_keys, warn_once
 from vaopd.config.toml import Section, default_tag, read_toml, validate
 
 
@@ -223,16 +221,8 @@ class ServiceConfig(Section):
     api: ApiServiceConfig = ApiServiceConfig()
 
 
-def load_service_config(
-    path: str | Path | None, *, flags: Mapping[str, Any] = {}, warn: Warn = warn_once
-) -> ServiceConfig:
-    """Reads a TOML file; the defaults when there is none. Raises ConfigError with key and remedy.
-
-    `flags`: values of flags of the release before, which go over the file. `warn` gets the lines that name old keys
-    and flags.
-    """
-    values = read_toml(path) if path is not None else {}
-    accept_service_keys(values, origin=str(path), warn=warn)
-    accept_flags(values, flags, warn=warn)
-    origin = str(path) if path is not None else ", ".join(flags)
-    return validate(ServiceConfig, values, origin=origin, folder=Path(path).parent if path is not None else None)
+def load_service_config(path: str | Path | None) -> ServiceConfig:
+    """Reads a TOML file; the defaults when there is none. Raises ConfigError with key and remedy."""
+    if path is None:
+        return ServiceConfig()
+    return validate(ServiceConfig, read_toml(path), origin=str(path), folder=Path(path).parent)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaopd.config import Config, ignore, load_config
+from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, InvalidInput, NotFound
 from vaopd.files.durable import atomic_file
 from vaopd.run import settings
@@ -52,7 +52,7 @@ def read_launch(run: Path) -> Launch:
     path = run / "config.toml"
     if not path.is_file():
         raise NotFound(f"--resume {run}: the folder has no config.toml; RUN is a run's folder, e.g. runs/first")
-    recorded = load_config(path, warn=ignore)
+    recorded = load_config(path)
     name = run.resolve().name
     if recorded.run.name != name:
         raise ConfigError(
@@ -109,7 +109,7 @@ def check_start(config: Config, *, resume: bool, accept_teacher: str | None, say
     newest = find_readable_checkpoint(folder / "checkpoints")
     done = 0 if newest is None else read_checkpoint(newest)[0]
     changes = settings.check_resume(
-        _dump(load_config(folder / "config.toml", warn=ignore)),
+        _dump(load_config(folder / "config.toml")),
         _dump(config),
         name=name,
         done=done,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vaopd.config import Config, ServiceConfig, ignore, load_service_config
+from vaopd.config import Config, ServiceConfig, load_service_config
 from vaopd.errors import ConfigError
 from vaopd.launch.resume import check_same_teacher
 
@@ -27,7 +27,7 @@ def describe_teacher(
 
 def check_credentials(service: Path | None) -> None:
     """Raises ConfigError when a launch's trainer couldn't call the teacher that the launch starts."""
-    if problem := find_credentials_problem(load_service_config(service, warn=ignore)):
+    if problem := find_credentials_problem(load_service_config(service)):
         raise ConfigError(problem)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vaopd.config import Config, ignore, load_config, load_service_config
+from vaopd.config import Config, load_config, load_service_config
 from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.resume import check_start, write_launch
@@ -132,7 +132,7 @@ class _Launch:
         self._supervisor = supervisor
         self._say = say
         self._logs = config.run_folder / "logs"
-        self._services = load_service_config(options.service, warn=ignore)  # each process names old keys itself
+        self._services = load_service_config(options.service)
         self._overrides = list(options.overrides)
         self._metrics: dict[str, str] = {}  # process -> host:port
 

@@ -39,14 +39,11 @@ def add_service_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_service_config(arguments: argparse.Namespace, *, quiet: bool = False) -> ServiceConfig:
-    """Reads the service file and the flags that it has replaced. Raises ConfigError."""
-    from vaopd.config import ignore, load_service_config
-    from vaopd.config.old_names import FLAGS, warn_once
+def read_service_config(arguments: argparse.Namespace) -> ServiceConfig:
+    """Reads the file of --service; the defaults without it, and for a role that has none. Raises ConfigError."""
+    from vaopd.config import load_service_config
 
-    given = {flag: getattr(arguments, flag[2:].replace("-", "_"), None) for flag in FLAGS}
-    flags = {flag: value for flag, value in given.items() if value is not None}
-    return load_service_config(getattr(arguments, "service", None), flags=flags, warn=ignore if quiet else warn_once)
+    return load_service_config(getattr(arguments, "service", None))
 
 
 def to_argv(arguments: argparse.Namespace, role: Role) -> list[str]:
@@ -91,8 +88,6 @@ def _add_rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", metavar="NAME", help="the worker's name, unique within the run (default: host and process id)"
     )
-    old = _add_old_names(parser)
-    old.add_argument("--stuck-after", type=float, metavar="SECONDS", help="now stuck_after_s in [rollout]")
 
 
 def _add_api(parser: argparse.ArgumentParser) -> None:
@@ -109,11 +104,6 @@ def _add_api(parser: argparse.ArgumentParser) -> None:
         help="a student that answers questions, loaded at the first one; repeatable",
     )
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="show the reports of the runs in this folder")
-    old = _add_old_names(parser)
-    old.add_argument("--keys", type=_make_absolute, metavar="FILE", help="now file in [api.keys]")
-    old.add_argument("--requests-per-minute", type=int, metavar="N", help="now requests_per_minute in [api.quotas]")
-    old.add_argument("--tls-cert", type=_make_absolute, metavar="FILE", help="now cert in [api.tls]")
-    old.add_argument("--tls-key", type=_make_absolute, metavar="FILE", help="now key in [api.tls]")
 
 
 def _add_announce(parser: argparse.ArgumentParser) -> None:
@@ -123,14 +113,3 @@ def _add_announce(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write the address, HOST:PORT, to this file once the service is ready",
     )
-
-
-def _add_old_names(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    return parser.add_argument_group(
-        "old names, until the next release", "these settings are now in the service file (--service)"
-    )
-
-
-def _make_absolute(text: str) -> Path:
-    """Makes a command line's path absolute, since paths in a service file are from its folder."""
-    return Path(text).absolute()
