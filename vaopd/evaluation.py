@@ -30,7 +30,6 @@ __all__ = [
     "avg_at_n",
     "committed_answer",
     "describe_unasked",
-    "held_out_prompts",
     "held_out_requests",
     "held_out_result",
     "is_correct",
@@ -75,16 +74,6 @@ def describe_unasked(not_asked: Mapping[str, int], *, asked: int) -> str:
     total = sum(not_asked.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in not_asked.items())
     return f"{total} of {asked + total} not asked: {reasons}" if total else ""
-
-
-def held_out_prompts(config: Config) -> Sequence[Prompt]:
-    """Loads the held-out problems: the paper's sample of `evaluation.prompts` of the validation split, in order.
-
-    Raises InvalidInput for bad records that `data.bad_records` doesn't allow.
-    """
-    from vaopd.data.problems import check_held_out
-
-    return check_held_out(config).accept(config.data).prompts
 
 
 def held_out_requests(prompts: Sequence[Prompt], *, version: int, config: Config) -> Iterator[RolloutRequest]:

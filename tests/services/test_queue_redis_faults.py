@@ -45,7 +45,8 @@ def test_lost_replies_neither_double_nor_lose_anything(a_job: Job, redis_server:
         assert trainer.requests_in_flight() == 1
 
         worker.take(block_s=0, max_requests=1)
-        worker.release_all()
+        for held in worker.held():
+            worker.release(held)
         lease = take_one(worker)
         with worker.keeper():
             relay.lose_reply_to(b"g1@0")
@@ -112,7 +113,7 @@ def test_a_killed_redis_with_an_append_only_file_loses_nothing_acknowledged(
         assert worker.complete(lease, an_answer(lease.request))  # the lease outlived Redis
         assert answer(worker).group_id == "g4"
         assert [d.group.group_id for d in trainer.collect(block_s=1)] == ["g3", "g4"]
-        trainer.check_epoch()
+        trainer.renew()
 
 
 def test_a_redis_that_came_back_empty_is_noticed_and_filled_again(make_job: Callable[[EmbeddedRedis], Job]) -> None:
@@ -127,7 +128,7 @@ def test_a_redis_that_came_back_empty_is_noticed_and_filled_again(make_job: Call
         with pytest.raises(LeaseLost):
             worker.complete(lost, an_answer(lost.request))
         assert worker.take(block_s=0.01) == []  # makes its streams anew
-        for call in (trainer.check_epoch, trainer.renew, lambda: trainer.collect(block_s=0)):
+        for call in (trainer.renew, lambda: trainer.collect(block_s=0)):
             with pytest.raises(Mismatch, match=r"came back empty.* acquire\(\) again and enqueue"):
                 call()
         trainer.acquire()
@@ -193,4 +194,4 @@ def test_an_unreachable_redis_is_unavailable_not_a_hang(make_job: Callable[[Embe
         with pytest.raises(Unavailable, match=r"did not answer for 0\.2 s"):
             worker.take(block_s=10)
         with pytest.raises(Unavailable):
-            worker.latest_policy()
+            worker.policy(1)

@@ -16,7 +16,8 @@ from tests.support.rollouts import MAX_PIXELS, PlainStudent
 from vaopd.cli import main
 from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
-from vaopd.evaluation import held_out_prompts, held_out_requests, is_correct, judge_version
+from vaopd.data.problems import check_held_out
+from vaopd.evaluation import held_out_requests, is_correct, judge_version
 from vaopd.run.snapshots import make_snapshot
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
@@ -65,7 +66,7 @@ def test_the_accuracy_is_that_of_plain_greedy_answers(config_path: Path, capsys:
     told = json.loads(capsys.readouterr().out)
 
     config = load_config(config_path)
-    prompts = held_out_prompts(config)
+    prompts = check_held_out(config).prompts
     plain = PlainStudent(as_snapshot(model_folder("student")))
     tokenizer = plain.processor.tokenizer
     answers = [

@@ -389,9 +389,5 @@ class MemoryWorker(WorkerEnd):
     def policy(self, version: int) -> PolicyVersion | None:
         return self._broker.policies.get(version)
 
-    def latest_policy(self) -> PolicyVersion | None:
-        latest = self._broker.latest
-        return None if latest is None else self.policy(latest)
-
     def close(self) -> None:
         self._broker.seen_s.pop(self.worker, None)

@@ -343,5 +343,5 @@ class TrainersThatFail:
         trainer.acquire()
         assert trainer.requests_in_flight() == 0
         assert trainer.dead_letters() == []
-        assert worker.latest_policy() is None
+        assert worker.policy(1) is None
         assert trainer.enqueue(a_request("g1"))

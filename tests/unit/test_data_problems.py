@@ -18,9 +18,8 @@ from vaopd.cli import main
 from vaopd.config import Config, VllmRollout, validate
 from vaopd.data import measures
 from vaopd.data.measures import CACHE_VARIABLE, Meter
-from vaopd.data.problems import check_training, load_problems
+from vaopd.data.problems import check_held_out, check_training, load_problems
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.evaluation import held_out_prompts
 from vaopd.images import decode
 from vaopd.types import Prompt
 from vaopd.vlm.prompts import PromptReader
@@ -206,9 +205,9 @@ def test_only_the_held_out_problems_that_are_evaluated_count_for_the_overlap(tmp
 def test_the_held_out_200_are_the_paper_s(tmp_path: Path) -> None:
     source = write(tmp_path / "set", [record("a")], [record(f"held out {index}") for index in range(300)])
     expected = sorted(random.Random(42).sample(range(300), 200))
-    ids = [prompt.prompt_id for prompt in held_out_prompts(configure(source))]
+    ids = [prompt.prompt_id for prompt in check_held_out(configure(source)).prompts]
     assert ids == [f"validation-{index}" for index in expected]
-    assert len(held_out_prompts(configure(source, prompts=1000))) == 300
+    assert len(check_held_out(configure(source, prompts=1000)).prompts) == 300
 
 
 def test_measures_are_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:

@@ -196,8 +196,5 @@ class WorkerEnd(Protocol):
     def policy(self, version: int) -> PolicyVersion | None:
         """Returns the snapshot of this version; None when it isn't published, or was withdrawn or forgotten."""
 
-    def latest_policy(self) -> PolicyVersion | None:
-        """Returns the snapshot that was announced last; None before the first."""
-
     def close(self) -> None:
         """Takes the worker off the list of those alive. Leases that it still holds run out by themselves."""

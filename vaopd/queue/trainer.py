@@ -97,13 +97,6 @@ class TrainerQueue(TrainerEnd):
         """Gives the job up, and takes back the deliveries of groups that were not acknowledged."""
         self._run(scripts.release_job, self._last_id)
 
-    def check_epoch(self) -> None:
-        """Raises Mismatch when Redis came back empty since `acquire`, as every method that writes does."""
-        connection = self._connection
-        found = connection.call(lambda: connection.redis.get(connection.key["epoch"]))
-        if found is None or found.decode() != self._epoch:
-            raise self._make_empty_error()
-
     # -- requests, groups, policies -----------------------------------------------------------------------------------
 
     def enqueue(self, request: RolloutRequest) -> bool:

@@ -128,11 +128,6 @@ class WorkerQueue(WorkerEnd):
         scripts.release_lease(self._connection.run, self._claim(lease))
         self._drop(lease)
 
-    def release_all(self) -> None:
-        """Hands all leases back: on SIGTERM, once the work in progress has been stopped."""
-        for lease in self.held():
-            self.release(lease)
-
     def held(self) -> list[Lease]:
         """Returns the leases that this object took and still has."""
         with self._lock:
@@ -147,12 +142,6 @@ class WorkerQueue(WorkerEnd):
     def policy(self, version: int) -> PolicyVersion | None:
         """Returns a published snapshot."""
         return self._connection.policy(version)
-
-    def latest_policy(self) -> PolicyVersion | None:
-        """Returns the snapshot that was announced last."""
-        connection = self._connection
-        version = connection.call(lambda: connection.redis.get(connection.key["policy"]))
-        return self.policy(int(version)) if version else None
 
     def close(self) -> None:
         """Takes the worker off the list of those alive, and closes the connections."""
