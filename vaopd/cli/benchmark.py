@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 from vaopd.cli.output import emit, say
+from vaopd.errors import ConfigError, Interrupted, InvalidInput
+from vaopd.telemetry.progress_line import Progress
 
 DATA = Path("~/.cache/vaopd/benchmarks").expanduser()
 EVALUATOR = Path("~/.cache/vaopd/evaluator").expanduser()
@@ -46,8 +48,6 @@ def run_benchmarks(arguments: argparse.Namespace) -> int:
     from vaopd.benchmarks_eval.catalogue import find_benchmarks
     from vaopd.benchmarks_eval.evaluator import Evaluator, Judge, find_command
     from vaopd.benchmarks_eval.run import Plan, evaluate_benchmarks
-    from vaopd.errors import ConfigError, Interrupted, InvalidInput
-    from vaopd.telemetry.progress_line import Progress
 
     for name in ("samples", "max_tokens", "concurrency"):
         if (value := getattr(arguments, name)) < 1:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
-
-if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
 
 
 def add_parsers(subparsers: Subparsers) -> None:

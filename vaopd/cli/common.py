@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from vaopd.cli.output import emit
+from vaopd.errors import ConfigError, VaopdError
+from vaopd.files.hub import is_hub_id
+from vaopd.net.ports import find_port_problem
+from vaopd.telemetry.progress_line import Progress
 
 if TYPE_CHECKING:
     from vaopd.config import Config
 
-    Subparsers = argparse._SubParsersAction[Any]
-
+Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 QUICK_S = 2.0
 Needs = Literal[
     "student",
@@ -86,7 +89,6 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
         find_tokenizer_problem,
         find_tracker_problem,
     )
-    from vaopd.net.ports import find_port_problem
 
     for need in needs:
         match need:
@@ -115,15 +117,11 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
 
 def check(config: Config, needs: Iterable[Needs]) -> None:
     """Raises ConfigError that lists the problems which would stop a process with these needs."""
-    from vaopd.errors import ConfigError
-
     if problems := list(find_problems(config, needs)):
         raise ConfigError("\n  ".join(["the process can't start:", *problems]))
 
 
 def _find_model_problems(key: str, name: str) -> Iterator[str]:
-    from vaopd.files.hub import is_hub_id
-
     folder = Path(name)
     if folder.is_dir():
         missing = [file for file in ("config.json", "tokenizer_config.json") if not (folder / file).exists()]
@@ -140,8 +138,6 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
 
 def make_progress(task: str) -> Callable[[int, int], None]:
     """Makes the report of a task over records, on standard error; nothing for one that is done in two seconds."""
-    from vaopd.telemetry.progress_line import Progress
-
     started = time.monotonic()
     progress: list[Progress] = []
 
@@ -156,8 +152,6 @@ def make_progress(task: str) -> Callable[[int, int], None]:
 
 def _find_data_problems(config: Config, *, ask_hub: bool) -> Iterator[str]:
     from vaopd.data.problems import check_local_problems, load_problems
-    from vaopd.errors import VaopdError
-    from vaopd.files.hub import is_hub_id
 
     data = config.data
     missing = False

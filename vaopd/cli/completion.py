@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
 from vaopd.cli.parser import walk
-
-if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
 
 
 def add_parsers(subparsers: Subparsers, root: argparse.ArgumentParser) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaopd.cli.common import add_set_argument, make_progress
+from vaopd.cli.common import Subparsers, add_set_argument, make_progress
 from vaopd.cli.output import emit
-from vaopd.errors import InvalidInput
+from vaopd.errors import InvalidInput, NotFound
+from vaopd.files.hub import read_control_tokens
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.data.loaders import Prompts
     from vaopd.data.problems import CheckedSplit
 
@@ -113,7 +113,6 @@ def _check_config(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
 def _check_data_set(arguments: argparse.Namespace) -> Iterator[CheckedSplit]:
     from vaopd.data.measures import Meter
     from vaopd.data.problems import check_split
-    from vaopd.files.hub import read_control_tokens
 
     control_tokens = read_control_tokens(arguments.model) if arguments.model else []
     meter = Meter(arguments.model) if arguments.model else None
@@ -125,7 +124,6 @@ def _open_splits(arguments: argparse.Namespace, control_tokens: Sequence[str]) -
     """Yields the splits that are asked for, or all that there are; only those for evaluation need answers."""
     from vaopd.config import ColumnsConfig, validate
     from vaopd.data.loaders import open_split
-    from vaopd.errors import NotFound
 
     names = dict(column.partition("=")[::2] for column in arguments.column)
     found = False

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, paint
+from vaopd.errors import ConfigError, VaopdError
+from vaopd.net.ports import find_port_problem
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.launch.placement import Card
 
 INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
@@ -151,7 +153,6 @@ def _check_torch() -> Iterator[Finding]:
 
 def _check_cards(config: Path | None) -> Iterator[Finding]:
     """Yields the cards that the driver shows, whether it is new enough for torch, and what of the recipes fits."""
-    from vaopd.errors import ConfigError
     from vaopd.launch.placement import list_cards
 
     try:
@@ -189,7 +190,6 @@ def _check_driver(driver: str) -> Iterator[Finding]:
 def _check_placement(path: Path, cards: Sequence[Card]) -> Finding:
     """Says where `vaopd up CONFIG --gpus auto` would place the processes, or why it can't."""
     from vaopd.config import load_config
-    from vaopd.errors import VaopdError
     from vaopd.launch.placement import Demand, place
 
     try:
@@ -241,7 +241,6 @@ def _check_torch_companions() -> Iterator[Finding]:
 def _check_redis() -> Finding:
     if find_version("redis") is None:
         return Finding(status="missing", what="Redis server", detail="not checked: the package redis is not installed")
-    from vaopd.errors import ConfigError
     from vaopd.queue.embedded import find_server_binary
 
     try:
@@ -268,7 +267,6 @@ def _check_models_and_data() -> Iterator[Finding]:
     from vaopd.cli.common import find_problems
     from vaopd.cli.run import DEMO_CONFIG
     from vaopd.config import load_config
-    from vaopd.errors import ConfigError
 
     try:
         config = load_config(DEMO_CONFIG)
@@ -290,7 +288,6 @@ def _check_models_and_data() -> Iterator[Finding]:
 
 def _check_ports() -> Iterator[Finding]:
     from vaopd.config import ApiConfig
-    from vaopd.net.ports import find_port_problem
 
     for name, key, address in (
         ("teacher port", "teacher.address", "127.0.0.1:50051"),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from vaopd.cli import benchmark
-from vaopd.cli.common import add_config_arguments, dry_run, find_problems, make_progress
+from vaopd.cli.common import Needs, Subparsers, add_config_arguments, dry_run, find_problems, make_progress
 from vaopd.cli.output import emit, say
-
-if TYPE_CHECKING:
-    from vaopd.cli.common import Needs, Subparsers
+from vaopd.errors import ConfigError
+from vaopd.telemetry.progress_line import Progress
 
 NEEDS: tuple[Needs, ...] = ("student",)  # the data are checked question by question: a bad one is not asked
 SHOWN = 20
@@ -46,7 +44,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.benchmark:
         return benchmark.run_benchmarks(arguments)
     from vaopd.config import load_config
-    from vaopd.errors import ConfigError
 
     if arguments.config is None:
         raise ConfigError("nothing to evaluate on: give CONFIG, for its data, or --benchmark NAME,…")
@@ -61,7 +58,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vaopd.data.problems import check_held_out
     from vaopd.evaluation import describe_unasked
     from vaopd.sampling.evaluate import evaluate_model
-    from vaopd.telemetry.progress_line import Progress
 
     held_out = check_held_out(config, make_report=make_progress)
     for fault in held_out.faults[:SHOWN]:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, say
+from vaopd.errors import ConfigError, InvalidInput, NotFound, VaopdError
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.config import Config
 
 SCHEMA = "vaopd.schema.json"
@@ -56,7 +57,6 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _init(arguments: argparse.Namespace) -> int:
     from vaopd.config import Config, validate
-    from vaopd.errors import ConfigError
 
     if arguments.file.exists() and not arguments.force:
         raise ConfigError(f"{arguments.file} already exists; name another file, or --force overwrites it")
@@ -143,7 +143,6 @@ def _read_data(source: str) -> tuple[dict[str, Any], bool]:
     from vaopd.data.loaders import open_split
     from vaopd.data.records import recognise
     from vaopd.data.tables import read_split
-    from vaopd.errors import InvalidInput, NotFound
 
     if not Path(source).is_dir():
         return {}, True
@@ -185,7 +184,6 @@ def _list_cards(wanted: int | None) -> Sequence[Any]:
 def _describe_fit(file: Path, cards: Sequence[Any]) -> Iterator[str]:
     """Yields where the processes would run and what a step would take."""
     from vaopd.config import load_config
-    from vaopd.errors import VaopdError
     from vaopd.launch.estimate import describe_cost
     from vaopd.launch.placement import Demand, place
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.run.ledger import Audit, Fate
 
 SHOWN_PROBLEMS = 20

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, say
-
-if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
+from vaopd.errors import ConfigError
+from vaopd.files.hub import is_hub_id
 
 WEIGHTS, CARD = "*.safetensors", "README.md"
 
@@ -29,9 +28,6 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from vaopd.errors import ConfigError
-    from vaopd.files.hub import is_hub_id
-
     folder = arguments.run / arguments.which
     if not is_hub_id(arguments.hub_id):
         raise ConfigError(f"HUB_ID {arguments.hub_id!r} is not of the form NAME/MODEL")
@@ -69,8 +65,6 @@ def _push(arguments: argparse.Namespace) -> int:
 
 def _list_files(folder: Path) -> list[Path]:
     """Returns the files of a saved model. Raises ConfigError where weights or the card are missing."""
-    from vaopd.errors import ConfigError
-
     if not folder.is_dir():
         raise ConfigError(
             f"{folder} doesn't exist: a run leaves model/ after its last step and best/ after an evaluation"

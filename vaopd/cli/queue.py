@@ -7,11 +7,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
+from vaopd.errors import ConfigError
 from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.queue import DeadLetter, DeadLetters
 
 URL = "redis://127.0.0.1:6379/0"
@@ -77,7 +78,6 @@ def _drop(arguments: argparse.Namespace) -> int:
 
 def _open_letters(arguments: argparse.Namespace) -> DeadLetters:
     from vaopd.config import load_config
-    from vaopd.errors import ConfigError
     from vaopd.queue import DeadLetters
 
     job, url = arguments.job, arguments.url

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import add_config_arguments, check, dry_run
+from vaopd.cli.common import Needs, Subparsers, add_config_arguments, check, dry_run
 from vaopd.cli.output import emit, say
+from vaopd.errors import ConfigError
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
+from vaopd.telemetry.progress_line import draw
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Needs, Subparsers
     from vaopd.launch.up import UpOptions
 
 DEMO_CONFIG = Path("configs/tiny.toml")
@@ -88,7 +89,6 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.errors import ConfigError
     from vaopd.launch.up import parse_gpus, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
@@ -125,7 +125,6 @@ def _run_up(arguments: argparse.Namespace) -> int:
 
 def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, ...]]) -> UpOptions:
     """Returns the options of `up`. Raises ConfigError when neither a configuration nor a run is given."""
-    from vaopd.errors import ConfigError
     from vaopd.launch.resume import read_launch
     from vaopd.launch.up import UpOptions
 
@@ -178,7 +177,6 @@ def _place_on_gpus(options: UpOptions, assumed: str | None) -> UpOptions:
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.errors import ConfigError
     from vaopd.launch.checks import find_engine_problem
     from vaopd.launch.up import UpOptions, make_run_name, up
 
@@ -240,6 +238,4 @@ def _print_result(folder: Path) -> None:
 
 def _make_show() -> Callable[[str], None] | None:
     """Returns a function that draws over the last line; None without a terminal."""
-    from vaopd.telemetry.progress_line import draw
-
     return (lambda line: draw(sys.stderr, f"vaopd: {line}", stays=False)) if sys.stderr.isatty() else None

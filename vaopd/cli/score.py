@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, get_results, wants_colour
+from vaopd.errors import ConfigError, InvalidInput
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.http_types import ScoreReply
     from vaopd.types import Degradation, EncodedImage, TeacherDescription
 
@@ -66,7 +67,6 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from vaopd.errors import ConfigError
     from vaopd.scoring.views import make_terminal_lines
     from vaopd.types import DEGRADATIONS, Degradation, EncodedImage
 
@@ -131,8 +131,6 @@ def ask(
 
 
 def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
-    from vaopd.errors import ConfigError
-
     if arguments.student is None:
         raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
     from vaopd.sampling.adhoc import AdHocStudent
@@ -153,7 +151,6 @@ def _write_files(
 ) -> None:
     if arguments.png is None and arguments.html is None:
         return
-    from vaopd.errors import ConfigError
     from vaopd.scoring.views import draw_picture, make_views, render_html
 
     min_pixels, max_pixels = pixel_bounds or (None, None)
@@ -168,8 +165,6 @@ def _write_files(
 
 
 def _read(path: Path) -> bytes:
-    from vaopd.errors import InvalidInput
-
     try:
         return path.read_bytes()
     except OSError as error:

@@ -9,13 +9,13 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import Needs, add_config_arguments, check, dry_run
+from vaopd.cli.common import Needs, Subparsers, add_config_arguments, check, dry_run
 from vaopd.cli.output import get_results, say
+from vaopd.errors import Unavailable
 from vaopd.process.extras import require
 from vaopd.process.flags import Role, add_flags, read_service_config, to_argv
 
 if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
     from vaopd.config import Config
 
 COMMANDS: dict[str, tuple[Role, str]] = {
@@ -63,7 +63,6 @@ def _run(arguments: argparse.Namespace) -> int:
 def _check_teacher(config: Config) -> None:
     """Raises an error for TLS or a key that doesn't fit. Names a teacher that is away, which may still be starting."""
     from vaopd.client.diagnosis import examine_teacher
-    from vaopd.errors import Unavailable
 
     try:
         examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)

@@ -7,12 +7,10 @@ import collections
 import json
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING
 
+from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
-
-if TYPE_CHECKING:
-    from vaopd.cli.common import Subparsers
+from vaopd.errors import Unavailable
 
 JOB = "vaopd_job"
 COLUMNS = {
@@ -55,8 +53,6 @@ def _print_usage(arguments: argparse.Namespace) -> int:
 def _read_metrics(address: str) -> list[tuple[str, str, int]]:
     """Returns (job, column, value) of one teacher. Raises Unavailable if it can't be read."""
     from prometheus_client.parser import text_string_to_metric_families
-
-    from vaopd.errors import Unavailable
 
     try:
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as reply:
