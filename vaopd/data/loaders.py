@@ -22,7 +22,6 @@ from vaopd.data.records import (
     Fault,
     Schema,
     as_answer,
-    content_parts,
     find_control_token,
     find_fault,
     make_messages,
@@ -32,8 +31,6 @@ from vaopd.data.records import (
 from vaopd.data.tables import Rows, as_entries, read_split
 from vaopd.errors import InvalidInput
 from vaopd.types import Prompt
-
-__all__ = ["Prompts", "content_parts", "load_prompts", "open_split"]
 
 _log = logging.getLogger(__name__)
 

@@ -2,5 +2,3 @@
 
 from vaopd.process.entry import loading, main, make_parser
 from vaopd.process.flags import add_flags, read_service_config
-
-__all__ = ["add_flags", "loading", "main", "make_parser", "read_service_config"]

@@ -9,15 +9,3 @@ from vaopd.queue.keeper import LeaseKeeper
 from vaopd.queue.protocol import DeadLetter, Delivered, Lease, TrainerEnd, WorkerEnd
 from vaopd.queue.trainer import TrainerQueue
 from vaopd.queue.worker import WorkerQueue
-
-__all__ = [
-    "DeadLetter",
-    "DeadLetters",
-    "Delivered",
-    "Lease",
-    "LeaseKeeper",
-    "TrainerEnd",
-    "TrainerQueue",
-    "WorkerEnd",
-    "WorkerQueue",
-]

@@ -29,10 +29,8 @@ from vaopd.report.advice import describe_regime
 from vaopd.report.curves import SMOOTHING_STEPS
 from vaopd.report.groups import group_runs, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, TOKENS_SHOWN, select_samples
-from vaopd.run.records import Evaluation, Run, is_number, read_run
+from vaopd.run.records import Run, is_number, read_run
 from vaopd.telemetry.progress_line import format_duration
-
-__all__ = ["Evaluation", "Run", "plot_accuracy", "read_run", "write_report"]
 
 # Different in every run, and never the reason for a different curve.
 OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
