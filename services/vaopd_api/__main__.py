@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import math
 import sys
@@ -15,7 +16,7 @@ from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
 from vaopd.net.ports import is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
-from vaopd.process import entry, hang_timer
+from vaopd.process import entry
 from vaopd.telemetry import metrics_port
 
 if TYPE_CHECKING:
@@ -134,12 +135,12 @@ def serve(
     class Server(uvicorn.Server):
         async def on_tick(self, counter: int) -> bool:
             """Resets the hang timer; called ten times a second while the event loop runs."""
-            hang_timer.expect_life_within(service.stuck_after_s)
+            faulthandler.dump_traceback_later(service.stuck_after_s, exit=True)
             expiry.look()
             return await super().on_tick(counter)
 
     Server(settings).run(sockets=[listener])
-    hang_timer.expect_nothing()
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -34,45 +34,21 @@ class Cache(Protocol):
 
     hits: int
     misses: int
-
-    @property
-    def dropped(self) -> int:
-        """Entries that had to make room."""
-        ...
-
-    @property
-    def size_bytes(self) -> int:
-        """The size of all entries."""
-        ...
-
-    @property
-    def capacity_bytes(self) -> int:
-        """The largest size."""
-        ...
+    dropped: int
+    """Entries that had to make room."""
+    size_bytes: int
+    capacity_bytes: int
 
 
 class Server(Protocol):
     """The parts of the server that a scrape reads."""
 
-    @property
-    def serving(self) -> bool:
-        """Whether health checks are answered with SERVING."""
-        ...
-
-    @property
-    def admission(self) -> Admission:
-        """The count of waiting groups."""
-        ...
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """The line before the device."""
-        ...
-
-    @property
-    def caches(self) -> Mapping[str, Cache]:
-        """The stores by the kind of their entries."""
-        ...
+    serving: bool
+    """Whether health checks are answered with SERVING."""
+    admission: Admission
+    scheduler: Scheduler
+    caches: dict[str, Cache]
+    """The stores by the kind of their entries."""
 
 
 class TeacherMetrics:

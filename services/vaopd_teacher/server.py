@@ -139,6 +139,10 @@ class TeacherServer:
         self.images = ImageStore(service.images.encoded_bytes, weights=sharing.weights)
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
         self.vision_cache = backend.vision_cache
+        self.caches: dict[str, Cache] = {"encoded": self.images, "prepared": self.prepared_images}
+        """The stores by the kind of their entries."""
+        if self.vision_cache is not None:
+            self.caches["vision"] = self.vision_cache
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
         ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
         self.scheduler = Scheduler(
@@ -183,16 +187,6 @@ class TeacherServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-
-    @property
-    def caches(self) -> dict[str, Cache]:
-        """The stores by the kind of their entries."""
-        found: dict[str, Cache | None] = {
-            "encoded": self.images,
-            "prepared": self.prepared_images,
-            "vision": self.vision_cache,
-        }
-        return {name: cache for name, cache in found.items() if cache is not None}
 
     async def start(self, address: str) -> str:
         """Listens and answers health checks with SERVING. Returns host:port; port 0 in `address` means any free one.

@@ -33,7 +33,6 @@ class Divergence(Protocol):
         arguments and return one: nothing else here is as large. Where p is 0, log_p may be a large negative number in
         place of −∞, and must then give a finite result.
         """
-        ...
 
 
 def _compare_by_reverse_kl(log_p: Tensor, log_q: Tensor, *, differentiate: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,22 +21,18 @@ class Target(Protocol):
 
     def __len__(self) -> int:
         """Returns M."""
-        ...
 
     def check(self, vocabulary: int) -> None:
         """Raises InvalidInput when the target is of another vocabulary."""
-        ...
 
     def in_precision(self, autocast: torch.dtype | None) -> Self:
         """Returns the target with matrices in the precision of the products, converted once for all chunks."""
-        ...
 
     def compare(self, log_p: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
         """Compares the student's log-probs (m, V) of these tokens: -> divergence (m,), gradient by the logits (m, V).
 
         The gradient is None unless `differentiate`. May overwrite log_p and return it: nothing else here is as large.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

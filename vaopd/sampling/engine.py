@@ -39,7 +39,6 @@ class RolloutEngine(Protocol):
     @property
     def policy(self) -> PolicyVersion | None:
         """The loaded snapshot; None before the first one, and after one that failed half-way."""
-        ...
 
     def load_policy(self, policy: PolicyVersion) -> None:
         """Loads a snapshot without a restart, and drops everything that the old weights computed.
@@ -47,18 +46,15 @@ class RolloutEngine(Protocol):
         Raises Mismatch if the snapshot's digest is not the announced one; the old weights then stay. Not to be called
         while a stream holds requests.
         """
-        ...
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
         """Samples all requests; outcome i answers request i.
 
         Raises when the engine fails as a whole; it must not be used any more then.
         """
-        ...
 
     def close(self) -> None:
         """Frees the memory and ends child processes."""
-        ...
 
 
 class Ended(NamedTuple):
@@ -78,21 +74,18 @@ class RolloutStream(Protocol):
     @property
     def tokens_held(self) -> int:
         """Response tokens that the rollouts that are held may take at most; those that have ended don't count."""
-        ...
 
     def add(self, key: str, request: RolloutRequest) -> None:
         """Takes a request of the loaded policy; `key` is unique among those held. One that is refused ends as such.
 
         Raises Mismatch when no policy is loaded.
         """
-        ...
 
     def step(self) -> list[Ended]:
         """Samples further, and returns the requests that ended; none held: returns at once.
 
         Raises when the engine fails as a whole; it must not be used any more then.
         """
-        ...
 
 
 class OneByOne:

@@ -52,7 +52,6 @@ class Kernel(Protocol):
         window_size: (-1, -1) lets a query see all keys of its sequence; (-1, 0) lets the last see all, the one before
         it all but the last.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -81,4 +81,3 @@ class Engine(Protocol):
 
         Raises only when the engine can't continue at all.
         """
-        ...
