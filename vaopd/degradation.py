@@ -80,8 +80,7 @@ def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
         return image.copy()
     small = (_shrink_side(image.width, ratio), _shrink_side(image.height, ratio))
     return _apply_in_plain_mode(
-        image,
-        lambda plain: plain.resize(small, Image.Resampling.BILINEAR).resize(plain.size, Image.Resampling.NEAREST),
+        image, lambda plain: plain.resize(small, Image.Resampling.BILINEAR).resize(plain.size, Image.Resampling.NEAREST)
     )
 
 

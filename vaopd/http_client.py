@@ -102,12 +102,7 @@ class AsyncScoringClient:
     """
 
     def __init__(
-        self,
-        base_url: str = LOCAL,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 120.0,
-        patience_s: float = 30.0,
+        self, base_url: str = LOCAL, *, api_key: str | None = None, timeout_s: float = 120.0, patience_s: float = 30.0
     ) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
@@ -199,12 +194,7 @@ class ScoringClient:
     """`AsyncScoringClient` for code without an event loop: the same methods, run on a thread of its own."""
 
     def __init__(
-        self,
-        base_url: str = LOCAL,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = 120.0,
-        patience_s: float = 30.0,
+        self, base_url: str = LOCAL, *, api_key: str | None = None, timeout_s: float = 120.0, patience_s: float = 30.0
     ) -> None:
         """See `AsyncScoringClient`."""
         self._client = AsyncScoringClient(base_url, api_key=api_key, timeout_s=timeout_s, patience_s=patience_s)

@@ -93,9 +93,7 @@ def run(
         if ranks.is_coordinator:
             ranks.barrier()
         prompts = TrainingPrompts(
-            problems.training.prompts,
-            per_step=config.trainer.prompts_per_step,
-            seed=config.run.seed,
+            problems.training.prompts, per_step=config.trainer.prompts_per_step, seed=config.run.seed
         )
         try:
             teacher, description = connect_teacher(config, student, stack, stop)
@@ -255,11 +253,7 @@ def make_accelerator(config: Config) -> Accelerator:
 def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, device: torch.device) -> StudentLoss:
     """Returns the loss of a student that accelerate will move to `device`: whether it checkpoints depends on that."""
     return StudentLoss(
-        student,
-        teacher_head=teacher_head,
-        trainer=config.trainer,
-        device=device,
-        **config.teacher.make_loss_keywords(),
+        student, teacher_head=teacher_head, trainer=config.trainer, device=device, **config.teacher.make_loss_keywords()
     )
 
 

@@ -323,12 +323,7 @@ class Coordinator:
         """Durable first, then acknowledged: what is acknowledged is in a checkpoint."""
         self._collector.confirm()
         self._ledger.sync()
-        checkpoint.save(
-            self._folder / "checkpoints",
-            state,
-            weights,
-            keep=self._config.trainer.keep_checkpoints,
-        )
+        checkpoint.save(self._folder / "checkpoints", state, weights, keep=self._config.trainer.keep_checkpoints)
         self._ledger.write("checkpoint", step=state.step)
         kill_points.pass_point("unacknowledged", state.step)
         # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.

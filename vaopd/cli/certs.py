@@ -28,9 +28,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     certs.add_argument("--days", type=int, default=30, metavar="N", help="days until they expire (default 30)")
     certs.add_argument("--replace", action="store_true", help="overwrite existing files")
     certs.add_argument(
-        "--keep-authority",
-        action="store_true",
-        help="also write ca.key, with which --client signs more certificates",
+        "--keep-authority", action="store_true", help="also write ca.key, with which --client signs more certificates"
     )
     certs.add_argument("--client", metavar="NAME", help="only add a client's NAME.pem and NAME.key to FOLDER")
     certs.set_defaults(command=_make, extra="certs")

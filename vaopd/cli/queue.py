@@ -33,9 +33,9 @@ def add_parsers(subparsers: Subparsers) -> None:
         description="Publishes dead letters again. A run uses them only if it hasn't closed their step yet, for "
         "example after it was resumed from an earlier checkpoint; otherwise it drops and counts them.",
     )
-    retry.set_defaults(command=_retry, extra="queue")
+    retry.set_defaults(command=_settle, retries=True, extra="queue")
     drop = actions.add_parser("drop", help="remove them for good")
-    drop.set_defaults(command=_drop, extra="queue")
+    drop.set_defaults(command=_settle, retries=False, extra="queue")
     for parser in (retry, drop):
         which = parser.add_mutually_exclusive_group(required=True)
         which.add_argument("ids", metavar="ID", nargs="*", default=[], help="a letter's id, from `vaopd queue dead`")
@@ -60,19 +60,12 @@ def _list_dead(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _retry(arguments: argparse.Namespace) -> int:
+def _settle(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
+        settle, done = (letters.retry, "published again") if arguments.retries else (letters.drop, "dropped")
         for entry_id in _choose_ids(arguments, letters):
-            letters.retry(entry_id)
-            emit(f"{entry_id} was published again")
-    return 0
-
-
-def _drop(arguments: argparse.Namespace) -> int:
-    with closing(_open_letters(arguments)) as letters:
-        for entry_id in _choose_ids(arguments, letters):
-            letters.drop(entry_id)
-            emit(f"{entry_id} was dropped")
+            settle(entry_id)
+            emit(f"{entry_id} was {done}")
     return 0
 
 

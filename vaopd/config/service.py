@@ -10,15 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    Discriminator,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import AfterValidator, Discriminator, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
 
 from vaopd.config.toml import Section, default_tag, read_toml, validate
 

@@ -111,12 +111,7 @@ def fused_reverse_kl(
 
 
 def token_logprobs(
-    hidden: Tensor,
-    head: Tensor,
-    token_ids: Tensor,
-    *,
-    vocab_size: int | None = None,
-    chunk_tokens: int | None = None,
+    hidden: Tensor, head: Tensor, token_ids: Tensor, *, vocab_size: int | None = None, chunk_tokens: int | None = None
 ) -> Tensor:
     """Returns log p(y_t) of the given ids (M,), from hidden states (M, D) and a head (V, D): -> (M,) float32.
 

@@ -47,9 +47,7 @@ def make_parser(role: Role, description: str) -> argparse.ArgumentParser:
 
 
 def main(
-    run: Callable[[argparse.Namespace, Config], int],
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None = None,
+    run: Callable[[argparse.Namespace, Config], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> int:
     """Parses the options, sets up logs and traces, and returns `run`'s exit code.
 

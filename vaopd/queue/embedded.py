@@ -44,12 +44,7 @@ def make_server_url(port: int) -> str:
 
 
 def make_server_argv(
-    *,
-    port: int,
-    folder: Path,
-    append_only: str | None,
-    maxmemory_bytes: int = 0,
-    maxmemory_policy: str = "noeviction",
+    *, port: int, folder: Path, append_only: str | None, maxmemory_bytes: int = 0, maxmemory_policy: str = "noeviction"
 ) -> list[str]:
     """Returns the command line of a server; `EmbeddedRedis` says what the arguments mean."""
     append = ["--appendonly", "no"]
@@ -178,9 +173,5 @@ class EmbeddedRedis:
         with (self._folder / "redis.log").open("wb") as log:
             # A session of its own: Ctrl-C must reach the processes that still need Redis first.
             return subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )

@@ -181,10 +181,7 @@ class TrainerQueue(TrainerEnd):
         return int(1000 * self.lease_s)
 
     def _run(
-        self,
-        script: Callable[Concatenate[scripts.Run, scripts.Fence, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, script: Callable[Concatenate[scripts.Run, scripts.Fence, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Runs a fenced script; raises Mismatch or LeaseLost when it refuses."""
         return self._run_with(self._connection.run, script, *args, **kwargs)

@@ -130,11 +130,7 @@ def _describe_judge(evaluation: Evaluation) -> str:
 def format_line(run: Run) -> str:
     """Returns the run in one line, for logs and pipes."""
     parts = [f"step {run.steps_done}/{run.steps_planned or '?'}"]
-    for key, name, form in (
-        ("loss", "loss", ".4f"),
-        ("mean_va", "mean VA", ".3f"),
-        ("rollouts_per_s", "", ".1f"),
-    ):
+    for key, name, form in (("loss", "loss", ".4f"), ("mean_va", "mean VA", ".3f"), ("rollouts_per_s", "", ".1f")):
         _, values = run.list_series(key)
         if values:
             parts.append(f"{name} {values[-1]:{form}}" if name else f"{values[-1]:{form}} rollouts/s")

@@ -65,11 +65,7 @@ def write_model(folder: Path, state: Mapping[str, torch.Tensor] | TensorStream, 
 
 
 def publish_adapter(
-    folder: Path,
-    version: int,
-    adapters: Mapping[str, torch.Tensor] | TensorStream,
-    *,
-    settings: Mapping[str, Any],
+    folder: Path, version: int, adapters: Mapping[str, torch.Tensor] | TensorStream, *, settings: Mapping[str, Any]
 ) -> PolicyVersion:
     """Writes adapters, under PEFT's names, as `folder`/policy/v{version}; settings: adapter_config.json's table."""
     path = locate_snapshot(folder, version)

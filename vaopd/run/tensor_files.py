@@ -63,11 +63,7 @@ def write_tensors(
     shapes = stream.shapes
     ends = list(accumulate(tensor.nbytes for tensor in shapes.values()))
     entries = {
-        name: {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end - tensor.nbytes, end],
-        }
+        name: {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
         for (name, tensor), end in zip(shapes.items(), ends, strict=True)
     }
     about = {"__metadata__": {"format": "pt", **(metadata or {})}}

@@ -87,11 +87,7 @@ class TransformersEngine:
 
     def _open(self, model: str | Path) -> Vlm:
         return Vlm.load(
-            model,
-            dtype=self._dtype,
-            device=str(self._device),
-            min_pixels=self._min_pixels,
-            max_pixels=self._max_pixels,
+            model, dtype=self._dtype, device=str(self._device), min_pixels=self._min_pixels, max_pixels=self._max_pixels
         )
 
     def _open_base(self, lora: LoraConfig) -> Vlm:

@@ -49,11 +49,7 @@ class ImageStore:
     """
 
     def __init__(
-        self,
-        capacity_bytes: int,
-        *,
-        weights: Mapping[str, float] = {},
-        clock: Callable[[], float] = time.monotonic,
+        self, capacity_bytes: int, *, weights: Mapping[str, float] = {}, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """weights: of jobs, 1 for those not named."""
         self.capacity_bytes = capacity_bytes

@@ -18,15 +18,7 @@ from vaopd import images as image_files
 from vaopd.degradation import check_strength, degrade, view_name, view_seed
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch
 from vaopd.pb import teacher_pb2
-from vaopd.types import (
-    Degradation,
-    EncodedImage,
-    ImagePart,
-    PayloadKind,
-    TeacherDescription,
-    TeacherLimits,
-    TextPart,
-)
+from vaopd.types import Degradation, EncodedImage, ImagePart, PayloadKind, TeacherDescription, TeacherLimits, TextPart
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader, check_same_tokenizer
 from vaopd.wire.common import messages_from_pb

@@ -18,12 +18,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from vaopd.errors import (
-    Busy,
-    InvalidInput,
-    QueueFull,
-    VaopdError,
-)
+from vaopd.errors import Busy, InvalidInput, QueueFull, VaopdError
 from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.logs import REQUEST_ID, REQUEST_ID_KEY
 from vaopd.wire import errors as wire_errors

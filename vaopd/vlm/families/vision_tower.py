@@ -138,10 +138,7 @@ def compute_interpolation(tower: Any, grids: Tensor) -> dict[str, Any]:
         down, across = (h // merge, 1, merge, 1, -1, 1), (1, w // merge, 1, merge, 1, -1)
         indices.append((row_taps.view(down) * side + column_taps.view(across)).reshape(h * w, -1).repeat(t, 1))
         weights.append((row_weights.view(down) * column_weights.view(across)).reshape(h * w, -1).repeat(t, 1))
-    return {
-        "interp_indices": upload_rows(indices, tower.device),
-        "interp_weights": upload_rows(weights, tower.device),
-    }
+    return {"interp_indices": upload_rows(indices, tower.device), "interp_weights": upload_rows(weights, tower.device)}
 
 
 def _interpolate_axis(size: int, side: int, align_corners: bool) -> tuple[Tensor, Tensor]:
