@@ -27,17 +27,14 @@ from vaopd.errors import LeaseLost, Mismatch, NumericalError, VaopdError
 from vaopd.run.checkpoints import LedgerLine, RunState, load_run_state
 from vaopd.scoring.weights import HIGH_FRACTION
 from vaopd.telemetry import tracing
-from vaopd.vlm.torchvision_compat import ensure_torchvision
 from vaopd_trainer import checkpoint, kill_points, step_numbers
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.forwards import Accumulator
+from vaopd_trainer.optimizer import make_schedule
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import GroupScorer, Refused
 from vaopd_trainer.student_loss import ScoredGroup, weigh
 from vaopd_trainer.student_weights import StudentWeights
-
-ensure_torchvision()  # transformers imports PEFT, which imports all of transformers
-from transformers import get_cosine_schedule_with_warmup  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +58,7 @@ class Trainer:
         self.weights = weights
         self.optimizer = weights.optimizer
         settings = config.trainer
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, settings.warmup_steps, settings.steps)
+        self.schedule = make_schedule(self.optimizer, warmup_steps=settings.warmup_steps, steps=settings.steps)
         self._accumulator = Accumulator(accelerator=accelerator, weights=weights, settings=settings)
 
     # -- the run ------------------------------------------------------------------------------------------------------

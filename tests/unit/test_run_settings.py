@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.config import Config, validate
 from vaopd.errors import ConfigError, Mismatch
@@ -16,6 +15,7 @@ from vaopd.run import settings
 from vaopd.run.checkpoints import RunState
 from vaopd.run.teacher import ANY, TeacherRecord, check_teacher
 from vaopd_trainer import checkpoint
+from vaopd_trainer.optimizer import make_schedule
 
 
 def dump(**sections: dict[str, object]) -> dict[str, object]:
@@ -96,7 +96,7 @@ def test_after_a_resume_the_rate_is_that_of_a_run_with_the_new_settings() -> Non
         weight = torch.nn.Parameter(torch.ones(1))
         weight.grad = torch.ones(1)
         optimizer = torch.optim.AdamW([weight], lr=rate)
-        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+        return optimizer, make_schedule(optimizer, warmup_steps=warmup, steps=steps)
 
     optimizer, schedule = make(0.1, 2, 10)
     for _ in range(8):

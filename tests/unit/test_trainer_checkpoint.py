@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
 from vaopd.config import TrainerConfig
 from vaopd.errors import InvalidInput, LimitExceeded
@@ -26,6 +25,7 @@ from vaopd.run.checkpoints import (
     load_run_state,
 )
 from vaopd_trainer import checkpoint
+from vaopd_trainer.optimizer import make_schedule
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_weights import WholeWeights
 
@@ -49,7 +49,7 @@ class Run:
         self.model = loss.model
         self.weights = WholeWeights(loss, model=loss.model, settings=settings, ranks=Ranks())
         self.optimizer = self.weights.optimizer
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 2, 10)
+        self.schedule = make_schedule(self.optimizer, warmup_steps=2, steps=10)
 
     def step(self) -> None:
         self.model(torch.randn(4, 3)).square().sum().backward()
