@@ -157,9 +157,7 @@ def run_step(engine: VllmEngine | Batches, number: int, url: str, teacher: SyncT
 
 def never_stop(engine: VllmEngine) -> None:
     """Makes an id that is never sampled the only EOS, so that each response has the length of its request."""
-    prompting = engine._prompting
-    reader = dataclasses.replace(prompting.reader, eos_ids=prompting.vision_token_ids[:1])
-    engine._prompting = dataclasses.replace(prompting, reader=reader)
+    engine._reader = dataclasses.replace(engine._reader, eos_ids=(min(engine._reader.vision_token_ids),))
 
 
 def main() -> None:

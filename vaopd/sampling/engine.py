@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -140,49 +139,26 @@ def count_tokens(request: RolloutRequest) -> int:
     return (1 if sampling.temperature == 0 else request.num_rollouts) * sampling.max_new_tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompting:
-    """Turns requests into an engine's input, with the same reader as the trainer."""
+def open_reader(path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> PromptReader:
+    """Opens a folder or hub id with the trainer's own reader. Raises ConfigError, and InvalidInput without an EOS."""
+    reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
+    if not reader.eos_ids:
+        raise InvalidInput(f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id")
+    return reader
 
-    reader: PromptReader
 
-    @classmethod
-    def load(cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Prompting:
-        """Loads tokenizer, processor and EOS ids of a folder or hub id. Raises ConfigError or InvalidInput."""
-        reader = PromptReader.open(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        if not reader.eos_ids:
-            raise InvalidInput(
-                f"{path} names no EOS token in generation_config.json or its tokenizer; add eos_token_id"
-            )
-        return cls(reader=reader)
+def read_request(reader: PromptReader, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
+    """Returns the prompt's token ids with one placeholder per image, and the RGB images in that order, scaled.
 
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a response, at least one."""
-        return self.reader.eos_ids
-
-    @property
-    def vocab_size(self) -> int:
-        """V, logical: the number of the tokenizer's ids."""
-        return self.reader.vocab_size
-
-    @property
-    def vision_token_ids(self) -> tuple[int, ...]:
-        """Ids that must not be sampled, in ascending order."""
-        return tuple(sorted(self.reader.vision_token_ids))
-
-    def read(self, request: RolloutRequest) -> tuple[list[int], list[PIL.Image.Image]]:
-        """Returns the prompt's token ids with one placeholder per image, and the RGB images in that order, scaled.
-
-        Raises InvalidInput, ImageRefused or LimitExceeded for a request that no worker can answer.
-        """
-        check_settings(request)
-        by_sha = {image.sha256: image for image in request.images}
-        named = [part.sha256 for m in request.messages for part in m.content if isinstance(part, ImagePart)]
-        if missing := [sha for sha in named if sha not in by_sha]:
-            raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
-        scaled = {sha: self.reader.scale_image(decode(by_sha[sha])) for sha in set(named)}
-        return self.reader.render_ids(request.messages), [scaled[sha] for sha in named]
+    Raises InvalidInput, ImageRefused or LimitExceeded for a request that no worker can answer.
+    """
+    check_settings(request)
+    by_sha = {image.sha256: image for image in request.images}
+    named = [part.sha256 for m in request.messages for part in m.content if isinstance(part, ImagePart)]
+    if missing := [sha for sha in named if sha not in by_sha]:
+        raise InvalidInput(f"the messages name image {missing[0][:12]}…, which is not in the request")
+    scaled = {sha: reader.scale_image(decode(by_sha[sha])) for sha in set(named)}
+    return reader.render_ids(request.messages), [scaled[sha] for sha in named]
 
 
 def check_settings(request: RolloutRequest) -> None:

@@ -17,13 +17,14 @@ from vaopd.run.snapshots import ADAPTER_FILE, verify_snapshot
 from vaopd.sampling.engine import (
     FinishReason,
     Outcome,
-    Prompting,
     RefusedRequest,
     check_length,
     check_version,
     derive_seed,
     make_group,
     make_rollout,
+    open_reader,
+    read_request,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutGroup, RolloutRequest
 from vaopd.vlm.adapters import add_adapters, load_adapters
@@ -61,7 +62,7 @@ class TransformersEngine:
         self._min_pixels = min_pixels
         self._max_pixels = max_pixels
         self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._reader = open_reader(model, min_pixels=min_pixels, max_pixels=max_pixels)
         self._vlm: Vlm | None = None
         self._policy: PolicyVersion | None = None
 
@@ -131,7 +132,7 @@ class TransformersEngine:
         )
 
     def _prepare_prompt(self, vlm: Vlm, request: RolloutRequest) -> PreparedPrompt:
-        ids, images = self._prompting.read(request)
+        ids, images = read_request(self._reader, request)
         prepared = [vlm.prepare_image(image) for image in images]
         expanded = vlm.expand(ids, prepared)
         check_length(
@@ -151,7 +152,7 @@ class TransformersEngine:
         if not greedy:
             settings = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             settings["num_return_sequences"] = request.num_rollouts
-        recorder = _BanAndRecord(vlm.vocab_size, self._prompting.vision_token_ids)
+        recorder = _BanAndRecord(vlm.vocab_size, sorted(self._reader.vision_token_ids))
         input_ids = torch.from_numpy(prompt.token_ids)[None].to(self._device)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(request))
@@ -160,8 +161,8 @@ class TransformersEngine:
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=GenerationConfig(
                     max_new_tokens=sampling.max_new_tokens,
-                    eos_token_id=list(self._prompting.eos_ids),
-                    pad_token_id=self._prompting.eos_ids[0],
+                    eos_token_id=list(self._reader.eos_ids),
+                    pad_token_id=self._reader.eos_ids[0],
                     **settings,
                 ),
                 logits_processor=LogitsProcessorList([recorder]),
@@ -171,7 +172,7 @@ class TransformersEngine:
         return response_KT.cpu().numpy(), recorder.collect_logprobs(response_KT).cpu().numpy()
 
     def _cut(self, request: RolloutRequest, index: int, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
-        ends = np.flatnonzero(np.isin(ids, self._prompting.eos_ids))
+        ends = np.flatnonzero(np.isin(ids, self._reader.eos_ids))
         length = int(ends[0]) + 1 if ends.size else len(ids)
         finish: FinishReason = "stop" if ends.size else "length"
         return make_rollout(

@@ -21,7 +21,6 @@ from vaopd.run.snapshots import is_adapter, verify_snapshot
 from vaopd.sampling.engine import (
     Ended,
     Outcome,
-    Prompting,
     RefusedRequest,
     check_length,
     check_version,
@@ -29,6 +28,8 @@ from vaopd.sampling.engine import (
     derive_seed,
     make_group,
     make_rollout,
+    open_reader,
+    read_request,
     sample_all,
 )
 from vaopd.types import PolicyVersion, Rollout, RolloutRequest
@@ -79,13 +80,13 @@ class VllmEngine:
         if options.pop("dtype", dtype) != dtype:
             raise ConfigError(f"rollout.engine_options.dtype must be student.dtype, which is {dtype}; leave it out")
         self._worker = worker
-        self._prompting = Prompting.load(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._reader = open_reader(model, min_pixels=min_pixels, max_pixels=max_pixels)
         self._policy: PolicyVersion | None = None
         self._running: dict[str, _Running] = {}  # by vLLM's id of the request
         self._refused: list[Ended] = []
         self._base, self._dtype = model, dtype
         self._adapter: Any = None  # vLLM's request for the loaded adapters, where it computes with them
-        family = self._prompting.reader.config.model_type
+        family = self._reader.config.model_type
         lora_options = lora and vllm_start.make_lora_options(family, rank=lora.rank, vision_tower=vision_tower)
         self._merges = not lora_options
         if lora and self._merges:
@@ -101,7 +102,7 @@ class VllmEngine:
             **lora_options or {},
         )
         self._max_images = vllm_start.read_max_images(self._llm)
-        self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._prompting.vocab_size,))
+        self._llm.collective_rpc("narrow_to_logical_vocabulary", args=(self._reader.vocab_size,))
 
     @property
     def policy(self) -> PolicyVersion | None:
@@ -208,7 +209,7 @@ class VllmEngine:
     def _enqueue(self, request: RolloutRequest, policy: PolicyVersion) -> str:
         """Returns the id that vLLM's outputs have. Raises RefusedRequest."""
         check_version(request, policy)
-        token_ids, images = self._prompting.read(request)
+        token_ids, images = read_request(self._reader, request)
         if len(images) > self._max_images:
             raise LimitExceeded(
                 f"group {request.group_id!r} has {len(images)} images, the limit is {self._max_images}; "
@@ -242,10 +243,10 @@ class VllmEngine:
             max_tokens=sampling.max_new_tokens,
             seed=None if greedy else derive_seed(request),
             logprobs=0,  # the sampled token's only
-            logit_bias={token_id: float("-inf") for token_id in self._prompting.vision_token_ids},
+            logit_bias={token_id: float("-inf") for token_id in sorted(self._reader.vision_token_ids)},
             # Exactly the EOS ids that the model declares, in place of vLLM's own EOS.
             ignore_eos=True,
-            stop_token_ids=list(self._prompting.eos_ids),
+            stop_token_ids=list(self._reader.eos_ids),
             detokenize=False,
         )
 
