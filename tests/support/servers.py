@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from vaopd.queue.embedded import EmbeddedRedis
 
 
+def pytest_sessionfinish() -> None:
+    """Ends the process that others were forked from, before tests/support/leftovers.py looks."""
+    from tests.support import preloaded
+
+    preloaded.close()
+
+
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[EmbeddedRedis]:
     """A Valkey for all tests of the queue; each has a `job` of its own there."""

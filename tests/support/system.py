@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import redis
 
+from tests.support import preloaded
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
 from vaopd.launch.up import make_service_argv
@@ -52,16 +52,7 @@ class Process:
     def __init__(self, argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
         self.log = log
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with log.open("ab") as output:
-            self._popen = subprocess.Popen(
-                argv,
-                cwd=_ROOT,
-                env=os.environ | quiet | environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self._popen = preloaded.start(argv, log=log, environment=os.environ | quiet | environment)
 
     @property
     def returncode(self) -> int | None:
@@ -82,6 +73,7 @@ class Process:
 
     def exit_code(self) -> int:
         wait_until(f"{self.log.stem} ends", lambda: self.returncode is not None, timeout_s=_TIMEOUT_S)
+        assert self._popen.returncode is not None
         return self._popen.returncode
 
     def gone(self) -> bool:

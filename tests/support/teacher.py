@@ -7,7 +7,6 @@ import functools
 import io
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +19,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from tests.support import preloaded
 from tests.support.models import model_folder
+from tests.support.preloaded import Child
 from tests.support.waiting import wait_until
 from vaopd.types import EncodedImage, ImagePart, Message, ScoreRequest, TeacherDescription, TextPart
 from vaopd.vlm.model import Vlm
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.server import TeacherServer
-
-_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def teacher_in_process(
 @dataclass(frozen=True)
 class TeacherProcess:
     target: str
-    process: subprocess.Popen[str]
+    process: Child
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -106,10 +105,7 @@ def teacher_process(
     command = [sys.executable, *launch, "--config", str(config), "--announce", str(announce)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = folder / "teacher.log"
-    with log.open("a") as output:
-        process = subprocess.Popen(
-            command, cwd=_ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
-        )
+    process = preloaded.start(command, log=log, environment=environment)
     try:
         wait_until("the teacher serves", lambda: announce.exists() or process.poll() is not None, timeout_s=600.0)
         assert process.poll() is None, log.read_text()
