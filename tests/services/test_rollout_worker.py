@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import preloaded
+from tests.support.preloaded import Child
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
 from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
@@ -52,16 +55,16 @@ def trainer(redis_server, job) -> Iterator[TrainerQueue]:
 
 
 @pytest.fixture
-def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Callable[..., Child]]:
     """Starts the process and returns once it is ready; whatever a test leaves is killed."""
     config = tmp_path / "run.toml"
     config.write_text(CONFIG.format(job=job, model=policies[0].path, url=redis_server.url))
     command = [sys.executable, "-m", "vaopd_rollout", "--config", str(config)]
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Child] = []
 
-    def start(*arguments: str, name: str = "w1") -> subprocess.Popen[bytes]:
-        with (tmp_path / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen([*command, "--worker", name, *arguments], stdout=log, stderr=log)
+    def start(*arguments: str, name: str = "w1") -> Child:
+        argv, log = [*command, "--worker", name, *arguments], tmp_path / f"{name}.log"
+        process = preloaded.start(argv, log=log, environment=os.environ)
         started.append(process)
         wait_until("the worker is ready", lambda: name in trainer.workers_alive())
         return process
@@ -72,7 +75,7 @@ def start_worker(redis_server, job, policies, trainer, tmp_path) -> Iterator[Cal
         process.wait()
 
 
-def log_of(process: subprocess.Popen[bytes]) -> bytes:
+def log_of(process: Child) -> bytes:
     return Path(f"/proc/{process.pid}/fd/1").resolve().read_bytes()
 
 

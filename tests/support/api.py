@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import httpx
 
+from tests.support import preloaded
+from tests.support.preloaded import Child
 from tests.support.teacher import drawing, encoded, write_config
 from tests.support.waiting import wait_until
 
@@ -25,7 +26,7 @@ BODY: dict[str, Any] = {"image": PNG, "question": QUESTION, "response": "It is 1
 @dataclass(frozen=True)
 class Api:
     http: httpx.Client
-    process: subprocess.Popen[str]
+    process: Child
 
     def score(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/score", json=body)
@@ -55,8 +56,9 @@ def start_api(folder: Path, teacher: str, *arguments: str, **environment: str) -
     config = write_config(folder, model=folder, address=teacher)
     command = [sys.executable, "-m", "vaopd_api", "--config", str(config), "--set", "api.address=127.0.0.1:0"]
     command += [*arguments, "--announce", str(announce)]
-    with (folder / "api.log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, text=True)
+    log = folder / "api.log"
+    log.unlink(missing_ok=True)
+    process = preloaded.start(command, log=log, environment=os.environ | environment)
     try:
         wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
         with httpx.Client(base_url=f"http://{announce.read_text()}", timeout=60) as http:

@@ -32,6 +32,7 @@ LIBRARIES = (
     "transformers.models.qwen3_vl.modeling_qwen3_vl",
     "transformers.models.qwen3_vl.processing_qwen3_vl",
     "vaopd.sampling.transformers_engine",
+    "vaopd_api.app",
     "vaopd_rollout.worker",
     "vaopd_teacher.server",
     "vaopd_trainer.compose",
