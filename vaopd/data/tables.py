@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,35 +29,12 @@ _KNOWN_COLUMNS = ("problem", "question", "messages", "conversations", "answer", 
 _METADATA = "metadata.jsonl"
 
 
-class Rows(Protocol):
-    """The records of one file."""
-
-    @property
-    def file(self) -> Path | None:
-        """None for the hub's."""
-
-    @property
-    def columns(self) -> Sequence[str]:
-        """The names of all columns, known or not."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> dict[str, Any]:
-        """Returns one record as Python values."""
-
-    def read_column(self, name: str) -> list[Any]:
-        """Returns one column as Python values."""
-
-    def count_images(self, name: str) -> list[int]:
-        """Returns how many images each record has in a column, without reading them."""
-
-
 @dataclass(frozen=True)
 class JsonRows:
     """The records of a JSON Lines file."""
 
     records: Sequence[dict[str, Any]]
-    file: Path | None
+    file: Path
 
     @property
     def columns(self) -> Sequence[str]:
@@ -84,7 +61,7 @@ class ArrowRows:
     """The records of an Arrow table, in memory or mapped; class labels are read by name."""
 
     def __init__(self, table: pa.Table, file: Path | None, named: Collection[str] = ()) -> None:
-        """named: columns that a configuration names, besides those of known data sets."""
+        """file: None for the hub's. named: columns that a configuration names, besides those of known data sets."""
         self.file = file
         self.columns: Sequence[str] = table.column_names
         known = [name for name in self.columns if name in (*_KNOWN_COLUMNS, *named)]
@@ -116,13 +93,17 @@ class ArrowRows:
         return values if names is None else [_name_labels(value, names) for value in values]
 
     def count_images(self, name: str) -> list[int]:
-        """Counts each record's images in a column."""
+        """Counts each record's images in a column, without reading them."""
         import pyarrow.compute as pc
 
         column = self._table[name]
         is_list = _check_image_type(column.type, name, self.file)
         counts = pc.list_value_length(column).to_pylist() if is_list else [1] * len(self)
         return [count if valid else 0 for count, valid in zip(counts, column.is_valid().to_pylist(), strict=True)]
+
+
+Rows = JsonRows | ArrowRows
+"""The records of one file."""
 
 
 def as_entries(value: object) -> Sequence[object]:

@@ -8,10 +8,10 @@ Scripts of a worker begin with its name; those that settle a request do so only 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent / "lua"
 KEY_NAMES = (
@@ -28,14 +28,12 @@ KEY_NAMES = (
     "last_trainer",  # owner token of the trainer that took the job last, without a time to live
 )
 """The keys of a job, in the order in which keys.lua names them. Every script gets all of them."""
+Run = Callable[..., Any]
+"""Runs NAME.lua on the keys of one job: (name, *arguments) -> bytes for strings, int for numbers, lists for tables.
+
+`Connection.run` is the one in use.
+"""
 _INCLUDE = re.compile(r"^-- include (\S+)\n", re.MULTILINE)
-
-
-class Run(Protocol):
-    """Runs a script on the keys of one job; `Connection.run` is the one in use."""
-
-    def __call__(self, name: str, *args: str | int | bytes) -> Any:
-        """Returns the reply of NAME.lua: bytes for strings, int for numbers, lists for tables."""
 
 
 class EpochGone(Exception):

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,29 +29,13 @@ from vaopd.vlm.transfer import upload
 _CAUSAL, _FULL = (-1, 0), (-1, -1)
 _HALVES = (torch.bfloat16, torch.float16)
 
+Kernel = Callable[..., Tensor]
+"""Attention over sequences of different lengths, one after the other, with the arguments of torch's `varlen_attn`:
 
-class Kernel(Protocol):
-    """Attention over sequences of different lengths, one after the other."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        starts_q: Tensor,
-        starts_k: Tensor,
-        longest_q: int,
-        longest_k: int,
-        *,
-        scale: float | None,
-        window_size: tuple[int, int],
-    ) -> Tensor:
-        """Computes (queries, heads, d) from (queries, heads, d) and twice (keys, key heads, d).
-
-        starts_q, starts_k: (sequences + 1,) int32, where each sequence starts, and the end.
-        window_size: (-1, -1) lets a query see all keys of its sequence; (-1, 0) lets the last see all, the one before
-        it all but the last.
-        """
+query (queries, heads, d), key and value (keys, key heads, d), where each sequence starts, and the end, in queries and
+in keys (sequences + 1,) int32, and the longest of each. window_size: (-1, -1) lets a query see all keys of its
+sequence; (-1, 0) lets the last see all, the one before it all but the last. Returns (queries, heads, d).
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,4 +151,4 @@ def _find_kernel() -> Kernel | None:
         return None
     # 2.11 takes fewer key heads than query heads as they are; later versions need the option.
     told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in options else {}
-    return cast(Kernel, partial(varlen_attn, **told))
+    return partial(varlen_attn, **told)
