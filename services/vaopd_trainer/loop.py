@@ -183,7 +183,7 @@ class Trainer:
         kill_points.pass_point("backward", step)
         started += self._finish_evaluation()
         norm = self.weights.clip(self.config.trainer.max_grad_norm)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = float(self.schedule.get_last_lr()[0])
         skipped = not math.isfinite(norm)  # on every rank alike: the gradient is the sum of all
         if not skipped:
             self.optimizer.step()
