@@ -24,7 +24,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,56 +62,40 @@ ADAPTERS_OF = {"model": "adapter", "best": "best_adapter"}
 """Where the adapters lie that are merged into RUN/model and RUN/best."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Coordinator:
     """Publishes, enqueues, distributes, evaluates, records and checkpoints, on rank 0 alone."""
 
-    def __init__(
-        self,
-        *,
-        config: Config,
-        ranks: Ranks,
-        student: Vlm,
-        prompts: TrainingPrompts,
-        validation: Sequence[Prompt],
-        collector: Collector,
-        ledger: Ledger,
-        keeper: LeaseKeeper,
-        status: StatusWriter,
-        progress_line: ProgressLine,
-        metrics: TrainerMetrics,
-        track: Callable[[dict[str, float], int], None],
-        stop: threading.Event,
-        left_out: int = 0,
-        not_asked: Mapping[str, int] | None = None,
-        server: SnapshotServer | None = None,
-    ) -> None:
-        """`track` passes numbers of a step to the trackers; `stop` is set by a signal.
+    config: Config
+    ranks: Ranks
+    student: Vlm
+    prompts: TrainingPrompts
+    validation: Sequence[Prompt]
+    collector: Collector
+    ledger: Ledger
+    keeper: LeaseKeeper
+    status: StatusWriter
+    progress_line: ProgressLine
+    metrics: TrainerMetrics
+    track: Callable[[dict[str, float], int], None]
+    """Passes numbers of a step to the trackers."""
+    stop: threading.Event
+    """Set by a signal."""
+    left_out: int = 0
+    """Bad records of the training split."""
+    not_asked: Mapping[str, int] | None = None
+    """Held-out problems beside `validation`, by reason."""
+    server: SnapshotServer | None = None
+    """Where workers fetch policies; None: they read them where they are written."""
 
-        server: from which workers fetch policies; None: they read them where they are written.
-
-        left_out: bad records of the training split. not_asked: held-out problems beside `validation`, by reason.
-        """
-        self._config = config
-        self._ranks = ranks
-        self._student = student
-        self._prompts = prompts
-        self._validation = validation
-        self._collector = collector
-        self._ledger = ledger
-        self._keeper = keeper
-        self._status = status
-        self._progress_line = progress_line
-        self._metrics = metrics
-        self._track = track
-        self._stop = stop
-        self._left_out = left_out
-        self._not_asked = not_asked
-        self._server = server
-        self._folder = config.run_folder
+    def __post_init__(self) -> None:
+        self._folder = self.config.run_folder
         self._metrics_file = JsonLines(self._folder / "metrics.jsonl")
         self._samples_file = JsonLines(self._folder / "samples.jsonl")
         self._held_out_file = JsonLines(self._folder / "heldout.jsonl")
-        self._student_va = StudentVa(student=student, prompts=validation, config=config, file=self._held_out_file)
+        self._student_va = StudentVa(
+            student=self.student, prompts=self.validation, config=self.config, file=self._held_out_file
+        )
         self._snapshot: PolicyVersion
         self._first_step = 0
         self._acknowledged = 0  # how many groups of the state's ledger need no acknowledgement any more
@@ -121,9 +105,9 @@ class Coordinator:
 
     def check(self) -> None:
         """Raises LeaseLost or, on a signal, Stopped, which the other ranks then raise too. Call it in every wait."""
-        self._keeper.check()
-        if self._stop.is_set():
-            self._ranks.stop_others()
+        self.keeper.check()
+        if self.stop.is_set():
+            self.ranks.stop_others()
             raise Stopped
 
     # -- the beginning and the end ------------------------------------------------------------------------------------
@@ -134,11 +118,11 @@ class Coordinator:
         Groups that a checkpoint (`resumed`) has trained are dropped when they are delivered again.
         """
         self._first_step = state.step
-        self._status.write("running", step=state.step, lease_s=self._config.queue.lease_s)
+        self.status.write("running", step=state.step, lease_s=self.config.queue.lease_s)
         self._acknowledged = len(state.ledger)
-        self._metrics.set_step(state.step)
+        self.metrics.set_step(state.step)
         if resumed:
-            self._collector.resume(state.step, (line.group_id for line in state.ledger))
+            self.collector.resume(state.step, (line.group_id for line in state.ledger))
         self._metrics_file.drop_from(state.step)
         self._samples_file.drop_from(state.step)
         self._held_out_file.drop_from(state.step)
@@ -148,20 +132,20 @@ class Coordinator:
     def finish(self) -> None:
         """Leaves the last policy in RUN/model, and nothing in the queue."""
         self._keep("model")
-        model = self._config.run_folder / "model"
-        self._progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
+        model = self.config.run_folder / "model"
+        self.progress_line.print_line(f"the trained model is in {model}; {upload_hint(model)}")
         version = self._snapshot.version
-        self._collector.finish(self._evaluated.pop(version, ()), version=version)
-        self._status.write("finished")
+        self.collector.finish(self._evaluated.pop(version, ()), version=version)
+        self.status.write("finished")
 
     def _keep(self, name: str) -> None:
         """Keeps the current policy as RUN/`name`, with a model card; of LoRA merged, and the adapters beside it."""
-        target, base = self._folder / name, self._student.path
-        if self._config.student.lora is None:
+        target, base = self._folder / name, self.student.path
+        if self.config.student.lora is None:
             keep_snapshot(self._snapshot, target)
         else:
             keep_snapshot(self._snapshot, self._folder / ADAPTERS_OF[name])
-            dtype = getattr(torch, self._config.student.dtype)
+            dtype = getattr(torch, self.config.student.dtype)
             merged = merge_adapters(base, Path(self._snapshot.path), dtype=dtype)
             with atomic_folder(target) as aside:
                 write_model(aside, merged, model_files_from=base)
@@ -171,27 +155,27 @@ class Coordinator:
 
     def publish(self, version: int, weights: TensorStream) -> None:
         """Writes the weights as policy `version`, and announces it to the workers."""
-        folder, student = self._config.snapshots_folder, self._config.student
+        folder, student = self.config.snapshots_folder, self.config.student
         if student.lora is None:
-            self._snapshot = publish_snapshot(folder, version, weights, model_files_from=self._student.path)
+            self._snapshot = publish_snapshot(folder, version, weights, model_files_from=self.student.path)
         else:
-            settings = describe_adapters(self._student.model, base=student.model)
+            settings = describe_adapters(self.student.model, base=student.model)
             self._snapshot = publish_adapter(folder, version, weights, settings=settings)
-        announced = self._server.offer(self._snapshot) if self._server is not None else self._snapshot
-        self._collector.publish(announced, check=self.check)
+        announced = self.server.offer(self._snapshot) if self.server is not None else self._snapshot
+        self.collector.publish(announced, check=self.check)
         # Requests in flight may still name a version that old, and the worker that takes them must find it.
-        prune_snapshots(folder, keep=self._config.trainer.max_policy_lag + 2, current=version)
+        prune_snapshots(folder, keep=self.config.trainer.max_policy_lag + 2, current=version)
 
     def enqueue(self, step: int) -> None:
         """Requests the groups of this step and, with a lag, of the next ones that this policy may serve."""
-        settings = self._config.trainer
+        settings = self.config.trainer
         newest = step + settings.max_policy_lag
         for target in range(step if step == self._first_step else newest, min(newest + 1, settings.steps)):
             requests = [
-                make_request(self._prompts.find_prompt(group), group=group, version=step, config=self._config)
-                for group in self._prompts.list_groups(target)
+                make_request(self.prompts.find_prompt(group), group=group, version=step, config=self.config)
+                for group in self.prompts.list_groups(target)
             ]
-            self._collector.enqueue(
+            self.collector.enqueue(
                 requests, oldest_version=max(0, target - settings.max_policy_lag), step=target, check=self.check
             )
 
@@ -200,10 +184,10 @@ class Coordinator:
 
         Of groups that arrive together the longest goes first. None ends what a rank gets.
         """
-        loads = [0] * self._ranks.world
-        ids = [str(group) for group in self._prompts.list_groups(step)]
-        for groups in self._collector.wait_for_groups(ids, check=self.check):
-            self._metrics.note_progress()
+        loads = [0] * self.ranks.world
+        ids = [str(group) for group in self.prompts.list_groups(step)]
+        for groups in self.collector.wait_for_groups(ids, check=self.check):
+            self.metrics.note_progress()
             mine = []
             for group in sorted(groups, key=_count_tokens, reverse=True):
                 rank = loads.index(min(loads))
@@ -211,15 +195,15 @@ class Coordinator:
                 if rank == COORDINATOR:
                     mine.append(group)
                 else:
-                    self._ranks.send_group(group, to=rank)
+                    self.ranks.send_group(group, to=rank)
             submit(mine)
-        for rank in range(1, self._ranks.world):
-            self._ranks.send_group(None, to=rank)
+        for rank in range(1, self.ranks.world):
+            self.ranks.send_group(None, to=rank)
 
     def give_up(self, refused: Iterable[tuple[str, str]]) -> None:
         """Sends groups that can't be trained on to the dead letters; each is an id and the reason."""
         for group_id, reason in refused:
-            self._collector.dead_letter(group_id, reason)
+            self.collector.dead_letter(group_id, reason)
 
     # -- evaluation and records ---------------------------------------------------------------------------------------
 
@@ -230,10 +214,10 @@ class Coordinator:
         """
         if self._is_due(version):
             self._evaluation = Evaluation(
-                self._collector,
-                self._validation,
+                self.collector,
+                self.validation,
                 version=version,
-                config=self._config,
+                config=self.config,
                 check=self.check,
                 keep=self._student_va.problems,
             )
@@ -244,23 +228,23 @@ class Coordinator:
             return
         evaluation, version = self._evaluation, self._evaluation.version
         result = evaluation.finish(
-            decode=lambda ids: self._student.tokenizer.decode(ids, skip_special_tokens=True),
+            decode=lambda ids: self.student.tokenizer.decode(ids, skip_special_tokens=True),
             check=self.check,
-            not_asked=self._not_asked,
+            not_asked=self.not_asked,
             on_progress=self._show_evaluating,
         )
         self._evaluation = None
         self._evaluated[version] = evaluation.group_ids
         own = self._student_va.measure(evaluation.kept, version=version, check=self.check)
-        self._metrics.note_evaluation(result, student_va=own.get("student_va"))
+        self.metrics.note_evaluation(result, student_va=own.get("student_va"))
         self._metrics_file.write({"kind": "eval", "step": version, **asdict(result), **own})
         if result.accuracy is not None:  # None: no question could be asked
             if result.accuracy > self._best_accuracy:  # the first best wins
                 self._best_accuracy = result.accuracy
                 self._keep("best")
-            self._track({f"eval/{key}": value for key, value in {"accuracy": result.accuracy, **own}.items()}, version)
-        self._progress_line.accuracy = result.accuracy
-        self._progress_line.print_line(f"held-out accuracy at step {version}: {result}")
+            self.track({f"eval/{key}": value for key, value in {"accuracy": result.accuracy, **own}.items()}, version)
+        self.progress_line.accuracy = result.accuracy
+        self.progress_line.print_line(f"held-out accuracy at step {version}: {result}")
 
     def record(
         self,
@@ -280,11 +264,11 @@ class Coordinator:
         values = step_numbers.average_ranks(sums) | own
         rollouts = values.pop("rollouts")
         values |= step_numbers.derive_rates(own, rollouts=rollouts)
-        values |= {f"groups_{reason}": float(n) for reason, n in self._collector.counts.items()}
-        values |= {"records_left_out": float(self._left_out)} if self._left_out else {}
+        values |= {f"groups_{reason}": float(n) for reason, n in self.collector.counts.items()}
+        values |= {"records_left_out": float(self.left_out)} if self.left_out else {}
         record = {key: value for key, value in values.items() if np.isfinite(value)}
         self._metrics_file.write({"kind": "train", "step": step, "time_s": time.time(), **record})
-        self._track({f"train/{key}": value for key, value in record.items()}, step)
+        self.track({f"train/{key}": value for key, value in record.items()}, step)
         if (share := record.get("policy_drift_share", 0.0)) > step_numbers.LARGEST_DRIFT_SHARE:
             log.warning(
                 "step %d: %.0f %% of the sampled tokens have another log-prob here than at their worker, by more than "
@@ -295,45 +279,45 @@ class Coordinator:
                 record["policy_drift_mean"],
             )
         lags = [line.step - line.policy_version for line in trained]
-        self._status.note_step(step + 1)
-        self._metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
-        self._progress_line.show_step(step + 1, values)
+        self.status.note_step(step + 1)
+        self.metrics.note_step(step + 1, record, rollouts=rollouts, lags=lags)
+        self.progress_line.show_step(step + 1, values)
         ids = [line.group_id for line in trained]
         fate = "skipped" if "skipped" in own else "trained on"
         log.info("step %d: %s %d groups", step, fate, len(ids), extra=logs.make_fields(step=step, groups=ids))
-        if self._is_due(step) or step in (0, self._config.trainer.steps - 1):
+        if self._is_due(step) or step in (0, self.config.trainer.steps - 1):
             for group, kl_M in zip(weighted, kl, strict=True):
                 if not np.isfinite(kl_M).all():  # of a skipped step
                     continue
-                prompt = self._prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
-                for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self._student.tokenizer):
+                prompt = self.prompts.find_prompt(GroupId.parse(group.scored.group.group_id))
+                for sample in step_numbers.describe_rollouts(group, kl_M, prompt, self.student.tokenizer):
                     self._samples_file.write({"step": step, **sample})
 
     def _is_due(self, step: int) -> bool:
-        every = self._config.evaluation.every
-        return every > 0 and (step % every == 0 or step == self._config.trainer.steps)
+        every = self.config.evaluation.every
+        return every > 0 and (step % every == 0 or step == self.config.trainer.steps)
 
     def _show_evaluating(self, done: int, total: int) -> None:
-        self._metrics.note_progress()
-        self._progress_line.show_evaluation(done, total)
+        self.metrics.note_progress()
+        self.progress_line.show_evaluation(done, total)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
         """Durable first, then acknowledged: what is acknowledged is in a checkpoint."""
-        self._collector.confirm()
-        self._ledger.sync()
-        checkpoint.save(self._folder / "checkpoints", state, weights, keep=self._config.trainer.keep_checkpoints)
-        self._ledger.write("checkpoint", step=state.step)
+        self.collector.confirm()
+        self.ledger.sync()
+        checkpoint.save(self._folder / "checkpoints", state, weights, keep=self.config.trainer.keep_checkpoints)
+        self.ledger.write("checkpoint", step=state.step)
         kill_points.pass_point("unacknowledged", state.step)
         # A run resumed here evaluates this step's policy again, out of the same groups; an older one never.
         evaluated = [self._evaluated.pop(version) for version in list(self._evaluated) if version < state.step]
         trained = (line.group_id for line in state.ledger[self._acknowledged :])
         self._acknowledged = len(state.ledger)
-        self._collector.acknowledge([*trained, *(group_id for ids in evaluated for group_id in ids)])
+        self.collector.acknowledge([*trained, *(group_id for ids in evaluated for group_id in ids)])
         # The next step's groups are at most that old. Older records go, so that a resume from the checkpoint before
         # this one has its groups sampled again.
-        self._collector.forget(max(0, state.step - self._config.trainer.max_policy_lag))
+        self.collector.forget(max(0, state.step - self.config.trainer.max_policy_lag))
 
 
 def _count_tokens(group: RolloutGroup) -> int:
