@@ -25,7 +25,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TypeVar
 
@@ -110,35 +110,25 @@ class _Running:
     began_ns: int
 
 
+@dataclass(kw_only=True, eq=False)
 class RolloutWorker:
     """Serves one job's queue with one engine until `stop` is requested."""
 
-    def __init__(
-        self,
-        *,
-        engine: RolloutEngine,
-        queue: WorkerEnd,
-        requests_per_batch: int,
-        tokens_in_flight: int = TOKENS_IN_FLIGHT,
-        stop: Stop,
-        metrics: WorkerMetrics | None = None,
-        stuck_after_s: float = STUCK_AFTER_S,
-        fetch: Callable[[PolicyVersion], PolicyVersion] = lambda policy: policy,
-    ) -> None:
-        """requests_per_batch bounds the requests that are held, tokens_in_flight what they may take in the engine.
+    engine: RolloutEngine
+    queue: WorkerEnd
+    requests_per_batch: int
+    """Bounds the requests that are held."""
+    tokens_in_flight: int = TOKENS_IN_FLIGHT
+    """Bounds what they may take in the engine; one request is always admitted."""
+    stop: Stop
+    metrics: WorkerMetrics = field(default_factory=lambda: WorkerMetrics(job=""))
+    stuck_after_s: float = STUCK_AFTER_S
+    """An engine that takes longer for a step hangs; the process ends, and its leases run out."""
+    fetch: Callable[[PolicyVersion], PolicyVersion] = lambda policy: policy
+    """See `PolicyFetcher`."""
 
-        One request is always admitted. stuck_after_s: an engine that takes longer for a step hangs; the process ends,
-        and its leases run out. fetch: see `PolicyFetcher`.
-        """
-        self._engine = engine
-        self._fetch = fetch
-        self._stream = open_stream(engine)
-        self._queue = queue
-        self._requests_per_batch = requests_per_batch
-        self._tokens_in_flight = tokens_in_flight
-        self._stop = stop
-        self._metrics = metrics or WorkerMetrics(job="")
-        self._stuck_after_s = stuck_after_s
+    def __post_init__(self) -> None:
+        self._stream = open_stream(self.engine)
         self._waiting: list[Lease] = []
         self._running: dict[str, _Running] = {}  # by their key in the stream
         self._suspects: set[str] = set()  # entry ids of those in the engine when it failed
@@ -146,10 +136,10 @@ class RolloutWorker:
 
     def run(self) -> None:
         """Serves the queue until a stop is requested. Raises the engine's errors: restart the process then."""
-        log.info("rollout worker %s ready", self._queue.worker)
+        log.info("rollout worker %s ready", self.queue.worker)
         try:
-            with self._queue.keeper() as keeper:
-                while not self._stop.requested:
+            with self.queue.keeper() as keeper:
+                while not self.stop.requested:
                     keeper.check()
                     self._take()
                     self._admit()
@@ -172,40 +162,40 @@ class RolloutWorker:
             return
         found = 0
         try:
-            taken = self._queue.take(block_s=TAKE_BLOCK_S if idle else 0.0, max_requests=self._room())
+            taken = self.queue.take(block_s=TAKE_BLOCK_S if idle else 0.0, max_requests=self._room())
             while taken:
                 self._waiting += taken
                 found += len(taken)
                 if not idle or self._room() <= 0:
                     break
-                taken = self._queue.take(block_s=LINGER_S, max_requests=self._room())
+                taken = self.queue.take(block_s=LINGER_S, max_requests=self._room())
             if not found:
                 self._ask_at_s = time.monotonic() + POLL_S
         except Unavailable as error:
-            self._metrics.count_error("redis_unavailable")
+            self.metrics.count_error("redis_unavailable")
             log.warning("waiting for Redis: %s", error)
             self._ask_at_s = time.monotonic() + AWAY_S
             if idle and not found:
-                self._stop.wait(RETRY_S)
+                self.stop.wait(RETRY_S)
         self._waiting.sort(key=_rank)
 
     def _room(self) -> int:
         """Returns how many more requests may be taken, if they are as large as the largest that is held."""
         held = [*self._waiting, *(running.lease for running in self._running.values())]
-        room = self._requests_per_batch - len(held)
+        room = self.requests_per_batch - len(held)
         if held and room > 0:
             tokens = self._stream.tokens_held + sum(count_tokens(lease.request) for lease in self._waiting)
             largest = max(count_tokens(lease.request) for lease in held)
-            room = min(room, (self._tokens_in_flight - tokens) // largest)
+            room = min(room, (self.tokens_in_flight - tokens) // largest)
         return room
 
     # -- waiting → running --------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Gives the engine the requests that it has room for; loads their weights once nothing of others runs."""
-        while self._waiting and not self._stop.requested and self._fits(self._waiting[0]):
+        while self._waiting and not self.stop.requested and self._fits(self._waiting[0]):
             version = self._waiting[0].request.policy_version
-            loaded = self._engine.policy
+            loaded = self.engine.policy
             if self._running and (loaded is None or loaded.version != version):
                 return
             policy = self._find_policy(version)
@@ -221,7 +211,7 @@ class RolloutWorker:
             return True
         if self._stream.capacity is not None and len(self._running) >= self._stream.capacity:
             return False
-        budget: float = self._tokens_in_flight
+        budget: float = self.tokens_in_flight
         if _is_evaluation(lease) and not all(_is_evaluation(running.lease) for running in self._running.values()):
             budget *= EVALUATION_SHARE
         return self._stream.tokens_held + count_tokens(lease.request) <= budget
@@ -242,15 +232,15 @@ class RolloutWorker:
         log.info("%d requests wait for policy version %d, which can't be had yet", len(early), version)
         self._ask_at_s = time.monotonic() + POLICY_POLL_S
         if not self._waiting and not self._running:
-            self._stop.wait(POLICY_POLL_S)
+            self.stop.wait(POLICY_POLL_S)
 
     def _load(self, policy: PolicyVersion) -> bool:
         """Loads weights where needed; False when the trainer has withdrawn that version or doesn't answer."""
         if self._is_loaded(policy):
             return True
         try:
-            with self._metrics.time_load(policy.version):
-                self._engine.load_policy(self._fetch(policy))
+            with self.metrics.time_load(policy.version):
+                self.engine.load_policy(self.fetch(policy))
         except Unavailable as error:  # the trainer is away; another one announces its weights anew
             log.warning("%s", error)
             return False
@@ -268,12 +258,12 @@ class RolloutWorker:
         return True
 
     def _is_loaded(self, policy: PolicyVersion) -> bool:
-        loaded = self._engine.policy
+        loaded = self.engine.policy
         return loaded is not None and (loaded.version, loaded.sha256) == (policy.version, policy.sha256)
 
     def _find_policy(self, version: int) -> PolicyVersion | None:
         try:
-            return self._queue.policy(version)
+            return self.queue.policy(version)
         except Unavailable as error:
             log.warning("%s", error)
             return None
@@ -289,7 +279,7 @@ class RolloutWorker:
     def _use_engine(self, call: Callable[[], T]) -> T:
         """Calls the engine. If it fails, the requests in it are suspects; it may be one of them that it failed of."""
         # The keeper renews the leases even while the engine hangs, so no other worker would take them over.
-        with self._metrics.time_engine(), hang_timer.limit_time(self._stuck_after_s):
+        with self.metrics.time_engine(), hang_timer.limit_time(self.stuck_after_s):
             try:
                 return call()
             except Exception:
@@ -299,16 +289,16 @@ class RolloutWorker:
     def _settle(self, running: _Running, outcome: Outcome) -> None:
         lease, group_id, version = running.lease, running.lease.request.group_id, running.lease.request.policy_version
         tracing.record("generate", since_ns=running.began_ns, groups=[group_id], policy_version=version)
-        self._metrics.count_outcome(outcome)
+        self.metrics.count_outcome(outcome)
         if isinstance(outcome, RolloutGroup):
-            self._commit(lease, lambda: self._queue.complete(lease, outcome))
+            self._commit(lease, lambda: self.queue.complete(lease, outcome))
             tokens = sum(len(rollout.response_ids) for rollout in outcome.rollouts)
             fields = logs.make_fields(groups=[group_id], policy_version=version)
             log.info("group %s sampled: %d tokens, %.1f s", group_id, tokens, outcome.generation_s, extra=fields)
         else:
             fields = logs.make_fields(group=group_id)
             log.warning("group %s goes to the dead letters: %s", group_id, outcome, extra=fields)
-            self._commit(lease, lambda: self._queue.fail(lease, str(outcome)))
+            self._commit(lease, lambda: self.queue.fail(lease, str(outcome)))
 
     def _commit(self, lease: Lease, commit: Callable[[], object]) -> None:
         """Commits, and retries while Redis is full or away, until the lease is lost; the keeper renews meanwhile."""
@@ -317,13 +307,13 @@ class RolloutWorker:
                 commit()
                 return
             except LeaseLost as error:
-                self._metrics.count_error("lease_lost")
+                self.metrics.count_error("lease_lost")
                 log.warning("%s", error, extra=logs.make_fields(group=lease.request.group_id))
                 return
             except Unavailable as error:
-                if self._stop.requested:
+                if self.stop.requested:
                     raise
-                self._metrics.count_error("redis_unavailable")
+                self.metrics.count_error("redis_unavailable")
                 group_id = lease.request.group_id
                 log.warning(
                     "group %s is kept until it can be published: %s",
@@ -331,7 +321,7 @@ class RolloutWorker:
                     error,
                     extra=logs.make_fields(group=group_id),
                 )
-                self._stop.wait(RETRY_S)
+                self.stop.wait(RETRY_S)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
@@ -341,7 +331,7 @@ class RolloutWorker:
             self._release(lease)
 
     def _release(self, lease: Lease) -> None:
-        self._commit(lease, lambda: self._queue.release(lease))
+        self._commit(lease, lambda: self.queue.release(lease))
 
     def _hand_back(self) -> None:
         """Releases all leases but those of the requests that the engine may have failed of.
@@ -349,12 +339,12 @@ class RolloutWorker:
         Those run out by themselves, so that the delivery counts and a request that kills every engine ends in the dead
         letters.
         """
-        self._stop.disarm()
+        self.stop.disarm()
         try:
-            for lease in self._queue.held():
+            for lease in self.queue.held():
                 if lease.entry_id not in self._suspects:
-                    self._queue.release(lease)
-            self._queue.close()
+                    self.queue.release(lease)
+            self.queue.close()
         except Unavailable as error:
             log.warning("leases could not be handed back and will run out by themselves: %s", error)
 

@@ -71,29 +71,23 @@ class BusyTime:
         return seconds
 
 
+@dataclass(kw_only=True, eq=False)
 class GroupScorer:
     """Scores the groups of one rank on threads of its own."""
 
-    def __init__(
-        self,
-        *,
-        teacher: SyncTeacherClient,
-        student: Vlm,
-        find_prompt: Callable[[GroupId], Prompt],
-        max_tokens: int,
-        columns: Sequence[str] = (),
-        threads: int = 4,
-    ) -> None:
-        """`columns`: the teacher's columns that the objective needs."""
+    teacher: SyncTeacherClient
+    student: Vlm
+    find_prompt: Callable[[GroupId], Prompt]
+    max_tokens: int
+    columns: Sequence[str] = ()
+    """The teacher's columns that the objective needs."""
+    threads: int = 4
+
+    def __post_init__(self) -> None:
         self.busy = BusyTime()
         """The time in which groups were being prepared or at the teacher."""
-        self._teacher = teacher
-        self._student = student
-        self._find_prompt = find_prompt
-        self._max_tokens = max_tokens
-        self._columns = columns
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="score")
         self._futures: list[Future[list[ScoredGroup | Refused]]] = []
 
     def submit(self, groups: Sequence[RolloutGroup]) -> None:
@@ -117,7 +111,7 @@ class GroupScorer:
     def close(self) -> None:
         """Ends at once, also while the teacher is away: its client is closed first, so that no thread waits for it."""
         self._closed.set()
-        self._teacher.close()
+        self.teacher.close()
         self._pool.shutdown(cancel_futures=True)
 
     def _score(self, groups: list[RolloutGroup]) -> list[ScoredGroup | Refused]:
@@ -131,7 +125,7 @@ class GroupScorer:
         requests = []
         for group in groups:
             group_id = GroupId.parse(group.group_id)
-            prompt = self._find_prompt(group_id)
+            prompt = self.find_prompt(group_id)
             try:
                 prepared[group.group_id] = (group_id.index, self._prepare(prompt, group), group)
             except (InvalidInput, Mismatch) as error:
@@ -145,7 +139,7 @@ class GroupScorer:
                     prompt_token_ids=group.prompt_token_ids,
                 )
             )
-        for answer in ask_teacher(self._teacher, requests, closed=self._closed, columns=self._columns):
+        for answer in ask_teacher(self.teacher, requests, closed=self._closed, columns=self.columns):
             if isinstance(answer, GroupFailure):
                 # An answer that the teacher can't give now is not the group's fault: it ends the step, not the group.
                 if not isinstance(answer.error, InvalidInput | Mismatch):
@@ -159,17 +153,17 @@ class GroupScorer:
     def _prepare(self, prompt: Prompt, group: RolloutGroup) -> PreparedPrompt:
         """Renders the prompt with the student's processor; raises Mismatch if the rollout engine read other tokens."""
         decoded = {
-            image.sha256: self._student.prepare_image(self._student.scale_image(images.decode(image)))
+            image.sha256: self.student.prepare_image(self.student.scale_image(images.decode(image)))
             for image in prompt.images
         }
-        rendered = self._student.render(prompt.messages, decoded)
+        rendered = self.student.render(prompt.messages, decoded)
         if not np.array_equal(rendered.token_ids, group.prompt_token_ids):
             raise Mismatch(
                 f"group {group.group_id}: the rollout engine read a prompt of {len(group.prompt_token_ids)} tokens, "
                 f"the trainer renders {len(rendered.token_ids)} others; use one model folder and equal pixel bounds"
             )
         for rollout in group.rollouts:
-            self._student.check_response(rollout.response_ids, rendered, max_tokens=self._max_tokens)
+            self.student.check_response(rollout.response_ids, rendered, max_tokens=self.max_tokens)
         return rendered
 
 
