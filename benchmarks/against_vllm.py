@@ -97,10 +97,7 @@ def measure(llm: Any, vlm: Vlm, engine: GroupEngine, shape: Shape, repeats: int)
         def score_with_other(turns: Any = vllm_turns) -> np.ndarray:
             return score_with_vllm(llm, prompt, next(turns), group.responses)
 
-        sides: dict[str, Callable[[], np.ndarray]] = {
-            "vllm": score_with_other,
-            "engine": score_with_engine,
-        }
+        sides: dict[str, Callable[[], np.ndarray]] = {"vllm": score_with_other, "engine": score_with_engine}
         seconds[case], results = timing.interleaved(sides, repeats=repeats)
         difference = max(difference, float(np.abs(results["vllm"] - results["engine"]).max()))
     if difference > TOLERANCE[timing.DTYPE]:

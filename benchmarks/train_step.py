@@ -80,11 +80,7 @@ def make_sides(vlm: Vlm, plain: Any, group: WeightedGroup) -> dict[str, Callable
         loss.backward()
         return loss.item()
 
-    return {
-        "shared": shared,
-        "per sequence": lambda: per_sequence(False),
-        "image shared": lambda: per_sequence(True),
-    }
+    return {"shared": shared, "per sequence": lambda: per_sequence(False), "image shared": lambda: per_sequence(True)}
 
 
 def compare(vlm: Vlm, plain: Any, shapes: Sequence[Shape], repeats: int) -> list[dict[str, Any]]:

@@ -27,11 +27,7 @@ from vaopd.wire.teacher import score_request_to_pb
 LIMITS = TeacherLimits(max_groups_per_request=4, max_rollouts_per_group=3, max_image_bytes=200_000)
 PICTURE = encoded(drawing(1))
 
-IA, RE, FP = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.FAILED_PRECONDITION,
-)
+IA, RE, FP = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 @pytest.fixture(scope="module")

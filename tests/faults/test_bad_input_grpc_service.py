@@ -212,9 +212,7 @@ def test_a_deadline_that_passes_drops_the_work(held: tuple[TeacherInProcess, Hel
     assert engine.reached == ["first"]
 
 
-def test_a_draining_teacher_is_unavailable_and_says_so_to_balancers(
-    held: tuple[TeacherInProcess, HeldEngine],
-) -> None:
+def test_a_draining_teacher_is_unavailable_and_says_so_to_balancers(held: tuple[TeacherInProcess, HeldEngine]) -> None:
     teacher, engine = held
     with grpc.insecure_channel(teacher.target) as channel:
         stub = teacher_pb2_grpc.TeacherStub(channel)

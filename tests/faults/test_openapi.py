@@ -27,12 +27,7 @@ from vaopd_api.teachers import Teachers
 
 EXAMPLES = int(os.environ.get("VAOPD_OPENAPI_EXAMPLES", "25"))
 """Of each route, of requests that fit and of requests that don't."""
-CHECKS = [
-    content_type_conformance,
-    response_headers_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-]
+CHECKS = [content_type_conformance, response_headers_conformance, response_schema_conformance, status_code_conformance]
 _PATHS = create_app(teachers=Teachers([], options={})).openapi()["paths"]
 ROUTES = [(method.upper(), path) for path, methods in _PATHS.items() for method in methods]
 WITH_A_BODY = [(method, path) for method, path in ROUTES if "requestBody" in _PATHS[path][method.lower()]]

@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.fundamentals import recipe
-from tests.fundamentals.one_step import (
-    OneStep,
-    Recorder,
-    make_picture,
-    read_prompts,
-    small_config,
-    train,
-)
+from tests.fundamentals.one_step import OneStep, Recorder, make_picture, read_prompts, small_config, train
 from tests.support import divergences, tolerance
 from tests.support.tolerance import assert_noticed, assert_within, gamma
 from vaopd import objective

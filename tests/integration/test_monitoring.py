@@ -113,10 +113,7 @@ def ask_api(address: str) -> None:
 def be_refused(system: System) -> None:
     """A call in whose envelope something is wrong: another vocabulary."""
     request = token_request(tiny_vlm(), "refused", pictures=[drawing(1)])
-    with (
-        SyncTeacherClient(system.address, job=JOB, tokenizer_fingerprint="0" * 64) as client,
-        pytest.raises(Mismatch),
-    ):
+    with SyncTeacherClient(system.address, job=JOB, tokenizer_fingerprint="0" * 64) as client, pytest.raises(Mismatch):
         list(client.score([request]))
 
 

@@ -227,10 +227,7 @@ def vaopd_that_echoes(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("begun", "started"),
-    [
-        (False, "train tiny.toml --set trainer.steps=6"),
-        (True, "train tiny.toml --resume --set trainer.steps=6"),
-    ],
+    [(False, "train tiny.toml --set trainer.steps=6"), (True, "train tiny.toml --resume --set trainer.steps=6")],
 )
 def test_a_restarted_trainer_goes_on_with_its_run(
     tmp_path: Path, vaopd_that_echoes: Path, begun: bool, started: str

@@ -185,11 +185,7 @@ def test_what_a_worker_counts_begins_at_nothing() -> None:
         assert read(registry, "vaopd_rollout_errors_total", vaopd_job="geometry", kind=kind) == 0
 
 
-STEP = {
-    **dict.fromkeys([*GAUGES, *KL_TOKENS], 0.5),
-    **dict.fromkeys(STEP_TIMES, 2.0),
-    "response_tokens_mean": 30.0,
-}
+STEP = {**dict.fromkeys([*GAUGES, *KL_TOKENS], 0.5), **dict.fromkeys(STEP_TIMES, 2.0), "response_tokens_mean": 30.0}
 
 
 def test_a_step_s_numbers() -> None:

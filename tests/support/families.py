@@ -139,6 +139,17 @@ def _qwen25vl(sliding_window: int | None) -> tuple[Any, Any]:
     return processor, _random(Qwen2_5_VLForConditionalGeneration, config)
 
 
+_TILE_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+    "initializer_range": 0.06,
+}
+
+
 def _internvl(sliding_window: int | None) -> tuple[Any, Any]:
     ensure_torchvision()
     from transformers import (
@@ -161,15 +172,7 @@ def _internvl(sliding_window: int | None) -> tuple[Any, Any]:
     )
     config = InternVLConfig(
         text_config={"model_type": "qwen2", **_text_config(sliding_window)},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-            "initializer_range": 0.06,
-        },
+        vision_config=_TILE_VISION,
         image_token_id=tokenizer.get_vocab()["<IMG_CONTEXT>"],
         image_seq_length=4,
         tie_word_embeddings=False,
@@ -201,15 +204,7 @@ def _smolvlm(sliding_window: int | None) -> tuple[Any, Any]:
     )
     config = SmolVLMConfig(
         text_config={"model_type": "llama", **_text_config(None)},
-        vision_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 64,
-            "patch_size": 16,
-            "initializer_range": 0.06,
-        },
+        vision_config=_TILE_VISION,
         image_token_id=tokenizer.get_vocab()["<image>"],
         pad_token_id=0,
     )

@@ -50,12 +50,7 @@ from vaopd.evaluation import is_correct
             "18",
         ),
         ("rectangle_area", (2, 7), r"The sides are 2 and 7. The area is 2*7=14. So the answer is \boxed{14}.", "14"),
-        (
-            "angle_complement",
-            (37,),
-            r"The angle is 37. The complement is 90-37=53. So the answer is \boxed{53}.",
-            "53",
-        ),
+        ("angle_complement", (37,), r"The angle is 37. The complement is 90-37=53. So the answer is \boxed{53}.", "53"),
     ],
 )
 def test_each_kind_of_question_with_its_chain_of_thought(

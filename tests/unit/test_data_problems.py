@@ -314,10 +314,7 @@ def test_the_command_names_every_bad_record(tmp_path: Path, capsys: pytest.Captu
     assert lines[0] == f"{source}, Geometry3K split 'train': 4 records, 2 of them bad"
     assert lines[1] == "  pictures       2: smallest 40×30, median 40×30, largest 40×30 px"
     assert lines[2] == "  duplicates     1: records 2 = 0"
-    assert lines[3:5] == [
-        "  bad: picture             1   record 1",
-        "  bad: text                1   record 3",
-    ]
+    assert lines[3:5] == ["  bad: picture             1   record 1", "  bad: text                1   record 3"]
     assert lines[5].startswith("  train, record 1, field 'images[0]': image ")
     assert lines[6] == "  train, record 3, field 'problem': the text is missing or empty"
     assert f"{source}, Geometry3K split 'validation': 2 records, 0 of them bad" in lines

@@ -61,14 +61,7 @@ def test_the_first_committed_answer(text: str, committed: str | None) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        r"\boxed{" * 20_000,
-        "answer: " * 20_000,
-        "\n" * 100_000,
-        "<think>" * 20_000,
-        "</think>" * 20_000,
-        "#" * 100_000,
-    ],
+    [r"\boxed{" * 20_000, "answer: " * 20_000, "\n" * 100_000, "<think>" * 20_000, "</think>" * 20_000, "#" * 100_000],
 )
 def test_a_runaway_response_takes_linear_time(text: str) -> None:
     """Each would take minutes if its time grew with the square of its length."""

@@ -23,11 +23,7 @@ from vaopd.vlm.families import find_family
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PromptReader, load_processor
 
-PICTURES = {
-    "no image": [],
-    "one image": [drawing(0)],
-    "two images": [drawing(1, (128, 64)), drawing(2, (96, 96))],
-}
+PICTURES = {"no image": [], "one image": [drawing(0)], "two images": [drawing(1, (128, 64)), drawing(2, (96, 96))]}
 
 
 def in_float64(family: str, **options: int) -> tuple[Vlm, Any]:

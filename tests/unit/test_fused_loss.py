@@ -85,10 +85,7 @@ def test_values_and_gradients_are_those_of_full_logits(kind: str, chunk_tokens: 
     close(found, expected.detach())
     close(loss, (weights() * expected).sum())
     assert not found.requires_grad
-    close(
-        torch.autograd.grad(loss, (hidden, head)),
-        torch.autograd.grad((weights() * expected).sum(), (hidden, head)),
-    )
+    close(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad((weights() * expected).sum(), (hidden, head)))
 
 
 def slopes(kind: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -200,10 +197,7 @@ def test_another_divergence_takes_one_function(kind: str, monkeypatch: pytest.Mo
         )
     expected = (log_q.exp() * (log_q - log_p)).sum(-1)
     close(found, expected.detach())
-    close(
-        torch.autograd.grad(loss, (hidden, head)),
-        torch.autograd.grad((weights() * expected).sum(), (hidden, head)),
-    )
+    close(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad((weights() * expected).sum(), (hidden, head)))
 
 
 def test_an_unknown_divergence_is_named() -> None:

@@ -294,11 +294,7 @@ def test_a_run_killed_around_a_skipped_step_has_each_group_once_and_goes_on(
 
 def test_a_resumed_run_counts_the_skipped_steps_before_it_and_takes_the_next_groups() -> None:
     """It doesn't meet the same groups again: one more skipped step ends it once more, at the next groups."""
-    options: dict[str, Any] = {
-        "steps": 9,
-        "infinite": [f"step{s}-0" for s in range(3)],
-        "max_skipped_steps": 2,
-    }
+    options: dict[str, Any] = {"steps": 9, "infinite": [f"step{s}-0" for s in range(3)], "max_skipped_steps": 2}
     with pytest.raises(NumericalError, match="0 to 1"):
         Run(DurableCoordinator(), **options).start()
     AcceleratorState._reset_state(reset_partial_state=True)
