@@ -11,31 +11,28 @@ import asyncio
 import faulthandler
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import KW_ONLY, dataclass
 
 log = logging.getLogger(__name__)
 
 _LONGEST_PERIOD_S = 5.0
 
 
+@dataclass(eq=False)
 class Watchdog:
     """Calls `on_stuck` once `busy_s` exceeds `stuck_after_s`. Runs on the event loop.
 
     `ends_process`: also uses the second net, which ends the process; for a process with one server only.
     """
 
-    def __init__(
-        self,
-        busy_s: Callable[[], float],
-        *,
-        stuck_after_s: float,
-        on_stuck: Callable[[], Awaitable[object]],
-        ends_process: bool,
-    ) -> None:
-        self._busy_s = busy_s
-        self._stuck_after_s = stuck_after_s
-        self._on_stuck = on_stuck
-        self._ends_process = ends_process
-        self._period_s = min(_LONGEST_PERIOD_S, stuck_after_s / 4)
+    busy_s: Callable[[], float]
+    _: KW_ONLY
+    stuck_after_s: float
+    on_stuck: Callable[[], Awaitable[object]]
+    ends_process: bool
+
+    def __post_init__(self) -> None:
+        self._period_s = min(_LONGEST_PERIOD_S, self.stuck_after_s / 4)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -46,13 +43,13 @@ class Watchdog:
         """Ends both nets."""
         if self._task is not None:
             self._task.cancel()
-        if self._ends_process:
+        if self.ends_process:
             faulthandler.cancel_dump_traceback_later()
 
     async def _watch(self) -> None:
-        while (busy_s := self._busy_s()) <= self._stuck_after_s:
-            if self._ends_process:
-                faulthandler.dump_traceback_later(2 * self._stuck_after_s, exit=True)
+        while (busy_s := self.busy_s()) <= self.stuck_after_s:
+            if self.ends_process:
+                faulthandler.dump_traceback_later(2 * self.stuck_after_s, exit=True)
             await asyncio.sleep(self._period_s)
-        log.critical("the device has given no result for %.0f s, stuck_after_s = %g", busy_s, self._stuck_after_s)
-        await self._on_stuck()
+        log.critical("the device has given no result for %.0f s, stuck_after_s = %g", busy_s, self.stuck_after_s)
+        await self.on_stuck()

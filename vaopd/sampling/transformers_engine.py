@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +37,25 @@ ensure_torchvision()
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 
+@dataclass(eq=False)
 class TransformersEngine:
     """The rollout engine without vLLM; see `RolloutEngine` for its methods."""
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        worker: str,
-        dtype: str = "float32",
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        lora: LoraConfig | None = None,
-        vision_tower: bool = True,
-    ) -> None:
-        """Takes a folder or hub id; its processor and EOS ids are used for all snapshots.
+    model: str | Path
+    """Folder or hub id; its processor and EOS ids are used for all snapshots."""
+    _: KW_ONLY
+    worker: str
+    dtype: str = "float32"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    lora: LoraConfig | None = None
+    """With it, the snapshots are adapters of the model's weights."""
+    vision_tower: bool = True
+    """Whether the tower has adapters, too."""
 
-        lora: the snapshots are adapters of its weights; vision_tower: whether it has some too.
-        """
-        self._base = model
-        self._lora = lora
-        self._vision_tower = vision_tower
-        self._worker = worker
-        self._dtype = dtype
-        self._min_pixels = min_pixels
-        self._max_pixels = max_pixels
+    def __post_init__(self) -> None:
         self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        self._reader = open_reader(model, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._reader = open_reader(self.model, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         self._vlm: Vlm | None = None
         self._policy: PolicyVersion | None = None
 
@@ -75,11 +68,11 @@ class TransformersEngine:
         """Loads a snapshot; see `RolloutEngine`."""
         verify_snapshot(policy)
         self._policy = None
-        if self._lora is None:
+        if self.lora is None:
             self._vlm = None  # before the new weights are loaded, so that both are never in memory
             vlm = self._open(policy.path)
         else:
-            vlm = self._vlm or self._open_base(self._lora)
+            vlm = self._vlm or self._open_base(self.lora)
             load_adapters(vlm.model, load_file(Path(policy.path) / ADAPTER_FILE))
         # Empty, so that the model's own settings (top_k, repetition_penalty, …) don't mix with a request's.
         vlm.model.generation_config = GenerationConfig()
@@ -88,12 +81,12 @@ class TransformersEngine:
 
     def _open(self, model: str | Path) -> Vlm:
         return Vlm.load(
-            model, dtype=self._dtype, device=str(self._device), min_pixels=self._min_pixels, max_pixels=self._max_pixels
+            model, dtype=self.dtype, device=str(self._device), min_pixels=self.min_pixels, max_pixels=self.max_pixels
         )
 
     def _open_base(self, lora: LoraConfig) -> Vlm:
-        vlm = self._open(self._base)
-        add_adapters(vlm, lora, vision_tower=self._vision_tower, dtype=getattr(torch, self._dtype))
+        vlm = self._open(self.model)
+        add_adapters(vlm, lora, vision_tower=self.vision_tower, dtype=getattr(torch, self.dtype))
         return vlm
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
@@ -127,7 +120,7 @@ class TransformersEngine:
             policy,
             prompt_token_ids=prompt.token_ids.tolist(),
             rollouts=[self._cut(request, k, ids_KT[k], logprobs_KT[k]) for k in range(request.num_rollouts)],
-            worker=self._worker,
+            worker=self.worker,
             generation_s=time.monotonic() - start,
         )
 

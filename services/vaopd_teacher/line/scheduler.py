@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from vaopd.errors import Unavailable, VaopdError
 from vaopd.telemetry import tracing
@@ -82,35 +82,29 @@ class Served:
     tokens: int = 0
 
 
+@dataclass(eq=False)
 class Scheduler:
     """Drives an engine with the units of all jobs. Thread-safe."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        batch_tokens: int,
-        on_failure: Callable[[], object],
-        on_taken: Callable[[], object] = lambda: None,
-        on_batch: Callable[[float], object] = lambda fill: None,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        """`weights`: the jobs' weights in the fair queue.
+    engine: Engine
+    _: KW_ONLY
+    batch_tokens: int
+    on_failure: Callable[[], object]
+    """Called on the device's thread, as the other two, when the engine breaks."""
+    on_taken: Callable[[], object] = lambda: None
+    """Called when a batch has left the line."""
+    on_batch: Callable[[float], object] = lambda fill: None
+    """Called with the batch's share of `batch_tokens`, above 1 for a unit that needs several forwards."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """The jobs' weights in the fair queue."""
 
-        Called on the device's thread: `on_failure` when the engine breaks, `on_taken` when a batch has left the line,
-        `on_batch` with the batch's share of `batch_tokens`, above 1 for a unit that needs several forwards.
-        """
+    def __post_init__(self) -> None:
         self.seconds_per_token: float | None = None
         """The pace of the last forwards, smoothed; None before the first."""
         self.busy_seconds = 0.0
         """Time inside the engine since the start; divided by the time on the clock, the device's load."""
         self.forwards = 0
-        self._engine = engine
-        self._batch_tokens = batch_tokens
-        self._on_failure = on_failure
-        self._on_taken = on_taken
-        self._on_batch = on_batch
-        self._line: FairQueue[Unit] = FairQueue(weights or {})
+        self._line: FairQueue[Unit] = FairQueue(self.weights)
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._changed = threading.Condition()
         self._stopping = False
@@ -184,13 +178,13 @@ class Scheduler:
         units: list[Unit] = []
         try:
             while units := self._take():
-                self._on_taken()
-                self._on_batch(sum(unit.room for unit in units) / self._batch_tokens)
+                self.on_taken()
+                self.on_batch(sum(unit.room for unit in units) / self.batch_tokens)
                 with _open_span(units):
                     self._score(units)
         except Exception:
             log.exception("the engine failed; the process has to end")
-            self._on_failure()
+            self.on_failure()
         with self._changed:
             self._stopping = True
             waiting = list(units)
@@ -212,7 +206,7 @@ class Scheduler:
             else:
                 return []
             units = [self._line.pop()]
-            room = self._batch_tokens - units[0].room
+            room = self.batch_tokens - units[0].room
             # Strictly in order: a smaller unit that would still fit doesn't overtake the next one in turn.
             while self._line and self._line.head().room <= room:
                 units.append(self._line.pop())
@@ -224,7 +218,7 @@ class Scheduler:
         groups = [group for unit in units for group in unit.groups]
         started = self._busy_since = time.monotonic()
         try:
-            for owner, group, result in zip(owners, groups, self._engine.score(groups), strict=True):
+            for owner, group, result in zip(owners, groups, self.engine.score(groups), strict=True):
                 self._busy_since = time.monotonic()
                 self._count(owner.job, group.tokens)
                 owner.deliver(result)
