@@ -53,8 +53,8 @@ class Child:
             self.returncode = self._parent.ask({"poll": self.pid})
         return self.returncode
 
-    def wait(self, timeout_s: float = 600.0) -> int:
-        wait_until(f"process {self.pid} ends", lambda: self.poll() is not None, timeout_s=timeout_s)
+    def wait(self, timeout: float = 600.0) -> int:
+        wait_until(f"process {self.pid} ends", lambda: self.poll() is not None, timeout_s=timeout)
         assert self.returncode is not None
         return self.returncode
 
