@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -151,4 +151,4 @@ def _find_kernel() -> Kernel | None:
         return None
     # 2.11 takes fewer key heads than query heads as they are; later versions need the option.
     told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in options else {}
-    return partial(varlen_attn, **told)
+    return cast(Kernel, partial(varlen_attn, **told))
