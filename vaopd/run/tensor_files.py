@@ -23,6 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 PIECE_BYTES = 32 * 2**20
+THREADS = min(16, os.cpu_count() or 1)
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -89,8 +90,7 @@ def write_tensors(
                     offset, data = offset + written, data[written:]
             return digest.digest()
 
-        with ThreadPoolExecutor(count_threads()) as threads:
-            return join_digests(_map(threads, write, _cut(list_parts())))
+        return join_digests(map_on_threads(write, _cut(list_parts())))
 
 
 def compute_digest(path: Path) -> str:
@@ -106,8 +106,7 @@ def compute_digest(path: Path) -> str:
                 at += len(data)
             return digest.digest()
 
-        with ThreadPoolExecutor(count_threads()) as threads:
-            return join_digests(threads.map(read, range(0, size, PIECE_BYTES)))
+        return join_digests(map_on_threads(read, range(0, size, PIECE_BYTES)))
 
 
 def _read_bytes(tensor: torch.Tensor) -> memoryview:
@@ -131,22 +130,18 @@ def _cut(parts: Iterable[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
         yield piece
 
 
-def _map(threads: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """As `threads.map`, which would take all items at once: here as many are taken as threads can work on."""
+def map_on_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yields the results in order. As many items are taken as the threads can work on; `Executor.map` takes all."""
     pending: deque[Future[R]] = deque()
-    for item in items:
-        pending.append(threads.submit(function, item))
-        if len(pending) > count_threads():
+    with ThreadPoolExecutor(THREADS) as threads:
+        for item in items:
+            pending.append(threads.submit(function, item))
+            if len(pending) > THREADS:
+                yield pending.popleft().result()
+        while pending:
             yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def join_digests(digests: Iterator[bytes]) -> str:
     """Returns the digest of a file from those of its pieces, in their order."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def count_threads() -> int:
-    """Returns how many threads read or write a file's pieces."""
-    return min(16, os.cpu_count() or 1)

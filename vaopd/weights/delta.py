@@ -7,19 +7,14 @@ digest of the new one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from vaopd.run.tensor_files import PIECE_BYTES, count_threads, join_digests
-
-T = TypeVar("T")
+from vaopd.run.tensor_files import PIECE_BYTES, join_digests, map_on_threads
 
 BLOCK = 2**16
 """Words of a block. A piece of the digest, 32 MiB, holds 256 of them."""
@@ -42,7 +37,7 @@ def write_delta(base: Path, new: Path, target: Path) -> int | None:
         return counts.astype(np.int32), (changed % BLOCK).astype(np.uint16), words[changed]
 
     found, size = [], 0
-    for part in _map_pieces(compare, len(new_words)):
+    for part in map_on_threads(compare, range(0, len(new_words), _PIECE)):
         found.append(part)
         size += sum(array.nbytes for array in part)
         if 2 * size > new.stat().st_size:
@@ -75,7 +70,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
         new_words[start : start + _PIECE] = words
         return sha256(words.data).digest()
 
-    digest = join_digests(_map_pieces(patch, len(old_words)))
+    digest = join_digests(map_on_threads(patch, range(0, len(old_words), _PIECE)))
     new_words.flush()
     return digest
 
@@ -84,8 +79,3 @@ def find_weights(folder: Path) -> Path:
     """Returns a snapshot's one file of weights, the model's or an adapter's."""
     [path] = folder.glob("*.safetensors")
     return path
-
-
-def _map_pieces(function: Callable[[int], T], words: int) -> Iterator[T]:
-    with ThreadPoolExecutor(count_threads()) as threads:
-        yield from threads.map(function, range(0, words, _PIECE))
