@@ -12,8 +12,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from vaopd.telemetry.progress_line import draw
-
 _results: TextIO | None = None
 
 
@@ -52,6 +50,8 @@ def get_results() -> TextIO:
 
 def say(line: str) -> None:
     """Prints a line on what happens, to standard error; in a terminal over a line that didn't stay."""
+    from vaopd.telemetry.progress_line import draw
+
     draw(sys.stderr, f"vaopd: {line}", stays=True)
 
 
