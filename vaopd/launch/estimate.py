@@ -16,7 +16,7 @@ from vaopd.errors import ConfigError
 from vaopd.launch.placement import IMAGE_PX, Demand
 from vaopd.telemetry.progress_line import format_duration
 from vaopd.vlm import memory
-from vaopd.vlm.memory import GIB, MARGIN, MERGE, PATCH_PX, Model
+from vaopd.vlm.memory import MARGIN, MERGE, PATCH_PX, Model
 
 PEAK_FLOPS, MEMORY_BYTES_PER_S = 989e12, 3.35e12
 """Of an H100 SXM, by its data sheet."""
@@ -124,8 +124,9 @@ def count_prompt_tokens(config: Config) -> int:
 
 
 def count_cards(config: Config, gpus: Mapping[str, Sequence[str]], *, with_teacher: bool) -> int:
-    """Counts the cards chosen; where none are, one for each worker and rank, and as many as hold the teacher."""
+    """Counts the cards chosen; where none are, one for each worker, rank of the trainer, and rank of the teacher."""
     if gpus:
         return len({card for values in gpus.values() for value in values for card in value.split(",")})
-    teacher = Demand.of(config, with_teacher=with_teacher).teacher_bytes / GIB / (H100_GIB * (1 - MARGIN))
-    return math.ceil(teacher) + config.rollout.workers + config.trainer.processes
+    demand = Demand.of(config, with_teacher=with_teacher)
+    teacher = demand.list_teacher_cards(8, H100_GIB * (1 - MARGIN))[0]
+    return teacher + config.rollout.workers + config.trainer.processes

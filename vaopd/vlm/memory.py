@@ -80,9 +80,8 @@ class Model:
     @property
     def text_parameters(self) -> int:
         """Weights of the text model, embeddings and LM head included."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
-        layer = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        norms = self.layers * (2 * self.head_dim + 2 * self.hidden) + self.hidden
+        return self.split_parameters + norms + self.head_parameters * (1 if self.tied else 2)
 
     @property
     def head_parameters(self) -> int:
@@ -98,6 +97,17 @@ class Model:
         merger = merged * merged + merged + merged * self.hidden + self.hidden
         embedding = 3 * 2 * PATCH_PX**2 * h + h + self.vision_positions * h
         return self.vision_depth * block + embedding + merger + 2 * h + self.deepstack * (merger + 2 * merged)
+
+    @property
+    def split_parameters(self) -> int:
+        """Weights of the text layers' products, which tensor parallelism splits; each rank has all others."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of ranks that can share it by tensor parallelism: they divide the key and value heads."""
+        return tuple(n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0)
 
     @property
     def parameters(self) -> int:
@@ -199,15 +209,18 @@ def find_kept(model: Model) -> Kept:
     )
 
 
-def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
-    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32."""
-    layer = 4 * model.hidden + 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
+def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
+    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32 (on rank 0 alone)."""
+    split = 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
+    layer = 4 * model.hidden + split // ranks
     return 2 * batch_tokens * layer + CHUNK_TOKENS * model.vocabulary * (2 + 4 + 4)
 
 
-def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
-    """Weights in bfloat16 and one forward."""
-    return 2 * model.parameters + count_teacher_working_bytes(model, batch_tokens=batch_tokens)
+def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
+    """A rank's weights in bfloat16 and one forward: its share of the layers; embeddings, LM head and tower whole."""
+    whole = model.parameters - model.split_parameters
+    weights = 2 * (whole + model.split_parameters // ranks)
+    return weights + count_teacher_working_bytes(model, batch_tokens=batch_tokens, ranks=ranks)
 
 
 def count_trainer_fixed_bytes(
