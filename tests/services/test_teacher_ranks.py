@@ -89,7 +89,7 @@ def test_another_number_of_ranks_than_configured_is_refused(tmp_path: Path, monk
 
 def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_is_loaded() -> None:
     check_heads(str(model_folder("teacher")), 2)
-    with pytest.raises(ConfigError, match=r"processes = 3 doesn't divide the 2 key and value heads of .*; set one of 1, 2"):
+    with pytest.raises(ConfigError, match=r"3 doesn't divide the 2 key and value heads of .*; set one of 1, 2"):
         check_heads(str(model_folder("teacher")), 3)
 
 

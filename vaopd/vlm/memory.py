@@ -153,15 +153,14 @@ def find_model(name: str) -> Model:
     Raises ConfigError when they are not known here.
     """
     folder = Path(name)
-    if folder.is_dir():
-        file: object = folder / "config.json"
-    elif (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS:
+    if (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS and not folder.is_dir():
         return MODELS[match[1]]
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        file = try_to_load_from_cache(name, "config.json")
     try:
+        file: object = folder / "config.json"
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            file = try_to_load_from_cache(name, "config.json")  # ValueError for what is no hub id
         config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(
@@ -173,20 +172,23 @@ def find_model(name: str) -> Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Bytes that the backward pass of a layer needs (bfloat16 autocast).
+    """Bytes of a token or patch at the peak of a backward pass (bfloat16 autocast), beside the layers' inputs.
 
     On a GPU the trainer checkpoints activations: layers keep their inputs only, and one at a time is computed again.
     """
 
-    text_token_layer: int
     text_token: int
+    """One layer that is computed again, with its gradients, and what is kept outside the layers."""
     patch_block: int
+    """What one block keeps, without its gradients."""
     patch: int
 
 
 KEPT = {
-    "2B": Kept(text_token_layer=133_288, text_token=17_420, patch_block=38_992, patch=17_978),
-    "4B": Kept(text_token_layer=195_880, text_token=21_516, patch_block=38_992, patch=17_978),
+    "2B": Kept(text_token=167_088, patch_block=38_992, patch=17_978),
+    "4B": Kept(text_token=246_064, patch_block=38_992, patch=17_978),
+    "8B": Kept(text_token=314_672, patch_block=42_640, patch=19_834),
+    "32B": Kept(text_token=531_504, patch_block=42_640, patch=19_834),
 }
 """As counted on the real layers."""
 
@@ -202,8 +204,7 @@ def find_kept(model: Model) -> Kept:
 
     vision = model.vision_hidden / base.vision_hidden
     return Kept(
-        text_token_layer=round(kept.text_token_layer * width(model) / width(base)),
-        text_token=round(kept.text_token * model.hidden / base.hidden),
+        text_token=round(kept.text_token * width(model) / width(base)),
         patch_block=round(kept.patch_block * vision),
         patch=round(kept.patch * vision),
     )
@@ -291,8 +292,7 @@ def count_image_bytes(student: Model, pixels: int) -> int:
 
 def count_token_bytes(student: Model) -> int:
     """Each layer's input in float32, and one layer at a time computed again."""
-    kept = find_kept(student)
-    return student.layers * 4 * student.hidden + kept.text_token_layer + kept.text_token
+    return student.layers * 4 * student.hidden + find_kept(student).text_token
 
 
 def count_group_tokens(student: Model, *, room_bytes: float, pixels: int) -> int:
