@@ -234,23 +234,28 @@ def place_run(
     cards: Sequence[Card], config_path: Path, overrides: Sequence[str] = (), *, with_teacher: bool = True
 ) -> Placement:
     """Chooses the cards for a run's file. Raises ConfigError, if possible with settings with which it would fit."""
-
-    def place_with(*more: str) -> Placement:
-        return place(cards, Demand.of(load_config(config_path, (*overrides, *more)), with_teacher=with_teacher))
-
     try:
-        return place_with()
+        return place(cards, Demand.of(load_config(config_path, overrides), with_teacher=with_teacher))
     except ConfigError as error:
-        whole = load_config(config_path, overrides).student.lora is None
-        for remedy in REMEDIES if cards else ():
-            if not whole and remedy[0].startswith("student.lora"):
-                continue
-            with contextlib.suppress(ConfigError):
-                place_with(*remedy)
-                break
-        else:
+        remedy = suggest(cards, config_path, overrides, with_teacher=with_teacher)
+        if not remedy:
             raise
         raise ConfigError(f"{error}. It fits with {' '.join(map('--set {}'.format, remedy))}") from None
+
+
+def suggest(
+    cards: Sequence[Card], config_path: Path, overrides: Sequence[str] = (), *, with_teacher: bool = True
+) -> tuple[str, ...]:
+    """Returns settings of `REMEDIES` with which a run fits, none where it fits as it is or nothing helps."""
+    whole = load_config(config_path, overrides).student.lora is None
+    for remedy in ((), *REMEDIES) if cards else ():
+        if remedy and not whole and remedy[0].startswith("student.lora"):
+            continue
+        with contextlib.suppress(ConfigError):
+            config = load_config(config_path, (*overrides, *remedy))
+            place(cards, Demand.of(config, with_teacher=with_teacher))
+            return remedy
+    return ()
 
 
 def place(cards: Sequence[Card], demand: Demand) -> Placement:
