@@ -1,8 +1,8 @@
 """Computes one step of the recipe before and after the work on GPUs: one card each for teacher, worker and trainer.
 
 `python benchmarks/recipe_timeline.py` prints the table of benchmarks/RESULTS.md; `--write` puts it there. Rates are
-those that one H100 measured, sampling is counted by memory traffic, lengths are log-normal with the configuration's cut,
-and preparing images was measured on one CPU core.
+those that one H100 measured, sampling is counted by memory traffic, lengths are log-normal and cut as configured, and
+preparing images was measured on one CPU core.
 """
 
 from __future__ import annotations
