@@ -81,9 +81,16 @@ def test_out_of_memory_in_a_forward_that_others_compute_too_is_no_groups_fault(m
     assert len(link.sent) == 2
 
 
-def test_another_number_of_ranks_than_configured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_ranks_or_gpus_than_configured_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"teacher.processes = 2, but 3 ranks were started"):
+        lead(load_config(write_config(tmp_path)), processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"2 needs a GPU for each rank, and this process sees 1; give it .*=1$"):
         lead(load_config(write_config(tmp_path)), processes=2)
 
 

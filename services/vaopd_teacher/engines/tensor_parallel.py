@@ -195,6 +195,11 @@ def check_heads(model: str, processes: int) -> None:
 def _load(config: Config, processes: int) -> Vlm:
     if (world := int(os.environ["WORLD_SIZE"])) != processes:
         raise ConfigError(f"teacher.processes = {processes}, but {world} ranks were started; start as many")
+    if torch.cuda.is_available() and (there := torch.cuda.device_count()) < processes:
+        raise ConfigError(
+            f"teacher.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as many "
+            f"(`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_TEACHER_GPUS), or --set teacher.processes={there}"
+        )
     end_with_the_launcher()
     check_heads(config.teacher.model, processes)
     vlm = Vlm.load(
