@@ -16,7 +16,7 @@ from vaopd.errors import ConfigError
 from vaopd.launch.placement import IMAGE_PX, Demand
 from vaopd.telemetry.progress_line import format_duration
 from vaopd.vlm import memory
-from vaopd.vlm.memory import MARGIN, MERGE, PATCH_PX, Model
+from vaopd.vlm.memory import GIB, MARGIN, MERGE, PATCH_PX, Model
 
 PEAK_FLOPS, MEMORY_BYTES_PER_S = 989e12, 3.35e12
 """Of an H100 SXM, by its data sheet."""
@@ -24,8 +24,9 @@ SCORING_SHARE = 0.54
 """Of the peak, measured: an 8B teacher, P 650, R 1000, K 4, both views, 283 ms."""
 TRAINING_SHARE = 0.17
 """Of the peak by useful operations, measured: a 2B student, P 650, R 1000, K 4, 349 ms."""
-PUBLISHING_BYTES_PER_S = 4.26e9 / 7.2
-"""Measured: the 2B student's weights from trainer to worker by /tmp."""
+SHARED_MEMORY = "/dev/shm"
+PUBLISHING_BYTES_PER_S, BY_MEMORY_BYTES_PER_S = 4.26e9 / 7.2, 4.26e9 / 4.6
+"""Measured: the 2B student's weights from trainer to worker by /tmp, and by /dev/shm."""
 PROMPT_TEXT = 50
 H100_GIB = 79.1
 
@@ -64,6 +65,7 @@ def estimate_step(config: Config, *, response: int, workers: int, ranks: int) ->
     student, teacher = memory.find_model(config.student.model), memory.find_model(config.teacher.model)
     groups, siblings = config.trainer.prompts_per_step, config.trainer.rollouts_per_prompt
     pixels, prompt = count_pixels(config), count_prompt_tokens(config)
+    in_memory = str(config.weights.folder or "").startswith(SHARED_MEMORY)
     views = 1 if config.objective.variant == "standard" else 2
     scored = count_forward(teacher, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
     trained = count_forward(student, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
@@ -74,7 +76,7 @@ def estimate_step(config: Config, *, response: int, workers: int, ranks: int) ->
         sampling_s=response * moved / MEMORY_BYTES_PER_S,
         scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS),
         training_s=groups * 3 * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
-        publishing_s=2 * student.parameters / PUBLISHING_BYTES_PER_S,
+        publishing_s=2 * student.parameters / (BY_MEMORY_BYTES_PER_S if in_memory else PUBLISHING_BYTES_PER_S),
         overlaps=config.trainer.max_policy_lag > 0,
     )
 
@@ -106,6 +108,12 @@ def describe_cost(
             f"scoring {step.scoring_s:.0f} + training {step.training_s:.0f} + handing over {step.publishing_s:.0f}"
             f"{' (sampling and scoring beside training)' if step.overlaps else ''}; {config.trainer.steps} steps "
             f"{format_duration(hours * 3600)} h, {hours * cards:.0f} card-hours"
+        )
+    if config.weights.folder is None and config.weights.transport == "folder" and config.student.lora is None:
+        size = 2 * memory.find_model(config.student.model).parameters
+        yield (
+            f"  with --set weights.folder={SHARED_MEMORY}: handing over {size / BY_MEMORY_BYTES_PER_S:.0f}; it needs "
+            f"{3 * size / GIB:.0f} GiB of memory there"
         )
     yield (
         "  measured on one H100: the rates of scoring, training and handing over; counted: operations and bytes; a "

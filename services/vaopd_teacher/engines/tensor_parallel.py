@@ -197,8 +197,8 @@ def _load(config: Config, processes: int) -> Vlm:
         raise ConfigError(f"teacher.processes = {processes}, but {world} ranks were started; start as many")
     if torch.cuda.is_available() and (there := torch.cuda.device_count()) < processes:
         raise ConfigError(
-            f"teacher.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as many "
-            f"(`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_TEACHER_GPUS), or --set teacher.processes={there}"
+            f"teacher.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as "
+            f"many (`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_TEACHER_GPUS), or --set teacher.processes={there}"
         )
     end_with_the_launcher()
     check_heads(config.teacher.model, processes)
