@@ -166,7 +166,8 @@ def placement_sections() -> Iterator[str]:
                 student, MODELS[name], ranks=len(trainer), pixels=PIXELS[1], taken_gib=CARD_GIB * shared
             )
             rows.append((
-                name, *(",".join(chosen.gpus[role]).replace(",", ", ") for role in ("teacher", "rollout", "trainer")),
+                name, " and ".join(chosen.gpus["teacher"]),
+                *(",".join(chosen.gpus[role]).replace(",", ", ") for role in ("rollout", "trainer")),
                 f"{chosen.utilization:.2f}", str(full_length_sequences(student, chosen.utilization)), f"{tokens:,}",
             ))  # fmt: skip
             commands.append(format_command(f"configs/geometry3k-{name.lower()}.toml", chosen))
@@ -216,9 +217,9 @@ compiled layers it took 43.2.
 
 ## Placement: a 2B student on 80 GB cards
 
-The teacher gets as few cards as it fits on, and the 32B two if two more are left; of the others, most go to the
-trainer. Look at a step's times in `vaopd report`: if *waiting for rollouts* is long, add workers; if *waiting for
-scores* is long, add a teacher; otherwise add ranks.
+The teacher gets as few cards as it fits on, and the 32B two if two more are left; with four more, there are two
+teachers. Of the others, most go to the trainer. Look at a step's times in `vaopd report`: if *waiting for rollouts* is
+long, add workers; if *waiting for scores* is long, add a teacher; otherwise add ranks.
 
 {placements}"""
 

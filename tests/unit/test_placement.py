@@ -31,12 +31,14 @@ def cards(count: int, gib: float = H100) -> list[Card]:
     (4, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2,3",)}),
     (3, "32b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2",)}),
     (4, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3",)}),
-    (8, "32b", {"teacher": ("0,1",), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}),
+    (7, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3,4,5,6",)}),
+    (8, "32b", {"teacher": ("0,1", "2,3"), "rollout": ("4", "5"), "trainer": ("6,7",)}),
+    (8, "8b", {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}),
 ])  # fmt: skip
 def test_cards_of_80_gb(count: int, teacher: str, expected: dict[str, tuple[str, ...]]) -> None:
     """On two cards the worker goes where more room is left: beside an 8B teacher, but not beside one of 32B.
 
-    The recipes' 32B has two cards wherever two more are left.
+    The recipes' 32B has two cards wherever two more are left, and every teacher a replica where four more are.
     """
     assert place(cards(count), demand(teacher)).gpus == expected
 
@@ -79,18 +81,22 @@ def test_moments_of_8_bits_are_never_sharded() -> None:
 def test_the_settings_that_belong_to_a_choice() -> None:
     """8B: weights 16.3 GiB and a forward of 2.9 leave 54.3 of 73.6 GiB: vLLM gets 65 % of the 79.1."""
     assert place(cards(2), demand()).overrides == ("rollout.engine_options.gpu_memory_utilization=0.65",)
-    assert place(cards(8), demand()).overrides == ("rollout.workers=3", "trainer.processes=4")
+    assert place(cards(8), demand()).overrides == ("rollout.workers=2", "trainer.processes=4")
 
 
 def test_ranks_divide_the_step_s_prompt_groups() -> None:
     chosen = place(cards(6), demand("8b", "trainer.prompts_per_step=6"))
-    assert chosen.gpus["trainer"] == ("4,5",)  # four ranks would not share six groups equally
+    assert chosen.gpus == {
+        "teacher": ("0", "1"),
+        "rollout": ("2", "3"),
+        "trainer": ("4,5",),
+    }  # four ranks would not share six groups equally
 
 
 def test_a_student_that_no_card_holds_whole_is_sharded() -> None:
     """8B: 18 bytes for each of 8.77e9 weights exceed a card; a fourth of 16 are 32.7 GiB, before what is gathered."""
     chosen = place(cards(8), demand("8b", "student.model=Qwen/Qwen3-VL-8B-Instruct"))
-    assert chosen.gpus == {"teacher": ("0",), "rollout": ("1", "2", "3"), "trainer": ("4,5,6,7",)}
+    assert chosen.gpus == {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}
     assert "trainer.sharding.kind=full" in chosen.overrides
     assert "the student sharded: 49.5 GiB" in chosen.reasons[-1]
 

@@ -60,8 +60,11 @@ def count_forward(model: Model, *, prompt: int, response: int, siblings: int, pi
     return 2 * layers * tokens + attention + heads + 2 * model.vision_parameters * patches
 
 
-def estimate_step(config: Config, *, response: int, workers: int, ranks: int) -> Step:
-    """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here."""
+def estimate_step(config: Config, *, response: int, workers: int, ranks: int, teacher_cards: int = 1) -> Step:
+    """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here.
+
+    teacher_cards: of all teachers; those that share one are taken to be as fast as replicas.
+    """
     student, teacher = memory.find_model(config.student.model), memory.find_model(config.teacher.model)
     groups, siblings = config.trainer.prompts_per_step, config.trainer.rollouts_per_prompt
     pixels, prompt = count_pixels(config), count_prompt_tokens(config)
@@ -74,7 +77,7 @@ def estimate_step(config: Config, *, response: int, workers: int, ranks: int) ->
     return Step(
         response=response,
         sampling_s=response * moved / MEMORY_BYTES_PER_S,
-        scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS),
+        scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS) / teacher_cards,
         training_s=groups * 3 * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
         publishing_s=2 * student.parameters / (BY_MEMORY_BYTES_PER_S if in_memory else PUBLISHING_BYTES_PER_S),
         overlaps=config.trainer.max_policy_lag > 0,
@@ -89,10 +92,12 @@ def describe_cost(
         yield "no estimate: the figures are for GPUs, and teacher.device_map is cpu"
         return
     workers, ranks = config.rollout.workers, config.trainer.processes
+    teachers = gpus.get("teacher", ())
+    teacher_cards = sum(value.count(",") + 1 for value in teachers) if teachers else config.teacher.processes or 1
     try:
         longest = config.rollout.max_new_tokens
         steps = [
-            estimate_step(config, response=response, workers=workers, ranks=ranks)
+            estimate_step(config, response=response, workers=workers, ranks=ranks, teacher_cards=teacher_cards)
             for response in dict.fromkeys((max(1, longest // 4), longest))
         ]
         cards = count_cards(config, gpus, with_teacher=with_teacher)

@@ -2,8 +2,9 @@
 
 In: the cards, the configuration. Out: devices by role, the settings that go with them, and the reasons in words. The
 teacher gets as many cards as its `processes`, if two are left beside them, otherwise as few as hold it; on several it
-is split by tensor parallelism. Of the others, most go to the trainer, the rest to rollout workers. With one card left,
-or none, processes share one. `vaopd.vlm.memory` counts the bytes.
+is split by tensor parallelism. Where four more are left, there are two such teachers: by the measured rates, scoring is
+the longest part of a step. Of the others, most go to the trainer, the rest to rollout workers. With one card left, or
+none, processes share one. `vaopd.vlm.memory` counts the bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ VLLM_SHARE = 0.85
 """vLLM's share of a card of its own (gpu_memory_utilization); it never gets more."""
 GROUP_TOKENS = 20_000
 """Tokens of a group for which the trainer gets room where it shares a card: a prompt and four responses of 4096."""
+LEFT_BY_REPLICAS = 4
+"""Cards that two teachers leave to the others; with fewer there is one."""
 IMAGE_PX = 1_048_576
 REMEDIES = (
     ("data.max_pixels=1048576",),
@@ -272,8 +275,11 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
             f"{f' on each of {most} cards' if most > 1 else ''}, of which {smallest:.1f} are usable; take a smaller "
             "teacher, lower teacher.batch_tokens, or use a teacher on another host (--teacher)"
         )
-    for count in counts:
-        teacher, rest = tuple(cards[:count]), tuple(cards[count:])
+    for count, replicas in [(count, replicas) for count in counts for replicas in (2, 1)]:
+        if replicas > 1 and (not count or len(cards) < replicas * count + LEFT_BY_REPLICAS):
+            continue
+        teachers = [tuple(cards[index * count : (index + 1) * count]) for index in range(replicas)]
+        rest = tuple(cards[replicas * count :])
         if (chosen := demand.choose_ranks(len(rest), smallest)) is not None:
             break
     else:
@@ -288,8 +294,8 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
         )
     ranks, sharded = chosen
     if len(rest) >= 2:
-        return _describe(demand, teacher, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
-    return _share(demand, teacher, rest, smallest)
+        return _describe(demand, teachers, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
+    return _share(demand, teachers[0], rest, smallest)
 
 
 def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], usable_gib: float) -> Placement:
@@ -312,19 +318,20 @@ def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], us
             f"worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or rollout.max_new_tokens"
         )
     share = math.floor(min(VLLM_SHARE, room / card.gib) * 20) / 20
-    return _describe(demand, teacher, (card,), trainer, share, usable_gib, False)
+    return _describe(demand, [teacher], (card,), trainer, share, usable_gib, False)
 
 
 def _describe(
     demand: Demand,
-    teacher: Sequence[Card],
+    teachers: Sequence[tuple[Card, ...]],
     workers: Sequence[Card],
     trainer: Sequence[Card],
     share: float,
     usable_gib: float,
     sharded: bool,
 ) -> Placement:
-    gpus: dict[str, tuple[str, ...]] = {"teacher": (_join(teacher),)} if teacher else {}
+    teacher = teachers[0]
+    gpus: dict[str, tuple[str, ...]] = {"teacher": tuple(map(_join, teachers))} if teacher else {}
     gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
     overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
     overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
@@ -345,7 +352,7 @@ def _describe(
         demand.student, room_bytes=(usable_gib - taken_gib - fixed_gib) * GIB, pixels=demand.image_px
     )
     reasons = [
-        f"teacher on card {_join(teacher)}: {demand.teacher_name} needs "
+        f"teacher on card {' and on '.join(map(_join, teachers))}: {demand.teacher_name} needs "
         f"{demand.count_teacher_bytes(len(teacher)) / GIB:.1f} GiB"
         + (" of each, its layers split over them" if len(teacher) > 1 else "")
         + f", {usable_gib:.1f} of a card are usable"
