@@ -352,7 +352,7 @@ def _describe(
         demand.student, room_bytes=(usable_gib - taken_gib - fixed_gib) * GIB, pixels=demand.image_px
     )
     reasons = [
-        f"teacher on card {' and on '.join(map(_join, teachers))}: {demand.teacher_name} needs "
+        f"teacher on card {' and on card '.join(map(_join, teachers))}: {demand.teacher_name} needs "
         f"{demand.count_teacher_bytes(len(teacher)) / GIB:.1f} GiB"
         + (" of each, its layers split over them" if len(teacher) > 1 else "")
         + f", {usable_gib:.1f} of a card are usable"
