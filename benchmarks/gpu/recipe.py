@@ -36,11 +36,14 @@ def run(check: Check) -> None:
         folder = Path(name)
         settings = list_settings(folder)
         gpus: list[str] = []
+        teacher_cards, chosen = 1, settings
         if timing.ON_GPU:
             cards = list_cards()
             settings += (remedy := suggest(cards, CONFIG, settings))
             gpus = ["--gpus", "auto"]
             placed = place_run(cards, CONFIG, settings)
+            teacher_cards = sum(value.count(",") + 1 for value in placed.gpus["teacher"])
+            chosen = [*placed.overrides, *settings]
             check.tell("placement", placed.flags + (f", to fit: {' '.join(remedy)}" if remedy else ""))
         command = [*VAOPD, "up", str(CONFIG), "--no-api", *gpus]
         command += [part for setting in settings for part in ("--set", setting)]
@@ -55,7 +58,7 @@ def run(check: Check) -> None:
             check.tell(CONFIG.stem, f"exit {code} after {up_s:.0f} s: {output[-300:]}", target="exit 0", ok=False)
             return
         found = read_run(run_folder)
-        tell_steps(check, load_config(CONFIG, settings), found.train, up_s=up_s)
+        tell_steps(check, load_config(CONFIG, chosen), found.train, up_s=up_s, teacher_cards=teacher_cards)
         for evaluation in found.evaluations:
             check.tell(
                 f"held-out accuracy after {evaluation.step} steps", evaluation.label, accuracy=evaluation.accuracy
@@ -92,7 +95,9 @@ def list_settings(folder: Path) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def tell_steps(check: Check, config: Config, train: Sequence[Mapping[str, Any]], *, up_s: float) -> None:
+def tell_steps(
+    check: Check, config: Config, train: Sequence[Mapping[str, Any]], *, up_s: float, teacher_cards: int
+) -> None:
     """Tells a step's parts beside what `vaopd up --dry-run` estimates, its numbers, and whether all are finite."""
     steady = train[WARM:]
 
@@ -115,7 +120,13 @@ def tell_steps(check: Check, config: Config, train: Sequence[Mapping[str, Any]],
     shown = ", ".join(f"{key.removesuffix('_s').replace('_', ' ')} {value:.2f}" for key, value in parts.items())
     if timing.ON_GPU:
         length = round(median("response_tokens_mean"))
-        counted = estimate_step(config, response=length, workers=config.rollout.workers, ranks=config.trainer.processes)
+        counted = estimate_step(
+            config,
+            response=length,
+            workers=config.rollout.workers,
+            ranks=config.trainer.processes,
+            teacher_cards=teacher_cards,
+        )
         shown += f"; estimated for responses of {length} tokens on H100s: {counted.total_s:.1f}"
     check.tell("a step in seconds, median", f"{shown}; {tokens_s:.0f} response tokens/s", tokens_s=tokens_s, **parts)
     drift = {key: median(f"policy_drift_{key}") for key in ("mean", "max", "share")}
