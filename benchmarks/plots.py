@@ -179,7 +179,7 @@ def draw_full(numbers: dict[str, Any], path: Path) -> None:
         for (name, seconds), colour in zip(parts.items(), COLOURS.values(), strict=False):
             axes.barh(0, seconds, left=left, color=colour, label=f"{name.replace('_', ' ')} {seconds:.1f} s")
             left += seconds
-        axes.set(yticks=[], xlabel="seconds")
+        axes.set(yticks=[], ylim=(-0.5, 1.0), xlabel="seconds")  # the legend is above the bar
         axes.set_title(f"A step of the recipe on {numbers['phases']['recipe']['machine']['device']}", loc="left")
         axes.legend(ncols=4, fontsize=7)
 
