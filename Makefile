@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test numerics compare claims-lab bench gpu-check chaos chaos-training fuzz screenshots docs reference locks locks-check pin-images sbom release soak lint types proto proto-check clean
+.PHONY: setup demo test numerics compare claims-lab bench gpu-check gpu-full chaos chaos-training fuzz screenshots docs reference locks locks-check pin-images sbom release soak lint types proto proto-check clean
 
 setup: $(STAMP)
 	@echo "Everything is in $(VENV). Next: make demo, which takes about nine minutes on two cores."
@@ -37,6 +37,11 @@ PART ?= 1 2
 gpu-check:
 	for part in $(PART); do PYTHONPATH=.:services:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu $$part || failed=1; done; \
 	  exit $${failed:-0}
+
+# On a host with vLLM and the hub: 20 steps of configs/geometry3k-8b.toml with the real models on all cards, in up to an
+# hour. GPU_OPTIONS=--cpu runs the same on the tiny pair. Figures: benchmarks/results/gpu-full-CARD.json.
+gpu-full: $(STAMP)
+	PYTHONPATH=.:services:$$PYTHONPATH $(BIN)/python -m benchmarks.gpu full $(GPU_OPTIONS)
 
 screenshots: $(STAMP)
 	$(BIN)/python benchmarks/viewer.py --screenshots docs/images

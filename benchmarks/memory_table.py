@@ -1,8 +1,9 @@
 """What Qwen3-VL needs in GPU memory as teacher, as student in the trainer and in the rollout engine; who goes where.
 
 One command, its tables in Markdown: `python benchmarks/memory_table.py`. Everything follows from the published
-configurations; nothing is downloaded and no GPU is needed. The bytes that a trainer keeps for the backward pass were
-measured on the real layers (`--measure` does it again, on the CPU, in half a minute). Activations are checkpointed.
+configurations; nothing is downloaded and no GPU is needed. The bytes that a trainer needs for the backward pass were
+counted on the real layers (`--measure` does it again, by kept_bytes.py, in a minute). Activations are
+checkpointed.
 
 The arithmetic is vaopd/vlm/memory.py's, the placement `vaopd up --gpus auto`'s (vaopd/launch/placement.py).
 """
@@ -10,8 +11,7 @@ The arithmetic is vaopd/vlm/memory.py's, the placement `vaopd up --gpus auto`'s 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vaopd.config import load_config
@@ -20,12 +20,10 @@ from vaopd.vlm.memory import (
     BATCH_TOKENS,
     CHUNK_TOKENS,
     GIB,
-    KEPT,
     MARGIN,
     MODELS,
     PATCH_PX,
     VLLM_BYTES,
-    Kept,
     Model,
     count_chunk_bytes,
     count_group_tokens,
@@ -40,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 CARD_GIB = 79.1  # what an 80 GB card offers
 # The paper's bounds on an image, and one between them.
 PIXELS = (262_144, 1_048_576, 4_194_304)
+STUDENTS = ("2B", "4B", "8B")
+LORA_RANK = 32  # of geometry3k-8b-lora.toml
 
 
 def group_tokens(student: Model, teacher: Model, *, ranks: int, pixels: int, taken_gib: float = 0.0) -> int:
@@ -64,50 +64,62 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def model_table() -> str:
     rows = []
     for model in MODELS.values():
-        cards = math.ceil(count_teacher_bytes(model) / GIB / usable())
         rows.append((
             model.name, f"{model.parameters:,}", gib(2 * model.parameters), gib(count_teacher_working_bytes(model)),
-            str(cards), gib(2 * model.head_parameters), f"{2 * model.hidden:,}", f"{model.kv_bytes_per_token // 1024}",
+            *(gib(count_teacher_bytes(model, ranks=ranks)) for ranks in (1, 2, 4)),
+            gib(2 * model.head_parameters), f"{2 * model.hidden:,}", f"{model.kv_bytes_per_token // 1024}",
         ))  # fmt: skip
     return table(
-        ("Qwen3-VL", "parameters", "weights, bf16 (GiB)", "teacher's forward (GiB)", "80 GB cards as teacher",
-         "LM head, bf16 (GiB)", "hidden payload (bytes a token)", "KV cache (KiB a token)"),
+        ("Qwen3-VL", "parameters", "weights, bf16 (GiB)", "teacher's forward (GiB)", "teacher on one card (GiB)",
+         "on each of 2", "on each of 4", "LM head, bf16 (GiB)", "hidden payload (bytes a token)",
+         "KV cache (KiB a token)"),
         rows,
     )  # fmt: skip
 
 
 def trainer_table() -> str:
-    student, rows = MODELS["2B"], []
+    students, rows = [MODELS[name] for name in STUDENTS], []
+
+    def add(name: str, size: str, count: Callable[[Model], float]) -> None:
+        rows.append((name, size, *(gib(count(student)) for student in students)))
+
     per_parameter = ((4, "weights"), (4, "gradients"), (8, "AdamW's moments"), (2, "autocast's bf16 copies"))
     for size, name in per_parameter:
-        rows.append((name, f"{size} bytes × parameters", gib(size * student.parameters)))
-    rows.append(("gradient buckets, with `trainer.processes` > 1", "4 bytes × parameters", gib(4 * student.parameters)))
-    rows.append(("gradient of the head, summed over chunks", "4 bytes × head", gib(4 * student.head_parameters)))
+        add(name, f"{size} bytes × parameters", lambda student, size=size: size * student.parameters)
+    name = "gradient buckets, with `trainer.processes` > 1"
+    add(name, "4 bytes × parameters", lambda student: 4 * student.parameters)
+    add("gradient of the head, summed over chunks", "4 bytes × head", lambda student: 4 * student.head_parameters)
     name = f"one chunk of the divergence (`trainer.chunk_tokens = {CHUNK_TOKENS}`)"
-    rows.append((name, "16 bytes × tokens × vocabulary", gib(count_chunk_bytes(student))))
+    add(name, "16 bytes × tokens × vocabulary", count_chunk_bytes)
     for name in ("4B", "8B", "32B"):
-        head = gib(2 * MODELS[name].head_parameters)
-        rows.append((f"head of the {name} teacher (payload `hidden` only)", "2 bytes × head", head))
-    token_bytes = count_token_bytes(student)
-    per_thousand = gib(1000 * token_bytes)
-    rows.append(
-        ("kept for the backward pass, per 1000 tokens of a group", f"{token_bytes:,} bytes a token", per_thousand)
-    )
+        head = 2 * MODELS[name].head_parameters
+        add(f"head of the {name} teacher (payload `hidden` only)", "2 bytes × head", lambda _, head=head: head)
+    sizes = " / ".join(f"{count_token_bytes(student):,}" for student in students)
+    name = "kept for the backward pass, per 1000 tokens of a group"
+    add(name, f"{sizes} bytes a token", lambda student: 1000 * count_token_bytes(student))
     for pixels in PIXELS:
         patches = f"{pixels // PATCH_PX**2:,} patches"
-        rows.append((f"the same, an image of {pixels:,} pixels", patches, gib(count_image_bytes(student, pixels))))
-    return table(("part of a trainer rank, 2B student", "size", "GiB"), rows)
+        name = f"the same, an image of {pixels:,} pixels"
+        add(name, patches, lambda student, pixels=pixels: count_image_bytes(student, pixels))
+    return table(("part of a trainer rank", "size", *(f"{name} student, GiB" for name in STUDENTS)), rows)
 
 
 def group_table() -> str:
-    student, rows = MODELS["2B"], []
-    for teacher in ("4B", "8B", "32B"):
-        for ranks in (1, 2):
-            fits = [group_tokens(student, MODELS[teacher], ranks=ranks, pixels=pixels) for pixels in PIXELS]
-            rows.append((teacher, "1" if ranks == 1 else "2 and more", *(f"{tokens:,}" for tokens in fits)))
-    return table(
-        ("teacher", "trainer ranks", *(f"tokens of a group, image of {pixels:,} px" for pixels in PIXELS)), rows
-    )
+    """Longest groups beside a student that is whole on its rank; the next table has sharded ones."""
+    rows, teacher = [], MODELS["8B"].head_parameters
+    for student in (MODELS[name] for name in STUDENTS):
+        adapters = student.count_adapter_parameters(LORA_RANK, vision_tower=True)
+        for name, options in (
+            ("one rank", {}),
+            ("several ranks", {"ranks": 2}),
+            ("one rank, moments of 8 bits", {"moment_bytes": 2}),
+            (f"one rank, LoRA of rank {LORA_RANK}", {"adapters": adapters}),
+        ):
+            fixed = count_trainer_fixed_bytes(student, teacher, **{"ranks": 1, **options})
+            fits = [count_group_tokens(student, room_bytes=usable() * GIB - fixed, pixels=pixels) for pixels in PIXELS]
+            rows.append((student.name, name, gib(fixed), *(f"{tokens:,}" if tokens else "–" for tokens in fits)))
+    sizes = (f"tokens of a group, image of {pixels:,} px" for pixels in PIXELS)
+    return table(("student", "on", "GiB before the first token", *sizes), rows)
 
 
 def sharding_table() -> str:
@@ -154,7 +166,8 @@ def placement_sections() -> Iterator[str]:
                 student, MODELS[name], ranks=len(trainer), pixels=PIXELS[1], taken_gib=CARD_GIB * shared
             )
             rows.append((
-                name, *(",".join(chosen.gpus[role]).replace(",", ", ") for role in ("teacher", "rollout", "trainer")),
+                name, " and ".join(chosen.gpus["teacher"]),
+                *(",".join(chosen.gpus[role]).replace(",", ", ") for role in ("rollout", "trainer")),
                 f"{chosen.utilization:.2f}", str(full_length_sequences(student, chosen.utilization)), f"{tokens:,}",
             ))  # fmt: skip
             commands.append(format_command(f"configs/geometry3k-{name.lower()}.toml", chosen))
@@ -171,20 +184,21 @@ def page() -> str:
 
 This page shows how much memory teacher, worker and trainer need, and which of 2, 4 or 8 cards each gets.
 `python benchmarks/memory_table.py` computes it and says how; `make reference` updates the page. A GiB is 2^30 bytes.
-An 80 GB card has {CARD_GIB} GiB, of which {MARGIN:.0%} are left as a margin. Nothing here has been measured on a GPU;
-the memory of a layer's backward pass was counted on the real layers, on a CPU.
+An 80 GB card has {CARD_GIB} GiB, of which {MARGIN:.0%} are left as a margin. The memory of a layer's backward pass was
+counted on the real layers, on a CPU; of the figures below only two were measured on a GPU.
 
 ## The models
 
 {model_table()}
-The teacher's forward has `teacher.batch_tokens = {BATCH_TOKENS}`. Its cache of the vision tower's output is in the
-host's memory.
+The teacher's forward has `teacher.batch_tokens = {BATCH_TOKENS}`. On several cards each text layer is split, while
+embeddings, LM head and vision tower are whole on each (`teacher.processes`). Its cache of the vision tower's output is
+in the host's memory.
 
 ## A trainer rank
 
 {trainer_table()}
 A group is one forward and backward: the prompt once, and all K responses. The longest group that fits on an 80 GB card
-used by nothing else, in tokens:
+used by nothing else, in tokens, with an 8B teacher; – : the student doesn't fit whole.
 
 {group_table()}
 A large image costs as much as thousands of tokens: `data.max_pixels` is the first thing to lower, then
@@ -198,74 +212,24 @@ What a rank holds before the first token, in GiB, and the longest group that fit
 
 {sharding_table()}
 Measured on one H200, with compiled layers and a group of 2650 tokens: a whole 2B took 34.2 GiB at its peak, where
-41.2 are counted; sharded over one rank, which is all overhead and no share, 35.6, where 40.0 are counted. Without
+41.3 are counted; sharded over one rank, which is all overhead and no share, 35.6, where 40.1 are counted. Without
 compiled layers it took 43.2.
 
 ## Placement: a 2B student on 80 GB cards
 
-The teacher gets as few cards as it fits on; of the others, most go to the trainer. Look at a step's times in
-`vaopd report`: if *waiting for rollouts* is long, add workers; if *waiting for scores* is long, add a teacher;
-otherwise add ranks.
+The teacher gets as few cards as it fits on, and the 32B two if two more are left; with four more, there are two
+teachers. Of the others, most go to the trainer. Look at a step's times in `vaopd report`: if *waiting for rollouts* is
+long, add workers; if *waiting for scores* is long, add a teacher; otherwise add ranks.
 
 {placements}"""
-
-
-def measure() -> None:
-    """Counts the bytes that autograd keeps on the real layers, by differences in layers and tokens."""
-    from vaopd.vlm.torchvision_compat import ensure_torchvision
-
-    ensure_torchvision()
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    torch.set_num_threads(1)
-
-    def build(model: Model, layers: int, depth: int) -> torch.nn.Module:
-        text = {"vocab_size": 64, "hidden_size": model.hidden, "intermediate_size": model.mlp,
-                "num_hidden_layers": layers, "num_attention_heads": model.heads,
-                "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim}  # fmt: skip
-        vision = {"depth": depth, "hidden_size": model.vision_hidden, "intermediate_size": model.vision_mlp,
-                  "num_heads": 16, "out_hidden_size": model.hidden, "patch_size": PATCH_PX,
-                  "deepstack_visual_indexes": [0], "num_position_embeddings": model.vision_positions}  # fmt: skip
-        config = Qwen3VLConfig(text_config=text, vision_config=vision)
-        return Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").train()
-
-    def kept(network: torch.nn.Module, run: object) -> int:
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-        storages: dict[int, torch.Tensor] = {}  # the tensors are held, so that no address comes twice
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() not in parameters:
-                storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
-            run()  # type: ignore[operator]
-        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-
-    for name in KEPT:
-        model, text, vision = MODELS[name], {}, {}
-        for size in (1, 2):
-            network = build(model, size, size)
-            for tokens in (64, 128):
-                ids = torch.full((1, tokens), 5)
-                text[size, tokens] = kept(
-                    network, lambda n=network, i=ids: n.model.language_model(input_ids=i, use_cache=False)
-                )
-                pixels, grid = torch.randn(tokens, 3 * 2 * PATCH_PX**2), torch.tensor([[1, tokens // 16, 16]])
-                vision[size, tokens] = kept(network, lambda n=network, p=pixels, g=grid: n.model.visual(p, grid_thw=g))
-        found = []
-        for counts in (text, vision):
-            each = (counts[2, 128] - counts[2, 64] - counts[1, 128] + counts[1, 64]) / 64
-            found += [round(each), round((counts[1, 128] - counts[1, 64]) / 64 - each)]
-        print(name, Kept(text_token_layer=found[0], text_token=found[1], patch_block=found[2], patch=found[3]))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="count the bytes kept for the backward pass again")
     if parser.parse_args().measure:
+        from kept_bytes import measure
+
         measure()
     else:
         print(page(), end="")

@@ -167,6 +167,23 @@ def draw_floor(images: Path) -> None:
         axes.legend(fontsize=8)
 
 
+def draw_full(numbers: dict[str, Any], path: Path) -> None:
+    """Draws the parts of a step, medians, as `make gpu-full` measured them."""
+    lines = numbers["phases"].get("recipe", {}).get("lines", [])
+    found = [line["numbers"] for line in lines if "step_s" in line["numbers"]]
+    if not found:
+        return
+    parts = {name: found[0][f"{name}_s"] for name in ("publish", "wait", "score", "forward_backward")}
+    with figure(path, size=(6.4, 1.8)) as axes:
+        left = 0.0
+        for (name, seconds), colour in zip(parts.items(), COLOURS.values(), strict=False):
+            axes.barh(0, seconds, left=left, color=colour, label=f"{name.replace('_', ' ')} {seconds:.1f} s")
+            left += seconds
+        axes.set(yticks=[], ylim=(-0.5, 1.0), xlabel="seconds")  # the legend is above the bar
+        axes.set_title(f"A step of the recipe on {numbers['phases']['recipe']['machine']['device']}", loc="left")
+        axes.legend(ncols=4, fontsize=7)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -184,6 +201,8 @@ def main() -> None:
         draw_memory(scoring, options.images)
     if training := read("train_step"):
         draw_training(training, options.images)
+    for path in sorted(options.results.glob("gpu-full-*.json")):
+        draw_full(json.loads(path.read_text()), options.images / f"bench-{path.stem}.png")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,14 @@ class OutOfTime(Exception):
 
 
 class Record:
-    """All lines of this call, written into gpu-CARD.json of some folders after each of them."""
+    """All lines of this call, written into NAME-CARD.json of some folders after each of them."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], *, name: str) -> None:
         card = torch.cuda.get_device_name() if timing.ON_GPU else "cpu"
         short = re.search(r"[A-Z]+\d{2,}[A-Z]*", card)  # NVIDIA H100 80GB HBM3 -> H100
-        name = short[0] if short else re.sub(r"\W+", "-", card)
-        self._files = [folder / f"gpu-{name.lower()}.json" for folder in folders]
+        label = short[0] if short else re.sub(r"\W+", "-", card)
+        self._name = name
+        self._files = [folder / f"{name}-{label.lower()}.json" for folder in folders]
         self._machine = tables.machine()
         self._lines: list[dict[str, Any]] = []
 
@@ -52,7 +53,7 @@ class Record:
             for phase in {line["phase"] for line in self._lines}:
                 lines = [{k: v for k, v in one.items() if k != "phase"} for one in self._lines if one["phase"] == phase]
                 phases[phase] = {"machine": self._machine, "lines": lines}
-            path.write_text(json.dumps({"name": "gpu", "phases": phases}, indent=1) + "\n")
+            path.write_text(json.dumps({"name": self._name, "phases": phases}, indent=1) + "\n")
 
     def print_table(self) -> None:
         """Prints every line with its target in Markdown."""

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
     service = process.read_service_config(arguments).teacher
-    engine = service.engine
-    if engine.backend == "transformers" and engine.processes > 1:
-        code = _as_one_of(engine.processes, config)
+    processes = service.count_ranks(config.teacher.processes)
+    if processes > 1:
+        code = _as_one_of(processes, config)
         if code is not None:
             return code
     with process.loading():

@@ -67,9 +67,11 @@ class StudentWeights(ABC):
     def clip(self, most: float) -> float:
         """Scales the gradients so that their common norm is at most `most` -> the norm before. A collective."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = read_whole(torch.nn.utils.get_total_norm(gradients))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm)
-        return float(norm)
+        total = read_whole(torch.nn.utils.get_total_norm(gradients))
+        norm = float(total)
+        if norm + 1e-6 > most:  # torch divides by this sum, and would go over all gradients to multiply them by 1
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, most, total)
+        return norm
 
     # -- weights and state as tensors ---------------------------------------------------------------------------------
 

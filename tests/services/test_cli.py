@@ -174,6 +174,24 @@ def test_auto_places_the_processes_and_says_why(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("four_cards")
+def test_a_teacher_of_32b_is_split_over_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs" / "geometry3k-32b.toml")
+    dry = ["--dry-run", "--set", "teacher.address=127.0.0.1:0", "--set", "api.address=127.0.0.1:0"]
+    assert main(["up", recipe, "--gpus", "auto", *dry]) == 0
+    printed = capsys.readouterr()
+    assert "teacher on card 0,1: Qwen/Qwen3-VL-32B-Instruct needs 36.5 GiB of each" in printed.err
+    assert "the same by hand: --gpus teacher=0,1 --gpus rollout=2 --gpus trainer=3" in printed.err
+    assert tomllib.loads(printed.out)["teacher"]["processes"] == 2
+    assert main(["up", recipe, "--gpus", "teacher=0", *dry]) == 2
+    assert "teacher.processes = 2 needs a device for each rank, and 1 is given; give 2, or" in capsys.readouterr().err
+    smaller = str(ROOT / "configs" / "geometry3k-8b.toml")
+    assert main(["up", smaller, "--gpus", "teacher=0,1,2", *dry]) == 2
+    told = capsys.readouterr().err
+    assert "teacher.processes = 3 doesn't divide the 8 key and value heads of Qwen/Qwen3-VL-8B-Instruct" in told
+    assert "--set teacher.processes=2, or give the teacher 1, 2, 4, 8 devices" in told
+
+
+@pytest.mark.usefixtures("four_cards")
 def test_doctor_names_cards_and_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

@@ -51,6 +51,16 @@ def test_every_phase_runs_and_parts_are_merged_in_one_file(tmp_path: Path) -> No
     assert 0 < compared["max_nats"] < 1e-4
 
 
+@pytest.mark.slow
+def test_the_full_check_samples_and_scores_with_the_models_of_a_recipe(tmp_path: Path) -> None:
+    """Its other phase, `recipe`, is `vaopd up`, too. Its file has a name of its own."""
+    done = check("--cpu", "real", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = json.loads((tmp_path / "gpu-full-cpu.json").read_text())["phases"]["real"]["lines"]
+    assert [line["ok"] for line in lines] == [True, None, True, True, None]
+    assert check("--cpu", "real", "facts").returncode == 2
+
+
 def test_a_phase_that_fails_is_named_and_the_next_one_runs(tmp_path: Path) -> None:
     broken = tmp_path / "sitecustomize.py"
     broken.write_text("import sys\nsys.modules['benchmarks.gpu.exact'] = None\n")
@@ -70,4 +80,4 @@ def test_without_a_gpu_the_command_says_so() -> None:
 def test_an_unknown_phase_is_named() -> None:
     done = check("vison")
     assert done.returncode == 2
-    assert "no phase 'vison'; there are 1, 2, facts, teacher" in done.stderr
+    assert "no phase 'vison'; there are 1, 2, full, facts, teacher" in done.stderr

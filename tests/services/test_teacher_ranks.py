@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from tests.support import tolerance
 from tests.support.families import FAMILIES, ask, family_vlm
-from tests.support.models import tiny_vlm
+from tests.support.models import model_folder, tiny_vlm
 from tests.support.teacher import (
     TeacherProcess,
     drawing,
@@ -28,10 +29,12 @@ from tests.support.waiting import wait_until
 from vaopd.client import SyncTeacherClient
 from vaopd.config import load_config
 from vaopd.errors import ConfigError
+from vaopd.launch.supervisor import Supervisor
+from vaopd.launch.up import UpOptions, _Launch
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, ScoreRequest
 from vaopd.vlm.model import Segment, Vlm
-from vaopd_teacher.engines.tensor_parallel import LeadingVlm, Link, compute, lead, pack_forward
+from vaopd_teacher.engines.tensor_parallel import LeadingVlm, Link, check_heads, compute, lead, pack_forward
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,10 +81,23 @@ def test_out_of_memory_in_a_forward_that_others_compute_too_is_no_groups_fault(m
     assert len(link.sent) == 2
 
 
-def test_another_number_of_ranks_than_configured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_ranks_or_gpus_than_configured_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"engine.processes = 2, but 3 ranks were started"):
+    with pytest.raises(ConfigError, match=r"teacher.processes = 2, but 3 ranks were started"):
         lead(load_config(write_config(tmp_path)), processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"2 needs a GPU for each rank, and this process sees 1; give it .*=1$"):
+        lead(load_config(write_config(tmp_path)), processes=2)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_before_anything_is_loaded() -> None:
+    check_heads(str(model_folder("teacher")), 2)
+    with pytest.raises(ConfigError, match=r"3 doesn't divide the 2 key and value heads of .*; set one of 1, 2"):
+        check_heads(str(model_folder("teacher")), 3)
 
 
 def groups() -> list[ScoreRequest]:
@@ -102,12 +118,17 @@ def scores(target: str) -> dict[str, GroupScore]:
 
 @contextmanager
 def shared_by_two(folder: Path) -> Iterator[tuple[TeacherProcess, list[int]]]:
-    """The teacher, as `vaopd teacher CONFIG --service FILE` starts it, and its ranks' process ids, rank 0 first."""
-    service = folder / "service.toml"
-    service.write_text("[teacher.engine]\nprocesses = 2\n")
+    """The teacher, as `vaopd up CONFIG --gpus teacher=0,1` starts it, and its ranks' process ids, rank 0 first."""
     # Small forwards, so that there are several.
-    launch = ("-m", "vaopd_teacher", "--service", str(service))
-    with teacher_process(folder, launch=launch, batch_tokens=200) as teacher:
+    settings: dict[str, Any] = {"batch_tokens": 200, "device_map": None}
+    config = write_config(folder, address="127.0.0.1:0", **settings)
+    supervisor = Supervisor(logs=folder, say=lambda line: None)  # starts nothing by itself
+    options = UpOptions(config_path=config, gpus={"teacher": ("0,1",)})
+    launch = _Launch(load_config(config), options, supervisor, lambda line: None)
+    child = launch._make_service("teacher", "teacher", devices="0,1")
+    assert child.argv[-2:] == ("--set", "teacher.processes=2")
+    assert child.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with teacher_process(folder, launch=child.argv[1:], **settings) as teacher:
         pid = teacher.process.pid
         ranks = [int(rank) for rank in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         assert len(ranks) == 2

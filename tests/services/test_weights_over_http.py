@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ import torch
 
 from tests.support.waiting import wait_until
 from vaopd.errors import ConfigError, Mismatch, NotFound, Unavailable
-from vaopd.run.snapshots import WEIGHTS_FILE, prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.run import tensor_files
+from vaopd.run.snapshots import WEIGHTS_FILE, locate_snapshot, prune_snapshots, publish_snapshot, verify_snapshot
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
 from vaopd.weights import fetch as fetching
@@ -177,6 +181,106 @@ def test_a_worker_that_is_killed_leaves_its_weights_to_the_next_to_remove(tmp_pa
     assert len(list(tmp_path.iterdir())) == 2
     other.close()
     another.close()
+
+
+# -- kill -9 in the midst of a transfer --------------------------------------------------------------------------------
+
+
+@contextmanager
+def child(act: Callable[[], object]) -> Iterator[None]:
+    """Runs `act` in a process of its own, which has to die by SIGKILL before the block's end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            torch.set_num_threads(1)
+            act()
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die_at(owner: object, name: str, *, call: int) -> None:
+    """Kills this process at the n-th call of a function."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def count(*arguments: object, **keywords: object) -> object:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **keywords)
+
+    setattr(owner, name, count)
+
+
+def test_a_trainer_that_is_killed_while_it_writes_leaves_the_version_before(tmp_path: Path) -> None:
+    before = publish(tmp_path, 0, changed=0)
+
+    def write_half() -> None:
+        die_at(tensor_files.os, "pwrite", call=2)  # the header is written, the weights are not
+        publish(tmp_path, 1, changed=9)
+
+    with child(write_half):
+        pass
+    assert not locate_snapshot(tmp_path, 1).exists()
+    verify_snapshot(before)
+    verify_snapshot(publish(tmp_path, 1, changed=9))
+
+
+@pytest.mark.parametrize(("method", "call"), [("_send_file", 3), ("_send_delta", 1)])
+def test_a_trainer_that_is_killed_while_it_serves_leaves_no_half_policy(
+    server: SnapshotServer,
+    fetcher: PolicyFetcher,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    call: int,
+) -> None:
+    monkeypatch.setattr(fetching, "RANGE_BYTES", BLOCK // 4)
+    old, new = publish(tmp_path, 0, changed=0), publish(tmp_path, 1, changed=9)
+    kept = [fetcher.fetch(server.offer(old))] if method == "_send_delta" else []
+    told = tmp_path / "announced"
+
+    def serve() -> None:
+        die_at(SnapshotServer, method, call=call)
+        path = SnapshotServer("127.0.0.1:0").offer(new).path
+        told.with_suffix(".new").write_text(path)
+        told.with_suffix(".new").rename(told)
+        signal.pause()
+
+    with child(serve):
+        wait_until("it serves", told.exists)
+        with pytest.raises(Unavailable):
+            fetcher.fetch(replace(new, path=told.read_text()))
+    assert not list((tmp_path / "worker").glob(f"*/{new.sha256}"))
+    for policy in kept:
+        verify_snapshot(policy)
+    verify_snapshot(fetcher.fetch(server.offer(new)))
+
+
+def test_a_worker_that_is_killed_while_it_fetches_leaves_no_half_policy(
+    server: SnapshotServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "RANGE_BYTES", BLOCK // 4)
+    announced = server.offer(publish(tmp_path, 0, changed=0))
+    folder = tmp_path / "killed"
+    folder.mkdir()
+
+    def fetch_half() -> None:
+        die_at(fetching.os, "pwrite", call=2)
+        PolicyFetcher(folder).fetch(announced)
+
+    with child(fetch_half):
+        pass
+    assert len(list(folder.iterdir())) == 1
+    assert not list(folder.glob(f"*/{announced.sha256}"))
+    again = PolicyFetcher(folder)
+    verify_snapshot(again.fetch(announced))
+    assert len(list(folder.iterdir())) == 1  # what the killed one left is gone
+    again.close()
 
 
 @pytest.mark.parametrize("size", [2, 2 * BLOCK, 2 * BLOCK + 2, 6 * BLOCK])

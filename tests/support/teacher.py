@@ -85,9 +85,10 @@ class TeacherProcess:
 
 
 def write_config(folder: Path, *, model: Path | None = None, **teacher: Any) -> Path:
-    """A run's TOML whose teacher is `model` (default: the tiny one) with the given fields."""
+    """A run's TOML whose teacher is `model` (default: the tiny one) with the given fields; None leaves one out."""
     fields = {"model": str(model or model_folder("teacher")), "dtype": "float32", "device_map": "cpu", **teacher}
-    lines = [f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in fields.items()]
+    given = {key: value for key, value in fields.items() if value is not None}
+    lines = [f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in given.items()]
     path = folder / "run.toml"
     others = '[run]\nname = "test"\n[data]\nsource = "unused"\n[student]\nmodel = "unused"\n[trainer]\nsteps = 1\n'
     path.write_text(others + "[teacher]\n" + "\n".join(lines))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.recipe_timeline import BEGIN, END, RESULTS, make_table, sample
 from vaopd.config import load_config
 from vaopd.launch.estimate import (
+    MEMORY_BYTES_PER_S,
     PEAK_FLOPS,
     SCORING_SHARE,
     TRAINING_SHARE,
@@ -57,6 +59,23 @@ def test_card_hours_are_hours_times_cards() -> None:
     lines = list(describe_cost(config))
     assert f"{hours * 3:.0f} card-hours" in lines[2]
     assert "measured on one H100" in lines[-1]
+
+
+def test_sampling_by_hand() -> None:
+    """Two responses of 2 and 1 tokens: the keys of 10 + 1 and 10 + 1 tokens, then of the first one's 12."""
+    model, rate = MODELS["2B"], MEMORY_BYTES_PER_S
+    weights, key = 2 * model.parameters, model.kv_bytes_per_token
+    both, alone = (weights + 22 * key) / rate, (weights + 12 * key) / rate
+    assert list(sample([2, 1], model, prompt=10, at_once=2)) == pytest.approx([both + alone, both])
+    # One after the other: the second one's only token has the keys of 11.
+    first = (2 * weights + 23 * key) / rate
+    assert list(sample([2, 1], model, prompt=10, at_once=1)) == pytest.approx(
+        [first, first + (weights + 11 * key) / rate]
+    )
+
+
+def test_the_table_of_the_recipe_s_step_is_the_script_s() -> None:
+    assert f"{BEGIN}\n\n{make_table()}\n\n{END}" in RESULTS.read_text()
 
 
 def test_what_can_not_be_estimated_says_why() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from vaopd.config import load_config
 from vaopd.errors import ConfigError
-from vaopd.launch.placement import Card, Demand, parse_cards, place
+from vaopd.launch.placement import Card, Demand, parse_cards, place, place_run
 from vaopd.vlm.memory import GIB, MODELS, Model, find_model
 
 ROOT = Path(__file__).parents[2]
@@ -29,35 +29,74 @@ def cards(count: int, gib: float = H100) -> list[Card]:
     (2, "32b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("1",)}),
     (3, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2",)}),
     (4, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2,3",)}),
-    (8, "32b", {"teacher": ("0",), "rollout": ("1", "2", "3"), "trainer": ("4,5,6,7",)}),
+    (3, "32b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2",)}),
+    (4, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3",)}),
+    (7, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3,4,5,6",)}),
+    (8, "32b", {"teacher": ("0,1", "2,3"), "rollout": ("4", "5"), "trainer": ("6,7",)}),
+    (8, "8b", {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}),
 ])  # fmt: skip
 def test_cards_of_80_gb(count: int, teacher: str, expected: dict[str, tuple[str, ...]]) -> None:
-    """On two cards the worker goes where more room is left: beside an 8B teacher, but not beside one of 32B."""
+    """On two cards the worker goes where more room is left: beside an 8B teacher, but not beside one of 32B.
+
+    The recipes' 32B has two cards wherever two more are left, and every teacher a replica where four more are.
+    """
     assert place(cards(count), demand(teacher)).gpus == expected
 
 
-def test_a_teacher_over_several_small_cards_is_balanced() -> None:
-    """32B: 62.1 GiB of weights and 5 of a forward need two cards of 48 GB, of which 44.6 GiB are usable."""
-    chosen = place(cards(4, 48), demand("32b", "data.max_pixels=262144"))
+def test_a_teacher_has_as_many_cards_as_hold_it_split() -> None:
+    """32B: 58.1 GiB of its layers are split and 4.0 are on each card, with 4.7 or less for a forward."""
+    chosen = place(cards(4, 48), demand("32b", "data.max_pixels=262144", "teacher.processes=1"))
     assert chosen.gpus == {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3",)}
-    assert "teacher.device_map=balanced" in chosen.overrides
+    assert "teacher.processes=2" in chosen.overrides
+    assert "on card 0,1: Qwen/Qwen3-VL-32B-Instruct needs 36.5 GiB of each, its layers split" in chosen.reasons[0]
+    assert "teacher.processes=1" in place(cards(2), demand("32b")).overrides  # as the recipe has 2
+
+
+def test_two_cards_are_not_taken_from_a_trainer_that_needs_them() -> None:
+    """A 4B student needs 79.3 GiB whole, so two ranks, and a worker: one card is left for the teacher."""
+    chosen = place(cards(4), demand("32b", "student.model=Qwen/Qwen3-VL-4B-Instruct"))
+    assert chosen.gpus == {"teacher": ("0",), "rollout": ("1",), "trainer": ("2,3",)}
+
+
+@pytest.mark.parametrize(("count", "gib", "teacher", "remedy"), [
+    (1, H100, "8b", r"\. It fits with --set trainer\.optimizer=adamw_8bit$"),
+    (4, 48, "32b", r"\. It fits with --set data\.max_pixels=1048576$"),
+    (2, 23.6, "4b", r"\. It fits with --set student\.lora\.rank=32 --set trainer\.learning_rate=1e-5$"),
+    (1, 23.6, "4b", "the worker finds|a trainer rank of"),
+])  # fmt: skip
+def test_settings_with_which_a_recipe_fits_are_named(count: int, gib: float, teacher: str, remedy: str) -> None:
+    recipe = ROOT / "configs" / f"geometry3k-{teacher}.toml"
+    with pytest.raises(ConfigError, match=remedy) as refused:
+        place_run(cards(count, gib), recipe)
+    if "It fits" in str(refused.value):
+        settings = str(refused.value).partition(" fits with --set ")[2].split(" --set ")
+        assert place_run(cards(count, gib), recipe, settings).gpus
+
+
+def test_moments_of_8_bits_are_never_sharded() -> None:
+    with pytest.raises(ConfigError, match="a trainer rank of"):
+        place(cards(4, 23.6), demand("8b", "trainer.optimizer=adamw_8bit"))
 
 
 def test_the_settings_that_belong_to_a_choice() -> None:
     """8B: weights 16.3 GiB and a forward of 2.9 leave 54.3 of 73.6 GiB: vLLM gets 65 % of the 79.1."""
     assert place(cards(2), demand()).overrides == ("rollout.engine_options.gpu_memory_utilization=0.65",)
-    assert place(cards(8), demand()).overrides == ("rollout.workers=3", "trainer.processes=4")
+    assert place(cards(8), demand()).overrides == ("rollout.workers=2", "trainer.processes=4")
 
 
 def test_ranks_divide_the_step_s_prompt_groups() -> None:
     chosen = place(cards(6), demand("8b", "trainer.prompts_per_step=6"))
-    assert chosen.gpus["trainer"] == ("4,5",)  # four ranks would not share six groups equally
+    assert chosen.gpus == {
+        "teacher": ("0", "1"),
+        "rollout": ("2", "3"),
+        "trainer": ("4,5",),
+    }  # four ranks would not share six groups equally
 
 
 def test_a_student_that_no_card_holds_whole_is_sharded() -> None:
     """8B: 18 bytes for each of 8.77e9 weights exceed a card; a fourth of 16 are 32.7 GiB, before what is gathered."""
     chosen = place(cards(8), demand("8b", "student.model=Qwen/Qwen3-VL-8B-Instruct"))
-    assert chosen.gpus == {"teacher": ("0",), "rollout": ("1", "2", "3"), "trainer": ("4,5,6,7",)}
+    assert chosen.gpus == {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}
     assert "trainer.sharding.kind=full" in chosen.overrides
     assert "the student sharded: 49.5 GiB" in chosen.reasons[-1]
 
@@ -78,7 +117,8 @@ def test_everything_on_one_card_if_it_fits() -> None:
 
 @pytest.mark.parametrize(("count", "gib", "teacher", "overrides", "message"), [
     (0, H100, "8b", [], "shows no NVIDIA card"),
-    (1, 48, "32b", [], r"teacher Qwen/Qwen3-VL-32B-Instruct needs \d+\.\d GiB, 1 × 44\.6 GiB are usable"),
+    (1, 48, "32b", [], r"teacher Qwen/Qwen3-VL-32B-Instruct needs 66\.9 GiB, of which 44\.6 are usable"),
+    (2, 24, "32b", [], r"needs 36\.5 GiB on each of 2 cards, of which 22\.3 are usable"),
     # 16 bytes for each of 33.4e9 weights are 124.3 GiB on each of four ranks, before what they gather.
     (8, H100, "8b", ["student.model=Qwen/Qwen3-VL-32B-Instruct"],
      r"rank of \S+32B\S+ needs 1\d\d\.\d GiB .* sharded over 4 ranks, 73\.6 GiB"),

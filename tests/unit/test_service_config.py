@@ -82,7 +82,7 @@ def test_one_file_has_the_settings_of_every_process(service: Path, tmp_path: Pat
 
 def test_without_a_file_each_process_has_its_defaults() -> None:
     assert load_service_config(None) == ServiceConfig()
-    assert ServiceConfig().teacher.engine == TransformersBackend(processes=1)
+    assert ServiceConfig().teacher.engine == TransformersBackend()
     sections = (ServiceConfig().teacher, RolloutServiceConfig(), ApiServiceConfig())
     limits = [(section.stuck_after_s, section.drain_s) for section in sections]
     assert limits == [(300, 60), (1800, 10), (60, 10)]

@@ -189,11 +189,10 @@ def _check_driver(driver: str) -> Iterator[Finding]:
 
 def _check_placement(path: Path, cards: Sequence[Card]) -> Finding:
     """Says where `vaopd up CONFIG --gpus auto` would place the processes, or why it can't."""
-    from vaopd.config import load_config
-    from vaopd.launch.placement import Demand, place
+    from vaopd.launch.placement import place_run
 
     try:
-        chosen = place(cards, Demand.of(load_config(path), with_teacher=True))
+        chosen = place_run(cards, path)
     except VaopdError as error:
         return Finding(status="note", what=path.stem, detail=str(error))
     return Finding(status="ok", what=path.stem, detail="; ".join(chosen.reasons), remedy=f"{chosen.flags}")

@@ -185,13 +185,13 @@ def _describe_fit(file: Path, cards: Sequence[Any]) -> Iterator[str]:
     """Yields where the processes would run and what a step would take."""
     from vaopd.config import load_config
     from vaopd.launch.estimate import describe_cost
-    from vaopd.launch.placement import Demand, place
+    from vaopd.launch.placement import place_run
 
     gpus: dict[str, tuple[str, ...]] = {}
     config = load_config(file)
     if cards:
         try:
-            placement = place(cards, Demand.of(config, with_teacher=True))
+            placement = place_run(cards, file)
         except VaopdError as error:
             yield str(error)
         else:

@@ -110,8 +110,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
         needs += [] if shared else ["teacher port"]
         needs += ["api port"] if arguments.api else []
         from vaopd.launch.estimate import describe_cost
+        from vaopd.launch.teacher import check_ranks
 
         config = load_config(options.config_path, overrides)
+        if not shared:
+            check_ranks(config, options.service, options.gpus.get("teacher", ()))
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
         return dry_run(config, needs, offline=arguments.offline, notes=notes)
     if arguments.log_format:
@@ -162,12 +165,10 @@ def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, .
 
 def _place_on_gpus(options: UpOptions, assumed: str | None) -> UpOptions:
     """Chooses the cards by memory and says why; returns the options with them."""
-    from vaopd.config import load_config
-    from vaopd.launch.placement import Demand, assume_cards, list_cards, place
+    from vaopd.launch.placement import assume_cards, list_cards, place_run
 
-    config = load_config(options.config_path, options.overrides)
     cards = list_cards() if assumed is None else assume_cards(assumed)
-    chosen = place(cards, Demand.of(config, with_teacher=options.teacher is None))
+    chosen = place_run(cards, options.config_path, options.overrides, with_teacher=options.teacher is None)
     for reason in chosen.reasons:
         say(reason)
     say(f"the same by hand: {chosen.flags}")

@@ -27,6 +27,9 @@ class _Teacher(Section):
     """Compute precision of the teacher server; the hidden payload travels in it."""
     device_map: str = "auto"
     """How accelerate places the weights: auto, balanced, sequential, cuda:0, cpu."""
+    processes: int | None = Field(None, ge=1)
+    """Ranks that share every text layer (tensor parallelism), a device each; device_map has then no effect. Empty: as
+    many as the devices that `vaopd up --gpus` gives a teacher without a device_map, otherwise 1."""
     address: Addresses = "127.0.0.1:50051"
     """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
     batch_tokens: int = Field(16_384, ge=1)

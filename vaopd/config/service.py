@@ -117,8 +117,8 @@ class TransformersBackend(Section):
 
     backend: Literal["transformers"] = "transformers"
     """The library that holds the weights; vllm is for teachers that only vLLM can hold."""
-    processes: int = Field(1, ge=1)
-    """Ranks that share every text layer among them (tensor parallelism), one device each."""
+    processes: int | None = Field(None, ge=1)
+    """Goes over the run's teacher.processes."""
 
 
 class VllmBackend(Section):
@@ -161,6 +161,10 @@ class TeacherServiceConfig(Section):
         if self.keys.file is None and self.quotas != QuotasConfig():
             raise ValueError("quotas need keys.file; without keys a client may give any job's name")
         return self
+
+    def count_ranks(self, processes: int | None) -> int:
+        """Returns how many ranks share the teacher of a run with these `teacher.processes`."""
+        return 1 if self.engine.backend == "vllm" else self.engine.processes or processes or 1
 
 
 class RolloutServiceConfig(Section):

@@ -24,8 +24,9 @@ SCORING_SHARE = 0.54
 """Of the peak, measured: an 8B teacher, P 650, R 1000, K 4, both views, 283 ms."""
 TRAINING_SHARE = 0.17
 """Of the peak by useful operations, measured: a 2B student, P 650, R 1000, K 4, 349 ms."""
-PUBLISHING_BYTES_PER_S = 4.26e9 / 7.2
-"""Measured: the 2B student's weights from trainer to worker by /tmp."""
+SHARED_MEMORY = "/dev/shm"
+PUBLISHING_BYTES_PER_S, BY_MEMORY_BYTES_PER_S = 4.26e9 / 7.2, 4.26e9 / 4.6
+"""Measured: the 2B student's weights from trainer to worker by /tmp, and by /dev/shm."""
 PROMPT_TEXT = 50
 H100_GIB = 79.1
 
@@ -59,11 +60,15 @@ def count_forward(model: Model, *, prompt: int, response: int, siblings: int, pi
     return 2 * layers * tokens + attention + heads + 2 * model.vision_parameters * patches
 
 
-def estimate_step(config: Config, *, response: int, workers: int, ranks: int) -> Step:
-    """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here."""
+def estimate_step(config: Config, *, response: int, workers: int, ranks: int, teacher_cards: int = 1) -> Step:
+    """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here.
+
+    teacher_cards: of all teachers; those that share one are taken to be as fast as replicas.
+    """
     student, teacher = memory.find_model(config.student.model), memory.find_model(config.teacher.model)
     groups, siblings = config.trainer.prompts_per_step, config.trainer.rollouts_per_prompt
     pixels, prompt = count_pixels(config), count_prompt_tokens(config)
+    in_memory = str(config.weights.folder or "").startswith(SHARED_MEMORY)
     views = 1 if config.objective.variant == "standard" else 2
     scored = count_forward(teacher, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
     trained = count_forward(student, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
@@ -72,9 +77,9 @@ def estimate_step(config: Config, *, response: int, workers: int, ranks: int) ->
     return Step(
         response=response,
         sampling_s=response * moved / MEMORY_BYTES_PER_S,
-        scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS),
+        scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS) / teacher_cards,
         training_s=groups * 3 * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
-        publishing_s=2 * student.parameters / PUBLISHING_BYTES_PER_S,
+        publishing_s=2 * student.parameters / (BY_MEMORY_BYTES_PER_S if in_memory else PUBLISHING_BYTES_PER_S),
         overlaps=config.trainer.max_policy_lag > 0,
     )
 
@@ -87,10 +92,12 @@ def describe_cost(
         yield "no estimate: the figures are for GPUs, and teacher.device_map is cpu"
         return
     workers, ranks = config.rollout.workers, config.trainer.processes
+    teachers = gpus.get("teacher", ())
+    teacher_cards = sum(value.count(",") + 1 for value in teachers) if teachers else config.teacher.processes or 1
     try:
         longest = config.rollout.max_new_tokens
         steps = [
-            estimate_step(config, response=response, workers=workers, ranks=ranks)
+            estimate_step(config, response=response, workers=workers, ranks=ranks, teacher_cards=teacher_cards)
             for response in dict.fromkeys((max(1, longest // 4), longest))
         ]
         cards = count_cards(config, gpus, with_teacher=with_teacher)
@@ -106,6 +113,12 @@ def describe_cost(
             f"scoring {step.scoring_s:.0f} + training {step.training_s:.0f} + handing over {step.publishing_s:.0f}"
             f"{' (sampling and scoring beside training)' if step.overlaps else ''}; {config.trainer.steps} steps "
             f"{format_duration(hours * 3600)} h, {hours * cards:.0f} card-hours"
+        )
+    if config.weights.folder is None and config.weights.transport == "folder" and config.student.lora is None:
+        size = 2 * memory.find_model(config.student.model).parameters
+        yield (
+            f"  with --set weights.folder={SHARED_MEMORY}: handing over {size / BY_MEMORY_BYTES_PER_S:.0f}; it needs "
+            f"{3 * size / GIB:.0f} GiB of memory there"
         )
     yield (
         "  measured on one H100: the rates of scoring, training and handing over; counted: operations and bytes; a "
@@ -124,8 +137,9 @@ def count_prompt_tokens(config: Config) -> int:
 
 
 def count_cards(config: Config, gpus: Mapping[str, Sequence[str]], *, with_teacher: bool) -> int:
-    """Counts the cards chosen; where none are, one for each worker and rank, and as many as hold the teacher."""
+    """Counts the cards chosen; where none are, one for each worker, rank of the trainer, and rank of the teacher."""
     if gpus:
         return len({card for values in gpus.values() for value in values for card in value.split(",")})
-    teacher = Demand.of(config, with_teacher=with_teacher).teacher_bytes / GIB / (H100_GIB * (1 - MARGIN))
-    return math.ceil(teacher) + config.rollout.workers + config.trainer.processes
+    demand = Demand.of(config, with_teacher=with_teacher)
+    teacher = demand.list_teacher_cards(8, H100_GIB * (1 - MARGIN))[0]
+    return teacher + config.rollout.workers + config.trainer.processes

@@ -1,19 +1,23 @@
 """Chooses which cards of this host each process of a run gets, from the memory that each of them needs.
 
 In: the cards, the configuration. Out: devices by role, the settings that go with them, and the reasons in words. The
-teacher gets as few cards as hold it. Of the others, most go to the trainer, the rest to rollout workers. With one card
-left, or none, processes share one. `vaopd.vlm.memory` counts the bytes.
+teacher gets as many cards as its `processes`, if two are left beside them, otherwise as few as hold it; on several it
+is split by tensor parallelism. Where four more are left, there are two such teachers: by the measured rates, scoring is
+the longest part of a step. Of the others, most go to the trainer, the rest to rollout workers. With one card left, or
+none, processes share one. `vaopd.vlm.memory` counts the bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from vaopd.config import Config
+from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError
 from vaopd.vlm import memory
 from vaopd.vlm.memory import GIB, MARGIN, Model
@@ -22,7 +26,17 @@ VLLM_SHARE = 0.85
 """vLLM's share of a card of its own (gpu_memory_utilization); it never gets more."""
 GROUP_TOKENS = 20_000
 """Tokens of a group for which the trainer gets room where it shares a card: a prompt and four responses of 4096."""
+LEFT_BY_REPLICAS = 4
+"""Cards that two teachers leave to the others; with fewer there is one."""
 IMAGE_PX = 1_048_576
+REMEDIES = (
+    ("data.max_pixels=1048576",),
+    ("trainer.optimizer=adamw_8bit",),
+    ("trainer.optimizer=adamw_8bit", "data.max_pixels=1048576"),
+    ("student.lora.rank=32", "trainer.learning_rate=1e-5"),
+    ("student.lora.rank=32", "trainer.learning_rate=1e-5", "data.max_pixels=1048576"),
+)
+"""Settings that take less memory, the least change of a run first."""
 _BY_HAND = "; place the processes by --gpus ROLE=DEVICES"
 
 
@@ -57,7 +71,7 @@ class Placement:
     def flags(self) -> str:
         """The options of `vaopd up` that place the processes in the same way."""
         devices = [f"--gpus {role}={value}" for role, values in self.gpus.items() for value in values]
-        return " ".join((*devices, *(f"--set {override}" for override in self.overrides)))
+        return " ".join((*devices, *map("--set {}".format, self.overrides)))
 
 
 def list_cards() -> list[Card]:
@@ -118,7 +132,10 @@ class Demand:
     student_name: str
     teacher_name: str | None
     student: Model
-    teacher_bytes: int
+    teacher: Model | None
+    teacher_ranks: int
+    """Those that the configuration asks for."""
+    batch_tokens: int
     teacher_head: int
     worker_bytes: int
     smallest_bytes: int
@@ -155,11 +172,9 @@ class Demand:
             student_name=config.student.model,
             teacher_name=config.teacher.model if with_teacher else None,
             student=student,
-            teacher_bytes=(
-                memory.count_teacher_bytes(teacher, batch_tokens=config.teacher.batch_tokens)
-                if teacher is not None and with_teacher
-                else 0
-            ),
+            teacher=teacher if with_teacher else None,
+            teacher_ranks=config.teacher.processes or 1,
+            batch_tokens=config.teacher.batch_tokens,
             teacher_head=teacher.head_parameters if teacher is not None and hidden else 0,
             worker_bytes=memory.count_worker_bytes(student, length=length) if vllm else 4 * student.parameters,
             smallest_bytes=smallest * token_bytes + image_bytes,
@@ -174,6 +189,20 @@ class Demand:
             adapters=_count_adapters(config, student),
             moment_bytes=2 if config.trainer.optimizer == "adamw_8bit" else 8,
         )
+
+    def count_teacher_bytes(self, ranks: int) -> int:
+        """Counts what each card of a teacher on so many holds; 0 where none is started."""
+        if self.teacher is None:
+            return 0
+        return memory.count_teacher_bytes(self.teacher, batch_tokens=self.batch_tokens, ranks=ranks)
+
+    def list_teacher_cards(self, cards: int, usable_gib: float) -> list[int]:
+        """Returns on how many cards the teacher can be, the best first; [0] where none is started."""
+        if self.teacher is None:
+            return [0]
+        fitting = [n for n in self.teacher.ranks if n <= cards and self.count_teacher_bytes(n) / GIB <= usable_gib]
+        asked = [self.teacher_ranks] if self.teacher_ranks in fitting and self.teacher_ranks <= cards - 2 else []
+        return [*asked, *fitting[:1]]
 
     def count_trainer_bytes(self, ranks: int, *, sharded: bool) -> int:
         """Counts a trainer rank's memory before any group."""
@@ -196,10 +225,40 @@ class Demand:
         """
         allowed = [n for n in (1, 2, 4, 8) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
         for ranks in reversed(allowed):
-            for sharded in (True,) if self.sharded and ranks > 1 else (False, True) if ranks > 1 else (False,):
+            # Moments of 8 bits can't be sharded.
+            kinds = (False,) if ranks == 1 or self.moment_bytes == 2 else (True,) if self.sharded else (False, True)
+            for sharded in kinds:
                 if (self.count_trainer_bytes(ranks, sharded=sharded) + self.smallest_bytes) / GIB <= usable_gib:
                     return ranks, sharded
         return None
+
+
+def place_run(
+    cards: Sequence[Card], config_path: Path, overrides: Sequence[str] = (), *, with_teacher: bool = True
+) -> Placement:
+    """Chooses the cards for a run's file. Raises ConfigError, if possible with settings with which it would fit."""
+    try:
+        return place(cards, Demand.of(load_config(config_path, overrides), with_teacher=with_teacher))
+    except ConfigError as error:
+        remedy = suggest(cards, config_path, overrides, with_teacher=with_teacher)
+        if not remedy:
+            raise
+        raise ConfigError(f"{error}. It fits with {' '.join(map('--set {}'.format, remedy))}") from None
+
+
+def suggest(
+    cards: Sequence[Card], config_path: Path, overrides: Sequence[str] = (), *, with_teacher: bool = True
+) -> tuple[str, ...]:
+    """Returns settings of `REMEDIES` with which a run fits, none where it fits as it is or nothing helps."""
+    whole = load_config(config_path, overrides).student.lora is None
+    for remedy in ((), *REMEDIES) if cards else ():
+        if remedy and not whole and remedy[0].startswith("student.lora"):
+            continue
+        with contextlib.suppress(ConfigError):
+            config = load_config(config_path, (*overrides, *remedy))
+            place(cards, Demand.of(config, with_teacher=with_teacher))
+            return remedy
+    return ()
 
 
 def place(cards: Sequence[Card], demand: Demand) -> Placement:
@@ -207,33 +266,42 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
     if not cards:
         raise ConfigError("--gpus auto: this host shows no NVIDIA card; `vaopd doctor` says what it finds")
     smallest = min(card.usable_gib for card in cards)
-    count = math.ceil(demand.teacher_bytes / GIB / smallest)  # 0 without a teacher
-    if count > len(cards):
+    counts = demand.list_teacher_cards(len(cards), smallest)
+    if not counts:
+        assert demand.teacher is not None
+        most = max(n for n in demand.teacher.ranks if n <= len(cards))
         raise ConfigError(
-            f"--gpus auto: the teacher {demand.teacher_name} needs {demand.teacher_bytes / GIB:.1f} GiB, "
-            f"{len(cards)} × {smallest:.1f} GiB are usable; take a smaller teacher, or one on another host (--teacher)"
+            f"--gpus auto: the teacher {demand.teacher_name} needs {demand.count_teacher_bytes(most) / GIB:.1f} GiB"
+            f"{f' on each of {most} cards' if most > 1 else ''}, of which {smallest:.1f} are usable; take a smaller "
+            "teacher, lower teacher.batch_tokens, or use a teacher on another host (--teacher)"
         )
-    teacher, rest = tuple(cards[:count]), tuple(cards[count:])
-    chosen = demand.choose_ranks(len(rest), smallest)
-    if chosen is None:
+    for count, replicas in [(count, replicas) for count in counts for replicas in (2, 1)]:
+        if replicas > 1 and (not count or len(cards) < replicas * count + LEFT_BY_REPLICAS):
+            continue
+        teachers = [tuple(cards[index * count : (index + 1) * count]) for index in range(replicas)]
+        rest = tuple(cards[replicas * count :])
+        if (chosen := demand.choose_ranks(len(rest), smallest)) is not None:
+            break
+    else:
         most = max(n for n in (1, 2, 4, 8) if n <= max(1, len(rest) - 1))
-        needed = demand.count_trainer_bytes(most, sharded=most > 1) + demand.smallest_bytes
+        shards = most > 1 and demand.moment_bytes != 2
+        needed = demand.count_trainer_bytes(most, sharded=shards) + demand.smallest_bytes
         raise ConfigError(
             f"--gpus auto: a trainer rank of {demand.student_name} needs {needed / GIB:.1f} GiB for its shortest "
-            f"forward{f', sharded over {most} ranks' if most > 1 else ''}, {smallest:.1f} GiB of a card are usable; "
+            f"forward{f', sharded over {most} ranks' if shards else ''}, {smallest:.1f} GiB of a card are usable; "
             "take a smaller student or more cards, or lower data.max_pixels, rollout.max_new_tokens or "
             "trainer.chunk_tokens"
         )
     ranks, sharded = chosen
     if len(rest) >= 2:
-        return _describe(demand, teacher, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
-    return _share(demand, teacher, rest, smallest)
+        return _describe(demand, teachers, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
+    return _share(demand, teachers[0], rest, smallest)
 
 
 def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], usable_gib: float) -> Placement:
     """Places the worker beside the teacher or the trainer, or all three on one card."""
     trainer_gib = (demand.count_trainer_bytes(1, sharded=False) + demand.group_bytes) / GIB
-    teacher_gib = demand.teacher_bytes / GIB / max(1, len(teacher))
+    teacher_gib = demand.count_teacher_bytes(len(teacher)) / GIB
     trainer = rest or teacher[:1]
     rooms = {}
     if rest:
@@ -250,24 +318,25 @@ def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], us
             f"worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or rollout.max_new_tokens"
         )
     share = math.floor(min(VLLM_SHARE, room / card.gib) * 20) / 20
-    return _describe(demand, teacher, (card,), trainer, share, usable_gib, False)
+    return _describe(demand, [teacher], (card,), trainer, share, usable_gib, False)
 
 
 def _describe(
     demand: Demand,
-    teacher: Sequence[Card],
+    teachers: Sequence[tuple[Card, ...]],
     workers: Sequence[Card],
     trainer: Sequence[Card],
     share: float,
     usable_gib: float,
     sharded: bool,
 ) -> Placement:
-    gpus: dict[str, tuple[str, ...]] = {"teacher": (_join(teacher),)} if teacher else {}
+    teacher = teachers[0]
+    gpus: dict[str, tuple[str, ...]] = {"teacher": tuple(map(_join, teachers))} if teacher else {}
     gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
     overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
     overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
     overrides += ["trainer.sharding.kind=full"] if sharded and not demand.sharded else []
-    overrides += ["teacher.device_map=balanced"] if len(teacher) > 1 else []
+    overrides += [f"teacher.processes={len(teacher)}"] if teacher and len(teacher) != demand.teacher_ranks else []
     # The configuration's own share stays where the card is the worker's.
     shared = workers[0] in (*teacher, *trainer)
     wanted = share if shared else min(share, demand.configured_share)
@@ -278,13 +347,15 @@ def _describe(
     if trainer[0] in workers:
         taken_gib = wanted * workers[0].gib if demand.vllm else demand.worker_bytes / GIB
     if trainer[0] in teacher:
-        taken_gib += demand.teacher_bytes / GIB / len(teacher)
+        taken_gib += demand.count_teacher_bytes(len(teacher)) / GIB
     tokens = memory.count_group_tokens(
         demand.student, room_bytes=(usable_gib - taken_gib - fixed_gib) * GIB, pixels=demand.image_px
     )
     reasons = [
-        f"teacher on card {_join(teacher)}: {demand.teacher_name} needs {demand.teacher_bytes / GIB:.1f} GiB, "
-        f"{usable_gib:.1f} of a card are usable"
+        f"teacher on card {' and on card '.join(map(_join, teachers))}: {demand.teacher_name} needs "
+        f"{demand.count_teacher_bytes(len(teacher)) / GIB:.1f} GiB"
+        + (" of each, its layers split over them" if len(teacher) > 1 else "")
+        + f", {usable_gib:.1f} of a card are usable"
     ] if teacher else []  # fmt: skip
     place = "on the card of the " + ("trainer" if workers[0] in trainer else "teacher") if shared else "for each"
     reasons += [

@@ -1,14 +1,15 @@
-"""Describes the teacher to a launch, so that TLS, keys and another teacher are named before anything waits for it."""
+"""Describes the teacher to a launch: TLS, keys, its ranks, another teacher are named before anything waits for it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vaopd.config import Config, ServiceConfig, load_service_config
+from vaopd.config import Config, ServiceConfig, TeacherServiceConfig, load_service_config
 from vaopd.errors import ConfigError
 from vaopd.launch.resume import check_same_teacher
+from vaopd.vlm import memory
 
 
 def describe_teacher(
@@ -23,6 +24,36 @@ def describe_teacher(
     if resume:
         check_same_teacher(config, found.description, address=address, accept_teacher=accept_teacher)
     say(f"teacher at {address}: {found.description.model}, revision {found.description.revision[:16]}")
+
+
+def count_ranks(config: Config, service: TeacherServiceConfig, devices: str | None) -> int:
+    """Returns how many ranks share a teacher with these CUDA_VISIBLE_DEVICES (None: not chosen)."""
+    asked = config.teacher.processes
+    if asked is None and devices and "device_map" not in config.teacher.model_fields_set:
+        asked = devices.count(",") + 1
+    return service.count_ranks(asked)
+
+
+def check_ranks(config: Config, service: Path | None, devices: Sequence[str]) -> None:
+    """Raises ConfigError unless each teacher has a device for each rank, and heads for all of them."""
+    teacher = load_service_config(service).teacher
+    for visible in devices or (None,):
+        ranks = count_ranks(config, teacher, visible)
+        if visible and ranks not in (1, given := visible.count(",") + 1):
+            raise ConfigError(
+                f"--gpus teacher={visible}: teacher.processes = {ranks} needs a device for each rank, and {given} "
+                f"{'is' if given == 1 else 'are'} given; give {ranks}, or --set teacher.processes={given}"
+            )
+        try:
+            possible = memory.find_model(config.teacher.model).ranks
+        except ConfigError:
+            continue  # its sizes aren't known here; the teacher checks its heads before it loads
+        if ranks not in (1, *possible):
+            raise ConfigError(
+                f"teacher.processes = {ranks} doesn't divide the {max(possible)} key and value heads of "
+                f"{config.teacher.model}; --set teacher.processes={max(n for n in possible if n < ranks)}, or give the "
+                f"teacher {', '.join(map(str, possible))} devices"
+            )
 
 
 def check_credentials(service: Path | None) -> None:

@@ -26,7 +26,7 @@ from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import STEADY_S, Child, Supervisor
-from vaopd.launch.teacher import check_credentials, describe_teacher
+from vaopd.launch.teacher import check_credentials, check_ranks, count_ranks, describe_teacher
 from vaopd.net.passwords import remove_passwords
 from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
 from vaopd.process import entry
@@ -86,6 +86,7 @@ def up(
     check(config)
     if options.teacher is None:
         check_credentials(options.service)
+        check_ranks(config, options.service, options.gpus.get("teacher", ()))
     else:
         _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,9 +234,8 @@ class _Launch:
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]
         first, resume, restarts = True, self._options.resume, 0
-        arguments: tuple[str, ...]
         while True:
-            arguments = ("--resume",) if resume else ()
+            arguments: tuple[str, ...] = ("--resume",) if resume else ()
             if self._options.accept_teacher is not None and first:
                 arguments += ("--accept-teacher", self._options.accept_teacher)
             child = dataclasses.replace(
@@ -272,6 +272,8 @@ class _Launch:
         settings = getattr(self._services, role, None)  # the trainer has none
         if settings is not None and self._options.service is not None:
             arguments += ("--service", str(self._options.service))
+        if role == "teacher" and (ranks := count_ranks(self._config, self._services.teacher, devices)) > 1:
+            arguments += ("--set", f"teacher.processes={ranks}")
         grace_s = None
         if settings is not None and "drain_s" in settings.model_fields_set:
             grace_s = settings.drain_s + AFTER_DRAIN_S

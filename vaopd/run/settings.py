@@ -56,6 +56,7 @@ PLACES = ("run.name", "run.folder", "teacher.address", "queue.url", "queue.passw
 MACHINE = (
     *PLACES,
     "teacher.device_map",
+    "teacher.processes",
     "teacher.batch_tokens",
     "rollout.workers",
     "rollout.requests_per_batch",

@@ -80,9 +80,8 @@ class Model:
     @property
     def text_parameters(self) -> int:
         """Weights of the text model, embeddings and LM head included."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_dim
-        layer = attention + 3 * self.hidden * self.mlp + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.head_parameters * (1 if self.tied else 2)
+        norms = self.layers * (2 * self.head_dim + 2 * self.hidden) + self.hidden
+        return self.split_parameters + norms + self.head_parameters * (1 if self.tied else 2)
 
     @property
     def head_parameters(self) -> int:
@@ -98,6 +97,17 @@ class Model:
         merger = merged * merged + merged + merged * self.hidden + self.hidden
         embedding = 3 * 2 * PATCH_PX**2 * h + h + self.vision_positions * h
         return self.vision_depth * block + embedding + merger + 2 * h + self.deepstack * (merger + 2 * merged)
+
+    @property
+    def split_parameters(self) -> int:
+        """Weights of the text layers' products, which tensor parallelism splits; each rank has all others."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.mlp)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of ranks that can share it by tensor parallelism: they divide the key and value heads."""
+        return tuple(n for n in range(1, self.kv_heads + 1) if self.kv_heads % n == 0)
 
     @property
     def parameters(self) -> int:
@@ -143,15 +153,14 @@ def find_model(name: str) -> Model:
     Raises ConfigError when they are not known here.
     """
     folder = Path(name)
-    if folder.is_dir():
-        file: object = folder / "config.json"
-    elif (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS:
+    if (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS and not folder.is_dir():
         return MODELS[match[1]]
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        file = try_to_load_from_cache(name, "config.json")
     try:
+        file: object = folder / "config.json"
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            file = try_to_load_from_cache(name, "config.json")  # ValueError for what is no hub id
         config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(
@@ -163,20 +172,23 @@ def find_model(name: str) -> Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Bytes that the backward pass of a layer needs (bfloat16 autocast).
+    """Bytes of a token or patch at the peak of a backward pass (bfloat16 autocast), beside the layers' inputs.
 
     On a GPU the trainer checkpoints activations: layers keep their inputs only, and one at a time is computed again.
     """
 
-    text_token_layer: int
     text_token: int
+    """One layer that is computed again, with its gradients, and what is kept outside the layers."""
     patch_block: int
+    """What one block keeps, without its gradients."""
     patch: int
 
 
 KEPT = {
-    "2B": Kept(text_token_layer=133_288, text_token=17_420, patch_block=38_992, patch=17_978),
-    "4B": Kept(text_token_layer=195_880, text_token=21_516, patch_block=38_992, patch=17_978),
+    "2B": Kept(text_token=167_088, patch_block=38_992, patch=17_978),
+    "4B": Kept(text_token=246_064, patch_block=38_992, patch=17_978),
+    "8B": Kept(text_token=314_672, patch_block=42_640, patch=19_834),
+    "32B": Kept(text_token=531_504, patch_block=42_640, patch=19_834),
 }
 """As counted on the real layers."""
 
@@ -192,22 +204,24 @@ def find_kept(model: Model) -> Kept:
 
     vision = model.vision_hidden / base.vision_hidden
     return Kept(
-        text_token_layer=round(kept.text_token_layer * width(model) / width(base)),
-        text_token=round(kept.text_token * model.hidden / base.hidden),
+        text_token=round(kept.text_token * width(model) / width(base)),
         patch_block=round(kept.patch_block * vision),
         patch=round(kept.patch * vision),
     )
 
 
-def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
-    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32."""
-    layer = 4 * model.hidden + 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
+def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
+    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32 (on rank 0 alone)."""
+    split = 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
+    layer = 4 * model.hidden + split // ranks
     return 2 * batch_tokens * layer + CHUNK_TOKENS * model.vocabulary * (2 + 4 + 4)
 
 
-def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS) -> int:
-    """Weights in bfloat16 and one forward."""
-    return 2 * model.parameters + count_teacher_working_bytes(model, batch_tokens=batch_tokens)
+def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
+    """A rank's weights in bfloat16 and one forward: its share of the layers; embeddings, LM head and tower whole."""
+    whole = model.parameters - model.split_parameters
+    weights = 2 * (whole + model.split_parameters // ranks)
+    return weights + count_teacher_working_bytes(model, batch_tokens=batch_tokens, ranks=ranks)
 
 
 def count_trainer_fixed_bytes(
@@ -278,8 +292,7 @@ def count_image_bytes(student: Model, pixels: int) -> int:
 
 def count_token_bytes(student: Model) -> int:
     """Each layer's input in float32, and one layer at a time computed again."""
-    kept = find_kept(student)
-    return student.layers * 4 * student.hidden + kept.text_token_layer + kept.text_token
+    return student.layers * 4 * student.hidden + find_kept(student).text_token
 
 
 def count_group_tokens(student: Model, *, room_bytes: float, pixels: int) -> int:

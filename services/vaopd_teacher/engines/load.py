@@ -53,10 +53,10 @@ def load(config: Config, service: TeacherServiceConfig) -> Backend:
     backend_of = partial(
         make_backend, batch_tokens=config.teacher.batch_tokens, vision_bytes=service.images.vision_bytes
     )
-    if engine.processes > 1:
+    if (processes := service.count_ranks(config.teacher.processes)) > 1:
         from vaopd_teacher.engines.tensor_parallel import lead
 
-        leading = lead(config, processes=engine.processes)
+        leading = lead(config, processes=processes)
         return replace(backend_of(leading), close=leading.end_followers)
     vlm = Vlm.load(
         config.teacher.model,

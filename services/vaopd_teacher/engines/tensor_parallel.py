@@ -23,9 +23,11 @@ import torch.distributed as dist
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError
+from vaopd.files.hub import model_folder
 from vaopd.process import entry
 from vaopd.process.ranks import end_with_the_launcher
 from vaopd.vlm.families import ImageFeatures, PreparedImage
@@ -180,10 +182,26 @@ def unpack_forward(message: bytes, device: torch.device) -> tuple[list[Segment],
     return segments, features
 
 
+def check_heads(model: str, processes: int) -> None:
+    """Raises ConfigError unless `processes` divides the key and value heads; reads the configuration only."""
+    heads = AutoConfig.from_pretrained(model_folder(model, role="model")).get_text_config().num_key_value_heads
+    if heads % processes:
+        raise ConfigError(
+            f"teacher.processes = {processes} doesn't divide the {heads} key and value heads of {model}; set one of "
+            f"{', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}"
+        )
+
+
 def _load(config: Config, processes: int) -> Vlm:
     if (world := int(os.environ["WORLD_SIZE"])) != processes:
-        raise ConfigError(f"engine.processes = {processes}, but {world} ranks were started; start as many")
+        raise ConfigError(f"teacher.processes = {processes}, but {world} ranks were started; start as many")
+    if torch.cuda.is_available() and (there := torch.cuda.device_count()) < processes:
+        raise ConfigError(
+            f"teacher.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as "
+            f"many (`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_TEACHER_GPUS), or --set teacher.processes={there}"
+        )
     end_with_the_launcher()
+    check_heads(config.teacher.model, processes)
     vlm = Vlm.load(
         config.teacher.model,
         dtype=config.teacher.dtype,
@@ -191,9 +209,6 @@ def _load(config: Config, processes: int) -> Vlm:
         max_pixels=config.data.max_pixels,
         tensor_parallel=True,
     )
-    heads = vlm.config.get_text_config().num_key_value_heads
-    if heads % processes:
-        raise ConfigError(f"engine.processes = {processes} must divide the teacher's {heads} key and value heads")
     for name, weights in (("head", [vlm.head]), ("vision tower", vlm.family.vision_tower(vlm.model).parameters())):
         if any(isinstance(weight, DTensor) for weight in weights):
             raise ConfigError(f"transformers would split the {name} of {config.teacher.model}, which rank 0 uses alone")
