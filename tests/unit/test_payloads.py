@@ -77,6 +77,14 @@ def test_the_hidden_payload_is_the_hidden_states() -> None:
     assert torch.equal(decode(encode("hidden", hidden, torch.zeros(7, 5)))["hidden"], hidden)
 
 
+def test_the_hidden_pair_has_the_original_view_s_hidden_states_and_the_degraded_one_s() -> None:
+    hidden, degraded = torch.randn(2, 3, 5, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    payload = pack("hidden_pair", compute("hidden_pair", hidden, torch.zeros(7, 5), top_k=1, degraded_hidden=degraded))
+    assert torch.equal(hidden_states(payload, torch.bfloat16), hidden)
+    assert torch.equal(decode(payload)["degraded_hidden"], degraded)
+    assert sum(len(tensor.data) for tensor in payload.tensors.values()) == 2 * 3 * 5 * 2
+
+
 def test_a_payload_that_lacks_a_tensor_is_refused() -> None:
     with pytest.raises(InvalidInput, match="hidden"):
         decode(Payload(kind="hidden"))
