@@ -46,12 +46,16 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
-    """Returns the bytes of a tensor from any device. Raises InvalidInput for a dtype that doesn't travel."""
+    """Returns the bytes of a tensor from any device; those of a CPU tensor are shared, so don't write into it.
+
+    Raises InvalidInput for a dtype that doesn't travel.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype} doesn't travel; use one of {', '.join(ITEMSIZE_BYTES)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes()
+    # Not copied: the teacher's device waits for the thread that is here, and a forward's payload may be 100 MB.
+    data = flat.view(torch.uint8).numpy().data
     return Tensor(dtype=dtype, shape=tuple(tensor.shape), data=data)  # type: ignore[arg-type]
 
 

@@ -245,7 +245,7 @@ class Tensor:
 
     dtype: Literal["float32", "bfloat16", "float16", "int32", "int64", "uint8", "int8"]
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> Tensor:

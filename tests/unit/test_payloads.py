@@ -44,10 +44,11 @@ def test_an_empty_tensor_keeps_its_shape() -> None:
     assert to_torch(from_torch(torch.empty(0, 7))).shape == (0, 7)
 
 
-def test_reading_a_tensor_copies_nothing() -> None:
-    sent = Tensor.from_numpy(np.arange(4, dtype=np.float32))
-    address = np.frombuffer(sent.data, np.uint8).ctypes.data
-    assert to_torch(sent).data_ptr() == address
+def test_neither_making_nor_reading_a_tensor_copies_anything() -> None:
+    """The teacher's device waits while its thread makes a payload."""
+    tensor = torch.arange(4, dtype=torch.bfloat16)
+    sent = from_torch(tensor)
+    assert tensor.data_ptr() == np.frombuffer(sent.data, np.uint8).ctypes.data == to_torch(sent).data_ptr()
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused() -> None:
