@@ -113,7 +113,7 @@ async def ask(server: str, request: ScoreRequest, payload: PayloadKind) -> tuple
                     raise SystemExit(f"the teacher refused: {answer.error.message}")
     assert assembly is not None
     assert assembly.complete
-    score = assembly.result()
+    score = assembly.make_result()
     assert isinstance(score, GroupScore), score
     return score, size
 
@@ -130,7 +130,8 @@ async def measure(work: Pair, dtype: str, kinds: Sequence[PayloadKind]) -> list[
     head, width, tokens = vlm.head.detach().float(), vlm.hidden_size, len(work.exact_kl)
     found = []
     for kind, (score, size) in answers.items():
-        expected = {"hidden": width * vlm.head.element_size(), "hidden_int8": width + 4, "top_k": 8 * TOP_K + 4}
+        of_view = width * vlm.head.element_size()
+        expected = {"hidden": of_view, "hidden_int8": width + 4, "hidden_pair": 2 * of_view, "top_k": 8 * TOP_K + 4}
         for label, against in make_targets(work, kind, score, head):
             with torch.no_grad():
                 kl = divergence.fused_divergence(work.student_hidden, work.student_head, against).double()

@@ -127,8 +127,9 @@ def expected_advantage(student_logprobs: Tensor, teacher_logprobs: Tensor, degra
 
     From log-probs of the whole vocabulary: (..., V) -> (...), nats. Detached.
     """
-    gap = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min(0)
-    return (_widen(student_logprobs.detach()).exp() * gap).sum(-1)
+    # In place: the trainer has memory for two further matrices of this size.
+    gap = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min_(0)
+    return _widen(student_logprobs.detach()).exp().mul_(gap).sum(-1)
 
 
 def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Tensor:

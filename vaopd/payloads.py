@@ -16,7 +16,7 @@ from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
 from vaopd.wire.common import check_tensor
 
-PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "top_k", "sampled")
+PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "hidden_pair", "top_k", "sampled")
 """The payloads that a teacher of this version can send."""
 
 _NAMES: dict[PayloadKind, tuple[str, ...]] = {
@@ -24,6 +24,7 @@ _NAMES: dict[PayloadKind, tuple[str, ...]] = {
     "sampled": (),
     "hidden": ("hidden",),
     "hidden_int8": ("hidden_int8", "scales"),
+    "hidden_pair": ("hidden", "degraded_hidden"),
     "top_k": ("token_ids", "logprobs", "tail_logprobs"),
 }
 _INT8_MAX = 127
@@ -45,12 +46,16 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor) -> Tensor:
-    """Returns the bytes of a tensor from any device. Raises InvalidInput for a dtype that doesn't travel."""
+    """Returns the bytes of a tensor from any device; those of a CPU tensor are shared, so don't write into it.
+
+    Raises InvalidInput for a dtype that doesn't travel.
+    """
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype} doesn't travel; use one of {', '.join(ITEMSIZE_BYTES)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes()
+    # Not copied: the teacher's device waits for the thread that is here, and a forward's payload may be 100 MB.
+    data = flat.view(torch.uint8).numpy().data
     return Tensor(dtype=dtype, shape=tuple(tensor.shape), data=data)  # type: ignore[arg-type]
 
 
@@ -60,16 +65,20 @@ def compute(
     head: torch.Tensor,
     *,
     top_k: int,
+    degraded_hidden: torch.Tensor | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int = 1024,
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors by name of M response tokens' payload, from hidden states (M, D) and the LM head (V, D).
 
-    They stay on the device of the hidden states, and nothing here waits for it. top_k: of that payload. vocab_size: V,
-    where the head has rows of padding beyond it.
+    They stay on the device of the hidden states, and nothing here waits for it. top_k: of that payload.
+    degraded_hidden: (M, D), for "hidden_pair". vocab_size: V, where the head has rows of padding beyond it.
     """
     if kind == "hidden":
         return {"hidden": hidden}
+    if kind == "hidden_pair":
+        assert degraded_hidden is not None, "hidden_pair is made of both views"
+        return {"hidden": hidden, "degraded_hidden": degraded_hidden}
     if kind == "hidden_int8":
         return dict(zip(_NAMES[kind], _quantise(hidden.float()), strict=True))
     if kind == "top_k":
@@ -109,12 +118,12 @@ def _quantise(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def hidden_states(payload: Payload, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the (M, D) hidden states of a "hidden" or "hidden_int8" payload, in the head's `dtype`.
+    """Returns the original view's hidden states (M, D) of any of the hidden payloads, in the head's `dtype`.
 
     Raises InvalidInput for another payload or other dtypes and shapes, NumericalError for scales that aren't finite.
     """
     tensors = decode(payload)
-    if payload.kind == "hidden":
+    if "hidden" in tensors:
         return tensors["hidden"].to(dtype)
     if payload.kind != "hidden_int8":
         raise InvalidInput(f"a {payload.kind} payload holds no hidden states; ask for hidden or hidden_int8")

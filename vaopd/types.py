@@ -17,7 +17,7 @@ import numpy as np
 
 from vaopd.errors import InvalidInput, VaopdError
 
-PayloadKind = Literal["none", "hidden", "hidden_int8", "top_k", "sampled"]
+PayloadKind = Literal["none", "hidden", "hidden_int8", "hidden_pair", "top_k", "sampled"]
 DegradationKind = Literal["pixelate", "blur", "mean_colour", "black", "noise"]
 DEGRADATIONS: Mapping[DegradationKind, str | None] = {
     "pixelate": "the ratio",
@@ -245,7 +245,7 @@ class Tensor:
 
     dtype: Literal["float32", "bfloat16", "float16", "int32", "int64", "uint8", "int8"]
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> Tensor:
@@ -295,8 +295,9 @@ class Payload:
     """The teacher's distribution over a group's M response tokens (siblings one after the other).
 
     kind "hidden": tensors["hidden"] (M, D). "hidden_int8": ["hidden_int8"] (M, D) int8 and ["scales"] (M,) float32, one
-    per token; the hidden state is their product. "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32,
-    descending, ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
+    per token; the hidden state is their product. "hidden_pair": ["hidden"] and, of the degraded view,
+    ["degraded_hidden"], (M, D) each. "top_k": ["token_ids"] (M, k) int32, ["logprobs"] (M, k) float32, descending,
+    ["tail_logprobs"] (M,) float32, the log of the mass outside the k. "sampled" and "none": no tensors.
 
     >>> Payload(kind="hidden", tensors={"hidden": Tensor.from_numpy(np.zeros((5, 64), np.float16))}).kind
     'hidden'

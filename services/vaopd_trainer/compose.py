@@ -99,8 +99,7 @@ def run(
             teacher, description = connect_teacher(config, student, stack, stop)
         except Stopped:
             return _end_stopped(status, find_done(start))
-        needs_head = config.teacher.payload in ("hidden", "hidden_int8")
-        fetched = teacher.head() if needs_head else None
+        fetched = teacher.head() if config.teacher.needs_head else None
         head = to_torch(fetched).to(accelerator.device) if fetched is not None else None
         record = make_record(config, description, fetched)
         coordinator = None
@@ -282,17 +281,18 @@ def connect_teacher(
     )
     description = teacher.describe()
     check_same_tokenizer(student=student.fingerprint, teacher=description.tokenizer_fingerprint)
-    if config.teacher.payload not in description.payloads:
+    another = "serve it with the transformers backend of this version, or change objective.token_score"
+    if (payload := config.teacher.payload) not in description.payloads:
+        whose = f", which objective.token_score needs: {another}" if config.objective.needs_both_views else ""
         raise Mismatch(
-            f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, "
-            f"not {config.teacher.payload}; change teacher.payload"
+            f"teacher {description.model} offers the payloads {', '.join(description.payloads)}, not {payload}"
+            + (whose or "; change teacher.payload")
         )
     for column in config.objective.columns:
         if column not in description.columns:
             raise Mismatch(
                 f"teacher {description.model} can't compute {column}, which objective.token_score needs; on request it "
-                f"computes {', '.join(description.columns) or 'none'}: serve it with another backend, or change "
-                "objective.token_score"
+                f"computes {', '.join(description.columns) or 'none'}: {another}"
             )
     return teacher, description
 

@@ -49,6 +49,12 @@ def _split(group: WeightedGroup, tokens: int) -> Iterator[WeightedGroup]:
         start = end
 
 
+def _split_values(parts: Sequence[Tensor | None], lengths: list[int]) -> Sequence[Tensor | None]:
+    """Joins one number of all forwards' tokens, and splits it by groups; None for one that isn't computed."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found).float().cpu().split(lengths) if found else [None] * len(lengths)
+
+
 class Accumulator:
     """Runs the forwards and backwards of one rank's steps."""
 
@@ -76,7 +82,7 @@ class Accumulator:
         if not groups:
             return 0.0, []
         lengths = [len(group.token_weights) for group in groups]
-        of_groups = [torch.cat(parts).float().cpu().split(lengths) for parts in zip(*values, strict=True)]
+        of_groups = [_split_values(parts, lengths) for parts in zip(*values, strict=True)]
         return float(torch.stack(losses).sum()), [TokenValues(*parts) for parts in zip(*of_groups, strict=True)]
 
     def _run(

@@ -180,6 +180,7 @@ class Trainer:
         weighted = [weigh(group, self.config.objective, seed=self._mask_seed(step, group.index)) for group in scored]
         loss, values = self._accumulator.backward(weighted)
         kl = [of_group.kl.numpy() for of_group in values]
+        weighted = [group.record_expected_va(found.expected_va) for group, found in zip(weighted, values, strict=True)]
         kill_points.pass_point("backward", step)
         started += self._finish_evaluation()
         norm = self.weights.clip(self.config.trainer.max_grad_norm)

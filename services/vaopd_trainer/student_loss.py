@@ -1,7 +1,7 @@
 """Computes the student's forward pass and the loss of method.md over a few prompt groups.
 
-In: scored groups and their token weights. Out: the scalar loss, to call backward on, each token's KL, and its log-prob,
-which should be the one that it was sampled with.
+In: scored groups and their token weights, which one token score computes here. Out: the scalar loss, to call backward
+on, each token's KL, and its log-prob, which should be the one that it was sampled with.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vaopd import divergence, objective
-from vaopd.config import ObjectiveConfig, TrainerConfig
+from vaopd.config import ObjectiveConfig, TokenGroupsOnly, TrainerConfig, VaOpd
 from vaopd.errors import ConfigError
 from vaopd.payloads import hidden_states, to_torch
 from vaopd.types import GroupScore, RolloutGroup
@@ -25,6 +25,7 @@ from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.model import Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd.vlm.transfer import upload, upload_rows
+from vaopd_trainer.expected_score import score_tokens, weigh_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,11 +45,16 @@ class ScoredGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class WeightedGroup:
-    """A scored group with its rollout weights (K,) and the weights of its tokens, flat over siblings (M,)."""
+    """A scored group with its rollout weights (K,) and the weights of its tokens, flat over siblings (M,).
+
+    grouping: given when the student's own distribution has to be known first (token score "expected"). `StudentLoss`
+    then weights the tokens by these settings, and `token_weights` are NaN.
+    """
 
     scored: ScoredGroup
     rollout_weights: Tensor
     token_weights: Tensor
+    grouping: VaOpd | TokenGroupsOnly | None = None
 
     @property
     def segment(self) -> Segment:
@@ -59,6 +65,14 @@ class WeightedGroup:
     def tokens(self) -> int:
         """Tokens that a forward of this group computes."""
         return self.segment.tokens
+
+    def record_expected_va(self, expected_va: Tensor | None) -> WeightedGroup:
+        """Returns the group with this number of its tokens, (M,), beside the teacher's columns; itself without one."""
+        if expected_va is None:
+            return self
+        rows = expected_va.split([len(response) for response in self.scored.responses])
+        columns = {**self.scored.score.columns, "expected_va_nats": tuple(row.numpy() for row in rows)}
+        return replace(self, scored=replace(self.scored, score=replace(self.scored.score, columns=columns)))
 
     def select(self, start: int, end: int) -> WeightedGroup:
         """Returns the siblings from `start` up to `end`, with the weights that they have in the whole group."""
@@ -77,7 +91,8 @@ class WeightedGroup:
             ),
         )
         group = replace(self.scored.group, rollouts=self.scored.group.rollouts[siblings])
-        return WeightedGroup(
+        return replace(
+            self,
             scored=replace(self.scored, group=group, score=part),
             rollout_weights=self.rollout_weights[siblings],
             token_weights=self.token_weights[tokens],
@@ -95,9 +110,15 @@ def weigh(scored: ScoredGroup, settings: ObjectiveConfig, *, seed: int) -> Weigh
         **settings.as_keywords(),
         seed=seed,
     )
-    return WeightedGroup(
-        scored=scored, rollout_weights=weights.rollout_weights, token_weights=weights.token_weights[mask_KT]
-    )
+    tokens_M = weights.token_weights[mask_KT]
+    if isinstance(settings, VaOpd | TokenGroupsOnly) and settings.needs_both_views:
+        return WeightedGroup(
+            scored=scored,
+            rollout_weights=weights.rollout_weights,
+            token_weights=torch.full_like(tokens_M, torch.nan),
+            grouping=settings,
+        )
+    return WeightedGroup(scored=scored, rollout_weights=weights.rollout_weights, token_weights=tokens_M)
 
 
 def _score_tokens(
@@ -114,10 +135,11 @@ def _score_tokens(
 
 
 class TokenValues(NamedTuple):
-    """The KL of tokens and the student's log-probs of them, (M,) each, in nats."""
+    """The KL of tokens, the student's log-probs of them and, where it ranks them, their expected VA: (M,), in nats."""
 
     kl: Tensor
     logprobs: Tensor
+    expected_va: Tensor | None = None
 
 
 Part = Literal["text", "vision"]
@@ -211,18 +233,37 @@ class StudentLoss(nn.Module):
         segments = [group.segment for group in groups]
         responses = [response for segment in segments for response in segment.responses]
         hidden = self._student.compute_response_hidden(segments)
-        weights = upload_rows([group.token_weights for group in groups], hidden.device)
+        target = self._read_target(groups, responses, hidden.device)
+        if (grouping := groups[0].grouping) is None:
+            expected_va, weights = None, upload_rows([group.token_weights for group in groups], hidden.device)
+        else:
+            expected_va = self._expect_advantage(groups, hidden, target)
+            rollout_weights = torch.cat([group.rollout_weights for group in groups])
+            weights = weigh_tokens(expected_va, list(map(len, responses)), rollout_weights, grouping)
         # The parameter with its padding, not `Vlm.head`, its view: a view's gradient would be copied.
         loss, kl, logprobs = divergence.fused_loss_and_logprobs(
             hidden,
             self._student.padded_head,
-            self._read_target(groups, responses, hidden.device),
+            target,
             weights,
             upload(torch.from_numpy(np.concatenate(responses)), hidden.device),
             vocab_size=self._student.vocab_size,
             chunk_tokens=self._chunk_tokens,
         )
-        return loss, TokenValues(kl, logprobs)
+        return loss, TokenValues(kl, logprobs, expected_va)
+
+    def _expect_advantage(self, groups: Sequence[WeightedGroup], hidden: Tensor, target: divergence.Target) -> Tensor:
+        """Returns the tokens' expected VA (M,) from the student's hidden states and both of the teacher's views."""
+        assert isinstance(target, divergence.FullTarget), "the expected VA needs the hidden_pair payload"
+        degraded = [to_torch(group.scored.score.payload.tensors["degraded_hidden"]) for group in groups]
+        return score_tokens(
+            hidden,
+            self._student.padded_head,
+            target,
+            upload_rows(degraded, hidden.device),
+            vocab_size=self._student.vocab_size,
+            chunk_tokens=self._chunk_tokens,
+        )
 
     def _read_target(
         self, groups: Sequence[WeightedGroup], responses: Sequence[np.ndarray], device: torch.device
@@ -234,7 +275,7 @@ class StudentLoss(nn.Module):
             return upload_rows([to_torch(payload.tensors[name]) for payload in payloads], device)
 
         match payloads[0].kind:
-            case "hidden" | "hidden_int8":
+            case "hidden" | "hidden_int8" | "hidden_pair":
                 assert self._teacher_head is not None, "the hidden payloads need the teacher's head"
                 rows = [hidden_states(payload, self._teacher_head.dtype) for payload in payloads]
                 return divergence.FullTarget(

@@ -194,7 +194,10 @@ def test_a_lag_of_one_and_prompts_with_any_number_of_images(system: System, tmp_
 
 
 def test_a_run_leaves_out_bad_records_and_resumes_as_it_began(system: System, tmp_path: Path) -> None:
-    """Of nine records one has a picture that is cut short: the eight others are one epoch of two steps, in any case."""
+    """Of nine records one has a picture that is cut short: the eight others are one epoch of two steps, in any case.
+
+    Token groups are by the student's expected VA, which both views' hidden states of the teacher give.
+    """
     sound = [{"problem": f"<image>How long? {seed}", "answer": "1", "images": [picture(seed)]} for seed in range(8)]
     cut_short = {"bytes": encoded(drawing(8)).data[:-100], "path": None}
     bad = {"problem": "<image>How long? 8", "answer": "1", "images": [cut_short]}
@@ -213,6 +216,7 @@ def test_a_run_leaves_out_bad_records_and_resumes_as_it_began(system: System, tm
         in refused.text()
     )
 
+    settings |= {"teacher__payload": "hidden_pair", "objective__token_score": "expected"}
     job = system.job("lenient", data__bad_records="skip", data__max_bad_fraction=0.4, **settings)
     stop_before_the_first_step(job)
     worker = job.start_worker()
@@ -222,4 +226,7 @@ def test_a_run_leaves_out_bad_records_and_resumes_as_it_began(system: System, tm
     assert [(record["prompts"], record["not_asked"]) for record in job.records("eval")] == [(2, {"picture": 1})] * 2
     asked = {" ".join(record["question"].split()) for record in job.samples()}
     assert asked == {f"How long? {seed}" for seed in range(8)}
+    for sample in job.samples():
+        assert len(sample["expected_va_nats"]) == len(sample["tokens"])
+        assert min(sample["expected_va_nats"]) >= 0 < max(sample["expected_va_nats"])
     assert len(job.ledger()) == 8

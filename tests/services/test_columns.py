@@ -212,20 +212,34 @@ def divergence_terms(original: torch.Tensor, degraded: torch.Tensor) -> torch.Te
     return original.exp() * (original - degraded)
 
 
-def test_a_trainer_refuses_a_teacher_that_can_t_compute_what_its_objective_needs(tmp_path: Path) -> None:
-    lacking = replace(make_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0), columns=())  # as vLLM's is
+@pytest.mark.parametrize(
+    ("token_score", "payload", "message"),
+    [
+        ("view_divergence", "hidden", f"can't compute {DIVERGENCE}, which objective.token_score needs"),
+        (
+            "expected",
+            "hidden_pair",
+            "not hidden_pair, which objective.token_score needs: serve it with the transformers backend",
+        ),
+    ],
+)
+def test_a_trainer_refuses_a_teacher_that_can_t_give_what_its_objective_needs(
+    tmp_path: Path, token_score: str, payload: str, message: str
+) -> None:
+    whole = make_backend(tiny_vlm(), batch_tokens=4096, vision_bytes=0)
+    lacking = replace(whole, columns=(), payloads=("none", "hidden"))  # as vLLM's, or of an older version
     with teacher_in_process(lacking) as other, contextlib.ExitStack() as stack:
         config = Config.model_validate(
             {
                 "run": {"name": "x", "folder": tmp_path},
                 "data": {"source": "none"},
                 "student": {"model": "none"},
-                "teacher": {"model": "none", "address": other.target},
-                "objective": {"variant": "token_groups", "token_score": "view_divergence"},
+                "teacher": {"model": "none", "address": other.target, "payload": payload},
+                "objective": {"variant": "token_groups", "token_score": token_score},
                 "trainer": {"steps": 1},
             }
         )
-        with pytest.raises(Mismatch, match=f"can't compute {DIVERGENCE}, which objective.token_score needs"):
+        with pytest.raises(Mismatch, match=message):
             connect_teacher(config, tiny_vlm(), stack, threading.Event())
 
 

@@ -289,7 +289,7 @@ def test_the_light_payloads_carry_log_probs_only(either: TeacherInProcess, kind:
 def test_what_vllm_can_not_send_is_not_offered_and_refused_by_name(on_vllm: TeacherInProcess) -> None:
     assert on_vllm.description.payloads == ("none", "top_k", "sampled")
     request = token_request(tiny_vlm(), "g", pictures=[drawing(1)])
-    for payload in ("hidden", "hidden_int8"):
+    for payload in ("hidden", "hidden_int8", "hidden_pair"):
         with pytest.raises(Mismatch, match=f"can't send payload {payload}; it has none, top_k, sampled"):
             score(on_vllm.target, request, payload=payload)
     with SyncTeacherClient(on_vllm.target) as client, pytest.raises(Mismatch, match="can't send its head"):

@@ -184,6 +184,11 @@ TOKENS = {"high_fraction": 0.2, "high_weight": 0.5}
             {"variant": "token_groups", "high_fraction": 0.2, "high_weight": 0.7},
         ),
         (
+            ["token_score=expected"],
+            VaOpd(token_score="expected"),
+            {"variant": "va_opd", **ROLLOUTS, **TOKENS},
+        ),
+        (
             ["variant=masked", "mask=bottom", "mask_ties=random"],
             MaskedOpd(mask="bottom", mask_ties="random"),
             {"variant": "masked", "mask": "bottom", "mask_fraction": 0.1, "mask_ties": "random"},
@@ -193,7 +198,8 @@ TOKENS = {"high_fraction": 0.2, "high_weight": 0.5}
 def test_an_objective_has_the_fields_of_its_variant_alone(
     minimal: Path, overrides: list[str], objective: Section, keywords: dict[str, object]
 ) -> None:
-    config = load_config(minimal, [f"objective.{override}" for override in overrides])
+    overrides = ["teacher.payload=hidden_pair", *(f"objective.{override}" for override in overrides)]
+    config = load_config(minimal, overrides)
     assert config.objective == objective
     assert config.objective.as_keywords() == keywords
 
@@ -233,6 +239,10 @@ def test_payload_degradation_and_engine_are_variants_too(minimal: Path) -> None:
         ),
         ({"objective": {"variant": "masked", "mask": 1}}, r"objective\.mask: Input should be 'top'.*, got 1"),
         ({"objective": 3}, r"objective: .*dictionary.*, got 3"),
+        (
+            {"objective": {"token_score": "expected"}},
+            r'teacher\.payload = "hidden" doesn\'t carry them; set teacher\.payload = "hidden_pair", or',
+        ),
     ],
 )
 def test_a_variant_refuses_the_fields_of_another_one(section: dict[str, object], message: str) -> None:

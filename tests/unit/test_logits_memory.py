@@ -16,6 +16,7 @@ from tests.support import tolerance
 from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.divergence import FullTarget, fused_loss, token_logprobs, top_k_logprobs
 from vaopd.errors import InvalidInput
+from vaopd_trainer.expected_score import score_tokens
 
 M, V, D, CHUNK = 24, 512, 4, 6
 
@@ -70,6 +71,15 @@ def test_the_loss_takes_three() -> None:
     with Matrices() as matrices:
         fused_loss(hidden.requires_grad_(), head, target, torch.ones(M), chunk_tokens=CHUNK)
     assert matrices.most <= 3
+
+
+def test_the_expected_va_takes_five_of_half_the_size() -> None:
+    """Log-probs of the student and of both views, and two that come of them: less than the loss's three."""
+    hidden, head = hidden_and_head()
+    with Matrices() as matrices:
+        target = FullTarget(hidden=hidden.roll(1, 0), head=head)
+        score_tokens(hidden, head, target, hidden.roll(2, 0), vocab_size=V, chunk_tokens=2 * CHUNK)
+    assert matrices.most <= 5
 
 
 @pytest.mark.numeric

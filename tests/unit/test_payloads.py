@@ -44,10 +44,11 @@ def test_an_empty_tensor_keeps_its_shape() -> None:
     assert to_torch(from_torch(torch.empty(0, 7))).shape == (0, 7)
 
 
-def test_reading_a_tensor_copies_nothing() -> None:
-    sent = Tensor.from_numpy(np.arange(4, dtype=np.float32))
-    address = np.frombuffer(sent.data, np.uint8).ctypes.data
-    assert to_torch(sent).data_ptr() == address
+def test_neither_making_nor_reading_a_tensor_copies_anything() -> None:
+    """The teacher's device waits while its thread makes a payload."""
+    tensor = torch.arange(4, dtype=torch.bfloat16)
+    sent = from_torch(tensor)
+    assert tensor.data_ptr() == np.frombuffer(sent.data, np.uint8).ctypes.data == to_torch(sent).data_ptr()
 
 
 def test_bytes_that_do_not_fit_the_shape_are_refused() -> None:
@@ -75,6 +76,14 @@ def test_the_top_k_payload_holds_the_largest_and_the_rest() -> None:
 def test_the_hidden_payload_is_the_hidden_states() -> None:
     hidden = torch.randn(3, 5, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(decode(encode("hidden", hidden, torch.zeros(7, 5)))["hidden"], hidden)
+
+
+def test_the_hidden_pair_has_the_original_view_s_hidden_states_and_the_degraded_one_s() -> None:
+    hidden, degraded = torch.randn(2, 3, 5, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    payload = pack("hidden_pair", compute("hidden_pair", hidden, torch.zeros(7, 5), top_k=1, degraded_hidden=degraded))
+    assert torch.equal(hidden_states(payload, torch.bfloat16), hidden)
+    assert torch.equal(decode(payload)["degraded_hidden"], degraded)
+    assert sum(len(tensor.data) for tensor in payload.tensors.values()) == 2 * 3 * 5 * 2
 
 
 def test_a_payload_that_lacks_a_tensor_is_refused() -> None:

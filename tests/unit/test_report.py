@@ -221,18 +221,27 @@ def test_the_run_s_own_fraction_of_tokens_is_marked(tmp_path: Path) -> None:
     assert [rollout["high"] for rollout in list_rollouts(write_report([run]).read_text())] == [[0, 2]] * 6
 
 
-def test_the_high_group_is_that_of_the_run_s_own_token_score(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("token_score", "key", "name"),
+    [
+        ("view_divergence", "view_divergence_nats", "view divergence"),
+        ("expected", "expected_va_nats", "expected VA"),
+    ],
+)
+def test_the_high_group_is_that_of_the_run_s_own_token_score(
+    tmp_path: Path, token_score: str, key: str, name: str
+) -> None:
     """By view divergence the second token of VA 0, which the student misread, is the high one."""
     run = make_run(tmp_path / "first")
     config = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(config.replace("[objective]\n", '[objective]\ntoken_score = "view_divergence"\n'))
+    (run / "config.toml").write_text(config.replace("[objective]\n", f'[objective]\ntoken_score = "{token_score}"\n'))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     for sample in samples:
-        sample["view_divergence_nats"] = [0.5, 2.0, 1.0]
+        sample[key] = [0.5, 2.0, 1.0]
     (run / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     rollouts = list_rollouts(write_report([run]).read_text())
     assert [rollout["high"] for rollout in rollouts] == [[1]] * 6
-    assert rollouts[0]["numbers"]["view divergence"] == [500, 2000, 1000]
+    assert rollouts[0]["numbers"][name] == [500, 2000, 1000]
 
 
 def test_the_running_mean_by_hand() -> None:

@@ -59,7 +59,8 @@ class Step:
             weights = WholeWeights(self.module, model=student.model, settings=settings, ranks=Ranks())
             self.accumulator = Accumulator(accelerator=Accelerator(cpu=True), weights=weights, settings=settings)
             self.loss, values = self.accumulator.backward(groups)
-            self.kl, self.logprobs = ([part.numpy() for part in parts] for parts in zip(*values, strict=True))
+            self.kl = [of_group.kl.numpy() for of_group in values]
+            self.logprobs = [of_group.logprobs.numpy() for of_group in values]
         finally:
             self.module.close()
         self.gradients = {n: p.grad.clone() for n, p in student.model.named_parameters() if p.grad is not None}

@@ -78,7 +78,7 @@ def examine_teacher(
     if payload is not None and payload not in found.payloads:
         raise Mismatch(
             f"teacher.payload = {payload}: the teacher at {target} offers {', '.join(found.payloads)}; choose one of "
-            "these"
+            "these" + (', and another objective.token_score than "expected"' if payload == "hidden_pair" else "")
         )
     return Examination(description=found, absent=absent)
 

@@ -35,6 +35,11 @@ class _Teacher(Section):
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether the trainer applies the teacher's LM head to what travels."""
+        return False
+
     def make_payload_keywords(self) -> dict[str, Any]:
         """Returns what the teacher's client takes of this section: `payload`, and `top_k` where it has an effect."""
         return self.model_dump(include={"payload", "top_k"})
@@ -45,10 +50,16 @@ class _Teacher(Section):
 
 
 class HiddenTeacher(_Teacher):
-    """Hidden states of the teacher travel: the exact KL, or at int8 half of the bytes."""
+    """Hidden states of the teacher travel: the exact KL, or at int8 half of the bytes, or those of both views."""
 
-    payload: Literal["hidden", "hidden_int8"] = "hidden"
-    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), top_k (+ tail), sampled."""
+    payload: Literal["hidden", "hidden_int8", "hidden_pair"] = "hidden"
+    """How the teacher's distribution travels: hidden (exact KL), hidden_int8 (half of it), hidden_pair (twice as much:
+    both views, for objective.token_score = "expected"), top_k (+ tail), sampled."""
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the trainer applies the teacher's LM head to what travels."""
+        return True
 
 
 class TopKTeacher(_Teacher):
@@ -114,6 +125,11 @@ class _Objective(Section):
         """Names the columns that the teacher has to compute for it."""
         return ()
 
+    @property
+    def needs_both_views(self) -> bool:
+        """Whether the trainer needs the teacher's whole distributions of both views."""
+        return False
+
 
 class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
@@ -128,14 +144,20 @@ class _TokenGrouping(_Objective):
     """Fraction of a rollout's tokens that form the high group V."""
     high_weight: Fraction = 0.5
     """lambda: the share of the loss that the high group gets."""
-    token_score: Literal["va", "view_divergence", "absolute"] = "va"
+    token_score: Literal["va", "view_divergence", "absolute", "expected"] = "va"
     """Ranks the tokens for the high group: va (paper); view_divergence, how much the teacher's whole distribution
-    depends on the image; absolute, VA without its sign (docs/claims.md)."""
+    depends on the image; absolute, VA without its sign; expected, VA as it is expected of the student's own
+    distribution, which needs teacher.payload = "hidden_pair" (docs/claims.md)."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names the columns that the teacher has to compute for it."""
         return ("view_divergence_nats",) if self.token_score == "view_divergence" else ()
+
+    @property
+    def needs_both_views(self) -> bool:
+        """Whether the trainer needs the teacher's whole distributions of both views."""
+        return self.token_score == "expected"
 
 
 class VaOpd(_RolloutWeighting, _TokenGrouping):

@@ -197,6 +197,12 @@ class Config(Section):
                 f"evaluation.samples = {self.evaluation.samples} greedy answers would all be the same; "
                 "set evaluation.samples = 1 or evaluation.temperature > 0"
             )
+        if self.objective.needs_both_views and (payload := self.teacher.payload) != "hidden_pair":
+            raise ValueError(
+                'objective.token_score = "expected" compares both views of the teacher over the whole vocabulary, and '
+                f'teacher.payload = "{payload}" doesn\'t carry them; set teacher.payload = "hidden_pair", or '
+                'choose objective.token_score = "view_divergence"'
+            )
         return self
 
     @property

@@ -157,7 +157,7 @@ class Demand:
     def of(cls, config: Config, *, with_teacher: bool) -> Demand:
         """Counts for a configuration; `with_teacher`: whether one is started here. Raises ConfigError if it can't."""
         student = memory.find_model(config.student.model)
-        hidden = config.teacher.payload in ("hidden", "hidden_int8")
+        hidden = config.teacher.needs_head
         teacher = memory.find_model(config.teacher.model) if with_teacher or hidden else None
         image_px = config.data.max_pixels or IMAGE_PX
         image_bytes = memory.count_image_bytes(student, image_px)

@@ -16,6 +16,7 @@ class PayloadKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PAYLOAD_KIND_TOP_K: _ClassVar[PayloadKind]
     PAYLOAD_KIND_SAMPLED: _ClassVar[PayloadKind]
     PAYLOAD_KIND_HIDDEN_INT8: _ClassVar[PayloadKind]
+    PAYLOAD_KIND_HIDDEN_PAIR: _ClassVar[PayloadKind]
 
 class DegradationKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -31,6 +32,7 @@ PAYLOAD_KIND_HIDDEN: PayloadKind
 PAYLOAD_KIND_TOP_K: PayloadKind
 PAYLOAD_KIND_SAMPLED: PayloadKind
 PAYLOAD_KIND_HIDDEN_INT8: PayloadKind
+PAYLOAD_KIND_HIDDEN_PAIR: PayloadKind
 DEGRADATION_KIND_UNSPECIFIED: DegradationKind
 DEGRADATION_KIND_PIXELATE: DegradationKind
 DEGRADATION_KIND_BLUR: DegradationKind

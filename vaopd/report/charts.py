@@ -26,7 +26,7 @@ COLOURS = {
 }
 DASHES = ("", "6 3", "8 3 2 3", "2 3")
 """Dashes of groups with one objective, in turn."""
-SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280"}
+SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280", "expected": "#7c4a21"}
 """Of objectives whose tokens are ranked by another score than VA."""
 TIMES = {
     "wait_s": ("waiting for rollouts", "#2f86d6"),

@@ -35,6 +35,7 @@ SAMPLES_BYTES = 512 * MIB  # of samples.jsonl, in seconds
 NUMBERS = {
     "visual_advantage": "VA",
     "view_divergence_nats": "view divergence",
+    "expected_va_nats": "expected VA",
     "teacher_logprobs": "teacher",
     "degraded_logprobs": "degraded",
     "rollout_logprobs": "student",
@@ -120,8 +121,8 @@ def _find_high_group(rollout: Rollout, fraction: float, token_score: str) -> lis
 
 def _rank_by(rollout: Rollout, token_score: str) -> np.ndarray:
     """Returns the numbers that the run's high group is chosen by, (T,): see `objective.token_score`."""
-    if token_score == "view_divergence":
-        return np.array(rollout["view_divergence_nats"])
+    if key := {"view_divergence": "view_divergence_nats", "expected": "expected_va_nats"}.get(token_score):
+        return np.array(rollout[key])
     if token_score == "absolute":
         return np.abs(np.subtract(rollout["teacher_logprobs"], rollout["degraded_logprobs"]))
     return np.array(rollout["visual_advantage"])

@@ -1,8 +1,8 @@
 // The rollouts of all recorded steps: filtered, sorted, a few groups at a time, their tokens coloured.
 // The data stand in the JSON of each .browser; `rollouts.py` makes them.
 const MORE = 3; // groups of each step that are added at a time
-const FULL_COLOUR = { VA: 1000, "view divergence": 1000, KL: 1000 }; // thousandths of a nat; rollouts.py
-const NAMES = ["VA", "view divergence", "teacher", "degraded", "student", "KL"]; // the order in which they are shown
+const FULL_COLOUR = { VA: 1000, "view divergence": 1000, "expected VA": 1000, KL: 1000 }; // thousandths of a nat; rollouts.py
+const NAMES = ["VA", "view divergence", "expected VA", "teacher", "degraded", "student", "KL"]; // the order in which they are shown
 const SIGNS = { right: "✓", wrong: "✗" };
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length / 1000;
 

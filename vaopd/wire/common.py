@@ -16,7 +16,7 @@ def tensor_to_pb(tensor: t.Tensor | np.ndarray) -> common_pb2.Tensor:
     """Encodes an array of any shape."""
     if isinstance(tensor, np.ndarray):
         tensor = t.Tensor.from_numpy(tensor)
-    return common_pb2.Tensor(dtype=tensor.dtype, shape=tensor.shape, data=tensor.data)
+    return common_pb2.Tensor(dtype=tensor.dtype, shape=tensor.shape, data=bytes(tensor.data))
 
 
 def tensor_from_pb(message: common_pb2.Tensor) -> t.Tensor:
@@ -24,7 +24,7 @@ def tensor_from_pb(message: common_pb2.Tensor) -> t.Tensor:
     return check_tensor(message.dtype, tuple(message.shape), message.data)
 
 
-def check_tensor(dtype: str, shape: tuple[int, ...], data: bytes) -> t.Tensor:
+def check_tensor(dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> t.Tensor:
     """Makes a tensor of bytes. Raises InvalidInput when they don't fit the dtype and shape."""
     if dtype not in t.ITEMSIZE_BYTES:
         raise InvalidInput(f"tensor dtype {dtype!r} is unknown; use one of {', '.join(t.ITEMSIZE_BYTES)}")

@@ -18,6 +18,7 @@ PAYLOAD_KINDS: dict[t.PayloadKind, teacher_pb2.PayloadKind] = {
     "none": teacher_pb2.PAYLOAD_KIND_NONE,
     "hidden": teacher_pb2.PAYLOAD_KIND_HIDDEN,
     "hidden_int8": teacher_pb2.PAYLOAD_KIND_HIDDEN_INT8,
+    "hidden_pair": teacher_pb2.PAYLOAD_KIND_HIDDEN_PAIR,
     "top_k": teacher_pb2.PAYLOAD_KIND_TOP_K,
     "sampled": teacher_pb2.PAYLOAD_KIND_SAMPLED,
 }

@@ -156,8 +156,14 @@ class GroupEngine:
         options: dict[str, int] = {"vocab_size": self._vlm.vocab_size, "chunk_tokens": HEAD_CHUNK_TOKENS}
         try:
             computed |= columns.compute(group.columns, hidden, self._head, **options)
-            rows = hidden.get("original", torch.empty(0))
-            of_payload = payloads.compute(group.payload, rows, self._head, top_k=group.top_k, **options)
+            of_payload = payloads.compute(
+                group.payload,
+                hidden.get("original", torch.empty(0)),
+                self._head,
+                top_k=group.top_k,
+                degraded_hidden=hidden.get("degraded"),
+                **options,
+            )
         except torch.OutOfMemoryError:
             return _Leaving(group, _make_memory_error(group))
         # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
@@ -197,6 +203,8 @@ def _make_memory_error(group: PreparedGroup) -> LimitExceeded:
 def _choose_views(group: PreparedGroup) -> set[View]:
     """Returns the views that need their hidden states kept after the log-probs."""
     kept = columns.list_views(group.columns)
+    if group.payload == "hidden_pair":
+        return kept | set(VIEWS)
     return kept | {"original"} if group.payload in ("hidden", "hidden_int8", "top_k") else kept
 
 

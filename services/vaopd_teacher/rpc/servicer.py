@@ -131,7 +131,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         step = max(1, self._chunk_bytes // row_bytes)
         for start in range(0, rows, step):
             part = await self._run_on_thread(payloads.from_torch, head[start : start + step])
-            yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=part.data, tensor=described)
+            yield pb.TensorChunk(name="head", offset_bytes=start * row_bytes, data=bytes(part.data), tensor=described)
             described = None
 
     async def ScoreGroups(
@@ -243,7 +243,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                     group_id=score.group_id,
                     name=name,
                     offset_bytes=offset,
-                    data=tensor.data[offset : offset + self._chunk_bytes],
+                    data=bytes(tensor.data[offset : offset + self._chunk_bytes]),
                 )
                 yield pb.ScoreGroupsResponse(payload=chunk)
 
