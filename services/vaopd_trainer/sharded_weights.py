@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +21,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.futures import Future
 
 from vaopd.config import FullSharding, HybridSharding, TrainerConfig
@@ -37,7 +36,7 @@ from vaopd.vlm.adapters import name_base
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part, StudentLoss
-from vaopd_trainer.student_weights import StudentWeights, list_tensors, read_tensors
+from vaopd_trainer.student_weights import StudentWeights, read_tensors
 
 
 def make_mesh(sharding: FullSharding | HybridSharding, *, world: int, device: str) -> DeviceMesh:
@@ -114,26 +113,18 @@ class ShardedWeights(StudentWeights):
     def exchange(self) -> None:
         """Every backward has exchanged already."""
 
-    def load_model(self, folder: Path) -> None:
-        """Each rank reads its rows from the files.
+    def load_model(self, folder: Path, file_names: Mapping[str, str]) -> None:
+        """Reads this rank's rows from the model's files, tensor by tensor; `file_names`: from `find_file_names`.
 
-        Where a family's files have other names than its modules, transformers maps them: then each rank holds the
-        whole model for a moment, in the files' precision.
+        Raises ConfigError for tensors that are missing there.
         """
         weights = name_base(self._list_state())
-        if weights.keys() <= list_tensors(folder).keys():
-            read_tensors(folder, weights)
-            return
-        from transformers import AutoModelForImageTextToText
-
-        whole: dict[str, Tensor] = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
-        for name, target in weights.items():
-            if isinstance(target, DTensor):
-                source = whole[name].to(target.device)
-                part = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-                target.to_local().copy_(part.to_local())
-            else:
-                target.copy_(whole[name])
+        if missing := sorted(weights.keys() - file_names.keys()):
+            raise ConfigError(
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(weights)} tensors); a sharded student is read from "
+                "safetensors files that hold all of its weights: write them with transformers' save_pretrained"
+            )
+        read_tensors(folder, {file_names[name]: target for name, target in weights.items()})
 
     def save(self, folder: Path | None) -> dict[str, str]:
         """Writes this rank's file. Of several copies, each tensor is written by one."""

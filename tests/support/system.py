@@ -80,6 +80,24 @@ class Process:
         self._popen.wait()
         wait_until(f"no process of {self.log.stem} is left", self.gone)
 
+    def kill_rank(self, rank: int) -> int:
+        """SIGKILL to one rank when rank 0 has stopped at a point (`stop_at`); the others go on -> the exit code."""
+
+        def find_ranks() -> dict[int, int]:
+            """Rank → process id: this process itself, or those that it launched."""
+            children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text().split()
+            ranks = [(_read_rank(int(child)), int(child)) for child in children]
+            return {rank: child for rank, child in ranks if rank is not None} or {0: self._popen.pid}
+
+        def has_stopped() -> bool:
+            assert self.returncode is None, self.text()[-4000:]
+            return Path(f"/proc/{find_ranks()[0]}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+        wait_until(f"{self.log.stem} stops", has_stopped, timeout_s=_TIMEOUT_S)
+        os.kill(find_ranks()[rank], signal.SIGKILL)
+        os.killpg(self._popen.pid, signal.SIGCONT)
+        return self.exit_code()
+
     def exit_code(self) -> int:
         wait_until(f"{self.log.stem} ends", lambda: self.returncode is not None, timeout_s=_TIMEOUT_S)
         return self._popen.returncode
@@ -102,13 +120,15 @@ class Job:
         self.folder = system.folder / "runs" / name
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
 
-    def start_trainer(self, *, resume: bool = False, kill_at: str = "", launch: tuple[str, ...] = ()) -> Process:
-        """`kill_at`: POINT:STEP at which it dies, see `vaopd_trainer.kill_points`.
+    def start_trainer(
+        self, *, resume: bool = False, kill_at: str = "", stop_at: str = "", launch: tuple[str, ...] = ()
+    ) -> Process:
+        """`kill_at`, `stop_at`: POINT:STEP at which it dies or freezes, see `vaopd_trainer.kill_points`.
 
         `launch`: what Python is given in place of `-m vaopd_trainer`.
         """
         arguments = ("--resume",) if resume else ()
-        environment = {"VAOPD_KILL_AT": kill_at}
+        environment = {"VAOPD_KILL_AT": kill_at, "VAOPD_STOP_AT": stop_at}
         return self.system.start(
             "trainer", self.name, self.overrides, *arguments, environment=environment, launch=launch
         )
@@ -282,6 +302,15 @@ class System:
     def _end_processes(self) -> None:
         for process in self._processes:
             process.kill()
+
+
+def _read_rank(process: int) -> int | None:
+    """A rank as the launcher names it in the environment; None for another process."""
+    try:
+        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), None)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
