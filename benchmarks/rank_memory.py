@@ -67,7 +67,7 @@ def measure() -> None:
         ("student", "learns", "sharding", "ranks", "held", "counted", "peak of a step", "counted", "loading"),
         [[_size(f), f["learns"], f["kind"], f["world"], _mib(f["held"]), _mib(f["held_counted"]), _mib(f["peak"]),
           _mib(f["peak_counted"]), _mib(f["loading"])] for f in found],
-        "Held: weights, gradients and moments after a step. Loading: the peak before the first step. Of the largest rank.",
+        "Held: weights, gradients and moments after a step. Loading: the peak before the first step. Largest rank.",
     )  # fmt: skip
     tables.table(
         "Snapshots and checkpoints",

@@ -121,8 +121,8 @@ class ShardedWeights(StudentWeights):
         weights = name_base(self._list_state())
         if missing := sorted(weights.keys() - file_names.keys()):
             raise ConfigError(
-                f"{folder} lacks {missing[0]} ({len(missing)} of {len(weights)} tensors); a sharded student is read from "
-                "safetensors files that hold all of its weights: write them with transformers' save_pretrained"
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(weights)} tensors); a sharded student is "
+                "read from safetensors files with all of its weights: write them with transformers' save_pretrained"
             )
         read_tensors(folder, {file_names[name]: target for name, target in weights.items()})
 

@@ -36,7 +36,7 @@ KEPT = ("renamed", "unacknowledged")
 
 
 def list_deaths(points: Sequence[str], worlds: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-    """Yields (ranks, the one that dies, point): by turns of each number of ranks, of which the first and the last die."""
+    """Yields (ranks, the one that dies, point): by turns of each number of ranks; its first and its last die."""
     of_each = [[(world, rank, point) for point in points for rank in sorted({0, world - 1})] for world in worlds]
     for turn in range(max(map(len, of_each))):
         yield from (deaths[turn % len(deaths)] for deaths in of_each)
