@@ -30,8 +30,6 @@ from vaopd_trainer.optimizer import make_optimizer
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part
 
-STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
-
 
 class StudentWeights(ABC):
     """What both kinds share. `loss` computes a step's loss; its parameters are those that the optimizer changes."""
@@ -150,8 +148,9 @@ class WholeWeights(StudentWeights):
         """Writes two files, on rank 0 alone."""
         if folder is None:
             return {}
-        tensors = {STUDENT: self.list_weights(), OPTIMIZER: self.list_moments()}
-        return {name: write_tensors(values, folder / name) for name, values in tensors.items()}
+        tensors = {"student": self.list_weights(), "optimizer": self.list_moments()}
+        files = {f"{name}.safetensors": values for name, values in tensors.items()}
+        return {name: write_tensors(values, folder / name) for name, values in files.items()}
 
 
 def read_whole(tensor: Tensor) -> Tensor:
