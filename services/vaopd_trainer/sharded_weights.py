@@ -21,9 +21,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -68,8 +68,14 @@ def shard(loss: StudentLoss, student: Vlm, *, mesh: DeviceMesh, compute: torch.d
     # What the blocks leave of the tower is small, and its learned positions begin a residual stream, too.
     tower = student.family.vision_tower(student.model)
     fully_shard(tower, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    if low is not None:
-        student.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+
+    def begin_stream(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        # A frozen table's rows get a gradient too, as where adapters of the tower give them one. Else a rank without
+        # an image would sum its first layer at another time than one with an image, and both wait for ever.
+        stream = output if low is None else output.float()
+        return stream.requires_grad_() if torch.is_grad_enabled() and stream.is_leaf else stream
+
+    student.model.get_input_embeddings().register_forward_hook(begin_stream)
     # The root: embeddings, last norm and LM head, gathered from the forward's beginning to the backward's end.
     fully_shard(loss, mesh=mesh, mp_policy=gathered)
     _leave_meta(loss, torch.device(mesh.device_type))
@@ -149,12 +155,10 @@ class _Writer(HuggingFaceStorageWriter):
         self._file = folder / f"shard-{rank:05d}.safetensors"
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        items = {item.index.fqn: item for item in plan.items if all(_get_chunk(item).sizes)}
-        shapes = {
-            name: torch.empty(_get_chunk(item).sizes, dtype=_get_dtype(item), device="meta")
-            for name, item in items.items()
-        }
-        offsets = {name: {"saved_offsets": list(_get_chunk(item).offsets)} for name, item in items.items()}
+        items = {item.index.fqn: item for item in plan.items if all(_describe(item).chunk.sizes)}
+        parts = {name: _describe(item) for name, item in items.items()}
+        shapes = {n: torch.empty(p.chunk.sizes, dtype=p.properties.dtype, device="meta") for n, p in parts.items()}
+        offsets = {name: {"saved_offsets": list(part.chunk.offsets)} for name, part in parts.items()}
         stream = TensorStream(shapes, lambda name: planner.resolve_data(items[name]).detach().contiguous())  # type: ignore[union-attr]
         metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
         self.digests[self._file.name] = write_tensors(stream, self._file, metadata=metadata)
@@ -168,14 +172,9 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
 
-def _get_chunk(item: WriteItem) -> Any:
+def _describe(item: WriteItem) -> TensorWriteData:
     assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
-    return item.tensor_data.chunk
-
-
-def _get_dtype(item: WriteItem) -> torch.dtype:
-    assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
-    return item.tensor_data.properties.dtype
+    return item.tensor_data
 
 
 def is_sharded(settings: TrainerConfig) -> bool:

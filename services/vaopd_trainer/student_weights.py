@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +172,9 @@ def read_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
 
     Without messages among the ranks: each reads for itself. Raises ValueError for what is missing or of another shape.
     """
-    # torch warns of a load that isn't one of all ranks together.
-    with _as_value_error(), warnings.catch_warnings(action="ignore", category=UserWarning):
-        dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    """Torch collects the ranks' errors in an exception that is no `Exception`."""
     try:
-        yield
-    except dcp.CheckpointException as error:
+        # torch warns of a load that isn't one of all ranks together.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except dcp.CheckpointException as error:  # no `Exception`
         raise ValueError("; ".join(str(failure) for failure, _ in error.failures.values())) from error
