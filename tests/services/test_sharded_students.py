@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from accelerate.state import AcceleratorState
 from tests.support.families import family_folder
 from tests.support.rank_processes import run_ranks
 from tests.support.sharded_training import Reference, Run, make_config, take_steps
-from vaopd.net.ports import LOOPBACK, free_port
 from vaopd.run.snapshots import has_tied_head, publish_snapshot
 from vaopd.vlm.model import Vlm
 
@@ -36,9 +34,7 @@ def save_tied(folder: Path) -> Path:
 
 
 def start_ranks(world: int, model: Path, tied: Path, folder: Path) -> None:
-    command = [sys.executable, "-m", "tests.support.sharded_training", *map(str, (model, tied, folder))]
-    meeting = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
-    codes, said = run_ranks(command, world=world, folder=folder, environment=meeting)
+    codes, said = run_ranks("tests.support.sharded_training", model, tied, folder, world=world, folder=folder)
     assert codes == [0] * world, said
 
 

@@ -1,14 +1,12 @@
 """Students that ranks train together, held in every way, against one plain process, for test_sharded_students.py.
 
-python -m tests.support.sharded_training MODEL TIED CHECKPOINTS, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in
-the environment: one of the ranks. The trainer's own loop shares five groups out, one of them without an image; rank 0
-compares. Four ranks resume each other's checkpoints, too. Ends with 0 when all agree.
+`main` is one of the ranks (tests/support/rank_processes.py). The trainer's own loop shares five groups out, one of
+them without an image; rank 0 compares. Four ranks resume each other's checkpoints, too.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -231,14 +229,11 @@ def resume_each_other(model: Path, tied: Path, folder: Path) -> None:
     run.finish(reference, dtype=torch.bfloat16, weights=False)
 
 
-def main(model: Path, tied: Path, folder: Path) -> None:
+def main(*folders: str) -> None:
     torch.set_num_threads(1)
+    model, tied, folder = map(Path, folders)
     world = make_accelerator(make_config("none")).num_processes
     take_steps(model, folder, ("none", "full"))
     if world == 4:
         resume_each_other(model, tied, folder)
     Accelerator().end_training()
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
