@@ -24,9 +24,9 @@ import tables
 import torch
 from groups import PATCH_PX, QUICK
 
+from tests.support.rank_processes import run_ranks
 from vaopd.config import Config, validate
 from vaopd.files.durable import atomic_folder
-from vaopd.process.ranks import launch
 from vaopd.run.checkpoints import RunState
 from vaopd.run.tensor_files import write_tensors
 from vaopd.vlm import memory
@@ -45,8 +45,7 @@ MIB = 2**20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 CELLS: dict[int, list[tuple[str, bool, int]]] = {
     1: [("none", lora, layers) for lora in (False, True) for layers in LAYERS],
-    2: [("none", False, MIDDLE), ("none", True, MIDDLE)]
-    + [("full", lora, layers) for lora in (False, True) for layers in LAYERS],
+    2: [*(("full", lora, layers) for lora in (False, True) for layers in LAYERS), ("none", False, MIDDLE)],
     4: [("none", False, MIDDLE), ("full", False, MIDDLE), ("hybrid", False, MIDDLE), ("full", True, MIDDLE)],
 }
 """Ranks -> sharding, adapters or full weights, layers."""
@@ -54,13 +53,14 @@ CELLS: dict[int, list[tuple[str, bool, int]]] = {
 
 def measure() -> None:
     """Starts the ranks and prints the tables."""
-    os.environ |= {"OMP_NUM_THREADS": "1", **ALLOCATOR}
+    os.environ |= ALLOCATOR | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with tempfile.TemporaryDirectory(prefix="vaopd-rank-memory-") as name:
         for layers in LAYERS:
             groups.save_model(Path(name) / f"{layers}", vocabulary=VOCABULARY, layers=layers)
         for world in CELLS:
-            if code := launch((sys.executable, __file__, name), processes=world):
-                raise SystemExit(code)
+            codes, said = run_ranks("rank_memory", name, world=world, folder=Path(name))
+            if any(codes):
+                raise SystemExit(said)
         found = [json.loads(line) for line in (Path(name) / "found.jsonl").read_text().splitlines()]
     tables.table(
         "Memory of a trainer rank, MiB",
@@ -121,17 +121,17 @@ def read_anonymous_bytes() -> int:
     return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_rank(folder: Path) -> None:
+def main(name: str) -> None:
+    """One rank: all cells of its number of ranks."""
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    for kind, lora, layers in CELLS[world]:
+    folder = Path(name)
+    for kind, lora, layers in CELLS[int(os.environ["WORLD_SIZE"])]:
         found = run_cell(folder, kind, lora=lora, layers=layers)
         if os.environ["RANK"] == "0":
             with (folder / "found.jsonl").open("a") as file:
                 file.write(json.dumps(found) + "\n")
-            print(found, flush=True)
-        gc.collect()
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_cell(folder: Path, kind: str, *, lora: bool, layers: int) -> dict[str, Any]:
@@ -229,7 +229,3 @@ def save(weights: StudentWeights, folder: Path) -> tuple[float, int]:
 
 def _count_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -27,6 +27,7 @@ from vaopd.launch.up import make_service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _TIMEOUT_S = 600.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
@@ -51,12 +52,11 @@ class Process:
 
     def __init__(self, argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
                 argv,
                 cwd=_ROOT,
-                env=os.environ | quiet | environment,
+                env=os.environ | QUIET | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -80,18 +80,20 @@ class Process:
         self._popen.wait()
         wait_until(f"no process of {self.log.stem} is left", self.gone)
 
-    def kill_rank(self, rank: int) -> int:
+    def kill_rank(self, rank: int, *, world: int) -> int:
         """SIGKILL to one rank when rank 0 has stopped at a point (`stop_at`); the others go on -> the exit code."""
 
-        def find_ranks() -> dict[int, int]:
-            """Rank → process id: this process itself, or those that it launched."""
-            children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text().split()
-            ranks = [(_read_rank(int(child)), int(child)) for child in children]
-            return {rank: child for rank, child in ranks if rank is not None} or {0: self._popen.pid}
+        def find_ranks() -> list[int]:
+            """The process itself, or the children that it has started in the order of their ranks."""
+            children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text()
+            return list(map(int, children.split())) if world > 1 else [self._popen.pid]
 
         def has_stopped() -> bool:
             assert self.returncode is None, self.text()[-4000:]
-            return Path(f"/proc/{find_ranks()[0]}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            ranks = find_ranks()
+            return (
+                len(ranks) == world and Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            )
 
         wait_until(f"{self.log.stem} stops", has_stopped, timeout_s=_TIMEOUT_S)
         os.kill(find_ranks()[rank], signal.SIGKILL)
@@ -282,7 +284,10 @@ class System:
         if launch:
             assert argv[1] == "-m"
             argv = (argv[0], *launch, *argv[3:])
-        process = Process(argv, self.folder / f"{name}.{role}.log", environment or {})
+        return self.keep(Process(argv, self.folder / f"{name}.{role}.log", environment or {}))
+
+    def keep(self, process: Process) -> Process:
+        """Ends it at the exit."""
         self._processes.append(process)
         return process
 
@@ -302,15 +307,6 @@ class System:
     def _end_processes(self) -> None:
         for process in self._processes:
             process.kill()
-
-
-def _read_rank(process: int) -> int | None:
-    """A rank as the launcher names it in the environment; None for another process."""
-    try:
-        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((int(each[5:]) for each in variables if each.startswith(b"RANK=")), None)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
