@@ -112,6 +112,7 @@ class Trainer(Process):
     def _begin(self, arguments: Sequence[str], world: int, environment: dict[str, str]) -> None:
         """In the fork: trains, or starts the ranks and ends as they do."""
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--ranks", default="2,1", metavar="A,B", help="numbers of ranks, by turns (default 2,1)")
     parser.add_argument("--points", nargs="+", choices=KILL_POINTS, default=KILL_POINTS)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the processes are ended, too
     importlib.import_module("vaopd_trainer.compose")
     Vlm.load(model_folder("student"))  # imports its family: no fork has to
     with tempfile.TemporaryDirectory(prefix="vaopd-ranks-") as folder:
