@@ -6,6 +6,7 @@ counted on the real layers (`--measure` does it again, by kept_bytes.py, in a mi
 checkpointed.
 
 The arithmetic is vaopd/vlm/memory.py's, the placement `vaopd up --gpus auto`'s (vaopd/launch/placement.py).
+`--measure-ranks` compares it with the resident memory of real trainer ranks (benchmarks/rank_memory.py).
 """
 
 from __future__ import annotations
@@ -227,9 +228,17 @@ long, add workers; if *waiting for scores* is long, add a teacher; otherwise add
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="count the bytes kept for the backward pass again")
-    if parser.parse_args().measure:
+    parser.add_argument(
+        "--measure-ranks", action="store_true", help="train small models on 1, 2 and 4 ranks, in minutes"
+    )
+    options = parser.parse_args()
+    if options.measure:
         from kept_bytes import measure
 
         measure()
+    elif options.measure_ranks:
+        import rank_memory
+
+        rank_memory.measure()
     else:
         print(page(), end="")

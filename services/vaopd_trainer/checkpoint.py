@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,7 +31,7 @@ from vaopd.run.checkpoints import (
 )
 from vaopd.run.tensor_files import compute_digest, write_tensors
 from vaopd_trainer import kill_points
-from vaopd_trainer.student_weights import OPTIMIZER, STUDENT, StudentWeights
+from vaopd_trainer.student_weights import StudentWeights
 
 log = logging.getLogger(__name__)
 
@@ -96,19 +96,12 @@ def set_damaged_aside(folder: Path) -> None:
 def check(checkpoint: Path) -> None:
     """Compares every file with its digest. Raises DamagedCheckpoint, PermissionError."""
     read_checkpoint(checkpoint)
-    files = read_state(checkpoint).get("files")
-    if files is None:
-        log.warning("%s is of an earlier vaopd, without digests: damage in its tensors can't be noticed", checkpoint)
-        files = dict.fromkeys((STUDENT, OPTIMIZER, RNG))
-    for name, digest in files.items():
+    for name, digest in read_state(checkpoint)["files"].items():
         try:
-            if digest is None:
-                with safe_open(checkpoint / name, framework="pt"):  # notices a file that was cut short
-                    continue
             same = compute_digest(checkpoint / name) == digest
         except PermissionError:  # not the file's fault
             raise
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise DamagedCheckpoint(checkpoint, f"{name}: {error}") from None
         if not same:
             raise DamagedCheckpoint(checkpoint, f"{name}: it is not as it was written")

@@ -44,8 +44,8 @@ from vaopd.run.settings import Changes
 from vaopd.run.status import StatusWriter
 from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
-from vaopd.vlm.adapters import add_adapters
-from vaopd.vlm.model import Vlm
+from vaopd.vlm.adapters import add_adapters, name_base
+from vaopd.vlm.model import Vlm, find_file_names
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd.weights.serve import SnapshotServer
 from vaopd_trainer.collector import Collector
@@ -59,7 +59,7 @@ from vaopd_trainer.records import ProgressLine
 from vaopd_trainer.scorer import GroupScorer
 from vaopd_trainer.sharded_weights import ShardedWeights, is_sharded, make_mesh, shard
 from vaopd_trainer.student_loss import StudentLoss
-from vaopd_trainer.student_weights import StudentWeights, WholeWeights
+from vaopd_trainer.student_weights import StudentWeights, WholeWeights, list_tensors
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def run(
         ranks.barrier()
         start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
         with process.loading():
-            student = _load_student(config)
+            student = load_student(config)
         if not ranks.is_coordinator:
             ranks.barrier()  # rank 0 measures the prompts, the others find its measures
         problems = load_problems(config)
@@ -198,7 +198,7 @@ def _serve_snapshots(config: Config, stack: contextlib.ExitStack) -> SnapshotSer
     return server
 
 
-def _load_student(config: Config) -> Vlm:
+def load_student(config: Config) -> Vlm:
     """Loads the student; one that will be sharded without its weights, which no rank then holds whole."""
     lora = config.student.lora
     student = Vlm.load(
@@ -225,9 +225,11 @@ def hold_weights(
     if isinstance(sharding, NoSharding) or not is_sharded(settings):
         return WholeWeights(accelerator.prepare(loss), **keywords)
     mesh = make_mesh(sharding, world=ranks.world, device=accelerator.device.type)
+    own = name_base(student.model.state_dict())
+    file_names = find_file_names(list_tensors(student.path), student.model, own)
     shard(loss, student, mesh=mesh, compute=getattr(torch, config.student.dtype))
     weights = ShardedWeights(loss, **keywords)
-    weights.load_model(student.path)
+    weights.load_model(student.path, file_names)
     return weights
 
 

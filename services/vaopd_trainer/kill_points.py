@@ -1,6 +1,7 @@
-"""Kills the trainer at a chosen point, as `kill -9` would; for the fault tests.
+"""Kills the trainer at a chosen point, as `kill -9` would, or stops it there; for the fault tests.
 
-VAOPD_KILL_AT=backward:3 ends the process in step 3, after its backward pass. Without the variable, nothing happens.
+VAOPD_KILL_AT=backward:3 ends the process in step 3, after its backward pass. VAOPD_STOP_AT=backward:3 freezes every
+rank there, so that a test can kill one of them. Without the variables, nothing happens.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ KILL_POINTS: tuple[KillPoint, ...] = get_args(KillPoint)
 
 
 def pass_point(point: KillPoint, step: int) -> None:
-    """Ends the process if the variable names this point and step.
+    """Ends or freezes the process if a variable names this point and step.
 
     Steps count from 0; a checkpoint's is the step that follows it.
     """
-    if os.environ.get("VAOPD_KILL_AT") == f"{point}:{step}":
-        os.kill(os.getpid(), signal.SIGKILL)
+    for variable, number in (("VAOPD_KILL_AT", signal.SIGKILL), ("VAOPD_STOP_AT", signal.SIGSTOP)):
+        if os.environ.get(variable) == f"{point}:{step}":
+            os.kill(os.getpid(), number)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +23,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.futures import Future
 
 from vaopd.config import FullSharding, HybridSharding, TrainerConfig
@@ -37,7 +36,7 @@ from vaopd.vlm.adapters import name_base
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part, StudentLoss
-from vaopd_trainer.student_weights import StudentWeights, list_tensors, read_tensors
+from vaopd_trainer.student_weights import StudentWeights, read_tensors
 
 
 def make_mesh(sharding: FullSharding | HybridSharding, *, world: int, device: str) -> DeviceMesh:
@@ -69,8 +68,14 @@ def shard(loss: StudentLoss, student: Vlm, *, mesh: DeviceMesh, compute: torch.d
     # What the blocks leave of the tower is small, and its learned positions begin a residual stream, too.
     tower = student.family.vision_tower(student.model)
     fully_shard(tower, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    if low is not None:
-        student.model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
+
+    def begin_stream(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        # A frozen table's rows get a gradient too, as where adapters of the tower give them one. Else a rank without
+        # an image would sum its first layer at another time than one with an image, and both wait for ever.
+        stream = output if low is None else output.float()
+        return stream.requires_grad_() if torch.is_grad_enabled() and stream.is_leaf else stream
+
+    student.model.get_input_embeddings().register_forward_hook(begin_stream)
     # The root: embeddings, last norm and LM head, gathered from the forward's beginning to the backward's end.
     fully_shard(loss, mesh=mesh, mp_policy=gathered)
     _leave_meta(loss, torch.device(mesh.device_type))
@@ -114,26 +119,18 @@ class ShardedWeights(StudentWeights):
     def exchange(self) -> None:
         """Every backward has exchanged already."""
 
-    def load_model(self, folder: Path) -> None:
-        """Each rank reads its rows from the files.
+    def load_model(self, folder: Path, file_names: Mapping[str, str]) -> None:
+        """Reads this rank's rows from the model's files, tensor by tensor; `file_names`: from `find_file_names`.
 
-        Where a family's files have other names than its modules, transformers maps them: then each rank holds the
-        whole model for a moment, in the files' precision.
+        Raises ConfigError for tensors that are missing there.
         """
         weights = name_base(self._list_state())
-        if weights.keys() <= list_tensors(folder).keys():
-            read_tensors(folder, weights)
-            return
-        from transformers import AutoModelForImageTextToText
-
-        whole: dict[str, Tensor] = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
-        for name, target in weights.items():
-            if isinstance(target, DTensor):
-                source = whole[name].to(target.device)
-                part = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-                target.to_local().copy_(part.to_local())
-            else:
-                target.copy_(whole[name])
+        if missing := sorted(weights.keys() - file_names.keys()):
+            raise ConfigError(
+                f"{folder} lacks {missing[0]} ({len(missing)} of {len(weights)} tensors); a sharded student is "
+                "read from safetensors files with all of its weights: write them with transformers' save_pretrained"
+            )
+        read_tensors(folder, {file_names[name]: target for name, target in weights.items()})
 
     def save(self, folder: Path | None) -> dict[str, str]:
         """Writes this rank's file. Of several copies, each tensor is written by one."""
@@ -158,12 +155,10 @@ class _Writer(HuggingFaceStorageWriter):
         self._file = folder / f"shard-{rank:05d}.safetensors"
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        items = {item.index.fqn: item for item in plan.items if all(_get_chunk(item).sizes)}
-        shapes = {
-            name: torch.empty(_get_chunk(item).sizes, dtype=_get_dtype(item), device="meta")
-            for name, item in items.items()
-        }
-        offsets = {name: {"saved_offsets": list(_get_chunk(item).offsets)} for name, item in items.items()}
+        items = {item.index.fqn: item for item in plan.items if all(_describe(item).chunk.sizes)}
+        parts = {name: _describe(item) for name, item in items.items()}
+        shapes = {n: torch.empty(p.chunk.sizes, dtype=p.properties.dtype, device="meta") for n, p in parts.items()}
+        offsets = {name: {"saved_offsets": list(part.chunk.offsets)} for name, part in parts.items()}
         stream = TensorStream(shapes, lambda name: planner.resolve_data(items[name]).detach().contiguous())  # type: ignore[union-attr]
         metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
         self.digests[self._file.name] = write_tensors(stream, self._file, metadata=metadata)
@@ -177,14 +172,9 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
 
-def _get_chunk(item: WriteItem) -> Any:
+def _describe(item: WriteItem) -> TensorWriteData:
     assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
-    return item.tensor_data.chunk
-
-
-def _get_dtype(item: WriteItem) -> torch.dtype:
-    assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
-    return item.tensor_data.properties.dtype
+    return item.tensor_data
 
 
 def is_sharded(settings: TrainerConfig) -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,6 @@ from vaopd.vlm.adapters import name_adapters
 from vaopd_trainer.optimizer import make_optimizer
 from vaopd_trainer.rank_messages import Ranks
 from vaopd_trainer.student_loss import Part
-
-STUDENT, OPTIMIZER = "student.safetensors", "optimizer.safetensors"
 
 
 class StudentWeights(ABC):
@@ -152,8 +150,9 @@ class WholeWeights(StudentWeights):
         """Writes two files, on rank 0 alone."""
         if folder is None:
             return {}
-        tensors = {STUDENT: self.list_weights(), OPTIMIZER: self.list_moments()}
-        return {name: write_tensors(values, folder / name) for name, values in tensors.items()}
+        tensors = {"student": self.list_weights(), "optimizer": self.list_moments()}
+        files = {f"{name}.safetensors": values for name, values in tensors.items()}
+        return {name: write_tensors(values, folder / name) for name, values in files.items()}
 
 
 def read_whole(tensor: Tensor) -> Tensor:
@@ -175,15 +174,9 @@ def read_tensors(folder: Path, targets: dict[str, Tensor]) -> None:
 
     Without messages among the ranks: each reads for itself. Raises ValueError for what is missing or of another shape.
     """
-    # torch warns of a load that isn't one of all ranks together.
-    with _as_value_error(), warnings.catch_warnings(action="ignore", category=UserWarning):
-        dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    """Torch collects the ranks' errors in an exception that is no `Exception`."""
     try:
-        yield
-    except dcp.CheckpointException as error:
+        # torch warns of a load that isn't one of all ranks together.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except dcp.CheckpointException as error:  # no `Exception`
         raise ValueError("; ".join(str(failure) for failure, _ in error.failures.values())) from error

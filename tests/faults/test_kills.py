@@ -183,11 +183,15 @@ def test_a_new_run_of_an_old_name_does_not_meet_what_the_old_one_left(system: Sy
 
 
 def test_two_ranks_of_a_sharded_student_die_in_a_checkpoint_and_one_whole_rank_goes_on(system: System) -> None:
-    """The coordinator is killed when both ranks' files of step 2 are there, and not yet in place."""
+    """Rank 1 in its backward pass; then the coordinator when both ranks' files of step 2 are there, not yet in place.
+
+    `python -m tests.faults.ranks` kills every rank at every point.
+    """
     settings = {"trainer__steps": 3, "trainer__checkpoint_every": 1, "trainer__prompts_per_step": 3}
     sharded = system.job("sharded", trainer__processes=2, trainer__sharding__kind="full", **settings)
     worker = sharded.start_worker()
-    assert sharded.start_trainer(kill_at="written:2").exit_code() == -signal.SIGKILL
+    assert sharded.start_trainer(stop_at="backward:1").kill_rank(1, world=2) == -signal.SIGKILL
+    assert sharded.start_trainer(resume=True, kill_at="written:2").exit_code() == -signal.SIGKILL
     (checkpoint,) = (sharded.folder / "checkpoints").glob("step_*")
     assert [len(list(checkpoint.glob(f"shard-0000{rank}.safetensors"))) for rank in range(3)] == [1, 1, 0]
 

@@ -1,8 +1,7 @@
-"""A student sharded over four ranks by FSDP2: real processes over gloo take the steps of one plain process."""
+"""Ranks that hold a student whole or sharded: real processes over gloo take the steps of a plain one in float64."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from accelerate.state import AcceleratorState
 
 from tests.support.families import family_folder
 from tests.support.rank_processes import run_ranks
-from tests.support.sharded_training import Reference, Run, make_config
-from vaopd.net.ports import LOOPBACK, free_port
+from tests.support.sharded_training import Reference, Run, make_config, take_steps
 from vaopd.run.snapshots import has_tied_head, publish_snapshot
 from vaopd.vlm.model import Vlm
 
@@ -35,18 +33,30 @@ def save_tied(folder: Path) -> Path:
     return folder
 
 
-def test_sharded_ranks_train_resume_and_export_as_one_process_does(tmp_path: Path) -> None:
-    """Loss, gradient norm and weights of three steps; checkpoints of 1, 4 and 2 × 2 ranks continued by one another."""
+def start_ranks(world: int, model: Path, tied: Path, folder: Path) -> None:
+    codes, said = run_ranks("tests.support.sharded_training", model, tied, folder, world=world, folder=folder)
+    assert codes == [0] * world, said
+
+
+def test_one_rank_takes_the_steps_of_plain_float64(tmp_path: Path) -> None:
+    """Full weights and adapters: loss, gradient norm and weights of three steps."""
+    take_steps(family_folder("qwen3_vl"), tmp_path, ("none",))
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Whole and sharded, full weights and adapters."""
+    start_ranks(2, family_folder("qwen3_vl"), tmp_path, tmp_path)
+
+
+def test_four_ranks_train_resume_and_export_as_one_process_does(tmp_path: Path) -> None:
+    """The same steps; and checkpoints of 1, 4 and 2 × 2 ranks continued by one another."""
     model, tied = family_folder("qwen3_vl"), save_tied(tmp_path / "tied")
     config = make_config("none")
     whole = Run(model, config, tmp_path / "whole")
     whole.step()
     whole.trainer._checkpoint()
 
-    command = [sys.executable, "-m", "tests.support.sharded_training", str(model), str(tied), str(tmp_path)]
-    meeting = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
-    codes, said = run_ranks(command, world=4, folder=tmp_path, environment=meeting)
-    assert codes == [0] * 4, said
+    start_ranks(4, model, tied, tmp_path)
 
     (checkpoint,) = (tmp_path / "full").iterdir()
     assert len(list(checkpoint.glob("shard-*.safetensors"))) == 4

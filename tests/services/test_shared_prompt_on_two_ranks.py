@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from tests.support.rank_processes import run_ranks
 
 
 def run_both_ranks(tmp_path: Path, *cases: str) -> None:
-    """One pair of processes for all cases, HOW=FOLDER each: most of the time they import torch."""
-    command = [sys.executable, "-m", "tests.support.sharded", str(tmp_path / "store"), *cases]
-    codes, said = run_ranks(command, world=2, folder=tmp_path)
+    """HOW=FOLDER each."""
+    codes, said = run_ranks("tests.support.sharded", *cases, world=2, folder=tmp_path)
     assert codes == [0, 0], said
 
 

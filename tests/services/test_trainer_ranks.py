@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.families import family_folder
 from tests.support.rank_processes import run_ranks
-from vaopd.net.ports import LOOPBACK, free_port
 
 
 @pytest.mark.slow
@@ -18,7 +16,6 @@ def test_a_number_of_ranks_that_does_not_divide_the_groups_takes_the_step_of_one
     tmp_path: Path, world: int, groups: int
 ) -> None:
     """With 3 ranks and 2 groups the last rank has none. The second one runs out of memory in its backward."""
-    command = [sys.executable, "-m", "tests.support.ranks_step", str(family_folder("qwen3_vl")), str(groups)]
-    meeting = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
-    codes, said = run_ranks(command, world=world, folder=tmp_path, environment=meeting)
+    folder = family_folder("qwen3_vl")
+    codes, said = run_ranks("tests.support.ranks_step", folder, groups, world=world, folder=tmp_path)
     assert codes == [0] * world, said

@@ -1,13 +1,11 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
-python -m tests.support.ranks_step FOLDER B, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment: the
-trainer's own loop shares B groups out, and every rank compares loss and gradient with those of all groups in this
-process. Rank 1 runs out of memory, in a backward. Ends with 0 when all agree.
+`main` takes a model's folder and B: the trainer's own loop shares B groups out, and every rank compares loss and
+gradient with those of all groups in this process. Rank 1 runs out of memory, in a backward.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,8 +72,9 @@ class Coordinator:
         self.numbers = average_ranks(sums)
 
 
-def main(folder: str, count: int) -> None:
+def main(folder: str, number: str) -> None:
     torch.set_num_threads(1)
+    count = int(number)
     student = Vlm.load(folder, dtype="float64")
     groups = [a_weighted_group(student, index, LENGTHS[index]) for index in range(count)]
     config = validate(
@@ -132,7 +131,3 @@ def assert_same(student: Vlm, found: dict[str, torch.Tensor], expected: dict[str
     assert found.keys() == expected.keys()
     for name, bound in tolerance.backward(student.config, expected, dtype=torch.float64).items():
         tolerance.assert_within((found[name] - expected[name]).norm(), 0.0, bound, name)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -1,13 +1,11 @@
 """One of two processes that share a model, for test_shared_prompt_on_two_ranks.py.
 
-python -m tests.support.sharded STORE HOW=FOLDER..., with RANK in the environment: HOW is "tensor_parallel", "fsdp" or
-"fsdp_checkpointing". Compares each with the whole model in this process, in float64, and ends with 0 when all agree.
+`main` takes HOW=FOLDER..., where HOW is "tensor_parallel", "fsdp" or "fsdp_checkpointing", and compares each with the
+whole model in this process, in float64.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,9 +45,9 @@ def segments_for(vlm: Vlm) -> list[Segment]:
     ]
 
 
-def main(store: str, *cases: str) -> None:
+def main(*cases: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=2)
+    dist.init_process_group("gloo")
     for case in cases:
         print(case, flush=True)  # the last one printed is the one that failed
         _compare(*case.split("=", 1))
@@ -97,7 +95,3 @@ def _fsdp(student: Vlm, whole: Vlm, segments: Sequence[Segment], expected: Tenso
         if parameter.grad is not None:
             difference = parameter.grad.full_tensor() - theirs[name]
             tolerance.assert_within(difference.norm(), 0.0, errors[name], name)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -27,6 +27,7 @@ from vaopd.launch.up import make_service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _TIMEOUT_S = 600.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
@@ -51,8 +52,7 @@ class Process:
 
     def __init__(self, argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._popen = preloaded.start(argv, log=log, environment=os.environ | quiet | environment)
+        self._popen = preloaded.start(argv, log=log, environment=os.environ | QUIET | environment)
 
     @property
     def returncode(self) -> int | None:
@@ -70,6 +70,26 @@ class Process:
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
         wait_until(f"no process of {self.log.stem} is left", self.gone)
+
+    def kill_rank(self, rank: int, *, world: int) -> int:
+        """SIGKILL to one rank when rank 0 has stopped at a point (`stop_at`); the others go on -> the exit code."""
+
+        def find_ranks() -> list[int]:
+            """The process itself, or the children that it has started in the order of their ranks."""
+            children = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text()
+            return list(map(int, children.split())) if world > 1 else [self._popen.pid]
+
+        def has_stopped() -> bool:
+            assert self.returncode is None, self.text()[-4000:]
+            ranks = find_ranks()
+            return (
+                len(ranks) == world and Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            )
+
+        wait_until(f"{self.log.stem} stops", has_stopped, timeout_s=_TIMEOUT_S)
+        os.kill(find_ranks()[rank], signal.SIGKILL)
+        os.killpg(self._popen.pid, signal.SIGCONT)
+        return self.exit_code()
 
     def exit_code(self) -> int:
         wait_until(f"{self.log.stem} ends", lambda: self.returncode is not None, timeout_s=_TIMEOUT_S)
@@ -94,13 +114,15 @@ class Job:
         self.folder = system.folder / "runs" / name
         self.overrides = [f"{key}={value}" for key, value in settings.items()]
 
-    def start_trainer(self, *, resume: bool = False, kill_at: str = "", launch: tuple[str, ...] = ()) -> Process:
-        """`kill_at`: POINT:STEP at which it dies, see `vaopd_trainer.kill_points`.
+    def start_trainer(
+        self, *, resume: bool = False, kill_at: str = "", stop_at: str = "", launch: tuple[str, ...] = ()
+    ) -> Process:
+        """`kill_at`, `stop_at`: POINT:STEP at which it dies or freezes, see `vaopd_trainer.kill_points`.
 
         `launch`: what Python is given in place of `-m vaopd_trainer`.
         """
         arguments = ("--resume",) if resume else ()
-        environment = {"VAOPD_KILL_AT": kill_at}
+        environment = {"VAOPD_KILL_AT": kill_at, "VAOPD_STOP_AT": stop_at}
         return self.system.start(
             "trainer", self.name, self.overrides, *arguments, environment=environment, launch=launch
         )
@@ -254,7 +276,10 @@ class System:
         if launch:
             assert argv[1] == "-m"
             argv = (argv[0], *launch, *argv[3:])
-        process = Process(argv, self.folder / f"{name}.{role}.log", environment or {})
+        return self.keep(Process(argv, self.folder / f"{name}.{role}.log", environment or {}))
+
+    def keep(self, process: Process) -> Process:
+        """Ends it at the exit."""
         self._processes.append(process)
         return process
 

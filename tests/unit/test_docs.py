@@ -57,6 +57,17 @@ def test_every_command_is_one(block: Block, elsewhere: Path, capsys: pytest.Capt
             assert main([*arguments, *settings, "--dry-run", "--offline"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_a_plan_on_a_page_is_the_one_that_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = re.compile(r"^vaopd (up .* --cards .*)\n```\n\n```text\n([^`]*)```", re.M)
+    found = [each for page in PAGES for each in plan.findall(page.read_text())]
+    for command, text in found:
+        assert main([*shlex.split(command), "--offline"]) == 0
+        printed = capsys.readouterr().err.replace("vaopd: ", "")
+        assert " ".join(text.split()) in " ".join(printed.split())
+    assert found
+
+
 @pytest.mark.parametrize("block", [b for b in blocks("bash") if b.marker], ids=lambda block: block.name)
 def test_what_a_block_says_of_its_test_is_true(block: Block) -> None:
     """ "dry-run" and "parse" are the test above; "none" needs a reason; anything else names test files."""

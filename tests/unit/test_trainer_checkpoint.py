@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import shutil
@@ -21,7 +20,6 @@ from vaopd.run.checkpoints import (
     NoSoundCheckpoint,
     RunState,
     find_latest_checkpoint,
-    find_readable_checkpoint,
     load_run_state,
 )
 from vaopd_trainer import checkpoint
@@ -249,22 +247,3 @@ def test_a_damaged_one_is_no_reason_to_remove_the_sound_one_before_it(tmp_path: 
     saved = Run().save(tmp_path, 3, keep=1)
     assert find_latest_checkpoint(tmp_path) == saved
     assert not older.exists()
-
-
-def test_a_checkpoint_of_an_earlier_vaopd_is_accepted_with_a_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    older, newest = save_two(tmp_path)
-    for saved in (older, newest):
-        values = json.loads((saved / "state.json").read_text())
-        (saved / "state.json").write_text(json.dumps({key: values[key] for key in ("step", "schedule", "teacher")}))
-    checkpoint.set_damaged_aside(tmp_path)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{newest} is of an earlier vaopd, without digests: damage in its tensors can't be noticed"
-    ]
-    assert load_run_state(newest).step == 4
-    with (older / "ledger.jsonl").open() as lines:
-        (newest / "ledger.jsonl").write_text(lines.read().replace('"step": 1', '"step": 4'))
-    assert find_readable_checkpoint(tmp_path) == older
-    with pytest.raises(InvalidInput, match=r"group train-000001-0000 of step 4, and state.json 4 steps"):
-        checkpoint.check(newest)

@@ -1,7 +1,7 @@
 """Finds a run's checkpoints; reads and writes their state.json and ledger.jsonl. Torch-free.
 
 state.json holds digests of the checkpoint's other files and, as `sha256`, of itself: what was damaged since it was
-written is refused by name. A checkpoint of an earlier vaopd has none.
+written is refused by name.
 """
 
 from __future__ import annotations
@@ -89,28 +89,19 @@ def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
     step = values["step"]
     try:
         text = (checkpoint / FILE).read_bytes()
-        if "ledger" in values and hashlib.sha256(text).hexdigest() != values["ledger"]:
+        if hashlib.sha256(text).hexdigest() != values["ledger"]:
             raise ValueError("it is not the one that was written with its state.json")
         lines = [LedgerLine(**json.loads(line)) for line in text.decode().splitlines()]
-        for line in lines:
-            if not 0 <= line.step < step:
-                raise ValueError(f"it has group {line.group_id} of step {line.step}, and state.json {step} steps")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(checkpoint, f"{FILE}: {error}") from None
     return step, lines
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns state.json's table, with an int as `step`; raises InvalidInput for a damaged one.
-
-    `files` is missing in a checkpoint of an earlier vaopd, which has no digests.
-    """
+    """Returns state.json's table, as it was written; raises InvalidInput for a damaged one."""
     try:
         values = json.loads((checkpoint / STATE_FILE).read_bytes())
-        if not isinstance(values, dict) or type(values.get("step")) is not int:
-            raise ValueError("it has no step")
-        # Without either it is of an earlier vaopd. A single damaged byte doesn't remove both.
-        if ("files" in values or "sha256" in values) and values.pop("sha256", None) != _digest(values):
+        if not isinstance(values, dict) or values.pop("sha256", None) != _digest(values):
             raise ValueError("it is not as it was written")
         if checkpoint.name != make_name(values["step"]) and _STEP.fullmatch(checkpoint.name):
             raise ValueError(f"it is of step {values['step']}")
@@ -131,7 +122,7 @@ class RunState:
     step: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     teacher: TeacherRecord | None = None
-    """The teacher that the steps learned from last; None in a checkpoint of an earlier vaopd."""
+    """The teacher that the steps learned from last."""
     ledger: list[LedgerLine] = field(default_factory=list)
 
     def list_last_skipped(self) -> list[LedgerLine]:
@@ -157,15 +148,13 @@ def write_run_state(folder: Path, state: RunState, *, files: Mapping[str, str]) 
 def load_run_state(checkpoint: Path) -> RunState:
     """Reads what `write_run_state` wrote; raises InvalidInput when it is missing or damaged."""
     step, lines = read_checkpoint(checkpoint)
-    schedule = read_state(checkpoint).get("schedule")
-    if not isinstance(schedule, dict):
-        raise DamagedCheckpoint(checkpoint, f"{STATE_FILE} has no schedule")
+    schedule = read_state(checkpoint)["schedule"]
     return RunState(step=step, schedule=schedule, teacher=read_checkpoint_teacher(checkpoint), ledger=lines)
 
 
 def read_checkpoint_teacher(checkpoint: Path) -> TeacherRecord | None:
-    """Returns the teacher that a checkpoint names; None for one of an earlier vaopd."""
-    teacher = read_state(checkpoint).get("teacher")
+    """Returns the teacher that a checkpoint names; None for one of a run that had reached none."""
+    teacher = read_state(checkpoint)["teacher"]
     return None if teacher is None else read_teacher(teacher, origin=str(checkpoint / STATE_FILE))
 
 

@@ -7,7 +7,7 @@ In: prompt groups, each a prompt with its responses. Out: hidden states of the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,3 +173,17 @@ def _build_without_weights(folder: Path, **options: Any) -> Any:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), **options)
     model.tie_weights()
     return model
+
+
+def find_file_names(files: Iterable[str], model: Any, own: Mapping[str, Any]) -> dict[str, str]:
+    """Returns module's name -> name in the model's files, which older ones name otherwise; as transformers maps them.
+
+    files: the names there. own: the modules' names; a tensor of the files that is none of these may be mapped all the
+    same. The model must not be sharded yet, since transformers knows its modules by their classes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    # The other kind computes tensors, e.g. joins experts; no family here has any.
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    return {rename_source_key(name, renamings, [], model.base_model_prefix, dict(own))[0]: name for name in files}
