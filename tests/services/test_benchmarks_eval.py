@@ -1,6 +1,7 @@
 """`vaopd eval --benchmark`: exactly one answer per question and sample, the official formulas, and the judge.
 
-The endpoint and the judge are real HTTP servers; the evaluator is a stand-in program with the real one's contract.
+The endpoint and the judge are real HTTP servers. The official evaluator takes part where it is installed (`vaopd eval
+--install`); tests of what happens around it have a stand-in program with its contract.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.benchmarks import chat_server, write_data
+from tests.support.benchmarks import chat_server, records, write_data
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
+from vaopd.benchmarks_eval.catalogue import BENCHMARKS, find_benchmarks
+from vaopd.benchmarks_eval.evaluator import Evaluator, find_command
 from vaopd.cli import main
+from vaopd.cli.benchmark import EVALUATOR
+from vaopd.errors import ConfigError, NumericalError
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"{sys.executable} {ROOT / 'tests/support/stand_in_evaluator.py'}"
@@ -185,11 +190,77 @@ def test_a_failing_evaluator_is_shown_and_scores_nothing(
 
 @pytest.mark.parametrize("value", [None, math.nan, 101, True, "50"])
 def test_a_metric_that_is_no_percentage_is_an_error(value: object) -> None:
-    from vaopd.benchmarks_eval.catalogue import BENCHMARKS
-    from vaopd.errors import NumericalError
-
+    [benchmark] = find_benchmarks("ai2d")
     with pytest.raises(NumericalError, match=r"ai2d: accuracy = .* is not a number from 0 to 100"):
-        BENCHMARKS["ai2d"].check({"accuracy": value})
+        benchmark.check({"accuracy": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "score"),
+    [
+        ("wemath", {"strict": 30.0, "loose": 45.0}, 37.5),
+        ("hallusionbench", {"aAcc": 60.0, "fAcc": 30.0, "qAcc": 45.0}, 45.0),
+        ("ocrbench", {"final_score": 864.0}, 86.4),
+        ("mmmu", {"accuracy": 51.5}, 51.5),
+    ],
+)
+def test_scores_are_percentages(name: str, metrics: dict[str, float], score: float) -> None:
+    [benchmark] = find_benchmarks(name)
+    assert benchmark.score(benchmark.check(metrics)) == pytest.approx(score, rel=1e-12)
+
+
+def find_evaluator() -> list[str]:
+    try:
+        return find_command(EVALUATOR)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
+
+
+# Dataset -> five answers, and the official evaluator's metrics by hand. Every right option is B, its text "2".
+BY_HAND: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    # Two steps: one of the parts wrong, the whole right: mastered loosely, learnt by rote strictly. Three: not known.
+    "WeMath": (("A", "B", "B", "A", "A"), {"strict": 99.62, "loose": 99.81}),  # 523 and 524 of the benchmark's 525
+    "MathVista_MINI": (("2", "zwei", "17", "2", "17"), {"accuracy": 60.0}),  # the judge extracts 2 from "zwei"
+    "MathVerse_MINI": (("2", " 2 ", "2.", "2", "3"), {"accuracy": 60.0}),  # text, without spaces around it
+    # Right, right, right by the judge, right, wrong. Figures: 0, 2, 4 and 1, 3. Questions: 0, 1 and 2, 3 and 4.
+    "HallusionBench": (("Yes", "yes.", "vielleicht", "Yes", "No"), {"aAcc": 80.0, "fAcc": 50.0, "qAcc": 200 / 3}),
+    "AI2D_TEST": (("B", "(B)", "C", "2", "nothing"), {"accuracy": 60.0}),
+    "MMMU_DEV_VAL": (("B", "zweite", "C", "2", "nothing"), {"accuracy": 60.0}),
+    "MMStar": (("B", "zweite", "B.", "2", "nothing"), {"accuracy": 80.0}),
+    "OCRBench": (("2", "it says 2.", "3", "12", ""), {"final_score": 3.0}),  # what contains the text is right
+}
+
+
+def test_the_official_evaluator_scores_as_computed_by_hand(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All eight in one process. With none solved in WeMath, the evaluator by itself would divide 0 by 0."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    evaluator = Evaluator(command=find_evaluator(), data=data, logs=tmp_path / "logs", say=print)
+    found = {"vielleicht": "Yes", "zweite": "B", "zwei": "2"}
+
+    def judge(body: dict[str, Any]) -> str:
+        return next((reply for word, reply in found.items() if word in body["messages"][0]["content"]), "Z")
+
+    cases = [(name, *case) for name, case in BY_HAND.items()]
+    cases.append(("WeMath", ("A",) * 5, {"strict": 99.62, "loose": 99.62}))
+    with chat_server(judge, model="team/judge") as (url, judged):
+        tasks = []
+        for number, (name, answers, _) in enumerate(cases):
+            [benchmark] = [benchmark for benchmark in BENCHMARKS if benchmark.dataset == name]
+            ids = [row["index"] for row in records(name)]
+            lines = [{"question": str(i), "sample": 3, "answer": a} for i, a in zip(ids, answers, strict=True)]
+            file = tmp_path / f"{number}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            given = {"dataset": name, "split": benchmark.split, "answers": str(file), "sample": 3}
+            asks = {"judge_url": url, "judge_model": "team/judge"} if benchmark.judged else {}
+            tasks.append({"task": "score", "out": str(tmp_path / f"{number}.json"), **given, **asks})
+        evaluator.run(tasks)
+    for number, (name, _, metrics) in enumerate(cases):
+        scores = json.loads((tmp_path / f"{number}.json").read_text())
+        assert (name, scores["metrics"], scores["num_examples"]) == (name, pytest.approx(metrics, rel=1e-12), 5)
+    assert {(body["model"], body["temperature"]) for body in judged} == {("team/judge", 0)}
+    assert "sk-secret" not in (tmp_path / "logs/evaluator.log").read_text()
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "metadata": "{'subject': 'Plane Geometry', 'subfield': 'Length'}",
     },
     "HallusionBench": lambda n: {
-        "index": f"VD_chart_{n // 2}_0_{n % 2}_{n}",
+        "index": f"VD_chart_x_0_{n % 2}_{n // 2}",  # two figures, three questions
         "answer": "Yes",
         "category": "VD",
         "l2-category": "chart",
