@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def _sample(
             url, supervisor = stack.enter_context(served)
             name, check = SERVED_NAME, supervisor.check
         endpoint = OpenAIEndpoint(url, model=name, max_tokens=plan.max_tokens, api_key=plan.api_key)
-        stack.enter_context(endpoint.http)
+        stack.enter_context(closing(endpoint.http))
         report = make_report(len(todo))
         sample_answers(
             todo, endpoint.ask, seed=plan.seed, concurrency=plan.concurrency, check=check, on_progress=report
