@@ -1,7 +1,7 @@
-"""Samples a benchmark's answers and keeps each question and sample exactly once, through `kill -9`.
+"""Samples answers and keeps each question and sample exactly once, through `kill -9`.
 
-In: the evaluator's questions, an endpoint. Out: answers.jsonl, one line per question and sample. A line is appended and
-synced; what a kill cut off is dropped at the next start, and its question is asked again.
+In: a benchmark's questions.jsonl, an endpoint. Out: answers.jsonl, one line per question and sample. A line is
+appended and synced; what a kill cut off is dropped at the next start, and its question is asked again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from vaopd.errors import InvalidInput
@@ -32,52 +32,21 @@ class Question:
     parts: Sequence[dict[str, str]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """One sampled answer.
-
-    answer: the first committed one, else all of `text`, unchanged, as in the paper's code. cut_off: at the token limit.
-    """
-
-    question: str
-    sample: int
-    text: str
-    answer: str
-    committed: bool
-    cut_off: bool
-
-
-Ask = Callable[[Question, int], tuple[str, bool]]
-"""Question, seed -> text, whether it was cut off. Called by several threads at once."""
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Reads the evaluator's questions. Raises InvalidInput for a malformed or repeated one, or for none."""
-    questions: dict[str, Question] = {}
-    for place, line in read_json_lines(path, limit_bytes=None):
-        try:
-            question = Question(id=str(line["id"]), parts=[dict(part) for part in line["parts"]])
-        except (KeyError, TypeError, ValueError):
-            raise InvalidInput(f"{place}: a question needs `id` and `parts`, got {sorted(line)}") from None
-        if question.id in questions:
-            raise InvalidInput(f"{place}: question {question.id!r} is there twice; delete {path} to export it again")
-        questions[question.id] = question
-    if not questions:
-        raise InvalidInput(f"{path} has no question; check the evaluator's data and delete the file")
-    return list(questions.values())
-
-
 class AnswerFile:
-    """answers.jsonl, written by one process; the caller holds the folder's lock and closes `file`."""
+    """A benchmark's questions, and its answers.jsonl, which one process writes: the caller holds the folder's lock."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the answers and cuts off a line that was not completed. Raises InvalidInput for a repeated answer."""
+    def __init__(self, folder: Path) -> None:
+        """Reads both files and cuts off a line that was not completed. The caller closes `file`.
+
+        Raises InvalidInput for a malformed or repeated question or answer, or for no question.
+        """
+        self.questions = list(_read_questions(folder / "questions.jsonl"))
         self.done: dict[tuple[str, int], bool] = {}
-        """Question and sample -> whether the answer was cut off."""
+        """Question and sample -> whether the answer ended at the token limit."""
+        path = folder / "answers.jsonl"
         path.touch()
         self.file = path.open("r+b", buffering=0)
-        size = path.read_bytes().rfind(b"\n") + 1
-        self.file.truncate(size)
+        self.file.truncate(size := path.read_bytes().rfind(b"\n") + 1)
         self.file.seek(size)
         for place, line in read_json_lines(path, limit_bytes=None):
             key = (line["question"], line["sample"])
@@ -85,23 +54,45 @@ class AnswerFile:
                 raise InvalidInput(f"{place}: question {key[0]!r}, sample {key[1]} is there twice; remove one line")
             self.done[key] = line["cut_off"]
 
-    def add(self, answer: Answer) -> None:
-        """Appends an answer; it is on disk when this returns."""
-        line = memoryview((json.dumps(asdict(answer)) + "\n").encode())
+    def add(self, question: str, sample: int, text: str, cut_off: bool) -> None:
+        """Appends an answer; it is on disk when this returns.
+
+        Its `answer` is the first committed one, else all of the text, unchanged, as in the paper's code.
+        """
+        found = committed_answer(text)
+        answer = {"answer": text if found is None else found, "committed": found is not None, "cut_off": cut_off}
+        line = memoryview((json.dumps({"question": question, "sample": sample, "text": text} | answer) + "\n").encode())
         while line:  # a full disk may take a part; the rest raises OSError, and the torn line is dropped later
             line = line[self.file.write(line) :]
         os.fsync(self.file.fileno())
-        self.done[answer.question, answer.sample] = answer.cut_off
+        self.done[question, sample] = cut_off
 
-    def list_open(self, questions: Sequence[Question], *, samples: int) -> Iterator[tuple[Question, int]]:
-        """Yields the questions and samples that have no answer yet."""
-        pairs = ((question, sample) for question in questions for sample in range(samples))
-        return (pair for pair in pairs if (pair[0].id, pair[1]) not in self.done)
+    def list_open(self, samples: int) -> Iterator[tuple[AnswerFile, Question, int]]:
+        """Yields the questions and samples that have no answer yet, with this file."""
+        for question in self.questions:
+            for sample in range(samples):
+                if (question.id, sample) not in self.done:
+                    yield self, question, sample
+
+
+def _read_questions(path: Path) -> Iterator[Question]:
+    seen = set()
+    for place, line in read_json_lines(path, limit_bytes=None):
+        try:
+            question = Question(id=str(line["id"]), parts=[dict(part) for part in line["parts"]])
+        except (KeyError, TypeError, ValueError):
+            raise InvalidInput(f"{place}: a question needs `id` and `parts`, got {sorted(line)}") from None
+        if question.id in seen:
+            raise InvalidInput(f"{place}: question {question.id!r} is there twice; delete {path} to export it again")
+        seen.add(question.id)
+        yield question
+    if not seen:
+        raise InvalidInput(f"{path} has no question; check the evaluator's data and delete the file")
 
 
 def sample_answers(
     todo: Sequence[tuple[AnswerFile, Question, int]],
-    ask: Ask,
+    ask: Callable[[Question, int], tuple[str, bool]],
     *,
     seed: int,
     concurrency: int,
@@ -110,8 +101,9 @@ def sample_answers(
 ) -> None:
     """Asks and stores what is open, `concurrency` at a time.
 
-    check: called at least twice a second; its exceptions end the sampling, as do those of `ask`. Answers that are
-    complete by then are stored first. on_progress: called with the number done.
+    ask: question, seed -> text, whether it was cut off; called by several threads. check: called at least twice a
+    second; its exceptions end the sampling, as do those of `ask`. Answers that are complete by then are stored first.
+    on_progress: called with the number done.
     """
     remaining = iter(todo)
     running: dict[Future[tuple[str, bool]], tuple[AnswerFile, Question, int]] = {}
@@ -127,7 +119,7 @@ def sample_answers(
             good = [future for future in finished if future.exception() is None]
             for future in good:
                 file, question, sample = running.pop(future)
-                file.add(make_answer(question, sample, *future.result()))
+                file.add(question.id, sample, *future.result())
             done += len(good)
             on_progress(done)
             for future in finished:
@@ -139,10 +131,3 @@ def make_seed(seed: int, question: str, sample: int) -> int:
     """Returns the seed of one answer, the same at every start and different for every question and sample."""
     digest = hashlib.sha256(f"{seed}\0{question}\0{sample}".encode()).digest()
     return int.from_bytes(digest[:4]) >> 1
-
-
-def make_answer(question: Question, sample: int, text: str, cut_off: bool) -> Answer:
-    """Makes an answer of a model's text."""
-    found = committed_answer(text)
-    committed, answer = found is not None, text if found is None else found
-    return Answer(question=question.id, sample=sample, text=text, answer=answer, committed=committed, cut_off=cut_off)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vaopd.benchmarks_eval.answers import AnswerFile, Question, read_questions, sample_answers
+from vaopd.benchmarks_eval.answers import AnswerFile, sample_answers
 from vaopd.benchmarks_eval.catalogue import Benchmark
 from vaopd.benchmarks_eval.endpoint import OpenAIEndpoint, serve
 from vaopd.benchmarks_eval.evaluator import Evaluator, Judge
@@ -46,11 +46,7 @@ class Plan:
     api_key: str | None = None
 
 
-class _Asked(NamedTuple):
-    benchmark: Benchmark
-    folder: Path
-    questions: list[Question]
-    file: AnswerFile
+Asked = Sequence[tuple[Benchmark, AnswerFile]]
 
 
 def evaluate_benchmarks(
@@ -65,38 +61,30 @@ def evaluate_benchmarks(
 
     make_report: makes a progress display of a number of answers.
     """
-    folders = [plan.out / benchmark.name for benchmark in plan.benchmarks]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
+    plan.out.mkdir(parents=True, exist_ok=True)
     with _own(plan), ExitStack() as stack:
-        exports = [(b, f / "questions.jsonl") for b, f in zip(plan.benchmarks, folders, strict=True)]
+        exports = [(benchmark, plan.out / benchmark.name / "questions.jsonl") for benchmark in plan.benchmarks]
+        for _, out in exports:
+            out.parent.mkdir(exist_ok=True)
         evaluator.run([_make_task("questions", b, out) for b, out in exports if not out.exists()])
-        asked = []
-        for benchmark, out in exports:
-            file = AnswerFile(out.with_name("answers.jsonl"))
+        asked = [(benchmark, AnswerFile(out.parent)) for benchmark, out in exports]
+        for _, file in asked:
             stack.enter_context(file.file)
-            asked.append(_Asked(benchmark, out.parent, read_questions(out), file))
         _sample(plan, asked, say, make_report)
         results = _score(plan, evaluator, judge, asked)
-    table = format_table(results, model=plan.model or str(plan.endpoint), samples=plan.samples)
-    official = make_official(results, samples=plan.samples, judge_model=judge.model if judge else None)
-    for name, text in (
-        ("table.md", table),
-        ("summary.json", _to_json(make_summary(results))),
-        ("results.json", _to_json(official)),
-    ):
-        with atomic_file(plan.out / name) as file:
-            file.write(text.encode())
+        table = format_table(results, model=plan.model or str(plan.endpoint), samples=plan.samples)
+        official = make_official(results, samples=plan.samples, judge_model=judge.model if judge else None)
+        texts = {"table.md": table, "summary.json": make_summary(results), "results.json": official}
+        for name, value in texts.items():
+            with atomic_file(plan.out / name) as written:
+                written.write((value if isinstance(value, str) else _to_json(value)).encode())
     return table
 
 
 def _sample(
-    plan: Plan,
-    asked: Sequence[_Asked],
-    say: Callable[[str], None],
-    make_report: Callable[[int], Callable[[int], None]],
+    plan: Plan, asked: Asked, say: Callable[[str], None], make_report: Callable[[int], Callable[[int], None]]
 ) -> None:
-    todo = [(a.file, *pair) for a in asked for pair in a.file.list_open(a.questions, samples=plan.samples)]
+    todo = [entry for _, file in asked for entry in file.list_open(plan.samples)]
     if not todo:
         return
     with ExitStack() as stack:
@@ -115,12 +103,13 @@ def _sample(
         )
 
 
-def _score(plan: Plan, evaluator: Evaluator, judge: Judge | None, asked: Sequence[_Asked]) -> list[BenchmarkResult]:
+def _score(plan: Plan, evaluator: Evaluator, judge: Judge | None, asked: Asked) -> list[BenchmarkResult]:
     """Has every sample scored that isn't yet, or was by another judge."""
     outs: dict[str, list[Path]] = {}
     tasks = []
-    for benchmark, folder, _, _ in asked:
+    for benchmark, _ in asked:
         used = judge if benchmark.judged else None
+        folder = plan.out / benchmark.name
         samples = range(plan.samples if judge or not benchmark.judged else 0)
         outs[benchmark.name] = [folder / f"score-{sample}.json" for sample in samples]
         for sample, out in enumerate(outs[benchmark.name]):
@@ -134,11 +123,11 @@ def _score(plan: Plan, evaluator: Evaluator, judge: Judge | None, asked: Sequenc
     return [
         BenchmarkResult(
             benchmark=benchmark,
-            runs=[_read_score(benchmark, out, len(questions)) for out in outs[benchmark.name]],
-            questions=len(questions),
-            cut_off=sum(file.done[question.id, s] for question in questions for s in range(plan.samples)),
+            runs=[_read_score(benchmark, out, len(file.questions)) for out in outs[benchmark.name]],
+            questions=len(file.questions),
+            cut_off=sum(file.done[question.id, s] for question in file.questions for s in range(plan.samples)),
         )
-        for benchmark, _, questions, file in asked
+        for benchmark, file in asked
     ]
 
 
