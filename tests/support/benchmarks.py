@@ -92,13 +92,14 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_geometry(folder: Path, problems: Path, count: int) -> None:
-    """Writes `count` other problems of handwritten geometry into each schema; the options are near the answer."""
+def write_geometry(folder: Path, problems: Path, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Writes `count` other problems of handwritten geometry into each schema, and returns them; options are near."""
     import pyarrow.parquet
 
     rows = iter(pyarrow.parquet.read_table(problems).to_pylist())
+    tables: dict[str, list[dict[str, Any]]] = {}
     for name in sorted(SCHEMAS.keys() - {"WeMath", "HallusionBench"}):  # by rules a letter, and yes or no
-        table = []
+        table = tables[name] = []
         for number, problem in zip(range(count), rows, strict=False):
             row = {"index": number, "image": base64.b64encode(problem["images"][0]["bytes"]).decode(), "question": ""}
             row |= SCHEMAS[name](number % 5)
@@ -110,6 +111,7 @@ def write_geometry(folder: Path, problems: Path, count: int) -> None:
                 row["answer"] = "ABCD"[right]
             table.append(row)
         write_table(folder / f"{name}.tsv", table)
+    return tables
 
 
 @contextmanager
