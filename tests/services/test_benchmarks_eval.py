@@ -7,6 +7,8 @@ The endpoint and the judge are real HTTP servers. The official evaluator takes p
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from tests.support.benchmarks import OPTIONS, chat_server, records, write_data, 
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
 from vaopd.benchmarks_eval.catalogue import BENCHMARKS, find_benchmarks
-from vaopd.benchmarks_eval.evaluator import Evaluator, find_command
+from vaopd.benchmarks_eval.evaluator import Evaluator, find_command, share_torch
 from vaopd.cli import main
 from vaopd.cli.benchmark import EVALUATOR
 from vaopd.data.handwritten_geometry import write
@@ -233,6 +235,29 @@ BY_HAND: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
     "MMStar": (("B", "zweite", "B.", "2", "nothing"), {"accuracy": 80.0}),
     "OCRBench": (("2", "it says 2.", "3", "12", ""), {"final_score": 3.0}),  # what contains the text is right
 }
+
+
+def test_the_evaluators_environment_shares_our_torch_and_nothing_else(tmp_path: Path) -> None:
+    site = tmp_path / "lib/python3/site-packages"
+    site.mkdir(parents=True)
+    assert {"torch", "torchvision"} <= set(share_torch(tmp_path))
+    code = (
+        "import importlib.metadata as m, importlib.util as u, site, sys; site.addsitedir(sys.argv[1]); "
+        "print(u.find_spec('torch').origin, m.version('torch'), u.find_spec('pydantic'))"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(site)]
+    origin, version, other = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    ours = importlib.util.find_spec("torch")
+    assert ours is not None
+    assert Path(origin).resolve() == Path(str(ours.origin)).resolve()
+    assert (version, other) == (importlib.metadata.version("torch"), "None")
+
+
+def test_a_part_of_an_installation_is_no_evaluator(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    with pytest.raises(ConfigError, match=r"no ms-vlmeval==.* `vaopd eval --install` installs it"):
+        find_command(tmp_path)
 
 
 @pytest.mark.slow

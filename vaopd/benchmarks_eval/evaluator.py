@@ -90,7 +90,7 @@ def install(environment: Path, *, say: Callable[[str], None]) -> None:
         str(environment),
         remedy="on Debian or Ubuntu: apt install python3-venv",
     )
-    if shared := _share_torch(environment):
+    if shared := share_torch(environment):
         say(f"shared with {sys.prefix}: {', '.join(shared)}")
     _run(python, "-m", "pip", "install", *REQUIREMENTS, remedy="see pip's message")
     _run(
@@ -108,7 +108,7 @@ def _run(*argv: str, remedy: str) -> None:
         raise ConfigError(f"`{' '.join(argv)}` ended with code {code}; {remedy}. Then run `vaopd eval --install` again")
 
 
-def _share_torch(environment: Path) -> list[str]:
+def share_torch(environment: Path) -> list[str]:
     """Lets the environment import this interpreter's torch; returns the names of the shared packages.
 
     By links in a folder at the end of its path: pip takes them for installed, and never removes what lies outside.
