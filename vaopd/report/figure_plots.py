@@ -128,12 +128,13 @@ def draw_trajectories(groups: Sequence[Group]) -> Figure:
     figure, axes = _begin("Mean VA and accuracy, from the ring on")
     for curve, style in _style(figures.trace_trajectories(groups)):
         points = list(zip(curve.xs, curve.ys, strict=True))
-        axes.plot(curve.xs, curve.ys, "o", markersize=3, color=style["color"])
+        axes.plot(curve.xs[1:], curve.ys[1:], "o", markersize=3, color=style["color"])
         for before, after in itertools.pairwise(points):
             axes.annotate("", after, before, arrowprops={"arrowstyle": "->", "shrinkA": 2, "shrinkB": 2, **style})
         axes.plot([], [], label=curve.group.legend, **style)
         axes.plot(*points[0], "o", markerfacecolor="none", color=style["color"])
-        axes.annotate(f"step {curve.steps[-1]}", points[-1], (5, -9), textcoords="offset points", fontsize=7)
+        note = axes.annotate(f"step {curve.steps[-1]}", points[-1], (5, -9), textcoords="offset points", fontsize=7)
+        note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})
     axes.set(xlabel="mean VA of the rollouts, nats", ylabel=ACCURACY)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(0.12)
