@@ -29,6 +29,7 @@ from tests.support.models import model_folder
 from tests.support.waiting import wait_until
 from vaopd.benchmarks_eval.catalogue import BENCHMARKS, find_benchmarks
 from vaopd.benchmarks_eval.evaluator import Evaluator, find_command, share_torch
+from vaopd.benchmarks_eval.results import BenchmarkResult, make_official
 from vaopd.cli import main
 from vaopd.cli.benchmark import EVALUATOR
 from vaopd.data.handwritten_geometry import write
@@ -106,15 +107,40 @@ def test_the_table_equals_a_computation_by_hand(tmp_path: Path, data: Path, caps
     assert "| math average | 27.50 | | |" in table
 
     official = json.loads((tmp_path / "out/results.json").read_text())
-    assert official["schema_version"] == 1
-    assert official["protocol"]["answer_policy"] == "first_committed"
     assert official["protocol"]["judge_model"] == "gpt-4o-2024-08-06"
+    runs = official["benchmarks"]["ocrbench"]["runs"]
+    assert [(run["sample_index"], run["num_examples"]) for run in runs] == [(0, 5), (1, 5)]
+    assert sorted(run["metrics"]["final_score"] for run in runs) == [1.0, 2.0]
+
+
+def test_results_json_is_what_the_official_aggregator_takes() -> None:
+    """Its rules, from the official repository's docs/evaluation.md: this protocol, exactly these keys, eight runs."""
+    judge = "gpt-4o-2024-08-06"
+    results = [
+        BenchmarkResult(benchmark=b, runs=[dict.fromkeys(b.metrics, 50.0)] * 8, questions=1000) for b in BENCHMARKS
+    ]
+    official = make_official(results, samples=8, judge_model=judge)
+    assert official["schema_version"] == 1
+    assert official["protocol"] == {
+        "samples_per_prompt": 8,
+        "student_temperature": 1.0,
+        "aggregation": "avg@8",
+        "prompt_policy": "released",
+        "answer_policy": "first_committed",
+        "judge_model": judge,
+        "judge_temperature": 0.0,
+        "judge_prompt_policy": "official_verbatim",
+    }
+    metrics = dict.fromkeys(ALL, {"accuracy"})
+    metrics |= {"wemath": {"strict", "loose"}, "hallusionbench": {"aAcc", "fAcc", "qAcc"}, "ocrbench": {"final_score"}}
     assert list(official["benchmarks"]) == list(ALL)
-    ocr = official["benchmarks"]["ocrbench"]
-    assert ocr["metric_unit"] == "points_1000"
-    assert [run["sample_index"] for run in ocr["runs"]] == [0, 1]
-    assert sorted(run["metrics"]["final_score"] for run in ocr["runs"]) == [1.0, 2.0]
-    assert official["benchmarks"]["mathverse"]["split"] == "testmini"
+    for name, found in official["benchmarks"].items():
+        assert set(found) == {"split", "metric_unit", "runs"}
+        assert found["metric_unit"] == ("points_1000" if name == "ocrbench" else "percent")
+        assert [run["sample_index"] for run in found["runs"]] == list(range(8))
+        assert {run["num_examples"] for run in found["runs"]} == {1000}
+        assert all(set(run["metrics"]) == metrics[name] for run in found["runs"])
+    assert official["benchmarks"]["mathvista"]["split"] == official["benchmarks"]["mathverse"]["split"] == "testmini"
 
 
 def test_without_a_judge_judged_benchmarks_have_no_score(
