@@ -131,7 +131,7 @@ def test_results_json_is_what_the_official_aggregator_takes() -> None:
         "judge_temperature": 0.0,
         "judge_prompt_policy": "official_verbatim",
     }
-    metrics = dict.fromkeys(ALL, {"accuracy"})
+    metrics = {name: {"accuracy"} for name in ALL}
     metrics |= {"wemath": {"strict", "loose"}, "hallusionbench": {"aAcc", "fAcc", "qAcc"}, "ocrbench": {"final_score"}}
     assert list(official["benchmarks"]) == list(ALL)
     for name, found in official["benchmarks"].items():
