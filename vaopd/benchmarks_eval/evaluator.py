@@ -82,28 +82,16 @@ def install(environment: Path, *, say: Callable[[str], None]) -> None:
     """Makes the evaluator's environment anew and tries it. Raises ConfigError, with the remedy, where that fails."""
     say(f"installing {' '.join(REQUIREMENTS)} into {environment}: 1.5 GB, and 5 GB more if it needs a torch of its own")
     python = str(environment / "bin" / "python")
-    _run(
-        sys.executable,
-        "-m",
-        "venv",
-        "--clear",
-        str(environment),
-        remedy="on Debian or Ubuntu: apt install python3-venv",
-    )
+    _run("on Debian or Ubuntu: apt install python3-venv", sys.executable, "-m", "venv", "--clear", str(environment))
     if shared := share_torch(environment):
         say(f"shared with {sys.prefix}: {', '.join(shared)}")
-    _run(python, "-m", "pip", "install", *REQUIREMENTS, remedy="see pip's message")
-    _run(
-        python,
-        str(_RUNNER),
-        os.devnull,
-        remedy=f"if a library is missing, on Debian or Ubuntu: apt install {_LIBRARIES}",
-    )
+    _run("see pip's message", python, "-m", "pip", "install", *REQUIREMENTS)
+    _run(f"if a library is missing, on Debian or Ubuntu: apt install {_LIBRARIES}", python, str(_RUNNER), os.devnull)
     (environment / _MARK).write_text("\n".join(REQUIREMENTS))
     say("installed")
 
 
-def _run(*argv: str, remedy: str) -> None:
+def _run(remedy: str, *argv: str) -> None:
     if code := subprocess.run(argv, check=False).returncode:
         raise ConfigError(f"`{' '.join(argv)}` ended with code {code}; {remedy}. Then run `vaopd eval --install` again")
 
