@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import sys
 import threading
@@ -96,7 +97,7 @@ def write_geometry(folder: Path, problems: Path, count: int) -> dict[str, list[d
     """Writes `count` other problems of handwritten geometry into each schema, and returns them; options are near."""
     import pyarrow.parquet
 
-    rows = iter(pyarrow.parquet.read_table(problems).to_pylist())
+    rows = itertools.cycle(pyarrow.parquet.read_table(problems).to_pylist())
     tables: dict[str, list[dict[str, Any]]] = {}
     for name in sorted(SCHEMAS.keys() - {"WeMath", "HallusionBench"}):  # by rules a letter, and yes or no
         table = tables[name] = []
