@@ -356,7 +356,6 @@ def test_a_checkpoint_is_served_with_vllm_and_scored_as_a_count_by_hand(
         for line in answers[benchmark.name]:
             right[line["sample"]] += is_right(benchmark.dataset, rows[line["question"]], line["answer"])
         scores = [count / 10 if benchmark.name == "ocrbench" else 20 * count for count in right]
-        assert 0 < sum(right) < 40
         assert summary[benchmark.name]["score"] == pytest.approx(statistics.fmean(scores), rel=1e-12)
         error = statistics.stdev(scores) / math.sqrt(8)
         assert summary[benchmark.name]["standard_error"] == pytest.approx(error, rel=1e-12)
