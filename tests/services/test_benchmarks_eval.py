@@ -1,15 +1,21 @@
 """`vaopd eval --benchmark`: exactly one answer per question and sample, the official formulas, and the judge.
 
-The endpoint and the judge are real HTTP servers; the evaluator is a stand-in program with the real one's contract.
+The endpoint and the judge are real HTTP servers. The official evaluator takes part where it is installed (`vaopd eval
+--install`); tests of what happens around it have a stand-in program with its contract.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import re
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -18,10 +24,16 @@ from typing import Any
 
 import pytest
 
-from tests.support.benchmarks import chat_server, write_data
+from tests.support.benchmarks import OPTIONS, chat_server, records, write_data, write_geometry
 from tests.support.models import model_folder
 from tests.support.waiting import wait_until
+from vaopd.benchmarks_eval.catalogue import BENCHMARKS, find_benchmarks
+from vaopd.benchmarks_eval.evaluator import Evaluator, find_command, share_torch
+from vaopd.benchmarks_eval.results import BenchmarkResult, make_official
 from vaopd.cli import main
+from vaopd.cli.benchmark import EVALUATOR
+from vaopd.data.handwritten_geometry import write
+from vaopd.errors import ConfigError, NumericalError
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"{sys.executable} {ROOT / 'tests/support/stand_in_evaluator.py'}"
@@ -95,15 +107,40 @@ def test_the_table_equals_a_computation_by_hand(tmp_path: Path, data: Path, caps
     assert "| math average | 27.50 | | |" in table
 
     official = json.loads((tmp_path / "out/results.json").read_text())
-    assert official["schema_version"] == 1
-    assert official["protocol"]["answer_policy"] == "first_committed"
     assert official["protocol"]["judge_model"] == "gpt-4o-2024-08-06"
+    runs = official["benchmarks"]["ocrbench"]["runs"]
+    assert [(run["sample_index"], run["num_examples"]) for run in runs] == [(0, 5), (1, 5)]
+    assert sorted(run["metrics"]["final_score"] for run in runs) == [1.0, 2.0]
+
+
+def test_results_json_is_what_the_official_aggregator_takes() -> None:
+    """Its rules, from the official repository's docs/evaluation.md: this protocol, exactly these keys, eight runs."""
+    judge = "gpt-4o-2024-08-06"
+    results = [
+        BenchmarkResult(benchmark=b, runs=[dict.fromkeys(b.metrics, 50.0)] * 8, questions=1000) for b in BENCHMARKS
+    ]
+    official = make_official(results, samples=8, judge_model=judge)
+    assert official["schema_version"] == 1
+    assert official["protocol"] == {
+        "samples_per_prompt": 8,
+        "student_temperature": 1.0,
+        "aggregation": "avg@8",
+        "prompt_policy": "released",
+        "answer_policy": "first_committed",
+        "judge_model": judge,
+        "judge_temperature": 0.0,
+        "judge_prompt_policy": "official_verbatim",
+    }
+    metrics = {name: {"accuracy"} for name in ALL}
+    metrics |= {"wemath": {"strict", "loose"}, "hallusionbench": {"aAcc", "fAcc", "qAcc"}, "ocrbench": {"final_score"}}
     assert list(official["benchmarks"]) == list(ALL)
-    ocr = official["benchmarks"]["ocrbench"]
-    assert ocr["metric_unit"] == "points_1000"
-    assert [run["sample_index"] for run in ocr["runs"]] == [0, 1]
-    assert sorted(run["metrics"]["final_score"] for run in ocr["runs"]) == [1.0, 2.0]
-    assert official["benchmarks"]["mathverse"]["split"] == "testmini"
+    for name, found in official["benchmarks"].items():
+        assert set(found) == {"split", "metric_unit", "runs"}
+        assert found["metric_unit"] == ("points_1000" if name == "ocrbench" else "percent")
+        assert [run["sample_index"] for run in found["runs"]] == list(range(8))
+        assert {run["num_examples"] for run in found["runs"]} == {1000}
+        assert all(set(run["metrics"]) == metrics[name] for run in found["runs"])
+    assert official["benchmarks"]["mathvista"]["split"] == official["benchmarks"]["mathverse"]["split"] == "testmini"
 
 
 def test_without_a_judge_judged_benchmarks_have_no_score(
@@ -185,18 +222,140 @@ def test_a_failing_evaluator_is_shown_and_scores_nothing(
 
 @pytest.mark.parametrize("value", [None, math.nan, 101, True, "50"])
 def test_a_metric_that_is_no_percentage_is_an_error(value: object) -> None:
-    from vaopd.benchmarks_eval.catalogue import BENCHMARKS
-    from vaopd.errors import NumericalError
-
+    [benchmark] = find_benchmarks("ai2d")
     with pytest.raises(NumericalError, match=r"ai2d: accuracy = .* is not a number from 0 to 100"):
-        BENCHMARKS["ai2d"].check({"accuracy": value})
+        benchmark.check({"accuracy": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics", "score"),
+    [
+        ("wemath", {"strict": 30.0, "loose": 45.0}, 37.5),
+        ("hallusionbench", {"aAcc": 60.0, "fAcc": 30.0, "qAcc": 45.0}, 45.0),
+        ("ocrbench", {"final_score": 864.0}, 86.4),
+        ("mmmu", {"accuracy": 51.5}, 51.5),
+    ],
+)
+def test_scores_are_percentages(name: str, metrics: dict[str, float], score: float) -> None:
+    [benchmark] = find_benchmarks(name)
+    assert benchmark.score(benchmark.check(metrics)) == pytest.approx(score, rel=1e-12)
+
+
+def find_evaluator() -> list[str]:
+    try:
+        return find_command(EVALUATOR)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
+
+
+# Dataset -> five answers, and the official evaluator's metrics by hand. Every right option is B, its text "2".
+BY_HAND: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    # Two steps: one of the parts wrong, the whole right: mastered loosely, learnt by rote strictly. Three: not known.
+    "WeMath": (("A", "B", "B", "A", "A"), {"strict": 99.62, "loose": 99.81}),  # 523 and 524 of the benchmark's 525
+    "MathVista_MINI": (("2", "zwei", "17", "2", "17"), {"accuracy": 60.0}),  # the judge extracts 2 from "zwei"
+    "MathVerse_MINI": (("2", " 2 ", "2.", "2", "3"), {"accuracy": 60.0}),  # text, without spaces around it
+    # Right, right, right by the judge, right, wrong. Figures: 0, 2, 4 and 1, 3. Questions: 0, 1 and 2, 3 and 4.
+    "HallusionBench": (("Yes", "yes.", "vielleicht", "Yes", "No"), {"aAcc": 80.0, "fAcc": 50.0, "qAcc": 200 / 3}),
+    "AI2D_TEST": (("B", "(B)", "C", "2", "nothing"), {"accuracy": 60.0}),
+    "MMMU_DEV_VAL": (("B", "zweite", "C", "2", "nothing"), {"accuracy": 60.0}),
+    "MMStar": (("B", "zweite", "B.", "2", "nothing"), {"accuracy": 80.0}),
+    "OCRBench": (("2", "it says 2.", "3", "12", ""), {"final_score": 3.0}),  # what contains the text is right
+}
+
+
+def test_the_evaluators_environment_shares_our_torch_and_nothing_else(tmp_path: Path) -> None:
+    site = tmp_path / "lib/python3/site-packages"
+    site.mkdir(parents=True)
+    assert {"torch", "torchvision"} <= set(share_torch(tmp_path))
+    code = (
+        "import importlib.metadata as m, importlib.util as u, site, sys; site.addsitedir(sys.argv[1]); "
+        "print(u.find_spec('torch').origin, m.version('torch'), u.find_spec('pydantic'))"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code, str(site)]
+    origin, version, other = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    ours = importlib.util.find_spec("torch")
+    assert ours is not None
+    assert Path(origin).resolve() == Path(str(ours.origin)).resolve()
+    assert (version, other) == (importlib.metadata.version("torch"), "None")
+
+
+def test_a_part_of_an_installation_is_no_evaluator(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    with pytest.raises(ConfigError, match=r"no ms-vlmeval==.* `vaopd eval --install` installs it"):
+        find_command(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_served_with_vllm(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = str(model_folder("student"))
-    options = ("--model", model, "--samples", "2", "--max-tokens", "8")
-    assert main(arguments(tmp_path, data, *options, benchmark="ai2d")) == 0, capsys.readouterr().err
-    stored = lines_of(tmp_path / "out/ai2d/answers.jsonl")
-    assert len(stored) == 10
-    assert len({line["text"] for line in stored}) > 1
+def test_the_official_evaluator_scores_as_computed_by_hand(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All eight in one process. With none solved in WeMath, the evaluator by itself would divide 0 by 0."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    evaluator = Evaluator(command=find_evaluator(), data=data, logs=tmp_path / "logs", say=print)
+    found = {"vielleicht": "Yes", "zweite": "B", "zwei": "2"}
+
+    def judge(body: dict[str, Any]) -> str:
+        return next((reply for word, reply in found.items() if word in body["messages"][0]["content"]), "Z")
+
+    cases = [(name, *case) for name, case in BY_HAND.items()]
+    cases.append(("WeMath", ("A",) * 5, {"strict": 99.62, "loose": 99.62}))
+    with chat_server(judge, model="team/judge") as (url, judged):
+        tasks = []
+        for number, (name, answers, _) in enumerate(cases):
+            [benchmark] = [benchmark for benchmark in BENCHMARKS if benchmark.dataset == name]
+            ids = [row["index"] for row in records(name)]
+            lines = [{"question": str(i), "sample": 3, "answer": a} for i, a in zip(ids, answers, strict=True)]
+            file = tmp_path / f"{number}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            given = {"dataset": name, "split": benchmark.split, "answers": str(file), "sample": 3}
+            asks = {"judge_url": url, "judge_model": "team/judge"} if benchmark.judged else {}
+            tasks.append({"task": "score", "out": str(tmp_path / f"{number}.json"), **given, **asks})
+        evaluator.run(tasks)
+    for number, (name, _, metrics) in enumerate(cases):
+        scores = json.loads((tmp_path / f"{number}.json").read_text())
+        assert (name, scores["metrics"], scores["num_examples"]) == (name, pytest.approx(metrics, rel=1e-12), 5)
+    assert {(body["model"], body["temperature"]) for body in judged} == {("team/judge", 0)}
+    assert "sk-secret" not in (tmp_path / "logs/evaluator.log").read_text()
+
+
+def is_right(name: str, row: dict[str, Any], answer: str) -> bool:
+    """The benchmark's rules for numbers, written anew. Nobody answers by letters here, and the judge knows nothing."""
+    if name == "MathVista_MINI":
+        return answer.isdecimal() and int(answer) == int(row["answer"])
+    if name == "MathVerse_MINI":
+        return answer.strip() == row["answer"]
+    if name == "OCRBench":
+        return row["answer"].strip("[]'") in answer
+    texts = {letter: str(row[letter]) for letter in OPTIONS}
+    named = [letter for letter, text in texts.items() if text in answer]
+    return len(answer) <= 2 * sum(map(len, texts.values())) and named == [row["answer"]]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_served_with_vllm_and_scored_as_a_count_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tiny student on five problems of handwritten geometry in each schema that takes a number for an answer."""
+    write(tmp_path, seed=0, train=0, validation=0, test=30)
+    tables = write_geometry(tmp_path / "data", tmp_path / "test.parquet", 5)
+    benchmarks = [benchmark for benchmark in BENCHMARKS if benchmark.dataset in tables]
+    names = ",".join(benchmark.name for benchmark in benchmarks)
+    argv = arguments(tmp_path, tmp_path / "data", "--model", str(model_folder("student")), benchmark=names)
+    with contextlib.suppress(ConfigError):
+        argv += ["--evaluator", shlex.join(find_command(EVALUATOR))]
+    with chat_server(lambda body: "Z") as (url, _):
+        assert main([*argv, "--max-tokens", "64", "--judge-url", url]) == 0, capsys.readouterr().err
+    answers = {b.name: lines_of(tmp_path / "out" / b.name / "answers.jsonl") for b in benchmarks}
+    assert all(len({(line["question"], line["sample"]) for line in lines}) == 5 * 8 for lines in answers.values())
+    find_evaluator()  # without it the test ends here, skipped
+    summary = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]
+    for benchmark in benchmarks:
+        rows = {str(row["index"]): row for row in tables[benchmark.dataset]}
+        right = [0] * 8
+        for line in answers[benchmark.name]:
+            right[line["sample"]] += is_right(benchmark.dataset, rows[line["question"]], line["answer"])
+        scores = [count / 10 if benchmark.name == "ocrbench" else 20 * count for count in right]
+        assert summary[benchmark.name]["score"] == pytest.approx(statistics.fmean(scores), rel=1e-12)
+        error = statistics.stdev(scores) / math.sqrt(8)
+        assert summary[benchmark.name]["standard_error"] == pytest.approx(error, rel=1e-12)

@@ -1,10 +1,16 @@
-"""Five records of each benchmark, in the evaluator's own schema, and what answers them: an endpoint, an evaluator."""
+"""Five records of each benchmark, in the evaluator's own schema, and an endpoint that answers them.
+
+`python -m tests.support.benchmarks FOLDER PROBLEMS.parquet COUNT` writes problems that a tiny model can solve instead,
+into the schemas that take a number for an answer, as docs/figures.md needs them.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +67,7 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "metadata": "{'subject': 'Plane Geometry', 'subfield': 'Length'}",
     },
     "HallusionBench": lambda n: {
-        "index": f"VD_chart_{n // 2}_0_{n % 2}_{n}",
+        "index": f"VD_chart_x_0_{n % 2}_{n // 2}",  # two figures, three questions
         "answer": "Yes",
         "category": "VD",
         "l2-category": "chart",
@@ -77,11 +83,36 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def write_data(folder: Path) -> None:
     """Writes NAME.tsv for each benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in SCHEMAS:
-        rows = records(name)
-        lines = ["\t".join(rows[0]), *("\t".join(str(value) for value in row.values()) for row in rows)]
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+        write_table(folder / f"{name}.tsv", records(name))
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(rows[0]), *("\t".join(str(value) for value in row.values()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_geometry(folder: Path, problems: Path, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Writes `count` other problems of handwritten geometry into each schema, and returns them; options are near."""
+    import pyarrow.parquet
+
+    rows = itertools.cycle(pyarrow.parquet.read_table(problems).to_pylist())
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for name in sorted(SCHEMAS.keys() - {"WeMath", "HallusionBench"}):  # by rules a letter, and yes or no
+        table = tables[name] = []
+        for number, problem in zip(range(count), rows, strict=False):
+            row = {"index": number, "image": base64.b64encode(problem["images"][0]["bytes"]).decode(), "question": ""}
+            row |= SCHEMAS[name](number % 5)
+            row["question"] = problem["problem"].removeprefix("<image>")
+            row["answer"] = f"[{problem['answer']!r}]" if name == "OCRBench" else problem["answer"]
+            if "A" in row:
+                right = number % 4
+                row |= {letter: int(problem["answer"]) + place - right for place, letter in enumerate("ABCD")}
+                row["answer"] = "ABCD"[right]
+            table.append(row)
+        write_table(folder / f"{name}.tsv", table)
+    return tables
 
 
 @contextmanager
@@ -127,3 +158,7 @@ def chat_server(reply: Reply, *, model: str = "m") -> Iterator[tuple[str, list[d
         finally:
             server.shutdown()
             thread.join()
+
+
+if __name__ == "__main__":
+    write_geometry(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -50,9 +50,8 @@ def write_held_out(run: Path, step: int, va: list[float], *, ids: tuple[int, ...
 def test_tokens_are_ranked_over_all_rollouts_of_a_group(tmp_path: Path) -> None:
     """Six rollouts with VA 0.5, 0 and 9: the first six tokens carry 54 of 57; ⌈1.8⌉ = 2 of 18 are the top 10 %."""
     [curve] = figures.rank_tokens(groups(make_run(tmp_path / "a")))
-    assert curve.ranks[[0, 6, 18]] == pytest.approx([0, 1 / 3, 1])
-    assert curve.shares[[0, 6, 12, 18]] == pytest.approx([0, 54 / 57, 1, 1])
-    assert curve.top == pytest.approx(18 / 57)
+    assert curve.xs == pytest.approx([100 * rank / 18 for rank in range(19)])
+    assert [curve.ys[rank] for rank in (0, 2, 6, 12, 18)] == pytest.approx([0, 1800 / 57, 5400 / 57, 100, 100])
 
 
 def test_masked_runs_stand_beside_standard_opd(tmp_path: Path) -> None:
@@ -79,9 +78,8 @@ def test_components_are_compared_by_benchmark(tmp_path: Path) -> None:
     write_scores(runs[0], wemath=(40.0, 3.0), mmmu=(None, None))
     write_scores(runs[1], wemath=(44.0, 4.0))
     write_scores(runs[2], wemath=(50.0, 6.0), mmmu=(30.0, 1.0))
-    [(label, [difference])] = figures.compare_components(groups(*runs)).items()
-    assert (label, difference.benchmark) == ("VA-OPD", "wemath")
-    assert (difference.points, difference.error) == pytest.approx((8, 42.25**0.5))
+    [(group, differences)] = figures.compare_components(groups(*runs))
+    assert (group.label, differences) == ("VA-OPD", {"wemath": pytest.approx((8, 42.25**0.5))})
     (runs[2] / "benchmarks" / "summary.json").write_text("[]")
     with pytest.raises(InvalidInput, match=r"summary\.json is no summary"):
         figures.compare_components(groups(*runs))
@@ -92,8 +90,9 @@ def test_a_trajectory_pairs_each_accuracy_with_the_va_of_its_policy(tmp_path: Pa
     sampled nothing, and has that of step 19 (of 15 … 19)."""
     run = make_run(tmp_path / "v")
     rewrite(run, lambda line: line | ({"mean_va": line["step"]} if line["kind"] == "train" else {}))
-    [(_, points)] = figures.trace_trajectories(groups(run))
-    assert [tuple(point) for point in points] == [(0, 2, 30), (10, 10, 50), (20, 17, pytest.approx(60))]
+    [curve] = figures.trace_trajectories(groups(run))
+    points = list(zip(curve.steps, curve.xs, curve.ys, strict=True))
+    assert points == [(0, 2, 30), (10, 10, 50), (20, 17, pytest.approx(60))]
 
 
 def test_a_race_counts_the_seconds_of_the_steps_alone(tmp_path: Path) -> None:
@@ -102,11 +101,11 @@ def test_a_race_counts_the_seconds_of_the_steps_alone(tmp_path: Path) -> None:
         make_run(tmp_path / "v", accuracies=(0.3, 0.5, 0.6)),
         make_run(tmp_path / "s", variant="standard", accuracies=(0.3, 0.35, 0.4)),
     ]
-    found = figures.race(groups(*runs))
-    assert found.baseline.seconds == pytest.approx([0, 18, 36])
-    assert found.reached_s == pytest.approx(9)
+    _, baseline, reached_s = figures.race(groups(*runs))
+    assert baseline.xs == pytest.approx([0, 18, 36])
+    assert reached_s == pytest.approx(9)
     rewrite(runs[0], lambda line: line | {"accuracy": 0.1})
-    assert figures.race(groups(*runs)).reached_s is None
+    assert figures.race(groups(*runs))[2] is None
     rewrite(runs[0], lambda line: {k: v for k, v in line.items() if k != "wait_s" or line["step"] != 12})
     assert sorted(figures.measure_elapsed(read_run(runs[0]))) == list(range(13))  # never a time that is too short
 
@@ -119,8 +118,8 @@ def test_one_rollout_is_read_by_three_students(tmp_path: Path) -> None:
     write_held_out(standard, 20, [9.0], ids=(8,), student_va_of_first=[0.25, 0.0])
     write_held_out(leader, 20, [9.0], ids=(9,), student_va_of_first=[2.0, 0.125])
     shared = figures.choose_rollout(groups(standard, leader, other))
-    assert shared.tokens == ["1", "2\n"]
-    assert [tuple(reading) for reading in shared.readings] == [
+    assert shared.record["tokens"] == ["1", "2\n"]
+    assert shared.readings == [
         ("base student", [0.5, 0.0]),
         ("Standard OPD, 20 steps", [0.25, 0.0]),
         ("VA-OPD, 20 steps", [2.0, 0.125]),

@@ -9,39 +9,34 @@ from typing import Literal
 
 from vaopd.errors import InvalidInput, NumericalError
 
-SAMPLES = 8
-"""Answers per question in the paper."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Benchmark:
     """A benchmark: its names, the metrics that its evaluator reports for one run, and their scale.
 
     name: ours and the official schema's. dataset, split: the evaluator's. judged: by a language model, not by rules.
-    metrics: in percent, except OCRBench's final score. divisor: what the metrics' mean is divided by to be percent.
     """
 
     name: str
     dataset: str
     split: str
     area: Literal["math", "visual"]
-    judged: bool
+    judged: bool = False
     metrics: tuple[str, ...] = ("accuracy",)
     unit: Literal["percent", "points_1000"] = "percent"
-    divisor: float = 1.0
+
+    @property
+    def bound(self) -> float:
+        """The largest value of each metric."""
+        return 1000.0 if self.unit == "points_1000" else 100.0
 
     def check(self, metrics: Mapping[str, object]) -> dict[str, float]:
         """Returns one run's metrics as numbers. Raises NumericalError for one that is missing or out of bounds."""
-        bound = 100.0 * self.divisor
         values: dict[str, float] = {}
         for metric in self.metrics:
             value = metrics.get(metric)
-            if (
-                not isinstance(value, int | float)
-                or isinstance(value, bool)
-                or not (math.isfinite(value) and 0 <= value <= bound)
-            ):
-                raise NumericalError(f"{self.name}: {metric} = {value!r} is not a number from 0 to {bound:g}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= self.bound:
+                raise NumericalError(f"{self.name}: {metric} = {value!r} is not a number from 0 to {self.bound:g}")
             values[metric] = float(value)
         return values
 
@@ -50,40 +45,19 @@ class Benchmark:
 
         WeMath (strict + loose) / 2, HallusionBench (aAcc + fAcc + qAcc) / 3, OCRBench final score / 10, else accuracy.
         """
-        return math.fsum(metrics[name] for name in self.metrics) / len(self.metrics) / self.divisor
+        return 100.0 * math.fsum(metrics[name] for name in self.metrics) / len(self.metrics) / self.bound
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            name="wemath", dataset="WeMath", split="testmini", area="math", judged=False, metrics=("strict", "loose")
-        ),
-        Benchmark(name="mathvista", dataset="MathVista_MINI", split="testmini", area="math", judged=True),
-        Benchmark(name="mathverse", dataset="MathVerse_MINI", split="testmini", area="math", judged=False),
-        Benchmark(
-            name="hallusionbench",
-            dataset="HallusionBench",
-            split="test",
-            area="visual",
-            judged=True,
-            metrics=("aAcc", "fAcc", "qAcc"),
-        ),
-        Benchmark(name="ai2d", dataset="AI2D_TEST", split="test", area="visual", judged=False),
-        Benchmark(name="mmmu", dataset="MMMU_DEV_VAL", split="validation", area="visual", judged=True),
-        Benchmark(name="mmstar", dataset="MMStar", split="val", area="visual", judged=True),
-        Benchmark(
-            name="ocrbench",
-            dataset="OCRBench",
-            split="test",
-            area="visual",
-            judged=False,
-            metrics=("final_score",),
-            unit="points_1000",
-            divisor=10.0,
-        ),
-    )
-}
+BENCHMARKS = (
+    Benchmark("wemath", "WeMath", "testmini", "math", metrics=("strict", "loose")),
+    Benchmark("mathvista", "MathVista_MINI", "testmini", "math", judged=True),
+    Benchmark("mathverse", "MathVerse_MINI", "testmini", "math"),
+    Benchmark("hallusionbench", "HallusionBench", "test", "visual", judged=True, metrics=("aAcc", "fAcc", "qAcc")),
+    Benchmark("ai2d", "AI2D_TEST", "test", "visual"),
+    Benchmark("mmmu", "MMMU_DEV_VAL", "validation", "visual", judged=True),
+    Benchmark("mmstar", "MMStar", "val", "visual", judged=True),
+    Benchmark("ocrbench", "OCRBench", "test", "visual", metrics=("final_score",), unit="points_1000"),
+)
 """In the order of the paper's table: three of mathematics, five visual ones."""
 
 
@@ -92,7 +66,8 @@ def find_benchmarks(names: str) -> Sequence[Benchmark]:
 
     Raises InvalidInput for an unknown name.
     """
-    wanted = set(BENCHMARKS) if names == "all" else {name.strip().lower() for name in names.split(",")}
-    if unknown := sorted(wanted - set(BENCHMARKS)):
-        raise InvalidInput(f"no benchmark is called {', '.join(map(repr, unknown))}; there are {', '.join(BENCHMARKS)}")
-    return [benchmark for name, benchmark in BENCHMARKS.items() if name in wanted]
+    known = [benchmark.name for benchmark in BENCHMARKS]
+    wanted = set(known) if names == "all" else {name.strip().lower() for name in names.split(",")}
+    if unknown := sorted(wanted - set(known)):
+        raise InvalidInput(f"no benchmark is called {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return [benchmark for benchmark in BENCHMARKS if benchmark.name in wanted]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -23,40 +22,32 @@ from vaopd.net.ports import LOOPBACK, free_port
 SERVER = "vllm"
 START_TIMEOUT_S = 1800.0
 ANSWER_TIMEOUT_S = 3600.0
+PATIENCE_S = 300.0
+"""How long an endpoint that is away or busy is asked again."""
 
 
 class OpenAIEndpoint:
-    """Samples one answer a request at temperature 1 and top-p 1. Threads may share it."""
+    """Samples one answer a request at temperature 1 and top-p 1. Threads may share it; the caller closes `http`."""
 
-    def __init__(
-        self, url: str, *, model: str | None, max_tokens: int, api_key: str | None, patience_s: float = 300.0
-    ) -> None:
-        """url: up to /v1. model: its name there; None takes the only one. patience_s: for an endpoint that is away.
+    def __init__(self, url: str, *, model: str | None, max_tokens: int, api_key: str | None) -> None:
+        """url: up to /v1. model: its name there; None takes the only one.
 
         Raises NotFound for a model that it doesn't have, Unavailable if it doesn't answer.
         """
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
+        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
         self._url = url
-        self._patience_s = patience_s
-        self._max_tokens = max_tokens
         names = [str(entry["id"]) for entry in self._send("GET", "/models")["data"]]
         if (model is None and len(names) != 1) or (model is not None and model not in names):
             raise NotFound(f"{url} serves {', '.join(names) or 'no model'}; choose one with --model, not {model!r}")
-        self.model = model or names[0]
+        fixed = {"temperature": 1.0, "top_p": 1.0, "n": 1, "max_tokens": max_tokens}
+        self._body = {"model": model or names[0], **fixed}
 
-    def ask(self, question: Question, *, seed: int) -> tuple[str, bool]:
+    def ask(self, question: Question, seed: int) -> tuple[str, bool]:
         """Returns the answer's text and whether it was cut off. Raises InvalidInput for a refused question."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": [_encode(part) for part in question.parts]}],
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "n": 1,
-            "max_tokens": self._max_tokens,
-            "seed": seed,
-        }
+        content = [_encode(part) for part in question.parts]
+        body = self._body | {"messages": [{"role": "user", "content": content}], "seed": seed}
         reply = self._send("POST", "/chat/completions", body, about=f"question {question.id!r}: ")
         try:
             choice = reply["choices"][0]
@@ -65,21 +56,15 @@ class OpenAIEndpoint:
             raise InvalidInput(f"{self._url} sent no choice for question {question.id!r}: {str(reply)[:200]}") from None
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None, *, about: str = "") -> Any:
-        backoff = Backoff(self._patience_s, longest_s=10.0)
+        backoff = Backoff(PATIENCE_S, longest_s=10.0)
         while True:
             try:
-                return _read(self._http.request(method, path, json=body), about)
+                return _read(self.http.request(method, path, json=body), about)
             except httpx.TransportError as error:
                 lost = Unavailable(f"{self._url} can't be reached ({error or type(error).__name__}); run it again")
                 time.sleep(backoff.delay_s(lost))
             except (Busy, Unavailable) as refused:
                 time.sleep(backoff.delay_s(refused))
-
-    def __enter__(self) -> OpenAIEndpoint:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._http.close()
 
 
 @contextmanager
@@ -122,7 +107,6 @@ def _encode(part: dict[str, str]) -> dict[str, Any]:
     """
     if part["type"] == "text":
         return {"type": "text", "text": part["value"]}
-    path = Path(part["value"])
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    content = base64.b64encode(path.read_bytes()).decode()
+    kind = mimetypes.guess_type(part["value"])[0] or "image/png"
+    content = base64.b64encode(Path(part["value"]).read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{content}"}}

@@ -12,17 +12,17 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaopd.benchmarks_eval.answers import AnswerFile, Question, list_open, read_questions, sample_answers
+from vaopd.benchmarks_eval.answers import AnswerFile, sample_answers
 from vaopd.benchmarks_eval.catalogue import Benchmark
 from vaopd.benchmarks_eval.endpoint import OpenAIEndpoint, serve
 from vaopd.benchmarks_eval.evaluator import Evaluator, Judge
 from vaopd.benchmarks_eval.results import BenchmarkResult, format_table, make_official, make_summary
-from vaopd.errors import ConfigError, Mismatch
+from vaopd.errors import ConfigError, InvalidInput, Mismatch
 from vaopd.files.durable import atomic_file
 
 SERVED_NAME = "student"
@@ -46,51 +46,49 @@ class Plan:
     api_key: str | None = None
 
 
+Asked = Sequence[tuple[Benchmark, AnswerFile]]
+
+
 def evaluate_benchmarks(
     plan: Plan,
     evaluator: Evaluator,
     judge: Judge | None,
     *,
     say: Callable[[str], None],
-    make_report: Callable[[str, int], Callable[[int], None]],
+    make_report: Callable[[int], Callable[[int], None]],
 ) -> str:
     """Evaluates, and returns the table. Raises Mismatch when `out` holds the answers of other settings.
 
-    make_report: makes a progress display of a benchmark's name and number of answers.
+    make_report: makes a progress display of a number of answers.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
-    with _lock(plan.out), ExitStack() as files:
-        _check_settings(plan)
-        asked: list[tuple[Benchmark, list[Question], AnswerFile]] = []
-        for benchmark in plan.benchmarks:
-            folder = plan.out / benchmark.name
-            folder.mkdir(exist_ok=True)
-            if not (exported := folder / "questions.jsonl").exists():
-                evaluator.export_questions(benchmark, exported)
-            file = files.enter_context(AnswerFile(folder / "answers.jsonl"))
-            asked.append((benchmark, read_questions(exported), file))
+    with _own(plan), ExitStack() as stack:
+        exports = [(benchmark, plan.out / benchmark.name / "questions.jsonl") for benchmark in plan.benchmarks]
+        for _, out in exports:
+            out.parent.mkdir(exist_ok=True)
+        evaluator.run([_make_task("questions", b, out) for b, out in exports if not out.exists()])
+        asked = [(benchmark, AnswerFile(out.parent)) for benchmark, out in exports]
+        for _, file in asked:
+            stack.enter_context(file.file)
         _sample(plan, asked, say, make_report)
-        results = [_score(plan, evaluator, judge, *entry) for entry in asked]
-        name = plan.model or str(plan.endpoint)
-        table = format_table(results, model=name, samples=plan.samples)
-        used = judge.model if judge else None
-        _write(plan.out / "table.md", table)
-        _write_json(plan.out / "summary.json", make_summary(results))
-        _write_json(plan.out / "results.json", make_official(results, samples=plan.samples, judge_model=used))
-        return table
+        results = _score(plan, evaluator, judge, asked)
+        table = format_table(results, model=plan.model or str(plan.endpoint), samples=plan.samples)
+        official = make_official(results, samples=plan.samples, judge_model=judge.model if judge else None)
+        texts = {"table.md": table, "summary.json": make_summary(results), "results.json": official}
+        for name, value in texts.items():
+            with atomic_file(plan.out / name) as written:
+                written.write((value if isinstance(value, str) else _to_json(value)).encode())
+    return table
 
 
 def _sample(
-    plan: Plan,
-    asked: Sequence[tuple[Benchmark, list[Question], AnswerFile]],
-    say: Callable[[str], None],
-    make_report: Callable[[str, int], Callable[[int], None]],
+    plan: Plan, asked: Asked, say: Callable[[str], None], make_report: Callable[[int], Callable[[int], None]]
 ) -> None:
-    todo = [(entry, list(list_open(entry[1], entry[2], samples=plan.samples))) for entry in asked]
-    if not any(pairs for _, pairs in todo):
+    todo = [entry for _, file in asked for entry in file.list_open(plan.samples)]
+    if not todo:
         return
     with ExitStack() as stack:
-        url, name, check = plan.endpoint, plan.model, _nothing
+        url, name, check = plan.endpoint, plan.model, lambda: None
         if url is None:
             if plan.model is None:
                 raise ConfigError("no model: give --model FOLDER, or --endpoint URL for one that is served")
@@ -98,42 +96,63 @@ def _sample(
             url, supervisor = stack.enter_context(served)
             name, check = SERVED_NAME, supervisor.check
         endpoint = OpenAIEndpoint(url, model=name, max_tokens=plan.max_tokens, api_key=plan.api_key)
-        stack.enter_context(endpoint)
-        for (benchmark, _, file), pairs in todo:
-            sample_answers(
-                pairs,
-                file,
-                endpoint,
-                seed=plan.seed,
-                concurrency=plan.concurrency,
-                check=check,
-                on_progress=make_report(benchmark.name, len(pairs)),
-            )
+        stack.enter_context(closing(endpoint.http))
+        report = make_report(len(todo))
+        sample_answers(
+            todo, endpoint.ask, seed=plan.seed, concurrency=plan.concurrency, check=check, on_progress=report
+        )
 
 
-def _score(
-    plan: Plan,
-    evaluator: Evaluator,
-    judge: Judge | None,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    file: AnswerFile,
-) -> BenchmarkResult:
-    answers = [file.done[question.id, sample] for question in questions for sample in range(plan.samples)]
-    runs = []
-    for sample in range(plan.samples if judge or not benchmark.judged else 0):
-        given = {answer.question: answer.answer for answer in answers if answer.sample == sample}
-        out = plan.out / benchmark.name / f"score-{sample}.json"
-        runs.append(evaluator.score(benchmark, given, out, sample=sample, judge=judge))
-    cut_off = sum(answer.cut_off for answer in answers)
-    return BenchmarkResult(benchmark=benchmark, runs=runs, questions=len(questions), cut_off=cut_off)
+def _score(plan: Plan, evaluator: Evaluator, judge: Judge | None, asked: Asked) -> list[BenchmarkResult]:
+    """Has every sample scored that isn't yet, or was by another judge."""
+    outs: dict[str, list[Path]] = {}
+    tasks = []
+    for benchmark, _ in asked:
+        used = judge if benchmark.judged else None
+        folder = plan.out / benchmark.name
+        samples = range(plan.samples if judge or not benchmark.judged else 0)
+        outs[benchmark.name] = [folder / f"score-{sample}.json" for sample in samples]
+        for sample, out in enumerate(outs[benchmark.name]):
+            if out.exists() and json.loads(out.read_text()).get("judge_model") == (used.model if used else None):
+                continue
+            out.unlink(missing_ok=True)
+            given = {"answers": str(folder / "answers.jsonl"), "sample": sample}
+            asks = {"judge_url": used.url, "judge_model": used.model} if used else {}
+            tasks.append(_make_task("score", benchmark, out, **given, **asks))
+    evaluator.run(tasks)
+    return [
+        BenchmarkResult(
+            benchmark=benchmark,
+            runs=[_read_score(benchmark, out, len(file.questions)) for out in outs[benchmark.name]],
+            questions=len(file.questions),
+            cut_off=sum(file.done[question.id, s] for question in file.questions for s in range(plan.samples)),
+        )
+        for benchmark, file in asked
+    ]
 
 
-def _check_settings(plan: Plan) -> None:
-    """Writes what the answers depend on, or compares it with what is there."""
+def _make_task(task: str, benchmark: Benchmark, out: Path, **more: Any) -> dict[str, Any]:
+    return {"task": task, "dataset": benchmark.dataset, "split": benchmark.split, "out": str(out), **more}
+
+
+def _read_score(benchmark: Benchmark, out: Path, questions: int) -> dict[str, float]:
+    found = json.loads(out.read_text())
+    if found.get("num_examples") != questions:
+        raise InvalidInput(
+            f"{out}: num_examples is {found.get('num_examples')}, and {questions} were answered; delete the file"
+        )
+    return benchmark.check(found.get("metrics", {}))
+
+
+@contextmanager
+def _own(plan: Plan) -> Iterator[None]:
+    """Holds OUT/settings.json for one process, and writes what the answers depend on or compares it.
+
+    The kernel frees it when the process is killed. Raises ConfigError, Mismatch.
+    """
     folder = Path(plan.model or "")
     weights = sorted(folder.glob("*.safetensors")) if plan.model and plan.endpoint is None else []
-    settings: dict[str, Any] = {
+    settings = {
         "model": plan.model,
         "endpoint": plan.endpoint,
         "weights": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in weights],
@@ -143,38 +162,27 @@ def _check_settings(plan: Plan) -> None:
         "max_tokens": plan.max_tokens,
         "seed": plan.seed,
     }
-    path = plan.out / "settings.json"
-    if not path.exists():
-        _write_json(path, settings)
-        return
-    before = json.loads(path.read_text())
-    if differing := [key for key, value in settings.items() if before.get(key) != value]:
-        raise Mismatch(f"{plan.out} has answers with other settings ({', '.join(differing)}); choose another --out")
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one process; the kernel frees it when that is killed."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ConfigError(f"another evaluation writes to {folder}; wait for its end or choose another --out") from None
-    try:
+    with (plan.out / "settings.json").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another evaluation writes to {plan.out}; wait for its end or choose another --out"
+            ) from None
+        file.seek(0)
+        text = file.read()
+        if text.endswith("}\n"):
+            before = json.loads(text)
+            if differing := [key for key, value in settings.items() if before.get(key) != value]:
+                names = ", ".join(differing)
+                raise Mismatch(f"{plan.out} has answers with other settings ({names}); choose another --out")
+        else:  # a new file, or one that a kill tore before there were answers
+            file.truncate(0)
+            file.write(_to_json(settings))
+            file.flush()
+            os.fsync(file.fileno())
         yield
-    finally:
-        os.close(handle)
 
 
-def _nothing() -> None:
-    pass
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
-def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=2) + "\n")
+def _to_json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -81,7 +81,7 @@ def run_benchmarks(arguments: argparse.Namespace) -> int:
             evaluator,
             judge,
             say=say,
-            make_report=lambda name, total: Progress(f"vaopd: {name}", total=total, unit="answers").report,
+            make_report=lambda total: Progress("vaopd: sampling", total=total, unit="answers").report,
         )
     except Interrupted as interrupted:
         say(f"{interrupted}; the same command continues")
