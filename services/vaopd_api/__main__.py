@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import functools
 import logging
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from socket import socket
+from typing import TYPE_CHECKING, Any
 
 from vaopd import process
 from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
-from vaopd.net.ports import is_loopback
+from vaopd.net.ports import allow_connections, is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry, hang_timer
 from vaopd.telemetry import metrics_port
@@ -66,7 +69,7 @@ def serve(
     from vaopd.client import ClientOptions, from_environment
     from vaopd_api.access import Access, HostNames, Quota
     from vaopd_api.app import create_app
-    from vaopd_api.connections import HEADER_BYTES, BoundedProtocol
+    from vaopd_api.connections import WINDOW_S, BoundedProtocol
     from vaopd_api.student import Student
     from vaopd_api.teachers import Teachers
 
@@ -99,7 +102,6 @@ def serve(
         host=host.strip("[]"),
         port=int(port),
         http=BoundedProtocol.bind(service.connections),
-        h11_max_incomplete_event_size=HEADER_BYTES,
         ws="none",
         loop="asyncio",
         proxy_headers=bool(service.connections.proxies),
@@ -123,6 +125,7 @@ def serve(
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None
+    allow_connections(2 * service.connections.total)  # open ones, and handshakes
     listener.listen()  # uvicorn only binds here, and a client may read the announced address at once
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
@@ -132,6 +135,14 @@ def serve(
     expiry = ExpiryWatch(expires, section="api")
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket] | None = None) -> None:
+            """Listens; with TLS, connections that don't begin or end as TLS does are dropped after a while."""
+            if self.config.is_ssl:
+                loop: Any = asyncio.get_running_loop()
+                waits = {"ssl_handshake_timeout": WINDOW_S, "ssl_shutdown_timeout": WINDOW_S}
+                loop.create_server = functools.partial(loop.create_server, **waits)
+            await super().startup(sockets)
+
         async def on_tick(self, counter: int) -> bool:
             """Resets the hang timer; called ten times a second while the event loop runs."""
             hang_timer.expect_life_within(service.stuck_after_s)

@@ -74,7 +74,7 @@ def test_headers_that_are_too_long_or_too_many_are_refused_by_name(api: Api) -> 
 def test_a_slow_sender_is_refused_before_its_request_is_complete(
     start: bytes, monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    monkeypatch.setattr(connections, "WINDOW_S", 0.5)
     with socket.create_connection(orphan_server, timeout=60) as connection:
         connection.sendall(start)
         answer = read_to_end(connection)  # nothing more is sent, and the server ends it
@@ -83,7 +83,7 @@ def test_a_slow_sender_is_refused_before_its_request_is_complete(
 
 
 def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]) -> None:
-    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    monkeypatch.setattr(connections, "WINDOW_S", 0.5)
     with socket.create_connection(orphan_server, timeout=60) as connection:
         assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
 

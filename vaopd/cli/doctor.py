@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vaopd.cli.output import emit, paint
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
+from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
     from vaopd.cli.common import Subparsers
@@ -57,7 +58,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
     for finding in make_findings(arguments.runs, arguments.config):
         found.append(finding)
-        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {finding.detail}", flush=True)
+        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {escape(finding.detail)}", flush=True, coloured=True)
         if finding.remedy:
             emit(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]
