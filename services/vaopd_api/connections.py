@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any, ClassVar
-from weakref import WeakSet
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vaopd.config import ConnectionsConfig
+from vaopd.net.ports import OWN_FILES, count_open_files
 from vaopd.telemetry import logs
 from vaopd_api import problems
 from vaopd_api.problems import ApiError
@@ -67,21 +67,18 @@ class BoundedProtocol(H11Protocol):
     """One connection of the server. `limits` is set on the subclass that `bind` makes."""
 
     limits = ConnectionsConfig()
-    handshakes: ClassVar[WeakSet[BoundedProtocol]] = WeakSet()
-    """TLS connections that are accepted and not made yet. asyncio drops those that fail without a word to us."""
 
     @classmethod
     def bind(cls, limits: ConnectionsConfig) -> type[BoundedProtocol]:
         """Returns the class with other limits, since uvicorn makes the instances."""
-        return type("BoundedProtocol", (cls,), {"limits": limits, "handshakes": WeakSet()})
+        return type("BoundedProtocol", (cls,), {"limits": limits})
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Raises ConnectionRefusedError, by which asyncio drops the connection, when too many don't end."""
+        """Raises ConnectionRefusedError, by which asyncio drops the connection, when too many handshakes don't end."""
         super().__init__(*args, **options)
-        if self.config.is_ssl:
-            if len(self.handshakes) >= self.limits.total:
-                raise ConnectionRefusedError(f"{self.limits.total} TLS handshakes are in progress, the limit")
-            self.handshakes.add(self)
+        # Of a handshake that fails asyncio says nothing, so they are counted by what is open: as many as connections.
+        if self.config.is_ssl and count_open_files() > 2 * self.limits.total + OWN_FILES:
+            raise ConnectionRefusedError(f"{self.limits.total} TLS handshakes are in progress, the limit")
         self.conn: _Connection = _Connection(max_incomplete_event_size=HEADER_BYTES)
         self._received = 0  # bytes of the request in this window
         self._in_headers = True
@@ -91,7 +88,6 @@ class BoundedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Accepts the connection, or answers with 503 beyond the limits."""
-        self.handshakes.discard(self)
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
         others = (getattr(other, "client", None) for other in self.connections)
@@ -135,12 +131,12 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers a malformed request, or one with too many headers, in the API's one form of errors."""
-        if self._in_headers and self._received > HEADER_BYTES:
-            self._refuse(431, describe_header_limit())
-        elif self.conn.has_too_many_chunks:
+        if self.conn.has_too_many_chunks:
             self._refuse(
                 400, f"the body has over {FREE_CHUNKS} chunks, of less than {CHUNK_BYTES} bytes each; send larger ones"
             )
+        elif self._in_headers and self._received > HEADER_BYTES:
+            self._refuse(431, describe_header_limit())
         else:
             self._refuse(400, "the request is not valid HTTP/1.1")
 
