@@ -19,12 +19,15 @@ from vaopd.errors import ConfigError
 from vaopd.net.ports import allow_connections, is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry, hang_timer
+from vaopd.process.memory import give_back, use_one_arena
 from vaopd.telemetry import metrics_port
 
 if TYPE_CHECKING:
     from vaopd_api.metrics import Metrics
 
 JOB = "api"
+GIVE_BACK_TICKS = 300
+"""Of a tenth of a second."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +76,7 @@ def serve(
     from vaopd_api.student import Student
     from vaopd_api.teachers import Teachers
 
+    use_one_arena()
     keys, tls, requests_per_minute = service.keys.file, service.tls, service.quotas.requests_per_minute
     host, _, port = config.api.address.rpartition(":")
     if not (is_loopback(config.api.address) or service.trusted_network or (keys and tls.cert)):
@@ -147,6 +151,8 @@ def serve(
             """Resets the hang timer; called ten times a second while the event loop runs."""
             hang_timer.expect_life_within(service.stuck_after_s)
             expiry.look()
+            if counter % GIVE_BACK_TICKS == 0:
+                await asyncio.to_thread(give_back)
             return await super().on_tick(counter)
 
     Server(settings).run(sockets=[listener])
