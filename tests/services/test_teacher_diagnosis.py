@@ -29,11 +29,11 @@ from vaopd.config import (
     Config,
     DataConfig,
     KeysConfig,
-    TeacherConfig,
     TeacherServiceConfig,
     TeacherTlsConfig,
     TlsConfig,
 )
+from vaopd.config.method import HiddenTeacher
 from vaopd.errors import (
     ConfigError,
     Mismatch,
@@ -185,7 +185,7 @@ def test_the_api_says_it_of_its_own_certificate_too(
     def serve_with(folder: Path) -> None:
         config = Config.model_construct(
             api=ApiConfig(address="127.0.0.1:0"),
-            teacher=TeacherConfig.model_construct(address="127.0.0.1:1"),
+            teacher=HiddenTeacher.model_construct(address="127.0.0.1:1"),
             data=DataConfig.model_construct(min_pixels=None, max_pixels=None),
         )
         service = ApiServiceConfig(tls=TlsConfig(cert=folder / "server.pem", key=folder / "server.key"))
