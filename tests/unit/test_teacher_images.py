@@ -63,7 +63,7 @@ def test_images_are_counted_however_small_and_the_job_with_most_makes_room(monke
     store.put(encoded(0), job="light")
     for number in range(1, 9):
         store.put(encoded(number), job="heavy")
-    assert missing(store, "light", *range(9)) == [1, 2, 3, 4, 5]
+    assert missing(store, "heavy", *range(9)) == [1, 2, 3, 4, 5]
     store.pin([encoded(n).sha256 for n in (6, 7, 8)], job="heavy")
     with pytest.raises(Busy, match="in use by calls in progress"):
         store.put(encoded(9), job="light")
