@@ -56,7 +56,7 @@ def test_a_refused_group(teacher: TeacherInProcess, caplog: pytest.LogCaptureFix
     failure = results["bad"]
     assert isinstance(failure, GroupFailure)
     assert isinstance(failure.error, InvalidInput)
-    begins = f"request {id_in(failure.error)}: job 'geometry', 2 groups, 1 refused, "
+    begins = f"request {id_in(failure.error)}, job 'geometry': 2 groups, 1 refused, "
     wait_until("the call is logged", lambda: any(message.startswith(begins) for message in caplog.messages))
 
 
@@ -99,4 +99,4 @@ def test_over_http_it_is_in_both_logs(api: Api, caplog: pytest.LogCaptureFixture
     assert str(refused.value).count("(request") == 1
     log = Path(api.process.args[-1]).with_name("api.log")  # type: ignore[index]
     wait_until("the API has logged it", lambda: f"request {name[1]}: POST /v1/score 413" in log.read_text())
-    assert any(f"request {name[1]}: job " in message for message in caplog.messages)
+    assert any(f"request {name[1]}, job " in message for message in caplog.messages)

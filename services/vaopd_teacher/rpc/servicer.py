@@ -176,7 +176,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             self._admission.release(job, unanswered)
             elapsed_s, groups = time.monotonic() - started, len(request.groups)
             log.info(
-                "request %s: job %r, %d groups, %d refused, %d given up, %.3f s",
+                "request %s, job %r: %d groups, %d refused, %d given up, %.3f s",
                 name,
                 job[:64],
                 groups,
