@@ -29,6 +29,17 @@ import signal
 class VaopdError(Exception):
     """Any error that this project raises on purpose."""
 
+    request_id: str | None = None
+    """Id of the call that a server refused, which is in its log; shown behind the message."""
+
+    @property
+    def message(self) -> str:
+        """The message alone."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return self.message if self.request_id is None else f"{self.message} (request {self.request_id})"
+
 
 class InvalidInput(VaopdError):
     """The request is wrong in itself."""

@@ -37,6 +37,8 @@ PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4
 MAX_ALTERNATIVES = 20
 MAX_BATCH_ITEMS = 256
 MAX_TILES = 12
+MAX_IMAGES = 256
+Images = Annotated[list[ImageText], Field(max_length=MAX_IMAGES, fail_fast=True)]
 
 
 class Model(pydantic.BaseModel):
@@ -93,7 +95,7 @@ class ScoreBody(Model):
     """The user's turn; the images come before it."""
     image: ImageText | None = None
     """A PNG, JPEG or WEBP file as base64, or as a data URL. Web addresses are refused: nothing is fetched."""
-    images: list[ImageText] = Field([], fail_fast=True)
+    images: Images = []
     """Several images, in the order in which the model reads them."""
     response: Text | None = None
     """A text that the teacher tokenises as a finished turn."""
@@ -235,7 +237,7 @@ class RegionsBody(Model):
 
     question: Text
     image: ImageText | None = None
-    images: list[ImageText] = []
+    images: Images = []
     response: Text | TokenIds
     """A text, or token ids, as in a request to score."""
     picture: int = Field(0, ge=0)
@@ -268,7 +270,7 @@ class SampleBody(Model):
     )
 
     question: Text
-    images: list[ImageText] = Field([], fail_fast=True)
+    images: Images = []
     image: ImageText | None = None
     student: str | None = None
     """The student to ask, by its name in GET /v1/students; empty: the first one."""

@@ -5,11 +5,13 @@ Bytes, pixels and scans bound the time too, which can't be capped by itself: a d
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +48,15 @@ _UPRIGHT = {
 _SRGB = PIL.ImageCms.createProfile("sRGB")
 
 
+@contextlib.contextmanager
+def _ignore_warnings() -> Iterator[None]:
+    """Ignores Pillow's warnings: damaged metadata can cause 65 000 of them, each a line of the log."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+@_ignore_warnings()
 def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int = 32_000_000) -> PIL.Image.Image:
     """Decodes an image to 8-bit RGB as a viewer shows it; every process reads pictures here.
 
@@ -64,9 +75,7 @@ def decode(image: EncodedImage, *, max_bytes: int = 32 * 2**20, max_pixels: int 
     if structure.scans > MAX_JPEG_SCANS:
         raise ImageRefused(f"{name} is a JPEG of more than {MAX_JPEG_SCANS} scans, the limit; re-encode it")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # our own cap is checked just below
-            opened = PIL.Image.open(io.BytesIO(image.data), formats=FORMATS)
+        opened = PIL.Image.open(io.BytesIO(image.data), formats=FORMATS)
     except PIL.Image.DecompressionBombError:  # Pillow checks its own cap, far above ours, in `open`
         raise ImageRefused(f"{name} claims far more than {max_pixels} pixels, the limit; scale it down") from None
     except Exception as error:

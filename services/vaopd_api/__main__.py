@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import faulthandler
+import functools
 import logging
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from socket import socket
+from typing import TYPE_CHECKING, Any
 
 from vaopd import process
 from vaopd.config import ApiServiceConfig, Config
 from vaopd.errors import ConfigError
-from vaopd.net.ports import is_loopback
+from vaopd.net.ports import allow_connections, is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry
+from vaopd.process.memory import give_back, use_one_arena
 from vaopd.telemetry import metrics_port
 
 if TYPE_CHECKING:
     from vaopd_api.metrics import Metrics
 
 JOB = "api"
+GIVE_BACK_TICKS = 300
+"""Of a tenth of a second."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,10 +73,11 @@ def serve(
     from vaopd.client import ClientOptions, from_environment
     from vaopd_api.access import Access, HostNames, Quota
     from vaopd_api.app import create_app
-    from vaopd_api.connections import HEADER_BYTES, BoundedProtocol
+    from vaopd_api.connections import WINDOW_S, BoundedProtocol
     from vaopd_api.student import Student
     from vaopd_api.teachers import Teachers
 
+    use_one_arena()
     keys, tls, requests_per_minute = service.keys.file, service.tls, service.quotas.requests_per_minute
     host, _, port = config.api.address.rpartition(":")
     if not (is_loopback(config.api.address) or service.trusted_network or (keys and tls.cert)):
@@ -100,7 +107,6 @@ def serve(
         host=host.strip("[]"),
         port=int(port),
         http=BoundedProtocol.bind(service.connections),
-        h11_max_incomplete_event_size=HEADER_BYTES,
         ws="none",
         loop="asyncio",
         proxy_headers=bool(service.connections.proxies),
@@ -124,6 +130,7 @@ def serve(
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it
         raise ConfigError(f"api.address = {config.api.address} can't be listened on; is the port taken?") from None
+    allow_connections(2 * service.connections.total)  # open ones, and handshakes
     listener.listen()  # uvicorn only binds here, and a client may read the announced address at once
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
@@ -133,10 +140,20 @@ def serve(
     expiry = ExpiryWatch(expires, section="api")
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket] | None = None) -> None:
+            """Listens; with TLS, connections that don't begin or end as TLS does are dropped after a while."""
+            if self.config.is_ssl:
+                loop: Any = asyncio.get_running_loop()
+                waits = {"ssl_handshake_timeout": WINDOW_S, "ssl_shutdown_timeout": WINDOW_S}
+                loop.create_server = functools.partial(loop.create_server, **waits)
+            await super().startup(sockets)
+
         async def on_tick(self, counter: int) -> bool:
             """Resets the hang timer; called ten times a second while the event loop runs."""
             faulthandler.dump_traceback_later(service.stuck_after_s, exit=True)
             expiry.look()
+            if counter % GIVE_BACK_TICKS == 0:
+                await asyncio.to_thread(give_back)
             return await super().on_tick(counter)
 
     Server(settings).run(sockets=[listener])

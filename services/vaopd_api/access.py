@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 import time
@@ -66,7 +67,7 @@ class HostNames:
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         """`names`: further hosts, without a port; "*" allows every one."""
-        self._names = {*LOOPBACK_NAMES, *(name.lower() for name in names)}
+        self._names = {*LOOPBACK_NAMES, *map(_spell, names)}
 
     def check(self, scope: Scope) -> None:
         """Raises ApiError: 421 for another Host, 403 for a page of another origin."""
@@ -101,11 +102,23 @@ class HostNames:
 def _split_host(text: str) -> tuple[str, str] | None:
     """Returns the name in lower case and the port, "" where there is none; None for what is no host.
 
-    >>> _split_host("[::1]:8080"), _split_host("LOCALHOST"), _split_host("a@b")
+    >>> _split_host("[::1]:8080"), _split_host("LOCALHOST."), _split_host("a@b")
     (('::1', '8080'), ('localhost', ''), None)
     """
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::(\d{1,5}))?", text)
-    return None if match is None else ((match[1] or match[2]).lower(), match[3] or "")
+    return None if match is None else (_spell(match[1] or match[2]), match[3] or "")
+
+
+def _spell(name: str) -> str:
+    """Returns a host's name as all its spellings are compared.
+
+    >>> _spell("Api.Example."), _spell("2001:DB8:0::1")
+    ('api.example', '2001:db8::1')
+    """
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower().removesuffix(".")
 
 
 class Access:
@@ -127,6 +140,11 @@ class Access:
         headers = scope["headers"]
         if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > HEADER_BYTES:
             raise ApiError(431, describe_header_limit())
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            # Two servers in a row may disagree on where the request ends.
+            raise ApiError(
+                400, "the request has Content-Length and Transfer-Encoding; send one", headers={"Connection": "close"}
+            )
         self._hosts.check(scope)
         if path in OPEN or path.startswith(OPEN_FOLDER):
             return

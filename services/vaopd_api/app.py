@@ -53,7 +53,7 @@ logger = logging.getLogger("vaopd.api")
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 48 * 2**20  # two images of the teacher's limit, 15 MiB, are 40 MiB as base64
-DEGRADED_AT_ONCE = 2  # each decoded image takes memory
+DEGRADED_AT_ONCE, REGIONS_AT_ONCE = 2, 2  # each decoded image takes memory
 PAGE = Path(__file__).parent / "page"
 JSON_ONLY = [Depends(require_json)]
 REVALIDATE = {"Cache-Control": "no-cache"}  # browsers ask each time, and get 304 while nothing has changed
@@ -139,7 +139,7 @@ def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
 def _add_scoring(
     app: FastAPI, teachers: Teachers, scorer: AdHocScorer, access: Access, pixel_bounds: PixelBounds
 ) -> None:
-    decoding = asyncio.Semaphore(DEGRADED_AT_ONCE)
+    decoding, examining = asyncio.Semaphore(DEGRADED_AT_ONCE), asyncio.Semaphore(REGIONS_AT_ONCE)
 
     @app.get("/v1/teachers", tags=["scoring"], responses=openapi.describe_problems(503))
     async def list_teachers() -> TeachersReply:
@@ -172,17 +172,27 @@ def _add_scoring(
             return StreamingResponse(batch.stream_events(scorer, items), media_type=batch.EVENT_STREAM, headers=headers)
         return StreamingResponse(batch.stream_json(scorer, items), media_type="application/json")
 
-    @app.post("/v1/regions", tags=["scoring"], dependencies=JSON_ONLY, responses=openapi.PROBLEMS)
-    async def regions(body: RegionsBody, request: Request) -> RegionsReply:
+    @app.post(
+        "/v1/regions",
+        tags=["scoring"],
+        dependencies=JSON_ONLY,
+        response_model=RegionsReply,
+        responses=openapi.PROBLEMS,
+    )
+    async def regions(body: RegionsBody, request: Request) -> Response:
         """Finds the regions of a picture that the tokens of a response depend on: degrades one tile at a time.
 
         Counts as one request for each tile, and one for the whole picture.
         """
-        images = decode_images(body.image, body.images)
-        work = find_regions(
-            teachers, body, images, pixel_bounds=pixel_bounds, charge=partial(access.charge, request.scope)
-        )
-        return await run_unless_disconnected(request, work)
+        charge = partial(access.charge, request.scope)
+
+        async def work() -> str:
+            images = await asyncio.to_thread(decode_images, body.image, body.images)
+            async with examining:
+                reply = await find_regions(teachers, body, images, pixel_bounds=pixel_bounds, charge=charge)
+                return await asyncio.to_thread(reply.model_dump_json)
+
+        return Response(await run_unless_disconnected(request, work()), media_type="application/json")
 
     @app.post(
         "/v1/degrade",

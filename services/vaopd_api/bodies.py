@@ -15,14 +15,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
+from vaopd.http_types import MAX_BATCH_ITEMS, MAX_IMAGES, ScoreBody
 from vaopd.types import EncodedImage
 from vaopd_api.problems import ApiError, parse
 from vaopd_api.scorer import decode_images
 from vaopd_api.uploads import image_from_bytes, image_from_text
 
 FORM = "multipart/form-data"
-MAX_FORM_PARTS = 256
+MAX_FORM_PARTS = MAX_IMAGES
 MAX_FORM_FIELD_BYTES = 8 * 2**20
 
 
@@ -71,7 +71,8 @@ async def read_json(request: Request) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # the messages contain positions, never the body's text
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8, or nested too deep"
+        rest = "not UTF-8, nested too deep, or a number is too long"
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else rest
         raise ApiError(400, f"the body is not valid JSON: {reason}") from None
 
 

@@ -36,6 +36,8 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
+LARGE_BODIES, SMALL_BYTES = 8, 2**20
+"""Bodies of the largest size that there is room for at once; what each request has beyond SMALL_BYTES takes of it."""
 MAX_JSON_VALUES, MAX_JSON_KEYS = 2**20, 2**17
 """Of a body, by its commas and colons, those in texts too. Parsing that many holds up all requests for 0.2 s."""
 MANY_VALUES = (
@@ -126,6 +128,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers the request, or refuses it."""
@@ -137,23 +140,32 @@ class BodyLimit:
             error = ApiError(413, self._describe_limit(declared), headers={"Connection": "close"})
             await problems.make_error_response(error)(scope, receive, send)
             return
-        received = values = keys = 0
+        received = values = keys = held = 0
         is_json = not Headers(scope=scope).get("content-type", "").strip().lower().startswith("multipart/")
 
         async def receive_counted() -> Message:
-            nonlocal received, values, keys
+            nonlocal received, values, keys, held
             message = await receive()
             part = message.get("body", b"")
             received += len(part)
             if received > self._max_bytes:
                 raise ApiError(413, self._describe_limit(received))
+            more = max(received - SMALL_BYTES - held, 0)
+            if self._held + more > LARGE_BODIES * self._max_bytes:
+                raise ApiError(
+                    503, f"the bodies of other requests take {self._held} bytes; try again later, or send a smaller one"
+                )
+            self._held, held = self._held + more, held + more
             if is_json:
                 values, keys = values + part.count(b","), keys + part.count(b":")
                 if values > MAX_JSON_VALUES or keys > MAX_JSON_KEYS:
                     raise ApiError(413, MANY_VALUES)
             return message
 
-        await self._app(scope, receive_counted, send)
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            self._held -= held
 
     def _describe_limit(self, size: int) -> str:
         return f"the body has {size} bytes or more, the limit is {self._max_bytes}; send fewer or smaller images"

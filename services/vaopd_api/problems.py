@@ -105,7 +105,7 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
             return problem, dict(error.headers or {})
         case errors.Busy():
             seconds = max(1, math.ceil(error.retry_after_s))
-            return make_problem(429, str(error)), {"Retry-After": str(seconds)}
+            return make_problem(429, error.message), {"Retry-After": str(seconds)}
         case errors.Unavailable():
             # The message contains the teacher's address, which clients must not see.
             logger.warning("%s", error)
@@ -139,7 +139,7 @@ def make_problem(status: int, detail: str, *, field: str | None = None, code: st
 def _describe_vaopd_error(error: errors.VaopdError) -> Problem:
     for kind, status, code in STATUS_OF:
         if isinstance(error, kind):
-            return make_problem(status, str(error), code=code, field=getattr(error, "field", None))
+            return make_problem(status, error.message, code=code, field=getattr(error, "field", None))
     logger.error("the teacher failed: %s", error)
     return make_problem(502, "the teacher failed; see its log")
 

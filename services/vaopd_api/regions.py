@@ -21,8 +21,8 @@ from vaopd_api.reply_cost import MAX_VALUES
 from vaopd_api.scorer import make_degradation, score_request, translate_error
 from vaopd_api.teachers import Teachers
 
-TILES_AT_ONCE = 16
-"""Pictures in one call to the teacher, which bounds the memory."""
+TILES_AT_ONCE, PIXELS_AT_ONCE = 16, 2**24
+"""Pictures in one call to the teacher, and their pixels, which bound the memory: as PNG, one takes up to 3 bytes."""
 Box = tuple[int, int, int, int]
 
 
@@ -90,8 +90,10 @@ async def find_regions(
         raise LimitExceeded(f"the reply would have {values} values, the limit is {MAX_VALUES}; ask for fewer tiles")
     same = ScoreBody(question=body.question, responses=[ids_T.tolist()], teacher=body.teacher)
     losses: list[np.ndarray] = []
-    for start in range(0, len(boxes), TILES_AT_ONCE):
-        changed = await asyncio.to_thread(degrade_tiles, views, boxes[start : start + TILES_AT_ONCE])
+    width, height = views.original.size
+    at_once = max(1, min(TILES_AT_ONCE, PIXELS_AT_ONCE // (width * height)))
+    for start in range(0, len(boxes), at_once):
+        changed = await asyncio.to_thread(degrade_tiles, views, boxes[start : start + at_once])
         requests = [
             score_request(same, [*images[: body.picture], image, *images[body.picture + 1 :]], suffix=f"/tile-{index}")
             for index, image in enumerate(changed, start)

@@ -82,6 +82,8 @@ class Runs:
 
     def _summarise(self, folder: Path) -> list[RunModel]:
         runs = [self._find_summary(path) for path in (folder.iterdir() if folder.is_dir() else ()) if _is_run(path)]
+        for name in self._summaries.keys() - {run.name for run in runs}:
+            del self._summaries[name]
         return sorted(runs, key=lambda run: run.changed, reverse=True)
 
     def _find_summary(self, path: Path) -> RunModel:

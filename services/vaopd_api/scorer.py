@@ -79,7 +79,7 @@ class AdHocScorer:
 
 def translate_error(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
     """Returns the teacher's error with the request's keys in place of the teacher's digests and ids."""
-    message = str(error)
+    message = error.message
     for index, image in enumerate(images):
         if (name := f"image {image.sha256[:12]}…") in message:
             field = "image" if body.image is not None else f"images.{index}" if body.images else f"image.{index}"

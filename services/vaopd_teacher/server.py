@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from vaopd.access.keys import KeyStore
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.errors import ConfigError
+from vaopd.net.ports import allow_connections
 from vaopd.pb import teacher_pb2, teacher_pb2_grpc
 from vaopd.process import entry
 from vaopd.types import TeacherDescription, TeacherLimits
@@ -91,6 +92,7 @@ def _make_options(limits: TeacherLimits) -> list[tuple[str, int]]:
         ("grpc.http2.max_pings_without_data", 0),
         # Beyond these, connections are closed, pings count as abuse, and further calls are refused.
         ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes by default
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
         ("grpc.max_metadata_size", METADATA_BYTES),
@@ -259,6 +261,7 @@ async def serve(
         ends_process=True,
         metrics=metrics,
     )
+    allow_connections(MAX_CONNECTIONS)
     address = await server.start(config.teacher.address)
     signalled = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

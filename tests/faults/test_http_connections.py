@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,11 +20,15 @@ from fastapi.exceptions import RequestValidationError
 from tests.support.api import BODY, Api, error_of, service_file, start_api
 from tests.support.teacher import TeacherInProcess
 from tests.support.waiting import wait_until
+from vaopd.access.certificates import make_certificates
+from vaopd.config import ConnectionsConfig
 from vaopd.errors import ConfigError, LimitExceeded
-from vaopd.http_types import MAX_BATCH_ITEMS, ScoreBody
-from vaopd_api import connections
+from vaopd.http_types import MAX_BATCH_ITEMS, RegionsBody, ScoreBody
+from vaopd.net.ports import count_open_files
+from vaopd_api import connections, middleware
 from vaopd_api.access import HostNames
-from vaopd_api.connections import HEADER_BYTES, MAX_HEADERS
+from vaopd_api.app import MAX_BODY_BYTES
+from vaopd_api.connections import CHUNK_BYTES, FREE_CHUNKS, HEADER_BYTES, MAX_HEADERS
 from vaopd_api.middleware import MAX_JSON_KEYS, MAX_JSON_VALUES
 from vaopd_api.problems import ApiError, parse
 from vaopd_api.reply_cost import MAX_VALUES, ReplyBudget, count_values
@@ -74,7 +80,7 @@ def test_headers_that_are_too_long_or_too_many_are_refused_by_name(api: Api) -> 
 def test_a_slow_sender_is_refused_before_its_request_is_complete(
     start: bytes, monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    monkeypatch.setattr(connections, "WINDOW_S", 0.5)
     with socket.create_connection(orphan_server, timeout=60) as connection:
         connection.sendall(start)
         answer = read_to_end(connection)  # nothing more is sent, and the server ends it
@@ -83,7 +89,7 @@ def test_a_slow_sender_is_refused_before_its_request_is_complete(
 
 
 def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]) -> None:
-    monkeypatch.setattr(connections, "GRACE_S", 0.5)
+    monkeypatch.setattr(connections, "WINDOW_S", 0.5)
     with socket.create_connection(orphan_server, timeout=60) as connection:
         assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
 
@@ -91,6 +97,19 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, orphan_s
 @pytest.fixture
 def orphan_server() -> Iterator[tuple[str, int]]:
     """An application without a teacher, served in this process with the product's protocol."""
+    with serve_orphan(http=connections.BoundedProtocol) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    make_certificates(folder)
+    return folder
+
+
+@contextmanager
+def serve_orphan(**settings: Any) -> Iterator[tuple[str, int]]:
     import threading
 
     import uvicorn
@@ -99,8 +118,7 @@ def orphan_server() -> Iterator[tuple[str, int]]:
     from vaopd_api.teachers import Teachers
 
     app = create_app(teachers=Teachers(["127.0.0.1:1"], options={"job": "api"}))
-    settings = uvicorn.Config(app, port=0, http=connections.BoundedProtocol, ws="none", log_config=None, loop="asyncio")
-    server = uvicorn.Server(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_config=None, loop="asyncio", **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -109,6 +127,84 @@ def orphan_server() -> Iterator[tuple[str, int]]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+CHUNKED = (
+    b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Connection: close\r\nTransfer-Encoding: chunked\r\n"
+)
+
+
+def test_a_body_of_very_many_small_chunks_is_refused(orphan_server: tuple[str, int]) -> None:
+    """A million of one byte each, six megabytes, held up the event loop for nine seconds."""
+    for size in (1, CHUNK_BYTES):
+        chunk = b"%x\r\n" % size + b" " * size + b"\r\n"
+        with socket.create_connection(orphan_server, timeout=60) as connection:
+            connection.sendall(CHUNKED + b"\r\n" + chunk * (FREE_CHUNKS + 200) + b"0\r\n\r\n")
+            answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ")  # the larger ones are read, and are no JSON
+        assert (b"chunks" in answer) == (size == 1)
+
+
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(orphan_server: tuple[str, int]) -> None:
+    with socket.create_connection(orphan_server, timeout=60) as connection:
+        connection.sendall(CHUNKED + b"Content-Length: 4\r\n\r\n2\r\n{}\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n")
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_bodies_share_a_room_and_one_that_ends_makes_some(
+    orphan_server: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 bodies of 47 MiB each, all but their last byte, would stay for minutes."""
+    monkeypatch.setattr(middleware, "SMALL_BYTES", 10)
+    monkeypatch.setattr(middleware, "LARGE_BODIES", 100 / MAX_BODY_BYTES)
+    head = CHUNKED.replace(b"Transfer-Encoding: chunked", b"Content-Length: 100") + b"\r\n"
+
+    def answer_to(body: bytes) -> bytes:
+        with socket.create_connection(orphan_server, timeout=60) as connection:
+            connection.sendall(head.replace(b": 100", b": %d" % len(body)) + body)
+            return read_to_end(connection)
+
+    with socket.create_connection(orphan_server, timeout=60) as held:
+        held.sendall(head + b" " * 99)  # 89 of the 100 bytes
+        wait_until("it is held", lambda: answer_to(b" " * 30).startswith(b"HTTP/1.1 503 "))
+        assert b"the bodies of other requests take 89 bytes" in answer_to(b" " * 30)
+        assert answer_to(b" " * 20).startswith(b"HTTP/1.1 400 ")  # no JSON, but there is room
+    wait_until("there is room", lambda: answer_to(b" " * 30).startswith(b"HTTP/1.1 400 "))
+
+
+def test_a_request_has_to_keep_its_rate(monkeypatch: pytest.MonkeyPatch, orphan_server: tuple[str, int]) -> None:
+    """What came fast at first buys no time for later."""
+    monkeypatch.setattr(connections, "WINDOW_S", 0.3)
+    with socket.create_connection(orphan_server, timeout=60) as connection:
+        connection.sendall(CHUNKED.replace(b"Transfer-Encoding: chunked", b"Content-Length: 40000000") + b"\r\n")
+        connection.sendall(b" " * 30_000_000)  # half an hour's worth
+        assert read_to_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_tls_handshakes_that_do_not_end_are_limited(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client and server are one process here, so each connection takes two descriptors."""
+    protocol = connections.BoundedProtocol.bind(ConnectionsConfig(total=2))
+    files = {"ssl_certfile": certificates / "server.pem", "ssl_keyfile": certificates / "server.key"}
+    with serve_orphan(http=protocol, **files) as (host, port):
+        context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+        with ExitStack() as stack:
+            before = count_open_files()
+            monkeypatch.setattr(connections, "OWN_FILES", before)
+            for _ in range(2):
+                stack.enter_context(socket.create_connection((host, port), timeout=60))
+            wait_until("both are accepted", lambda: count_open_files() == before + 4)
+            with socket.create_connection((host, port), timeout=60) as third:
+                assert third.recv(1) == b""
+        wait_until("their places are free", lambda: count_open_files() == before)
+        with (
+            socket.create_connection((host, port), timeout=60) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as secure,
+        ):
+            secure.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert secure.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 def test_connections_of_one_address_are_limited_and_a_closed_one_makes_room(
@@ -164,6 +260,13 @@ def test_other_hosts_and_pages_of_other_sites_are_refused(api: Api) -> None:
         (["a.example@b"], None, 421),
         (["a.example"], "ftp://a.example", 403),
         (["a.example:1"], "http://a.example:2", 403),
+        (["a.example."], "https://A.example", None),
+        (["a.example.."], None, 421),
+        (["[2001:DB8::0:1]:80"], "http://[2001:db8::1]", None),
+        (["[::1]:8080"], "http://[0:0::1]:8080", None),
+        (["0.0.0.0:8080"], None, 421),
+        (["127.1"], None, 421),
+        (["[::ffff:127.0.0.1]"], None, 421),
     ],
 )
 def test_host_names(host: list[str], origin: str | None, status: int | None) -> None:
@@ -171,7 +274,7 @@ def test_host_names(host: list[str], origin: str | None, status: int | None) -> 
     headers += [] if origin is None else [(b"origin", origin.encode())]
     scope = {"type": "http", "path": "/v1/score", "method": "POST", "headers": headers}
     if status is None:
-        HostNames(["a.example"]).check(scope)
+        HostNames(["a.example", "2001:db8:0::1"]).check(scope)
     else:
         with pytest.raises(ApiError) as caught:
             HostNames(["a.example"]).check(scope)
@@ -215,6 +318,13 @@ def test_the_values_of_a_body_are_counted_before_it_is_parsed(api: Api) -> None:
             answer = api.http.post(route, content=content, headers={"Content-Type": "application/json"})
             assert error_of(answer)["status"] == 413
             assert f"more than {MAX_JSON_VALUES} values or {MAX_JSON_KEYS} keys" in error_of(answer)["detail"]
+
+
+def test_of_many_wrong_pictures_only_the_first_is_named() -> None:
+    for wrong, place in (({"images": [1] * 1000}, ("images", 0)), ({"images": ["a"] * 1000}, ("images",))):
+        with pytest.raises(RequestValidationError) as caught:
+            parse(RegionsBody, {"question": "?", "response": "x", **wrong})
+        assert [error["loc"] for error in caught.value.errors()] == [place]
 
 
 @pytest.mark.parametrize(

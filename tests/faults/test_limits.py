@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,12 +25,13 @@ from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.config import ImagesConfig, SharingConfig, TeacherServiceConfig
 from vaopd.errors import LimitExceeded, Unavailable
+from vaopd.pb import common_pb2, teacher_pb2_grpc
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.pb import teacher_pb2_grpc
 from vaopd.types import GroupScore, ScoreRequest, TeacherLimits, user_turn
 from vaopd.wire.common import image_to_pb
 from vaopd.wire.teacher import count_tokens, score_request_to_pb
 from vaopd_teacher import server
+from vaopd_teacher.intake import prepare
 
 CODE = grpc.StatusCode
 MAX_TOKENS = 200
@@ -148,6 +149,53 @@ def test_a_text_that_can_not_fit_is_refused_before_it_is_tokenised(teacher: Teac
         assert isinstance(found.error, LimitExceeded)
         assert f"{place}" in str(found.error)
         assert f"has {limit + 1} characters, the limit is {limit}" in str(found.error)
+
+
+def refusal_of(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()  # type: ignore[attr-defined]
+
+
+def test_parts_of_two_bytes_are_counted_before_they_are_looked_at(
+    teacher: TeacherInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight million of them fit into a message, and stopped the event loop for seconds."""
+    monkeypatch.setattr(prepare, "MAX_PARTS", 1000)
+    many = 1001
+    empty = {
+        "rollouts": pb.PromptGroup(rollouts=[pb.RolloutTokens()] * many),
+        "images": pb.PromptGroup(tokens=pb.TokenPrompt(image_sha256=[""] * many)),
+        "messages": pb.PromptGroup(messages=pb.MessagePrompt(messages=[common_pb2.ChatMessage()] * many)),
+        "parts": pb.PromptGroup(
+            messages=pb.MessagePrompt(messages=[common_pb2.ChatMessage(content=[common_pb2.ContentPart()] * many)])
+        ),
+    }
+    image = image_to_pb(encoded(drawing(1)))
+    with grpc.insecure_channel(teacher.target) as channel:
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+        for name, group in empty.items():
+            code, told = refusal_of(lambda: list(stub.ScoreGroups(pb.ScoreGroupsRequest(groups=[group]))))  # noqa: B023
+            assert (code, name in told, "the limit is 1000" in told) == (CODE.RESOURCE_EXHAUSTED, True, True)
+        code, told = refusal_of(lambda: stub.MissingImages(pb.MissingImagesRequest(sha256=[""] * many)))
+        assert (code, "the limit is 1000" in told) == (CODE.RESOURCE_EXHAUSTED, True)
+        code, told = refusal_of(lambda: stub.PutImages(iter([image] * many)))
+        assert (code, "the limit is 1000" in told) == (CODE.RESOURCE_EXHAUSTED, True)
+
+
+def test_the_name_of_a_job_is_bounded_wherever_it_is_kept(teacher: TeacherInProcess) -> None:
+    """The store has a share for each name: of megabytes each, they were charged to nobody."""
+    long = "j" * 1_000_000
+    with grpc.insecure_channel(teacher.target) as channel:
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+        for call in (
+            lambda: stub.PutImages(iter([image_to_pb(encoded(drawing(2)), job=long)])),
+            lambda: stub.MissingImages(pb.MissingImagesRequest(sha256=["0" * 64], job=long)),
+            lambda: list(stub.ScoreGroups(pb.ScoreGroupsRequest(job=long))),
+        ):
+            assert refusal_of(call) == (
+                CODE.INVALID_ARGUMENT, "a job has 1000000 characters, the limit is 256; shorten it",
+            )  # fmt: skip
 
 
 def test_connections_to_the_teacher_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

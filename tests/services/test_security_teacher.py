@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, teacher_in_process, token_request
+from tests.support.teacher import TeacherInProcess, drawing, encoded, teacher_in_process, token_request
 from vaopd.access.certificates import make_certificates
 from vaopd.access.keys import add_key, revoke_key
 from vaopd.client import SyncTeacherClient, from_environment
@@ -26,7 +26,8 @@ from vaopd.config import KeysConfig, QuotasConfig, TeacherServiceConfig, Teacher
 from vaopd.errors import Busy, ConfigError, LimitExceeded, PermissionDenied, Unauthenticated, Unavailable
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import GroupScore, ScoreRequest
+from vaopd.types import EncodedImage, GroupScore, ScoreRequest
+from vaopd.wire.common import image_to_pb
 from vaopd.wire.teacher import score_request_to_pb
 from vaopd_teacher.server import SERVICE
 
@@ -212,6 +213,37 @@ def test_a_used_up_quota_says_when_to_ask_again(tmp_path: Path) -> None:
                 list(client.score(groups))
         with SyncTeacherClient(teacher.target, api_key=keys["large"]) as client:
             assert len(list(client.score(groups))) == 3
+
+
+def test_a_used_up_quota_of_image_bytes_says_when_to_upload_again(tmp_path: Path) -> None:
+    """An image that is stored already costs nothing, and another job's quota is its own."""
+    images = [encoded(drawing(n)) for n in range(3)]
+    size = max(len(image.data) for image in images)
+    keys = {job: add_key(tmp_path / "keys.json", job) for job in ("small", "other")}
+    service = TeacherServiceConfig(
+        keys=KeysConfig(file=tmp_path / "keys.json"), quotas=QuotasConfig(image_bytes_per_minute=2 * size)
+    )
+    large = encoded(drawing(9, (300, 300)))
+    with teacher_in_process(tiny_vlm(), service=service) as teacher, grpc.insecure_channel(teacher.target) as channel:
+        stub = teacher_pb2_grpc.TeacherStub(channel)
+
+        def put(image: EncodedImage, job: str) -> list[str]:
+            return list(stub.PutImages(iter([image_to_pb(image)]), metadata=with_key(keys[job])).sha256)
+
+        for image in (*images[:2], *images[:2]):
+            assert put(image, "small") == [image.sha256]
+        with pytest.raises(grpc.RpcError, match=f"of {2 * size} in a minute; try again in [0-9.]+ s") as refused:
+            put(images[2], "small")
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+        packed = dict(refused.value.trailing_metadata())["grpc-status-details-bin"]  # type: ignore[attr-defined]
+        hints = [
+            d for d in status_pb2.Status.FromString(packed).details if d.Is(error_details_pb2.RetryInfo.DESCRIPTOR)
+        ]
+        # The bucket refills 2 · size in 60 s, and at most one image of it lacks.
+        assert 0 < error_details_pb2.RetryInfo.FromString(hints[0].value).retry_delay.ToMilliseconds() <= 30_000
+        assert put(images[2], "other") == [images[2].sha256]
+        with pytest.raises(grpc.RpcError, match=f"{len(large.data)} bytes is above the job's quota"):
+            put(large, "other")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+import uvicorn
 
 from tests.support.data_sets import write_both_splits
 from tests.support.models import model_folder, tiny_vlm
@@ -21,7 +23,17 @@ from vaopd.access.keys import add_key
 from vaopd.cli import main
 from vaopd.client import SyncTeacherClient, from_environment
 from vaopd.client.diagnosis import examine_teacher, wait_for_teacher
-from vaopd.config import KeysConfig, TeacherServiceConfig, TeacherTlsConfig
+from vaopd.config import (
+    ApiConfig,
+    ApiServiceConfig,
+    Config,
+    DataConfig,
+    KeysConfig,
+    TeacherServiceConfig,
+    TeacherTlsConfig,
+    TlsConfig,
+)
+from vaopd.config.method import HiddenTeacher
 from vaopd.errors import (
     ConfigError,
     Mismatch,
@@ -33,6 +45,8 @@ from vaopd.errors import (
 )
 from vaopd.launch.teacher import find_credentials_problem
 from vaopd.net.tls import ExpiryWatch, read_expiry
+from vaopd_api import __main__ as api_main
+from vaopd_api.metrics import Metrics
 from vaopd_teacher.rpc.tls import make_server_credentials
 
 
@@ -140,13 +154,17 @@ def test_a_client_with_all_its_patience_hears_of_tls_at_once(
             client.describe()
 
 
+def make_expired(folder: Path) -> None:
+    now = datetime.now(UTC)
+    old = trustme.CA().issue_cert("localhost", not_before=now - timedelta(days=9), not_after=now - timedelta(days=1))
+    old.cert_chain_pems[0].write_to_path(folder / "server.pem")
+    old.private_key_pem.write_to_path(folder / "server.key")
+
+
 def test_a_server_says_that_its_certificate_has_expired(
     tmp_path: Path, certificates: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = datetime.now(UTC)
-    old = trustme.CA().issue_cert("localhost", not_before=now - timedelta(days=9), not_after=now - timedelta(days=1))
-    old.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
-    old.private_key_pem.write_to_path(tmp_path / "server.key")
+    make_expired(tmp_path)
     with pytest.raises(ConfigError, match=r"\[teacher\.tls\] cert = .*server\.pem'.*expired; renew it"):
         make_server_credentials(serve(tmp_path, mutual=False).tls, "localhost:0")
     # Thirty days are left, and later one, and later none.
@@ -157,6 +175,37 @@ def test_a_server_says_that_its_certificate_has_expired(
     soon, over = caplog.messages
     assert "[teacher.tls] expires in 1.0 days" in soon
     assert "[teacher.tls] has expired: clients refuse it; renew it" in over
+
+
+def test_the_api_says_it_of_its_own_certificate_too(
+    tmp_path: Path, certificates: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It doesn't start with an expired one; that one has expired at work is said at once, though it was said before."""
+
+    def serve_with(folder: Path) -> None:
+        config = Config.model_construct(
+            api=ApiConfig(address="127.0.0.1:0"),
+            teacher=HiddenTeacher.model_construct(address="127.0.0.1:1"),
+            data=DataConfig.model_construct(min_pixels=None, max_pixels=None),
+        )
+        service = ApiServiceConfig(tls=TlsConfig(cert=folder / "server.pem", key=folder / "server.key"))
+        api_main.serve(config, service=service, announce=None, metrics=Metrics(), metrics_route=False)
+
+    def tick(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        for now in (expires - 86_400, expires + 1):
+            monkeypatch.setattr("vaopd.net.tls.time.time", lambda: now)  # noqa: B023
+            asyncio.run(server.on_tick(1))
+        sockets[0].close()
+
+    make_expired(tmp_path)
+    with pytest.raises(ConfigError, match=r"\[api\.tls\] cert = .*server\.pem'.*expired; renew it"):
+        serve_with(tmp_path)
+    expires = read_expiry(certificates / "server.pem", certificates / "server.key", section="api")
+    monkeypatch.setattr(uvicorn.Server, "run", tick)
+    serve_with(certificates)
+    soon, over = (line for line in caplog.messages if "certificate" in line)
+    assert "[api.tls] expires in 1.0 days" in soon
+    assert "[api.tls] has expired: clients refuse it; renew it" in over
 
 
 def test_keys(tmp_path: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from vaopd.client import SyncTeacherClient
-from vaopd.client.answers import GroupAssembly
-from vaopd.errors import ConfigError, Mismatch, NumericalError
+from vaopd.client.answers import GroupAssembly, check_description
+from vaopd.errors import ConfigError, Mismatch, NumericalError, TeacherFault
 from vaopd.http_client import ScoringClient
 from vaopd.pb import teacher_pb2 as pb
-from vaopd.types import GroupFailure, GroupScore, ScoreRequest
-from vaopd.wire.teacher import columns_to_pb
+from vaopd.types import GroupFailure, GroupScore, ScoreRequest, TeacherLimits
+from vaopd.wire.teacher import columns_to_pb, description_from_pb
 
 REQUEST = ScoreRequest(
     group_id="g", responses=(np.array([5, 6, 7], np.int32), np.array([8], np.int32)), prompt_token_ids=np.array([1])
@@ -34,6 +35,56 @@ def message(**changed: list[float]) -> pb.GroupScore:
 
 def result(answer: pb.GroupScore) -> GroupScore | GroupFailure:
     return GroupAssembly(answer, REQUEST, "none").make_result()
+
+
+def described(**changed: object) -> pb.TeacherDescription:
+    limits = {field.name: field.default for field in fields(TeacherLimits)}
+    values: dict[str, object] = {"model": "m", "revision": "r", "vocab_size": 10, "hidden_size": 4, "dtype": "float32"}
+    return pb.TeacherDescription(**(values | {"limits": pb.Limits(**limits)} | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, None),
+        ({"pixel_bounds": pb.PixelBounds(min_pixels=1, max_pixels=2**28)}, None),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"vocab_size": 2**32 - 1}, "vocab_size = 4294967295"),
+        ({"limits": pb.Limits()}, "max_groups_per_request = 0"),
+        ({"pixel_bounds": pb.PixelBounds(min_pixels=2**40, max_pixels=2**41)}, "pixel_bounds = .1099511627776"),
+        ({"pixel_bounds": pb.PixelBounds(min_pixels=9, max_pixels=8)}, "pixel_bounds = .9, 8"),
+        ({"model": "m" * 2000}, "model of 2000 characters"),
+    ],
+)
+def test_a_description_that_no_teacher_has_is_refused(changed: dict[str, object], words: str | None) -> None:
+    found = description_from_pb(described(**changed))
+    if words is None:
+        check_description(found, "there")
+    else:
+        with pytest.raises(TeacherFault, match=f"the teacher at there describes itself with {words}"):
+            check_description(found, "there")
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFF81], ids=["inf", "-inf", "NaN", "signalling NaN"])
+@pytest.mark.parametrize("name", ["hidden", "scales", "logprobs"])
+def test_a_payload_that_is_not_finite_fails_its_group(name: str, bits: int) -> None:
+    """Column by column the scores are sound; -inf is a log-prob."""
+    values = np.array([[0x3F80, 0xBF80]] * 3 + [[0x8000, bits]], np.uint32)  # 1, -1 and -0 in bfloat16
+    if name == "hidden":
+        dtype, data = "bfloat16", values.astype("<u2").tobytes()
+    else:
+        dtype, data = "float32", np.where(values == 0x3F80, 0xBF80, values).astype("<u4") << 16
+    answer = message()
+    answer.payload.add(name=name, dtype=dtype, shape=(4, 2))
+    assembly = GroupAssembly(answer, REQUEST, "hidden")
+    assembly.add(pb.TensorChunk(group_id="g", name=name, data=bytes(data)))
+    found = assembly.make_result()
+    if name == "logprobs" and bits == 0xFF80:
+        assert isinstance(found, GroupScore)
+    else:
+        assert isinstance(found, GroupFailure)
+        assert isinstance(found.error, NumericalError)
+        assert name in str(found.error)
 
 
 def test_a_possible_answer_is_taken() -> None:

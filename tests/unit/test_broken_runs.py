@@ -13,6 +13,7 @@ from tests.support.runs import make_run
 from vaopd.errors import VaopdError
 from vaopd.report import report_html
 from vaopd.report.watch import describe_start, watch
+from vaopd.run.ledger import audit
 from vaopd.run.records import read_run
 
 
@@ -29,6 +30,26 @@ def test_it_is_one_error_that_names_the_file(file: str, damage: str, tmp_path: P
     DAMAGES[damage](run / file)
     with pytest.raises(VaopdError, match=file if damage != "wrong types" else r"run"):
         show(run)
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "wrong types"])
+@pytest.mark.parametrize("file", ["ledger.jsonl", "checkpoints/step_000004/state.json"])
+def test_an_audit_is_one_error_too(file: str, damage: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").touch()
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).unlink(missing_ok=True)
+    DAMAGES[damage](tmp_path / file)
+    with pytest.raises(VaopdError, match=Path(file).name):
+        audit(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["a" * 2**19, "a://b:" * 2**16, "@" * 2**19, "a:" * 2**18 + "@"])
+def test_a_configuration_of_one_endless_word_is_read(word: str, tmp_path: Path) -> None:
+    """The search for passwords took time by the square of a word's length: a quarter of an hour for a megabyte."""
+    run = make_run(tmp_path / "run")
+    with (run / "config.toml").open("a") as config:
+        config.write(f'[queue]\nurl = "{word}"\n')
+    assert read_run(run).config["queue"]["url"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -33,6 +33,17 @@ def shorts(*values: int) -> bytes:
     return struct.pack(f">{len(values)}H", *values)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_metadata_of_thousands_of_wrong_entries_are_not_a_word_in_the_log(format: str) -> None:
+    """Pillow warns of each entry that names more data than there are: 5000 of 1 GB each, in 60 KB."""
+    entries = b"".join(struct.pack(">HHII", tag, 1, 2**30, 8) for tag in range(5000))
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 5000) + entries
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(file, format, exif=exif)
+    assert pixels(file.getvalue()) == [0] * 64
+
+
 GREYS = [0x0000, 0x00FF, 0x1234, 0x7FFF, 0x8000, 0xFFFF]
 PLTE = bytes([10, 20, 30, 200, 100, 0, 0, 0, 0, 1, 2, 3])
 

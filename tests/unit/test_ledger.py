@@ -164,7 +164,7 @@ def test_a_line_that_a_crash_cut_short_is_neither_read_nor_written_on(ledger: Le
 def test_a_damaged_line_is_named(ledger: Ledger, tmp_path: Path) -> None:
     published(ledger, "a", step=0)
     (tmp_path / "ledger.jsonl").write_text((tmp_path / "ledger.jsonl").read_text() + '{"event":"deli\n')
-    with pytest.raises(InvalidInput, match=r"line 2, is not a ledger event"):
+    with pytest.raises(InvalidInput, match=r"ledger.jsonl:2 is not a JSON object"):
         audit(tmp_path)
 
 

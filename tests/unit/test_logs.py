@@ -63,9 +63,12 @@ def test_the_request_that_is_answered_is_in_every_line_and_goes_on_with_calls(re
     assert trace_metadata() == (("x-request-id", request_id),)
 
 
-def test_without_a_request_there_is_no_trace_metadata() -> None:
+def test_without_a_request_each_call_has_an_id_of_its_own() -> None:
     assert "request" not in formatted("scored")
-    assert trace_metadata() == ()
+    ((first, name),), ((second, other),) = trace_metadata(), trace_metadata()
+    assert first == second == "x-request-id"
+    assert name != other
+    assert logs.REQUEST_ID.fullmatch(name)
 
 
 def test_a_traceback_stays_in_its_line() -> None:

@@ -98,6 +98,8 @@ def test_a_url_comes_together_as_it_was_split() -> None:
     assert add_password("redis://me@db:6380/1", "s3cret/") == URLS[0]
     assert add_password("unix:///run/redis.sock", "a b") == "unix://:a%20b@/run/redis.sock"
     assert remove_passwords("no address: at all") == "no address: at all"
+    assert split_password("REDIS://me:s3cret@db") == ("REDIS://me@db", "s3cret")
+    assert remove_passwords("http://a/b,redis://u:p@q@h 'redis://:s3cret@h'") == "http://a/b,redis://u@h 'redis://h'"
 
 
 def test_a_socket_on_which_nothing_listens_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from vaopd.errors import Busy, ImageRefused, LimitExceeded, NotFound
 from vaopd.types import EncodedImage
 from vaopd.vlm.families import PreparedImage
+from vaopd_teacher.intake import image_stores
 from vaopd_teacher.intake.image_stores import ImageStore, Pins, PreparedImages
 
 
@@ -54,6 +55,18 @@ def test_asking_which_images_are_missing_counts_as_use() -> None:
 def test_an_image_above_the_whole_room_is_refused() -> None:
     with pytest.raises(LimitExceeded, match="21 bytes, the teacher keeps 20"):
         ImageStore(20).put(encoded(1, size=21))
+
+
+def test_images_are_counted_however_small_and_the_job_with_most_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_stores, "MAX_STORED", 4)
+    store = ImageStore(10_000)
+    store.put(encoded(0), job="light")
+    for number in range(1, 9):
+        store.put(encoded(number), job="heavy")
+    assert missing(store, "heavy", *range(9)) == [1, 2, 3, 4, 5]
+    store.pin([encoded(n).sha256 for n in (6, 7, 8)], job="heavy")
+    with pytest.raises(Busy, match="in use by calls in progress"):
+        store.put(encoded(9), job="light")
 
 
 def test_a_job_within_its_share_loses_nothing_to_one_that_floods() -> None:

@@ -17,6 +17,7 @@ from vaopd.cli.output import emit, paint
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.net.ports import find_port_problem
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
+from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
     from vaopd.launch.placement import Card
@@ -59,7 +60,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     found = []
     for finding in make_findings(arguments.runs, arguments.config):
         found.append(finding)
-        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {finding.detail}", flush=True)
+        emit(f"{paint(*MARKS[finding.status])}  {finding.what:<24} {escape(finding.detail)}", flush=True, coloured=True)
         if finding.remedy:
             emit(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
+from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
     from vaopd.run.ledger import Audit, Fate
@@ -32,7 +33,7 @@ def _check_ledger(arguments: argparse.Namespace) -> int:
         _print_groups(books)
     _print_summary(books)
     for problem in books.problems[:SHOWN_PROBLEMS]:
-        print(f"vaopd: {problem}", file=sys.stderr)
+        print(f"vaopd: {escape(problem)}", file=sys.stderr)
     if (more := len(books.problems) - SHOWN_PROBLEMS) > 0:
         print(f"vaopd: … and {more} more", file=sys.stderr)
     return 1 if books.problems else 0

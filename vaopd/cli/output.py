@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from vaopd.telemetry.visible import escape
+
 _results: TextIO | None = None
 
 
@@ -25,7 +27,8 @@ def reserve_stdout() -> Iterator[None]:
             own.flush()
             moved = os.dup(1)
             os.dup2(2, 1)
-    _results = own if moved is None else open(moved, "w", encoding=own.encoding, errors=own.errors)  # noqa: SIM115
+    # A path of any bytes is printed as it is.
+    _results = own if moved is None else open(moved, "w", encoding=own.encoding, errors="surrogateescape")  # noqa: SIM115
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -38,9 +41,15 @@ def reserve_stdout() -> Iterator[None]:
             _results = None
 
 
-def emit(*values: object, end: str = "\n", flush: bool = False) -> None:
-    """Prints a command's result to standard output."""
-    print(*values, end=end, flush=flush, file=get_results())
+def emit(value: object, *, end: str = "\n", flush: bool = False, coloured: bool = False) -> None:
+    """Prints a command's result to standard output; in a terminal with its control characters escaped.
+
+    coloured: it has colours of ours, and its other control characters are escaped already.
+    """
+    stream, text = get_results(), str(value)
+    if stream.isatty() and not coloured:
+        text = "\n".join("\t".join(map(escape, line.split("\t"))) for line in text.split("\n"))
+    print(text, end=end, flush=flush, file=stream)
 
 
 def get_results() -> TextIO:

@@ -88,7 +88,7 @@ def _score(arguments: argparse.Namespace) -> int:
         emit(reply.model_dump_json(indent=2, exclude_none=True))
     else:
         colour = wants_colour(get_results().isatty())
-        emit("\n".join(make_terminal_lines(reply, colour=colour, table=arguments.table)))
+        emit("\n".join(make_terminal_lines(reply, colour=colour, table=arguments.table)), coloured=True)
     return 0
 
 

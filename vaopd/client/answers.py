@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
 
 from vaopd.columns import COLUMNS
-from vaopd.errors import Mismatch, NumericalError
+from vaopd.errors import Mismatch, NumericalError, TeacherFault
 from vaopd.pb import common_pb2
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import (
@@ -23,6 +24,7 @@ from vaopd.types import (
     Payload,
     PayloadKind,
     ScoreRequest,
+    TeacherDescription,
     Tensor,
 )
 from vaopd.wire.common import check_tensor, tensor_from_pb
@@ -32,6 +34,20 @@ ROUNDING_NATS = 1e-3
 """Of a log-prob or VA: float32 errs by 1e-5 with logits of 100; anything beyond this is no rounding."""
 MAX_BYTES_PER_ROW = 2**20
 """Of a payload's tensor; the widest is a hidden state of some ten thousand numbers."""
+MAX_VOCABULARY, MAX_PIXELS, MAX_NAME = 2**24, 2**28, 1024
+
+
+def check_description(found: TeacherDescription, target: str) -> None:
+    """Raises TeacherFault for what no teacher can be: the client makes room and pictures by it, and shows its names."""
+    fewest, most = found.pixel_bounds or (1, 1)
+    numbers = {"vocab_size": found.vocab_size, "hidden_size": found.hidden_size, **asdict(found.limits)}
+    wrong = [f"{name} = {value}" for name, value in numbers.items() if value < 1]
+    wrong += [f"vocab_size = {found.vocab_size}"] * (found.vocab_size > MAX_VOCABULARY)
+    wrong += [f"pixel_bounds = {found.pixel_bounds}"] * (not 1 <= fewest <= most <= MAX_PIXELS)
+    names = {"model": found.model, "revision": found.revision, "dtype": found.dtype}
+    wrong += [f"{name} of {len(text)} characters" for name, text in names.items() if len(text) > MAX_NAME]
+    if wrong:
+        raise TeacherFault(f"the teacher at {target} describes itself with {wrong[0]}; is it one, of this version?")
 
 
 class TensorAssembly:
@@ -167,11 +183,20 @@ class GroupAssembly:
         return tensor.numpy()
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.dtype == "bfloat16":  # by the exponents alone: hidden states are large
+        return not (np.frombuffer(tensor.data, "<u2") & 0x7F80 == 0x7F80).any()
+    return bool(np.isfinite(tensor.numpy()).all())
+
+
 def _find_impossible(columns: Mapping[str, np.ndarray], tensors: Mapping[str, Tensor]) -> str | None:
     """Returns what is wrong with a score's numbers; None if they can all be."""
     if bad := sum(int((~np.isfinite(column)).sum()) for column in columns.values()):
         return f"{bad} of the teacher's numbers are not finite"
     teacher, degraded = columns["teacher_logprobs"], columns["degraded_logprobs"]
+    for name, tensor in tensors.items():
+        if not name.endswith("logprobs") and not _is_finite(tensor):
+            return f"its payload's {name} has numbers that are not finite"
     listed = {name: tensor.numpy() for name, tensor in tensors.items() if name.endswith("logprobs")}
     for name, values in {"teacher_logprobs": teacher, "degraded_logprobs": degraded, **listed}.items():
         if np.isnan(values).any() or values.max() > ROUNDING_NATS:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import grpc
 
+from vaopd.errors import VaopdError
 from vaopd.telemetry import logs, tracing
 from vaopd.types import TeacherLimits
 from vaopd.wire.errors import make_error
@@ -37,9 +39,8 @@ def make_channel_options() -> list[tuple[str, Any]]:
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """Returns the metadata that links a call to its request and its trace in the teacher's logs."""
-    name = logs.request_id.get()
-    return (*(() if name is None else ((logs.REQUEST_ID_KEY, name),)), *tracing.make_metadata())
+    """Returns a call's metadata: the request's id or one of its own, and its trace, both for the teacher's logs."""
+    return ((logs.REQUEST_ID_KEY, logs.request_id.get() or uuid.uuid4().hex), *tracing.make_metadata())
 
 
 async def await_answer(answer: Awaitable[T], target: str) -> T:
@@ -47,4 +48,13 @@ async def await_answer(answer: Awaitable[T], target: str) -> T:
     try:
         return await answer
     except grpc.aio.AioRpcError as error:
-        raise make_error(error, target) from None
+        raise read_error(error, target) from None
+
+
+def read_error(error: grpc.aio.AioRpcError, target: str) -> VaopdError:
+    """Returns the tree's error for a failed call, with the call's id where the teacher says that its log has it."""
+    found = make_error(error, target)
+    name = dict(error.trailing_metadata() or ()).get(logs.REQUEST_ID_KEY)
+    if isinstance(name, str) and logs.REQUEST_ID.fullmatch(name):
+        found.request_id = name
+    return found

@@ -18,7 +18,8 @@ from typing import Any
 
 import grpc
 
-from vaopd.client.channel import await_answer, make_channel_options
+from vaopd.client.answers import check_description
+from vaopd.client.channel import await_answer, make_channel_options, trace_metadata
 from vaopd.errors import (
     Busy,
     ConfigError,
@@ -122,6 +123,10 @@ class Replica:
         """The gRPC stub over the channel."""
         return teacher_pb2_grpc.TeacherStub(self.channel)
 
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Returns a call's metadata: the key, and the id by which client and teacher name the call."""
+        return (*self._metadata, *trace_metadata())
+
     def state(self) -> grpc.ChannelConnectivity:
         """Returns the connection's state and begins to connect if it is idle. A server that drains disconnects."""
         return self.channel.get_state(try_to_connect=True)
@@ -156,8 +161,10 @@ class Replica:
     async def describe(self, timeout_s: float | None = None) -> TeacherDescription:
         """Asks the replica for its description. Raises Unavailable when it doesn't answer in time."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        call = self.stub.Describe(pb.DescribeRequest(), metadata=self._metadata, timeout=timeout_s)
-        return description_from_pb(await await_answer(call, self.target))
+        call = self.stub.Describe(pb.DescribeRequest(), metadata=self.metadata(), timeout=timeout_s)
+        description = description_from_pb(await await_answer(call, self.target))
+        check_description(description, self.target)
+        return description
 
     async def upload(self, images: dict[str, EncodedImage], limits: TeacherLimits) -> dict[str, VaopdError]:
         """Uploads those of these images that the replica lacks. Returns its refusals by the images' SHA-256.
@@ -169,7 +176,7 @@ class Replica:
         if not unknown:
             return refused
         asked = pb.MissingImagesRequest(sha256=unknown, job=self._job)
-        call = self.stub.MissingImages(asked, metadata=self._metadata, timeout=self._timeout_s)
+        call = self.stub.MissingImages(asked, metadata=self.metadata(), timeout=self._timeout_s)
         missing = (await await_answer(call, self.target)).sha256
         self.stored.update(set(unknown) - set(missing))
         sendable = []
@@ -198,7 +205,7 @@ class Replica:
     async def _put(self, images: Sequence[EncodedImage]) -> None:
         if images:
             messages = iter([image_to_pb(image, job=self._job) for image in images])
-            call = self.stub.PutImages(messages, metadata=self._metadata, timeout=self._timeout_s)
+            call = self.stub.PutImages(messages, metadata=self.metadata(), timeout=self._timeout_s)
             self.stored.update((await await_answer(call, self.target)).sha256)
 
 

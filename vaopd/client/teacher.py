@@ -24,7 +24,7 @@ from typing import Any, Self, TypedDict, TypeVar
 import grpc
 
 from vaopd.client.answers import GroupAssembly, TensorAssembly
-from vaopd.client.channel import trace_metadata
+from vaopd.client.channel import read_error
 from vaopd.client.replicas import Failures, Replica, Replicas
 from vaopd.columns import columns_on_request
 from vaopd.errors import (
@@ -38,6 +38,7 @@ from vaopd.errors import (
 )
 from vaopd.net.backoff import Backoff, check_timeout
 from vaopd.pb import teacher_pb2 as pb
+from vaopd.telemetry.logs import REQUEST_ID_KEY
 from vaopd.types import (
     Degradation,
     GroupFailure,
@@ -48,7 +49,7 @@ from vaopd.types import (
     TeacherLimits,
     Tensor,
 )
-from vaopd.wire.errors import group_error_of, make_error
+from vaopd.wire.errors import group_error_of
 from vaopd.wire.teacher import count_tokens, prompt_group_to_pb, score_request_to_pb
 
 T = TypeVar("T")
@@ -104,8 +105,8 @@ class TeacherClient:
         self._payload = payload
         self._top_k = top_k
         self._fingerprint = tokenizer_fingerprint
-        self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
-        self._replicas = Replicas(target, tls=tls, metadata=self._metadata, timeout_s=timeout_s, job=self._job)
+        metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        self._replicas = Replicas(target, tls=tls, metadata=metadata, timeout_s=timeout_s, job=self._job)
 
     async def __aenter__(self) -> Self:
         return self
@@ -138,7 +139,7 @@ class TeacherClient:
             request = pb.GetHeadRequest(revision=description.revision)
             head: TensorAssembly | None = None
             async for chunk in self._read_messages(
-                replica.stub.GetHead(request, metadata=self._metadata), replica.target
+                replica.stub.GetHead(request, metadata=replica.metadata()), replica.target
             ):
                 head = head or TensorAssembly(chunk.tensor, rows=description.vocab_size)
                 head.add(chunk)
@@ -263,7 +264,8 @@ class TeacherClient:
         """Makes one ScoreGroups call."""
         unanswered = {group.group_id for group in request.groups}
         open_groups: dict[str, GroupAssembly] = {}
-        call = replica.stub.ScoreGroups(request, metadata=(*self._metadata, *trace_metadata()))
+        metadata = replica.metadata()
+        call = replica.stub.ScoreGroups(request, metadata=metadata)
         async for message in self._read_messages(call, replica.target):
             part = getattr(message, message.WhichOneof("item"))
             if part.group_id not in unanswered:
@@ -272,7 +274,9 @@ class TeacherClient:
                 )
             if isinstance(part, pb.GroupError):
                 unanswered.discard(part.group_id)
-                yield GroupFailure(group_id=part.group_id, error=group_error_of(part))
+                refusal = group_error_of(part)
+                refusal.request_id = dict(metadata)[REQUEST_ID_KEY]
+                yield GroupFailure(group_id=part.group_id, error=refusal)
                 continue
             if isinstance(part, pb.GroupScore):
                 asked = groups[part.group_id]
@@ -318,7 +322,7 @@ class TeacherClient:
                 except TimeoutError:
                     raise Unavailable(f"the teacher at {target} was silent for {self._timeout_s:g} s") from None
                 except grpc.aio.AioRpcError as error:
-                    raise make_error(error, target) from None
+                    raise read_error(error, target) from None
                 if message is grpc.aio.EOF:
                     return
                 yield message

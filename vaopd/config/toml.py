@@ -84,9 +84,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text()
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror}); see configs/") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not UTF-8 ({error.reason} at byte {error.start})") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 

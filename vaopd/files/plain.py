@@ -32,8 +32,13 @@ def open_plain(path: Path, *, limit_bytes: int | None) -> BinaryIO:
 
 def read_plain(path: Path, *, limit_bytes: int = MIB) -> str:
     """Returns the text of a regular file. Raises OSError as `open_plain`, UnicodeDecodeError if not UTF-8."""
+    return read_plain_bytes(path, limit_bytes=limit_bytes).decode()
+
+
+def read_plain_bytes(path: Path, *, limit_bytes: int = MIB) -> bytes:
+    """Returns the content of a regular file. Raises OSError as `open_plain`."""
     with open_plain(path, limit_bytes=limit_bytes) as file:
-        return file.read(limit_bytes).decode()
+        return file.read(limit_bytes)
 
 
 def read_end(path: Path, *, most_bytes: int = MIB) -> str:

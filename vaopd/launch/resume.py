@@ -15,6 +15,7 @@ from typing import Any
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError, InvalidInput, NotFound
 from vaopd.files.durable import atomic_file
+from vaopd.files.plain import read_plain
 from vaopd.run import settings
 from vaopd.run.checkpoints import find_readable_checkpoint, read_checkpoint, read_checkpoint_teacher
 from vaopd.run.settings import Changes
@@ -159,10 +160,10 @@ def _dump(config: Config) -> dict[str, Any]:
 
 def _read_table(path: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_plain(path))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput(f"{path} can't be read ({error}); remove it and give the options of `up` again") from None
     if not isinstance(values, dict):
         raise InvalidInput(f"{path} holds no table; remove it and give the options of `up` again")

@@ -1,11 +1,15 @@
-"""Finds a free port, and says why a port is not free."""
+"""Finds a free port, says why a port is not free, and makes room for connections."""
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import resource
 import socket
 
 LOOPBACK = "127.0.0.1"
+OWN_FILES = 512
+"""Descriptors that a server needs beside its connections, at most."""
 
 
 def free_port(host: str = LOOPBACK) -> int:
@@ -31,6 +35,21 @@ def find_port_problem(address: str) -> str | None:
         except OverflowError:
             return "a port is a number from 0 to 65535"
     return None
+
+
+def allow_connections(count: int) -> None:
+    """Raises this process's limit of open files to what `count` connections need, as far as the account may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OWN_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def count_open_files() -> int:
+    """Returns the number of this process's open descriptors."""
+    return len(os.listdir("/proc/self/fd"))
 
 
 def is_loopback(address: str) -> bool:

@@ -54,14 +54,16 @@ class ExpiryWatch:
         self.expires = expires
         self._section = section
         self._said = float("-inf")
+        self._over = False
 
     def look(self) -> None:
         """Logs what is wrong now."""
         left_s = self.expires - time.time()
-        if left_s > SOON_S or time.monotonic() - self._said < SAY_EVERY_S:
+        over = left_s <= 0
+        if left_s > SOON_S or (time.monotonic() - self._said < SAY_EVERY_S and over == self._over):
             return
-        self._said = time.monotonic()
-        if left_s > 0:
+        self._said, self._over = time.monotonic(), over
+        if not over:
             log.warning("the certificate of [%s.tls] expires in %.1f days; renew it", self._section, left_s / 86_400)
         else:
             log.error("the certificate of [%s.tls] has expired: clients refuse it; renew it", self._section)

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import InvalidInput
+from vaopd.files.plain import MIB, read_plain_bytes
 from vaopd.run.teacher import TeacherRecord, read_teacher
 
 FILE = "ledger.jsonl"
 STATE_FILE = "state.json"
+STATE_BYTES, LEDGER_BYTES = 64 * MIB, 1024 * MIB
+"""The most that is read of them: a line of the ledger takes about 100 bytes."""
 _STEP = re.compile(r"step_\d{6,}")
 
 
@@ -88,7 +91,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
     values = read_state(checkpoint)
     step = values["step"]
     try:
-        text = (checkpoint / FILE).read_bytes()
+        text = read_plain_bytes(checkpoint / FILE, limit_bytes=LEDGER_BYTES)
         if hashlib.sha256(text).hexdigest() != values["ledger"]:
             raise ValueError("it is not the one that was written with its state.json")
         lines = [LedgerLine(**json.loads(line)) for line in text.decode().splitlines()]
@@ -100,7 +103,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[int, list[LedgerLine]]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns state.json's table, as it was written; raises InvalidInput for a damaged one."""
     try:
-        values = json.loads((checkpoint / STATE_FILE).read_bytes())
+        values = json.loads(read_plain_bytes(checkpoint / STATE_FILE, limit_bytes=STATE_BYTES))
         if not isinstance(values, dict) or values.pop("sha256", None) != _digest(values):
             raise ValueError("it is not as it was written")
         if checkpoint.name != make_name(values["step"]) and _STEP.fullmatch(checkpoint.name):

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 from vaopd.files.durable import atomic_file
 from vaopd.run.checkpoints import FILE, LedgerLine, find_latest_checkpoint, read_checkpoint
+from vaopd.run.json_lines import read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class Audit:
 def audit(run: Path) -> Audit:
     """Audits a run folder, also while the run continues. Raises NotFound when it has no ledger."""
     path = run / FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise NotFound(f"{run} has no {FILE}: it is not a run folder, or is of a version without ledgers")
     newest = find_latest_checkpoint(run / "checkpoints")
     step, lines = read_checkpoint(newest) if newest is not None else (0, [])
@@ -200,11 +201,8 @@ def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
     """Returns fates by group, and the steps of those checkpoints that the newest one continues."""
     fates: dict[str, Fate] = {}
     checkpoints: list[int] = []
-    for number, text in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not text.endswith("\n"):
-            break  # the line that a crash cut short, or that is being written
+    for where, event in read_json_lines(path, limit_bytes=None):
         try:
-            event = json.loads(text)
             kind = event["event"]
             if kind == "checkpoint":
                 checkpoints.append(event["step"])
@@ -214,7 +212,7 @@ def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
                 fate = fates.setdefault(event["group"], Fate(group_id=event["group"]))
                 _apply(fate, kind, event)
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{path}, line {number}, is not a ledger event ({error}); the file is damaged") from None
+            raise InvalidInput(f"{where} is not a ledger event ({error!r}); the file is damaged") from None
     return fates, checkpoints
 
 

@@ -97,8 +97,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's name; bytes that are no UTF-8 as U+FFFD, since reports are."""
+        return os.fsencode(self.folder.resolve().name).decode(errors="replace")
 
     @property
     def variant(self) -> str:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vaopd.degradation import degrade, view_name, view_seed
 from vaopd.http_types import RolloutScore, ScoreReply
 from vaopd.images import decode, scale_to_bounds
+from vaopd.telemetry.visible import escape
 from vaopd.types import Degradation, EncodedImage
 
 EDGES_NATS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, float("inf"))
@@ -83,7 +84,7 @@ def summarise(reply: ScoreReply) -> str:
 def describe_source(reply: ScoreReply) -> str:
     """Names the teacher and the degraded view, with its strength if it has one."""
     view = Degradation(kind=reply.degradation.kind, strength=reply.degradation.strength)
-    return f"{reply.model}, degraded view: {view_name(view).replace(':', ' ')}"
+    return f"{escape(reply.model)}, degraded view: {view_name(view).replace(':', ' ')}"
 
 
 def make_heading(reply: ScoreReply, k: int) -> str:

@@ -22,6 +22,8 @@ from vaopd_teacher.engines.reuse_cache import ReuseCache
 
 IDLE_S = 600.0
 """The images of a job that was silent for so long make room first."""
+MAX_STORED = 2**18
+"""Images, however small they are: beside its bytes each takes about 600 of the books'. The job with most makes room."""
 _RETRY_S = 1.0
 
 
@@ -75,6 +77,9 @@ class ImageStore:
                 return
             while self.size_bytes + nbytes > self.capacity_bytes:
                 self._drop_for(job, nbytes)
+            if len(self._owners) >= MAX_STORED:
+                largest = max(self._shares.values(), key=lambda share: len(share.images))
+                self._drop(next(self._list_free(largest), None))
             self._add(job, image)
 
     def get(self, sha256: str) -> EncodedImage:
@@ -155,7 +160,9 @@ class ImageStore:
 
     def _drop_for(self, job: str, nbytes: int) -> None:
         """Drops one image for an upload of `job`. Raises Busy when none may be dropped."""
-        victim = next(self._list_victims(job, nbytes), None)
+        self._drop(next(self._list_victims(job, nbytes), None))
+
+    def _drop(self, victim: str | None) -> None:
         if victim is None:
             raise Busy(
                 f"the teacher's {self.capacity_bytes} bytes for images are in use by calls in progress and by other "

@@ -36,6 +36,8 @@ from vaopd_teacher.intake.image_stores import ImageStore, PreparedImages
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 MAX_ID_CHARACTERS = 256
+MAX_PARTS = 2**16
+"""Rollouts, images and parts of messages in a call, images in an upload or a question after them."""
 MAX_LETTERS_PER_TOKEN = 16
 """No text of any language has so many on average; a longer text is refused before a tokenizer sees it."""
 
@@ -60,11 +62,11 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         raise InvalidInput("the request holds no groups; it needs at least one", field="groups")
     if groups > limit:
         raise LimitExceeded(f"the request holds {groups} groups, the limit is {limit}; split it")
+    _check_parts(request.groups)
     tokens, limit = sum(map(count_tokens, request.groups)), teacher.limits.max_tokens_per_request
     if tokens > limit:
         raise LimitExceeded(f"the request holds {tokens} tokens, the limit is {limit}; split it")
     ids = [group.group_id for group in request.groups]
-    check_id("job", request.job, field="job")
     for index, name in enumerate(ids):
         check_id("group_id", name, field=f"groups[{index}].group_id")
     if "" in ids:
@@ -79,6 +81,23 @@ def read_call_settings(request: teacher_pb2.ScoreGroupsRequest, teacher: Teacher
         degradation=_read_degradation(request.degradation),
         columns=_read_columns(request.columns, teacher),
     )
+
+
+def check_count(kind: str, count: int) -> None:
+    """Raises LimitExceeded for more items than a call needs: empty ones take two bytes, and time on the event loop."""
+    if count > MAX_PARTS:
+        raise LimitExceeded(f"the call holds {count} {kind} or more, the limit is {MAX_PARTS}; split it")
+
+
+def _check_parts(groups: Sequence[teacher_pb2.PromptGroup]) -> None:
+    """Counts before anything looks at each part."""
+    parts = 0
+    for group in groups:
+        messages = group.messages.messages
+        parts += len(group.rollouts) + len(group.tokens.image_sha256) + len(messages)
+        check_count("rollouts, images and messages", parts)
+        parts += sum(len(message.content) for message in messages)
+        check_count("rollouts, images and parts of messages", parts)
 
 
 def check_id(kind: str, name: str, *, field: str) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,12 @@ from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.logs import REQUEST_ID, REQUEST_ID_KEY
 from vaopd.wire import errors as wire_errors
 from vaopd.wire.errors import choose_status
+from vaopd_teacher.intake.prepare import check_id
 from vaopd_teacher.rpc.access import Access
 
 log = logging.getLogger(__name__)
 audit = logging.getLogger("vaopd.audit")
-"""One line per refused call: job, method, status, peer. Never a key, nor any part of the request."""
+"""One line per refused call: job, method, status, peer, id. Never a key, nor any part of the request."""
 
 _OPEN = ("/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
 """Methods that need no key, for probes and load balancers."""
@@ -141,18 +143,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if isinstance(error, grpc.aio.AbortError):  # the handler has answered with a status itself
             raise error
         self._on_refused(job, name_reason(error))
-        metadata: tuple[tuple[str, bytes], ...] = ()
+        name = logs.request_id.get() or _name_request(context.invocation_metadata())
+        metadata: list[tuple[str, str | bytes]] = [(REQUEST_ID_KEY, name)]
         if isinstance(error, VaopdError):
             code, message = choose_status(error), str(error)
-            metadata = ((wire_errors.KEY, wire_errors.pack(code.value[0], error)),)
+            metadata.append((wire_errors.KEY, wire_errors.pack(code.value[0], error)))
         else:
-            log.error("%s failed", method, exc_info=error)
+            log.error("request %s: %s failed", name, method, exc_info=error)
             code, message = grpc.StatusCode.INTERNAL, "internal error"
         # The message stays out of the log: it may quote the request.
         job = job[:64] if job else None
-        refused = (repr(job) if job else "-", method, code.name, context.peer())
-        audit.info("refused: job %s, %s, %s, %s", *refused, extra=logs.make_fields(job=job))
-        return await context.abort(code, message, metadata)
+        refused = (repr(job) if job else "-", method, code.name, context.peer(), name)
+        audit.info("refused: job %s, %s, %s, %s, request %s", *refused, extra=logs.make_fields(job=job))
+        return await context.abort(code, message, tuple(metadata))
 
     def _guard_unary(
         self, behaviour: Callable[..., Awaitable[Any]], call: _CallContext
@@ -201,9 +204,7 @@ class _CallContext:
 
     def begin(self) -> Callable[[], None]:
         """Sets the request id for the log lines of this task, and opens a span; returns the function that ends it."""
-        sent = dict(self._metadata or ())
-        if isinstance(name := sent.get(REQUEST_ID_KEY), str) and REQUEST_ID.fullmatch(name):
-            logs.request_id.set(name)
+        logs.request_id.set(_name_request(self._metadata))
         return tracing.begin(self.method, parent=tracing.read_parent(self._metadata), job=self.job)
 
     def check(self, request: Any) -> Any:
@@ -224,9 +225,16 @@ class _CallContext:
     def _check_message(self, request: Any) -> Any:
         if isinstance(request, _Malformed):
             raise InvalidInput(f"{request.size_bytes} bytes are not a {request.message_name} message")
+        check_id("job", getattr(request, "job", ""), field="job")
         self._access.check_job(self.job, request)
         self.job = getattr(request, "job", None) or self.job
         return request
+
+
+def _name_request(metadata: Iterable[tuple[str, Any]] | None) -> str:
+    """Returns the id that a client gave its call, or a new one."""
+    name = dict(metadata or ()).get(REQUEST_ID_KEY)
+    return name if isinstance(name, str) and REQUEST_ID.fullmatch(name) else uuid.uuid4().hex
 
 
 def _tolerate_malformed(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -32,7 +32,15 @@ from vaopd.wire.errors import choose_status
 from vaopd.wire.teacher import columns_to_pb, description_to_pb
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup
 from vaopd_teacher.intake.image_stores import ImageStore, Pins
-from vaopd_teacher.intake.prepare import CallSettings, Preparer, check_revision, cut, list_images, read_call_settings
+from vaopd_teacher.intake.prepare import (
+    CallSettings,
+    Preparer,
+    check_count,
+    check_revision,
+    cut,
+    list_images,
+    read_call_settings,
+)
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.prepare_ahead import Ahead
 from vaopd_teacher.line.scheduler import Scheduler
@@ -91,6 +99,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         admitting: deque[asyncio.Task[str]] = deque()
         try:
             async for message in request_iterator:
+                check_count("images", len(received) + len(admitting) + 1)
                 admitting.append(asyncio.create_task(self._admit_image(message)))
                 if len(admitting) > _ADMITTED_AHEAD:
                     received.append(await admitting.popleft())
@@ -112,7 +121,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
     async def MissingImages(
         self, request: pb.MissingImagesRequest, context: grpc.aio.ServicerContext
     ) -> pb.MissingImagesResponse:
-        """Returns those of the images that are not stored."""
+        """Returns those of the images that are not stored. Raises LimitExceeded for too many."""
+        check_count("images", len(request.sha256))
         return pb.MissingImagesResponse(sha256=self._store.find_missing(request.sha256, job=request.job))
 
     async def GetHead(
@@ -147,7 +157,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         # Not at the generator's end only: when the reader goes away, the generator may stay suspended for a while.
         context.add_done_callback(lambda _: self._give_up(call, pins))
         call.feeder = asyncio.create_task(self._feed(request, settings, call, pins))
-        started, failed = time.monotonic(), 0
+        started, failed, name = time.monotonic(), 0, logs.request_id.get()
         try:
             while unanswered:
                 answer = await call.next()
@@ -166,7 +176,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
             self._admission.release(job, unanswered)
             elapsed_s, groups = time.monotonic() - started, len(request.groups)
             log.info(
-                "job %r: %d groups, %d refused, %d given up, %.3f s",
+                "request %s, job %r: %d groups, %d refused, %d given up, %.3f s",
+                name,
                 job[:64],
                 groups,
                 failed,
