@@ -43,8 +43,8 @@ class Curve(NamedTuple):
     """A group's points in order; `steps` of training before each, where the points are policies."""
 
     group: Group
-    xs: Sequence[float]
-    ys: Sequence[float]
+    xs: Sequence[float] | np.ndarray
+    ys: Sequence[float] | np.ndarray
     steps: Sequence[int] = ()
 
 
