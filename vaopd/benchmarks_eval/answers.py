@@ -93,6 +93,7 @@ def _read_questions(path: Path) -> Iterator[Question]:
 def sample_answers(
     todo: Sequence[tuple[AnswerFile, Question, int]],
     ask: Callable[[Question, int], tuple[str, bool]],
+    pool: ThreadPoolExecutor,
     *,
     seed: int,
     concurrency: int,
@@ -108,23 +109,22 @@ def sample_answers(
     remaining = iter(todo)
     running: dict[Future[tuple[str, bool]], tuple[AnswerFile, Question, int]] = {}
     done = 0
-    with ThreadPoolExecutor(concurrency) as pool:
-        while True:
-            while len(running) < concurrency and (entry := next(remaining, None)):
-                _, question, sample = entry
-                running[pool.submit(ask, question, make_seed(seed, question.id, sample))] = entry
-            if not running:
-                return
-            finished, _ = wait(running, timeout=CHECK_EVERY_S, return_when=FIRST_COMPLETED)
-            good = [future for future in finished if future.exception() is None]
-            for future in good:
-                file, question, sample = running.pop(future)
-                file.add(question.id, sample, *future.result())
-            done += len(good)
-            on_progress(done)
-            for future in finished:
-                future.result()
-            check()
+    while True:
+        while len(running) < concurrency and (entry := next(remaining, None)):
+            _, question, sample = entry
+            running[pool.submit(ask, question, make_seed(seed, question.id, sample))] = entry
+        if not running:
+            return
+        finished, _ = wait(running, timeout=CHECK_EVERY_S, return_when=FIRST_COMPLETED)
+        good = [future for future in finished if future.exception() is None]
+        for future in good:
+            file, question, sample = running.pop(future)
+            file.add(question.id, sample, *future.result())
+        done += len(good)
+        on_progress(done)
+        for future in finished:
+            future.result()
+        check()
 
 
 def make_seed(seed: int, question: str, sample: int) -> int:

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def _sample(
     if not todo:
         return
     with ExitStack() as stack:
+        # Ends last: without a server and connections its requests end, too, and are not repeated.
+        pool = stack.enter_context(ThreadPoolExecutor(plan.concurrency))
         url, name, check = plan.endpoint, plan.model, lambda: None
         if url is None:
             if plan.model is None:
@@ -99,7 +102,7 @@ def _sample(
         stack.enter_context(closing(endpoint.http))
         report = make_report(len(todo))
         sample_answers(
-            todo, endpoint.ask, seed=plan.seed, concurrency=plan.concurrency, check=check, on_progress=report
+            todo, endpoint.ask, pool, seed=plan.seed, concurrency=plan.concurrency, check=check, on_progress=report
         )
 
 

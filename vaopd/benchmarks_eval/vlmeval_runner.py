@@ -101,8 +101,8 @@ def _make_question(dataset: Any, row: Any) -> dict[str, Any]:
 
 
 def _score(dataset: Any, task: dict[str, Any]) -> dict[str, Any]:
-    with open(task["answers"], encoding="utf-8") as file:
-        lines = [line for line in map(json.loads, file) if line["sample"] == task["sample"]]
+    with open(task["answers"], encoding="utf-8") as answers:
+        lines = [line for line in map(json.loads, answers) if line["sample"] == task["sample"]]
     given = {line["question"]: line["answer"] for line in lines}
     data = dataset.data.drop(columns=["image"], errors="ignore").copy()
     ids = [str(index) for index in data["index"]]

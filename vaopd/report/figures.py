@@ -62,7 +62,8 @@ def rank_tokens(groups: Sequence[Group]) -> list[Curve]:
         lines = (line for run in group.runs for line in _read_lines(run, "samples.jsonl", ("visual_advantage",)))
         va = np.concatenate([np.empty(0), *(np.asarray(line["visual_advantage"], np.float64) for line in lines)])
         if va.any():
-            curves.append(Curve(group, *share_by_rank(va)))
+            ranks, shares = share_by_rank(va)
+            curves.append(Curve(group, ranks.tolist(), shares.tolist()))
     if not curves:
         raise NotFound(f"no recorded rollout has VA (RUN/samples.jsonl); train: {UP}=va_opd")
     return curves

