@@ -94,6 +94,7 @@ class Pages:
     """Anonymous resident memory of this process, and its peak in a block."""
 
     def __init__(self) -> None:
+        gc.collect()  # the cell before
         self.before = read_anonymous_bytes()
 
     def read(self) -> int:

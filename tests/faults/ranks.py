@@ -44,6 +44,7 @@ SETTINGS = {
     "trainer__checkpoint_every": 1,
     "trainer__learning_rate": RATE,
     "rollout__max_new_tokens": 8,
+    "queue__max_deliveries": 1000,  # a group of a step that dies again and again
     "trainer__sharding__kind": "full",
 }
 KEPT = ("renamed", "unacknowledged")
