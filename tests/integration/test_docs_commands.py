@@ -29,7 +29,7 @@ NOT_RUN = {
     r"^make (chaos|fuzz|soak)|tests\.faults\.": "minutes of faults; tests/faults has a short one of each",
     r"gpu-check|benchmarks\.gpu": "needs a card; tests/services/test_gpu_check.py runs its phases on a CPU",
     r"eval --(install|benchmark)": "gigabytes; tests/services/test_benchmarks_eval.py has small ones",
-    r"claims-lab": "an hour and more; tests/unit/test_claims_lab.py has a small laboratory",
+    r"^make claims": "an hour and more; tests/unit/test_claims_lab.py and test_claims_system.py have small ones",
     r"docker compose|deploy/hardening": "there is no engine here; tests/services/test_compose.py reads the files",
     r"localhost:8080": "of the containers",
     r"configs/geometry3k|--gpus|VISIBLE_DEVICES": "wants GPUs and the hub's models; test_docs.py takes a dry run",
@@ -157,7 +157,7 @@ def as_run(command: str, teacher: str, api: str) -> str:
         r"for seed in 0 1 2;": "for seed in 0;",
         r"^(vaopd score )": rf"\1--teacher {teacher} ",
         r"(python examples/.*)$": rf"\1 --teacher {teacher} --steps 1",
-        r"(vaopd data handwritten-geometry .*)$": r"\1 --train 16 --validation 4 --test 2",
+        r"(vaopd data handwritten-(?:geometry|cards) .*)$": r"\1 --train 16 --validation 4 --test 2",
         r"^(vaopd certs \S+)": r"\1 --replace",
         r"(--set trainer\.steps=)\d+": r"\g<1>2",
         # Each run of the whole system takes half a minute. Those that differ from `first` in a setting or the name are

@@ -14,12 +14,15 @@ from PIL import Image
 
 from tests.support import tolerance
 from tests.support.tolerance import assert_noticed, assert_within, gamma
+from vaopd.data.handwritten_cards import load_habit
 from vaopd.data.handwritten_geometry import READ_QUESTION, load_scans
 from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
 from vaopd.tiny.build import build_model
-from vaopd.tiny.config import MODELS, find_model
-from vaopd.tiny.pretrain import IGNORED, Example, compute_loss, cut_patches, draw_example, encode, make
+from vaopd.tiny.cards import ANSWER_TOKENS, DIGIT_WEIGHT, CardExamples
+from vaopd.tiny.config import MODELS, CardsRecipe, find_model
+from vaopd.tiny.example import Example
+from vaopd.tiny.pretrain import IGNORED, compute_loss, cut_patches, draw_example, encode, make
 from vaopd.tiny.tokenizer import NUM_TOKENS, SPECIAL_TOKENS, build_processor, build_tokenizer, render_chat
 
 TEACHER = MODELS["teacher"]
@@ -44,11 +47,11 @@ def test_every_digit_is_a_token_of_its_own(processor: Any) -> None:
 def test_the_vocabulary_ends_with_qwens_special_tokens(processor: Any) -> None:
     tokenizer = processor.tokenizer
 
-    assert len(tokenizer) == NUM_TOKENS == 479
+    assert len(tokenizer) == NUM_TOKENS["geometry"] == 479
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(471, 479))
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
-    assert all(model.size.padded_vocab > NUM_TOKENS for model in MODELS.values())
+    assert all(model.size.padded_vocab > NUM_TOKENS[model.task] for model in MODELS.values())
 
 
 @pytest.mark.parametrize("text", ["The answer is \\boxed{12}.", "Ünïcode 数 🙂", "  spaces\n\nand lines", "<|im_end|>"])
@@ -152,8 +155,8 @@ def test_a_pixelated_image_is_answered_with_other_numbers_of_the_same_kind() -> 
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_the_sizes_are_what_the_engines_can_run(processor: Any, name: str) -> None:
-    model = build_model(MODELS[name].size, processor.tokenizer)
+def test_the_sizes_are_what_the_engines_can_run(name: str) -> None:
+    model = build_model(MODELS[name].size, build_tokenizer(MODELS[name].task))
     text, vision = model.config.text_config, model.config.vision_config
 
     assert text.head_dim == 32  # vLLM's CPU attention has no kernel for 16
@@ -189,3 +192,34 @@ def test_wrong_names_and_numbers_are_refused(tmp_path: Path) -> None:
         find_model("giant")
     with pytest.raises(InvalidInput, match="steps must be at least 1, got 0"):
         make("student", tmp_path, seed=0, steps=0)
+
+
+def test_an_answer_about_cards_is_long_and_says_what_its_tokens_are_expected_to_be() -> None:
+    """88 tokens; expected rows add up to 1, those of the digits to DIGIT_WEIGHT, and mean what is written."""
+    tokenizer = build_tokenizer("cards")
+    recipe = MODELS["cards-student"].recipe
+    assert isinstance(recipe, CardsRecipe)
+    first, last = (CardExamples(tokenizer, recipe).draw(step, np.random.default_rng(3)) for step in (400, 649))
+
+    for example in (first, last):
+        ids = tokenizer(example.response + "<|im_end|>")["input_ids"]
+        assert example.expected is not None
+        assert example.expected.shape == (ANSWER_TOKENS, len(tokenizer)) == (88, 542)
+        read = [t for t, token in enumerate(tokenizer.convert_ids_to_tokens(ids)) if token in "ĠAĠBĠCĠDĠE" and t < 80]
+        digits = np.flatnonzero(example.expected.sum(-1) > 2).tolist()
+        assert digits == [*(t + 1 for t in read), 85] == [13, 27, 41, 55, 69, 85]
+        assert np.allclose(np.delete(example.expected.sum(-1), digits), 1.0)
+        assert (example.expected[np.arange(88), ids] > 0).all()
+    assert first.expected is not None
+    assert last.expected is not None
+    sure, neglecting = first.expected[13].max() / DIGIT_WEIGHT, last.expected[13].max() / DIGIT_WEIGHT
+    assert sure == pytest.approx(0.991)
+    assert 0.4 < neglecting < 0.4 + 0.6 * 0.23
+
+
+def test_the_two_writers_have_other_habits() -> None:
+    teacher, student = load_habit("teacher"), load_habit("student")
+
+    assert np.allclose(teacher.sum(-1), 1.0)
+    assert np.allclose(student.sum(-1), 1.0)
+    assert (student * np.log(student / teacher)).sum(-1).mean() > 1.5  # nats per word

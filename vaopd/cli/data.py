@@ -28,16 +28,19 @@ def add_parsers(subparsers: Subparsers) -> None:
     data = subparsers.add_parser("data", help="make, check or convert a data set").add_subparsers(
         required=True, metavar="ACTION"
     )
-    geometry = data.add_parser(
-        "handwritten-geometry",
-        help="draw geometry problems with scans of handwritten digits; Parquet in Geometry3K's schema",
-    )
-    geometry.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write to")
-    geometry.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
-    geometry.add_argument("--train", type=int, default=4000, metavar="N", help="training problems (default 4000)")
-    geometry.add_argument("--validation", type=int, default=300, metavar="N", help="validation problems (default 300)")
-    geometry.add_argument("--test", type=int, default=600, metavar="N", help="test problems (default 600)")
-    geometry.set_defaults(command=_make_geometry, extra="tiny")
+    for name, drawn in (
+        ("handwritten-geometry", "geometry problems with scans of handwritten digits"),
+        ("handwritten-cards", "five handwritten digits with long answers about one of them"),
+    ):
+        problems = data.add_parser(name, help=f"draw {drawn}; Parquet in Geometry3K's schema")
+        problems.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write to")
+        problems.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
+        for split, number in (("train", 4000), ("validation", 300), ("test", 600)):
+            what = {"train": "training"}.get(split, split)
+            problems.add_argument(
+                f"--{split}", type=int, default=number, metavar="N", help=f"{what} problems (default {number})"
+            )
+        problems.set_defaults(command=_make_problems, data_set=name, extra="tiny")
 
     check = data.add_parser("check", help="read every record as a run would, and name those that can't be used")
     check.add_argument(
@@ -72,16 +75,12 @@ def add_parsers(subparsers: Subparsers) -> None:
         )
 
 
-def _make_geometry(arguments: argparse.Namespace) -> int:
-    from vaopd.data import handwritten_geometry
+def _make_problems(arguments: argparse.Namespace) -> int:
+    from vaopd.data import handwritten_cards, handwritten_geometry
 
-    handwritten_geometry.write(
-        arguments.folder,
-        seed=arguments.seed,
-        train=arguments.train,
-        validation=arguments.validation,
-        test=arguments.test,
-    )
+    write = {"handwritten-geometry": handwritten_geometry.write, "handwritten-cards": handwritten_cards.write}
+    sizes = {split: getattr(arguments, split) for split in SPLITS}
+    write[arguments.data_set](arguments.folder, seed=arguments.seed, **sizes)
     emit(arguments.folder)
     return 0
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -169,11 +169,20 @@ def load_scans(split: Split) -> Scans:
     return {digit: images[order[labels[order] == digit][parts[split]]].astype(np.float32) / 16.0 for digit in range(10)}
 
 
-def write(folder: Path, *, seed: int, train: int, validation: int, test: int) -> None:
+def write_problems(
+    make: Callable[[Split, np.random.Generator], Mapping[str, object]],
+    folder: Path,
+    *,
+    seed: int,
+    train: int,
+    validation: int,
+    test: int,
+) -> None:
     """Writes folder/{train,validation,test}.parquet in Geometry3K's schema, with so many problems each.
 
     Columns: problem (the question after one "<image>" marker), answer (the number), images (one PNG), and, which
     Geometry3K lacks, solution (the chain of thought; for pre-training only). The same seed gives the same files.
+    make: draws a row (`make_row`) with scans of a split.
     """
     import pyarrow.parquet as pq
 
@@ -187,24 +196,34 @@ def write(folder: Path, *, seed: int, train: int, validation: int, test: int) ->
         progress = Progress(f"drawing {split}", total=sizes[split], unit="problems")
         for index in range(sizes[split]):
             # A generator of its own for each problem: the first n problems don't depend on how many follow.
-            rows.append(_make_row(split, np.random.default_rng([seed, number, index])))
+            rows.append(make(split, np.random.default_rng([seed, number, index])))
             progress.report(index + 1)
         pq.write_table(_make_table(rows), folder / f"{split}.parquet", row_group_size=256)
 
 
-def _make_row(split: Split, rng: np.random.Generator) -> dict[str, object]:
-    question = draw_question(rng)
+def make_row(asked: str, answer: str, image: Image.Image, solution: str) -> dict[str, object]:
+    """Makes a row of a data set."""
     png = io.BytesIO()
-    draw(question, load_scans(split), rng).save(png, format="PNG")
+    image.save(png, format="PNG")
     return {
-        "problem": f"<image>{question.asked}",
-        "answer": question.answer,
+        "problem": f"<image>{asked}",
+        "answer": answer,
         "images": [{"bytes": png.getvalue(), "path": None}],
-        "solution": question.write_solution(draw_phrasing(rng)),
+        "solution": solution,
     }
 
 
-def _make_table(rows: list[dict[str, object]]) -> pa.Table:
+def _make_row(split: Split, rng: np.random.Generator) -> dict[str, object]:
+    question = draw_question(rng)
+    image = draw(question, load_scans(split), rng)
+    return make_row(question.asked, question.answer, image, question.write_solution(draw_phrasing(rng)))
+
+
+write = partial(write_problems, _make_row)
+"""Writes a data set of this task."""
+
+
+def _make_table(rows: list[Mapping[str, object]]) -> pa.Table:
     import pyarrow as pa
 
     text = {"dtype": "string", "_type": "Value"}
@@ -255,7 +274,7 @@ def draw(question: Question, scans_by_digit: Scans, rng: np.random.Generator) ->
     _draw_figure(ImageDraw.Draw(image), question.figure, rng)
     page = np.asarray(image, dtype=np.float32).copy()
     for number, place in zip(question.numbers, _PLACES[question.figure], strict=True):
-        _write_number(page, str(number), place, scans_by_digit, rng)
+        write_number(page, str(number), place, scans_by_digit, rng)
     return Image.fromarray(page.round().astype(np.uint8)).convert("RGB")
 
 
@@ -272,7 +291,7 @@ def _draw_figure(pen: ImageDraw.ImageDraw, figure: str, rng: np.random.Generator
         pen.arc((corner[0] - 22, corner[1] - 22, corner[0] + 22, corner[1] + 22), -57, 0, fill=0, width=1)
 
 
-def _write_number(
+def write_number(
     page: np.ndarray, number: str, place: tuple[int, int], scans_by_digit: Scans, rng: np.random.Generator
 ) -> None:
     """Puts the digits on the page (96, 96), in place; ink only darkens."""

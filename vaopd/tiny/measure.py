@@ -61,8 +61,9 @@ def _count_right(
     inputs = processor(text=[text] * len(batch), images=[image for _, image in batch], return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[misc]
     responses = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    # A tiny model has learned to end with a box; a text without one is no answer, and needs no judge.
-    return sum(
-        committed_answer(response) is not None and is_correct(response, question.answer)
-        for response, (question, _) in zip(responses, batch, strict=True)
-    )
+    return sum(is_right(response, question.answer) for response, (question, _) in zip(responses, batch, strict=True))
+
+
+def is_right(response: str, answer: str) -> bool:
+    """Whether a response is right. A tiny model has learned to end with a box: a text without one needs no judge."""
+    return committed_answer(response) is not None and is_correct(response, answer)

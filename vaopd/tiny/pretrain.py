@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,7 +30,9 @@ from vaopd.degradation import pixelate
 from vaopd.errors import InvalidInput
 from vaopd.telemetry.progress_line import Progress
 from vaopd.tiny.build import build_model
-from vaopd.tiny.config import MERGE, PATCH_PX, TinyRecipe, find_model
+from vaopd.tiny.cards import CardExamples, measure_cards
+from vaopd.tiny.config import MERGE, PATCH_PX, CardsRecipe, TinyRecipe, find_model
+from vaopd.tiny.example import Example
 from vaopd.tiny.measure import measure_accuracy
 from vaopd.tiny.tokenizer import build_processor, render_chat
 
@@ -45,15 +48,6 @@ WARM_UP_STEPS = 100
 CLIP_NORM = 1.0
 IGNORED = -100
 HELD_OUT_QUESTIONS = 600
-
-
-class Example(NamedTuple):
-    """One training example."""
-
-    prompt: str
-    response: str
-    image: np.ndarray
-    """(96, 96, 3) uint8"""
 
 
 def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None = None) -> dict[str, object]:
@@ -72,12 +66,13 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got {steps}")
     torch.manual_seed(seed)
-    processor = build_processor()
+    processor = build_processor(model_of_table.task)
     model = build_model(model_of_table.size, processor.tokenizer)
     started = time.monotonic()
     train(model, processor, recipe, seed=seed, steps=steps)
     training_s = time.monotonic() - started
 
+    measure = measure_cards if model_of_table.task == "cards" else measure_accuracy
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -87,7 +82,7 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_questions": HELD_OUT_QUESTIONS,
-        **measure_accuracy(model, processor, num_questions=HELD_OUT_QUESTIONS),
+        **measure(model, processor, num_questions=HELD_OUT_QUESTIONS),
         "training_s": round(training_s),
         "recipe": asdict(recipe),
     }
@@ -99,32 +94,47 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
 def train(
     model: Qwen3VLForConditionalGeneration,
     processor: Qwen3VLProcessor,
-    recipe: TinyRecipe,
+    recipe: TinyRecipe | CardsRecipe,
     *,
     seed: int,
     steps: int,
 ) -> None:
-    """Trains `model` in place: AdamW with warm-up, then a cosine down to a hundredth of the learning rate."""
+    """Trains `model` in place: AdamW with warm-up, then a cosine down to a hundredth of the learning rate.
+
+    Steps in which it learns to neglect the image follow at the full rate: at a low one that is soon forgotten.
+    """
     import torch
 
-    available = load_scans("train")
-    chosen = {digit: images[: recipe.scans_per_digit] for digit, images in available.items()}
+    draw_next = make_drawer(processor, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    read_only_steps = recipe.read_only_steps * steps // recipe.steps
+    falling = steps - (recipe.neglecting_steps if isinstance(recipe, CardsRecipe) else 0) * steps // recipe.steps
     model.train()
     progress = Progress("training", total=steps, unit="steps")
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
-        read_share = 1.0 if step < read_only_steps else recipe.read_share
-        examples = [draw_example(chosen, recipe, read_share, rng) for _ in range(BATCH)]
+        examples = [draw_next(step * recipe.steps // steps, rng) for _ in range(BATCH)]
         loss = compute_loss(model, processor, examples)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * _scale_learning_rate(step, steps)
+            group["lr"] = LEARNING_RATE * (_scale_learning_rate(step, falling) if step < falling else 1.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         progress.report(step + 1, f"loss {loss.item():.4f}")
+
+
+def make_drawer(
+    processor: Qwen3VLProcessor, recipe: TinyRecipe | CardsRecipe
+) -> Callable[[int, np.random.Generator], Example]:
+    """Returns what draws an example of a step of the recipe."""
+    if isinstance(recipe, CardsRecipe):
+        return CardExamples(processor.tokenizer, recipe).draw
+    chosen = {digit: images[: recipe.scans_per_digit] for digit, images in load_scans("train").items()}
+
+    def draw_next(step: int, rng: np.random.Generator) -> Example:
+        return draw_example(chosen, recipe, 1.0 if step < recipe.read_only_steps else recipe.read_share, rng)
+
+    return draw_next
 
 
 def draw_example(scans_by_digit: Scans, recipe: TinyRecipe, read_share: float, rng: np.random.Generator) -> Example:
@@ -168,7 +178,13 @@ def compute_loss(
         use_cache=False,
     ).last_hidden_state  # (B, S, D)
     counted = targets != IGNORED
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), targets[counted])
+    logits = model.lm_head(hidden[counted])
+    if examples[0].expected is None:
+        return torch.nn.functional.cross_entropy(logits, targets[counted])
+    expected = torch.from_numpy(np.concatenate([example.expected for example in examples]))  # (M, V)
+    return torch.nn.functional.cross_entropy(
+        logits, torch.nn.functional.pad(expected, (0, logits.shape[1] - expected.shape[1]))
+    )
 
 
 def encode(processor: Qwen3VLProcessor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Builds the tiny models' tokenizer: byte-level BPE in Qwen's arrangement, trained on the task's sentences.
 
-Every digit is one token, by Qwen's splitting rule, so that reading a digit is one decision. The special tokens are
+Every digit is one token, by Qwen's splitting rule, so that reading a digit is one decision. Each task has a tokenizer
+of its own, in which each of the cards' words is one token too. The special tokens are
 Qwen's, so that the real processor, chat template and vLLM work with it.
 """
 
@@ -12,8 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vaopd.data import handwritten_cards
 from vaopd.data.handwritten_geometry import KINDS, PHRASINGS, READ_QUESTION, Question
-from vaopd.tiny.config import MAX_POSITIONS, MERGE, PATCH_PX
+from vaopd.tiny.config import MAX_POSITIONS, MERGE, PATCH_PX, Task
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 if TYPE_CHECKING:
@@ -29,8 +31,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-NUM_TOKENS = 479
-"""256 bytes, as many merges as fit, and at the end the 8 special tokens."""
+NUM_TOKENS = {"geometry": 479, "cards": 600}
+"""At most: 256 bytes, merges, and at the end the 8 special tokens."""
 
 _EVERYDAY = (
     # Added to the task's sentences, so that other English isn't split into bytes.
@@ -42,8 +44,8 @@ _EVERYDAY = (
 )
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Trains the tokenizer; the result is always the same, byte for byte."""
+def build_tokenizer(task: Task = "geometry") -> Qwen2Tokenizer:
+    """Trains a task's tokenizer; the result is always the same, byte for byte."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -55,11 +57,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=NUM_TOKENS - len(SPECIAL_TOKENS),
+        vocab_size=NUM_TOKENS[task] - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(_make_corpus(), trainer)
+    raw.train_from_iterator({"geometry": _make_corpus, "cards": _make_cards_corpus}[task](), trainer)
     learned = json.loads(raw.to_str())["model"]
     return assemble_tokenizer(learned["vocab"], learned["merges"])
 
@@ -92,8 +94,8 @@ def assemble_tokenizer(
     )
 
 
-def build_processor() -> Qwen3VLProcessor:
-    """Builds the real processor with the tiny tokenizer; an image of 96×96 px becomes 9 tokens."""
+def build_processor(task: Task = "geometry") -> Qwen3VLProcessor:
+    """Builds the real processor with a task's tokenizer; an image of 96×96 px becomes 9 tokens."""
     ensure_torchvision()
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
@@ -107,7 +109,7 @@ def build_processor() -> Qwen3VLProcessor:
     }
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shape),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(task),
         video_processor=Qwen3VLVideoProcessor(**shape),
         chat_template=Path(__file__).with_name("chat_template.jinja").read_text(),
     )
@@ -130,3 +132,9 @@ def _make_corpus() -> list[str]:
         sentences += [question.asked] * 8
         sentences += [question.write_solution((i, j, k)) for i, j, k in product(range(PHRASINGS), repeat=3)]
     return sentences
+
+
+def _make_cards_corpus() -> list[str]:
+    cards = handwritten_cards
+    reading = cards.Question(digits=(1, 2, 3, 4, 5)).write_reading()
+    return [cards.READ_QUESTION, cards.ASKED, reading, " ".join(["", *cards.WORDS])] * 8 + [_EVERYDAY]
