@@ -142,7 +142,7 @@ class TeacherServer:
         self.prepared_images = PreparedImages(service.images.prepared_bytes)
         self.vision_cache = backend.vision_cache
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
-        ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
+        self.ahead = ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
         self.scheduler = Scheduler(
             backend.engine,
             batch_tokens=batch_tokens,
