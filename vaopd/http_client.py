@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -255,7 +254,12 @@ class _Events:
             self._event = value
             self._done = value == "done"
         elif name == "data" and self._event == "result":
-            result = BatchResult.model_validate(json.loads(value))
+            try:
+                result = BatchResult.model_validate_json(value)
+            except pydantic.ValidationError:
+                raise errors.Mismatch(
+                    "the API sent no result of a batch; client and API are of different versions"
+                ) from None
             yield result.model_copy(update={"index": self._start + result.index})
 
     def end(self) -> None:
@@ -299,10 +303,18 @@ def _make_refusal(answer: httpx.Response) -> errors.VaopdError:
     except pydantic.ValidationError:
         message = f"{answer.request.url.host} answered {answer.status_code}, but not as a scoring API"
     if answer.status_code == 429:
-        return errors.Busy(message, float(answer.headers.get("Retry-After", "1")))
+        return errors.Busy(message, _read_hint(answer.headers.get("Retry-After", "")))
     if "numerical_error" in answer.text:
         return errors.NumericalError(message)
     return _KINDS.get(answer.status_code, errors.VaopdError)(message)
+
+
+def _read_hint(text: str) -> float:
+    """Returns the seconds in a Retry-After; 1 for a date, or anything else."""
+    try:
+        return float(text)
+    except ValueError:
+        return 1.0
 
 
 def _make_lost_error(error: httpx.TransportError) -> errors.Unavailable:

@@ -146,7 +146,7 @@ class TeacherServer:
         if self.vision_cache is not None:
             self.caches["vision"] = self.vision_cache
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="teacher-prepare")
-        ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
+        self.ahead = ahead = Ahead(lambda job: self.scheduler.waiting_tokens(job), batch_tokens=batch_tokens)
         self.scheduler = Scheduler(
             backend.engine,
             batch_tokens=batch_tokens,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
+import httpx
 import numpy as np
 import pytest
 
 from vaopd.client import SyncTeacherClient
 from vaopd.client.answers import GroupAssembly, check_description
-from vaopd.errors import ConfigError, Mismatch, NumericalError, TeacherFault
-from vaopd.http_client import ScoringClient
+from vaopd.errors import Busy, ConfigError, Mismatch, NumericalError, TeacherFault
+from vaopd.http_client import ScoringClient, _Events, _make_refusal
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import GroupFailure, GroupScore, ScoreRequest, TeacherLimits
 from vaopd.wire.teacher import columns_to_pb, description_from_pb
@@ -85,6 +86,22 @@ def test_a_payload_that_is_not_finite_fails_its_group(name: str, bits: int) -> N
         assert isinstance(found, GroupFailure)
         assert isinstance(found.error, NumericalError)
         assert name in str(found.error)
+
+
+@pytest.mark.parametrize(("hint", "seconds"), [("7", 7.0), ("Fri, 27 Nov 2026 00:00:00 GMT", 1.0), ("", 1.0)])
+def test_a_retry_hint_of_any_form_is_a_refusal(hint: str, seconds: float) -> None:
+    answer = httpx.Response(429, headers={"Retry-After": hint}, request=httpx.Request("GET", "http://there/"))
+    refused = _make_refusal(answer)
+    assert isinstance(refused, Busy)
+    assert refused.retry_after_s == seconds
+
+
+@pytest.mark.parametrize("data", ["[" * 100_000, "{}", "no JSON", '{"index": "first"}'])
+def test_a_batch_of_no_results_is_an_error_by_name(data: str) -> None:
+    events = _Events(0)
+    assert list(events.read("event: result")) == []
+    with pytest.raises(Mismatch, match="no result of a batch"):
+        list(events.read(f"data: {data}"))
 
 
 def test_a_possible_answer_is_taken() -> None:

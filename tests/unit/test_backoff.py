@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from vaopd.errors import Busy, Unavailable
@@ -30,6 +32,11 @@ def test_delays_double_up_to_the_longest() -> None:
 def test_jitter_takes_up_to_half_of_a_delay_away() -> None:
     assert backoff(Clock(), jitter=0.0).delay_s(AWAY) == pytest.approx(0.05)
     assert backoff(Clock(), jitter=0.5).delay_s(AWAY) == pytest.approx(0.075)
+
+
+@pytest.mark.parametrize(("hint", "expected"), [(-5.0, 0.01), (0.0, 0.01), (math.nan, 0.05), (math.inf, 0.05)])
+def test_a_hint_that_is_none_neither_hammers_nor_hangs(hint: float, expected: float) -> None:
+    assert backoff(Clock(), jitter=0.0).delay_s(Busy("full", hint)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("jitter", "expected"), [(0.0, 3.0), (1.0, 3.6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from vaopd.errors import Busy, ConfigError
 
 _HINT_JITTER = 0.2
+_SHORTEST_HINT_S = 0.01
 
 
 class Backoff:
@@ -45,8 +47,8 @@ class Backoff:
         The hint of a Busy error is waited for in full, since the server refuses earlier attempts; otherwise the delay
         is half to all of the next step.
         """
-        if isinstance(error, Busy):
-            delay_s = error.retry_after_s * (1 + _HINT_JITTER * self._jitter())
+        if isinstance(error, Busy) and math.isfinite(error.retry_after_s):
+            delay_s = max(error.retry_after_s, _SHORTEST_HINT_S) * (1 + _HINT_JITTER * self._jitter())
         else:
             delay_s = self._next_s * (0.5 + 0.5 * self._jitter())
         if self._clock() + delay_s > self._deadline:
