@@ -1,0 +1,34 @@
+"""Differences that are paired by seed, with their interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, half of the 95 % interval, seeds above 0 and seeds in all."""
+
+    mean: float
+    half: float
+    above: int
+    seeds: int
+
+    def __str__(self) -> str:
+        interval = "" if math.isnan(self.half) else f" ± {self.half:.3f}"
+        return f"{self.mean:+.3f}".replace("-", "−") + f"{interval} ({self.above}/{self.seeds})"
+
+
+def summarise_differences(values: Sequence[float]) -> Difference:
+    """Returns mean and 95 % interval of each seed's difference; no interval for a single seed.
+
+    >>> print(summarise_differences([0.1, 0.2, 0.3]))
+    +0.200 ± 0.248 (3/3)
+    """
+    half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Difference(statistics.fmean(values), half, sum(value > 0 for value in values), len(values))
