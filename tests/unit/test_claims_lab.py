@@ -132,7 +132,7 @@ def test_a_learned_teacher_scores_both_views(lab: Any, monkeypatch: pytest.Monke
     world = replace(lab.worlds.WORLDS["learned teacher"], reading_steps=1, neglecting_steps=1)
     monkeypatch.setitem(lab.run.WORLDS, "learned teacher", world)
     runs = [lab.run.Run(world="learned teacher", objective="view_divergence", rate=1e-3, prompts=2, siblings=2, seed=0)]
-    lab.run.keep(tmp_path / "eye.safetensors", lambda: lab.worlds.Eye().state_dict())
+    lab.student.keep(tmp_path / "eye.safetensors", lambda: lab.worlds.Eye().state_dict())
     batch, students = lab.run.prepare(runs, tmp_path, CPU)
     kept, same = lab.run.prepare(runs, tmp_path, CPU)
     assert torch.equal(batch.learned, kept.learned)
@@ -151,7 +151,7 @@ def test_its_objectives_are_the_library_s(lab: Any) -> None:
     tokens = torch.randint(7, (8, 12), generator=generator)
     valid = torch.arange(12) < torch.tensor([12, 3, 7, 12, 1, 9, 12, 5])[:, None]
     scores = lab.run.Scores(
-        tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4, seeds=(0, 1)
+        tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4
     )
     views = scores.both_views
     va, divergence = objective.visual_advantage(*views, valid), objective.view_divergence(teacher, degraded)

@@ -8,7 +8,7 @@ No service runs: rollouts are sampled, scored and learnt from in this process, b
 Results are written after every batch, so an interrupted laboratory continues where it stopped. `--device cuda` takes
 hundreds of runs at once.
 
-A new objective is one line of `OBJECTIVES`: it takes `Scores`, of prompt groups that share it, and returns each token's
+A new objective is one line of `OBJECTIVES`: it takes the `Scores` of a run's prompt groups, and returns each token's
 weight (N, T). The weights of a group's tokens add up to 1, and the loss is the mean over groups of Σ weight·KL.
 """
 
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from student import AdamW, School, train_eye
+from safetensors.torch import load_file
+from student import AdamW, School, keep, train_eye
 from torch import Tensor
 from worlds import WORLDS, Draws, Eye, Pictures, pixelate
 
@@ -40,9 +40,8 @@ TEMPERATURE, TOP_P = 0.7, 0.95
 BEFORE_PICTURES, VALIDATION_PICTURES, TEST_PICTURES = 96, 192, 384
 BLIND_NATS, DIVERGENT_NATS = 1e-3, 0.1
 """Below this VA the image says nothing for a token; from this view divergence on, it says something of the place."""
-RUNS_AT_ONCE = {"cpu": 4, "cuda": 320}
-ANSWERS_AT_ONCE = {"cpu": 256, "cuda": 16_384}
-"""Answers that are evaluated together, of all runs."""
+RUNS_AT_ONCE, ANSWERS_AT_ONCE = {"cpu": 4, "cuda": 320}, {"cpu": 256, "cuda": 16_384}
+"""Runs in one batch, and answers that are evaluated together, of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,12 @@ class Scores:
     teacher: Tensor
     degraded: Tensor
     siblings: int
-    seeds: tuple[int, ...]
-    """Of random draws: one for each run; a run's rollouts lie side by side."""
+    seed: int = 0
+    """Of random draws."""
+
+    def select(self, r: int, seed: int) -> Scores:
+        """Returns one run's scores, where these have a leading dimension of runs."""
+        return replace(self, seed=seed, **{k: v[r] for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     @property
     def uniform(self) -> Tensor:
@@ -93,10 +96,8 @@ class Scores:
 
     def mask(self, which: str, *, ties: str = "earlier") -> Tensor:
         """Standard OPD without a tenth of each rollout's tokens."""
-        runs = zip(self.advantage.chunk(len(self.seeds)), self.valid.chunk(len(self.seeds)), self.seeds, strict=True)
-        options: dict[str, Any] = {"which": which, "fraction": 0.1, "ties": ties}
-        kept = [library.masked_response(va, valid, seed=seed, **options) for va, valid, seed in runs]
-        return library.mean_weights(torch.cat(kept), self.uniform)
+        options: dict[str, Any] = {"which": which, "fraction": 0.1, "ties": ties, "seed": self.seed}
+        return library.mean_weights(library.masked_response(self.advantage, self.valid, **options), self.uniform)
 
 
 OBJECTIVES: dict[str, Callable[[Scores], Tensor]] = {
@@ -133,15 +134,12 @@ class Experiment:
 
 
 MAIN = ("standard", "va_opd", "view_divergence")
+_CONFIDENT = ("phrases, misreaders", "short misreaders", "misreaders")
+_OTHERS = (*_CONFIDENT, "short", "same habits", "phrases", "long", "learned teacher")
 EXPERIMENTS: tuple[Experiment, ...] = (
     Experiment(world="base", objectives=MAIN, rates=(3e-4, 1e-3, 3e-3, 6e-3)),
     Experiment(world="base", objectives=("standard", *(o for o in OBJECTIVES if o not in MAIN)), rates=(1e-3,)),
-    *(
-        Experiment(world=world, objectives=MAIN, rates=(1e-3, 3e-3, 6e-3))
-        for world in ("phrases, misreaders", "short misreaders", "misreaders", "short", "same habits", "phrases")
-    ),
-    Experiment(world="long", objectives=MAIN, rates=(1e-3, 3e-3, 6e-3)),
-    Experiment(world="learned teacher", objectives=MAIN, rates=(1e-3, 3e-3, 6e-3)),
+    *(Experiment(world=world, objectives=MAIN, rates=(1e-3, 3e-3, 6e-3)) for world in _OTHERS),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=4, siblings=8),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=16, siblings=4),
 )
@@ -216,9 +214,10 @@ def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
             teacher=batch.predict(tokens, cells),
             degraded=batch.predict(tokens, pixelate(cells)),
             siblings=batch.siblings,
-            seeds=tuple(1000 * run.seed + step for run in runs),
         )
-        kl, weights = (student.exp() * (student - scores.teacher)).sum(-1), weigh(runs, scores)
+        kl = (student.exp() * (student - scores.teacher)).sum(-1)
+        alone = [scores.select(r, 1000 * run.seed + step) for r, run in enumerate(runs)]
+        weights = torch.stack([OBJECTIVES[run.objective](one) for run, one in zip(runs, alone, strict=True)])
         ((weights * kl).sum() / runs[0].prompts).backward()
         shape = min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
         norm_R = optimizer.step(rates_R * shape)
@@ -238,17 +237,6 @@ def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
         yield {**vars(run), **found, "curve": curve[:, r].tolist()}
 
 
-def weigh(runs: Sequence[Run], scores: Scores) -> Tensor:
-    """Applies each run's objective to scores with a leading dimension of runs: -> (R, N, T)."""
-    weights = torch.zeros(scores.tokens.shape, device=scores.tokens.device)
-    for name in dict.fromkeys(run.objective for run in runs):
-        places = [r for r, run in enumerate(runs) if run.objective == name]
-        tensors = {key: value[places].flatten(0, 1) for key, value in vars(scores).items() if isinstance(value, Tensor)}
-        some = replace(scores, seeds=tuple(scores.seeds[r] for r in places), **tensors)
-        weights[places] = OBJECTIVES[name](some).view(len(places), *weights.shape[1:])
-    return weights
-
-
 def measure(scores: Scores, slots: Tensor, truth: Tensor, kl: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Returns a step's numbers, (R,) each. slots, kl, weights: (R, N, T); truth: the right digits' tokens, (R, N, m).
 
@@ -262,7 +250,6 @@ def measure(scores: Scores, slots: Tensor, truth: Tensor, kl: Tensor, weights: T
     rollouts = weights.sum(-1).unflatten(-1, (-1, scores.siblings))
 
     def mean(values: Tensor, mask: Tensor) -> Tensor:
-        """Over the marked tokens of each run; NaN where nothing is marked."""
         return torch.where(mask, values, 0).sum((1, 2)) / mask.sum((1, 2))
 
     def share(of: Tensor, mask: Tensor) -> Tensor:
@@ -327,33 +314,26 @@ def _evaluate_some(batch: Batch, students: Tensor, cells: Tensor, digits: Tensor
     }
 
 
-def keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Returns a file's tensors, which are made first if there is no file."""
-    if not path.exists():
-        save_file({name: value.cpu().contiguous() for name, value in make().items()}, path)
-    return load_file(path)
-
-
 def prepare(runs: Sequence[Run], folder: Path, device: torch.device) -> tuple[Batch, Tensor]:
     """Returns a batch and its students (R, P); what pre-training the folder lacks is done first."""
+
+    def name(kind: str, of: object) -> Path:
+        return folder / f"{kind}-{hashlib.sha256(repr(of).encode()).hexdigest()[:16]}.safetensors"
+
     eye = Eye().to(device).eval()
     eye.load_state_dict(keep(folder / "eye.safetensors", lambda: train_eye().state_dict()))
     batch = Batch(runs, eye, device)
     if batch.worlds[0].learned_teacher:
-        path = folder / f"teacher-{_fingerprint(batch.worlds)}.safetensors"
-        batch.learned = keep(path, lambda: {"teacher": batch.teach_teacher()})["teacher"].to(device)
+        made = keep(name("teacher", batch.worlds), lambda: {"teacher": batch.teach_teacher()})
+        batch.learned = made["teacher"].to(device)
     # The student doesn't depend on what its world is called and who will teach it.
     own = [(replace(WORLDS[run.world], name="", meaning="", learned_teacher=False), run.seed) for run in runs]
-    paths = [folder / f"student-{_fingerprint(pair)}.safetensors" for pair in own]
+    paths = [name("student", pair) for pair in own]
     missing = {path: (WORLDS[run.world], run.seed) for path, run in zip(paths, runs, strict=True) if not path.exists()}
     if missing:
         for path, student in zip(missing, batch.teach_students(list(missing.values())), strict=True):
             keep(path, lambda made=student: {"student": made})  # type: ignore[misc]
     return batch, torch.stack([load_file(path)["student"] for path in paths]).to(device)
-
-
-def _fingerprint(of: object) -> str:
-    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
 
 
 def split_batches(runs: Sequence[Run], at_once: int) -> list[list[Run]]:
@@ -389,7 +369,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=RUNS_AT_ONCE, help="cpu or cuda")
     parser.add_argument("--at-once", type=int, help=f"runs in one batch; default: {RUNS_AT_ONCE}")
-    parser.add_argument("--world", action="append", choices=WORLDS, help="these worlds' runs only")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "claims-lab", help="pre-trained students")
     parser.add_argument("--stop-after-s", type=float, default=math.inf, help="begin no batch after so many seconds")
@@ -399,7 +378,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     finished = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
     done = {identify(run) for run in finished}
-    missing = [run for run in list_runs() if run not in done and run.world in (options.world or WORLDS)]
+    missing = [run for run in list_runs() if run not in done]
     batches = split_batches(missing, options.at_once or RUNS_AT_ONCE[device.type])
     print(f"{len(missing)} runs are missing: {len(batches)} batches on {device}", flush=True)
     started, trained = time.perf_counter(), 0

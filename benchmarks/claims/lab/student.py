@@ -11,10 +11,12 @@ pictures are drawn when they are needed, so there is no data set and no epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import CELL_PX, PRIOR, Draws, Eye, Pictures, World, make_language, pick, pixelate
 
@@ -281,3 +283,10 @@ def train_eye() -> Eye:
         optimizer.step()
         schedule.step()
     return eye.eval()
+
+
+def keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns a file's tensors, which are made first if there is no file."""
+    if not path.exists():
+        save_file({name: value.cpu().contiguous() for name, value in make().items()}, path)
+    return load_file(path)

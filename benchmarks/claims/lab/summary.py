@@ -200,7 +200,7 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
             shown.append(f"{e.world}\n{100 * share:.0f} % of KL on digits")
         left.axvline(0, color="#888888", linewidth=0.8)
         left.set_yticks(range(len(shown)), shown, fontsize=8)
-        left.invert_yaxis()
+        left.set_ylim(len(shown) - 0.5, -0.5)
         left.set(xlabel="p(right digit) minus Standard OPD's; 95 % over seeds", title="By world, each at its own rate")
         for name in MAIN:
             if curves := results.find(BASE, name, BASE_RATE):
