@@ -163,8 +163,8 @@ def list_runs() -> Iterator[Run]:
         Run(world=e.world, objective=name, rate=rate, prompts=e.prompts, siblings=e.siblings, seed=seed)
         for e in EXPERIMENTS
         for rate in e.rates
-        for seed in range(e.seeds)
         for name in e.objectives
+        for seed in range(e.seeds)
     )
 
 

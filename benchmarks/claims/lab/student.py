@@ -75,7 +75,7 @@ class Architecture:
         shape = x.shape
         x = x.flatten(1, 2)
         for i in range(LAYERS):
-            x, _ = self._apply_layer(p, i, x, shape)
+            x = self._apply_layer(p, i, x, shape)
         x = x.view(shape)[:, :, self.digits :].flatten(1, 2)
         return _apply(p, "head", _norm(x)).view(*tokens.shape, -1)
 
@@ -89,28 +89,37 @@ class Architecture:
         seen = self._see(p, cells).repeat_interleave(rollouts // cells.shape[1], 1)
         shape, x, cache = seen.shape, seen.flatten(1, 2), []
         for i in range(LAYERS):
-            x, (k, v) = self._apply_layer(p, i, x, shape)
-            cache.append(
-                (F.pad(k.mT.flatten(1, 2), (0, length)), F.pad(v.transpose(1, 2).flatten(2), (0, 0, 0, length)))
-            )
-        # One query of all heads is a product with a matrix that holds each head in a row of its own: few products, of
-        # keys that lie in the order in which they are read.
-        heads = torch.eye(HEADS, device=uniform.device).repeat_interleave(WIDTH // HEADS, 1)
-        scaled = heads / math.sqrt(WIDTH // HEADS)
+            cache.append(F.pad(_norm(x).view(-1, self.digits, WIDTH), (0, 0, 0, length)))
+            x, p = self._apply_layer(p, i, x, shape), p | self._absorb(p, i)
         last, tokens, found = torch.full((runs, rollouts), _BEGIN, device=uniform.device), [], []
         for t in range(length):
             x, end = _look_up(p["tokens"], last) + p["places"][:, None, t], self.digits + t + 1
-            for i, (keys, values) in enumerate(cache):
-                q, k, v = _apply(p, f"{i}.qkv", _norm(x)).view(-1, 3, WIDTH).unbind(1)
-                keys[..., end - 1], values[:, end - 1] = k, v
-                scores = torch.bmm(q[:, None] * scaled, keys[..., :end]).softmax(-1)
-                mixed = (torch.bmm(scores, values[:, :end]) * heads).sum(1)
-                x = self._finish_layer(p, i, x, mixed.view(x.shape))
+            for i, kept in enumerate(cache):
+                normed = _norm(x)
+                kept[:, end - 1] = normed.flatten(0, 1)
+                query = _apply(p, f"{i}.query", normed).view(-1, HEADS, WIDTH)
+                mixed = torch.bmm(torch.bmm(query, kept[:, :end].mT).softmax(-1), kept[:, :end])
+                x = self._finish_layer(p, i, x + _apply(p, f"{i}.value", mixed.view(runs, rollouts, -1)))
             logits = _apply(p, "head", _norm(x))
             last = _pick_nucleus((logits / temperature).softmax(-1), uniform[..., t], top_p)
             tokens.append(last)
             found.append(logits)
         return torch.stack(tokens, -1), torch.stack(found, 2)
+
+    def _absorb(self, p: Parameters, i: int) -> Parameters:
+        """Returns layers that attend to the normed inputs themselves: one cache, half of the size, and fewer steps.
+
+        q·k = (x W_q)·(x' W_k) = (x W_q W_kᵀ)·x', and the mix of values is the mix of inputs times W_v W_mix. The keys'
+        shift adds the same to each score of a query, which the softmax ignores.
+        """
+        weight, shift = (p[f"{i}.qkv.{part}"].unflatten(2, (3, HEADS, -1)).unbind(2) for part in ("weight", "bias"))
+        mix, scale = p[f"{i}.mix.weight"].unflatten(1, (HEADS, -1)), (WIDTH // HEADS) ** -0.5
+        return {
+            f"{i}.query.weight": torch.einsum("rdhi,rehi->rdhe", weight[0], scale * weight[1]).flatten(2),
+            f"{i}.query.bias": torch.einsum("rdhi,rehi->rdhe", shift[0], scale * weight[1]).flatten(2),
+            f"{i}.value.weight": torch.einsum("rdhi,rhio->rhdo", weight[2], mix).flatten(1, 2),
+            f"{i}.value.bias": torch.einsum("rdhi,rhio->rdo", shift[2], mix) + p[f"{i}.mix.bias"],
+        }
 
     def _unpack(self, students: Tensor) -> Parameters:
         """Returns the tensors by name, (R, …) each, with every norm's scale and shift in the linear layer after it."""
@@ -130,16 +139,13 @@ class Architecture:
         seen = _apply(p, "eye_out", F.gelu(_apply(p, "eye_in", flat)))
         return seen.view(*cells.shape[:3], WIDTH) + p["slots"][:, None]
 
-    def _apply_layer(self, p: Parameters, i: int, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the layer's output, and keys and values, (R·N, heads, tokens, D / heads)."""
+    def _apply_layer(self, p: Parameters, i: int, x: Tensor, shape: Sequence[int]) -> Tensor:
         runs, rollouts, tokens, _ = shape
         qkv = _apply(p, f"{i}.qkv", _norm(x)).view(runs * rollouts, tokens, 3, HEADS, WIDTH // HEADS)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self._finish_layer(p, i, x, mixed.transpose(1, 2).reshape(x.shape)), (k, v)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), is_causal=True)
+        return self._finish_layer(p, i, x + _apply(p, f"{i}.mix", mixed.transpose(1, 2).reshape(x.shape)))
 
-    def _finish_layer(self, p: Parameters, i: int, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + _apply(p, f"{i}.mix", mixed)
+    def _finish_layer(self, p: Parameters, i: int, x: Tensor) -> Tensor:
         return x + _apply(p, f"{i}.down", F.gelu(_apply(p, f"{i}.up", _norm(x))))
 
 
