@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ NAMES = {
 }
 MIN_SEEDS = 5
 BASE, BASE_RATE = EXPERIMENTS[0], 1e-3
+MEASURES = (("p_right", "p(right digit)"), ("answer", "answers"))
+Row = Iterable[object]
 Runs = dict[int, dict[str, Any]]
 """Seed → the numbers of its run."""
 
@@ -101,77 +103,91 @@ def say_speed(runs: Runs, baseline: Runs) -> str:
 def make_tables(runs: Sequence[dict[str, Any]]) -> str:
     """Returns all tables as Markdown."""
     results, wanted = Results(runs), set(list_runs())
-    tuned, there = list(results.tune()), sum(run in wanted for run in map(identify, runs))
-    by_rate, parts, worlds, regimes, sizes = ([] for _ in range(5))  # type: list[list[object]]
+    there = sum(run in wanted for run in map(identify, runs))
+    parts = [f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out."]
+    for title, head, list_rows in TABLES:
+        lines = [head, " | ".join(["---"] * len(head.split(" | ")))]
+        lines += [" | ".join(map(str, row)) for row in list_rows(results)]
+        parts.append("\n".join([title, "", *(f"| {line} |" for line in lines)]))
+    return "\n\n".join(parts)
+
+
+def _list_rates(results: Results) -> Iterator[Row]:
     for rate in BASE.rates:
-        baseline, va, divergence = (results.find(BASE, name, rate) for name in MAIN)
-        if baseline and va:
-            p = [mean_of(baseline, "before"), mean_of(baseline, "test"), mean_of(va, "test")]
-            by_rate.append([f"{rate:g}", ", ".join(f"{value:.3f}" for value in p)])
-            by_rate[-1] += [compare(va, baseline, n) for n in ("p_right", "greedy", "all_right", "answer", "kl_other")]
-            by_rate[-1] += [say_speed(va, baseline), compare(divergence, baseline, "p_right") if divergence else "–"]
-    baseline = results.find(BASE, "standard", BASE_RATE)
+        standard, va, divergence = (results.find(BASE, name, rate) for name in MAIN)
+        if standard and va:
+            p = [mean_of(standard, "before"), mean_of(standard, "test"), mean_of(va, "test")]
+            found = [compare(va, standard, name) for name in ("p_right", "greedy", "all_right", "answer", "kl_other")]
+            other = compare(divergence, standard, "p_right") if divergence else "–"
+            yield f"{rate:g}", ", ".join(f"{value:.3f}" for value in p), *found, say_speed(va, standard), other
+
+
+def _list_parts(results: Results) -> Iterator[Row]:
+    standard = results.find(BASE, "standard", BASE_RATE)
     for name in list(NAMES)[1:]:
-        if baseline and (found := results.find(BASE, name, BASE_RATE)):
-            weight, siblings = mean_of(found, "during", "weight_read"), mean_of(found, "during", "effective_siblings")
-            differences = [compare(found, baseline, n) for n in ("p_right", "answer", "kl_other")]
-            parts.append([NAMES[name], *differences, f"{weight:.2f} ×", f"{siblings:.1f} of {BASE.siblings}"])
-    for e, tried in tuned:
-        (_, standard), va = tried["standard"], tried["va_opd"][1]
-        levels = ", ".join(f"{mean_of(standard, 'test', n):.3f}" for n in ("p_right", "answer"))
-        pairs = [(n, measure) for measure in ("p_right", "answer") for n in MAIN[1:]]
-        found_ = [compare(tried[n][1], standard, measure) if n in tried else "–" for n, measure in pairs]
-        rates = ", ".join(f"{tried[n][0]:g}" if n in tried else "–" for n in MAIN)
-        worlds.append([f"{e.world}: {WORLDS[e.world].meaning}", levels, *found_, rates])
-        names = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
-        shares = [mean_of(standard, "during", n) for n in names]
-        weights = [mean_of(va, "during", n) for n in ("weight_read", "weight_misread")]
-        regimes.append([e.world, *(f"{100 * s:.0f} %" for s in shares), *(f"{w:.2f} ×" for w in weights)])
+        if standard and (runs := results.find(BASE, name, BASE_RATE)):
+            found = [compare(runs, standard, measure) for measure in ("p_right", "answer", "kl_other")]
+            weight, siblings = (mean_of(runs, "during", each) for each in ("weight_read", "effective_siblings"))
+            yield NAMES[name], *found, f"{weight:.2f} ×", f"{siblings:.1f} of {BASE.siblings}"
+
+
+def _list_worlds(results: Results) -> Iterator[Row]:
+    for e, tuned in results.tune():
+        standard = tuned["standard"][1]
+        levels = ", ".join(f"{mean_of(standard, 'test', measure):.3f}" for measure, _ in MEASURES)
+        pairs = [(name, measure) for measure, _ in MEASURES for name in MAIN[1:]]
+        found = [compare(tuned[name][1], standard, measure) if name in tuned else "–" for name, measure in pairs]
+        rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in MAIN)
+        yield f"{e.world}: {WORLDS[e.world].meaning}", levels, *found, rates
+
+
+def _list_regimes(results: Results) -> Iterator[Row]:
+    names = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
+    for e, tuned in results.tune():
+        shares = [mean_of(tuned["standard"][1], "during", name) for name in names]
+        weights = [mean_of(tuned["va_opd"][1], "during", name) for name in ("weight_read", "weight_misread")]
+        said = ["–" if math.isnan(share) else f"{100 * share:.0f} %" for share in shares]
+        yield e.world, *said, *(f"{weight:.2f} ×" for weight in weights)
+
+
+def _list_sizes(results: Results) -> Iterator[Row]:
     for e in (BASE, *(e for e in EXPERIMENTS if (e.prompts, e.siblings) != (8, 4))):
-        baseline, va, _ = (results.find(e, name, BASE_RATE) for name in MAIN)
-        if baseline and va:
-            differences = [compare(va, baseline, n) for n in ("p_right", "answer")]
-            sizes.append([f"{e.prompts} × {e.siblings}", *differences])
-    main = [f"{NAMES[n]}: {what}" for what in ("p(right digit)", "answers") for n in MAIN[1:]]
-    return "\n\n".join(
-        [
-            f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out.",
-            _table(
-                "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD.",
-                "learning rate | p(right digit): before, Standard, VA-OPD | difference | greedy reading | "
-                "all five right | answer right | KL per other token | steps of VA-OPD to Standard's last p | "
-                "groups by view divergence: p(right digit)",
-                by_rate,
-            ),
-            _table(
-                f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD.",
-                "objective | p(right digit) | answer right | KL per other token | weight of read digits | "
-                "siblings that count",
-                parts,
-            ),
-            _table(
-                "**What decides**: every world, each objective at its own learning rate, minus Standard OPD.",
-                f"world | Standard: p(right digit), answers | {' | '.join(main)} | rates",
-                worlds,
-            ),
-            _table(
-                "**Where the divergence lies** in each world, and how much read digits weigh; means over the run.",
-                "world | tokens that are read digits | share of KL on them | on misread ones | on tokens without VA | "
-                "on tokens that VA overlooks | VA-OPD's weight of read digits | of misread ones",
-                regimes,
-            ),
-            _table(
-                f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
-                "prompts × siblings | p(right digit) | answer right",
-                sizes,
-            ),
-        ]
-    ).replace("nan %", "–")
+        standard, va = (results.find(e, name, BASE_RATE) for name in MAIN[:2])
+        if standard and va:
+            yield f"{e.prompts} × {e.siblings}", *(compare(va, standard, measure) for measure, _ in MEASURES)
 
 
-def _table(title: str, head: str, rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, " | ".join(["---"] * len(head.split(" | "))), *(" | ".join(map(str, row)) for row in rows)]
-    return "\n".join([title, "", *(f"| {line} |" for line in lines)])
+_COMPARED = " | ".join(f"{NAMES[name]}: {title}" for _, title in MEASURES for name in MAIN[1:])
+TABLES: tuple[tuple[str, str, Callable[[Results], Iterator[Row]]], ...] = (
+    (
+        "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD.",
+        "learning rate | p(right digit): before, Standard, VA-OPD | difference | greedy reading | all five right | "
+        "answer right | KL per other token | steps of VA-OPD to Standard's last p | "
+        "groups by view divergence: p(right digit)",
+        _list_rates,
+    ),
+    (
+        f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD.",
+        "objective | p(right digit) | answer right | KL per other token | weight of read digits | siblings that count",
+        _list_parts,
+    ),
+    (
+        "**What decides**: every world, each objective at its own learning rate, minus Standard OPD.",
+        f"world | Standard: p(right digit), answers | {_COMPARED} | rates",
+        _list_worlds,
+    ),
+    (
+        "**Where the divergence lies** in each world, and how much read digits weigh; means over the run.",
+        "world | tokens that are read digits | share of KL on them | on misread ones | on tokens without VA | "
+        "on tokens that VA overlooks | VA-OPD's weight of read digits | of misread ones",
+        _list_regimes,
+    ),
+    (
+        f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
+        "prompts × siblings | p(right digit) | answer right",
+        _list_sizes,
+    ),
+)
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
