@@ -127,7 +127,7 @@ class _TokenGrouping(_Objective):
     """lambda: the share of the loss that the high group gets."""
     token_score: Literal["va", "view_divergence", "absolute"] = "va"
     """Ranks the tokens for the high group: va (paper); view_divergence, how much the teacher's whole distribution
-    depends on the image; absolute, VA without its sign (docs/when_va_opd_helps.md)."""
+    depends on the image; absolute, VA without its sign (docs/claims.md)."""
 
     @property
     def columns(self) -> tuple[str, ...]:
