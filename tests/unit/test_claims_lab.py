@@ -150,9 +150,7 @@ def test_its_objectives_are_the_library_s(lab: Any) -> None:
     teacher, degraded, student = (torch.randn(8, 12, 7, generator=generator).log_softmax(-1) for _ in range(3))
     tokens = torch.randint(7, (8, 12), generator=generator)
     valid = torch.arange(12) < torch.tensor([12, 3, 7, 12, 1, 9, 12, 5])[:, None]
-    scores = lab.run.Scores(
-        tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4
-    )
+    scores = lab.run.Scores(tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4)
     views = scores.both_views
     va, divergence = objective.visual_advantage(*views, valid), objective.view_divergence(teacher, degraded)
     for name, settings in {

@@ -332,7 +332,7 @@ def prepare(runs: Sequence[Run], folder: Path, device: torch.device) -> tuple[Ba
     missing = {path: (WORLDS[run.world], run.seed) for path, run in zip(paths, runs, strict=True) if not path.exists()}
     if missing:
         for path, student in zip(missing, batch.teach_students(list(missing.values())), strict=True):
-            keep(path, lambda made=student: {"student": made})  # type: ignore[misc]
+            keep(path, lambda made=student: {"student": made})
     return batch, torch.stack([load_file(path)["student"] for path in paths]).to(device)
 
 
