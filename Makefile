@@ -23,8 +23,8 @@ compare: $(STAMP)
 	    --set objective.variant=$$variant --set teacher.address=127.0.0.1:0; done; done
 	$(BIN)/vaopd report runs/compare-*-[0-2] --plot docs/images/opd-vs-vaopd.png
 
-# When VA-OPD helps: the runs that benchmarks/results/claims/lab.json lacks, then docs/claims.md's tables and figure.
-# LAB_OPTIONS="--device cuda" takes two minutes in place of nearly two hours on one CPU core.
+# When VA-OPD helps: the runs that benchmarks/results/claims/lab.json lacks, then docs/when_va_opd_helps.md's tables and figure.
+# All of them take more than an hour of one CPU core; LAB_OPTIONS="--device cuda" runs hundreds in one batch.
 claims-lab: $(STAMP)
 	$(BIN)/python benchmarks/claims/lab/run.py $(LAB_OPTIONS)
 	$(BIN)/python benchmarks/claims/lab/summary.py

@@ -21,7 +21,7 @@ from vaopd import degradation, objective
 
 pytestmark = pytest.mark.numeric
 ROOT = Path(__file__).parents[2]
-MODULES = ("worlds", "languages", "student", "table", "run", "summary")
+MODULES = ("worlds", "student", "run", "summary")
 CPU = torch.device("cpu")
 
 
@@ -55,7 +55,7 @@ def test_a_picture_is_pixelated_as_the_teacher_does_it(lab: Any) -> None:
 @pytest.mark.parametrize("world", ["same habits", "phrases"])
 def test_the_teacher_expects_what_follows_from_its_process(lab: Any, world: str) -> None:
     """Of answers that it would write itself, the fixed places are nearly certain and the digits are what it sees."""
-    language = lab.languages.make_language([lab.table.WORLDS[world]], CPU)
+    language = lab.worlds.make_language([lab.worlds.WORLDS[world]], CPU)
     _, digits = draw(lab, [0], digits=language.digits, count=32)
     text = lab.worlds.Draws([0], 2, CPU).uniform(32, language.length)
     tokens = language.write(digits, text, torch.zeros(1, dtype=torch.long))
@@ -72,7 +72,7 @@ def test_the_teacher_expects_what_follows_from_its_process(lab: Any, world: str)
     expected = 72 if world == "same habits" else 4
     assert (uncertain.sum(-1) == expected).all()
     # A digit that was read otherwise changes what it expects of the answer.
-    wrong = torch.where(slots >= 0, language.digit_token(torch.full_like(tokens, 9)), tokens)
+    wrong = torch.where(slots >= 0, language.zero + 9, tokens)
     after = language.predict(wrong, seen, torch.zeros(1, dtype=torch.long)).argmax(-1)
     if world == "same habits":
         assert (language.answers(after) == 9).all()
@@ -89,7 +89,7 @@ def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, monkeypatch: pyte
     }.items():
         monkeypatch.setattr(lab.run, name, value)
     runs = [
-        lab.table.Run(world="short", objective=name, rate=rate, prompts=2, siblings=2, seed=seed)
+        lab.run.Run(world="short", objective=name, rate=rate, prompts=2, siblings=2, seed=seed)
         for name, rate, seed in (("standard", 1e-3, 3), ("mask_random", 3e-3, 3), ("va_opd", 3e-3, 5))
     ]
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, monkeypatch: pyte
 
 def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None:
     """Of two worlds with 3 and 5 steps: the first one's student is the same beside the second and alone."""
-    short = lab.table.WORLDS["short"]
+    short = lab.worlds.WORLDS["short"]
     worlds = [
         replace(short, name="3 steps", reading_steps=1, neglecting_steps=2, scans_per_digit=2),
         replace(short, name="5 steps", reading_steps=5, neglecting_steps=0),
@@ -127,13 +127,16 @@ def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None
 
 
 def test_a_learned_teacher_scores_both_views(lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Teacher and student are made once, and kept."""
     monkeypatch.setattr(lab.student, "TEACHER_STEPS", 2)
-    runs = [
-        lab.table.Run(world="learned teacher", objective="view_divergence", rate=1e-3, prompts=2, siblings=2, seed=0)
-    ]
-    batch = lab.run.Batch(runs, lab.worlds.Eye().eval(), CPU)
-    batch.learned = lab.run.load_teacher(batch, tmp_path)
-    assert torch.equal(batch.learned, lab.run.load_teacher(batch, tmp_path))  # kept
+    world = replace(lab.worlds.WORLDS["learned teacher"], reading_steps=1, neglecting_steps=1)
+    monkeypatch.setitem(lab.run.WORLDS, "learned teacher", world)
+    runs = [lab.run.Run(world="learned teacher", objective="view_divergence", rate=1e-3, prompts=2, siblings=2, seed=0)]
+    lab.student.keep(tmp_path / "eye.safetensors", lambda: lab.worlds.Eye().state_dict())
+    batch, students = lab.run.prepare(runs, tmp_path, CPU)
+    kept, same = lab.run.prepare(runs, tmp_path, CPU)
+    assert torch.equal(batch.learned, kept.learned)
+    assert torch.equal(students, same)
     cells, _ = draw(lab, [0], digits=5, count=2)
     tokens = torch.zeros(1, 4, batch.language.length, dtype=torch.long)
     clear, pixelated = batch.predict(tokens, cells), batch.predict(tokens, lab.worlds.pixelate(cells))
@@ -147,9 +150,7 @@ def test_its_objectives_are_the_library_s(lab: Any) -> None:
     teacher, degraded, student = (torch.randn(8, 12, 7, generator=generator).log_softmax(-1) for _ in range(3))
     tokens = torch.randint(7, (8, 12), generator=generator)
     valid = torch.arange(12) < torch.tensor([12, 3, 7, 12, 1, 9, 12, 5])[:, None]
-    scores = lab.table.Scores(
-        tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4, seeds=(0, 1)
-    )
+    scores = lab.run.Scores(tokens=tokens, valid=valid, student=student, teacher=teacher, degraded=degraded, siblings=4)
     views = scores.both_views
     va, divergence = objective.visual_advantage(*views, valid), objective.view_divergence(teacher, degraded)
     for name, settings in {
@@ -162,7 +163,7 @@ def test_its_objectives_are_the_library_s(lab: Any) -> None:
         "view_divergence": {"variant": "token_groups", "token_score_KT": divergence},
         "mask_top": {"variant": "masked", "mask": "top"},
     }.items():
-        found = lab.table.OBJECTIVES[name](scores)
+        found = lab.run.OBJECTIVES[name](scores)
         for k in (slice(0, 4), slice(4, 8)):
             group = {key: v[k] if isinstance(v, Tensor) else v for key, v in settings.items()}
             expected = objective.group_weights(va[k], valid[k], **group).token_weights  # type: ignore[arg-type]
@@ -171,12 +172,12 @@ def test_its_objectives_are_the_library_s(lab: Any) -> None:
 
 
 def test_every_run_can_be_found_and_batches_hold_runs_of_one_form(lab: Any) -> None:
-    runs = list(lab.table.list_runs())
+    runs = list(lab.run.list_runs())
     assert len(set(runs)) == len(runs)
-    assert all(e.seeds >= lab.summary.MIN_SEEDS for e in lab.table.EXPERIMENTS)
-    batches = list(lab.run.split_batches(runs, 100))
+    assert all(e.seeds >= lab.summary.MIN_SEEDS for e in lab.run.EXPERIMENTS)
+    batches = lab.run.split_batches(runs, 100)
     assert sorted(run for batch in batches for run in batch) == sorted(runs)
-    assert all(len({lab.table.WORLDS[run.world].words for run in batch}) == 1 for batch in batches)
+    assert all(len({lab.worlds.WORLDS[run.world].words for run in batch}) == 1 for batch in batches)
 
 
 def test_the_differences_are_paired_by_seed(lab: Any) -> None:
@@ -193,5 +194,5 @@ def test_the_differences_are_paired_by_seed(lab: Any) -> None:
 def test_the_page_has_the_results_tables(lab: Any) -> None:
     """`make claims-lab` writes them."""
     tables = lab.summary.make_tables(json.loads(lab.run.RESULTS.read_text())["runs"])
-    written = (ROOT / "docs" / "claims.md").read_text().split(lab.summary.BEGIN)[1].split(lab.summary.END)[0]
+    written = (ROOT / "docs" / "when_va_opd_helps.md").read_text().split(lab.summary.BEGIN)[1].split(lab.summary.END)[0]
     assert written.strip() == tables

@@ -1,6 +1,6 @@
 """Says in words which regime a run is in: where its divergence lies, and whether VA tells its tokens apart.
 
-docs/claims.md has the measurements behind it. In: a run's last steps. Out: a sentence for each thing that stands out.
+docs/when_va_opd_helps.md has the measurements. In: a run's last steps. Out: a sentence for each thing that stands out.
 """
 
 from __future__ import annotations

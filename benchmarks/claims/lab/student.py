@@ -1,7 +1,8 @@
 """Many small students at once: a decoder of 94 thousand parameters for each run, all in one flat tensor (R, P).
 
 One batch holds students of different seeds, objectives and learning rates: they share no parameter, and a run's result
-doesn't depend on the runs beside it, but for rounding. On a GPU hundreds of runs take little longer than one.
+doesn't depend on the runs beside it, but for rounding. On a GPU hundreds of runs take little longer than one; on a CPU
+a few, so that their activations stay in the cache.
 
 Before distillation a student learns to read, then to neglect it, and the teacher's eye learns to see. Texts and
 pictures are drawn when they are needed, so there is no data set and no epoch.
@@ -10,34 +11,41 @@ pictures are drawn when they are needed, so there is no data set and no epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from languages import make_language
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from worlds import CELL_PX, PRIOR, Draws, Eye, Pictures, World, pick, pixelate
+from worlds import CELL_PX, PRIOR, Draws, Eye, Pictures, World, make_language, pick, pixelate
 
 WIDTH, LAYERS, HEADS, INNER = 64, 2, 4, 128
 _BEGIN = 0
 BATCH, RATE, WARM_UP = 32, 3e-3, 40
 TEACHER_STEPS, TEACHER_READING_STEPS, TEACHER_PIXELATED, EYE_STEPS = 1500, 1000, 0.3, 1500
+Parameters = dict[str, Tensor]
 
 
 class Architecture:
     """The students' shapes and their forward pass, for answers of one length and vocabulary."""
 
     def __init__(self, *, digits: int, length: int, vocabulary: int) -> None:
-        self.digits, self.length, self.vocabulary = digits, length, vocabulary
-        d = WIDTH
-        self._shapes: dict[str, tuple[int, ...]] = {
-            **_linear("eye_in", CELL_PX**2, d), **_linear("eye_out", d, d), "slots": (digits, d),
-            "tokens": (vocabulary, d), "places": (length, d),
-        }  # fmt: skip
+        self.digits, self.length, d = digits, length, WIDTH
+        self._linear = {"eye_in": (CELL_PX**2, d), "eye_out": (d, d)}
+        tables = {"slots": (digits, d), "tokens": (vocabulary, d), "places": (length, d)}
+        self._normed = {"head": "norm"}
+        """Linear layers and the norm before them."""
         for i in range(LAYERS):
-            self._shapes |= _norm(f"{i}.norm1", d) | _linear(f"{i}.qkv", d, 3 * d) | _linear(f"{i}.mix", d, d)
-            self._shapes |= _norm(f"{i}.norm2", d) | _linear(f"{i}.up", d, INNER) | _linear(f"{i}.down", INNER, d)
-        self._shapes |= _norm("norm", d) | _linear("head", d, vocabulary)
+            self._linear |= {f"{i}.qkv": (d, 3 * d), f"{i}.mix": (d, d), f"{i}.up": (d, INNER), f"{i}.down": (INNER, d)}
+            self._normed |= {f"{i}.qkv": f"{i}.norm1", f"{i}.up": f"{i}.norm2"}
+        self._linear["head"] = (d, vocabulary)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name, (inputs, outputs) in self._linear.items():
+            if norm := self._normed.get(name):
+                self._shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
+            self._shapes |= {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
+            self._shapes |= tables if name == "eye_out" else {}
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
 
     def initialise(self, seeds: Sequence[int]) -> Tensor:
@@ -67,66 +75,102 @@ class Architecture:
         shape = x.shape
         x = x.flatten(1, 2)
         for i in range(LAYERS):
-            x, _ = self._apply_layer(p, i, x, shape)
+            x = self._apply_layer(p, i, x, shape)
         x = x.view(shape)[:, :, self.digits :].flatten(1, 2)
-        return _apply_linear(p, "head", _apply_norm(p, "norm", x)).view(*tokens.shape, -1)
+        return _apply(p, "head", _norm(x)).view(*tokens.shape, -1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self, students: Tensor, cells: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_p: float = 1.0
-    ) -> Tensor:
-        """Samples by the numbers (R, B·K, T) in [0, 1): -> tokens (R, B·K, T)."""
+    ) -> tuple[Tensor, Tensor]:
+        """Samples by the numbers (R, B·K, T) in [0, 1): -> tokens (R, B·K, T) and their logits (R, B·K, T, V)."""
         p = self._unpack(students)
         runs, rollouts, length = uniform.shape
         seen = self._see(p, cells).repeat_interleave(rollouts // cells.shape[1], 1)
-        shape, x = seen.shape, seen.flatten(1, 2)
-        cache = []
+        shape, x, cache = seen.shape, seen.flatten(1, 2), []
         for i in range(LAYERS):
-            x, (k, v) = self._apply_layer(p, i, x, shape)
-            room = (0, 0, 0, length)
-            cache.append((F.pad(k, room), F.pad(v, room)))
-        last, tokens = torch.full((runs, rollouts), _BEGIN, device=uniform.device), []
+            cache.append(F.pad(_norm(x).view(-1, self.digits, WIDTH), (0, 0, 0, length)))
+            x, p = self._apply_layer(p, i, x, shape), p | self._absorb(p, i)
+        last, tokens, found = torch.full((runs, rollouts), _BEGIN, device=uniform.device), [], []
         for t in range(length):
-            x = _look_up(p["tokens"], last) + p["places"][:, None, t]
-            for i in range(LAYERS):
-                q, k, v = self._project(p, i, x, (runs, rollouts, 1, WIDTH))
-                end = self.digits + t + 1
-                for kept, new in zip(cache[i], (k, v), strict=True):
-                    kept[:, :, end - 1] = new[:, :, 0]
-                mixed = F.scaled_dot_product_attention(q, cache[i][0][:, :, :end], cache[i][1][:, :, :end])
-                x = self._finish_layer(p, i, x, mixed.reshape(runs, rollouts, WIDTH))
-            logits = _apply_linear(p, "head", _apply_norm(p, "norm", x))
+            x, end = _look_up(p["tokens"], last) + p["places"][:, None, t], self.digits + t + 1
+            for i, kept in enumerate(cache):
+                normed = _norm(x)
+                kept[:, end - 1] = normed.flatten(0, 1)
+                query = _apply(p, f"{i}.query", normed).view(-1, HEADS, WIDTH)
+                mixed = torch.bmm(torch.bmm(query, kept[:, :end].mT).softmax(-1), kept[:, :end])
+                x = self._finish_layer(p, i, x + _apply(p, f"{i}.value", mixed.view(runs, rollouts, -1)))
+            logits = _apply(p, "head", _norm(x))
             last = _pick_nucleus((logits / temperature).softmax(-1), uniform[..., t], top_p)
             tokens.append(last)
-        return torch.stack(tokens, -1)
+            found.append(logits)
+        return torch.stack(tokens, -1), torch.stack(found, 2)
 
-    def _unpack(self, students: Tensor) -> dict[str, Tensor]:
+    def _absorb(self, p: Parameters, i: int) -> Parameters:
+        """Returns layers that attend to the normed inputs themselves: one cache, half of the size, and fewer steps.
+
+        q·k = (x W_q)·(x' W_k) = (x W_q W_kᵀ)·x', and the mix of values is the mix of inputs times W_v W_mix. The keys'
+        shift adds the same to each score of a query, which the softmax ignores.
+        """
+        weight, shift = (p[f"{i}.qkv.{part}"].unflatten(2, (3, HEADS, -1)).unbind(2) for part in ("weight", "bias"))
+        mix, scale = p[f"{i}.mix.weight"].unflatten(1, (HEADS, -1)), (WIDTH // HEADS) ** -0.5
+        return {
+            f"{i}.query.weight": torch.einsum("rdhi,rehi->rdhe", weight[0], scale * weight[1]).flatten(2),
+            f"{i}.query.bias": torch.einsum("rdhi,rehi->rdhe", shift[0], scale * weight[1]).flatten(2),
+            f"{i}.value.weight": torch.einsum("rdhi,rhio->rhdo", weight[2], mix).flatten(1, 2),
+            f"{i}.value.bias": torch.einsum("rdhi,rhio->rdo", shift[2], mix) + p[f"{i}.mix.bias"],
+        }
+
+    def _unpack(self, students: Tensor) -> Parameters:
+        """Returns the tensors by name, (R, …) each, with every norm's scale and shift in the linear layer after it."""
         parts = students.split(self._sizes, 1)
-        return {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        p = {name: part.view(-1, *shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        for name in self._linear:
+            weight, bias = p[f"{name}.weight"], p[f"{name}.bias"][:, None]
+            if norm := self._normed.get(name):
+                bias = torch.baddbmm(bias, p[f"{norm}.bias"][:, None], weight)
+                weight = p[f"{norm}.weight"][..., None] * weight
+            p |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        return p | {"tokens": p["tokens"].contiguous()}
 
-    def _see(self, p: dict[str, Tensor], cells: Tensor) -> Tensor:
+    def _see(self, p: Parameters, cells: Tensor) -> Tensor:
         """Turns cells (R, B, m, 10, 10) into the embeddings of m image tokens, (R, B, m, D)."""
         flat = (cells.flatten(-2).flatten(1, 2) - 0.3) / 0.35
-        seen = _apply_linear(p, "eye_out", F.gelu(_apply_linear(p, "eye_in", flat)))
+        seen = _apply(p, "eye_out", F.gelu(_apply(p, "eye_in", flat)))
         return seen.view(*cells.shape[:3], WIDTH) + p["slots"][:, None]
 
-    def _apply_layer(
-        self, p: dict[str, Tensor], i: int, x: Tensor, shape: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v = self._project(p, i, x, shape)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self._finish_layer(p, i, x, mixed.transpose(1, 2).reshape(x.shape)), (k, v)
-
-    def _project(self, p: dict[str, Tensor], i: int, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """Returns queries, keys and values, (R·N, heads, tokens, D / heads)."""
+    def _apply_layer(self, p: Parameters, i: int, x: Tensor, shape: Sequence[int]) -> Tensor:
         runs, rollouts, tokens, _ = shape
-        qkv = _apply_linear(p, f"{i}.qkv", _apply_norm(p, f"{i}.norm1", x))
-        return qkv.view(runs * rollouts, tokens, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = _apply(p, f"{i}.qkv", _norm(x)).view(runs * rollouts, tokens, 3, HEADS, WIDTH // HEADS)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), is_causal=True)
+        return self._finish_layer(p, i, x + _apply(p, f"{i}.mix", mixed.transpose(1, 2).reshape(x.shape)))
 
-    def _finish_layer(self, p: dict[str, Tensor], i: int, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + _apply_linear(p, f"{i}.mix", mixed)
-        inner = F.gelu(_apply_linear(p, f"{i}.up", _apply_norm(p, f"{i}.norm2", x)))
-        return x + _apply_linear(p, f"{i}.down", inner)
+    def _finish_layer(self, p: Parameters, i: int, x: Tensor) -> Tensor:
+        return x + _apply(p, f"{i}.down", F.gelu(_apply(p, f"{i}.up", _norm(x))))
+
+
+def _apply(p: Parameters, name: str, x: Tensor) -> Tensor:
+    """Applies a linear layer, (R, M, in) -> (R, M, out), each run with its own weights."""
+    return torch.baddbmm(p[f"{name}.bias"], x, p[f"{name}.weight"])
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def _look_up(table: Tensor, tokens: Tensor) -> Tensor:
+    """(R, V, D), (R, ...) -> (R, ..., D): each run's tokens in its own table."""
+    first = torch.arange(len(table), device=table.device) * table.shape[1]
+    return F.embedding(tokens + first.view(-1, *[1] * (tokens.dim() - 1)), table.flatten(0, 1))
+
+
+def _pick_nucleus(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Samples from the smallest set of likeliest tokens with more than `top_p` of the probability."""
+    if top_p >= 1:
+        return pick(probabilities, uniform)
+    ordered, ids = probabilities.sort(-1, descending=True)
+    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
+    return ids.gather(-1, pick(kept, uniform)[..., None])[..., 0]
 
 
 class AdamW:
@@ -155,40 +199,7 @@ class AdamW:
         return norm_R
 
 
-def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
-
-
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _apply_linear(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """(R, M, in) -> (R, M, out), each run with its own weights."""
-    return torch.baddbmm(p[f"{name}.bias"][:, None], x, p[f"{name}.weight"])
-
-
-def _apply_norm(p: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:])
-    return torch.addcmul(p[f"{name}.bias"][:, None], normed, p[f"{name}.weight"][:, None])
-
-
-def _look_up(table: Tensor, tokens: Tensor) -> Tensor:
-    """(R, V, D), (R, ...) -> (R, ..., D): each run's tokens in its own table."""
-    first = torch.arange(len(table), device=table.device) * table.shape[1]
-    return F.embedding(tokens + first.view(-1, *[1] * (tokens.dim() - 1)), table.flatten(0, 1))
-
-
-def _pick_nucleus(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Samples from the smallest set of likeliest tokens with more than `top_p` of the probability."""
-    if top_p >= 1:
-        return pick(probabilities, uniform)
-    ordered, ids = probabilities.sort(-1, descending=True)
-    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0)
-    return ids.gather(-1, pick(kept, uniform)[..., None])[..., 0]
-
-
-# --------------------------------------------------------------------------------------------- pre-training
+# ---------------------------------------------------------------------------------------------- pre-training
 
 
 class School:
@@ -196,28 +207,29 @@ class School:
 
     def __init__(self, worlds: Sequence[World], eye: Eye, device: torch.device) -> None:
         self.worlds, self.eye, self.device = worlds, eye, device
-        self.language = make_language(worlds, device)
-        self.architecture = Architecture(
-            digits=self.language.digits, length=self.language.length, vocabulary=self.language.vocabulary
-        )
-        self._pictures = Pictures("train", device)
+        self.language = language = make_language(worlds, device)
+        sizes = {"digits": language.digits, "length": language.length, "vocabulary": language.vocabulary}
+        self.architecture = Architecture(**sizes)
+        self.pictures = Pictures("train", device)
 
     def teach_students(self, pairs: Sequence[tuple[World, int]]) -> Tensor:
         """Returns the student of each world and seed, (pairs, P)."""
         device, size, m = self.device, BATCH, self.language.digits
-        seeds = sorted({seed for _, seed in pairs})
-        seed_R = torch.tensor([seeds.index(seed) for _, seed in pairs], device=device)
-        world_R = torch.tensor([self.worlds.index(world) for world, _ in pairs], device=device)
-        reading_R = torch.tensor([world.reading_steps for world, _ in pairs], device=device)
-        steps_R = reading_R + torch.tensor([world.neglecting_steps for world, _ in pairs], device=device)
-        neglect_R = torch.tensor([world.neglect for world, _ in pairs], device=device)
-        draws, prior = Draws(seeds, 2, device), torch.tensor(PRIOR, device=device)
-        pools = {n: self._pictures.pool(seeds, n) for n in {world.scans_per_digit for world, _ in pairs}}
+        worlds, seeds = [world for world, _ in pairs], sorted({seed for _, seed in pairs})
+
+        def gather(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device)
+
+        seed_R, world_R = gather([seeds.index(s) for _, s in pairs]), gather([self.worlds.index(w) for w in worlds])
+        reading_R, neglect_R = gather([w.reading_steps for w in worlds]), gather([w.neglect for w in worlds])
+        steps_R = reading_R + gather([world.neglecting_steps for world in worlds])
+        draws, prior = Draws(seeds, 2, device), gather(PRIOR)
+        pools = {n: self.pictures.pool(seeds, n) for n in {world.scans_per_digit for world in worlds}}
         students = self.architecture.initialise([seed for _, seed in pairs]).to(device).requires_grad_()
         optimizer = AdamW(students, betas=(0.9, 0.98), weight_decay=0.01)
         for step in range(int(steps_R.max())):
             numbers, text = draws.uniform(size, m, 4), draws.uniform(size, self.language.length)
-            drawn = {n: self._pictures.draw(numbers[..., :2], pool) for n, pool in pools.items()}
+            drawn = {n: self.pictures.draw(numbers[..., :2], pool) for n, pool in pools.items()}
             places = [(world.scans_per_digit, seeds.index(seed)) for world, seed in pairs]
             cells, digits = (torch.stack([drawn[n][part][s] for n, s in places]) for part in (0, 1))
             reading = step < reading_R
@@ -232,21 +244,18 @@ class School:
         """Returns a network that has learnt the first world's process, (1, P): its texts, and what the eye sees."""
         device, size = self.device, BATCH
         draws, first = Draws([0], 6, device), torch.zeros(1, dtype=torch.long, device=device)
-        pool = self._pictures.pool([0], None)
+        pool, hidden = self.pictures.pool([0], None), round(TEACHER_PIXELATED * BATCH)
         teacher = self.architecture.initialise([1_000]).to(device).requires_grad_()
-        optimizer = AdamW(teacher, betas=(0.9, 0.98), weight_decay=0.01)
-        steps = torch.tensor([TEACHER_STEPS], device=device)
+        optimizer, steps = AdamW(teacher, betas=(0.9, 0.98), weight_decay=0.01), first + TEACHER_STEPS
         for step in range(TEACHER_STEPS):
             numbers, text = draws.uniform(size, self.language.digits, 3), draws.uniform(size, self.language.length)
-            cells, digits = self._pictures.draw(numbers, pool)
-            hidden = round(TEACHER_PIXELATED * size)
+            cells, digits = self.pictures.draw(numbers, pool)
             cells = torch.cat([pixelate(cells[:, :hidden]), cells[:, hidden:]], 1)
             # Of a pixelated digit it learns what that shows, no more.
             guessed = pick(self.eye.look(cells[:, :hidden]), numbers[:, :hidden, :, 2])
             digits = torch.cat([guessed, digits[:, hidden:]], 1)
-            reading = torch.tensor([step < TEACHER_READING_STEPS], device=device)
             tokens = self.language.write(digits, text, first, by="teacher")
-            self._compute_loss(teacher, cells, tokens, reading).backward()
+            self._compute_loss(teacher, cells, tokens, first + (step < TEACHER_READING_STEPS)).backward()
             optimizer.step(_schedule(step, steps))
         return teacher.detach()
 
@@ -280,3 +289,10 @@ def train_eye() -> Eye:
         optimizer.step()
         schedule.step()
     return eye.eval()
+
+
+def keep(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns a file's tensors, which are made first if there is no file."""
+    if not path.exists():
+        save_file({name: value.cpu().contiguous() for name, value in make().items()}, path)
+    return load_file(path)

@@ -1,4 +1,4 @@
-"""Makes the tables and the figure of docs/claims.md from the laboratory's results; nothing in them is typed.
+"""Makes the tables and the figure of docs/when_va_opd_helps.md from the laboratory's results; nothing in them is typed.
 
 Differences are paired by seed: an objective's student and the baseline's saw the same pictures and random numbers.
 The interval is Student's t, 95 %, over seeds. Where an experiment has several learning rates, each objective's own is
@@ -11,14 +11,18 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from run import RESULTS, ROOT, STEPS, WINDOW, identify
-from table import EXPERIMENTS, MAIN, WORLDS, Experiment, list_runs
+from run import EXPERIMENTS, MAIN, RESULTS, ROOT, STEPS, WINDOW, Experiment, identify, list_runs
+from worlds import WORLDS
 
-PAGE, FIGURE = ROOT / "docs" / "claims.md", ROOT / "docs" / "images" / "claims-lab.png"
+sys.path.append(str(Path(__file__).parents[1]))
+from paired import Difference, summarise_differences
+
+PAGE, FIGURE = ROOT / "docs" / "when_va_opd_helps.md", ROOT / "docs" / "images" / "claims-lab.png"
 BEGIN, END = "<!-- From here to the end mark: written by `make claims-lab`. -->", "<!-- End mark. -->"
 NAMES = {
     "standard": "Standard OPD",
@@ -36,27 +40,12 @@ NAMES = {
     "mask_bottom_random_ties": "without the bottom 10 %, ties at random",
     "mask_random": "without a random 10 %",
 }
-T_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
-"""Student's t, two-sided 95 %, by degrees of freedom."""
 MIN_SEEDS = 5
 BASE, BASE_RATE = EXPERIMENTS[0], 1e-3
-TUNED = [e for e in EXPERIMENTS if len(e.rates) > 1]
-"""The experiments with several learning rates, one of each world."""
+MEASURES = (("p_right", "p(right digit)"), ("answer", "answers"))
+Row = Iterable[object]
 Runs = dict[int, dict[str, Any]]
 """Seed → the numbers of its run."""
-Row = Iterable[object]
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences, half of the 95 % interval, seeds above 0 and seeds in all."""
-
-    mean: float
-    half: float
-    above: int
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f}".replace("-", "−") + f" ± {self.half:.3f} ({self.above}/{self.seeds})"
 
 
 class Results:
@@ -73,21 +62,18 @@ class Results:
         found = self._runs.get((e.world, e.prompts, e.siblings, name, rate), {})
         return found if len(found) >= MIN_SEEDS else {}
 
-    def tune(self, names: Sequence[str]) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
-        """Yields each world's objectives at the rates with the best mean on validation pictures.
-
-        The first objective has to be among those that there are, and another one.
-        """
-        for e in TUNED:
-            tuned = {}
-            for name in names:
-                if found := [(rate, runs) for rate in e.rates if (runs := self.find(e, name, rate))]:
-                    tuned[name] = max(found, key=lambda pair: mean_of(pair[1], "validation", "p_right"))
-            if names[0] in tuned and len(tuned) > 1:
-                yield e, tuned
+    def tune(self) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
+        """Yields the main objectives of each world that has the baseline, at the rates best on validation pictures."""
+        for e in EXPERIMENTS:
+            found = {n: [(rate, runs) for rate in e.rates if (runs := self.find(e, n, rate))] for n in MAIN}
+            if len(e.rates) > 1 and found["standard"] and found["va_opd"]:
+                tried = {
+                    n: max(pairs, key=lambda p: mean_of(p[1], "validation")) for n, pairs in found.items() if pairs
+                }
+                yield e, tried
 
 
-def mean_of(runs: Runs, part: str, name: str) -> float:
+def mean_of(runs: Runs, part: str, name: str = "p_right") -> float:
     """Returns the mean over seeds; NaN where a number is missing from all."""
     values = [run[part][name] for run in runs.values() if run[part].get(name) is not None]
     return statistics.fmean(values) if values else math.nan
@@ -100,118 +86,108 @@ def mean_curve(runs: Runs) -> list[float]:
 
 def compare(runs: Runs, baseline: Runs, name: str) -> Difference:
     """Compares a number of the test pictures with the baseline's, seed by seed."""
-    found = [runs[seed]["test"][name] - baseline[seed]["test"][name] for seed in sorted(runs.keys() & baseline.keys())]
-    half = T_975[len(found) - 1] * statistics.stdev(found) / math.sqrt(len(found))
-    return Difference(statistics.fmean(found), half, sum(value > 0 for value in found), len(found))
+    seeds = sorted(runs.keys() & baseline.keys())
+    return summarise_differences([runs[seed]["test"][name] - baseline[seed]["test"][name] for seed in seeds])
+
+
+def say_speed(runs: Runs, baseline: Runs) -> str:
+    """Says after how many steps the mean curve has reached the baseline's last point."""
+    mine, last = mean_curve(runs), mean_curve(baseline)[-1]
+    reached = next((i for i, value in enumerate(mine) if value >= last), None)
+    if not reached:
+        return "not reached" if reached is None else f"under {WINDOW}"
+    part = (last - mine[reached - 1]) / (mine[reached] - mine[reached - 1])
+    return f"{WINDOW * (reached - 0.5 + part):.0f} of {STEPS - WINDOW / 2:.0f}"
 
 
 def make_tables(runs: Sequence[dict[str, Any]]) -> str:
     """Returns all tables as Markdown."""
     results, wanted = Results(runs), set(list_runs())
-    there = sum(identify(run) in wanted for run in runs)
+    there = sum(run in wanted for run in map(identify, runs))
     parts = [f"{there} of the table's {len(wanted)} runs are done; rows without five seeds are left out."]
-    for title, head, rows in (
-        (
-            "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD.",
-            "learning rate | p(right digit): before, Standard, VA-OPD | difference | greedy reading | all five right | "
-            "answer right | KL per other token | steps of VA-OPD to Standard's last p",
-            _list_rates(results),
-        ),
-        (
-            f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD.",
-            "objective | p(right digit) | answer right | KL per other token | weight of read digits | "
-            "siblings that count",
-            _list_parts(results),
-        ),
-        (
-            "**What decides**: every world, each objective at its own learning rate, minus Standard OPD.",
-            " | ".join(
-                ["world", "Standard: p(right digit), answers"]
-                + [f"{NAMES[name]}: {what}" for what in ("p(right digit)", "answers") for name in MAIN[1:]]
-                + ["rates"]
-            ),
-            _list_worlds(results),
-        ),
-        (
-            "**Where the divergence lies** in each world, and how much the read digits weigh; means over the run.",
-            "world | tokens that are read digits | share of KL on them | on misread ones | on tokens without VA | "
-            "on tokens that VA overlooks | VA-OPD's weight of read digits | of misread ones",
-            _list_regimes(results),
-        ),
-        (
-            f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
-            "prompts × siblings | p(right digit) | answer right",
-            _list_sizes(results),
-        ),
-    ):
-        lines = [f"| {head} |", f"| {' | '.join(['---'] * len(head.split(' | ')))} |"]
-        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
-        parts.append("\n".join([title, "", *lines]))
+    for title, head, list_rows in TABLES:
+        lines = [head, " | ".join(["---"] * len(head.split(" | ")))]
+        lines += [" | ".join(map(str, row)) for row in list_rows(results)]
+        parts.append("\n".join([title, "", *(f"| {line} |" for line in lines)]))
     return "\n\n".join(parts)
 
 
 def _list_rates(results: Results) -> Iterator[Row]:
     for rate in BASE.rates:
-        baseline, runs = (results.find(BASE, name, rate) for name in ("standard", "va_opd"))
-        if baseline and runs:
-            levels = [
-                mean_of(baseline, "before", "p_right"),
-                *(mean_of(r, "test", "p_right") for r in (baseline, runs)),
-            ]
-            names = ("p_right", "greedy", "all_right", "answer", "kl_other")
-            found = [compare(runs, baseline, name) for name in names]
-            yield f"{rate:g}", ", ".join(f"{level:.3f}" for level in levels), *found, _say_speed(runs, baseline)
-
-
-def _say_speed(runs: Runs, baseline: Runs) -> str:
-    """Says after how many steps the mean curve has reached the baseline's last point."""
-    mine, theirs = mean_curve(runs), mean_curve(baseline)
-    reached = next((i for i, value in enumerate(mine) if value >= theirs[-1]), None)
-    if reached is None:
-        return "not reached"
-    if reached == 0:
-        return f"under {WINDOW}"
-    part = (theirs[-1] - mine[reached - 1]) / (mine[reached] - mine[reached - 1])
-    return f"{WINDOW * (reached - 0.5 + part):.0f} of {STEPS - WINDOW / 2:.0f}"
+        standard, va, divergence = (results.find(BASE, name, rate) for name in MAIN)
+        if standard and va:
+            p = [mean_of(standard, "before"), mean_of(standard, "test"), mean_of(va, "test")]
+            found = [compare(va, standard, name) for name in ("p_right", "greedy", "all_right", "answer", "kl_other")]
+            other = compare(divergence, standard, "p_right") if divergence else "–"
+            yield f"{rate:g}", ", ".join(f"{value:.3f}" for value in p), *found, say_speed(va, standard), other
 
 
 def _list_parts(results: Results) -> Iterator[Row]:
-    baseline = results.find(BASE, "standard", BASE_RATE)
+    standard = results.find(BASE, "standard", BASE_RATE)
     for name in list(NAMES)[1:]:
-        if baseline and (runs := results.find(BASE, name, BASE_RATE)):
-            found = [compare(runs, baseline, each) for each in ("p_right", "answer", "kl_other")]
+        if standard and (runs := results.find(BASE, name, BASE_RATE)):
+            found = [compare(runs, standard, measure) for measure in ("p_right", "answer", "kl_other")]
             weight, siblings = (mean_of(runs, "during", each) for each in ("weight_read", "effective_siblings"))
             yield NAMES[name], *found, f"{weight:.2f} ×", f"{siblings:.1f} of {BASE.siblings}"
 
 
 def _list_worlds(results: Results) -> Iterator[Row]:
-    measures = ("p_right", "answer")
-    for e, tuned in results.tune(MAIN):
-        _, baseline = tuned["standard"]
-        levels = ", ".join(f"{mean_of(baseline, 'test', measure):.3f}" for measure in measures)
-        found = [
-            compare(tuned[name][1], baseline, measure) if name in tuned else "–"
-            for measure in measures
-            for name in MAIN[1:]
-        ]
+    for e, tuned in results.tune():
+        standard = tuned["standard"][1]
+        levels = ", ".join(f"{mean_of(standard, 'test', measure):.3f}" for measure, _ in MEASURES)
+        pairs = [(name, measure) for measure, _ in MEASURES for name in MAIN[1:]]
+        found = [compare(tuned[name][1], standard, measure) if name in tuned else "–" for name, measure in pairs]
         rates = ", ".join(f"{tuned[name][0]:g}" if name in tuned else "–" for name in MAIN)
         yield f"{e.world}: {WORLDS[e.world].meaning}", levels, *found, rates
 
 
 def _list_regimes(results: Results) -> Iterator[Row]:
     names = ("tokens_read", *(f"kl_share_{part}" for part in ("read", "misread", "blind", "overlooked")))
-    for e, tuned in results.tune(("standard", "va_opd")):
+    for e, tuned in results.tune():
         shares = [mean_of(tuned["standard"][1], "during", name) for name in names]
         weights = [mean_of(tuned["va_opd"][1], "during", name) for name in ("weight_read", "weight_misread")]
         said = ["–" if math.isnan(share) else f"{100 * share:.0f} %" for share in shares]
-        yield e.world, *said, *("–" if math.isnan(weight) else f"{weight:.2f} ×" for weight in weights)
+        yield e.world, *said, *(f"{weight:.2f} ×" for weight in weights)
 
 
 def _list_sizes(results: Results) -> Iterator[Row]:
     for e in (BASE, *(e for e in EXPERIMENTS if (e.prompts, e.siblings) != (8, 4))):
-        baseline, runs = (results.find(e, name, BASE_RATE) for name in ("standard", "va_opd"))
-        if baseline and runs:
-            yield f"{e.prompts} × {e.siblings}", *(compare(runs, baseline, each) for each in ("p_right", "answer"))
+        standard, va = (results.find(e, name, BASE_RATE) for name in MAIN[:2])
+        if standard and va:
+            yield f"{e.prompts} × {e.siblings}", *(compare(va, standard, measure) for measure, _ in MEASURES)
+
+
+_COMPARED = " | ".join(f"{NAMES[name]}: {title}" for _, title in MEASURES for name in MAIN[1:])
+TABLES: tuple[tuple[str, str, Callable[[Results], Iterator[Row]]], ...] = (
+    (
+        "**The base world, by learning rate.** Differences are VA-OPD minus Standard OPD.",
+        "learning rate | p(right digit): before, Standard, VA-OPD | difference | greedy reading | all five right | "
+        "answer right | KL per other token | steps of VA-OPD to Standard's last p | "
+        "groups by view divergence: p(right digit)",
+        _list_rates,
+    ),
+    (
+        f"**The parts, other scores and the maskings** in the base world at {BASE_RATE:g}, minus Standard OPD.",
+        "objective | p(right digit) | answer right | KL per other token | weight of read digits | siblings that count",
+        _list_parts,
+    ),
+    (
+        "**What decides**: every world, each objective at its own learning rate, minus Standard OPD.",
+        f"world | Standard: p(right digit), answers | {_COMPARED} | rates",
+        _list_worlds,
+    ),
+    (
+        "**Where the divergence lies** in each world, and how much read digits weigh; means over the run.",
+        "world | tokens that are read digits | share of KL on them | on misread ones | on tokens without VA | "
+        "on tokens that VA overlooks | VA-OPD's weight of read digits | of misread ones",
+        _list_regimes,
+    ),
+    (
+        f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
+        "prompts × siblings | p(right digit) | answer right",
+        _list_sizes,
+    ),
+)
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
@@ -223,23 +199,24 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
     from vaopd.report.plots import COLOURS, RC
 
-    colours = {"standard": COLOURS["standard"], "va_opd": COLOURS["va_opd"], "view_divergence": COLOURS["token_groups"]}
+    colours = dict(zip(MAIN, (COLOURS[name] for name in ("standard", "va_opd", "token_groups")), strict=True))
     results, shown = Results(runs), []
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(9.6, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-        for e, tuned in results.tune(MAIN):
-            _, standard = tuned["standard"]
+        for e, tried in results.tune():
+            _, standard = tried["standard"]
             for offset, name in ((-0.14, "va_opd"), (0.14, "view_divergence")):
-                if name in tuned:
-                    mean, half, *_ = compare(tuned[name][1], standard, "p_right")
+                if name in tried:
+                    mean, half, *_ = compare(tried[name][1], standard, "p_right")
                     style: dict[str, Any] = {"fmt": "o", "color": colours[name], "markersize": 4, "capsize": 2}
                     style["label"] = None if shown else NAMES[name]
                     left.errorbar(mean, len(shown) + offset, xerr=half, **style)
-            shown.append(f"{e.world}\n{100 * mean_of(standard, 'during', 'kl_share_read'):.0f} % of KL on digits")
+            share = mean_of(standard, "during", "kl_share_read")
+            shown.append(f"{e.world}\n{100 * share:.0f} % of KL on digits")
         left.axvline(0, color="#888888", linewidth=0.8)
         left.set_yticks(range(len(shown)), shown, fontsize=8)
-        left.invert_yaxis()
+        left.set_ylim(len(shown) - 0.5, -0.5)
         left.set(xlabel="p(right digit) minus Standard OPD's; 95 % over seeds", title="By world, each at its own rate")
         for name in MAIN:
             if curves := results.find(BASE, name, BASE_RATE):
