@@ -147,7 +147,7 @@ class _TokenGrouping(_Objective):
     token_score: Literal["va", "view_divergence", "absolute", "expected"] = "va"
     """Ranks the tokens for the high group: va (paper); view_divergence, how much the teacher's whole distribution
     depends on the image; absolute, VA without its sign; expected, VA as it is expected of the student's own
-    distribution, which needs teacher.payload = "hidden_pair" (docs/claims.md)."""
+    distribution, which needs teacher.payload = "hidden_pair" (docs/when_va_opd_helps.md)."""
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -20,9 +20,9 @@ from run import EXPERIMENTS, MAIN, RESULTS, ROOT, STEPS, WINDOW, Experiment, ide
 from worlds import WORLDS
 
 sys.path.append(str(Path(__file__).parents[1]))
-from paired import Difference, summarise_differences
+from paired import PAGE, Difference, summarise_differences, write_tables
 
-PAGE, FIGURE = ROOT / "docs" / "when_va_opd_helps.md", ROOT / "docs" / "images" / "claims-lab.png"
+FIGURE = ROOT / "docs" / "images" / "claims-lab.png"
 BEGIN, END = "<!-- From here to the end mark: written by `make claims-lab`. -->", "<!-- End mark. -->"
 NAMES = {
     "standard": "Standard OPD",
@@ -238,9 +238,7 @@ def main() -> None:
     if options.print:
         print(tables)
         return
-    before, rest = PAGE.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+    write_tables(tables, begin=BEGIN, end=END)
     draw(runs, FIGURE)
     print(f"{PAGE} and {FIGURE}")
 

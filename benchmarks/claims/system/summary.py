@@ -17,7 +17,7 @@ from run import RESULTS, identify
 from table import ARMS, MAIN, NAMES, PROBLEMS, RATES, TEACHERS, VARIED, Run, choose_rate
 
 sys.path.append(str(Path(__file__).parents[1]))
-from paired import summarise_differences
+from paired import summarise_differences, write_tables
 
 MEASURES = {
     "p_right": "p(right digit)",
@@ -29,6 +29,7 @@ MEASURES = {
     "response_tokens": "tokens",
 }
 ANSWER_TOKENS, READ_TOKENS = 88, 5
+BEGIN, END = "<!-- From here to the next mark: written by `make claims`. -->", "<!-- End of the system's tables. -->"
 Lines = dict[Run, dict[str, Any]]
 
 
@@ -126,11 +127,11 @@ def _format(head: list[str], rows: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
+    parser.add_argument("--print", action="store_true", help="print the tables and leave the page alone")
     report = make_report(json.loads(RESULTS.read_text()))
     print(report)
     if not parser.parse_args().print:
-        RESULTS.with_suffix(".md").write_text(f"<!-- Written by `make claims`. -->\n\n{report}")
+        write_tables(report, begin=BEGIN, end=END)
 
 
 if __name__ == "__main__":
