@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -97,6 +96,5 @@ def test_over_http_it_is_in_both_logs(api: Api, caplog: pytest.LogCaptureFixture
     name = SHOWN.search(str(refused.value))
     assert name is not None
     assert str(refused.value).count("(request") == 1
-    log = Path(api.process.args[-1]).with_name("api.log")  # type: ignore[index]
-    wait_until("the API has logged it", lambda: f"request {name[1]}: POST /v1/score 413" in log.read_text())
+    wait_until("the API has logged it", lambda: f"request {name[1]}: POST /v1/score 413" in api.log.read_text())
     assert any(f"request {name[1]}, job " in message for message in caplog.messages)

@@ -27,6 +27,7 @@ BODY: dict[str, Any] = {"image": PNG, "question": QUESTION, "response": "It is 1
 class Api:
     http: httpx.Client
     process: Child
+    log: Path
 
     def score(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/score", json=body)
@@ -62,7 +63,7 @@ def start_api(folder: Path, teacher: str, *arguments: str, **environment: str) -
     try:
         wait_until("the API listens", lambda: announce.exists() or process.poll() is not None)
         with httpx.Client(base_url=f"http://{announce.read_text()}", timeout=60) as http:
-            yield Api(http, process)
+            yield Api(http, process, log)
     finally:
         process.kill()
         process.wait()
