@@ -226,6 +226,18 @@ def test_a_stream_gives_each_group_when_it_ends_and_the_same_responses_as_alone(
     assert stream.step() == []
 
 
+def test_more_tokens_of_prompts_than_one_forward_takes(engine):
+    """vLLM takes 4096 tokens at a time by default, and would begin with a part of the prompt at the border."""
+    text = "Read the numbers. " * 40
+    requests = [ask(f"g{index}", text=text, rollouts=2, max_new_tokens=2) for index in range(48)]
+    outcomes = engine.generate(requests)
+    assert all(isinstance(outcome, RolloutGroup) for outcome in outcomes), outcomes[0]
+
+    assert [outcome.group_id for outcome in outcomes] == [request.group_id for request in requests]
+    assert {len(responses(outcome)) for outcome in outcomes} == {2}
+    assert sum(len(outcome.prompt_token_ids) for outcome in outcomes) > 2 * 4096
+
+
 def test_outcomes_carry_the_index_of_their_request(engine):
     requests = [ask(f"g{index}", max_new_tokens=20 - 5 * index) for index in range(3)]
     requests.append(ask("bad", top_p=0.0))

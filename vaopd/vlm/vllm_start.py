@@ -97,8 +97,6 @@ def serve(model: str, *, host: str, port: int, name: str) -> None:
     options: dict[str, Any] = {}
     _prepare_process(options)
     prepare_server_process(model)
-    if _is_on_cpu():  # else a seeded prompt in two parts ends vLLM 0.32's engine: "CPU Generator does not use offset"
-        options["enable_chunked_prefill"] = False
     images = json.dumps({"image": MAX_IMAGES_PER_PROMPT, "video": 0})
     arguments = ["serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
     arguments += ["--generation-config", "vllm", "--limit-mm-per-prompt", images]
@@ -146,6 +144,9 @@ def _prepare_process(options: dict[str, Any]) -> None:
     if not _is_on_cpu():
         return
     options.setdefault("enforce_eager", True)  # compiling takes longer than a CPU run is likely to last
+    if "max_num_batched_tokens" not in options:
+        # A seeded prompt in two parts would end vLLM 0.32's engine: "CPU Generator does not use offset".
+        options.setdefault("enable_chunked_prefill", False)
     if options["enforce_eager"]:
         # Covers the helpers of vLLM's sampler, which are compiled even in eager mode: 13 s at the first request.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
