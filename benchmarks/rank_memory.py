@@ -65,7 +65,7 @@ def measure() -> None:
     tables.table(
         "Memory of a trainer rank, MiB",
         ("student", "learns", "sharding", "ranks", "held", "counted", "peak of a step", "counted", "loading"),
-        [[_size(f), f["learns"], f["kind"], f["world"], _mib(f["held"]), _mib(f["held_counted"]), _mib(f["peak"]),
+        [[_size(f), f["learns"], f["kind"], str(f["world"]), _mib(f["held"]), _mib(f["held_counted"]), _mib(f["peak"]),
           _mib(f["peak_counted"]), _mib(f["loading"])] for f in found],
         "Held: weights, gradients and moments after a step. Loading: the peak before the first step. Largest rank.",
     )  # fmt: skip
@@ -73,7 +73,7 @@ def measure() -> None:
         "Snapshots and checkpoints",
         ("student", "learns", "sharding", "ranks", "snapshot (MiB)", "s", "peak of a rank (MiB)", "checkpoint (MiB)",
          "s"),
-        [[_size(f), f["learns"], f["kind"], f["world"], _mib(f["snapshot_bytes"]), f"{f['snapshot_s']:.2f}",
+        [[_size(f), f["learns"], f["kind"], str(f["world"]), _mib(f["snapshot_bytes"]), f"{f['snapshot_s']:.2f}",
           _mib(f["snapshot_peak"]), _mib(f["checkpoint_bytes"]), f"{f['checkpoint_s']:.2f}"] for f in found],
         "In the student's precision (adapters: float32); fsynced. Peak: above what the rank holds.",
     )  # fmt: skip
