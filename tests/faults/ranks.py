@@ -12,6 +12,7 @@ Ranks are forked from this process, which has imported torch: dozens of starts t
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import multiprocessing
 import os
@@ -19,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,8 +27,9 @@ import numpy as np
 from safetensors.numpy import load
 
 from tests.support.models import model_folder
-from tests.support.rank_processes import ROOT
-from tests.support.system import QUIET, Job, Process, System
+from tests.support.preloaded import QUIET
+from tests.support.rank_processes import ROOT, fork_rank
+from tests.support.system import Job, Process, System
 from vaopd.launch.up import make_service_argv
 from vaopd.net.ports import LOOPBACK, free_port
 from vaopd.process.ranks import GRACE_S, die_as
@@ -122,7 +123,7 @@ class Trainer(Process):
             sys.exit(main_of_trainer(arguments))
         os.environ |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port())}
         os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        ranks = [_fork_rank(rank, arguments) for rank in range(world)]
+        ranks = [fork_rank(rank, functools.partial(main_of_trainer, arguments)) for rank in range(world)]
         failed = 0
         while ranks:
             ended, status = os.wait()
@@ -136,21 +137,6 @@ class Trainer(Process):
                 signal.alarm(round(GRACE_S))
         die_as(failed)
         sys.exit(failed)
-
-
-def _fork_rank(rank: int, arguments: Sequence[str]) -> int:
-    if child := os.fork():
-        return child
-    code = 1
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        code = main_of_trainer(arguments)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def compare(alone: Job, killed: Job, *, steps: int) -> list[str]:

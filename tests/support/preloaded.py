@@ -24,6 +24,7 @@ from typing import Any
 from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 LARGEST = 2**17
 """Bytes of a message; the environment is the most of it."""
 LIBRARIES = (
@@ -72,9 +73,8 @@ class _Parent:
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, "-m", "tests.support.preloaded", str(theirs.fileno())]
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | quiet, pass_fds=[theirs.fileno()], start_new_session=True
+            command, cwd=ROOT, env=os.environ | QUIET, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from vaopd.net.ports import LOOPBACK, free_port
@@ -42,18 +44,14 @@ def run_ranks(module: str, *arguments: object, world: int, folder: Path) -> tupl
     return json.loads(codes), said
 
 
-def _start(module: str, rank: int, folder: Path, arguments: list[str]) -> int:
-    """Forks one rank -> its process id."""
+def fork_rank(rank: int, run: Callable[[], int]) -> int:
+    """Forks one rank, which ends with what `run` returns, or with 1 if it raises -> its process id."""
     if child := os.fork():
         return child
     code = 1
     try:
-        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        importlib.import_module(module).main(*arguments)
-        code = 0
+        code = run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -63,8 +61,16 @@ def _start(module: str, rank: int, folder: Path, arguments: list[str]) -> int:
 
 
 def main(module: str, world: str, folder: str, *arguments: str) -> None:
-    importlib.import_module(module)
-    ranks = [_start(module, rank, Path(folder), list(arguments)) for rank in range(int(world))]
+    loaded = importlib.import_module(module)
+
+    def run(rank: int) -> int:
+        log = os.open(Path(folder) / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        loaded.main(*arguments)
+        return 0
+
+    ranks = [fork_rank(rank, functools.partial(run, rank)) for rank in range(int(world))]
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]))
 
 

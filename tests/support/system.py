@@ -27,7 +27,6 @@ from vaopd.launch.up import make_service_argv
 from vaopd.queue.embedded import EmbeddedRedis
 
 _ROOT = Path(__file__).parents[2]
-QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _TIMEOUT_S = 600.0  # of a whole run on a busy machine; nothing waits that long in a run that is well
 # Steps of four small groups, and a lease that a dead process loses soon. Sampling is seeded by the run and the group
 # only, so that two jobs with one seed and one student draw the same rollouts.
@@ -52,7 +51,7 @@ class Process:
 
     def __init__(self, argv: tuple[str, ...], log: Path, environment: dict[str, str]) -> None:
         self.log = log
-        self._popen = preloaded.start(argv, log=log, environment=os.environ | QUIET | environment)
+        self._popen = preloaded.start(argv, log=log, environment=os.environ | preloaded.QUIET | environment)
 
     @property
     def returncode(self) -> int | None:
