@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 
@@ -16,7 +17,7 @@ from vaopd.errors import InvalidInput, NumericalError
 from vaopd.types import ITEMSIZE_BYTES, Payload, PayloadKind, Tensor
 from vaopd.wire.common import check_tensor
 
-PAYLOADS: tuple[PayloadKind, ...] = ("none", "hidden", "hidden_int8", "hidden_pair", "top_k", "sampled")
+PAYLOADS: tuple[PayloadKind, ...] = get_args(PayloadKind)
 """The payloads that a teacher of this version can send."""
 
 _NAMES: dict[PayloadKind, tuple[str, ...]] = {
