@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.support.api import Api, start_api, with_keys
 from tests.support.runs import make_run
@@ -34,15 +34,15 @@ def test_a_report_follows_its_run_where_the_reader_is(browser: Browser, api: Api
         seen.page.clock.install()
         seen.open(path="/runs")
         seen.page.click("text=begun")
-        assert seen.page.locator("#live").inner_text() == "Running; this page updates every 15 s."
+        expect(seen.page.locator("#live")).to_have_text("Running; this page updates every 15 s.")
         seen.page.locator("summary", has_text="Configuration").click()
         line = {"kind": "eval", "step": 10, "accuracy": 0.9, "standard_error": 0.03, "prompts": 300, "samples": 1}
         with (runs / "begun" / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         seen.page.clock.fast_forward(15_000)
         seen.wait_for("the new evaluation is shown", "document.body.innerText.includes('90.0 % ± 3.0')")
-        assert seen.page.locator("details[open] summary", has_text="Configuration").count() == 1
-        assert "Last change" in seen.page.locator("#live").inner_text()
+        expect(seen.page.locator("details[open] summary", has_text="Configuration")).to_have_count(1)
+        expect(seen.page.locator("#live")).to_contain_text("Last change")
         assert seen.complaints == []
 
 
@@ -51,12 +51,12 @@ def test_a_token_s_numbers_by_click_and_by_keyboard(browser: Browser, api: Api) 
         seen.open(path="/runs/begun/report", ready="main")
         tokens = seen.page.locator(".rollout code").first.locator("span")
         tokens.first.click()
-        assert "VA 0.500" in seen.page.locator("#details").inner_text()
+        expect(seen.page.locator("#details")).to_contain_text("VA 0.500")
         tokens.first.focus()
         seen.page.keyboard.press("ArrowRight")
-        assert "VA 0.000" in seen.page.locator("#details").inner_text()
+        expect(seen.page.locator("#details")).to_contain_text("VA 0.000")
         seen.page.keyboard.press("Escape")
-        assert seen.page.locator("#details").is_hidden()
+        expect(seen.page.locator("#details")).to_be_hidden()
         assert seen.complaints == []
 
 
@@ -69,16 +69,16 @@ def test_curves_show_their_numbers_and_can_be_zoomed(browser: Browser, api: Api)
         assert box
         middle, height = box["x"] + 0.55 * box["width"], box["y"] + box["height"] / 2
         seen.page.mouse.move(middle, height)
-        assert loss.locator(".tip").inner_text() == "step 2\nloss: 0.5"
+        expect(loss.locator(".tip")).to_have_text("step 2\nloss: 0.5", use_inner_text=True)
         before = seen.page.locator(".chart > svg text").count()
         seen.page.mouse.down()
         seen.page.mouse.move(box["x"] + box["width"] - 12, height)
         seen.page.mouse.up()
         loss.locator("> svg").focus()
         seen.page.keyboard.press("Home")
-        assert loss.locator(".tip").inner_text() == "step 3\nloss: 0.5"
+        expect(loss.locator(".tip")).to_have_text("step 3\nloss: 0.5", use_inner_text=True)
         seen.page.keyboard.press("Escape")
-        assert seen.page.locator(".chart > svg text").count() == before
+        expect(seen.page.locator(".chart > svg text")).to_have_count(before)
         assert seen.complaints == []
 
 
@@ -86,16 +86,18 @@ def test_the_rollouts_of_all_steps_can_be_filtered(browser: Browser, api: Api) -
     """Steps 0, 5 and 10 with two rollouts each, of weights 0.75 and 0.25 and mean VA 9.5 / 3."""
     with viewer(browser, str(api.http.base_url)) as seen:
         seen.open(path="/runs/begun/report", ready=".browser .rollout")
-        assert seen.page.locator(".browser h4").all_inner_texts() == [
-            "Before the first step: the initial student",
-            "After 10 steps",
-        ]
+        expect(seen.page.locator(".browser h4")).to_have_text(
+            [
+                "Before the first step: the initial student",
+                "After 10 steps",
+            ]
+        )
         seen.page.locator("label", has_text="step").locator("select").select_option("all")
-        assert seen.page.locator(".browser h4").count() == 3
+        expect(seen.page.locator(".browser h4")).to_have_count(3)
         seen.page.get_by_label("mean VA from").fill("3.2")
-        assert seen.page.locator(".browser .rollout").count() == 0
+        expect(seen.page.locator(".browser .rollout")).to_have_count(0)
         seen.page.get_by_label("mean VA from").fill("3.1")
-        assert seen.page.locator(".browser .rollout").count() == 6
+        expect(seen.page.locator(".browser .rollout")).to_have_count(6)
 
 
 def test_runs_are_sorted_and_compared_by_ticking(browser: Browser, tmp_path: Path) -> None:
@@ -106,14 +108,14 @@ def test_runs_are_sorted_and_compared_by_ticking(browser: Browser, tmp_path: Pat
             seen.open(path="/runs")
             names = seen.page.locator("tbody th")
             seen.page.get_by_role("button", name="accuracy", exact=True).click()
-            assert names.all_inner_texts() == ["better", "worse"]
+            expect(names).to_have_text(["better", "worse"])
             seen.page.get_by_role("button", name="accuracy ↓").click()
-            assert names.all_inner_texts() == ["worse", "better"]
+            expect(names).to_have_text(["worse", "better"])
             for name in ("better", "worse"):
                 seen.page.get_by_label(f"Compare {name}").check()
             seen.page.click("text=Compare 2 runs")
             seen.page.wait_for_selector(".chart svg")
-            assert seen.page.locator("h1").inner_text() == "2 runs compared"
+            expect(seen.page.locator("h1")).to_have_text("2 runs compared")
             assert seen.complaints == []
 
 
@@ -122,7 +124,7 @@ def test_with_a_key_a_report_is_kept_as_a_file(browser: Browser, runs: Path, tmp
     for api in start_api(tmp_path, "127.0.0.1:9", "--runs", str(runs), *with_keys(tmp_path)):
         with viewer(browser, str(api.http.base_url)) as seen:
             seen.open(path="/runs")
-            assert "key" in seen.page.locator("[role=alert]").inner_text()
+            expect(seen.page.locator("[role=alert]")).to_contain_text("key")
             seen.page.evaluate("key => sessionStorage.setItem('vaopd.key', key)", key)
             seen.open(path="/runs")
             with seen.page.expect_download() as download:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.support.api import Api, start_api, with_keys
 from tests.support.models import model_folder, tiny_vlm
@@ -38,9 +38,9 @@ def seen(browser: Browser, api: Api) -> Iterator[Viewer]:
 def test_a_newcomer_sees_a_scored_example_after_one_click(seen: Viewer) -> None:
     seen.score_example()
     assert "".join(seen.tokens()).replace("␣", " ") == EXAMPLES[0]["responses"][0] + "<|im_end|>"
-    assert seen.page.locator(".rollout").count() == len(EXAMPLES[0]["responses"])
+    expect(seen.page.locator(".rollout")).to_have_count(len(EXAMPLES[0]["responses"]))
     # Said aloud by a screen reader, without anybody's looking for it.
-    assert "The top 10 % carry" in seen.page.locator("[role=status]").inner_text()
+    expect(seen.page.locator("[role=status]")).to_contain_text("The top 10 % carry")
     weights = [float(text.split()[-1]) for text in seen.page.locator(".weight:has(.meter)").all_inner_texts()]
     assert sum(weights) == pytest.approx(1, abs=0.02)
 
@@ -65,8 +65,8 @@ def test_hovering_a_token_tells_what_the_api_said_of_it(seen: Viewer) -> None:
     assert details["rank"] == str(rollout["ranks"][at])
     assert details["group"].startswith("high")
     expected = [alternative["text"].replace(" ", "␣") for alternative in rollout["alternatives"][at]]
-    assert seen.page.locator("#details tbody th").all_inner_texts() == expected
-    assert seen.page.locator(".tokens").first.locator(".token.high").count() == sum(rollout["high_group"])
+    expect(seen.page.locator("#details tbody th")).to_have_text(expected)
+    expect(seen.page.locator(".tokens").first.locator(".token.high")).to_have_count(sum(rollout["high_group"]))
 
 
 def test_the_colours_can_show_the_view_divergence(seen: Viewer) -> None:
@@ -87,7 +87,7 @@ def test_the_colours_can_show_the_view_divergence(seen: Viewer) -> None:
     by_divergence = [nats for rollout in rollouts for nats in rollout["columns"]["view_divergence_nats"]]
     assert shown() == expected(by_va)
     seen.page.click("#by-divergence")
-    assert seen.page.locator("#heat-title").inner_text() == "Tokens by view divergence"
+    expect(seen.page.locator("#heat-title")).to_have_text("Tokens by view divergence")
     assert shown() == expected(by_divergence)
     assert shown() != expected(by_va)
     tokens.nth(4).hover()
@@ -113,26 +113,26 @@ def test_everything_can_be_reached_by_keyboard(seen: Viewer) -> None:
             break
         page.keyboard.press("Tab")
     tokens = seen.tokens()
-    assert page.locator("#details .big").inner_text() == tokens[0]
+    expect(page.locator("#details .big")).to_have_text(tokens[0])
     page.keyboard.press("ArrowRight")
-    assert page.locator("#details .big").inner_text() == tokens[1]
+    expect(page.locator("#details .big")).to_have_text(tokens[1])
     page.keyboard.press("End")
     page.keyboard.press("ArrowRight")  # over the edge: the next response
-    assert page.locator("#details .big").inner_text() == seen.tokens(1)[0]
+    expect(page.locator("#details .big")).to_have_text(seen.tokens(1)[0])
     page.keyboard.press("ArrowUp")
     assert page.evaluate("document.activeElement.closest('.rollout').ariaLabel") == "Response 1"
     page.keyboard.press("Escape")
-    assert page.locator("#details.idle").count() == 1
+    expect(page.locator("#details.idle")).to_have_count(1)
 
 
 def test_running_text_and_single_tokens(seen: Viewer) -> None:
     seen.score_example()
     first = seen.page.locator(".tokens").first
-    assert first.inner_text() == EXAMPLES[0]["responses"][0] + " end"
+    expect(first).to_have_text(EXAMPLES[0]["responses"][0] + " end", use_inner_text=True)
     tokens = seen.tokens()
     seen.page.click("#as-tokens")
     assert seen.tokens() == tokens
-    assert first.inner_text().startswith("The\n·sides\n·are")
+    expect(first).to_contain_text("The\n·sides\n·are", use_inner_text=True)
 
 
 def test_the_weights_are_explained(seen: Viewer) -> None:
@@ -159,7 +159,7 @@ def test_the_region_that_a_token_depends_on(seen: Viewer) -> None:
     most = losses.index(max(losses))
     place = f"row {most // found['columns'] + 1}, column {most % found['columns'] + 1}"
     seen.page.wait_for_selector(".map")
-    assert seen.page.locator(".map i").count() == len(losses)
+    expect(seen.page.locator(".map i")).to_have_count(len(losses))
     said = seen.page.locator(".map figcaption").inner_text()
     assert max(losses) < 0.01 or said == f"Without the detail in {place} the token loses {max(losses):.2f} nats."
     assert serious_findings(seen) == []
@@ -169,20 +169,21 @@ def test_several_images_letters_of_several_tokens_and_no_image(seen: Viewer) -> 
     page = seen.page
     seen.score_example()
     page.set_input_files("#more", PAGE / "examples" / "angle.png")
-    assert page.locator("#chosen li").all_inner_texts() == ["1: triangle.png\n✕", "2: angle.png\n✕"]
+    expect(page.locator("#chosen li")).to_have_text(["1: triangle.png\n✕", "2: angle.png\n✕"], use_inner_text=True)
     page.fill("#responses textarea >> nth=0", "Größe")
     with page.expect_request("**/v1/score") as asked:
         page.click("#score")
     assert len(json.loads(asked.value.post_data or "")["images"]) == 2
     seen.wait_for("both pairs are shown", "document.querySelectorAll('#compare .two').length === 2")
+    seen.wait_until_idle()
     assert seen.tokens()[:-1] == list("Größe")
     for _ in range(2):
         page.locator("#chosen button").first.click()
     page.click("#score")
     seen.wait_for("the page says so", "!document.querySelector('#no-va').hidden")
-    assert "There is no image" in page.locator("#no-va").inner_text()
-    assert page.locator("#rollouts .token.high").count() == 0
-    assert page.locator("#views").is_hidden()
+    expect(page.locator("#no-va")).to_contain_text("There is no image")
+    expect(page.locator("#rollouts .token.high")).to_have_count(0)
+    expect(page.locator("#views")).to_be_hidden()
 
 
 def test_nothing_vanishes_while_the_teacher_is_down(seen: Viewer) -> None:
@@ -196,9 +197,9 @@ def test_nothing_vanishes_while_the_teacher_is_down(seen: Viewer) -> None:
         page.route(path, lambda route: route.fulfill(**down))
     with page.expect_response("**/v1/teachers"):  # it looks again by itself
         page.select_option("#degradation", "black")
-    assert "The teacher is down" in seen.error
+    seen.wait_for_error("The teacher is down")
     assert (seen.tokens(), page.locator("#error:visible").count()) == (tokens, 1)
-    assert page.locator(VIEWS[1]).get_attribute("alt") == "The degraded view: pixelate 0.1"
+    expect(page.locator(VIEWS[1])).to_have_attribute("alt", "The degraded view: pixelate 0.1")
     for path in ("**/v1/score", "**/v1/teachers"):
         page.unroute(path)
     page.wait_for_selector("#error", state="hidden")
@@ -213,8 +214,8 @@ def test_two_teachers_side_by_side(browser: Browser, teacher: TeacherInProcess, 
                 seen.page.select_option("#other", "other")
                 seen.wait_for("both are shown", "document.querySelectorAll('.version').length === 6")
                 seen.page.locator(".tokens").first.locator(".token").nth(4).hover()
-                assert seen.page.locator("#details .names span").all_inner_texts() == ["tiny-teacher", "other"]
-                assert seen.page.locator("#details .va dd").count() == 2
+                expect(seen.page.locator("#details .names span")).to_have_text(["tiny-teacher", "other"])
+                expect(seen.page.locator("#details .va dd")).to_have_count(2)
                 assert serious_findings(seen) == []
 
 
@@ -236,13 +237,13 @@ def test_another_degradation_is_scored_at_once(seen: Viewer) -> None:
     with seen.page.expect_response("**/v1/score") as answer:
         seen.page.select_option("#degradation", "black")
     assert answer.value.json()["degradation"]["kind"] == "black"
-    assert seen.page.locator("#strength").is_disabled()
+    expect(seen.page.locator("#strength")).to_be_disabled()
     seen.wait_for("the black view is shown", "document.querySelector('#compare .degraded').alt.endsWith('black')")
     seen.page.select_option("#degradation", "blur")
     seen.wait_for(
         "the blurred view is shown", "document.querySelector('#compare .degraded').alt.endsWith(': blur 0.1')"
     )
-    assert seen.page.locator("#strength").is_enabled()
+    expect(seen.page.locator("#strength")).to_be_enabled()
     assert "radius" in (seen.page.get_attribute("#strength", "title") or "")
 
 
@@ -252,7 +253,7 @@ def test_the_table_says_what_the_colours_say(seen: Viewer) -> None:
     rollout = answer.value.json()["rollouts"][0]
     seen.page.locator("#tables summary").click()
     rows = seen.page.locator("#tables table").first.locator("tbody tr")
-    assert rows.count() == len(rollout["tokens"])
+    expect(rows).to_have_count(len(rollout["tokens"]))
     cells = rows.nth(4).locator("th, td").all_inner_texts()
     assert cells[1] == rollout["tokens"][4]["text"]
     assert cells[4] == f"{rollout['visual_advantage'][4]:.3f}"
@@ -267,8 +268,8 @@ def test_a_link_brings_the_view_back(seen: Viewer) -> None:
     seen.open(fragment=f"#{urlsplit(address).fragment}")
     seen.page.wait_for_selector("#rollouts .token")
     assert seen.tokens() == tokens
-    assert seen.page.input_value("#degradation") == "blur"
-    assert seen.page.input_value("#question") == EXAMPLES[1]["question"]
+    expect(seen.page.locator("#degradation")).to_have_value("blur")
+    expect(seen.page.locator("#question")).to_have_value(EXAMPLES[1]["question"])
 
 
 def test_what_is_shown_can_be_kept_as_png_and_json(seen: Viewer, tmp_path: Path) -> None:
@@ -288,35 +289,36 @@ def test_what_is_shown_can_be_kept_as_png_and_json(seen: Viewer, tmp_path: Path)
 def test_errors_are_told_in_words_where_they_belong(seen: Viewer, tmp_path: Path) -> None:
     page = seen.page
     page.click("#score")
-    assert seen.error == "Type a question."
-    assert page.locator("#question").get_attribute("aria-invalid") == "true"
+    seen.wait_for_error("Type a question.")
+    expect(page.locator("#question")).to_have_attribute("aria-invalid", "true")
     page.fill("#question", "What is the perimeter?")
     page.fill("#responses textarea", "It is 12. <|image_pad|>")
     page.click("#score")
     seen.wait_for_error("vision")
     (tmp_path / "notes.txt").write_text("no image")
     page.set_input_files("#file", tmp_path / "notes.txt")
-    assert "choose a PNG, JPEG or WEBP image" in seen.error
+    seen.wait_for_error("choose a PNG, JPEG or WEBP image")
     page.fill("#responses textarea", "It is 12.")
     page.route("**/v1/score", lambda route: route.abort())
     page.click("#score")
     seen.wait_for_error("reached")
-    assert "The API can't be reached. Is it still running" in seen.error
+    seen.wait_for_error("The API can't be reached. Is it still running")
     page.unroute("**/v1/score")
     page.click("#score")
     page.wait_for_selector("#rollouts .token")
-    assert page.locator("#error").is_hidden()
+    expect(page.locator("#error")).to_be_hidden()
 
 
 def test_a_damaged_image_is_refused_in_words(seen: Viewer, tmp_path: Path) -> None:
     whole = (PAGE / "examples" / "triangle.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[:-900])
     seen.page.set_input_files("#file", tmp_path / "cut.png")
+    expect(seen.page.locator("#chosen li")).to_have_count(1)
     seen.page.fill("#question", "What is the perimeter?")
     seen.page.fill("#responses textarea", "It is 12.")
     seen.page.click("#score")
     seen.page.wait_for_selector("#error:not([hidden])")
-    assert "is damaged; re-encode it" in seen.error
+    seen.wait_for_error("is damaged; re-encode it")
 
 
 def test_a_page_opened_before_the_teacher_is_there_looks_again(browser: Browser, api: Api) -> None:
@@ -333,7 +335,7 @@ def test_a_page_opened_before_the_teacher_is_there_looks_again(browser: Browser,
             lambda route: route.fulfill(status=503, body=body) if (body := next(answers, None)) else route.continue_(),
         )
         seen.open()
-        assert "The teacher is starting" in seen.error
+        seen.wait_for_error("The teacher is starting")
         seen.page.wait_for_selector("#error", state="hidden")
         seen.score_example()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.support.api import Api
 from tests.support.viewer import PHONE, serious_findings, viewer
@@ -53,4 +53,4 @@ def test_it_fits_a_phone(browser: Browser, api: Api) -> None:
         assert box
         assert box["y"] + box["height"] <= 740
         seen.page.locator("#details .close").tap()
-        assert seen.page.locator("#details").is_hidden()
+        expect(seen.page.locator("#details")).to_be_hidden()

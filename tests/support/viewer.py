@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Response, sync_playwright
+from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
 
 from tests.support.programs import find_program
 from tests.support.waiting import wait_until
@@ -25,6 +25,8 @@ FLAGS = (
 )
 
 
+PATIENCE_S = 120.0
+"""How long the page may take, beside any load: a browser reads files and answers after the call that began it."""
 PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
@@ -32,6 +34,7 @@ PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "is_mobile":
 def chromium() -> Iterator[Browser]:
     """Starts a browser; without one, the test is skipped."""
     executable = os.environ.get("VAOPD_CHROMIUM") or find_program(*NAMES, package="chromium")
+    expect.set_options(timeout=1000 * PATIENCE_S)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
         try:
@@ -65,10 +68,10 @@ class Viewer:
 
     def wait_for(self, description: str, script: str) -> None:
         """Playwright's own wait_for_function evaluates strings in the page, which its security policy forbids."""
-        wait_until(description, lambda: self.page.evaluate(script), timeout_s=120)
+        wait_until(description, lambda: self.page.evaluate(script), timeout_s=PATIENCE_S)
 
     def wait_for_error(self, words: str) -> None:
-        wait_until(f"the page says {words!r}", lambda: words in self.error, timeout_s=120)
+        wait_until(f"the page says {words!r}", lambda: words in self.error, timeout_s=PATIENCE_S)
 
     def tokens(self, response: int = 0) -> list[str]:
         labels = self.page.locator(".tokens").nth(response).locator(".token")
@@ -88,6 +91,7 @@ def viewer(browser: Browser, base_url: str, **options: Any) -> Iterator[Viewer]:
     """`options` are those of Playwright's `new_context`: viewport, color_scheme and so on."""
     context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
     try:
+        context.set_default_timeout(1000 * PATIENCE_S)
         opened = Viewer(context.new_page(), base_url.rstrip("/"))
         opened.page.on("response", lambda response: opened.responses.append(response))
         opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
