@@ -6,14 +6,17 @@ rollout, K rollouts of the group; log-probs and VA in nats.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import pydantic
 from pydantic import Field
 
 from vaopd.columns import columns_on_request
 from vaopd.types import STRENGTH_MEANINGS, DegradationKind
+
+T = TypeVar("T")
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -60,6 +63,19 @@ class Reply(pydantic.BaseModel):
     """A reply: unknown keys are ignored, so that clients can read the replies of newer servers."""
 
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    def dump_json(self) -> str:
+        """Returns its JSON; a list in which `one_by_one` stands is made while it is written."""
+        return self.model_dump_json(warnings=False)  # pydantic warns of an iterator in the place of a list
+
+
+def one_by_one(values: Iterable[T]) -> list[T]:
+    """Stands for a long list in a reply's `model_construct`.
+
+    A million numbers and objects of Python at once would take ten times the text's memory, and would leave it in
+    fragments: a few small objects that stay hold a megabyte each.
+    """
+    return cast("list[T]", iter(values))
 
 
 class DegradationModel(Model):

@@ -156,7 +156,7 @@ def _add_scoring(
     async def score(request: Request) -> Response:
         """Scores one response or a group of responses to a question about no, one or several images."""
         body, images = await read_score(request)
-        reply = await run_unless_disconnected(request, scorer.score_as_json(body, images))
+        reply = await run_unless_disconnected(request, scorer.score(body, images))
         return Response(reply, media_type="application/json")
 
     @app.post("/v1/score/batch", tags=["scoring"], responses=openapi.BATCH_REPLIES, openapi_extra=openapi.BATCH_BODY)
@@ -189,8 +189,7 @@ def _add_scoring(
         async def work() -> str:
             images = await asyncio.to_thread(decode_images, body.image, body.images)
             async with examining:
-                reply = await find_regions(teachers, body, images, pixel_bounds=pixel_bounds, charge=charge)
-                return await asyncio.to_thread(reply.model_dump_json)
+                return await find_regions(teachers, body, images, pixel_bounds=pixel_bounds, charge=charge)
 
         return Response(await run_unless_disconnected(request, work()), media_type="application/json")
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 from typing import Any
 
-from vaopd.http_types import BatchResult, ScoreBody, ScoreReply
+from vaopd.http_types import BatchResult, ScoreBody
 from vaopd_api import problems
 from vaopd_api.scorer import AdHocScorer, decode_images
 
@@ -74,12 +74,8 @@ async def _score(scorer: AdHocScorer, index: int, item: Any) -> tuple[BatchResul
     try:
         body = problems.parse(ScoreBody, item)
         images = await asyncio.to_thread(decode_images, body.image, body.images)
-
-        def wrap(score: ScoreReply) -> BatchResult:
-            return BatchResult(index=index, score=score)
-
-        text = await scorer.score_as_json(body, images, suffix=f"/{index}", wrap=wrap)
-        return BatchResult(index=index), text
+        score = await scorer.score(body, images, suffix=f"/{index}")
+        return BatchResult(index=index), f'{{"index":{index},"score":{score},"problem":null}}'
     except Exception as error:  # any error concerns this item only
         refused = BatchResult(index=index, problem=problems.describe(error)[0])
         return refused, refused.model_dump_json()

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from vaopd.errors import InvalidInput, LimitExceeded, NumericalError, VaopdError
-from vaopd.http_types import RegionsBody, RegionsReply, ScoreBody, Token
+from vaopd.http_types import RegionsBody, RegionsReply, ScoreBody, Token, one_by_one
 from vaopd.scoring.views import Views, make_views
 from vaopd.types import EncodedImage
 from vaopd_api.reply_cost import MAX_VALUES
@@ -63,8 +63,8 @@ async def find_regions(
     *,
     pixel_bounds: tuple[int | None, int | None],
     charge: Callable[[int], None],
-) -> RegionsReply:
-    """Scores the response with the whole picture, then without each tile.
+) -> str:
+    """Scores the response with the whole picture, then without each tile -> the JSON of a `RegionsReply`.
 
     charge: takes the further requests from the client's quota. Raises InvalidInput without the picture, LimitExceeded
     for a reply that is too large, and the errors of scoring.
@@ -102,11 +102,12 @@ async def find_regions(
         losses += [first.teacher_logprobs[0] - score.teacher_logprobs[0] for score in scores]
     if not np.isfinite(losses).all():
         raise NumericalError("the teacher's log-probs are not all finite numbers")
-    return RegionsReply(
+    reply = RegionsReply.model_construct(
         model=description.model,
         columns=columns,
         rows=rows,
         tokens=[Token(id=int(token), text=text) for token, text in zip(ids_T, first.token_texts[0], strict=True)],
         teacher_logprobs=first.teacher_logprobs[0].tolist(),
-        losses=[loss_T.tolist() for loss_T in losses],
+        losses=one_by_one(loss_T.tolist() for loss_T in losses),
     )
+    return await asyncio.to_thread(reply.dump_json)

@@ -10,7 +10,7 @@ from vaopd.errors import LimitExceeded
 from vaopd.http_types import ScoreBody
 
 MAX_VALUES = 2**20
-"""Of one reply: about 150 MB while it is made, 30 MB as JSON."""
+"""Of one reply: up to 30 MB of JSON, which takes twice that while it is written."""
 MAX_VALUES_AT_ONCE = 2 * MAX_VALUES
 """Of all replies that are being made; a further request waits for its turn."""
 VALUES_OF_TOKEN, VALUES_OF_ALTERNATIVE = 6, 3

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import Callable
 
 import numpy as np
-from pydantic import BaseModel
 
 from vaopd.errors import InvalidInput
-from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, ScoreReply, TeacherModel
-from vaopd.scoring.reply import make_reply
+from vaopd.http_types import MAX_ALTERNATIVES, DegradationModel, ScoreBody, TeacherModel
+from vaopd.scoring.reply import dump_reply
 from vaopd.telemetry import logs
 from vaopd.types import (
     DEGRADATIONS,
     Degradation,
     EncodedImage,
+    GroupScore,
     ScoreRequest,
     TeacherDescription,
     unique_images,
@@ -39,27 +38,23 @@ class AdHocScorer:
         self._metrics = metrics
         self._budget = ReplyBudget()
 
-    async def score_as_json(
-        self,
-        body: ScoreBody,
-        images: list[EncodedImage],
-        *,
-        suffix: str = "",
-        wrap: Callable[[ScoreReply], BaseModel] = lambda reply: reply,
-    ) -> str:
-        """Scores one request -> the JSON of its reply, or of what `wrap` makes of it. Raises as `score` does.
+    async def score(self, body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> str:
+        """Scores one request -> the JSON of its `ScoreReply`.
 
-        Made off the event loop, since a reply may have a million values.
-        """
-        async with self._budget.hold(body):
-            reply = await self.score(body, images, suffix=suffix)
-            return await asyncio.to_thread(lambda: wrap(reply).model_dump_json())
-
-    async def score(self, body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> ScoreReply:
-        """Scores one request; `suffix` distinguishes the requests of a batch in the teacher's log.
+        suffix: distinguishes the requests of a batch in the teacher's log.
 
         Raises the errors of `vaopd.errors`, InvalidInput with the request's field.
         """
+        async with self._budget.hold(body):
+            score, description = await self._ask_teacher(body, images, suffix)
+            # Off the event loop, since a reply may have a million values.
+            return await asyncio.to_thread(
+                dump_reply, score, description, degradation=body.degradation, top_k=body.top_k
+            )
+
+    async def _ask_teacher(
+        self, body: ScoreBody, images: list[EncodedImage], suffix: str
+    ) -> tuple[GroupScore, TeacherDescription]:
         address, description = await self._teachers.find(body.teacher)
         # Ranks go down to MAX_ALTERNATIVES even where fewer alternatives are listed.
         top_k = min(MAX_ALTERNATIVES, description.vocab_size) if body.top_k else 0
@@ -70,11 +65,10 @@ class AdHocScorer:
             )
         except InvalidInput as error:
             raise translate_error(error, body, images) from None
-        answer = await asyncio.to_thread(make_reply, score, description, degradation=body.degradation, top_k=body.top_k)
-        for rollout in answer.rollouts:
-            self._metrics.tokens.inc(len(rollout.tokens))
-            self._metrics.visual_advantage.observe(rollout.mean_visual_advantage)
-        return answer
+        for logprobs_T, mean in zip(score.teacher_logprobs, score.mean_visual_advantage.tolist(), strict=True):
+            self._metrics.tokens.inc(len(logprobs_T))
+            self._metrics.visual_advantage.observe(mean)
+        return score, description
 
 
 def translate_error(error: InvalidInput, body: ScoreBody, images: list[EncodedImage]) -> InvalidInput:
