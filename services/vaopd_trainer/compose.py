@@ -2,7 +2,7 @@
 
 data set ──► TrainingPrompts ─┐         ┌─ Vlm (the student)
                               ▼         ▼
-SyncTeacherClient ──────► GroupScorer  StudentLoss ◄── the teacher's head
+       Teacher ─────────► GroupScorer  StudentLoss ◄── the teacher's head
                               │         │
                               │   StudentWeights ◄── Accelerator; of a checkpoint when resumed
                               └► Trainer ◄── Ranks
@@ -44,10 +44,11 @@ from vaopd.run.settings import Changes
 from vaopd.run.status import StatusWriter
 from vaopd.run.teacher import TeacherRecord
 from vaopd.types import TeacherDescription
-from vaopd.vlm.adapters import add_adapters, name_base
+from vaopd.vlm.adapters import add_adapters, load_adapters, name_base, read_adapters
 from vaopd.vlm.model import Vlm, find_file_names
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd.weights.serve import SnapshotServer
+from vaopd_trainer.base_teacher import BaseTeacher
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
 from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, make_record, prepare_folder
@@ -56,7 +57,7 @@ from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
 from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.records import ProgressLine
-from vaopd_trainer.scorer import GroupScorer
+from vaopd_trainer.scorer import GroupScorer, Teacher
 from vaopd_trainer.sharded_weights import ShardedWeights, is_sharded, make_mesh, shard
 from vaopd_trainer.student_loss import StudentLoss
 from vaopd_trainer.student_weights import StudentWeights, WholeWeights, list_tensors
@@ -87,6 +88,8 @@ def run(
         start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
         with process.loading():
             student = load_student(config)
+            if config.teacher.shared_base:
+                student.model.to(accelerator.device)  # now, so that the teacher's head is the student's
         if not ranks.is_coordinator:
             ranks.barrier()  # rank 0 measures the prompts, the others find its measures
         problems = load_problems(config)
@@ -100,7 +103,9 @@ def run(
         except Stopped:
             return _end_stopped(status, find_done(start))
         fetched = teacher.head() if config.teacher.needs_head else None
-        head = to_torch(fetched).to(accelerator.device) if fetched is not None else None
+        head = None
+        if fetched is not None:
+            head = student.head.detach() if config.teacher.shared_base else to_torch(fetched).to(accelerator.device)
         record = make_record(config, description, fetched)
         coordinator = None
         if status is not None:
@@ -177,9 +182,7 @@ def _end_stopped(status: StatusWriter | None, step: int) -> int:
     return EXIT_INTERRUPTED
 
 
-def _explain(
-    error: Mismatch, teacher: SyncTeacherClient, config: Config, record: TeacherRecord, *, step: int
-) -> VaopdError:
+def _explain(error: Mismatch, teacher: Teacher, config: Config, record: TeacherRecord, *, step: int) -> VaopdError:
     """Returns the error for a teacher that was replaced in mid-run, or `error` when it was not, or is away now."""
     try:
         found = make_record(config, teacher.describe(), None)
@@ -211,6 +214,8 @@ def load_student(config: Config) -> Vlm:
     )
     if lora is not None:
         add_adapters(student, lora, vision_tower=config.student.train_vision_tower, seed=config.run.seed)
+        if lora.start is not None:
+            load_adapters(student.model, read_adapters(lora.start, alpha=lora.alpha))
     elif not config.student.train_vision_tower:
         student.family.vision_tower(student.model).requires_grad_(False)
     return student
@@ -260,11 +265,15 @@ def make_loss(config: Config, student: Vlm, *, teacher_head: Tensor | None, devi
 
 def connect_teacher(
     config: Config, student: Vlm, stack: contextlib.ExitStack, stop: threading.Event
-) -> tuple[SyncTeacherClient, TeacherDescription]:
+) -> tuple[Teacher, TeacherDescription]:
     """Connects to a teacher that reads the student's tokens and offers payload and columns; else raises Mismatch.
 
-    Waits for one that is starting, and raises Stopped on a signal meanwhile.
+    Waits for one that is starting, and raises Stopped on a signal meanwhile. With teacher.shared_base there is no
+    other process to connect to.
     """
+    if config.teacher.shared_base:
+        base = BaseTeacher(student, config)
+        return base, base.describe()
 
     def check() -> None:
         if stop.is_set():

@@ -14,14 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from vaopd import images
-from vaopd.client import GroupFailure, SyncTeacherClient
 from vaopd.errors import Busy, InvalidInput, Mismatch, NotFound, TlsRefused, Unavailable
 from vaopd.telemetry import tracing
-from vaopd.types import GroupId, GroupScore, Prompt, RolloutGroup, ScoreRequest, images_in_order
+from vaopd.types import (
+    GroupFailure,
+    GroupId,
+    GroupScore,
+    Prompt,
+    RolloutGroup,
+    ScoreRequest,
+    TeacherDescription,
+    Tensor,
+    images_in_order,
+)
 from vaopd.vlm.model import Vlm
 from vaopd.vlm.prompts import PreparedPrompt
 from vaopd_trainer.student_loss import ScoredGroup
@@ -38,6 +48,24 @@ class Refused:
 
     group_id: str
     reason: str
+
+
+class Teacher(Protocol):
+    """What scores groups: `SyncTeacherClient`, or the student's own base model."""
+
+    def describe(self) -> TeacherDescription:
+        """Returns which model it is, and what it accepts."""
+
+    def head(self) -> Tensor:
+        """Returns its LM head, (V, D)."""
+
+    def score(
+        self, groups: Sequence[ScoreRequest], *, columns: Sequence[str] = ()
+    ) -> Iterator[GroupScore | GroupFailure]:
+        """Yields one answer per group."""
+
+    def close(self) -> None:
+        """Lets calls in progress end."""
 
 
 class BusyTime:
@@ -75,7 +103,7 @@ class BusyTime:
 class GroupScorer:
     """Scores the groups of one rank on threads of its own."""
 
-    teacher: SyncTeacherClient
+    teacher: Teacher
     student: Vlm
     find_prompt: Callable[[GroupId], Prompt]
     max_tokens: int
@@ -168,7 +196,7 @@ class GroupScorer:
 
 
 def ask_teacher(
-    teacher: SyncTeacherClient,
+    teacher: Teacher,
     requests: Sequence[ScoreRequest],
     *,
     closed: threading.Event,

@@ -21,16 +21,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from vaopd.config import Config
-from vaopd.degradation import degrade, view_seed
-from vaopd.divergence import token_logprobs
 from vaopd.grading import Verdict
-from vaopd.images import decode
 from vaopd.scoring.weights import visual_advantage
 from vaopd.types import Prompt, images_in_order
-from vaopd.vlm.model import Segment, Vlm
-from vaopd.vlm.transfer import upload
+from vaopd.vlm.model import Vlm
 from vaopd_trainer.records import JsonLines
 from vaopd_trainer.step_numbers import describe_question, round_values
+from vaopd_trainer.two_views import Views, compute_views, pack_views, read_views
 
 log = logging.getLogger(__name__)
 
@@ -103,60 +100,21 @@ class StudentVa:
     def _compute(
         self, answers: Sequence[HeldOutAnswer], first: Mapping[int, np.ndarray], check: Callable[[], None]
     ) -> Iterator[OwnAdvantage]:
-        for batch in self._pack(answers, first):
+        read = (self._read(answer, first.get(answer.problem)) for answer in answers)
+        for batch in pack_views(read, most_tokens=self._forward_tokens):
             check()
-            yield from self._compare_views(batch)
+            computed = compute_views(self._student, batch, chunk_tokens=self._chunk_tokens, half=self._half)
+            for (segment, _), (original, degraded) in zip(batch, computed, strict=True):
+                own = visual_advantage(original.logprobs, degraded.logprobs)
+                length = len(segment.responses[0])
+                yield OwnAdvantage(own[:length], own[length:] if len(segment.responses) > 1 else None)
 
-    def _pack(
-        self, answers: Sequence[HeldOutAnswer], first: Mapping[int, np.ndarray]
-    ) -> Iterator[list[tuple[Segment, Segment]]]:
-        """Yields problems in both views, as many as fit in a forward, at least one; images are decoded on the way."""
-        batch: list[tuple[Segment, Segment]] = []
-        tokens = 0
-        for answer in answers:
-            views = self._read(answer, first.get(answer.problem))
-            cost = sum(view.tokens for view in views)
-            if batch and tokens + cost > self._forward_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(views)
-            tokens += cost
-        yield batch
-
-    def _read(self, answer: HeldOutAnswer, first: np.ndarray | None) -> tuple[Segment, Segment]:
+    def _read(self, answer: HeldOutAnswer, first: np.ndarray | None) -> Views:
         """Returns the problem with its answer, and the first one if there is one, in the original and degraded view."""
-        student, prompt = self._student, self._prompts[answer.problem]
+        prompt = self._prompts[answer.problem]
         responses = (answer.response_ids,) if first is None else (answer.response_ids, first)
-        original, degraded = [], []
-        for image in images_in_order(prompt.messages, prompt.images):
-            scaled = student.scale_image(decode(image))
-            original.append(student.prepare_image(scaled))
-            worse = degrade(scaled, self._degradation, seed=view_seed(image.sha256))
-            degraded.append(student.prepare_image(worse))
-        both = (student.read_token_ids(answer.prompt_token_ids, view) for view in (original, degraded))
-        with_image, without = (Segment(prompt=read, responses=responses) for read in both)
-        return with_image, without
-
-    @torch.no_grad()
-    def _compare_views(self, batch: Sequence[tuple[Segment, Segment]]) -> Iterator[OwnAdvantage]:
-        segments = [view for views in batch for view in views]
-        device = self._student.device
-        # Compiled layers would be compiled once more for a forward without gradients.
-        with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, self._half):
-            hidden = self._student.compute_response_hidden(segments)
-            ids = np.concatenate([ids for segment in segments for ids in segment.responses])
-            logprobs = token_logprobs(
-                hidden,
-                self._student.padded_head.detach(),
-                upload(torch.from_numpy(ids), hidden.device),
-                vocab_size=self._student.vocab_size,
-                chunk_tokens=self._chunk_tokens,
-            )
-        of_views = iter(np.split(logprobs.cpu().numpy(), np.cumsum([_count(segment) for segment in segments])[:-1]))
-        for (segment, _), original, degraded in zip(batch, of_views, of_views, strict=True):
-            own = visual_advantage(original, degraded)
-            length = len(segment.responses[0])
-            yield OwnAdvantage(own[:length], own[length:] if len(segment.responses) > 1 else None)
+        images = images_in_order(prompt.messages, prompt.images)
+        return read_views(self._student, answer.prompt_token_ids, images, responses, self._degradation)
 
     def _describe(self, answer: HeldOutAnswer, own: OwnAdvantage, *, with_image: bool) -> dict[str, Any]:
         prompt, ids = self._prompts[answer.problem], answer.response_ids
@@ -193,7 +151,3 @@ def average(rows: Sequence[np.ndarray]) -> tuple[float, float]:
     lengths = np.array([len(row) for row in rows])
     mean = float(sums.sum() / lengths.sum())
     return mean, float(np.sqrt(((sums - mean * lengths) ** 2).sum()) / lengths.sum())
-
-
-def _count(segment: Segment) -> int:
-    return sum(len(response) for response in segment.responses)

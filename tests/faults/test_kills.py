@@ -12,13 +12,14 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tests.support import tolerance
-from tests.support.models import LARGEST_LOGIT
+from tests.support.models import LARGEST_LOGIT, model_folder
 from tests.support.system import Job, System, read_lines
 from vaopd.run.ledger import audit
 from vaopd.vlm.model import Vlm
@@ -206,17 +207,25 @@ def test_two_ranks_of_a_sharded_student_die_in_a_checkpoint_and_one_whole_rank_g
     Vlm.load(whole.folder / "model")
 
 
-def test_a_killed_student_of_adapters_resumes_with_them_and_leaves_both_forms(system: System) -> None:
+LORA: dict[str, Any] = {"trainer__steps": 4, "student__lora__rank": 4, "trainer__learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def adapted(system: System) -> Job:
+    job = system.job("lora-undisturbed", **LORA)
+    job.run()
+    return job
+
+
+def test_a_killed_student_of_adapters_resumes_with_them_and_leaves_both_forms(system: System, adapted: Job) -> None:
     """At any time its worker samples with the trainer's own weights, and a policy version is adapters alone."""
-    settings = {"trainer__steps": 4, "student__lora__rank": 4, "trainer__learning_rate": 3e-3}
-    job, undisturbed = system.job("lora", **settings), system.job("lora-undisturbed", **settings)
+    job = system.job("lora", **LORA)
     worker = job.start_worker()
     killed = job.start_trainer(kill_at="stepped:3")
     assert killed.exit_code() == -signal.SIGKILL, killed.text()[-4000:]
     last = job.start_trainer(resume=True)
     job.finished(last)
     worker.kill()
-    undisturbed.run()
 
     assert "resumed at step 2 with 8 trained groups" in last.text()
     assert audit(job.folder).problems == []
@@ -226,4 +235,27 @@ def test_a_killed_student_of_adapters_resumes_with_them_and_leaves_both_forms(sy
     assert all(tensor.any() for name, tensor in adapters.items() if "lora_B" in name), "some adapters learnt nothing"
     newest = max((job.folder / "policy").glob("v*"))
     assert {file.name for file in newest.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert job.weights() == adapted.weights()
+
+
+def test_a_student_is_taught_by_its_own_base_without_a_teacher_and_through_a_kill(
+    system: System, adapted: Job
+) -> None:
+    """The trainer computes the teacher on the same weights: port 9 has none."""
+    shared: dict[str, Any] = {
+        "student__lora__start": adapted.folder / "adapter",
+        "teacher__shared_base": True,
+        "teacher__model": model_folder("student"),
+        "teacher__address": "127.0.0.1:9",
+    }
+    job, undisturbed = (system.job(name, **LORA, **shared) for name in ("own-base", "own-base-undisturbed"))
+    worker = job.start_worker()
+    killed = job.start_trainer(kill_at="stepped:3")
+    assert killed.exit_code() == -signal.SIGKILL, killed.text()[-4000:]
+    job.finished(job.start_trainer(resume=True))
+    worker.kill()
+    undisturbed.run()
+
+    assert audit(job.folder).problems == []
+    assert min(record["kl_mean"] for record in job.records()) > 0.01  # the adapters that it begins with
     assert job.weights() == undisturbed.weights()

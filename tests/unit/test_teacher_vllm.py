@@ -17,7 +17,7 @@ from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.config import load_config, load_service_config
 from vaopd.errors import ConfigError, InvalidInput
 from vaopd.vlm.prompts import PreparedPrompt
-from vaopd_teacher.engines.revision import compute_folder_revision
+from vaopd.vlm.revision import compute_folder_revision
 from vaopd_teacher.engines.vllm_engine import collapse_images, load, split_top_k
 from vaopd_teacher.engines.vllm_extension import log_probs
 

@@ -82,6 +82,7 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
     ask_hub: also read data sets and processors that have to be downloaded.
     """
     from vaopd.launch.checks import (
+        find_adapters_problem,
         find_engine_problem,
         find_gpu_problem,
         find_redis_problem,
@@ -94,6 +95,7 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
         match need:
             case "student":
                 yield from _find_model_problems("student.model", config.student.model)
+                yield from filter(None, [find_adapters_problem(config)])
             case "teacher":
                 yield from _find_model_problems("teacher.model", config.teacher.model)
             case "data":

@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     require(role)  # before a check needs one of its packages
     # The service reports a taken port itself: it may be free again by the time the service listens.
     check(config, [need for need in NEEDS[role] if not need.endswith("port") and need != "later teacher"])
-    if role == "trainer":
+    if role == "trainer" and not config.teacher.shared_base:
         _check_teacher(config)
     argv = make_service_argv(role, arguments.config, arguments.overrides, *to_argv(arguments, role))
     get_results().flush()

@@ -34,6 +34,9 @@ class _Teacher(Section):
     """host:port where the server listens and where clients connect; for clients also several replicas, with commas."""
     batch_tokens: int = Field(16_384, ge=1)
     """Tokens (padding included) of one forward of the teacher."""
+    shared_base: bool = False
+    """The teacher is the model that the student's adapters are added to (student.lora): the trainer computes it with
+    the adapters switched off, on the same weights in the student's dtype, and no teacher is started or asked."""
 
     @property
     def needs_head(self) -> bool:

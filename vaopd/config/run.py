@@ -99,6 +99,9 @@ class LoraConfig(Section):
     """What an adapter adds is multiplied by alpha / rank."""
     target_modules: tuple[str, ...] = ()
     """Linear layers with adapters, by the last part of their names, e.g. q_proj; empty: all but the LM head."""
+    start: Path | None = None
+    """Folder of adapters to begin with, in PEFT's form (RUN/adapter), of this rank, alpha and layers; left out: such
+    that add nothing yet."""
 
 
 class StudentConfig(Section):
@@ -203,7 +206,34 @@ class Config(Section):
                 f'teacher.payload = "{payload}" doesn\'t carry them; set teacher.payload = "hidden_pair", or '
                 'choose objective.token_score = "view_divergence"'
             )
+        if self.teacher.shared_base:
+            self._check_shared_base()
         return self
+
+    def _check_shared_base(self) -> None:
+        needs = "teacher.shared_base lets the trainer compute the teacher as the student without its adapters: "
+        sharding = self.trainer.sharding.kind
+        if self.student.lora is None:
+            raise ValueError(f"{needs}set [student.lora], or serve a teacher")
+        if self.student.lora.start is None:
+            raise ValueError(
+                f"{needs}a student that begins as its base learns nothing from it; set student.lora.start to the "
+                "adapters that it shall begin with, or choose another teacher"
+            )
+        if self.teacher.model != self.student.model:
+            raise ValueError(
+                f"{needs}teacher.model = {self.teacher.model} has to be student.model = {self.student.model}"
+            )
+        if sharding != "none":
+            raise ValueError(
+                f'{needs}each rank computes its own groups, which trainer.sharding.kind = "{sharding}" doesn\'t allow; '
+                'set "none", or serve the base as a teacher'
+            )
+        if self.objective.columns:
+            raise ValueError(
+                f"{needs}it has no column {', '.join(self.objective.columns)}, which objective.token_score needs; "
+                "choose another one, or serve the base as a teacher"
+            )
 
     @property
     def prompt_limit(self) -> tuple[int, str]:

@@ -33,6 +33,14 @@ def find_gpu_problem(config: Config) -> str | None:
     return None
 
 
+def find_adapters_problem(config: Config) -> str | None:
+    """Checks that there is a folder of adapters for a student that begins with some."""
+    start = config.student.lora and config.student.lora.start
+    if not start or start.is_dir():
+        return None
+    return f"student.lora.start = {start}: there is no such folder; name one in PEFT's form, e.g. RUN/adapter"
+
+
 def find_redis_problem(config: Config) -> str | None:
     """Checks that Redis can be reached, which the processes themselves would notice only after a while."""
     from vaopd.queue.connection import find_problem
@@ -46,6 +54,8 @@ def find_teacher_problem(config: Config, *, may_start_later: bool) -> str | None
     from vaopd.client.diagnosis import examine_teacher
     from vaopd.errors import Unavailable, VaopdError
 
+    if config.teacher.shared_base:
+        return None
     try:
         examine_teacher(config.teacher.address, job=config.run.name, payload=config.teacher.payload)
     except VaopdError as error:

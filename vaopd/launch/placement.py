@@ -157,7 +157,8 @@ class Demand:
     def of(cls, config: Config, *, with_teacher: bool) -> Demand:
         """Counts for a configuration; `with_teacher`: whether one is started here. Raises ConfigError if it can't."""
         student = memory.find_model(config.student.model)
-        hidden = config.teacher.needs_head
+        with_teacher = with_teacher and not config.teacher.shared_base
+        hidden = config.teacher.needs_head and not config.teacher.shared_base  # whose head is the student's
         teacher = memory.find_model(config.teacher.model) if with_teacher or hidden else None
         image_px = config.data.max_pixels or IMAGE_PX
         image_bytes = memory.count_image_bytes(student, image_px)

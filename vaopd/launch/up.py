@@ -79,12 +79,17 @@ def up(
     process can't be kept alive.
     """
     config = load_config(options.config_path, options.overrides)
+    if config.teacher.shared_base and options.teacher is not None:
+        raise ConfigError(f"--teacher {options.teacher}: the trainer computes its teacher itself (teacher.shared_base)")
     folder = config.run_folder
     if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
         return 0
     check_ports(config, options)
     check(config)
-    if options.teacher is None:
+    if config.teacher.shared_base:
+        say("teacher: the student's base model, which the trainer computes; no teacher and no scoring API are started")
+        options = dataclasses.replace(options, api=False)
+    elif options.teacher is None:
         check_credentials(options.service)
         check_ranks(config, options.service, options.gpus.get("teacher", ()))
     else:
@@ -143,7 +148,7 @@ class _Launch:
         self._start_workers()
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
-        else:
+        elif not self._config.teacher.shared_base:
             address = self._start_teachers()
             _describe_teacher(self._config, self._options, address, self._say)
             self._set("teacher.address", address)
@@ -350,6 +355,8 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
 
 def check_ports(config: Config, options: UpOptions) -> None:
     """Raises ConfigError for an address on which another process listens."""
+    if config.teacher.shared_base:  # neither is started
+        return
     wanted = {} if options.teacher is not None else {"teacher.address": config.teacher.address}
     if options.api:
         wanted["api.address"] = config.api.address

@@ -9,11 +9,13 @@ engine can't compute with adapters, `merge_adapters` gives W + alpha / rank · B
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -81,6 +83,21 @@ def _set(side: nn.ModuleDict, values: Tensor) -> None:
     layer.weight = nn.Parameter(values.to("cpu" if device.type == "meta" else device))
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Lets a model compute as the one that its adapters were added to. No other thread may use it meanwhile."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # and lets them learn again
+
+
 def describe_adapters(model: nn.Module, *, base: str) -> dict[str, Any]:
     """Returns adapter_config.json's table of a model with adapters; base: the hub id or folder of its other weights."""
     settings: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[index, union-attr]
@@ -99,6 +116,21 @@ def name_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def name_base(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the other tensors, under the names that they have in a model without adapters."""
     return {name.replace(".base_layer.", "."): t for name, t in state.items() if not _is_adapter(name)}
+
+
+def read_adapters(folder: Path, *, alpha: int) -> dict[str, Tensor]:
+    """Returns the adapters in a folder of PEFT's form, for `load_adapters`.
+
+    Raises ConfigError for a folder without them, or with another alpha, which their names and shapes don't tell.
+    """
+    try:
+        found = json.loads((folder / ADAPTER_CONFIG).read_text())["lora_alpha"]
+        adapters = load_file(folder / ADAPTER_FILE)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"student.lora.start = {folder} can't be read as PEFT's adapters: {error}") from None
+    if found != alpha:
+        raise ConfigError(f"student.lora.start = {folder} has alpha {found}, not student.lora.alpha = {alpha}")
+    return adapters
 
 
 def load_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

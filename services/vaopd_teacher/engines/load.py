@@ -12,10 +12,10 @@ from vaopd import payloads
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.vlm import vllm_start
 from vaopd.vlm.model import Vlm
+from vaopd.vlm.revision import compute_revision
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.columns import COMPUTED
 from vaopd_teacher.engines.engine import Engine
-from vaopd_teacher.engines.revision import compute_revision
 from vaopd_teacher.engines.transformers_engine import GroupEngine
 from vaopd_teacher.engines.vision_cache import VisionCache
 

@@ -33,7 +33,7 @@ from vaopd.process.ranks import end_with_the_launcher
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.model import Encode, Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
-from vaopd_teacher.engines.revision import compute_revision
+from vaopd.vlm.revision import compute_revision
 
 log = logging.getLogger(__name__)
 

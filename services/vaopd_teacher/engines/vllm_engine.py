@@ -26,9 +26,9 @@ from vaopd.types import Payload, PayloadKind, Tensor
 from vaopd.vlm import vllm_start
 from vaopd.vlm.families import PreparedImage
 from vaopd.vlm.prompts import PreparedPrompt, PromptReader
+from vaopd.vlm.revision import compute_folder_revision
 from vaopd_teacher.engines.backend import Backend
 from vaopd_teacher.engines.engine import VIEWS, EngineResult, PreparedGroup, View, finish
-from vaopd_teacher.engines.revision import compute_folder_revision
 
 PAYLOADS: tuple[PayloadKind, ...] = ("none", "top_k", "sampled")
 """The payloads that vLLM's outputs allow: they hold log-probs, no hidden states."""

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from vaopd.errors import ConfigError
+from vaopd.vlm.adapters import name_base
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 8
@@ -26,12 +27,12 @@ _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")
 
 
 def compute_revision(model: Any) -> str:
-    """Returns a hex SHA-256 that is equal on every host for the same weights in the same dtype.
+    """Returns a hex SHA-256 that is equal on every host for the same weights in the same dtype, adapters apart.
 
     If several ranks share the model, all of them have to call this at the same time.
     """
     digest = _digest_of_config(model.config.to_dict())
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(name_base(model.state_dict()).items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.is_meta:  # offloaded by accelerate: its values are elsewhere
             continue
