@@ -159,7 +159,15 @@ def test_without_a_judge_judged_benchmarks_have_no_score(
     assert list(json.loads((tmp_path / "out/results.json").read_text())["benchmarks"]) == ["ai2d"]
 
 
-def test_a_killed_run_continues_with_each_question_and_sample_once(tmp_path: Path, data: Path) -> None:
+def find_evaluator() -> list[str]:
+    try:
+        return find_command(EVALUATOR)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("official", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_run_continues_with_each_question_and_sample_once(tmp_path: Path, data: Path, official: bool) -> None:
     """Killed with SIGKILL in mid-run, and its last line torn: 15 answers come, the others wait for the kill."""
     killed = threading.Event()
     counted = threading.Lock()
@@ -177,6 +185,7 @@ def test_a_killed_run_continues_with_each_question_and_sample_once(tmp_path: Pat
     file = tmp_path / "out/ai2d/answers.jsonl"
     with chat_server(answer) as (url, asked):
         argv = arguments(tmp_path, data, "--endpoint", url, "--concurrency", "2", benchmark="ai2d")
+        argv += ["--evaluator", shlex.join(find_evaluator())] if official else []
         process = subprocess.Popen(
             [sys.executable, "-m", "vaopd.cli", *argv], env=os.environ | {"PYTHONPATH": str(ROOT)}
         )
@@ -239,13 +248,6 @@ def test_a_metric_that_is_no_percentage_is_an_error(value: object) -> None:
 def test_scores_are_percentages(name: str, metrics: dict[str, float], score: float) -> None:
     [benchmark] = find_benchmarks(name)
     assert benchmark.score(benchmark.check(metrics)) == pytest.approx(score, rel=1e-12)
-
-
-def find_evaluator() -> list[str]:
-    try:
-        return find_command(EVALUATOR)
-    except ConfigError as missing:
-        pytest.skip(str(missing))
 
 
 # Dataset -> five answers, and the official evaluator's metrics by hand. Every right option is B, its text "2".
