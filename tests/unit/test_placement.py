@@ -107,6 +107,17 @@ def test_a_teacher_elsewhere_needs_no_card() -> None:
     assert not any("teacher on card" in reason for reason in chosen.reasons)
 
 
+def test_a_teacher_on_the_student_s_own_weights_needs_no_card() -> None:
+    """Nor a head of its own: the adapters' student needs as much as with a teacher elsewhere, less 0.6 GiB of head."""
+    lora = ["student.lora.rank=16", "student.lora.start=ANY"]
+    shared = ["teacher.shared_base=true", "teacher.model=Qwen/Qwen3-VL-2B-Instruct"]
+    own, elsewhere = demand("8b", *lora, *shared), demand("8b", *lora, *shared[1:], with_teacher=False)
+    assert place(cards(2), own).gpus == {"rollout": ("0",), "trainer": ("1",)}
+    head = find_model("Qwen/Qwen3-VL-2B-Instruct").head_parameters
+    difference = elsewhere.count_trainer_bytes(1, sharded=False) - own.count_trainer_bytes(1, sharded=False)
+    assert difference == 2 * head
+
+
 def test_everything_on_one_card_if_it_fits() -> None:
     tiny = Demand.of(load_config(ROOT / "configs" / "tiny.toml"), with_teacher=True)
     chosen = place(cards(1, 24), tiny)

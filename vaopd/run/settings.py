@@ -57,6 +57,7 @@ MACHINE = (
     *PLACES,
     "teacher.device_map",
     "teacher.processes",
+    "teacher.shared_base",
     "teacher.batch_tokens",
     "rollout.workers",
     "rollout.requests_per_batch",
