@@ -238,9 +238,7 @@ def test_a_killed_student_of_adapters_resumes_with_them_and_leaves_both_forms(sy
     assert job.weights() == adapted.weights()
 
 
-def test_a_student_is_taught_by_its_own_base_without_a_teacher_and_through_a_kill(
-    system: System, adapted: Job
-) -> None:
+def test_a_student_is_taught_by_its_own_base_without_a_teacher_and_through_a_kill(system: System, adapted: Job) -> None:
     """The trainer computes the teacher on the same weights: port 9 has none."""
     shared: dict[str, Any] = {
         "student__lora__start": adapted.folder / "adapter",
