@@ -84,10 +84,10 @@ class Scores:
         """How much the teacher's whole distribution depends on the image, (N, T)."""
         return library.view_divergence(self.teacher, self.degraded)
 
-    def weigh_rollouts(self, *, deviation_floor: float = 0.0) -> Tensor:
-        """The paper's rollout weights, (N,)."""
-        means = library.mean_visual_advantage(self.advantage, self.valid).view(-1, self.siblings)
-        return library.rollout_weights(means, deviation_floor=deviation_floor).flatten()
+    def weigh_rollouts(self, scores: Tensor | None = None, *, deviation_floor: float = 0.0) -> Tensor:
+        """The paper's rollout weights, (N,), by mean VA or other scores (N,)."""
+        scores = library.mean_visual_advantage(self.advantage, self.valid) if scores is None else scores
+        return library.rollout_weights(scores.view(-1, self.siblings), deviation_floor=deviation_floor).flatten()
 
     def weigh_tokens(self, score: Tensor | None = None, rollouts: Tensor | None = None, **settings: float) -> Tensor:
         """Token groups, (N, T): by VA or another score (N, T), within equal or other rollout weights (N,)."""
@@ -107,6 +107,8 @@ OBJECTIVES: dict[str, Callable[[Scores], Tensor]] = {
     "token_groups_6_percent": lambda s: s.weigh_tokens(high_fraction=0.06),
     "rollout_weights": lambda s: library.mean_weights(s.valid, s.weigh_rollouts()),
     "rollout_weights_floor": lambda s: library.mean_weights(s.valid, s.weigh_rollouts(deviation_floor=0.02)),
+    # By the sum, which longer rollouts don't lower.
+    "rollout_weights_sum": lambda s: library.mean_weights(s.valid, s.weigh_rollouts(s.advantage.sum(-1))),
     "mask_top": lambda s: s.mask("top"),
     "mask_bottom": lambda s: s.mask("bottom"),
     "mask_bottom_random_ties": lambda s: s.mask("bottom", ties="random"),
@@ -131,9 +133,13 @@ class Experiment:
     prompts: int = 8
     siblings: int = 4
     seeds: int = 5
+    steps: int = STEPS
 
 
 MAIN = ("standard", "va_opd", "view_divergence")
+LENGTH = ("standard", "va_opd", "rollout_weights", "rollout_weights_floor", "rollout_weights_sum")
+"""Do rollout weights by mean VA shorten answers? Asked where phrasings differ in length."""
+LONG = 400
 _CONFIDENT = ("phrases, misreaders", "short misreaders", "misreaders")
 _OTHERS = (*_CONFIDENT, "short", "same habits", "phrases", "long", "learned teacher")
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -142,6 +148,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *(Experiment(world=world, objectives=MAIN, rates=(1e-3, 3e-3, 6e-3)) for world in _OTHERS),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=4, siblings=8),
     Experiment(world="base", objectives=MAIN[:2], rates=(1e-3,), prompts=16, siblings=4),
+    Experiment(world="phrases", objectives=LENGTH, rates=(1e-3,), steps=LONG),
 )
 
 
@@ -155,12 +162,13 @@ class Run:
     prompts: int
     siblings: int
     seed: int
+    steps: int = STEPS
 
 
 def list_runs() -> Iterator[Run]:
     """Yields every run of the experiments once, in their order."""
     yield from dict.fromkeys(
-        Run(world=e.world, objective=name, rate=rate, prompts=e.prompts, siblings=e.siblings, seed=seed)
+        Run(world=e.world, objective=name, rate=rate, prompts=e.prompts, siblings=e.siblings, seed=seed, steps=e.steps)
         for e in EXPERIMENTS
         for rate in e.rates
         for name in e.objectives
@@ -193,14 +201,14 @@ class Batch(School):
 
 def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
     """Trains the batch's runs from their students (R, P), and yields the numbers of each."""
-    device, runs = batch.device, batch.runs
+    device, runs, steps = batch.device, batch.runs, batch.runs[0].steps
     rates_R = torch.tensor([run.rate for run in runs], device=device)
     draws, pool = Draws(batch.seeds, 3, device), batch.pictures.pool(batch.seeds, None)
     students = students.clone().requires_grad_()
     optimizer = AdamW(students, betas=(0.9, 0.95), weight_decay=0.0)
     before = evaluate(batch, students, "test", BEFORE_PICTURES)
     during: list[dict[str, Tensor]] = []
-    for step in range(STEPS):
+    for step in range(steps):
         cells, digits = batch.pictures.draw(draws.uniform(runs[0].prompts, batch.language.digits, 2), pool)
         numbers = draws.uniform(runs[0].prompts * batch.siblings, batch.language.length)
         # Of every seed the same pictures and the same random numbers for each of its runs.
@@ -219,7 +227,7 @@ def distil(batch: Batch, students: Tensor) -> Iterator[dict[str, Any]]:
         alone = [scores.select(r, 1000 * run.seed + step) for r, run in enumerate(runs)]
         weights = torch.stack([OBJECTIVES[run.objective](one) for run, one in zip(runs, alone, strict=True)])
         ((weights * kl).sum() / runs[0].prompts).backward()
-        shape = min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        shape = min(1, (step + 1) / WARM_UP) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         norm_R = optimizer.step(rates_R * shape)
         right = (batch.language.zero + digits).repeat_interleave(batch.siblings, 1)
         measured = measure(scores, batch.language.slots(tokens), right, kl.detach(), weights)
@@ -341,7 +349,9 @@ def split_batches(runs: Sequence[Run], at_once: int) -> list[list[Run]]:
     alike: dict[tuple[Any, ...], list[list[Run]]] = {}
     for run in runs:
         world = WORLDS[run.world]
-        batches = alike.setdefault((world.form, world.words, world.learned_teacher, run.prompts, run.siblings), [[]])
+        batches = alike.setdefault(
+            (world.form, world.words, world.learned_teacher, run.prompts, run.siblings, run.steps), [[]]
+        )
         if len(batches[-1]) == at_once:
             batches.append([])
         batches[-1].append(run)
@@ -362,7 +372,7 @@ def write(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 def identify(run: dict[str, Any]) -> Run:
     """Returns the run that a line of the results is of."""
-    return Run(**{name: run[name] for name in Run.__dataclass_fields__})
+    return Run(**{name: run[name] for name in Run.__dataclass_fields__ if name in run})
 
 
 def main() -> None:

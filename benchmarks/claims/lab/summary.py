@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from run import EXPERIMENTS, MAIN, RESULTS, ROOT, STEPS, WINDOW, Experiment, identify, list_runs
+from run import EXPERIMENTS, LONG, MAIN, RESULTS, ROOT, STEPS, WINDOW, Experiment, identify, list_runs
 from worlds import WORLDS
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -31,6 +31,7 @@ NAMES = {
     "token_groups_6_percent": "token groups alone, high fraction 6 %",
     "rollout_weights": "rollout weights alone",
     "rollout_weights_floor": "rollout weights alone, floor 0.02 nats",
+    "rollout_weights_sum": "rollout weights alone, by the sum of VA",
     "view_divergence": "groups by view divergence",
     "view_divergence_and_rollouts": "groups by view divergence, and rollout weights",
     "absolute": "groups by absolute difference",
@@ -54,12 +55,12 @@ class Results:
     def __init__(self, runs: Sequence[dict[str, Any]]) -> None:
         self._runs: dict[tuple[Any, ...], Runs] = {}
         for run in runs:
-            key = (run["world"], run["prompts"], run["siblings"], run["objective"], run["rate"])
+            key = (run["world"], run["prompts"], run["siblings"], run["objective"], run["rate"], identify(run).steps)
             self._runs.setdefault(key, {})[run["seed"]] = run
 
     def find(self, e: Experiment, name: str, rate: float) -> Runs:
         """Returns an objective's runs at a rate; empty where there are fewer than five seeds."""
-        found = self._runs.get((e.world, e.prompts, e.siblings, name, rate), {})
+        found = self._runs.get((e.world, e.prompts, e.siblings, name, rate, e.steps), {})
         return found if len(found) >= MIN_SEEDS else {}
 
     def tune(self) -> Iterator[tuple[Experiment, dict[str, tuple[float, Runs]]]]:
@@ -157,6 +158,16 @@ def _list_sizes(results: Results) -> Iterator[Row]:
             yield f"{e.prompts} × {e.siblings}", *(compare(va, standard, measure) for measure, _ in MEASURES)
 
 
+def _list_lengths(results: Results) -> Iterator[Row]:
+    e = EXPERIMENTS[-1]
+    standard = results.find(e, "standard", e.rates[0])
+    for name in e.objectives:
+        if standard and (runs := results.find(e, name, e.rates[0])):
+            tokens = f"{mean_of(runs, 'before', 'response_tokens'):.1f}, {mean_of(runs, 'test', 'response_tokens'):.1f}"
+            found = [compare(runs, standard, measure) for measure in ("response_tokens", "p_right", "answer")]
+            yield NAMES[name], tokens, *(["–"] * 3 if name == "standard" else found)
+
+
 _COMPARED = " | ".join(f"{NAMES[name]}: {title}" for _, title in MEASURES for name in MAIN[1:])
 TABLES: tuple[tuple[str, str, Callable[[Results], Iterator[Row]]], ...] = (
     (
@@ -186,6 +197,11 @@ TABLES: tuple[tuple[str, str, Callable[[Results], Iterator[Row]]], ...] = (
         f"**Batches of other sizes** in the base world at {BASE_RATE:g}: VA-OPD minus Standard OPD.",
         "prompts × siblings | p(right digit) | answer right",
         _list_sizes,
+    ),
+    (
+        f"**Length**: the world of phrases after {LONG} steps at {BASE_RATE:g}; differences are minus Standard OPD.",
+        "objective | tokens of an answer: before, after | tokens | p(right digit) | answer right",
+        _list_lengths,
     ),
 )
 

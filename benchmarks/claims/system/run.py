@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--stop-after-s", type=float, default=math.inf, help="begin no run after so many seconds")
     options = parser.parse_args()
     wanted = {name: chosen for name in Run.__dataclass_fields__ if (chosen := getattr(options, name))}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does, it ends teacher and run too
     FOLDER.mkdir(parents=True, exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"before": {}, "runs": []}
     started, served = time.perf_counter(), ""
