@@ -38,7 +38,7 @@ def make_report(results: dict[str, Any]) -> str:
     lines = {identify(line): line for line in results["runs"]}
     minutes = sum(line["minutes"] for line in lines.values())
     parts = [
-        f"{len(lines)} runs, {minutes:.0f} minutes on one CPU core. Standard OPD's means on test pictures, and each "
+        f"{len(lines)} runs, {minutes:.0f} minutes beside other work. Standard OPD's means on test pictures, and each "
         "other arm minus it, paired by seed: mean ± 95 % interval (in how many seeds above 0). Digits and answers are "
         "measured on the student's own answers at temperature 1, but for the greedy ones."
     ]
