@@ -75,7 +75,8 @@ async def _score(scorer: AdHocScorer, index: int, item: Any) -> tuple[BatchResul
         body = problems.parse(ScoreBody, item)
         images = await asyncio.to_thread(decode_images, body.image, body.images)
         score = await scorer.score(body, images, suffix=f"/{index}")
-        return BatchResult(index=index), f'{{"index":{index},"score":{score},"problem":null}}'
+        scored = BatchResult(index=index)
+        return scored, scored.model_dump_json().replace('"score":null', f'"score":{score}')
     except Exception as error:  # any error concerns this item only
         refused = BatchResult(index=index, problem=problems.describe(error)[0])
         return refused, refused.model_dump_json()

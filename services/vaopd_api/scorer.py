@@ -48,9 +48,14 @@ class AdHocScorer:
         async with self._budget.hold(body):
             score, description = await self._ask_teacher(body, images, suffix)
             # Off the event loop, since a reply may have a million values.
-            return await asyncio.to_thread(
+            text = await asyncio.to_thread(
                 dump_reply, score, description, degradation=body.degradation, top_k=body.top_k
             )
+        # After it, since a score that is not finite is refused there, and one NaN would stay in a sum for good.
+        for logprobs_T, mean in zip(score.teacher_logprobs, score.mean_visual_advantage.tolist(), strict=True):
+            self._metrics.tokens.inc(len(logprobs_T))
+            self._metrics.visual_advantage.observe(mean)
+        return text
 
     async def _ask_teacher(
         self, body: ScoreBody, images: list[EncodedImage], suffix: str
@@ -65,9 +70,6 @@ class AdHocScorer:
             )
         except InvalidInput as error:
             raise translate_error(error, body, images) from None
-        for logprobs_T, mean in zip(score.teacher_logprobs, score.mean_visual_advantage.tolist(), strict=True):
-            self._metrics.tokens.inc(len(logprobs_T))
-            self._metrics.visual_advantage.observe(mean)
         return score, description
 
 

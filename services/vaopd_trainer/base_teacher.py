@@ -74,6 +74,7 @@ class BaseTeacher:
     def _make_score(
         self, request: ScoreRequest, original: ComputedView, degraded: ComputedView
     ) -> GroupScore | GroupFailure:
+        assert request.prompt_token_ids is not None
         if not np.isfinite([original.logprobs, degraded.logprobs]).all():
             error = NumericalError(f"group {request.group_id!r}: the base model's log-probs are not all finite")
             return GroupFailure(group_id=request.group_id, error=error)
@@ -95,7 +96,7 @@ class BaseTeacher:
             degraded_logprobs=without,
             visual_advantage=va,
             payload=payloads.pack(self._kind, tensors),
-            prompt_tokens=0 if request.prompt_token_ids is None else len(request.prompt_token_ids),
+            prompt_tokens=len(request.prompt_token_ids),
         )
 
     def _read(self, request: ScoreRequest) -> Views:

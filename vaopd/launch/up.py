@@ -81,18 +81,18 @@ def up(
     config = load_config(options.config_path, options.overrides)
     if config.teacher.shared_base and options.teacher is not None:
         raise ConfigError(f"--teacher {options.teacher}: the trainer computes its teacher itself (teacher.shared_base)")
+    if config.teacher.shared_base:
+        say("teacher: the student's base model, which the trainer computes; no teacher and no scoring API are started")
+        options = dataclasses.replace(options, api=False)
     folder = config.run_folder
     if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
         return 0
     check_ports(config, options)
     check(config)
-    if config.teacher.shared_base:
-        say("teacher: the student's base model, which the trainer computes; no teacher and no scoring API are started")
-        options = dataclasses.replace(options, api=False)
-    elif options.teacher is None:
+    if _starts_teacher(config, options):
         check_credentials(options.service)
         check_ranks(config, options.service, options.gpus.get("teacher", ()))
-    else:
+    elif options.teacher is not None:
         _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
     with own(folder, UP), StatusWriter(folder, role="vaopd up") as status:
@@ -115,6 +115,10 @@ def up(
     if code == 0:
         say(f"finished: the model is in {folder / 'model'}; `vaopd report {folder}` writes its report")
     return code
+
+
+def _starts_teacher(config: Config, options: UpOptions) -> bool:
+    return options.teacher is None and not config.teacher.shared_base
 
 
 def _describe_teacher(config: Config, options: UpOptions, address: str, say: Callable[[str], None]) -> None:
@@ -148,7 +152,7 @@ class _Launch:
         self._start_workers()
         if self._options.teacher is not None:
             self._set("teacher.address", self._options.teacher)
-        elif not self._config.teacher.shared_base:
+        elif _starts_teacher(self._config, self._options):
             address = self._start_teachers()
             _describe_teacher(self._config, self._options, address, self._say)
             self._set("teacher.address", address)
@@ -355,9 +359,7 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
 
 def check_ports(config: Config, options: UpOptions) -> None:
     """Raises ConfigError for an address on which another process listens."""
-    if config.teacher.shared_base:  # neither is started
-        return
-    wanted = {} if options.teacher is not None else {"teacher.address": config.teacher.address}
+    wanted = {"teacher.address": config.teacher.address} if _starts_teacher(config, options) else {}
     if options.api:
         wanted["api.address"] = config.api.address
     for key, address in wanted.items():
