@@ -110,12 +110,13 @@ def _run_up(arguments: argparse.Namespace) -> int:
         overrides = list(options.overrides)
         if options.teacher is not None:
             overrides.append(f"teacher.address={options.teacher}")
-        needs += [] if shared else ["teacher port"]
-        needs += ["api port"] if arguments.api else []
         from vaopd.launch.estimate import describe_cost
         from vaopd.launch.teacher import check_ranks
 
         config = load_config(options.config_path, overrides)
+        if not config.teacher.shared_base:  # of which neither is started
+            needs += [] if shared else ["teacher port"]
+            needs += ["api port"] if arguments.api else []
         if not shared:
             check_ranks(config, options.service, options.gpus.get("teacher", ()))
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
