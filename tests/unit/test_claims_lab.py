@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,18 @@ def lab() -> Any:
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:
         del sys.modules[name]
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The laboratory in float64, for runs that shall be equal whatever stands beside them in their batch.
+
+    In float32 a rounded logit samples another token now and then, and Adam, by which every parameter's first step is
+    equally large, turns the step of a parameter that has next to no gradient.
+    """
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def draw(lab: Any, seeds: list[int], *, digits: int, count: int = 4) -> tuple[Tensor, Tensor]:
@@ -78,7 +91,7 @@ def test_the_teacher_expects_what_follows_from_its_process(lab: Any, world: str)
         assert (language.answers(after) == 9).all()
 
 
-def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two seeds and objectives in one batch, and one of them alone: the same numbers after two steps."""
     for name, value in {
         "STEPS": 2,
@@ -102,14 +115,15 @@ def test_a_run_does_not_depend_on_the_runs_beside_it(lab: Any, monkeypatch: pyte
     together, alone = distil(runs), distil(runs[1:2])[0]
     for part in ("before", "test", "during"):
         for name, value in alone[part].items():
-            assert together[1][part][name] == pytest.approx(value, rel=1e-3, nan_ok=True), name
+            # Shares of tokens are counted in float32: a quotient, and a mean over two steps.
+            assert together[1][part][name] == pytest.approx(value, rel=4 * 2**-24, nan_ok=True), name
     assert together[0]["during"]["gradient_norm"] != pytest.approx(alone["during"]["gradient_norm"], rel=1e-3)
     standard, masked, va = (each["during"] for each in together)
     assert standard["effective_siblings"] == pytest.approx(2)
     assert va["weight_read"] > masked["weight_read"] * 0.5
 
 
-def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None:
+def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any, float64: None) -> None:
     """Of two worlds with 3 and 5 steps: the first one's student is the same beside the second and alone."""
     short = lab.worlds.WORLDS["short"]
     worlds = [
@@ -121,8 +135,8 @@ def test_a_student_that_has_had_its_steps_waits_for_the_others(lab: Any) -> None
     alone = school.teach_students([(worlds[0], 4)])
     start = school.architecture.initialise([4])
     assert (alone - start).abs().max() > 1e-4
-    # Adam divides by a gradient's size: where that is next to nothing, rounding decides its direction.
-    assert (together[:1] - alone).norm() < 0.01 * (alone - start).norm()
+    # Rounding of 1e-16 in a gradient weighs 1e-8 at the most where Adam adds its epsilon to the gradient's size.
+    assert (together[:1] - alone).norm() < 1e-7 * (alone - start).norm()
     assert (together[1] - together[0]).norm() > 0.1 * (alone - start).norm()
 
 

@@ -66,7 +66,7 @@ class Scores:
     @property
     def uniform(self) -> Tensor:
         """Equal rollout weights, (N,)."""
-        return torch.full_like(self.valid[:, 0], 1 / self.siblings, dtype=torch.float32)
+        return torch.full_like(self.valid[:, 0], 1 / self.siblings, dtype=self.teacher.dtype)
 
     @property
     def both_views(self) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ class Pictures:
 
     def __init__(self, split: Literal["train", "validation", "test"], device: torch.device) -> None:
         scans = load_scans(split)
-        stacked = torch.tensor(np.concatenate([scans[digit] for digit in range(10)]))
+        stacked = torch.tensor(np.concatenate([scans[digit] for digit in range(10)]), dtype=torch.get_default_dtype())
         self._labels = torch.tensor(np.repeat(np.arange(10), [len(scans[digit]) for digit in range(10)])).to(device)
         padded = F.pad(stacked, (2, 2, 2, 2))
         places = itertools.product(range(3), repeat=2)
@@ -250,7 +250,7 @@ class Words:
             triples = self._draw_table(own, self.dictionary)
         mixed = (1 - world.second_order) * pairs + world.second_order * triples
         mixed = (1 - self.floor) * mixed + self.floor / self.dictionary
-        return torch.tensor(mixed.reshape(-1, self.dictionary), dtype=torch.float32)
+        return torch.tensor(mixed.reshape(-1, self.dictionary), dtype=torch.get_default_dtype())
 
     def _draw_table(self, rng: np.random.Generator, contexts: int) -> np.ndarray:
         weights = 1 / np.arange(1, self.successors + 1)
