@@ -1,18 +1,20 @@
-"""A long mixed load, bad input included: memory stays flat; descriptors, threads and keys return to where they began.
+"""A long mixed load, bad input included: memory stays flat; descriptors, threads and keys don't become more by it.
 
     python -m tests.faults.soak [--minutes N] [--json FILE]      (also: make soak MINUTES=N)
 
 Real processes: a teacher with the tiny model and small caches, which are full and turn over soon; the API before it; a
 Valkey; and, of the chaos run, a trainer, two rollout workers and a teacher without a model, which pass groups, poison,
 duplicates and corrupt messages through queue, ledger and checkpoints all the while. After a first part, in which caches
-fill and threads start, everybody rests and is counted; then again at the end. A light job asks four times a second, at
-first beside the mixed load (`soak_load`), then beside the dearest requests too (`soak_worst`).
+fill and threads start, everybody rests and is counted; then again at the end. What there is more of then may have been
+made at its first need: the load is repeated, and what it makes more of every time is lost. A light job asks four times
+a second, at first beside the mixed load (`soak_load`), then beside the dearest requests too (`soak_worst`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -41,6 +43,7 @@ from vaopd.queue.embedded import EmbeddedRedis
 SERVICE = "[teacher.images]\nencoded_bytes = 500_000\nprepared_bytes = 8_000_000\nvision_bytes = 2_000_000\n"
 FIRST_PART, LONGEST_FIRST_PART_S = 0.4, 120.0
 QUIET_PART = 0.2  # of the rest: without the dearest requests
+MOST_REPEATS = 2
 SAMPLE_EVERY_S = 1.0
 MOST_GROWTH_MIB = 16.0
 """From the first to the last fifth of the second part; a leak of one small image per second is twice that."""
@@ -200,14 +203,17 @@ def run(folder: Path, *, minutes: float, say: Callable[[str], None] = print) -> 
         asyncio.run(_beside(QUIET_PART * rest_s, load, lights["mixed load"]))
         asyncio.run(_sampled((1 - QUIET_PART) * rest_s, samples, pids, queue, load, worst, lights["dearest requests"]))
 
-        def is_as_before() -> bool:
-            return not _more(before, _rest(servers, queue))
-
-        try:
-            wait_until("descriptors, threads and keys are as many as before", is_as_before)
-        except AssertionError as error:
-            result.problems.append(f"{error}: {_more(before, _rest(servers, queue))}")
         result.before, result.after = before, _rest(servers, queue)
+        for repeats in range(MOST_REPEATS + 1):
+            if repeats:
+                say(f"again, since there is more than before: {_more(before, result.after)}")
+                before = result.after
+                asyncio.run(_beside(first_s, load, worst))
+            if not (more := _settle(before, servers, queue)):
+                break
+            result.after = _rest(servers, queue)
+        else:
+            result.problems.append(f"each of {MOST_REPEATS + 1} loads leaves more, the last one {more}")
         if asyncio.run(load.known_answer()) != golden:
             result.problems.append("the known request has another answer now")
         dead = [name for name, process in queue.processes.items() if not process.is_alive()]
@@ -254,6 +260,17 @@ async def _sampled(seconds: float, samples: Samples, pids: dict[str, int], queue
 def _rest(servers: dict[str, int], queue: Queue) -> Rest:
     counts = {name: Count.of(pid) for name, pid in servers.items()}
     return Rest(teacher=counts["teacher"], api=counts["api"], redis_keys=queue.keys())
+
+
+def _settle(before: Rest, servers: dict[str, int], queue: Queue) -> dict[str, tuple[int, int]]:
+    """Waits until there is no more of anything than before, and returns what there is more of in the end."""
+
+    def is_as_before() -> bool:
+        return not _more(before, _rest(servers, queue))
+
+    with contextlib.suppress(AssertionError):
+        wait_until("descriptors, threads and keys are as many as before", is_as_before)
+    return _more(before, _rest(servers, queue))
 
 
 def _more(before: Rest, after: Rest) -> dict[str, tuple[int, int]]:

@@ -58,14 +58,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def processes() -> dict[int, str]:
-    """Processes that have inherited this run's environment, each with its command line."""
-    mark = f"{VARIABLE}={os.environ[VARIABLE]}".encode()
+    """Processes that have inherited this run's environment, each with its command line.
+
+    But those of multiprocessing that this process keeps (where no xdist worker did): they end with it.
+    """
+    mark, parent = f"{VARIABLE}={os.environ[VARIABLE]}".encode(), f"PPid:\t{os.getpid()}\n"
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile, or is another user's
             if mark in (folder / "environ").read_bytes().split(b"\0"):
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                found[int(folder.name)] = command[:300]
+                kept = "from multiprocessing." in command and parent in (folder / "status").read_text()
+                found |= {} if kept else {int(folder.name): command[:300]}
     return found
 
 

@@ -50,6 +50,10 @@ def test_the_first_runs_are_paired_and_chosen_rates_follow_the_tried_ones(claims
     assert {(run.arm, run.rate, run.seed) for run in after if run.arm == "view_divergence"} == {
         ("view_divergence", 3e-3, seed) for seed in (2, 3, 4)
     }
+    # An arm that was tried with one seed has three at the chosen rate, and where arms differ.
+    assert {(run.rate, run.seed) for run in after if run.arm == "mask_top"} == {
+        (rate, seed) for rate in (3e-3, 3e-4) for seed in (1, 2)
+    }
     assert {run.teacher for run in after if run.arm == "va_opd"} == set(table.TEACHERS)
 
 

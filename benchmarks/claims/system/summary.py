@@ -6,6 +6,7 @@ An arm is taken at the rate that validation has chosen, or before that at the ta
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from run import RESULTS, identify
-from table import ARMS, MAIN, NAMES, PROBLEMS, RATES, TEACHERS, VARIED, Run, choose_rate
+from table import ARMS, MAIN, NAMES, PROBLEMS, RATES, SLOW, TEACHERS, VARIED, Run, choose_rate
 
 sys.path.append(str(Path(__file__).parents[1]))
 from paired import summarise_differences, write_tables
@@ -59,7 +60,9 @@ def make_report(results: dict[str, Any]) -> str:
     if rows := list(_list_rates(lines)):
         parts.append("By learning rate, seeds that both have:\n\n" + _format(["arm", "rate", *MEASURES.values()], rows))
     if rows := list(_list_varied(lines)):
-        parts.append("VA-OPD minus Standard OPD:\n\n" + _format(["teacher, problems", *MEASURES.values()], rows))
+        parts.append(
+            "VA-OPD minus Standard OPD:\n\n" + _format(["teacher, problems", "rate", *MEASURES.values()], rows)
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -95,14 +98,18 @@ def _list_rates(lines: Lines) -> Iterator[list[str]]:
 
 
 def _list_varied(lines: Lines) -> Iterator[list[str]]:
-    for teacher in TEACHERS:
-        for problems in PROBLEMS:
-            found = [
-                _find(lines, arm, choose_rate(arm, lines) or RATES[0], teacher=teacher, problems=problems)
-                for arm in VARIED
+    """Yields each arm at its own chosen rate, and both at the slow one."""
+    chosen = [choose_rate(arm, lines) or RATES[0] for arm in VARIED]
+    for teacher, problems, rates in itertools.product(TEACHERS, PROBLEMS, (chosen, [SLOW] * len(VARIED))):
+        found = [
+            _find(lines, arm, rate, teacher=teacher, problems=problems) for arm, rate in zip(VARIED, rates, strict=True)
+        ]
+        if found[0].keys() & found[1].keys():
+            yield [
+                f"{teacher}, {problems}",
+                " / ".join(dict.fromkeys(f"{r:g}" for r in rates)),
+                *_compare(*found[::-1]),
             ]
-            if found[0].keys() & found[1].keys():
-                yield [f"{teacher}, {problems}", *_compare(found[1], found[0])]
 
 
 def _find(lines: Lines, arm: str, rate: float, **other: Any) -> dict[int, dict[str, Any]]:

@@ -31,7 +31,9 @@ NAMES = {
 MAIN = ("standard", "va_opd", "view_divergence")
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
 RATES = (1e-3, 3e-4, 3e-3)
-"""Of the main arms, the first two have all seeds. At 3e-3, the laboratory's best, this student reads worse."""
+"""At 3e-3, the laboratory's best, this student reads worse."""
+SLOW = RATES[1]
+"""40 steps don't suffice here to catch up with the teacher, and objectives differ: every arm has all of its seeds."""
 TRIED_SEEDS = {arm: 2 if arm in MAIN else 1 for arm in ARMS}
 TEACHERS = ("tiny-cards-teacher", "tiny-cards-teacher-small", "tiny-cards-teacher-large")
 PROBLEMS = (4000, 500, 100)
@@ -71,17 +73,23 @@ def list_runs(done: Done) -> Iterator[Run]:
         yield from (Run(arm=arm, rate=rate, seed=seed) for seed in range(SEEDS[MAIN[0]]) for arm in MAIN)
     for arm in ARMS:
         yield from list_tried(arm)
-        if rate := choose_rate(arm, done):
+        for rate in list_rates(arm, done):
             yield from (Run(arm=arm, rate=rate, seed=seed) for seed in range(SEEDS[arm]))
     for other in [{"teacher": teacher} for teacher in TEACHERS[1:]] + [{"problems": count} for count in PROBLEMS[1:]]:
         for arm in VARIED:
-            if rate := choose_rate(arm, done):
+            for rate in list_rates(arm, done):
                 yield from (Run(arm=arm, rate=rate, seed=seed, **other) for seed in range(VARIED_SEEDS))  # type: ignore[arg-type]
 
 
 def list_tried(arm: str) -> Iterable[Run]:
     """Returns the runs that choose an arm's rate."""
     return [Run(arm=arm, rate=rate, seed=seed) for rate in RATES for seed in range(TRIED_SEEDS[arm])]
+
+
+def list_rates(arm: str, done: Done) -> Iterable[float]:
+    """Returns the rates at which an arm has all of its seeds: the chosen one, and the slow one."""
+    chosen = choose_rate(arm, done)
+    return dict.fromkeys((chosen, SLOW)) if chosen else ()
 
 
 def choose_rate(arm: str, done: Done) -> float | None:
