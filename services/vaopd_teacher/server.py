@@ -164,7 +164,7 @@ class TeacherServer:
         )
         self._health = health.aio.HealthServicer()
         self._tls = service.tls
-        keys = KeyStore.load(service.keys.file) if service.keys.file else None
+        keys = KeyStore(service.keys.file) if service.keys.file else None
         self._calls = ErrorInterceptor(
             SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
@@ -250,7 +250,7 @@ async def serve(
         )
     make_server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
-        KeyStore.load(service.keys.file)
+        KeyStore(service.keys.file)
     with entry.loading():
         backend = load(config, service)
     server = TeacherServer(

@@ -57,10 +57,10 @@ class CheckedSplit:
         """Counts the bad records by kind, the most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
-    def list_first(self, kind: str, shown: int = 10) -> str:
+    def list_first(self, kind: str) -> str:
         """Lists the first bad records of a kind, e.g. "records 3, 17"."""
         bad = [str(fault.index) for fault in self.faults if fault.kind == kind]
-        return f"record{'s' if len(bad) > 1 else ''} {', '.join(bad[:shown])}{' …' if len(bad) > shown else ''}"
+        return f"record{'s' if len(bad) > 1 else ''} {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}"
 
     def list_duplicates(self) -> list[tuple[int, int]]:
         """Returns the records whose problem stands earlier in the split, each with the first such record."""
