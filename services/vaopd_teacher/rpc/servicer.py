@@ -72,7 +72,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         ahead: Ahead,
         threads: ThreadPoolExecutor,
         batch_tokens: int,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int,
         metrics: TeacherMetrics,
     ) -> None:
         self._description = description
