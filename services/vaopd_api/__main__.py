@@ -100,7 +100,7 @@ def serve(
             metrics_route=metrics_route,
             access=Access(
                 hosts=HostNames([host.strip("[]"), *service.hosts]),
-                job_of_key=None if keys is None else KeyStore.load(keys).find_job,
+                job_of_key=None if keys is None else KeyStore(keys).find_job,
                 quota=None if requests_per_minute is None else Quota(requests_per_minute),
             ),
         ),

@@ -87,7 +87,6 @@ def create_app(
     metrics: Metrics | None = None,
     metrics_route: bool = True,
     access: Access | None = None,
-    max_body_bytes: int = MAX_BODY_BYTES,
     pixel_bounds: PixelBounds = (None, None),
 ) -> FastAPI:
     """Builds the application that `vaopd_api.__main__` serves.
@@ -102,7 +101,7 @@ def create_app(
     access = access or Access()
     app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
     problems.install(app)
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(Gate, access=access)
     app.add_middleware(Envelope, metrics=metrics)  # the last one added is the outermost
     openapi.install(app)

@@ -16,11 +16,15 @@ MAX_VALUES_AT_ONCE = 2 * MAX_VALUES
 VALUES_OF_TOKEN, VALUES_OF_ALTERNATIVE = 6, 3
 
 
+def list_responses(body: ScoreBody) -> list[str | list[int]]:
+    """Returns the responses of a request, however they were given."""
+    one = [response for response in (body.response, body.response_token_ids) if response is not None]
+    return [*(body.responses or ()), *one]
+
+
 def count_values(body: ScoreBody) -> int:
     """Returns a bound of the values in a request's reply. A text has at most a token per byte, and the EOS."""
-    given: list[str | list[int]] = list(body.responses or [])
-    given += [response for response in (body.response, body.response_token_ids) if response is not None]
-    tokens = sum(len(item.encode()) + 1 if isinstance(item, str) else len(item) for item in given)
+    tokens = sum(len(item.encode()) + 1 if isinstance(item, str) else len(item) for item in list_responses(body))
     return tokens * (VALUES_OF_TOKEN + len(body.columns) + VALUES_OF_ALTERNATIVE * body.top_k)
 
 

@@ -23,7 +23,7 @@ from vaopd.types import (
     user_turn,
 )
 from vaopd_api.metrics import Metrics
-from vaopd_api.reply_cost import ReplyBudget
+from vaopd_api.reply_cost import ReplyBudget, list_responses
 from vaopd_api.teachers import Teachers
 from vaopd_api.uploads import image_from_text
 
@@ -100,14 +100,9 @@ def decode_images(image: str | None, images: list[str]) -> list[EncodedImage]:
 
 def score_request(body: ScoreBody, images: list[EncodedImage], *, suffix: str = "") -> ScoreRequest:
     """Returns the prompt group to score. Its id is the request's, so that the logs of API and teacher match."""
-    given: list[str | list[int]] = list(body.responses or [])
-    if body.response is not None:
-        given = [body.response]
-    if body.response_token_ids is not None:
-        given = [body.response_token_ids]
     return ScoreRequest(
         group_id=(logs.request_id.get() or uuid.uuid4().hex) + suffix,
-        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in given),
+        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in list_responses(body)),
         images=unique_images(images),
         messages=user_turn(body.question, images),
     )

@@ -41,7 +41,7 @@ from vaopd_teacher.line.scheduler import Scheduler
 from vaopd_teacher.metrics import Cache, TeacherMetrics
 from vaopd_teacher.rpc.access import Access, Quotas
 from vaopd_teacher.rpc.interceptor import ErrorInterceptor
-from vaopd_teacher.rpc.servicer import CHUNK_BYTES, TeacherServicer
+from vaopd_teacher.rpc.servicer import CHUNK_BYTES, MESSAGE_OVERHEAD_BYTES, TeacherServicer
 from vaopd_teacher.rpc.tls import make_server_credentials
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ METADATA_BYTES = 16 * 1024
 _LAST_BYTES_S = 1.0
 _LAST_FORWARD_S = 5.0
 """How long a drained process waits for a forward in progress after all of its calls have ended."""
-_MESSAGE_OVERHEAD_BYTES = 1024
 
 
 def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherDescription:
@@ -69,7 +68,7 @@ def describe(backend: Backend, *, model: str, limits: TeacherLimits) -> TeacherD
         limits=replace(
             limits,
             max_tokens_per_rollout=min(limits.max_tokens_per_rollout, reader.max_tokens),
-            max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - _MESSAGE_OVERHEAD_BYTES),
+            max_image_bytes=min(limits.max_image_bytes, limits.max_message_bytes - MESSAGE_OVERHEAD_BYTES),
         ),
         payloads=backend.payloads,
         columns=backend.columns,
@@ -164,7 +163,7 @@ class TeacherServer:
         )
         self._health = health.aio.HealthServicer()
         self._tls = service.tls
-        keys = KeyStore.load(service.keys.file) if service.keys.file else None
+        keys = KeyStore(service.keys.file) if service.keys.file else None
         self._calls = ErrorInterceptor(
             SERVICE, Access(keys), check_room=self.admission.check_any_room, on_refused=metrics.count_refused
         )
@@ -250,7 +249,7 @@ async def serve(
         )
     make_server_credentials(service.tls, config.teacher.address)
     if service.keys.file is not None:
-        KeyStore.load(service.keys.file)
+        KeyStore(service.keys.file)
     with entry.loading():
         backend = load(config, service)
     server = TeacherServer(

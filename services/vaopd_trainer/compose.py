@@ -51,7 +51,7 @@ from vaopd.weights.serve import SnapshotServer
 from vaopd_trainer.base_teacher import BaseTeacher
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
-from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, make_record, prepare_folder
+from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, prepare_folder
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
@@ -106,7 +106,7 @@ def run(
         head = None
         if fetched is not None:
             head = student.head.detach() if config.teacher.shared_base else to_torch(fetched).to(accelerator.device)
-        record = make_record(config, description, fetched)
+        record = TeacherRecord.of(description, payload=config.teacher.payload, head=fetched)
         coordinator = None
         if status is not None:
             grading.prepare()  # the judge's process, so that no evaluation waits for it
@@ -185,7 +185,7 @@ def _end_stopped(status: StatusWriter | None, step: int) -> int:
 def _explain(error: Mismatch, teacher: Teacher, config: Config, record: TeacherRecord, *, step: int) -> VaopdError:
     """Returns the error for a teacher that was replaced in mid-run, or `error` when it was not, or is away now."""
     try:
-        found = make_record(config, teacher.describe(), None)
+        found = TeacherRecord.of(teacher.describe(), payload=config.teacher.payload)
     except VaopdError:
         return error
     return explain_replaced_teacher(error, config=config, known=record, found=found, step=step)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vaopd import objective
 from vaopd.config import TokenGroupsOnly, VaOpd
-from vaopd.divergence import CHUNK_LOGITS, FullTarget
+from vaopd.divergence import FullTarget
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def score_tokens(
     degraded_hidden: Tensor,
     *,
     vocab_size: int,
-    chunk_tokens: int | None = None,
+    chunk_tokens: int,
 ) -> Tensor:
     """Returns `objective.expected_advantage`: (M, D_S), (V, D_S), target of M, (M, D_T) -> (M,), in nats. Detached.
 
@@ -39,7 +39,7 @@ def score_tokens(
     student = FullTarget(hidden=student_hidden, head=student_head, vocab_size=vocab_size).in_precision(autocast)
     original = teacher.in_precision(autocast)
     degraded = replace(original, hidden=degraded_hidden.to(original.hidden.dtype))
-    step = max(1, (chunk_tokens or CHUNK_LOGITS // vocab_size) // 2)
+    step = max(1, chunk_tokens // 2)
     chunks = [slice(start, start + step) for start in range(0, len(student), step)]
     return torch.cat([_score_chunk(student, original, degraded, rows) for rows in chunks])
 

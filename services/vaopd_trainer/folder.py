@@ -5,7 +5,6 @@ In: the configuration, and the teacher that answers. Out: RUN/config.toml, RUN/s
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -19,7 +18,6 @@ from vaopd.run import settings
 from vaopd.run.checkpoints import find_latest_checkpoint, read_checkpoint, read_checkpoint_teacher
 from vaopd.run.settings import Changes
 from vaopd.run.teacher import TeacherRecord, check_teacher, describe_change, read_teacher
-from vaopd.types import TeacherDescription, Tensor
 from vaopd_trainer import checkpoint
 
 log = logging.getLogger(__name__)
@@ -66,18 +64,6 @@ def write_config(config: Config) -> None:
     """Writes RUN/config.toml: the settings that hold from now on."""
     with atomic_file(config.run_folder / "config.toml") as file:
         file.write(to_toml(config).encode())
-
-
-def make_record(config: Config, description: TeacherDescription, head: Tensor | None) -> TeacherRecord:
-    """Returns the record of the teacher that answers."""
-    return TeacherRecord(
-        model=description.model,
-        revision=description.revision,
-        tokenizer_fingerprint=description.tokenizer_fingerprint,
-        dtype=description.dtype,
-        payload=config.teacher.payload,
-        head_sha256="" if head is None else hashlib.sha256(head.data).hexdigest(),
-    )
 
 
 def begin(config: Config, found: TeacherRecord, *, start: Path | None, changes: Changes, accept: str | None) -> None:

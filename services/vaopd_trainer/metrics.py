@@ -138,7 +138,7 @@ class TrainerMetrics:
         else:
             self._at_scrape.trained += len(lags)
 
-    def note_evaluation(self, result: HeldOutResult, *, student_va: float | None = None) -> None:
+    def note_evaluation(self, result: HeldOutResult, *, student_va: float | None) -> None:
         """Takes over an evaluation; its accuracy is missing where no problem could be asked."""
         self.note_progress()
         self._unasked.labels(self._job).set(sum(result.not_asked.values()))

@@ -43,22 +43,21 @@ class JsonLines:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-EVALUATION_EVERY_S = 30.0
+PLAIN_EVERY, EVALUATION_EVERY_S = 10, 30.0
 
 
 class ProgressLine:
     """Shows step, time left, loss, mean VA, accuracy and rollouts/s.
 
-    One line, drawn over itself in a terminal; elsewhere a line for every `every` steps.
+    One line, drawn over itself in a terminal; elsewhere a line for every `PLAIN_EVERY` steps.
     """
 
     def __init__(
-        self, *, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, every: int = 10
+        self, *, steps: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._steps = steps
         self._stream = stream or sys.stdout
         self._clock = clock
-        self._every = every
         self.accuracy: float | None = None
         """Of the last evaluation, in [0, 1]; None before the first."""
         self._started: float | None = None
@@ -80,7 +79,7 @@ class ProgressLine:
             f"{metrics['rollouts_per_s']:.1f} rollouts/s",
         ]
         line = "  ".join(part for part in parts if part)
-        if self._stream.isatty() or step % self._every == 0 or step in (1, self._steps):
+        if self._stream.isatty() or step % PLAIN_EVERY == 0 or step in (1, self._steps):
             draw(self._stream, line, stays=step == self._steps)
 
     def show_evaluation(self, done: int, total: int) -> None:

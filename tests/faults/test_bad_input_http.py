@@ -157,7 +157,7 @@ def key_file(tmp_path: Path) -> Path:
 async def test_every_route_but_health_and_the_page_refuses_without_a_key(key_file: Path) -> None:
     """Also routes that are added some day: whoever opens one has to say so in `OPEN`, and here."""
     app = create_app(
-        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore.load(key_file).find_job)
+        teachers=Teachers(["127.0.0.1:1"], options={}), access=Access(job_of_key=KeyStore(key_file).find_job)
     )
     routes = {
         (method, route.path)

@@ -103,7 +103,7 @@ TARGETS = {target.__name__: target for target in (image, message, key)}
 FOLDER = tempfile.TemporaryDirectory(prefix="vaopd-fuzz-")
 STORE_FILE = Path(FOLDER.name) / "keys.json"
 keys.add_key(STORE_FILE, "fuzzed")
-STORE = keys.KeyStore.load(STORE_FILE)
+STORE = keys.KeyStore(STORE_FILE)
 
 
 def main() -> None:

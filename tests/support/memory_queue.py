@@ -253,9 +253,9 @@ class MemoryTrainer(TrainerEnd):
             }
             return count
 
-    def workers_alive(self, *, within_s: float = 30.0) -> list[str]:
+    def workers_alive(self) -> list[str]:
         now_s = self._broker.clock()
-        return sorted(worker for worker, seen_s in self._broker.seen_s.items() if now_s - seen_s <= within_s)
+        return sorted(worker for worker, seen_s in self._broker.seen_s.items() if now_s - seen_s <= 30)
 
 
 class MemoryWorker(WorkerEnd):

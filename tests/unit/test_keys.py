@@ -27,7 +27,7 @@ def key_id(key: str) -> str:
 
 def test_a_key_names_its_job(file: Path) -> None:
     geometry, other = add_key(file, "geometry"), add_key(file, "other")
-    store = KeyStore.load(file)
+    store = KeyStore(file)
     assert store.find_job(geometry) == "geometry"
     assert store.find_job(other) == "other"
 
@@ -63,14 +63,14 @@ def test_a_secret_has_256_bits(file: Path) -> None:
 def test_anything_else_is_refused_without_being_quoted(file: Path, change) -> None:
     key = add_key(file, "geometry")
     with pytest.raises(Unauthenticated) as caught:
-        KeyStore.load(file).find_job(change(key))
+        KeyStore(file).find_job(change(key))
     assert key.split("_", 2)[2][:8] not in str(caught.value)
 
 
 def test_a_secret_of_one_key_is_no_use_with_another_id(file: Path) -> None:
     one, two = add_key(file, "one"), add_key(file, "two")
     with pytest.raises(Unauthenticated, match="not known here"):
-        KeyStore.load(file).find_job(one.replace(key_id(one), key_id(two)))
+        KeyStore(file).find_job(one.replace(key_id(one), key_id(two)))
 
 
 def test_an_expired_key_is_refused(file: Path) -> None:
@@ -79,12 +79,12 @@ def test_an_expired_key_is_refused(file: Path) -> None:
     content["keys"][0]["expires"] = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
     file.write_text(json.dumps(content))
     with pytest.raises(Unauthenticated, match=f"{key_id(key)} is expired; ask"):
-        KeyStore.load(file).find_job(key)
+        KeyStore(file).find_job(key)
 
 
 def test_a_running_service_notices_new_and_revoked_keys(file: Path) -> None:
     first = add_key(file, "first")
-    store = KeyStore.load(file)
+    store = KeyStore(file)
     second = add_key(file, "second")
     assert store.find_job(second) == "second"
     revoke_key(file, key_id(first))
@@ -99,7 +99,7 @@ def test_a_running_service_notices_new_and_revoked_keys(file: Path) -> None:
 def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | None) -> None:
     """Not even who was let in before: the change may have been a revocation."""
     key = add_key(file, "geometry")
-    store = KeyStore.load(file)
+    store = KeyStore(file)
     good = file.read_text()
     if content is None:
         file.unlink()
@@ -116,10 +116,10 @@ def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | 
 def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) -> None:
     add_key(file, "geometry")
     file.chmod(0o640)  # a container's group reads its secrets
-    KeyStore.load(file)
+    KeyStore(file)
     file.chmod(mode)
     with pytest.raises(ConfigError, match="written by others; chmod go-w"):
-        KeyStore.load(file)
+        KeyStore(file)
 
 
 def test_keys_made_at_the_same_time_are_all_kept(file: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_header_without_a_bearer_key_is_refused(header: str | None) -> None:
 def test_the_command_prints_a_key_once_and_lists_none(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "add", "geometry", "--expires", "never", "--file", str(file)]) == 0
     key = capsys.readouterr().out.strip()
-    assert KeyStore.load(file).find_job(key) == "geometry"
+    assert KeyStore(file).find_job(key) == "geometry"
     assert main(["keys", "revoke", key_id(key), "--file", str(file)]) == 0
     capsys.readouterr()
     assert main(["keys", "list", "--file", str(file)]) == 0

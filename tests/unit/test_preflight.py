@@ -51,7 +51,7 @@ def test_a_sound_configuration_has_no_problem(config: Path, capsys: pytest.Captu
 def test_a_tracker_that_is_not_installed(
     command: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "_is_installed", lambda package: package != "wandb")
+    monkeypatch.setattr(checks, "find_version", lambda package: None if package == "wandb" else "1.0")
     told = refusal(capsys, command, str(config), "--set", 'trainer.trackers=["tensorboard", "wandb"]')
     assert "trainer.trackers: wandb is not installed; pip install 'vaopd[wandb]', or leave it out" in told
 
@@ -129,7 +129,7 @@ def test_a_teacher_with_another_tokenizer(config: Path, tmp_path: Path, capsys: 
 
 
 def test_no_vllm(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_is_installed", lambda package: False)
+    monkeypatch.setattr(checks, "find_version", lambda package: None)
     told = refusal(capsys, "rollout", str(config))
     assert "vLLM is not installed" in told
     assert "--set rollout.engine=transformers" in told

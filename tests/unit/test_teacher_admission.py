@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from vaopd.config import SharingConfig
+from vaopd.config import QuotasConfig, SharingConfig
 from vaopd.errors import QueueFull
 from vaopd_teacher.line.admission import Admission
 from vaopd_teacher.line.scheduler import Served
+from vaopd_teacher.rpc.access import Quotas
 
 
 class Pace:
@@ -31,7 +32,8 @@ class Pace:
 
 
 def admission(pace: Pace, *, total: int = 100, per_job: int = 100) -> Admission:
-    return Admission(SharingConfig(max_waiting_groups=total, max_waiting_groups_per_job=per_job), pace)
+    sharing = SharingConfig(max_waiting_groups=total, max_waiting_groups_per_job=per_job)
+    return Admission(sharing, pace, Quotas(QuotasConfig()))
 
 
 def hint(admission: Admission, job: str, groups: int) -> float:

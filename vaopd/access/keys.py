@@ -1,7 +1,7 @@
 """API keys, one per job and holder, in a JSON file that holds their digests, never the keys. Loads nothing heavy.
 
     key = add_key(Path("keys.json"), "geometry", expires_days=90)          # shown once, stored nowhere
-    KeyStore.load("keys.json").find_job(key)                                 # "geometry"
+    KeyStore(Path("keys.json")).find_job(key)                                # "geometry"
 
 A key is `vaopd_ID_SECRET`. ID names its entry, in logs too; SECRET is 256 random bits. Plain SHA-256 is enough for
 such secrets: salts and slow hashes protect passwords that can be guessed, and 2^256 values can't be tried.
@@ -63,14 +63,6 @@ class KeyEntry:
         return "valid"
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The job of a valid key, and the key's id for logs."""
-
-    key_id: str
-    job: str
-
-
 def read_bearer(header: str | None) -> str:
     """Returns the key of an `Authorization` header or metadata entry. Raises Unauthenticated when there is none."""
     scheme, _, key = (header or "").partition(" ")
@@ -82,23 +74,15 @@ def read_bearer(header: str | None) -> str:
 class KeyStore:
     """Checks keys against a file, which is read again whenever it changes. Thread-safe."""
 
-    @classmethod
-    def load(cls, path: str | Path) -> KeyStore:
-        """Reads the file. Raises ConfigError where it is missing, malformed, or open to others."""
-        return cls(Path(path))
-
     def __init__(self, path: Path) -> None:
+        """Reads the file. Raises ConfigError where it is missing, malformed, or open to others."""
         self._path = path
         self._lock = threading.Lock()
         self._seen = _read_signature(path)
         self._entries: dict[str, KeyEntry] | None = _index_by_id(read_keys(path))
 
     def find_job(self, key: str) -> str:
-        """Returns the job that a key belongs to. Raises as `identify` does."""
-        return self.identify(key).job
-
-    def identify(self, key: str) -> Identity:
-        """Returns job and id of a key.
+        """Returns the job that a key belongs to.
 
         Raises Unauthenticated for a key that isn't valid now, Unavailable while the file can't be read.
         """
@@ -115,7 +99,7 @@ class KeyStore:
             raise Unauthenticated("the API key is not known here; ask the service's operator for one")
         if (state := entry.state()) != "valid":
             raise Unauthenticated(f"API key {entry.id} is {state}; ask the service's operator for a new one")
-        return Identity(key_id=entry.id, job=entry.job)
+        return entry.job
 
     def _read_entries(self) -> dict[str, KeyEntry]:
         with self._lock:

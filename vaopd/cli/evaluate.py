@@ -61,7 +61,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     held_out = check_held_out(config, make_report=make_progress)
     for fault in held_out.faults[:SHOWN]:
-        say(f"not asked: {held_out.prompts.describe_place(fault.index)}, field {fault.field!r}: {fault.message}")
+        say(f"not asked: {held_out.prompts.describe_fault(fault)}")
     if held_out.prompts:
         say(f"loading {config.student.model} into {config.rollout.engine}")
     progress = Progress("vaopd: evaluating", total=len(held_out.prompts), unit="problems")

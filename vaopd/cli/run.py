@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -183,13 +184,13 @@ def _place_on_gpus(options: UpOptions, assumed: str | None) -> UpOptions:
 def _run_demo(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch.checks import find_engine_problem
-    from vaopd.launch.up import UpOptions, make_run_name, up
+    from vaopd.launch.up import UpOptions, up
 
     if not DEMO_CONFIG.exists():
         raise ConfigError(f"{DEMO_CONFIG} doesn't exist here; run the demo in the repository's root")
     require("services", "tiny")
     overrides = [
-        f"run.name={arguments.name or make_run_name('demo')}",
+        f"run.name={arguments.name or time.strftime('demo-%Y%m%d-%H%M%S')}",
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
         # Free ports, so that a second run or another program on this host isn't disturbed.

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from vaopd.client.channel import await_answer
 from vaopd.client.credentials import API_KEY_FILE, CA, CERT, KEY, from_environment
-from vaopd.client.replicas import Replica, speaks_tls, split_addresses
+from vaopd.client.replicas import PROBE_S, Replica, speaks_tls, split_addresses
 from vaopd.errors import (
     Busy,
     ConfigError,
@@ -35,7 +35,6 @@ from vaopd.types import PayloadKind, TeacherDescription
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 3.0
 CALL_S = 10.0
 AGAIN_S = 1.0
 SAY_EVERY_S = 10.0

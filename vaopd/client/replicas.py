@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _CONNECT_S = 5.0
 """How long a client waits for the first of several replicas to be connected before it calls one regardless."""
 _POLL_S = 0.01
-_PROBE_S = 3.0
+PROBE_S = 3.0
 _HUNG_UP = re.compile("failed to connect to all addresses.*Socket closed")
 
 
@@ -54,7 +54,7 @@ def speaks_tls(host: str, port: int) -> bool | None:
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((host, port), timeout=_PROBE_S) as plain,
+            socket.create_connection((host, port), timeout=PROBE_S) as plain,
             context.wrap_socket(plain, server_hostname=host),
         ):
             return True

@@ -18,7 +18,6 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar
 
 import grpc
@@ -111,9 +110,7 @@ class TeacherClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: Any) -> None:
         await self.close()
 
     async def close(self) -> None:

@@ -168,7 +168,7 @@ class Prompts(Sequence[Prompt]):
             return self._with_order(self._order[index])
         prompt = self.read(int(self._order[index]))
         if isinstance(prompt, Fault):
-            raise InvalidInput(f"{self.describe_place(prompt.index)}, field {prompt.field!r}: {prompt.message}")
+            raise InvalidInput(self.describe_fault(prompt))
         return prompt
 
     @property
@@ -209,12 +209,15 @@ class Prompts(Sequence[Prompt]):
 
     def describe_faults(self, faults: Sequence[Fault]) -> str:
         """Names the first bad record in full, and how many there are, with the first indices."""
-        first = min(faults, key=lambda fault: fault.index)
-        message = f"{self.describe_place(first.index)}, field {first.field!r}: {first.message}"
+        message = self.describe_fault(min(faults, key=lambda fault: fault.index))
         if len(faults) > 1:
             bad = sorted({fault.index for fault in faults})
             message += f" ({len(bad)} of {len(self)} records are bad: {', '.join(map(str, bad[:10]))} …)"
         return message
+
+    def describe_fault(self, fault: Fault) -> str:
+        """Names a bad record in full."""
+        return f"{self.describe_place(fault.index)}, field {fault.field!r}: {fault.message}"
 
     def describe_place(self, index: int) -> str:
         """Names a record of the split by its index."""

@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,9 @@ from vaopd.data.loaders import Prompts
 from vaopd.data.records import Fault
 from vaopd.errors import ConfigError, ImageRefused, InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_file
-from vaopd.files.hub import is_hub_id
+from vaopd.files.hub import find_file
 from vaopd.images import decode
+from vaopd.process.extras import find_version
 from vaopd.types import ImagePart, Prompt, TextPart
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Meter:
         if folder is None:
             self._open()  # downloads it, or raises
             folder = self._find_folder()
-        libraries = [_find_version(name) for name in ("transformers", "tokenizers", "pillow")]
+        libraries = [find_version(name) for name in ("transformers", "tokenizers", "pillow")]
         digest = hashlib.sha256(json.dumps([_FORMAT, self._bounds, libraries]).encode())
         for file in sorted(folder.iterdir()) if folder else ():
             if file.is_file() and not file.name.endswith(_WEIGHTS):
@@ -131,15 +131,8 @@ class Meter:
 
     def _find_folder(self) -> Path | None:
         """Finds the processor's files on this host, in a folder of models or in the hub's cache."""
-        folder = Path(self.model)
-        if not folder.is_dir() and is_hub_id(self.model):
-            from huggingface_hub import try_to_load_from_cache
-
-            found = try_to_load_from_cache(self.model, "config.json")
-            if not isinstance(found, str):
-                return None
-            folder = Path(found).parent
-        return folder if any((folder / name).is_file() for name in _PROCESSOR_FILES) else None
+        file = find_file(self.model, "config.json")
+        return file.parent if file and any(file.with_name(name).is_file() for name in _PROCESSOR_FILES) else None
 
 
 def measure(
@@ -257,10 +250,3 @@ def find_cache_folder() -> Path:
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vaopd"
-
-
-def _find_version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

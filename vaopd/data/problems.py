@@ -57,10 +57,10 @@ class CheckedSplit:
         """Counts the bad records by kind, the most frequent first."""
         return dict(Counter(fault.kind for fault in self.faults).most_common())
 
-    def list_first(self, kind: str, shown: int = 10) -> str:
+    def list_first(self, kind: str) -> str:
         """Lists the first bad records of a kind, e.g. "records 3, 17"."""
         bad = [str(fault.index) for fault in self.faults if fault.kind == kind]
-        return f"record{'s' if len(bad) > 1 else ''} {', '.join(bad[:shown])}{' …' if len(bad) > shown else ''}"
+        return f"record{'s' if len(bad) > 1 else ''} {', '.join(bad[:10])}{' …' if len(bad) > 10 else ''}"
 
     def list_duplicates(self) -> list[tuple[int, int]]:
         """Returns the records whose problem stands earlier in the split, each with the first such record."""
@@ -95,11 +95,10 @@ class CheckedSplit:
         """
         if not self.faults:
             return self
-        first = min(self.faults, key=lambda fault: fault.index)
         kinds = "; ".join(f"{count} {kind}: {self.list_first(kind)}" for kind, count in self.count_faults().items())
         message = (
             f"{len(self.faults)} of {self.total} records can't be used ({kinds}); the first: "
-            f"{self.prompts.describe_place(first.index)}, field {first.field!r}: {first.message}"
+            f"{self.prompts.describe_fault(self.faults[0])}"
         )
         if data.bad_records == "error":
             raise InvalidInput(
@@ -113,10 +112,6 @@ class CheckedSplit:
             )
         log.warning("left out: %s", message)
         return self
-
-    def take_none(self) -> CheckedSplit:
-        """Returns a split without records, for a run that evaluates on none."""
-        return CheckedSplit(prompts=self.prompts.pick([]), total=0)
 
     def _with_faults(self, new: list[Fault]) -> CheckedSplit:
         if not new:
@@ -147,7 +142,8 @@ def load_problems(config: Config, *, make_report: MakeReport = be_quiet, downloa
         training = check_training(config, make_report=make_report, download=download)
     if config.evaluation.every == 0:
         with _naming(own):
-            return Problems(training=_require_some(training.accept(data)), held_out=training.take_none())
+            none = CheckedSplit(prompts=training.prompts.pick([]), total=0)
+            return Problems(training=_require_some(training.accept(data)), held_out=none)
     with _naming(other):
         held_out = check_held_out(config, make_report=make_report, download=download)
     with _naming(own):

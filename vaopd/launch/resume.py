@@ -137,16 +137,9 @@ def check_same_teacher(
     folder = config.run_folder
     newest = find_readable_checkpoint(folder / "checkpoints")
     known = None if newest is None else read_checkpoint_teacher(newest)
-    found = TeacherRecord(
-        model=description.model,
-        revision=description.revision,
-        tokenizer_fingerprint=description.tokenizer_fingerprint,
-        dtype=description.dtype,
-        payload=config.teacher.payload,
-    )
     check_teacher(
         known,
-        found,
+        TeacherRecord.of(description, payload=config.teacher.payload),
         run=config.run.name,
         address=address,
         accept=accept_teacher,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from vaopd.errors import ChildFailed, Interrupted
@@ -104,7 +104,7 @@ class Supervisor:
             self._previous_handlers[number] = signal.signal(number, self._note_signal)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         try:
             self._stop_all()
         finally:

@@ -10,7 +10,6 @@ and the end of all processes are `vaopd.launch.supervisor`'s.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vaopd.config import Config, load_config, load_service_config
@@ -83,7 +82,7 @@ def up(
         raise ConfigError(f"--teacher {options.teacher}: the trainer computes its teacher itself (teacher.shared_base)")
     if config.teacher.shared_base:
         say("teacher: the student's base model, which the trainer computes; no teacher and no scoring API are started")
-        options = dataclasses.replace(options, api=False)
+        options = replace(options, api=False)
     folder = config.run_folder
     if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
         return 0
@@ -141,27 +140,23 @@ class _Launch:
         self._options = options
         self._supervisor = supervisor
         self._say = say
-        self._logs = config.run_folder / "logs"
         self._services = load_service_config(options.service)
         self._overrides = list(options.overrides)
         self._metrics: dict[str, str] = {}  # process -> host:port
 
     def run(self) -> int:
         if self._config.queue.url == "embedded":
-            self._set("queue.url", self._start_redis())
+            self._overrides.append(f"queue.url={self._start_redis()}")
         self._start_workers()
         if self._options.teacher is not None:
-            self._set("teacher.address", self._options.teacher)
+            self._overrides.append(f"teacher.address={self._options.teacher}")
         elif _starts_teacher(self._config, self._options):
             address = self._start_teachers()
             _describe_teacher(self._config, self._options, address, self._say)
-            self._set("teacher.address", address)
+            self._overrides.append(f"teacher.address={address}")
         if self._options.api:
             self._start_api()
         return self._run_trainer()
-
-    def _set(self, key: str, value: str) -> None:
-        self._overrides.append(f"{key}={value}")
 
     def _start_redis(self) -> str:
         """Starts a server with its append-only file in the run's folder, so that a resumed run finds its queue."""
@@ -247,7 +242,7 @@ class _Launch:
             arguments: tuple[str, ...] = ("--resume",) if resume else ()
             if self._options.accept_teacher is not None and first:
                 arguments += ("--accept-teacher", self._options.accept_teacher)
-            child = dataclasses.replace(
+            child = replace(
                 self._make_service("trainer", "trainer", *arguments, devices=devices),
                 to_terminal=True,
                 stop_order=0,
@@ -319,7 +314,7 @@ class _Launch:
         entry.announce(json.dumps(targets, indent=1), locate_targets_file(self._config))
 
     def _announce_file(self, name: str) -> Path:
-        path = self._logs / f"{name}.address"
+        path = self._config.run_folder / "logs" / f"{name}.address"
         path.unlink(missing_ok=True)
         return path
 
@@ -363,8 +358,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
     if options.api:
         wanted["api.address"] = config.api.address
     for key, address in wanted.items():
-        problem = find_port_problem(address)
-        if problem:
+        if problem := find_port_problem(address):
             raise ConfigError(
                 f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
             )
@@ -402,8 +396,3 @@ def may_be_cured(code: int) -> bool:
 def describe_exit(code: int) -> str:
     """Returns how a process ended, from an exit code or 128 + n for signal n."""
     return f"was killed by {signal.Signals(code - 128).name}" if code > 128 else f"ended with code {code}"
-
-
-def make_run_name(prefix: str) -> str:
-    """Returns PREFIX-DATE-TIME, in local time."""
-    return f"{prefix}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from vaopd.queue import scripts
 from vaopd.queue.connection import Connection
 
-WORKER_SEEN_MS = 30_000
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Depth:
@@ -39,7 +37,7 @@ class DepthGauge:
             requests=length["requests"],
             groups=length["groups"],
             dead_letters=length["dead"],
-            workers=len(scripts.workers_alive(connection.run, WORKER_SEEN_MS)),
+            workers=len(scripts.workers_alive(connection.run)),
         )
 
     def close(self) -> None:

@@ -138,8 +138,8 @@ class TrainerEnd(Protocol):
         Choose it so that no such group is accepted any more: below the oldest version in flight and the checkpoint's.
         """
 
-    def workers_alive(self, *, within_s: float = 30.0) -> list[str]:
-        """Returns the names of the workers seen in the last `within_s` seconds."""
+    def workers_alive(self) -> list[str]:
+        """Returns the names of the workers seen in the last half minute."""
 
     def purge(self) -> None:
         """Removes all that the queue has of the job, its lease too; `acquire` begins a new one."""

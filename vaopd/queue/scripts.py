@@ -99,9 +99,9 @@ def retry_dead(run: Run, entry_id: str, stream: str, body: bytes) -> None:
     run("retry_dead", entry_id, stream, body)
 
 
-def workers_alive(run: Run, within_ms: int) -> list[str]:
-    """Returns the workers seen in the last `within_ms`."""
-    return [name.decode() for name in run("workers_alive", within_ms)]
+def workers_alive(run: Run) -> list[str]:
+    """Returns the workers seen in the last half minute."""
+    return [name.decode() for name in run("workers_alive", 30_000)]
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------

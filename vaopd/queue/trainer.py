@@ -162,9 +162,9 @@ class TrainerQueue(TrainerEnd):
         """Drops records of requests and groups, and policies, of earlier versions."""
         return self._run(scripts.forget, before_version)
 
-    def workers_alive(self, *, within_s: float = 30.0) -> list[str]:
-        """Returns the workers that renewed in the last `within_s` seconds, by Redis's clock."""
-        return scripts.workers_alive(self._connection.run, int(1000 * within_s))
+    def workers_alive(self) -> list[str]:
+        """Returns the workers that renewed in the last half minute, by Redis's clock."""
+        return scripts.workers_alive(self._connection.run)
 
     def purge(self) -> None:
         """Removes every key of the job, its lease too; `acquire` begins a new one."""

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from vaopd.report.curves import compute_seed_band, list_student_va, smooth, smooth_series
+from vaopd.report.curves import compute_seed_band, list_accuracy, list_student_va, smooth, smooth_series
 from vaopd.report.groups import Group, group_runs, keep_finished
 from vaopd.run.records import Evaluation, Run
 
@@ -120,7 +120,7 @@ def make_accuracy_chart(runs: Sequence[Run], *, band: str) -> Chart:
         for group, _, _ in style_groups(_evaluated(runs))
     }
     series = _compare_evaluations(
-        runs, lambda e: (100 * e.accuracy, 100 * e.standard_error), draw=_draw_accuracy, band=band
+        runs, lambda e: (100 * e.accuracy, 100 * e.standard_error), draw=list_accuracy, band=band
     )
     return _make_chart("Held-out accuracy", "%", series, notes=list(notes))
 
@@ -200,10 +200,6 @@ def _make_compared_times(runs: Sequence[Run]) -> Chart:
     ]
     title = "Where a step's time goes"
     return {**_make_chart(title, "seconds per step, mean", series, kind="bars"), "names": [run.name for run in runs]}
-
-
-def _draw_accuracy(run: Run) -> dict[int, float]:
-    return {e.step: 100 * e.accuracy for e in run.evaluations}
 
 
 def _make_band(

@@ -15,7 +15,7 @@ Band = tuple[list[int], list[float], list[float], list[float]]
 
 def seed_band(runs: Sequence[Run], *, band: str) -> Band:
     """Returns the steps that all seeds evaluated; at each the mean accuracy and the band's edges, in percent."""
-    return compute_seed_band(runs, lambda run: {e.step: 100 * e.accuracy for e in run.evaluations}, band=band)
+    return compute_seed_band(runs, list_accuracy, band=band)
 
 
 def compute_seed_band(runs: Sequence[Run], draw: Callable[[Run], Mapping[int, float]], *, band: str = "range") -> Band:
@@ -44,6 +44,11 @@ def compute_band(curves: Sequence[Mapping[int, float]], *, band: str) -> Band:
         lows.append(low)
         highs.append(high)
     return steps, means, lows, highs
+
+
+def list_accuracy(run: Run) -> dict[int, float]:
+    """Returns the held-out accuracy in percent by the step of its evaluation."""
+    return {e.step: 100 * e.accuracy for e in run.evaluations}
 
 
 def list_student_va(run: Run) -> dict[int, float]:

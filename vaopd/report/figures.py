@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vaopd.errors import InvalidInput, NotFound
+from vaopd.report.charts import TIMES
 from vaopd.report.curves import compute_seed_band, seed_band, smooth_series
 from vaopd.report.groups import Group, name_variant
 from vaopd.report.rollouts import SAMPLES_BYTES
@@ -33,7 +34,6 @@ from vaopd.run.records import Run, is_number
 
 TOP_PERCENT = 10
 """The share of the tokens that the paper marks, and masks."""
-STEP_PARTS = ("publish_s", "wait_s", "score_s", "forward_backward_s")
 _OF_AN_ANSWER = ("step", "problem", "question", "answer", "response_ids", "tokens", "student_va", "verdict")
 UP = "vaopd up CONFIG --set objective.variant"
 _COMPONENTS = ("va_opd", "rollout_weights", "token_groups")
@@ -192,10 +192,10 @@ def race(groups: Sequence[Group]) -> tuple[list[Curve], Curve, float | None]:
 def measure_elapsed(run: Run) -> dict[int, float]:
     """Returns the seconds of training before each policy version; up to the first step that lacks its times."""
     steps = itertools.takewhile(
-        lambda pair: pair[0] == pair[1]["step"] and all(is_number(pair[1].get(part)) for part in STEP_PARTS),
+        lambda pair: pair[0] == pair[1]["step"] and all(is_number(pair[1].get(part)) for part in TIMES),
         enumerate(run.train),
     )
-    seconds = (sum(line[part] for part in STEP_PARTS) for _, line in steps)
+    seconds = (sum(line[part] for part in TIMES) for _, line in steps)
     return dict(enumerate(itertools.accumulate(seconds, initial=0.0)))
 
 

@@ -45,7 +45,7 @@ NUMBERS = {
 Rollout = Mapping[str, Any]
 
 
-def select_samples(run: Run, *, tokens: int = TOKENS_SHOWN) -> dict[str, Any] | None:
+def select_samples(run: Run, *, tokens: int) -> dict[str, Any] | None:
     """Returns groups of every recorded step, as `samples.js` takes them; None for a run without samples.
 
     Of each step the first groups, those with an image first, as many as `tokens` allow in all. Numbers are in

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from vaopd.errors import InvalidInput, Mismatch
+from vaopd.types import TeacherDescription, Tensor
 
 ANY = "any"
 """The value of `--accept-teacher` without a revision."""
@@ -27,6 +29,18 @@ class TeacherRecord:
     """How its distribution travels (`teacher.payload`)."""
     head_sha256: str = ""
     """Digest of its LM head as it was fetched; empty for payloads that need none, or before it is fetched."""
+
+    @classmethod
+    def of(cls, found: TeacherDescription, *, payload: str, head: Tensor | None = None) -> TeacherRecord:
+        """Returns the record of a teacher that describes itself so; head: as it was fetched."""
+        return cls(
+            model=found.model,
+            revision=found.revision,
+            tokenizer_fingerprint=found.tokenizer_fingerprint,
+            dtype=found.dtype,
+            payload=payload,
+            head_sha256="" if head is None else hashlib.sha256(head.data).hexdigest(),
+        )
 
     def find_differences(self, other: TeacherRecord) -> dict[str, tuple[str, str]]:
         """Returns field -> (own, other) where they are not the same teacher; a head that one lacks doesn't count."""

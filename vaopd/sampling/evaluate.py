@@ -22,9 +22,9 @@ def evaluate_model(
     config: Config,
     prompts: Sequence[Prompt],
     *,
-    not_asked: Mapping[str, int] | None = None,
+    not_asked: Mapping[str, int],
     on_progress: Callable[[int], None],
-    on_refused: Callable[[Prompt, Exception], None] = lambda prompt, error: None,
+    on_refused: Callable[[Prompt, Exception], None],
 ) -> HeldOutResult:
     """Returns avg@n of `config.student.model` over `prompts`.
 

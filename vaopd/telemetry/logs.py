@@ -49,14 +49,11 @@ def set_up(format: str, **shared: Any) -> None:
     if format not in FORMATS:
         raise ConfigError(f"log format {format!r}; use {' or '.join(FORMATS)} (--log-format, {FORMAT_VARIABLE})")
     share(**shared)
-    if format == "text":
-        plain = logging.StreamHandler()
-        plain.setFormatter(TextFormatter(TEXT))
-        logging.basicConfig(level=logging.INFO, handlers=[plain])
-        return
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(TextFormatter(TEXT) if format == "text" else JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if format == "text":
+        return
     logging.captureWarnings(True)
     # vLLM's lines then come through here too, and progress bars don't break the JSON.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")

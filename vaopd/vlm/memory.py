@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import ConfigError
+from vaopd.files.hub import find_file
 
 GIB = 2**30
 MARGIN = 0.07
@@ -152,22 +153,19 @@ def find_model(name: str) -> Model:
 
     Raises ConfigError when they are not known here.
     """
-    folder = Path(name)
-    if (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS and not folder.is_dir():
+    if (match := _PUBLISHED.fullmatch(name)) and match[1] in MODELS and not Path(name).is_dir():
         return MODELS[match[1]]
     try:
-        file: object = folder / "config.json"
-        if not folder.is_dir():
-            from huggingface_hub import try_to_load_from_cache
-
-            file = try_to_load_from_cache(name, "config.json")  # ValueError for what is no hub id
-        config = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        file = find_file(name, "config.json")
+        if file is None:
+            raise FileNotFoundError
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ConfigError(
             f"{name}: its memory can't be counted, since there is no config.json of it here; download the model, or "
             "place the processes by --gpus ROLE=DEVICES"
         ) from None
-    return Model.from_config(config, name=folder.name)
+    return Model.from_config(config, name=Path(name).name)
 
 
 @dataclass(frozen=True, kw_only=True)

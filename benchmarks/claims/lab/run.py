@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor
 from worlds import WORLDS, Draws, Eye, Pictures, pixelate
 
 from vaopd import objective as library
+from vaopd.files.durable import atomic_file
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
@@ -346,28 +348,21 @@ def prepare(runs: Sequence[Run], folder: Path, device: torch.device) -> tuple[Ba
 
 def split_batches(runs: Sequence[Run], at_once: int) -> list[list[Run]]:
     """Splits runs into batches that can share a forward, at most `at_once` together, in the order of their first."""
-    alike: dict[tuple[Any, ...], list[list[Run]]] = {}
+    alike: defaultdict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         world = WORLDS[run.world]
-        batches = alike.setdefault(
-            (world.form, world.words, world.learned_teacher, run.prompts, run.siblings, run.steps), [[]]
-        )
-        if len(batches[-1]) == at_once:
-            batches.append([])
-        batches[-1].append(run)
-    return sorted(itertools.chain(*alike.values()), key=lambda batch: runs.index(batch[0]))
+        alike[world.form, world.words, world.learned_teacher, run.prompts, run.siblings, run.steps].append(run)
+    batches = [same[at : at + at_once] for same in alike.values() for at in range(0, len(same), at_once)]
+    return sorted(batches, key=lambda batch: runs.index(batch[0]))
 
 
 def write(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Writes the results, a line for each run, with 4 decimals since the tables have 3, and NaN as null."""
-    tidy = (
-        json.loads(json.dumps(r), parse_float=lambda x: round(float(x), 4), parse_constant=lambda _: None) for r in runs
-    )
+    parse: dict[str, Any] = {"parse_float": lambda x: round(float(x), 4), "parse_constant": lambda _: None}
+    lines = ",\n".join(json.dumps(json.loads(json.dumps(run), **parse), allow_nan=False) for run in runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".tmp")
-    lines = ",\n".join(json.dumps(run, allow_nan=False) for run in tidy)
-    written.write_text(f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n')
-    written.replace(path)
+    with atomic_file(path) as file:
+        file.write(f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n'.encode())
 
 
 def identify(run: dict[str, Any]) -> Run:
@@ -392,9 +387,7 @@ def main() -> None:
     batches = split_batches(missing, options.at_once or RUNS_AT_ONCE[device.type])
     print(f"{len(missing)} runs are missing: {len(batches)} batches on {device}", flush=True)
     started, trained = time.perf_counter(), 0
-    for runs in batches:
-        if time.perf_counter() - started > options.stop_after_s:
-            break
+    for runs in itertools.takewhile(lambda _: time.perf_counter() - started <= options.stop_after_s, batches):
         finished += distil(*prepare(runs, options.work, device))
         write(finished, options.results)
         trained += len(runs)

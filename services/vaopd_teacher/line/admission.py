@@ -20,7 +20,7 @@ _SHORTEST_S, _LONGEST_S = 0.05, 60.0
 class Admission:
     """Counts accepted and unanswered groups: `admit` a call's groups, then `release` each when it is answered."""
 
-    def __init__(self, sharing: SharingConfig, scheduler: Scheduler, quotas: Quotas | None = None) -> None:
+    def __init__(self, sharing: SharingConfig, scheduler: Scheduler, quotas: Quotas) -> None:
         self._sharing = sharing
         self._scheduler = scheduler
         self._quotas = quotas
@@ -53,14 +53,12 @@ class Admission:
         """
         self._check(self.waiting, groups, self._sharing.max_waiting_groups, job, of_job=False)
         self._check(self._waiting[job], groups, self._sharing.max_waiting_groups_per_job, job, of_job=True)
-        if self._quotas is not None:
-            self._quotas.take(job, groups)  # last, since it counts accepted groups only
+        self._quotas.take(job, groups)  # last, since it counts accepted groups only
         self._waiting[job] += groups
 
     def charge_upload(self, job: str, nbytes: int) -> None:
         """Takes an upload from the job's quota of bytes. Raises Busy, or LimitExceeded for one above the quota."""
-        if self._quotas is not None:
-            self._quotas.take_image_bytes(job, nbytes)
+        self._quotas.take_image_bytes(job, nbytes)
 
     def release(self, job: str, groups: int = 1) -> None:
         """Frees the room of groups that are answered or given up."""

@@ -64,8 +64,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         service: str,
         access: Access,
         *,
-        check_room: Callable[[], object] = lambda: None,
-        on_refused: Callable[[str | None, str], object] = lambda job, reason: None,
+        check_room: Callable[[], object],
+        on_refused: Callable[[str | None, str], object],
     ) -> None:
         """`check_room` raises when no ScoreGroups call fits now: then it is refused before its request is read.
 

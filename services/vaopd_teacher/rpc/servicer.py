@@ -50,7 +50,7 @@ from vaopd_teacher.rpc.call import Call
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 2**20
-_MESSAGE_OVERHEAD_BYTES = 1024
+MESSAGE_OVERHEAD_BYTES = 1024
 _ADMITTED_AHEAD = 4
 """The most images of one upload that are decoded at the same time."""
 
@@ -72,7 +72,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
         ahead: Ahead,
         threads: ThreadPoolExecutor,
         batch_tokens: int,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int,
         metrics: TeacherMetrics,
     ) -> None:
         self._description = description
@@ -237,7 +237,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServicer):
                 alternatives = np.unique(scored.payload.tensors["token_ids"].numpy())
                 texts = await self._run_on_thread(self._preparer.decode_tokens, alternatives)
                 score.payload_texts.update(zip(alternatives.tolist(), texts, strict=True))
-        size, limit = score.ByteSize() + _MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
+        size, limit = score.ByteSize() + MESSAGE_OVERHEAD_BYTES, self._description.limits.max_message_bytes
         if size > limit:
             error = LimitExceeded(
                 f"the score of group {group.group_id!r} takes {size} bytes, the limit of a message is {limit}; "
