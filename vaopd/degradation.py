@@ -1,4 +1,4 @@
-"""Makes the degraded view: the same picture with its detail taken away (method.md, "Visual advantage").
+"""Makes the degraded view: the same picture with its detail taken away.
 
 Size and mode stay those of the input, so the image grid, the number of image tokens and every position id stay too, and
 only pixels differ. The paper's degradation is pixelation to 10 %; the others are options for comparison.
