@@ -36,7 +36,7 @@ class _Teacher(Section):
     """Tokens (padding included) of one forward of the teacher."""
     shared_base: bool = False
     """The teacher is the model that the student's adapters are added to (student.lora): the trainer computes it with
-    the adapters switched off, on the same weights in the student's dtype, and no teacher is started or asked."""
+    the adapters switched off, on the same weights in the student's dtype, and no teacher is started or called."""
 
     @property
     def needs_head(self) -> bool:
