@@ -1,7 +1,7 @@
 """Which tokens of an answer depend on seeing the image? A notebook in cells, and a script.
 
 Run it beside a running system (`vaopd demo` or `vaopd up CONFIG`), cell by cell in an editor that supports `# %%`, or
-as `python examples/score_image.py [URL]`. It needs only the client: pip install 'vaopd[http]'.
+as `python examples/score_image.py [URL]`. It needs only the client: pip install '.[http]'.
 """
 
 # %% The API and its teachers

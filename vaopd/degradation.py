@@ -1,4 +1,4 @@
-"""Makes the degraded view: the same picture with its detail taken away (method.md, "Visual advantage").
+"""Makes the degraded view: the same picture with its detail taken away.
 
 Size and mode stay those of the input, so the image grid, the number of image tokens and every position id stay too, and
 only pixels differ. The paper's degradation is pixelation to 10 %; the others are options for comparison.
@@ -72,7 +72,7 @@ def view_seed(sha256: str) -> int:
 def pixelate(image: Image.Image, ratio: float = 0.1) -> Image.Image:
     """Shrinks each side to `ratio` (bilinear; floor, at least 1 px), then enlarges back with nearest neighbour.
 
-    Ratio 1 is the identity, exactly. The result has the input's size and mode.
+    Ratio 1 is the identity, exactly. The result has the input's size and mode. Raises InvalidInput outside (0, 1].
     """
     if not 0.0 < ratio <= 1.0:  # refuses NaN too
         raise InvalidInput(f"pixelation ratio must be above 0 and at most 1 (the paper: 0.1), got {ratio}")

@@ -123,7 +123,10 @@ def is_correct(response_text: str, answer: str) -> bool:
 
 
 def avg_at_n(correct: Sequence[Sequence[bool]]) -> float:
-    """Returns avg@n: the mean, over questions, of the share of right samples (not best-of, not a vote)."""
+    """Returns avg@n: the mean, over questions, of the share of right samples (not best-of, not a vote).
+
+    Raises InvalidInput without a question, or a question without a sample.
+    """
     if not correct or not all(len(samples) for samples in correct):
         raise InvalidInput(f"avg@n needs at least one question and one sample of each, got {len(correct)} questions")
     return sum(sum(samples) / len(samples) for samples in correct) / len(correct)

@@ -171,7 +171,7 @@ def _read_orientation(data: bytes | None) -> int:
 
 
 def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int) -> PIL.Image.Image:
-    """Scales a picture to pixel bounds, each side floored (method.md, "Visual advantage").
+    """Scales a picture to pixel bounds, each side floored, as the paper's code does.
 
     A picture within the bounds is returned as it is. The floor may leave it a little below `min_pixels`.
 

@@ -149,8 +149,10 @@ def rollout_weights(
 
     Needs complete groups. Equal means give uniform weights, a group of one weight 1. Detached.
 
-    deviation_floor: in nats; a smaller standard deviation counts as this. Without it (the paper), siblings that hardly
-    differ get weights as unequal as those that differ much.
+    mean_va: in nats. deviation_floor: in nats; a smaller standard deviation counts as this. Without it (the paper),
+    siblings that hardly differ get weights as unequal as those that differ much.
+
+    Raises InvalidInput for an empty group and for settings out of range.
     """
     _refuse_empty(mean_va.shape[-1])
     if not temperature > 0:
@@ -164,7 +166,10 @@ def rollout_weights(
 
 
 def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
-    """Marks V, each rollout's ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (N, T) bool."""
+    """Marks V, each rollout's ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (N, T) -> (N, T) bool.
+
+    Raises InvalidInput for a mask or fraction out of range, and for an empty response.
+    """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 < high_fraction <= 1.0:
         raise InvalidInput(f"high_fraction must be above 0 and at most 1 (the paper: 0.2), got {high_fraction}")
@@ -184,7 +189,7 @@ def token_weights(
     """Weights each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's tokens sum to its rollout weight.
 
     The `high_group` shares `high_weight`, the other tokens the rest. Where there are no others (T = 1), the high group
-    takes all of it.
+    takes all of it. Raises InvalidInput as `high_group` does, and for weights of another shape.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 <= high_weight <= 1.0:
@@ -213,11 +218,13 @@ def masked_response(
     ties: str = "earlier",
     seed: int = 0,
 ) -> Tensor:
-    """Drops ⌊fraction·T⌋ tokens of each rollout from the mask: the "top" or "bottom" ones by VA, or "random" ones.
+    """Drops ⌊fraction·T⌋ tokens of each rollout from the mask (N, T): "top" or "bottom" ones by VA, or "random" ones.
 
     The masking ablation of the paper. Rounding down keeps at least one token of every rollout as long as fraction < 1.
     ties: of equal VA the "earlier" token counts as the larger one, or a "random" one. VA is 0 on most tokens, so with
-    "earlier" the bottom ones are the last tokens, which hold the answer.
+    "earlier" the bottom ones are the last tokens, which hold the answer. seed: of what is random.
+
+    Raises InvalidInput for an unknown word, a fraction out of range, and an empty response.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 <= fraction < 1.0:

@@ -127,7 +127,7 @@ def hidden_states(payload: Payload, dtype: torch.dtype) -> torch.Tensor:
     if "hidden" in tensors:
         return tensors["hidden"].to(dtype)
     if payload.kind != "hidden_int8":
-        raise InvalidInput(f"a {payload.kind} payload holds no hidden states; ask for hidden or hidden_int8")
+        raise InvalidInput(f"a {payload.kind} payload holds no hidden states; ask for a hidden payload")
     rows, scales = tensors["hidden_int8"], tensors["scales"]
     if rows.dtype != torch.int8 or rows.ndim != 2 or scales.dtype != torch.float32 or scales.ndim != 1:
         raise InvalidInput(

@@ -208,9 +208,9 @@ class RolloutGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyVersion:
-    """A published policy snapshot: a folder with model.safetensors and the digest of that file.
+    """A published policy snapshot: a folder, or its http:// address, and the digest of its weights.
 
-    With LoRA, adapter_model.safetensors takes that file's place.
+    The weights are model.safetensors, with LoRA adapter_model.safetensors; sha256: `tensor_files.compute_digest`.
 
     >>> PolicyVersion(version=12, path="runs/tiny/policy/12", sha256="9f86…").version
     12
@@ -335,7 +335,7 @@ class GroupScore:
 
     @property
     def mean_visual_advantage(self) -> np.ndarray:
-        """The mean VA of each rollout in nats: (K,) float64; m_k of method.md, "Rollout weights"."""
+        """The mean VA of each rollout in nats, m_k in `vaopd.objective`: (K,) float64."""
         return np.array([va.mean(dtype=np.float64) for va in self.visual_advantage])
 
 

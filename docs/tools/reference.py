@@ -181,7 +181,7 @@ def metrics() -> str:
         rows(trainer.EVALUATION_DESCRIPTIONS),
         "## Prometheus\n",
         "With `--metrics-address HOST:PORT` each process serves `/metrics`, the API on its own port too: "
-        "[Watching it in production](../monitoring.md). Beside these, each has `process_…`: memory, CPU time, open "
+        "[Monitoring in production](../monitoring.md). Beside these, each has `process_…`: memory, CPU time, open "
         "files, start time.\n",
     ]
     for name, registry in registries().items():
@@ -227,7 +227,7 @@ def command_line() -> str:
     os.environ["COLUMNS"] = str(COLUMNS)  # argparse breaks its lines there
     parts = [
         f"{NOTE}# Command line\n",
-        "The `--help` of every command. Exit codes and habits: [here](../cli.md).\n",
+        "The `--help` of every command. Exit codes and conventions: [The command line](../cli.md).\n",
     ]
     for parser in walk(build_parser()):
         help_text = re.sub(r"[ \t]+$", "", parser.format_help(), flags=re.MULTILINE).rstrip()

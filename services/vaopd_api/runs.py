@@ -141,7 +141,7 @@ def _read_signature(path: Path) -> Signature:
 
 def _describe_broken(path: Path, signature: Signature, error: Exception) -> RunModel:
     known = isinstance(error, VaopdError | OSError)
-    # A client is not told where the folder is.
+    # Clients don't learn where the folder is.
     reason = str(error).replace(f"{path}/", "") if known else f"its files can't be read ({type(error).__name__})"
     return RunModel(
         name=path.name,

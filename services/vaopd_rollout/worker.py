@@ -241,7 +241,7 @@ class RolloutWorker:
         try:
             with self.metrics.time_load(policy.version):
                 self.engine.load_policy(self.fetch(policy))
-        except Unavailable as error:  # the trainer is away; another one announces its weights anew
+        except Unavailable as error:  # the trainer is away; another one announces its weights again
             log.warning("%s", error)
             return False
         except VaopdError:

@@ -1,4 +1,4 @@
-"""Computes the student's forward pass and the loss of method.md over a few prompt groups.
+"""Computes the student's forward pass and the paper's loss over a few prompt groups.
 
 In: scored groups and their token weights, which one token score computes here. Out: the scalar loss, to call backward
 on, each token's KL, and its log-prob, which should be the one that it was sampled with.

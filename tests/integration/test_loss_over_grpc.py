@@ -145,7 +145,7 @@ def advantages(scored: Scored) -> list[np.ndarray]:
 
 
 def siblings_weights(advantages: list[np.ndarray]) -> np.ndarray:
-    """method.md, "Rollout weights", for one group."""
+    """The paper's rollout weights for one group."""
     means = np.array([a.mean() for a in advantages])
     z = (means - means.mean()) / (means.std() + 1e-6)
     return np.exp(z) / np.exp(z).sum()
@@ -157,7 +157,7 @@ def by_advantage(va: np.ndarray) -> list[int]:
 
 
 def grouped(va: np.ndarray) -> np.ndarray:
-    """method.md, "Token groups": half of the weight goes to the ⌈T/5⌉ tokens of largest VA, half to the others."""
+    """The paper's token groups: half of the weight goes to the ⌈T/5⌉ tokens of largest VA, half to the others."""
     count, weights = math.ceil(len(va) / 5), np.empty(len(va))
     high, low = by_advantage(va)[:count], by_advantage(va)[count:]
     weights[high] = (0.5 if low else 1.0) / count

@@ -87,7 +87,7 @@ class PlainStudent:
         turn["content"].append({"type": "text", "text": request.messages[0].content[-1].text})
         text = self.processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         images = [PIL.Image.open(io.BytesIO(image.data)) for image in request.images]
-        # method.md: scaled to the pixel bounds first, each side floored; here only the upper one counts.
+        # As in the paper: scaled to the pixel bounds first, each side floored; here only the upper one counts.
         shrinks = [min(1.0, (MAX_PIXELS / (image.width * image.height)) ** 0.5) for image in images]
         scaled = [
             image if shrink == 1 else image.resize((int(image.width * shrink), int(image.height * shrink)))

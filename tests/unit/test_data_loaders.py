@@ -213,10 +213,14 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         load_prompts("nobody/nothing", split="train", cache_dir=tmp_path)  # the tests run offline
 
 
-def test_unknown_columns_are_named(tmp_path: Path) -> None:
-    source = parquet(tmp_path, [{"prompt": "One?"}], pa.schema([("prompt", pa.string())]), "train.parquet")
+@pytest.mark.parametrize(
+    ("columns", "key"), [(["prompt"], "text"), (["problem", "answer"], "images"), (["messages", "images"], "answer")]
+)
+def test_missing_columns_are_named_with_the_key_to_set(tmp_path: Path, columns: list[str], key: str) -> None:
+    schema = pa.schema([(name, pa.string()) for name in columns])
+    source = parquet(tmp_path, [dict.fromkeys(columns, "One?")], schema, "train.parquet")
 
-    with pytest.raises(InvalidInput, match="columns prompt; needed: problem or question, answer, and images or image"):
+    with pytest.raises(InvalidInput, match=f"columns {', '.join(columns)}; needed: problem .*columns.{key}=NAME"):
         load_prompts(source, split="train")
 
 

@@ -94,11 +94,20 @@ def test_toml_in_the_docs_is_sound(block: Block) -> None:
         validate(ServiceConfig, values, origin=block.name)
 
 
+def read_without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text):
-        assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+    """Files exist, and so do the headings that anchors name, by GitHub's rule."""
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)", read_without_code(page)):
+        place = page.parent / target if target else page
+        assert place.exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", read_without_code(place), re.M)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in names, f"{page.relative_to(ROOT)} links to {target}#{anchor}, a heading that is not there"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

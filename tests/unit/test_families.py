@@ -143,7 +143,7 @@ def test_no_vision_token_may_stand_in_a_response(family: str) -> None:
 
 
 def test_tokens_after_the_first_eos_are_refused() -> None:
-    """As a padded batch has them; method.md: the first EOS is a valid token, those after it are masked."""
+    """As a padded batch has them: the first EOS is a valid token, those after it are masked."""
     vlm = family_vlm("qwen3_vl")
     prompt = ask(vlm, [])
     eos = vlm.eos_ids[0]

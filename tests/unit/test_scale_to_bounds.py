@@ -1,4 +1,4 @@
-"""The picture that both views are made of: scaled to the pixel bounds, each side floored (method.md)."""
+"""The picture that both views are made of: scaled to the pixel bounds, each side floored."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def find_command(environment: Path) -> list[str]:
 
 
 def install(environment: Path, *, say: Callable[[str], None]) -> None:
-    """Makes the evaluator's environment anew and tries it. Raises ConfigError, with the remedy, where that fails."""
+    """Replaces the evaluator's environment and tries it. Raises ConfigError, with the remedy, where that fails."""
     say(f"installing {' '.join(REQUIREMENTS)} into {environment}: 1.5 GB, and 5 GB more if it needs a torch of its own")
     python = str(environment / "bin" / "python")
     _run("on Debian or Ubuntu: apt install python3-venv", sys.executable, "-m", "venv", "--clear", str(environment))

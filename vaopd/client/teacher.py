@@ -129,7 +129,10 @@ class TeacherClient:
         return description
 
     async def head(self) -> Tensor:
-        """Returns the LM head over the logical vocabulary, (V, D), in the teacher's dtype; hidden payloads need it."""
+        """Returns the LM head over the logical vocabulary, (V, D), in the teacher's dtype; hidden payloads need it.
+
+        Raises Mismatch where the backend has none to give, TeacherFault for an incomplete one.
+        """
 
         async def fetch(replica: Replica) -> Tensor:
             description = await self._replicas.introduce(replica)

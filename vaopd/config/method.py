@@ -36,7 +36,7 @@ class _Teacher(Section):
     """Tokens (padding included) of one forward of the teacher."""
     shared_base: bool = False
     """The teacher is the model that the student's adapters are added to (student.lora): the trainer computes it with
-    the adapters switched off, on the same weights in the student's dtype, and no teacher is started or asked."""
+    the adapters switched off, on the same weights in the student's dtype, and no teacher is started or called."""
 
     @property
     def needs_head(self) -> bool:
@@ -136,7 +136,7 @@ class _Objective(Section):
 
 class _RolloutWeighting(_Objective):
     temperature: float = Field(1.0, gt=0)
-    """tau of the rollout weights (method.md, "Rollout weights")."""
+    """τ of the rollout weights: the larger, the more equal they are (paper: 1)."""
     rollout_deviation_floor: float = Field(0.0, ge=0)
     """A smaller standard deviation of siblings' mean VA counts as this, in nats (paper: 0). With 0.02, siblings that
     hardly differ get about the same weight."""

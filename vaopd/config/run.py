@@ -100,8 +100,8 @@ class LoraConfig(Section):
     target_modules: tuple[str, ...] = ()
     """Linear layers with adapters, by the last part of their names, e.g. q_proj; empty: all but the LM head."""
     start: Path | None = None
-    """Folder of adapters to begin with, in PEFT's form (RUN/adapter), of this rank, alpha and layers; left out: such
-    that add nothing yet."""
+    """Folder of adapters to begin with, in PEFT's form (RUN/adapter), of this rank, alpha and layers; left out: new
+    ones, which add nothing yet."""
 
 
 class StudentConfig(Section):

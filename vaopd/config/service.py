@@ -118,7 +118,7 @@ class TransformersBackend(Section):
     backend: Literal["transformers"] = "transformers"
     """The library that holds the weights; vllm is for teachers that only vLLM can hold."""
     processes: int | None = Field(None, ge=1)
-    """Goes over the run's teacher.processes."""
+    """Overrides the run's teacher.processes."""
 
 
 class VllmBackend(Section):
@@ -189,7 +189,7 @@ class ConnectionsConfig(Section):
     per_address: int = Field(64, ge=1)
     """The same from one address that isn't a proxy."""
     proxies: list[str] = Field(default_factory=list)
-    """Addresses of reverse proxies: their X-Forwarded-For and -Proto are believed, nobody else's."""
+    """Addresses of reverse proxies: X-Forwarded-For and -Proto are read from these alone."""
 
 
 class ApiServiceConfig(Section):

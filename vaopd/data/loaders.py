@@ -51,12 +51,15 @@ def load_prompts(
     r"""Loads the prompts of one split, in order or shuffled; at most `limit` of them (taken after shuffling).
 
     source: a folder with `{split}.parquet`, `{split}-*.parquet` or `{split}/*.parquet`, the same in `data/`, or, for
-    "train", one Parquet file of any name; `.jsonl` likewise; `{split}/metadata.jsonl` beside pictures; else a hub id
-    like "hiyouga/geometry3k". instruction: appended to the text on a line of its own, e.g.
-    "Put the final answer in \boxed{}." control_tokens: texts that no record may hold, since models refuse them
-    (`vaopd.files.hub.read_control_tokens`). bad_records: "skip" leaves out, with a warning, records with a wrong text,
-    answer or number of images. subset: the configuration of a hub id. columns: other names of its columns. cache_dir:
-    where `datasets` keeps what it downloads or maps.
+    "train", one Parquet file of any name; `.jsonl` likewise; `{split}/metadata.jsonl` beside images; else a hub id
+    like "hiyouga/geometry3k".
+    instruction: appended to the text on a line of its own, e.g. "Put the final answer in \boxed{}."
+    control_tokens: texts that no record may hold, since models refuse them (`vaopd.files.hub.read_control_tokens`).
+    bad_records: "skip" leaves out, with a warning, records with a wrong text, answer or number of images.
+    subset: the configuration of a hub id. columns: other names of its columns.
+    cache_dir: where `datasets` keeps what it downloads or maps.
+
+    Raises InvalidInput for a bad record, and as `open_split` does.
     """
     if limit is not None and limit < 1:
         raise InvalidInput(f"limit must be at least 1, or None for all, got {limit}")

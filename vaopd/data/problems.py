@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vaopd.config import Config
     from vaopd.config.run import DataConfig
 
-HELD_OUT_SEED = 42  # method.md, "Paper recipe"
+HELD_OUT_SEED = 42  # the paper's
 
 log = logging.getLogger(__name__)
 

@@ -115,12 +115,18 @@ def recognise(
                 shards.append((rows, fitting[0]))
                 break
         else:
-            known = "problem or question, answer, and images or image (an empty list where a problem has none)"
+            known = (
+                "problem or question (or turns: messages or conversations), answer (unless it is only trained on), and "
+                "images or image (an empty list where a problem has none)"
+            )
             has = ", ".join(rows.columns) or "none"
             missing = ", ".join(f"data.columns.{key} = {name}" for key, name in given.items() if name not in names)
+            unknown = [
+                key for key in ("text", "images", "answer") if names.isdisjoint(getattr(each, key) for each in schemas)
+            ]
             raise InvalidInput(
                 f"{rows.file or source} has columns {has}; needed: {missing or known}; name them, e.g. "
-                f"--set data.columns.text={next(iter(rows.columns), 'NAME')}"
+                f"--set data.columns.{unknown[0] if unknown else 'text'}=NAME"
             )
     return shards
 

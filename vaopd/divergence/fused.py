@@ -44,7 +44,10 @@ def fused_loss(
     Gradients flow from the loss into the student's hidden states and head; the (M,) divergences and the weights are
     detached. The gradients are computed with the loss and wait for the backward pass: V·D_S numbers for the head.
     vocab_size: V, where the head has rows of padding beyond it; give the padded parameter, not a view of it, because
-    a GPU's products are padded anyway and a view's gradient is copied.
+    a GPU's products are padded anyway and a view's gradient is copied. chunk_tokens: the most tokens whose logits
+    exist at once; None: as many as have `CHUNK_LOGITS` logits.
+
+    Raises InvalidInput where numbers of tokens or vocabularies differ, and for a head that is spread over ranks.
     """
     loss, divergence, _ = fused_loss_and_logprobs(
         student_hidden, student_head, target, weights, None, vocab_size=vocab_size, chunk_tokens=chunk_tokens
@@ -64,7 +67,7 @@ def fused_loss_and_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns `fused_loss` and the student's log-probs of the given ids (M,), detached: -> (), (M,), (M,).
 
-    Without ids, the log-probs are empty.
+    Without ids, the log-probs are empty. Raises as `fused_loss`.
     """
     job = _Job.plan(student_hidden, student_head, target, vocab_size, chunk_tokens)
     for name, given in (("weights", weights), ("token ids", token_ids)):
@@ -86,7 +89,7 @@ def fused_divergence(
 ) -> Tensor:
     """Returns the divergence of each token, differentiable: (M, D_S), (V, D_S), target of M tokens -> (M,).
 
-    vocab_size: as in `fused_loss`.
+    vocab_size, chunk_tokens, errors: as in `fused_loss`.
     """
     job = _Job.plan(student_hidden, student_head, target, vocab_size, chunk_tokens)
     result: Tensor = _Divergence.apply(student_hidden, student_head, job)
@@ -104,7 +107,8 @@ def fused_reverse_kl(
 ) -> Tensor:
     """Computes `reverse_kl` from hidden states (M, D_S), (M, D_T) and LM heads (V, D_S), (V, D_T): -> (M,).
 
-    Heads may be padded to different widths when `vocab_size` is given. Gradients flow into the student only.
+    Heads may be padded to different widths when `vocab_size` is given. Gradients flow into the student only. In nats;
+    chunk_tokens, errors: as in `fused_loss`.
     """
     target = FullTarget(hidden=teacher_hidden, head=teacher_head, vocab_size=vocab_size)
     return fused_divergence(student_hidden, student_head, target, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
@@ -142,7 +146,8 @@ def top_k_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the k likeliest ids (M, k) int32, their log-probs (M, k), descending, and the tail's log-mass (M,).
 
-    vocab_size: V, where the head has rows of padding beyond it.
+    From hidden states (M, D) and a head (V, D). vocab_size: V, where the head has rows of padding beyond it. Raises
+    InvalidInput for a k beyond V.
     """
     if not 1 <= k <= (vocabulary := vocab_size or len(head)):
         raise InvalidInput(f"top_k = {k} is outside [1, {vocabulary}], the vocabulary")

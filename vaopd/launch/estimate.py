@@ -41,7 +41,7 @@ class Step:
     training_s: float
     publishing_s: float
     overlaps: bool
-    """Whether sampling goes on while the trainer trains (max_policy_lag > 0)."""
+    """Whether sampling continues while the trainer trains (max_policy_lag > 0)."""
 
     @property
     def total_s(self) -> float:

@@ -86,7 +86,7 @@ def list_cards() -> list[Card]:
 
 
 def parse_cards(text: str, *, visible: str | None) -> list[Card]:
-    """Reads nvidia-smi's lines, MiB in the second field.
+    """Reads nvidia-smi's lines, MiB in the second field. Raises ConfigError unless `visible` lists numbers.
 
     >>> parse_cards("0, 81559, NVIDIA H100 80GB HBM3, 580.159.04", visible=None)[0].name
     'NVIDIA H100 80GB HBM3'
@@ -106,7 +106,7 @@ def parse_cards(text: str, *, visible: str | None) -> list[Card]:
 
 
 def assume_cards(text: str) -> list[Card]:
-    """Reads NUMBERxGIB, cards that a plan is made for and that needn't be here.
+    """Reads NUMBERxGIB: cards to plan for, which needn't be here. Raises ConfigError for another form.
 
     >>> len(assume_cards("8x79.1"))
     8

@@ -365,7 +365,7 @@ def check_ports(config: Config, options: UpOptions) -> None:
 
 
 def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the values of `--gpus`. A role that is named several times has as many processes.
+    """Reads the values of `--gpus`; a role given several times has as many processes. Raises ConfigError.
 
     >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
     {'teacher': ('0,1',), 'rollout': ('2', '3')}

@@ -1,1 +1,1 @@
-"""Generated from proto/ by `make proto`; nobody edits these files."""
+"""Generated from proto/ by `make proto`; don't edit these files."""

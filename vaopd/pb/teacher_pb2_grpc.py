@@ -66,7 +66,7 @@ class TeacherServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """Who the teacher is and what it accepts; a client checks this before it sends work.
+        """Returns which model the teacher serves and what it accepts; a client checks this before it sends work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,22 +80,22 @@ class TeacherServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MissingImages(self, request, context):
-        """Which of these images the teacher lacks.
+        """Returns those of these images that the teacher lacks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ScoreGroups(self, request, context):
-        """Scores whole prompt groups. Each group's answer is sent as soon as it is done, in any order: one GroupScore, then the
-        payload's tensor chunks, then nothing more for that group; or one GroupError.
+        """Scores whole prompt groups. Each group's answer is sent as soon as it is done, in any order: one GroupScore, then
+        the payload's tensor chunks; or one GroupError.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetHead(self, request, context):
-        """The LM head over the logical vocabulary, (V, D), in chunks; fetched once per job for the hidden payload.
+        """Sends the LM head over the logical vocabulary, (V, D), in chunks; fetched once per job for the hidden payloads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""Says in words which regime a run is in: where its divergence lies, and whether VA tells its tokens apart.
+"""Says in words which regime a run is in: where its divergence lies, and whether its tokens differ in VA.
 
 docs/when_va_opd_helps.md has the measurements. In: a run's last steps. Out: a sentence for each thing that stands out.
 """

@@ -105,7 +105,7 @@ def _describe(evaluation: Evaluation) -> str:
 
 
 def _list_settings(config: dict[str, Any]) -> Iterator[str]:
-    """Yields the sections that tell how it was trained, as TOML; nothing about this machine."""
+    """Yields the sections that say how it was trained, as TOML; nothing about this machine."""
     for name in _SHOWN:
         yield from _list_section(name, config.get(name, {}))
 

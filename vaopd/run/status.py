@@ -120,7 +120,7 @@ class StatusWriter:
         self._silent = False
 
     def __enter__(self) -> StatusWriter:
-        with contextlib.suppress(InvalidInput):  # a damaged one is written anew
+        with contextlib.suppress(InvalidInput):  # a damaged one is replaced
             self._before = read_status(self._folder)
         if self._before is not None:
             self._status = replace(self._status, step=self._before.step)

@@ -30,7 +30,7 @@ class AdHocStudent:
         """Takes a folder or hub id; loads nothing yet. Raises NotFound for a name that can't be a model."""
         if not Path(model).is_dir() and not is_hub_id(model):
             raise NotFound(f"student {model!r} is no folder here, and no hub id of the form ORG/NAME")
-        # RUN/model and RUN/best are told apart by the run's name.
+        # The run's name distinguishes the RUN/model of several runs.
         parts = Path(model).absolute().parts if Path(model).name in ("model", "best") else Path(model).parts[-1:]
         self.model = "/".join(parts[-2:])
         self._source = model

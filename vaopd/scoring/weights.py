@@ -9,11 +9,11 @@ import numpy as np
 
 from vaopd.errors import NumericalError
 
-HIGH_FRACTION = 0.2  # method.md, "Token groups"
+HIGH_FRACTION = 0.2  # the paper's
 
 
 def visual_advantage(teacher_logprobs: np.ndarray, degraded_logprobs: np.ndarray) -> np.ndarray:
-    """(M,), (M,) -> (M,) float32 nats: max(teacher − degraded, 0), method.md "Visual advantage".
+    """Returns VA, max(teacher − degraded, 0), in nats: log-probs (M,), (M,) -> (M,) float32.
 
     Raises NumericalError when a log-prob is not finite.
 
@@ -27,7 +27,7 @@ def visual_advantage(teacher_logprobs: np.ndarray, degraded_logprobs: np.ndarray
 
 
 def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float = 1e-6) -> np.ndarray:
-    """Returns the softmax of the standardised means, which adds up to 1; (K,) -> (K,), method.md "Rollout weights".
+    """Returns the softmax of the standardised mean VA, which adds up to 1: (K,) nats -> (K,).
 
     >>> rollout_weights(np.array([0.5, 0.5])).tolist()
     [0.5, 0.5]
@@ -38,7 +38,7 @@ def rollout_weights(mean_va: np.ndarray, *, temperature: float = 1.0, eps: float
 
 
 def high_group(va: np.ndarray, *, high_fraction: float = HIGH_FRACTION) -> np.ndarray:
-    """Marks the ⌈high_fraction·T⌉ tokens of largest VA, ties: earlier first; (T,) -> (T,), method.md "Token groups".
+    """Marks the ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (T,) nats -> (T,) bool.
 
     >>> high_group(np.array([0.0, 2.0, 0.0, 2.0, 1.0, 0.0])).tolist()
     [False, True, False, True, False, False]

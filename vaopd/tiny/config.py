@@ -86,7 +86,7 @@ class TinyModel:
 
     @property
     def task(self) -> Task:
-        """The task that it knows."""
+        """The task that it was trained on."""
         return "cards" if isinstance(self.recipe, CardsRecipe) else "geometry"
 
 

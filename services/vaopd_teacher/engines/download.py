@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Download:
-    """Several sets of tensors on their way to the host. Tensors that are there already stay as they are."""
+    """Several sets of tensors on their way to the host. Tensors on the host stay as they are."""
 
     def __init__(self, *sets: Mapping[str, Tensor]) -> None:
         self._sets = tuple(map(dict, sets))

@@ -95,7 +95,7 @@ class ReuseCache(Generic[T]):
         return _UNTRIED_PATIENCE * len(self._waiting) if typical is None else PATIENCE * typical
 
     def _drop_one(self, *, for_new: bool) -> bool:
-        """Drops a value that nobody wants any more or, for a new one, that was used; returns whether there was one."""
+        """Drops a value that no job uses any more or, for a new one, that was used; returns whether there was one."""
         for values in (self._used, self._waiting):
             oldest = next(iter(values.values()), None)
             idle = oldest is not None and self._lookups - oldest.seen > self._longest_wait()

@@ -75,7 +75,7 @@ class GroupEngine:
         head = vlm.padded_head.detach()
         # All published tables have padded rows. One that hasn't is copied once: a GPU's fast kernels need them.
         self._head = pad_head(head) if head.is_cuda else head
-        self._overlaps = head.is_cuda  # a forward that was begun computes while the host goes on
+        self._overlaps = head.is_cuda  # a forward that was begun computes while the host continues
 
     def score(self, groups: Sequence[PreparedGroup]) -> Iterator[EngineResult | VaopdError]:
         """Yields one result per group, in their order; see `Engine.score`."""
