@@ -80,7 +80,8 @@ function drawLines({ figure, svg, tip, chart, width, height }) {
   const across = (x) => ((x - first) / (last - first || 1)) * inner.width;
   const down = (y) => inner.height - ((y - low) / (high - low || 1)) * inner.height;
 
-  drawAxes(svg, { xTicks: listTicks(first, last, inner.width / 70), yTicks: listTicks(low, high, 5), across, down, inner, unit: chart.unit });
+  const yTicks = listTicks(low, high, 5).filter((tick) => chart.unit !== "%" || (tick >= 0 && tick <= 100)); // error bars may go on
+  drawAxes(svg, { xTicks: listTicks(first, last, inner.width / 70), yTicks, across, down, inner, unit: chart.unit });
   // A nested svg cuts off what lies outside.
   const plot = shape("svg", { x: MARGIN.left, y: MARGIN.top, ...inner, overflow: "hidden" });
   svg.append(plot);
