@@ -303,13 +303,13 @@ def _make_refusal(answer: httpx.Response) -> errors.VaopdError:
     except pydantic.ValidationError:
         message = f"{answer.request.url.host} answered {answer.status_code}, but not as a scoring API"
     if answer.status_code == 429:
-        return errors.Busy(message, _read_hint(answer.headers.get("Retry-After", "")))
+        return errors.Busy(message, read_retry_after(answer.headers.get("Retry-After", "")))
     if "numerical_error" in answer.text:
         return errors.NumericalError(message)
     return _KINDS.get(answer.status_code, errors.VaopdError)(message)
 
 
-def _read_hint(text: str) -> float:
+def read_retry_after(text: str) -> float:
     """Returns the seconds in a Retry-After; 1 for a date, or anything else."""
     try:
         return float(text)

@@ -20,6 +20,12 @@ from vaopd.access.keys import add_key
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     make_run(folder / "begun", steps=5, accuracies=(0.3,))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.toml").write_text("[")
+    hard = make_run(folder / ("long-name-" * 12)) / "samples.jsonl"
+    texts = {"question": "מה ההיקף? " + 400 * "W", "answer": 200 * "9", "tokens": ["🤦🏽‍♂️", 300 * "x", "שלום"]}
+    lines = [json.dumps(json.loads(line) | texts) for line in hard.read_text().splitlines()]
+    hard.write_text("\n".join([*lines, ""]))
     return folder
 
 
@@ -137,7 +143,17 @@ def test_with_a_key_a_report_is_kept_as_a_file(browser: Browser, runs: Path, tmp
 @pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["desktop", "dark", "phone"])
 def test_no_serious_finding_of_axe_and_nothing_is_cut_off(browser: Browser, api: Api, options: dict[str, Any]) -> None:
     with viewer(browser, str(api.http.base_url), **options) as seen:
-        for path, ready in (("/runs", "section.card"), ("/runs/begun/report", "main")):
+        for path, ready in (
+            ("/runs", "section.card"),
+            ("/runs/begun/report", "main"),
+            (f"/runs/{'long-name-' * 12}/report", ".rollout"),
+            (f"/runs/compare?run=begun&run={'long-name-' * 12}", ".chart svg"),
+        ):
             seen.open(path=path, ready=ready)
             assert serious_findings(seen) == []
             assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            lefts = seen.page.locator(".chart text").evaluate_all("all => all.map(text => text.getBBox().x)")
+            assert all(left >= 0 for left in lefts)
+            cells = seen.page.locator("tr:has(.broken) td[data-label]:visible")
+            boxes = [cells.nth(index).bounding_box() for index in range(cells.count())]
+            assert all(box["x"] >= 40 for box in boxes if box)  # beside the column of ticks, on a phone too

@@ -171,12 +171,16 @@ def test_several_images_letters_of_several_tokens_and_no_image(seen: Viewer) -> 
     page.set_input_files("#more", PAGE / "examples" / "angle.png")
     expect(page.locator("#chosen li")).to_have_text(["1: triangle.png\n✕", "2: angle.png\n✕"], use_inner_text=True)
     page.fill("#responses textarea >> nth=0", "Größe")
+    page.fill("#responses textarea >> nth=1", "ההיקף הוא 12")
     with page.expect_request("**/v1/score") as asked:
         page.click("#score")
     assert len(json.loads(asked.value.post_data or "")["images"]) == 2
     seen.wait_for("both pairs are shown", "document.querySelectorAll('#compare .two').length === 2")
     seen.wait_until_idle()
     assert seen.tokens()[:-1] == list("Größe")
+    for part in (".tokens", "#responses textarea"):
+        expect(page.locator(part).nth(0)).to_have_css("direction", "ltr")
+        expect(page.locator(part).nth(1)).to_have_css("direction", "rtl")
     for _ in range(2):
         page.locator("#chosen button").first.click()
     page.click("#score")

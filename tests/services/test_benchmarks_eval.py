@@ -229,6 +229,79 @@ def test_a_failing_evaluator_is_shown_and_scores_nothing(
     assert not (tmp_path / "out/results.json").exists()
 
 
+def test_a_program_that_cannot_be_started_is_named(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = arguments(tmp_path, data, "--endpoint", "http://127.0.0.1:9/v1", "--evaluator", "/no/such", benchmark="ai2d")
+    assert main(argv) == 2
+    assert "evaluator can't be started: '/no/such': No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((200, {}, b"<html>"), "sent no JSON: '<html>'; give the URL up to /v1"),
+        ((200, {}, b'{"error": "quota"}'), "sent no text for question '0': {'error': 'quota'}"),
+        ([{"type": "text", "text": "The answer is B."}], "sent no text for question '0'"),
+        ((401, {}, b"no key"), "question '0': the endpoint answered 401: no key"),
+    ],
+)
+def test_a_reply_without_an_answer_is_shown_and_stores_none(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], content: Any, message: str
+) -> None:
+    with chat_server(lambda body: content) as (url, _):
+        assert main(arguments(tmp_path, data, "--endpoint", url, "--concurrency", "1", benchmark="ai2d")) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "out/ai2d/answers.jsonl").read_text() == ""
+
+
+def test_a_busy_endpoint_is_asked_again_and_an_empty_answer_is_one(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Retry-After may be a date, of which the endpoint's clock is not ours. A content of null is an empty answer."""
+    replies = iter([(429, {"Retry-After": "Fri, 27 Nov 2026 06:00:00 GMT"}, b"busy"), None, "", "\\boxed{B}", "B", "B"])
+    with chat_server(lambda body: next(replies)) as (url, asked):
+        options = ("--endpoint", url, "--samples", "1", "--concurrency", "1")
+        assert main(arguments(tmp_path, data, *options, benchmark="ai2d")) == 0
+    assert len(asked) == 6
+    assert "| ai2d | 60.00 | 5 | 0 |" in capsys.readouterr().out
+    answers = lines_of(tmp_path / "out/ai2d/answers.jsonl")
+    assert [(line["answer"], line["committed"]) for line in answers] == [
+        ("", False), ("", False), ("B", True), ("B", False), ("B", False)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("score-0.json", '{"metrics": {"acc', None),
+        ("score-0.json", "[]", None),
+        ("score-0.json", '{"metrics": null, "num_examples": 5, "judge_model": null}', "accuracy = None"),
+        ("answers.jsonl", '{"question": "0"}\n', "answers.jsonl:1: an answer needs"),
+        ("answers.jsonl", '{"question": [], "sample": 0, "cut_off": false}\n', "answers.jsonl:1: an answer needs"),
+        ("answers.jsonl", '{"question": "9", "sample": 0, "cut_off": false}\n', "one of questions.jsonl"),
+        ("answers.jsonl", 2 * '{"question": "0", "sample": 0, "cut_off": false}\n', "answers.jsonl:2: question '0'"),
+        ("questions.jsonl", '{"id": "0", "parts": []}\n{"id": "1", "parts": []}', "its last line has no end"),
+        ("questions.jsonl", "", "questions.jsonl is empty"),
+        ("questions.jsonl", '{"id": "0", "parts": [{"value": "x"}]}\n', "`parts` of `type` and `value`"),
+    ],
+)
+def test_a_half_written_file_is_made_again_or_named(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str | None
+) -> None:
+    with chat_server(lambda body: "B") as (url, asked):
+        argv = arguments(tmp_path, data, "--endpoint", url, "--samples", "1", benchmark="ai2d")
+        assert main(argv) == 0
+        (tmp_path / "out/ai2d" / name).write_text(text)
+        assert main(argv) == (0 if message is None else 2)
+        assert len(asked) == 5
+    printed = capsys.readouterr()
+    if message is None:
+        assert printed.out.count("| ai2d | 100.00 | 5 | 0 |") == 2
+    else:
+        assert message in printed.err
+
+
 @pytest.mark.parametrize("value", [None, math.nan, 101, True, "50"])
 def test_a_metric_that_is_no_percentage_is_an_error(value: object) -> None:
     [benchmark] = find_benchmarks("ai2d")
@@ -295,13 +368,16 @@ def test_the_official_evaluator_scores_as_computed_by_hand(
     """All eight in one process. With none solved in WeMath, the evaluator by itself would divide 0 by 0."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     evaluator = Evaluator(command=find_evaluator(), data=data, logs=tmp_path / "logs", say=print)
-    found = {"vielleicht": "Yes", "zweite": "B", "zwei": "2"}
+    found = {"vielleicht": "Yes", "zweite": "B", "zwei": "2", "unklar": "Das kann ich nicht sagen."}
 
     def judge(body: dict[str, Any]) -> str:
         return next((reply for word, reply in found.items() if word in body["messages"][0]["content"]), "Z")
 
     cases = [(name, *case) for name, case in BY_HAND.items()]
     cases.append(("WeMath", ("A",) * 5, {"strict": 99.62, "loose": 99.62}))
+    # No reply of the judge is a verdict: wrong, and never right by chance.
+    cases += [(name, ("unklar",) * 5, {"accuracy": 0.0}) for name in ("MMMU_DEV_VAL", "MMStar", "MathVista_MINI")]
+    cases.append(("HallusionBench", ("unklar",) * 5, dict.fromkeys(("aAcc", "fAcc", "qAcc"), 0.0)))
     with chat_server(judge, model="team/judge") as (url, judged):
         tasks = []
         for number, (name, answers, _) in enumerate(cases):
@@ -317,7 +393,8 @@ def test_the_official_evaluator_scores_as_computed_by_hand(
     for number, (name, _, metrics) in enumerate(cases):
         scores = json.loads((tmp_path / f"{number}.json").read_text())
         assert (name, scores["metrics"], scores["num_examples"]) == (name, pytest.approx(metrics, rel=1e-12), 5)
-    assert {(body["model"], body["temperature"]) for body in judged} == {("team/judge", 0)}
+    decided = [body for body in judged if "unklar" not in body["messages"][0]["content"]]  # else repeated, and warmer
+    assert {(body["model"], body["temperature"]) for body in decided} == {("team/judge", 0)}
     assert "sk-secret" not in (tmp_path / "logs/evaluator.log").read_text()
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from PIL import Image
 
-Reply = Callable[[dict[str, Any]], str]
+Reply = Callable[[dict[str, Any]], Any]
+"""The message's content, or, as a tuple, status, headers and body of the whole reply."""
 
 OPTIONS = {"A": "1", "B": "2", "C": "3", "D": "4"}
 
@@ -124,20 +125,20 @@ def chat_server(reply: Reply, *, model: str = "m") -> Iterator[tuple[str, list[d
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send({"data": [{"id": model}]})
+            self._send(200, {}, json.dumps({"data": [{"id": model}]}).encode())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = reply(body)
+            content = reply(body)
             bodies.append(body)
-            message = {"role": "assistant", "content": text}
-            self._send({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+            message = {"role": "assistant", "content": content}
+            whole = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+            self._send(*(content if isinstance(content, tuple) else (200, {}, json.dumps(whole).encode())))
 
-        def _send(self, value: object) -> None:
-            content = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+        def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response(status)
+            for name, value in ({"Content-Type": "application/json", "Content-Length": len(content)} | headers).items():
+                self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(content)
 

@@ -110,6 +110,7 @@ def test_set_overrides_one_field(minimal: Path, override: str, key: tuple[str, s
         ("trainer.steps=many", r"trainer\.steps: .*valid integer.*, got 'many'"),
         ("objective.variant=best", r"objective\.variant: .*'va_opd', 'standard'.*got 'best'"),
         ("run.name=../elsewhere", r"run\.name: .*pattern"),
+        (f"run.name={129 * 'a'}", r"run\.name: .*at most 128"),
         ("teacher.address=localhost", r"teacher\.address: .*pattern"),
         ("teacher.address=one:50051,two", r"teacher\.address: .*pattern"),
         ("teacher.payload=none", r"teacher\.payload: must be one of 'hidden', .*'sampled', got 'none'"),

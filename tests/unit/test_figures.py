@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.support.runs import jpeg, make_run
+from tests.support.runs import change_settings, jpeg, make_run
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, NotFound
-from vaopd.report import figures
+from vaopd.report import figure_plots, figures, plots
 from vaopd.report.groups import Group, group_runs
 from vaopd.run.records import read_run
 
@@ -41,7 +41,13 @@ def write_scores(run: Path, **scores: tuple[float | None, float | None]) -> None
 
 
 def write_held_out(run: Path, step: int, va: list[float], *, ids: tuple[int, ...] = (5, 7), **more: Any) -> None:
-    record = {"step": step, "problem": 3, "question": "How long?", "answer": "12", "response_ids": ids}
+    record = {
+        "step": step,
+        "problem": 3,
+        "question": "How long is $x$?",
+        "answer": r"$\frac{1}{2$",
+        "response_ids": ids,
+    }
     record |= {"tokens": ["1", "2\n"], "student_va": va, "verdict": "wrong", **more}
     with (run / "heldout.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -64,23 +70,47 @@ def test_masked_runs_stand_beside_standard_opd(tmp_path: Path) -> None:
     ]
     before, bars = figures.compare_masks(groups(*runs))
     assert before == pytest.approx(30)
-    assert [(bar.label, *(round(x, 6) for x in bar[2:])) for bar in bars] == [
-        ("Standard OPD", 60, 57, 63),
-        ("top 10 % masked", 45, 40, 50),
-        ("random 10 % masked", 55, 52, 58),
+    expected = [("Standard OPD", 60, 57, 63), ("top 10 % masked", 45, 40, 50), ("random 10 % masked", 55, 52, 58)]
+    assert [(bar.label, *(round(x, 6) for x in bar[2:])) for bar in bars] == expected
+    change_settings(runs[1], "[trainer]", "[trainer]\nlearning_rate = 2e-5")
+    labels = [bar.label for bar in figures.compare_masks(groups(*runs))[1]]
+    assert labels[1:3] == ["top 10 % masked, learning_rate 2e-05", "top 10 % masked"]
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.99])
+def test_no_tick_of_a_share_lies_outside_0_to_100_and_no_legend_on_the_data(tmp_path: Path, accuracy: float) -> None:
+    runs = [
+        make_run(tmp_path / "v", accuracies=(accuracy, accuracy)),
+        make_run(tmp_path / "s", variant="standard", accuracies=(accuracy, accuracy)),
+        masked_run(tmp_path / "m", "top", (accuracy, accuracy)),
     ]
+    for draw in (
+        figure_plots.draw_ranks,
+        figure_plots.draw_masks,
+        figure_plots.draw_trajectories,
+        figure_plots.draw_race,
+    ):
+        figure = draw(groups(*runs))
+        plots.finish(figure)
+        [axes] = figure.axes
+        assert len(axes.get_yticks()) > 1
+        assert all(0 <= tick <= 100 for tick in axes.get_yticks())
+        figure.draw_without_rendering()
+        [legend] = figure.legends
+        assert not legend.get_window_extent().overlaps(axes.get_tightbbox())
 
 
 def test_components_are_compared_by_benchmark(tmp_path: Path) -> None:
     """Standard's two seeds score 40 and 44 with errors 3 and 4: 42 ± 5/2. VA-OPD has 50 ± 6: 8 ± √(36 + 6.25)."""
     runs = [make_run(tmp_path / f"s{seed}", variant="standard", seed=seed) for seed in (0, 1)]
     runs.append(make_run(tmp_path / "v"))
-    write_scores(runs[0], wemath=(40.0, 3.0), mmmu=(None, None))
-    write_scores(runs[1], wemath=(44.0, 4.0))
-    write_scores(runs[2], wemath=(50.0, 6.0), mmmu=(30.0, 1.0))
+    runs.insert(0, change_settings(make_run(tmp_path / "not-scored", variant="standard"), "steps = 20", "steps = 30"))
+    write_scores(runs[1], wemath=(40.0, 3.0), mmmu=(None, None))
+    write_scores(runs[2], wemath=(44.0, 4.0))
+    write_scores(runs[3], wemath=(50.0, 6.0), mmmu=(30.0, 1.0))
     [(group, differences)] = figures.compare_components(groups(*runs))
     assert (group.label, differences) == ("VA-OPD", {"wemath": pytest.approx((8, 42.25**0.5))})
-    (runs[2] / "benchmarks" / "summary.json").write_text("[]")
+    (runs[3] / "benchmarks" / "summary.json").write_text("[]")
     with pytest.raises(InvalidInput, match=r"summary\.json is no summary"):
         figures.compare_components(groups(*runs))
 
@@ -101,11 +131,11 @@ def test_a_race_counts_the_seconds_of_the_steps_alone(tmp_path: Path) -> None:
         make_run(tmp_path / "v", accuracies=(0.3, 0.5, 0.6)),
         make_run(tmp_path / "s", variant="standard", accuracies=(0.3, 0.35, 0.4)),
     ]
-    _, baseline, reached_s = figures.race(groups(*runs))
+    _, baseline, leader, reached_s = figures.race(groups(*runs))
     assert baseline.xs == pytest.approx([0, 18, 36])
-    assert reached_s == pytest.approx(9)
+    assert (leader.group.variant, reached_s) == ("va_opd", pytest.approx(9))
     rewrite(runs[0], lambda line: line | {"accuracy": 0.1})
-    assert figures.race(groups(*runs))[2] is None
+    assert figures.race(groups(*runs))[3] is None
     rewrite(runs[0], lambda line: {k: v for k, v in line.items() if k != "wait_s" or line["step"] != 12})
     assert sorted(figures.measure_elapsed(read_run(runs[0]))) == list(range(13))  # never a time that is too short
 

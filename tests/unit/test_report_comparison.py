@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.runs import change_settings, make_run, read_charts
 from vaopd.report import write_report
+from vaopd.report.charts import COLOURS, SCORE_COLOURS
 from vaopd.report.curves import compute_band, seed_band
 from vaopd.report.groups import group_runs, keep_finished
 from vaopd.run import settings
@@ -27,6 +31,30 @@ def test_runs_with_another_token_score_are_another_objective(tmp_path: Path) -> 
     names = ["token groups only", "token groups only, by view divergence"]
     assert all(f"<td>{name}</td>" in page for name in names)
     assert [series["name"] for series in read_charts(page)[1]["series"]] == names
+
+
+# Linear RGB as people with each kind of colour blindness see it (Machado, Oliveira and Fernandes 2009, severity 1).
+SEEN = {
+    "all colours": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+def to_lab(colour: str, seen: Any) -> np.ndarray:
+    """CIE L*a*b*, in which equal distances look about equal; 2.3 is just noticeable."""
+    rgb = np.array([int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(np.array(TO_XYZ) @ np.clip(np.array(seen) @ linear, 0, 1) / [0.9505, 1, 1.089])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_objectives_differ_in_colour_for_everybody(name: str) -> None:
+    labs = [to_lab(colour, SEEN[name]) for colour in (*COLOURS.values(), *SCORE_COLOURS.values())]
+    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(labs, 2)) > 15
 
 
 def test_several_runs_are_compared_by_objective(tmp_path: Path) -> None:

@@ -48,11 +48,17 @@ class AnswerFile:
         self.file = path.open("r+b", buffering=0)
         self.file.truncate(size := path.read_bytes().rfind(b"\n") + 1)
         self.file.seek(size)
+        known = {question.id for question in self.questions}
         for place, line in read_json_lines(path, limit_bytes=None):
-            key = (line["question"], line["sample"])
-            if key in self.done:
-                raise InvalidInput(f"{place}: question {key[0]!r}, sample {key[1]} is there twice; remove one line")
-            self.done[key] = line["cut_off"]
+            question, sample, cut_off = (line.get(key) for key in ("question", "sample", "cut_off"))
+            if not (isinstance(question, str) and type(sample) is int and type(cut_off) is bool and question in known):
+                raise InvalidInput(
+                    f"{place}: an answer needs `question`, one of questions.jsonl, `sample` and `cut_off`, got "
+                    f"{question!r}, {sample!r} and {cut_off!r}; remove the line to ask again"
+                )
+            if (question, sample) in self.done:
+                raise InvalidInput(f"{place}: question {question!r}, sample {sample} is there twice; remove one line")
+            self.done[question, sample] = cut_off
 
     def add(self, question: str, sample: int, text: str, cut_off: bool) -> None:
         """Appends an answer; it is on disk when this returns.
@@ -76,18 +82,21 @@ class AnswerFile:
 
 
 def _read_questions(path: Path) -> Iterator[Question]:
+    if not path.read_bytes().endswith(b"\n"):  # a last line without its end would be left out
+        raise InvalidInput(f"{path} is empty, or its last line has no end; delete it to export it again")
     seen = set()
     for place, line in read_json_lines(path, limit_bytes=None):
         try:
-            question = Question(id=str(line["id"]), parts=[dict(part) for part in line["parts"]])
-        except (KeyError, TypeError, ValueError):
-            raise InvalidInput(f"{place}: a question needs `id` and `parts`, got {sorted(line)}") from None
+            parts = [{"type": part["type"], "value": part["value"]} for part in line["parts"]]
+            question = Question(id=str(line["id"]), parts=parts)
+        except (KeyError, TypeError):
+            raise InvalidInput(
+                f"{place}: a question needs `id` and `parts` of `type` and `value`, got {line}"
+            ) from None
         if question.id in seen:
             raise InvalidInput(f"{place}: question {question.id!r} is there twice; delete {path} to export it again")
         seen.add(question.id)
         yield question
-    if not seen:
-        raise InvalidInput(f"{path} has no question; check the evaluator's data and delete the file")
 
 
 def sample_answers(

@@ -15,6 +15,7 @@ import httpx
 
 from vaopd.benchmarks_eval.answers import Question
 from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
+from vaopd.http_client import read_retry_after
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
 from vaopd.net.ports import LOOPBACK, free_port
@@ -38,7 +39,11 @@ class OpenAIEndpoint:
         limits = httpx.Limits(max_connections=None)
         self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
         self._url = url
-        names = [str(entry["id"]) for entry in self._send("GET", "/models")["data"]]
+        listed = self._send("GET", "/models")
+        try:
+            names = [str(entry["id"]) for entry in listed["data"]]
+        except (KeyError, TypeError):
+            raise InvalidInput(f"{url} sent no list of models: {str(listed)[:200]}; give the URL up to /v1") from None
         if (model is None and len(names) != 1) or (model is not None and model not in names):
             raise NotFound(f"{url} serves {', '.join(names) or 'no model'}; choose one with --model, not {model!r}")
         fixed = {"temperature": 1.0, "top_p": 1.0, "n": 1, "max_tokens": max_tokens}
@@ -46,14 +51,22 @@ class OpenAIEndpoint:
 
     def ask(self, question: Question, seed: int) -> tuple[str, bool]:
         """Returns the answer's text and whether it was cut off. Raises InvalidInput for a refused question."""
-        content = [_encode(part) for part in question.parts]
+        try:
+            content = [_encode(part) for part in question.parts]
+        except OSError as error:
+            raise NotFound(
+                f"question {question.id!r}: {error}; delete its questions.jsonl to export it again"
+            ) from None
         body = self._body | {"messages": [{"role": "user", "content": content}], "seed": seed}
         reply = self._send("POST", "/chat/completions", body, about=f"question {question.id!r}: ")
         try:
             choice = reply["choices"][0]
-            return str(choice["message"]["content"] or ""), choice["finish_reason"] == "length"
+            text, cut_off = choice["message"]["content"], choice["finish_reason"] == "length"
+            if text is None or isinstance(text, str):
+                return text or "", cut_off
         except (KeyError, IndexError, TypeError):
-            raise InvalidInput(f"{self._url} sent no choice for question {question.id!r}: {str(reply)[:200]}") from None
+            pass
+        raise InvalidInput(f"{self._url} sent no text for question {question.id!r}: {str(reply)[:200]}")
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None, *, about: str = "") -> Any:
         backoff = Backoff(PATIENCE_S, longest_s=10.0)
@@ -92,10 +105,15 @@ def _is_healthy(url: str) -> bool:
 
 def _read(answer: httpx.Response, about: str) -> Any:
     if answer.is_success:
-        return answer.json()
+        try:
+            return answer.json()
+        except ValueError:
+            raise InvalidInput(
+                f"{about}{answer.url} sent no JSON: {answer.text[:200]!r}; give the URL up to /v1"
+            ) from None
     message = f"{about}the endpoint answered {answer.status_code}: {answer.text[:300]}"
     if answer.status_code == 429:
-        raise Busy(message, float(answer.headers.get("Retry-After", 1)))
+        raise Busy(message, read_retry_after(answer.headers.get("Retry-After", "")))
     raise (Unavailable if answer.status_code >= 500 else InvalidInput)(message)
 
 

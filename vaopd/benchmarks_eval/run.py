@@ -116,7 +116,7 @@ def _score(plan: Plan, evaluator: Evaluator, judge: Judge | None, asked: Asked) 
         samples = range(plan.samples if judge or not benchmark.judged else 0)
         outs[benchmark.name] = [folder / f"score-{sample}.json" for sample in samples]
         for sample, out in enumerate(outs[benchmark.name]):
-            if out.exists() and json.loads(out.read_text()).get("judge_model") == (used.model if used else None):
+            if (found := _load_score(out)) and found.get("judge_model") == (used.model if used else None):
                 continue
             out.unlink(missing_ok=True)
             given = {"answers": str(folder / "answers.jsonl"), "sample": sample}
@@ -139,12 +139,22 @@ def _make_task(task: str, benchmark: Benchmark, out: Path, **more: Any) -> dict[
 
 
 def _read_score(benchmark: Benchmark, out: Path, questions: int) -> dict[str, float]:
-    found = json.loads(out.read_text())
+    found = _load_score(out)
     if found.get("num_examples") != questions:
         raise InvalidInput(
             f"{out}: num_examples is {found.get('num_examples')}, and {questions} were answered; delete the file"
         )
-    return benchmark.check(found.get("metrics", {}))
+    metrics = found.get("metrics")
+    return benchmark.check(metrics if isinstance(metrics, dict) else {})
+
+
+def _load_score(out: Path) -> dict[str, Any]:
+    """Reads a score; empty where there is none, or a part of one: an evaluator may be killed while it writes."""
+    try:
+        found = json.loads(out.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def main() -> None:
 def _prepare() -> None:
     """Changes what would end a correct evaluation, score by chance, or write the judge's key into the log."""
     from vlmeval.api import OpenAIWrapper, gpt
-    from vlmeval.dataset.utils import wemath
+    from vlmeval.dataset.utils import multiple_choice, wemath
 
     gpt.logger.setLevel("WARNING")  # at INFO it prints the key
     ask, count = OpenAIWrapper.generate, wemath.evaluate_compute_final_scores
@@ -64,6 +65,8 @@ def _prepare() -> None:
         except ZeroDivisionError:
             return count(metrics | {f"steps2_filtered_rows_4_{kind}": [None] for kind in KINDS}, total_count)
 
+    # What no reply of the judge names is no option, as it is under rules; the evaluator would choose one by chance.
+    multiple_choice.rd = types.SimpleNamespace(choice=lambda options: "Z")
     OpenAIWrapper.generate = generate
     wemath.evaluate_compute_final_scores = count_without_mastery
 

@@ -33,7 +33,7 @@ from vaopd.net.passwords import add_password, split_password
 class RunConfig(Section):
     """A run's name and folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Names the run's folder and, in Redis and at the teacher, its job."""
     folder: Path = Path("runs")
     """Where run folders are made; metrics, checkpoints, policy snapshots and logs lie in FOLDER/NAME."""

@@ -219,14 +219,17 @@ class Supervisor:
         log = self._logs / f"{child.name}.log"
         with log.open("ab") as file:
             start = file.tell()
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=None if child.to_terminal else file,
-                stderr=file,
-                env={**os.environ, **child.environment},
-                start_new_session=True,
-            )
+            try:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=None if child.to_terminal else file,
+                    stderr=file,
+                    env={**os.environ, **child.environment},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ChildFailed(f"{child.name} can't be started: {argv[0]!r}: {error.strerror}") from None
         self._send_to_guard("+", process.pid)
         return _Running(
             child=child,

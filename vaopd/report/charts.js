@@ -80,7 +80,8 @@ function drawLines({ figure, svg, tip, chart, width, height }) {
   const across = (x) => ((x - first) / (last - first || 1)) * inner.width;
   const down = (y) => inner.height - ((y - low) / (high - low || 1)) * inner.height;
 
-  drawAxes(svg, { xTicks: listTicks(first, last, inner.width / 70), yTicks: listTicks(low, high, 5), across, down, inner, unit: chart.unit });
+  const yTicks = listTicks(low, high, 5).filter((tick) => chart.unit !== "%" || (tick >= 0 && tick <= 100)); // error bars may go on
+  drawAxes(svg, { xTicks: listTicks(first, last, inner.width / 70), yTicks, across, down, inner, unit: chart.unit });
   // A nested svg cuts off what lies outside.
   const plot = shape("svg", { x: MARGIN.left, y: MARGIN.top, ...inner, overflow: "hidden" });
   svg.append(plot);
@@ -199,9 +200,11 @@ function drawBars(svg, chart, width, height) {
   const longest = Math.max(...chart.names.map((_, row) => chart.series.reduce((sum, each) => sum + each.y[row], 0)));
   const left = Math.min(width / 3, 12 + 6.5 * Math.max(...chart.names.map((name) => name.length)));
   const across = (value) => (value / (longest || 1)) * (width - left - MARGIN.right);
+  const fit = Math.floor((left - 12) / 6.5);
+  const shown = (name) => (name.length > fit ? `…${name.slice(1 - fit)}` : name); // names of a series differ at their end
   chart.names.forEach((name, row) => {
     const y = 8 + 26 * row;
-    svg.append(shape("text", { x: left - 6, y: y + 13, "text-anchor": "end", fill: "currentColor", "font-size": 11 }, name));
+    svg.append(shape("text", { x: left - 6, y: y + 13, "text-anchor": "end", fill: "currentColor", "font-size": 11 }, shown(name)));
     let before = 0;
     for (const each of chart.series) {
       const title = shape("title", {}, `${name}, ${each.name}: ${short(each.y[row])} s`);

@@ -16,23 +16,23 @@ from vaopd.report.curves import compute_seed_band, list_accuracy, list_student_v
 from vaopd.report.groups import Group, group_runs, keep_finished
 from vaopd.run.records import Evaluation, Run
 
-# Distinguishable on white and on black, and with red-green colour blindness.
+# Distinguishable on white and on black, and with each kind of colour blindness (a test simulates them).
 COLOURS = {
     "va_opd": "#e07b00",
     "standard": "#2f86d6",
-    "rollout_weights": "#9a60c8",
-    "token_groups": "#1f9e89",
-    "masked": "#d04a86",
+    "rollout_weights": "#9100f2",
+    "token_groups": "#5e733f",
+    "masked": "#a67c99",
 }
 DASHES = ("", "6 3", "8 3 2 3", "2 3")
 """Dashes of groups with one objective, in turn."""
-SCORE_COLOURS = {"view_divergence": "#8a7400", "absolute": "#6b7280", "expected": "#7c4a21"}
+SCORE_COLOURS = {"view_divergence": "#bf00ac", "absolute": "#a65300", "expected": "#f25565"}
 """Of objectives whose tokens are ranked by another score than VA."""
 TIMES = {
-    "wait_s": ("waiting for rollouts", "#2f86d6"),
-    "score_s": ("waiting for scores", "#e07b00"),
-    "forward_backward_s": ("forward, backward, step", "#1f9e89"),
-    "publish_s": ("publishing the policy", "#9a60c8"),
+    "wait_s": ("waiting for rollouts", COLOURS["standard"]),
+    "score_s": ("waiting for scores", COLOURS["va_opd"]),
+    "forward_backward_s": ("forward, backward, step", COLOURS["token_groups"]),
+    "publish_s": ("publishing the policy", COLOURS["rollout_weights"]),
 }
 
 

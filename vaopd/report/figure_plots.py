@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import textwrap
@@ -18,9 +19,9 @@ from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import NotFound
 from vaopd.report import figures
-from vaopd.report.curves import list_student_va
+from vaopd.report.curves import compute_seed_band, list_student_va, smooth_series
 from vaopd.report.groups import Group, group_runs, keep_finished
-from vaopd.report.plots import COLOURS, MEAN_VA, RC, choose_colour, choose_styles, draw_compared_metric, draw_student_va
+from vaopd.report.plots import COLOURS, MEAN_VA, RC, choose_colour, choose_styles, draw_band, finish
 from vaopd.report.rollouts import FULL_COLOUR_NATS, make_run_views
 from vaopd.run.records import Run
 
@@ -52,6 +53,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Iterator[Drawn]:
             except NotFound as lacking:
                 yield Drawn(name, title, None, str(lacking))
                 continue
+            finish(figure)
             path = folder / f"figure-{name}.png"
             figure.savefig(path, dpi=110)
         yield Drawn(name, title, path)
@@ -59,15 +61,34 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Iterator[Drawn]:
 
 def draw_mean_va(groups: Sequence[Group]) -> Figure:
     """Draws the teacher's VA of the rollouts, and beside it the student's own on held-out answers, where measured."""
-    taught = figures.list_measured(groups)
-    measured = [run for run in taught if list_student_va(run)]
-    panels = 2 if measured else 1
+    taught = figures.keep_measured(groups)
+    panels = 1 + any(list_student_va(run) for group in taught for run in group.runs)
     figure = Figure(figsize=(4.8 * panels, 3.4), layout="constrained")
     left, *right = np.atleast_1d(figure.subplots(1, panels))
-    draw_compared_metric(left, runs=taught, metric=MEAN_VA, band="range")
-    for axes in right:
-        draw_student_va(axes, measured)
+    left.set(title=MEAN_VA.title)
+    for group, style in choose_styles(taught):
+        band = compute_seed_band(group.runs, lambda run: smooth_series(run, MEAN_VA.key))
+        draw_band(left, band, label=group.legend, linewidth=1.6, **style)
+        for axes in right:
+            axes.set(title="The student's own VA on held-out answers")
+            _draw_student_va(axes, group, style)
+    for axes in figure.axes:
+        axes.set(xlabel="optimizer step", ylabel="nats")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
     return figure
+
+
+def _draw_student_va(axes: Axes, group: Group, style: dict[str, Any]) -> None:
+    """Draws a group's line, if it was measured; a single run with its standard error."""
+    runs = [run for run in group.runs if list_student_va(run)]
+    if runs:
+        steps, means, lows, highs = compute_seed_band(runs, list_student_va)
+        if len(runs) == 1:
+            found = [e.student_va for e in runs[0].evaluations if e.student_va is not None]
+            lows, highs = [va.mean - va.error for va in found], [va.mean + va.error for va in found]
+        legend = dataclasses.replace(group, runs=tuple(runs)).legend
+        draw_band(axes, (steps, means, lows, highs), label=legend, marker="o", markersize=3, **style)
 
 
 def draw_ranks(groups: Sequence[Group]) -> Figure:
@@ -82,25 +103,22 @@ def draw_ranks(groups: Sequence[Group]) -> Figure:
         label = f"{curve.group.label}: the top {figures.TOP_PERCENT} % carry {top:.1f} %"
         axes.plot(np.asarray(curve.xs)[shown], np.asarray(curve.ys)[shown], label=label, **style)
     axes.set(xlabel="tokens, by VA from the largest down, %", ylabel="share of all VA, %", xlim=(0, 100), ylim=(0, 103))
-    axes.legend(loc="lower right", fontsize=8)
     return figure
 
 
 def draw_masks(groups: Sequence[Group]) -> Figure:
     """Draws the final accuracy of Standard OPD, and without the top, bottom or random tokens."""
     before, bars = figures.compare_masks(groups)
-    figure, axes = _begin("Standard OPD with tokens masked")
+    figure, axes = _begin("Standard OPD with tokens masked", width=max(4.8, 1.1 * len(bars)))
     places = range(len(bars))
     edges = [[bar.mean - bar.low for bar in bars], [bar.high - bar.mean for bar in bars]]
     colours = [choose_colour(bar.variant) for bar in bars]
     axes.bar(places, [bar.mean for bar in bars], 0.6, color=colours, yerr=edges, **ERRORS)
-    for place, bar in enumerate(bars):
-        axes.annotate(f"{bar.mean:.1f}", (place, bar.high), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.axhline(before, color="#888888", linewidth=0.8, linestyle="--", label="before training")
-    axes.set_xticks(places, [bar.label.replace(" masked", "\nmasked") for bar in bars], fontsize=8)
-    axes.set(ylabel=ACCURACY, ylim=(0, 1.25 * max(before, *(bar.high for bar in bars))))
+    axes.set_xticks(places, [f"{textwrap.fill(bar.label, 16)}\n{bar.mean:.1f} %" for bar in bars], fontsize=8)
+    highest = max(before, *(bar.high for bar in bars))
+    axes.set(ylabel=ACCURACY, ylim=(0, min(100, 1.05 * highest) or 100))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right", fontsize=8)
     return figure
 
 
@@ -110,16 +128,17 @@ def draw_components(groups: Sequence[Group]) -> Figure:
     names = list(dict.fromkeys(name for _, differences in found for name in differences))
     figure, axes = _begin("The components, by benchmark", width=max(4.8, 1.1 * len(names)))
     width = 0.8 / len(found)
-    for number, (group, differences) in enumerate(found):
+    styles = choose_styles([group for group, _ in found])
+    for number, ((group, differences), (_, line)) in enumerate(zip(found, styles, strict=True)):
         places = [names.index(name) + (number - (len(found) - 1) / 2) * width for name in differences]
         points, errors = zip(*differences.values(), strict=True)
-        style: Any = {"color": choose_colour(group.variant), "label": group.legend, **ERRORS}
+        hatch = "" if line["linestyle"] == "-" else "//"  # of one objective with other settings
+        style: Any = {"color": line["color"], "hatch": hatch, "edgecolor": "white", "label": group.legend, **ERRORS}
         axes.bar(places, points, width * 0.92, yerr=errors, **style)  # an unknown error, NaN, has no bar
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_xticks(range(len(names)), names, rotation=20, fontsize=8)
     axes.set(ylabel="points over Standard OPD")
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=8)
     return figure
 
 
@@ -138,22 +157,22 @@ def draw_trajectories(groups: Sequence[Group]) -> Figure:
     axes.set(xlabel="mean VA of the rollouts, nats", ylabel=ACCURACY)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.margins(0.12)
-    axes.legend(fontsize=8)
     return figure
 
 
 def draw_race(groups: Sequence[Group]) -> Figure:
     """Draws accuracy against time, and an arrow from Standard OPD's end to where VA-OPD is as accurate."""
-    curves, baseline, reached_s = figures.race(groups)
+    curves, baseline, leader, reached_s = figures.race(groups)
     longest = max(curve.xs[-1] for curve in curves)
     unit, name = (3600.0, "hours") if longest > 7200 else (60.0, "minutes") if longest > 120 else (1.0, "seconds")
     end_s, level = baseline.xs[-1], baseline.ys[-1]
-    title = "VA-OPD does not reach Standard OPD's final accuracy"
+    standard, other = baseline.group.label, leader.group.label
+    title = f"{other} does not reach {standard}'s final accuracy"
     if level <= baseline.ys[0]:
-        title = "Standard OPD ends no better than it began"
+        title = f"{standard} ends no better than it began"
     elif reached_s is not None:
         share = f"in {reached_s / end_s:.2f} × the time" if end_s else "at once"
-        title = f"VA-OPD reaches Standard OPD's {level:.1f} % {share}"
+        title = f"{other} reaches {standard}'s {level:.1f} % {share}"
     figure, axes = _begin(title)
     for curve, style in _style(curves):
         axes.plot([s / unit for s in curve.xs], curve.ys, marker="o", markersize=3, label=curve.group.legend, **style)
@@ -163,7 +182,6 @@ def draw_race(groups: Sequence[Group]) -> Figure:
     else:
         axes.axhline(level, color=COLOURS["standard"], linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"{name} of training, without evaluations", ylabel=ACCURACY)
-    axes.legend(fontsize=8)
     return figure
 
 
@@ -224,7 +242,7 @@ def _draw_tokens(axes: Axes, tokens: Sequence[tuple[str, float]], y: float) -> N
     """Draws one line of tokens, each with its colour from 0 to 1; monospaced, so that widths are known beforehand."""
     x = 0
     for text, strength in tokens:
-        shown = text.replace("\n", "↵")
+        shown = text.replace("\n", "↵").replace("\t", "→")
         axes.add_patch(Rectangle((x, y - 0.45), len(shown), 0.9, color=(1.0, 0.55, 0.0, strength), linewidth=0))
         for place, character in enumerate(shown):
             axes.text(x + place + 0.5, y, character, family="monospace", fontsize=8, ha="center", va="center")
@@ -233,7 +251,7 @@ def _draw_tokens(axes: Axes, tokens: Sequence[tuple[str, float]], y: float) -> N
 
 def _begin(title: str, *, width: float = 4.8) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, 3.4), layout="constrained")
-    return figure, figure.subplots(subplot_kw={"title": title})
+    return figure, figure.subplots(subplot_kw={"title": textwrap.fill(title, int(12 * width))})
 
 
 def _style(curves: Sequence[figures.Curve]) -> Iterator[tuple[figures.Curve, dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """Computes the numbers of the paper's figures from runs. Without drawing, which is `figure_plots.py`'s.
 
     figure      function              reads of a run
-    1, right    list_measured         metrics.jsonl
+    1, right    keep_measured         metrics.jsonl
     2a          rank_tokens           samples.jsonl
     2b          compare_masks         metrics.jsonl of masked runs
     4a          compare_components    benchmarks/summary.json of `vaopd eval --benchmark`
@@ -14,6 +14,7 @@ Each raises NotFound, which says what to run, where no run has the data. Times a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -48,9 +49,10 @@ class Curve(NamedTuple):
     steps: Sequence[int] = ()
 
 
-def list_measured(groups: Sequence[Group]) -> list[Run]:
-    """Returns the runs that recorded their rollouts' VA."""
-    if found := [run for group in groups for run in group.runs if run.list_series("mean_va")[0]]:
+def keep_measured(groups: Sequence[Group]) -> list[Group]:
+    """Returns the groups with the runs that recorded their rollouts' VA."""
+    kept = [(group, tuple(run for run in group.runs if run.list_series("mean_va")[0])) for group in groups]
+    if found := [dataclasses.replace(group, runs=runs) for group, runs in kept if runs]:
         return found
     raise NotFound(f"no step yet; train: {UP}=va_opd")
 
@@ -108,7 +110,8 @@ def _make_bar(group: Group) -> Bar:
         low, high = mean - error, mean + error
     settings = group.runs[0].config.get("objective", {})
     share = 100 * float(settings.get("mask_fraction", TOP_PERCENT / 100))
-    masked = f"{settings.get('mask', 'top')} {share:g} % masked"
+    other = [part for part in group.label.split(", ")[1:] if not part.startswith(("mask ", "mask_fraction "))]
+    masked = ", ".join([f"{settings.get('mask', 'top')} {share:g} % masked", *other])
     return Bar(masked if group.variant == "masked" else group.label, group.variant, mean, low, high)
 
 
@@ -118,7 +121,8 @@ Scores = dict[str, tuple[float, float]]
 
 def compare_components(groups: Sequence[Group]) -> list[tuple[Group, Scores]]:
     """Returns the differences from Standard OPD on the benchmarks that both were scored on."""
-    standard = next((_average_scores(group) for group in groups if group.variant == "standard"), {})
+    baselines = (_average_scores(group) for group in groups if group.variant == "standard")
+    standard = next(filter(None, baselines), {})
     found = []
     for group in groups:
         scores = _average_scores(group) if group.variant in _COMPONENTS else {}
@@ -174,8 +178,8 @@ def _find_va_at_evaluations(run: Run) -> dict[int, float]:
     return {e.step: series[min(e.step, last)] for e in run.evaluations if min(e.step, last) in series}
 
 
-def race(groups: Sequence[Group]) -> tuple[list[Curve], Curve, float | None]:
-    """Returns accuracy over the time of training: all curves, Standard OPD's, when VA-OPD reaches its final accuracy.
+def race(groups: Sequence[Group]) -> tuple[list[Curve], Curve, Curve, float | None]:
+    """Returns accuracy over time: all curves, Standard OPD's, VA-OPD's, when that reaches the other's final accuracy.
 
     Time: the steps' own seconds, without evaluations and interruptions. None if VA-OPD never reaches it, or if Standard
     OPD gained nothing that could be reached sooner.
@@ -186,7 +190,7 @@ def race(groups: Sequence[Group]) -> tuple[list[Curve], Curve, float | None]:
     if baseline is None or leader is None:
         raise NotFound(f"it compares VA-OPD with Standard OPD; train: {UP}=va_opd, {UP}=standard")
     before, after = baseline.ys[0], baseline.ys[-1]
-    return curves, baseline, find_crossing(leader.xs, leader.ys, after) if after > before else None
+    return curves, baseline, leader, find_crossing(leader.xs, leader.ys, after) if after > before else None
 
 
 def measure_elapsed(run: Run) -> dict[int, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import InvalidInput
-from vaopd.report.charts import COLOURS, MEAN_VA, Metric, choose_colour, describe_band, style_groups
-from vaopd.report.curves import compute_seed_band, list_student_va, seed_band, smooth_series
+from vaopd.report.charts import COLOURS, MEAN_VA, choose_colour, describe_band, style_groups
+from vaopd.report.curves import Band, seed_band
 from vaopd.report.groups import Group, group_runs, keep_finished
 from vaopd.run.records import Run
 
-__all__ = ["COLOURS", "MEAN_VA", "RC", "choose_colour", "choose_styles", "draw_compared_metric", "draw_student_va"]
+__all__ = ["COLOURS", "MEAN_VA", "RC", "choose_colour", "choose_styles", "draw_band", "finish"]
 
 RC: Any = {  # matplotlib types the keys one by one
     "font.size": 9,
@@ -31,7 +32,12 @@ RC: Any = {  # matplotlib types the keys one by one
     "axes.grid": True,
     "grid.alpha": 0.2,
     "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handlelength": 3.2,  # a whole period of the longest dashes
+    "text.parse_math": False,  # questions and answers have unbalanced $ and LaTeX that matplotlib can't read
 }
+LEGEND_LINE_INCHES = 0.18
+LEGEND_CHARACTERS_PER_INCH = 13
 
 
 def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
@@ -39,6 +45,7 @@ def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         draw_comparison(figure.subplots(), runs, band=band)
+        finish(figure)
         try:
             figure.savefig(path, dpi=160)
         except ValueError:
@@ -65,14 +72,11 @@ def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:
             )  # fmt: skip
             notes.append("bars: one standard error over problems")
         else:
-            steps, means, lows, highs = seed_band(group.runs, band=band)
-            axes.plot(steps, means, label=group.legend, marker="o", markersize=3, **style)
-            axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
+            draw_band(axes, seed_band(group.runs, band=band), label=group.legend, marker="o", markersize=3, **style)
             notes.append(f"line: mean; {describe_band(band)}")
     axes.set(xlabel="optimizer step", ylabel="%")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Held-out accuracy\n" + "\n".join(dict.fromkeys(notes)), fontsize=9)
-    axes.legend()
 
 
 def choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, Any]]]:
@@ -81,32 +85,24 @@ def choose_styles(groups: Sequence[Group]) -> Iterator[tuple[Group, dict[str, An
         yield group, {"color": colour, "linestyle": (0, [float(part) for part in dash.split()]) if dash else "-"}
 
 
-def draw_compared_metric(axes: Axes, *, runs: Sequence[Run], metric: Metric, band: str) -> None:
-    """Draws a metric's running mean over the steps, one line per configuration, with the band over its seeds."""
-
-    def draw(run: Run) -> dict[int, float]:
-        return smooth_series(run, metric.key)
-
-    for group, style in choose_styles(group_runs(runs)):
-        steps, means, lows, highs = compute_seed_band(group.runs, draw, band=band)
-        axes.plot(steps, means, label=group.label, linewidth=1.6, **style)
-        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
-    axes.set(xlabel="optimizer step", ylabel=metric.unit, title=metric.title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0, top=metric.top)
-    axes.legend()
+def draw_band(axes: Axes, band: Band, **style: Any) -> None:
+    """Draws the mean as a line and the band around it."""
+    steps, means, lows, highs = band
+    axes.plot(steps, means, **style)
+    axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def draw_student_va(axes: Axes, runs: Sequence[Run]) -> None:
-    """Draws the student's own VA on held-out answers, one line per configuration; a single run with its error."""
-    for group, style in choose_styles(group_runs(runs)):
-        steps, means, lows, highs = compute_seed_band(group.runs, list_student_va)
-        if len(group.runs) == 1:
-            found = [e.student_va for e in group.runs[0].evaluations if e.student_va is not None]
-            lows, highs = [va.mean - va.error for va in found], [va.mean + va.error for va in found]
-        axes.plot(steps, means, label=group.legend, marker="o", markersize=3, **style)
-        axes.fill_between(steps, lows, highs, color=style["color"], alpha=0.2, linewidth=0)
-    axes.set(xlabel="optimizer step", ylabel="nats", title="The student's own VA on held-out answers")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    axes.legend()
+def finish(figure: Figure) -> None:
+    """Puts one legend below all axes, where it covers no data, and leaves out ticks that no share can have."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        if axes.get_ylabel().endswith("%"):
+            low, high = axes.get_ylim()
+            axes.set_yticks([tick for tick in axes.get_yticks() if max(low, 0) <= tick <= min(high, 100)])
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    if entries:
+        width, height = figure.get_size_inches()
+        names = [textwrap.fill(name, int(LEGEND_CHARACTERS_PER_INCH * width)) for name in entries]
+        figure.set_size_inches(width, height + LEGEND_LINE_INCHES * "\n".join([*names, ""]).count("\n"))
+        figure.legend(list(entries.values()), names, loc="outside lower left")

@@ -82,7 +82,7 @@ function drawGroup(group, colour) {
   const pictures = group.pictures.map(({ name, url }) =>
     element("figure", {}, element("img", { alt: name, src: url }), element("figcaption", {}, name)),
   );
-  const question = element("p", {}, element("b", {}, group.question), ` Answer: ${group.answer}`);
+  const question = element("p", {}, element("b", { dir: "auto" }, group.question), " Answer: ", element("span", { dir: "auto" }, group.answer));
   return element(
     "section",
     { className: "group" },
@@ -97,7 +97,7 @@ function drawRollout({ tokens, weight, verdict, high, numbers }, colour) {
     const title = names.map((name) => `${name} ${(numbers[name][index] / 1000).toFixed(3)}`).join(", ");
     const span = element("span", { className: high.includes(index) ? "high" : "", title }, text);
     const share = Math.min(1, Math.max(0, (numbers[colour]?.[index] ?? 0) / FULL_COLOUR[colour]));
-    span.style.background = `rgb(255 140 0/${share.toFixed(2)})`;
+    span.style.background = `color-mix(in srgb, var(--heat) ${(100 * share).toFixed()}%, transparent)`;
     return span;
   });
   if (spans[0]) spans[0].tabIndex = 0;
@@ -106,7 +106,7 @@ function drawRollout({ tokens, weight, verdict, high, numbers }, colour) {
   filled.style.width = `${100 * weight}%`;
   const bar = element("span", { className: "weight", title: `rollout weight ${weight.toFixed(3)}` }, filled);
   const facts = [`VA ${mean(numbers.VA).toFixed(3)}`, numbers.KL && `KL ${mean(numbers.KL).toFixed(3)}`].filter(Boolean).join(", ");
-  return element("p", { className: "rollout" }, sign, " ", bar, " ", element("code", {}, ...spans), " ", element("span", { className: "note" }, facts));
+  return element("p", { className: "rollout" }, sign, " ", bar, " ", element("code", { dir: "auto" }, ...spans), " ", element("span", { className: "note" }, facts));
 }
 
 function startBrowsers() {

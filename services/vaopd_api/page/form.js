@@ -61,7 +61,7 @@ async function readFile(file, example) {
 
 /** Adds a response. `ids`: the tokens that a student sampled, valid until the text is edited; `by`: its whole reply. */
 export function addAnswer(text = "", ids = null, by = null) {
-  const area = h("textarea", { rows: "2" });
+  const area = h("textarea", { rows: "2", dir: "auto" });
   area.value = text;
   const hint = by && h("p", { class: "hint" }, `sampled by ${by.model}`);
   const remove = h("button", { type: "button", class: "quiet" }, "✕");

@@ -84,6 +84,7 @@ function tokenRow(reply, k, scale, written, name) {
   const row = h("div", {
     class: `tokens ${tiles ? "tiles" : "text"}`,
     role: "toolbar",
+    dir: "auto", // Hebrew and Arabic read from the right
     "aria-label": `Tokens of ${name}`,
     "aria-describedby": "keys-hint",
   });
