@@ -40,8 +40,8 @@ def check_ranks(config: Config, service: Path | None, gpus: Mapping[str, Sequenc
 
     gpus: devices by role, where they are chosen. with_teacher: whether teachers are started.
     """
-    for visible in gpus.get("trainer", ()):
-        check_devices("trainer", config.trainer.processes, there=visible.count(",") + 1)
+    for devices in gpus.get("trainer", ()):
+        check_devices("trainer", config.trainer.processes, there=devices.count(",") + 1)
     if not with_teacher:
         return
     teacher = load_service_config(service).teacher
