@@ -35,6 +35,7 @@ from vaopd.config import Config, HttpWeights, NoSharding
 from vaopd.data.problems import load_problems
 from vaopd.errors import LeaseLost, Mismatch, Unavailable, VaopdError
 from vaopd.payloads import to_torch
+from vaopd.process.ranks import check_devices
 from vaopd.queue import LeaseKeeper, TrainerQueue
 from vaopd.queue.depth import DepthGauge
 from vaopd.run.checkpoints import FILE, find_latest_checkpoint
@@ -239,7 +240,11 @@ def hold_weights(
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Joins the process group of the ranks, if there are several, on GPUs where the host has them."""
+    """Joins the process group of the ranks, if there are several, on GPUs where the host has them.
+
+    Raises ConfigError for fewer GPUs than ranks.
+    """
+    check_devices(ROLE, config.trainer.processes, there=torch.cuda.device_count())
     # torch 2.13 renames `broadcast_buffers`; accelerate and older torches know this name alone.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     data_parallel = DistributedDataParallelKwargs(

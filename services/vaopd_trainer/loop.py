@@ -81,8 +81,7 @@ class Trainer:
                 if self.state.step % self.config.trainer.checkpoint_every == 0 or self.state.step == steps:
                     self._checkpoint()
             self._begin(steps)
-            if self.coordinator is not None:
-                self.coordinator.finish_evaluation()
+            self._finish_evaluation()
         except Stopped:
             self._checkpoint()
             raise
@@ -226,7 +225,7 @@ class Trainer:
             self.coordinator.record(step, sums, own, trained=trained, weighted=weighted, kl=kl)
 
     def _finish_evaluation(self) -> float:
-        """Waits until the evaluation of this step's policy has ended, if there is one -> the seconds of waiting.
+        """Waits, on every rank, until the evaluation of this step's policy has ended, if there is one -> the seconds.
 
         As late as possible, yet before the weights change: a run that is stopped here resumes at this very version, and
         evaluates it out of the same groups. Raises Stopped, on every rank.

@@ -185,6 +185,8 @@ def test_a_teacher_of_32b_is_split_over_two_cards(capsys: pytest.CaptureFixture[
     assert main(["up", recipe, "--gpus", "teacher=0", *dry]) == 2
     assert "teacher.processes = 2 needs a device for each rank, and 1 is given; give 2, or" in capsys.readouterr().err
     smaller = str(ROOT / "configs" / "geometry3k-8b.toml")
+    assert main(["up", smaller, "--gpus", "trainer=3", "--set", "trainer.processes=2", *dry]) == 2
+    assert "trainer.processes = 2 needs a GPU for each rank, and this process sees 1; give" in capsys.readouterr().err
     assert main(["up", smaller, "--gpus", "teacher=0,1,2", *dry]) == 2
     told = capsys.readouterr().err
     assert "teacher.processes = 3 doesn't divide the 8 key and value heads of Qwen/Qwen3-VL-8B-Instruct" in told

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,42 @@ def test_a_whole_forward_with_the_kernels_is_that_without(found: dict[str, Tenso
     layers = config.vision_config.depth + (config.text_config.num_hidden_layers if family == "qwen3_vl" else 0)
     assert found[f"{family}.calls"] == 2 * layers  # queries and keys, in the second run only
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+class Launches:
+    """Stands for the kernels: notes for each launch the tensor whose device is the current one, None outside."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[Tensor | None] = []
+        self.current: Tensor | None = None
+        monkeypatch.setattr(torch.cuda, "device_of", self.device_of)
+
+    @contextmanager
+    def device_of(self, tensor: Tensor) -> Iterator[None]:
+        self.current = tensor
+        yield
+        self.current = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.found.append(self.current)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the thread's current device, which a model over several devices, or another thread, doesn't have."""
+    from vaopd.divergence import kernels as of_rows
+    from vaopd.vlm import kernels
+
+    launches = Launches(monkeypatch)
+    for module, name in ((kernels, "_rotate"), (kernels, "_multiply_by_silu")):
+        monkeypatch.setattr(module, name, launches)
+    for name in ("_normalise", "_differentiate", "_sum"):
+        monkeypatch.setattr(of_rows, name, launches)
+    rows, row = torch.empty(5, 3, 12, device="meta"), torch.empty(5, 12, device="meta")
+    kernels.rotate(rows, row, row)
+    kernels.multiply_by_silu(row, row)
+    of_rows.compare_logits(row, row, slope=row)
+    of_rows.compute_log_sums(row)
+    assert [tensor is not None and tensor.is_meta for tensor in launches.found] == [True] * 5
 
 
 @pytest.mark.parametrize(

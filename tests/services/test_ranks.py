@@ -5,11 +5,18 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.sharded_training import make_config
 from tests.support.waiting import wait_until
+from vaopd.config import TrainerConfig
+from vaopd.errors import ConfigError
+from vaopd.process.ranks import check_devices
+from vaopd_trainer.compose import make_accelerator
 
 LAUNCH = """
 import sys
@@ -71,3 +78,24 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
     _, second = wait_for_ranks(tmp_path)
     subprocess.run(["kill", "-KILL", str(second)], check=True)
     assert launcher.wait(60) == -signal.SIGKILL  # reached only once every rank has been waited for
+
+
+@pytest.mark.parametrize(
+    ("ranks", "of_this_host", "cards", "refused"),
+    [(4, "4", 2, True), (4, None, 2, True), (4, "4", 4, False), (4, "4", 0, False), (16, "8", 8, False)],
+    ids=["too_few", "before_they_start", "enough", "none", "two_hosts"],
+)
+def test_ranks_of_a_host_need_a_card_each(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, of_this_host: str | None, cards: int, refused: bool
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_this_host is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_this_host)
+    with pytest.raises(ConfigError, match=r"trainer.processes = 4 .* sees 2; give") if refused else nullcontext():
+        check_devices("trainer", ranks, there=cards)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    if refused:  # before it takes a card
+        with pytest.raises(ConfigError, match=r"trainer.processes = 4"):
+            make_accelerator(
+                make_config("none").model_copy(update={"trainer": TrainerConfig(steps=1, processes=ranks)})
+            )

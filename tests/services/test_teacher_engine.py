@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,23 +24,28 @@ from vaopd.errors import LimitExceeded, NumericalError, Unavailable, VaopdError
 from vaopd.payloads import decode
 from vaopd.types import GroupScore, Payload, ScoreRequest
 from vaopd.vlm.model import Encode, Segment, Vlm
+from vaopd_teacher.engines.download import Download
 from vaopd_teacher.engines.engine import EngineResult, PreparedGroup, finish
 
 
+@dataclass(frozen=True, kw_only=True)
 class SmallDevice(Vlm):
-    """The tiny teacher on a device with room for so many responses, both views counted."""
+    """The tiny teacher on a device with room for so many responses, both views counted, and tokens of one segment."""
 
-    room = 4
+    room: int = 4
+    most_tokens: int = 10_000
 
     def compute_response_hidden(self, segments: Sequence[Segment], *, encode: Encode | None = None) -> torch.Tensor:
-        if (wanted := sum(len(segment.responses) for segment in segments)) > self.room:
+        wanted = sum(len(segment.responses) for segment in segments)
+        if wanted > self.room or max(segment.tokens for segment in segments) > self.most_tokens:
             raise torch.OutOfMemoryError(f"no room for {wanted} responses")
         return super().compute_response_hidden(segments, encode=encode)
 
 
-def on_small_device() -> SmallDevice:
+def on_small_device(**limits: int) -> SmallDevice:
     vlm = tiny_vlm()
-    return SmallDevice(path=vlm.path, model=vlm.model, processor=vlm.processor, config=vlm.config, family=vlm.family)
+    of_vlm = {name: getattr(vlm, name) for name in ("path", "model", "processor", "config", "family", "eos_ids")}
+    return SmallDevice(**of_vlm, **limits)
 
 
 class HeldEngine:
@@ -76,33 +83,44 @@ def at_most(groups: int) -> TeacherServiceConfig:
     return TeacherServiceConfig(sharing=SharingConfig(max_waiting_groups=groups))
 
 
-def test_out_of_memory_halves_the_batch_once() -> None:
+@pytest.mark.parametrize(("rollouts", "beside"), [(4, 0), (6, 0), (4, 2)], ids=["views", "siblings", "beside"])
+def test_out_of_memory_halves_the_forward_until_it_fits(rollouts: int, beside: int) -> None:
+    """Whether a group fits depends on it alone: what shares its forward is split off first."""
+    asked = [group("g", rollouts=rollouts), *([group("beside", rollouts=beside)] if beside else [])]
     with teacher_in_process(tiny_vlm()) as roomy, teacher_in_process(on_small_device()) as tight:
-        expected, halved = (results(t.target, group("g", rollouts=4))["g"] for t in (roomy, tight))
+        expected, halved = (results(t.target, *asked)["g"] for t in (roomy, tight))
     assert isinstance(expected, GroupScore)
     assert isinstance(halved, GroupScore)
     error = tolerance.logprobs(tiny_vlm().config, decode(expected.payload)["hidden"], tiny_vlm().head)
     assert_within(np.concatenate(halved.teacher_logprobs), np.concatenate(expected.teacher_logprobs), error)
 
 
-def test_out_of_memory_is_never_the_fault_of_the_groups_beside() -> None:
-    with teacher_in_process(on_small_device()) as tight:
-        # One forward of 2 views × (6 + 2 + 1) rollouts. Its halves don't fit, nor does the large group by itself.
-        answers = results(tight.target, group("large", rollouts=6), group("small"), group("smaller", rollouts=1))
-    assert isinstance(answers["large"], GroupFailure)
-    assert isinstance(answers["small"], GroupScore)
-    assert isinstance(answers["smaller"], GroupScore)
-
-
-def test_out_of_memory_after_halving_is_that_groups_limit() -> None:
-    with teacher_in_process(on_small_device()) as tight:
-        # 2 views of 6 rollouts; a half, one view, doesn't fit into 4 either.
-        too_large = results(tight.target, group("large", rollouts=6))["large"]
-        fits = results(tight.target, group("small"))["small"]
-    assert isinstance(too_large, GroupFailure)
+def test_out_of_memory_with_a_single_rollout_is_its_groups_limit() -> None:
+    """In one forward with groups that fit."""
+    with teacher_in_process(on_small_device(most_tokens=60)) as tight:
+        answers = results(tight.target, group("large", text="How long? " * 40), group("small"), group("alone", 1))
+    assert isinstance(too_large := answers["large"], GroupFailure)
     assert isinstance(too_large.error, LimitExceeded)
-    assert "6 rollouts" in str(too_large.error)
-    assert isinstance(fits, GroupScore)
+    assert "2 rollouts" in str(too_large.error)
+    assert isinstance(answers["small"], GroupScore)
+    assert isinstance(answers["alone"], GroupScore)
+
+
+def test_out_of_memory_while_results_leave_is_that_groups_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, left = Download.__init__, []
+
+    def leave(download: Download, *sets: Any) -> None:
+        left.append(sets)
+        if len(left) == 1:
+            raise torch.OutOfMemoryError("no room for the hidden states of a group")
+        own(download, *sets)
+
+    monkeypatch.setattr(Download, "__init__", leave)
+    with teacher_in_process(tiny_vlm()) as teacher:
+        first, second = (results(teacher.target, group(name))[name] for name in ("first", "second"))
+    assert isinstance(first, GroupFailure)
+    assert isinstance(first.error, LimitExceeded)
+    assert isinstance(second, GroupScore)
 
 
 def test_a_result_that_is_not_finite_is_an_error_of_its_group(tmp_path: Path) -> None:

@@ -88,7 +88,6 @@ def test_another_number_of_ranks_or_gpus_than_configured_is_refused(
     with pytest.raises(ConfigError, match=r"teacher.processes = 2, but 3 ranks were started"):
         lead(load_config(write_config(tmp_path)), processes=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 needs a GPU for each rank, and this process sees 1; give it .*=1$"):
         lead(load_config(write_config(tmp_path)), processes=2)
@@ -127,7 +126,7 @@ def shared_by_two(folder: Path) -> Iterator[tuple[TeacherProcess, list[int]]]:
     launch = _Launch(load_config(config), options, supervisor, lambda line: None)
     child = launch._make_service("teacher", "teacher", devices="0,1")
     assert child.argv[-2:] == ("--set", "teacher.processes=2")
-    assert child.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert (child.environment["CUDA_VISIBLE_DEVICES"], child.environment["CUDA_DEVICE_ORDER"]) == ("0,1", "PCI_BUS_ID")
     with teacher_process(folder, launch=child.argv[1:], **settings) as teacher:
         pid = teacher.process.pid
         ranks = [int(rank) for rank in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

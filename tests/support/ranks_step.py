@@ -1,7 +1,8 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
 `main` takes a model's folder and B: the trainer's own loop shares B groups out, and every rank compares loss and
-gradient with those of all groups in this process. Rank 1 runs out of memory, in a backward.
+gradient with those of all groups in this process. Rank 1 runs out of memory, in a backward. Then the run ends, and is
+stopped in its last evaluation.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support import tolerance
 from tests.support.weighted import Scarce, a_weighted_group, teacher_head
 from vaopd.config import Config, TrainerConfig, validate
+from vaopd.run.checkpoints import RunState
+from vaopd.run.tensor_files import TensorStream
 from vaopd.types import GroupId, RolloutGroup
 from vaopd.vlm.model import Vlm
 from vaopd_trainer.compose import hold_weights, make_accelerator, make_loss
 from vaopd_trainer.loop import Trainer
-from vaopd_trainer.rank_messages import Ranks
+from vaopd_trainer.rank_messages import Ranks, Stopped
 from vaopd_trainer.scorer import BusyTime
 from vaopd_trainer.step_numbers import average_ranks
 from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup
+from vaopd_trainer.student_weights import StudentWeights
 
+STEPS = 2
 LENGTHS = ([9, 1, 17], [6, 6], [4, 12, 3, 8], [5], [7, 2])
 
 
@@ -49,6 +55,7 @@ class Coordinator:
 
     def __init__(self, groups: Sequence[WeightedGroup], ranks: Ranks) -> None:
         self.numbers: dict[str, float] = {}
+        self.evaluating = self.saved = -1
         self._groups = [group.scored.group for group in groups]
         self._ranks = ranks
 
@@ -66,7 +73,22 @@ class Coordinator:
         assert not list(refused)
 
     def finish_evaluation(self) -> None:
-        """There is none."""
+        """There is none but the last, in which a signal arrives."""
+        if self.evaluating == STEPS:
+            self._ranks.stop_others()
+            raise Stopped
+
+    def publish(self, version: int, weights: TensorStream) -> None:
+        list(weights)
+
+    def enqueue(self, step: int) -> None:
+        pass
+
+    def evaluate_if_due(self, version: int) -> None:
+        self.evaluating = version
+
+    def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
+        self.saved = state.step
 
     def record(self, step: int, sums: Sequence[dict[str, float] | None], *rest: Any, **more: Any) -> None:
         self.numbers = average_ranks(sums)
@@ -84,7 +106,7 @@ def main(folder: str, number: str) -> None:
             "data": {"source": "unused"},
             "student": {"model": "unused", "dtype": "float32"},
             "teacher": {"model": "unused"},
-            "trainer": {"steps": 2, "prompts_per_step": count, "max_grad_norm": 1e9, "trackers": []},
+            "trainer": {"steps": STEPS, "prompts_per_step": count, "max_grad_norm": 1e9, "trackers": []},
         },
         origin="test",
     )
@@ -115,6 +137,10 @@ def main(folder: str, number: str) -> None:
         assert coordinator.numbers["rollouts"] == sum(len(LENGTHS[index]) for index in range(count))
     if ranks.rank == 1:
         assert scarce.tokens_of_forwards[0] == short + 1, "memory was never short"
+    trainer.state.step = STEPS
+    with pytest.raises(Stopped):  # on every rank
+        trainer.run(scorer)  # type: ignore[arg-type]
+    assert coordinator is None or coordinator.saved == STEPS
     accelerator.end_training()
 
 

@@ -101,6 +101,14 @@ def test_a_student_that_no_card_holds_whole_is_sharded() -> None:
     assert "the student sharded: 49.5 GiB" in chosen.reasons[-1]
 
 
+def test_no_forward_of_a_sharded_student_runs_out_of_memory() -> None:
+    """It couldn't begin again. 8B, images only: 0.904 MB a token, 0.747 for its four patches: 15 622 in 24.0 GiB."""
+    sharded = demand("8b", "student.model=Qwen/Qwen3-VL-8B-Instruct")
+    assert place(cards(8), sharded).overrides[-1] == "trainer.forward_tokens=15622"
+    assert not any("forward_tokens" in setting for setting in place(cards(8, 139), sharded).overrides)
+    assert not any("forward_tokens" in setting for setting in place(cards(8), demand()).overrides)
+
+
 def test_a_teacher_elsewhere_needs_no_card() -> None:
     chosen = place(cards(2), demand(with_teacher=False))
     assert chosen.gpus == {"rollout": ("0",), "trainer": ("1",)}

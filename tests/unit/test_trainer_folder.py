@@ -29,3 +29,18 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Pat
         prepare_folder(config, resume=False)
     prepare_folder(config, resume=True)
     assert (folder / "policy").exists()
+
+
+def test_runs_of_one_name_elsewhere_keep_their_snapshots_apart(tmp_path: Path) -> None:
+    """Two teams on one host, both with weights.folder = "/dev/shm": a run removes its own leftovers only."""
+    file = tmp_path / "run.toml"
+    file.write_text(MINIMAL)
+    one, other = (
+        load_config(file, [f"run.folder={tmp_path / team}", f"weights.folder={tmp_path / 'shm'}"]) for team in "ab"
+    )
+    policies = [config.snapshots_folder / "policy" / "v000000" for config in (one, other)]
+    for policy in policies:
+        policy.mkdir(parents=True)
+    prepare_folder(other, resume=False)
+    assert [policy.exists() for policy in policies] == [True, False]
+    assert {path.parent for path in (one.snapshots_folder, other.snapshots_folder)} == {tmp_path / "shm"}

@@ -118,8 +118,8 @@ def _run_up(arguments: argparse.Namespace) -> int:
         if not config.teacher.shared_base:  # of which neither is started
             needs += [] if shared else ["teacher port"]
             needs += ["api port"] if arguments.api else []
-        if not shared:
-            check_ranks(config, options.service, options.gpus.get("teacher", ()))
+        starts_teacher = not shared and not config.teacher.shared_base
+        check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher)
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
         return dry_run(config, needs, offline=arguments.offline, notes=notes)
     if arguments.log_format:

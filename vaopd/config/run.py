@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,9 +253,15 @@ class Config(Section):
 
     @property
     def snapshots_folder(self) -> Path:
-        """The folder in which policy/ lies, absolute, since workers with another working folder read there."""
-        folder = self.run_folder if self.weights.folder is None else self.weights.folder / self.run.name
-        return folder.resolve()
+        """The folder in which policy/ lies, absolute, since workers with another working folder read there.
+
+        Elsewhere than in the run's folder, runs of one name in several `run.folder`s have one each: a run removes what
+        an earlier one of its name left there.
+        """
+        run = self.run_folder.resolve()
+        if self.weights.folder is None:
+            return run
+        return self.weights.folder.resolve() / f"{self.run.name}-{sha256(os.fsencode(run)).hexdigest()[:8]}"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

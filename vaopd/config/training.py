@@ -136,7 +136,8 @@ class TrainerConfig(Section):
 
 class _Weights(Section):
     folder: Path | None = None
-    """Where the trainer writes each step's weights, e.g. /dev/shm: in FOLDER/NAME; empty: the run's folder."""
+    """Where the trainer writes each step's weights, e.g. /dev/shm: in FOLDER/NAME-…, a folder for each
+    run; empty: the run's folder."""
 
 
 class FolderWeights(_Weights):

@@ -35,14 +35,15 @@ def compare_logits(student: Tensor, teacher: Tensor, *, slope: Tensor | None = N
     strides = (student.stride(0), teacher.stride(0))
     width = min(strides)
     options = {"BLOCK": _BLOCK, "num_warps": _WARPS}
-    _normalise[(rows,)](student, teacher, values, student_lse, teacher_lse, *strides, vocabulary, width, **options)
-    if slope is not None:
-        columns = slope.shape[1]
-        _differentiate[(rows, triton.cdiv(columns, _BLOCK))](
-            *(student, teacher, slope, values, student_lse, teacher_lse),
-            *(*strides, slope.stride(0), vocabulary, min(width, columns), columns),
-            **options,
-        )
+    with torch.cuda.device_of(student):  # Triton launches on the thread's current device, wherever the tensors are
+        _normalise[(rows,)](student, teacher, values, student_lse, teacher_lse, *strides, vocabulary, width, **options)
+        if slope is not None:
+            columns = slope.shape[1]
+            _differentiate[(rows, triton.cdiv(columns, _BLOCK))](
+                *(student, teacher, slope, values, student_lse, teacher_lse),
+                *(*strides, slope.stride(0), vocabulary, min(width, columns), columns),
+                **options,
+            )
     return values, student_lse
 
 
@@ -52,7 +53,8 @@ def compute_log_sums(logits: Tensor) -> Tensor:
     out = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         # Rows are read to their end in memory, because loads are wide only where the bound is a multiple of 16.
-        _sum[(rows,)](logits, out, logits.stride(0), vocabulary, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+        with torch.cuda.device_of(logits):
+            _sum[(rows,)](logits, out, logits.stride(0), vocabulary, logits.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
     return out
 
 

@@ -143,6 +143,7 @@ class Demand:
     group_bytes: int
     image_px: int
     chunk_tokens: int
+    forward_tokens: int
     prompts_per_step: int
     vllm: bool
     configured_share: float
@@ -182,6 +183,7 @@ class Demand:
             group_bytes=max(smallest, group) * token_bytes + image_bytes,
             image_px=image_px,
             chunk_tokens=config.trainer.chunk_tokens,
+            forward_tokens=config.trainer.forward_tokens,
             prompts_per_step=config.trainer.prompts_per_step,
             vllm=vllm,
             configured_share=float(options.get("gpu_memory_utilization", 0.9)),
@@ -349,9 +351,11 @@ def _describe(
         taken_gib = wanted * workers[0].gib if demand.vllm else demand.worker_bytes / GIB
     if trainer[0] in teacher:
         taken_gib += demand.count_teacher_bytes(len(teacher)) / GIB
-    tokens = memory.count_group_tokens(
-        demand.student, room_bytes=(usable_gib - taken_gib - fixed_gib) * GIB, pixels=demand.image_px
-    )
+    room_bytes = (usable_gib - taken_gib - fixed_gib) * GIB
+    tokens = memory.count_group_tokens(demand.student, room_bytes=room_bytes, pixels=demand.image_px)
+    # A rank of a sharded student that runs out of memory can't begin its step again: the others wait for it.
+    most = memory.count_forward_tokens(demand.student, room_bytes=room_bytes)
+    overrides += [f"trainer.forward_tokens={most}"] if sharded and most < demand.forward_tokens else []
     reasons = [
         f"teacher on card {' and on card '.join(map(_join, teachers))}: {demand.teacher_name} needs "
         f"{demand.count_teacher_bytes(len(teacher)) / GIB:.1f} GiB"

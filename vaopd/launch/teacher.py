@@ -9,6 +9,7 @@ from pathlib import Path
 from vaopd.config import Config, ServiceConfig, TeacherServiceConfig, load_service_config
 from vaopd.errors import ConfigError
 from vaopd.launch.resume import check_same_teacher
+from vaopd.process.ranks import check_devices
 from vaopd.vlm import memory
 
 
@@ -34,10 +35,17 @@ def count_ranks(config: Config, service: TeacherServiceConfig, devices: str | No
     return service.count_ranks(asked)
 
 
-def check_ranks(config: Config, service: Path | None, devices: Sequence[str]) -> None:
-    """Raises ConfigError unless each teacher has a device for each rank, and heads for all of them."""
+def check_ranks(config: Config, service: Path | None, gpus: Mapping[str, Sequence[str]], *, with_teacher: bool) -> None:
+    """Raises ConfigError unless trainer and teachers have a device for each rank; a teacher heads for all of them, too.
+
+    gpus: devices by role, where they are chosen. with_teacher: whether teachers are started.
+    """
+    for devices in gpus.get("trainer", ()):
+        check_devices("trainer", config.trainer.processes, there=devices.count(",") + 1)
+    if not with_teacher:
+        return
     teacher = load_service_config(service).teacher
-    for visible in devices or (None,):
+    for visible in gpus.get("teacher", ()) or (None,):
         ranks = count_ranks(config, teacher, visible)
         if visible and ranks not in (1, given := visible.count(",") + 1):
             raise ConfigError(

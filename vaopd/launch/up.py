@@ -88,9 +88,9 @@ def up(
         return 0
     check_ports(config, options)
     check(config)
+    check_ranks(config, options.service, options.gpus, with_teacher=_starts_teacher(config, options))
     if _starts_teacher(config, options):
         check_credentials(options.service)
-        check_ranks(config, options.service, options.gpus.get("teacher", ()))
     elif options.teacher is not None:
         _describe_teacher(config, options, options.teacher, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +348,8 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     elif config.queue.url == "embedded":  # it has none
         added |= {QUEUE_PASSWORD: "", QUEUE_PASSWORD_FILE: ""}
     if devices is not None:
-        added["CUDA_VISIBLE_DEVICES"] = devices
+        # Numbered as by nvidia-smi. CUDA's own order, the fastest first, is another one where cards differ.
+        added |= {"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return added
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from vaopd.errors import ConfigError
 from vaopd.net.ports import LOOPBACK, free_port
 
 GRACE_S = 15.0  # less than the time that `vaopd up` leaves between SIGTERM and SIGKILL
@@ -69,6 +70,20 @@ def die_as(code: int) -> int:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
+
+
+def check_devices(role: str, processes: int, *, there: int) -> None:
+    """Raises ConfigError unless each of this host's ranks has a GPU; there: those that this process sees, maybe none.
+
+    Two ranks on one card would fail later, in NCCL and without a name.
+    """
+    here = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    if 0 < there < here:
+        raise ConfigError(
+            f"{role}.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as "
+            f"many (`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_{role.upper()}_GPUS), or --set "
+            f"{role}.processes={there}"
+        )
 
 
 def end_with_the_launcher() -> None:

@@ -31,14 +31,15 @@ def rotate(
         return out
     half = triton.next_power_of_2(d // 2)
     block_heads = min(triton.next_power_of_2(heads), max(1, 2048 // half))
-    _rotate[(length, triton.cdiv(heads, block_heads))](
-        *(values, cos, sin, values if norm_weight is None else norm_weight, out),
-        *(values.stride(0), values.stride(1), heads, epsilon),
-        D=d,
-        HALF=half,
-        HEADS=block_heads,
-        NORMED=norm_weight is not None,
-    )
+    with torch.cuda.device_of(values):  # Triton launches on the thread's current device, wherever the tensors are
+        _rotate[(length, triton.cdiv(heads, block_heads))](
+            *(values, cos, sin, values if norm_weight is None else norm_weight, out),
+            *(values.stride(0), values.stride(1), heads, epsilon),
+            D=d,
+            HALF=half,
+            HEADS=block_heads,
+            NORMED=norm_weight is not None,
+        )
     return out
 
 
@@ -46,7 +47,8 @@ def multiply_by_silu(gate: Tensor, up: Tensor) -> Tensor:
     """Computes silu(gate) · up of two contiguous tensors."""
     out = torch.empty_like(gate)
     if out.numel():
-        _multiply_by_silu[(triton.cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), BLOCK=_BLOCK)
+        with torch.cuda.device_of(gate):
+            _multiply_by_silu[(triton.cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), BLOCK=_BLOCK)
     return out
 
 

@@ -298,6 +298,12 @@ def count_group_tokens(student: Model, *, room_bytes: float, pixels: int) -> int
     return max(0, int((room_bytes - count_image_bytes(student, pixels)) / count_token_bytes(student)))
 
 
+def count_forward_tokens(student: Model, *, room_bytes: float) -> int:
+    """The most tokens whose forward and backward fit into `room_bytes` even if all of them are of images."""
+    token_bytes = count_token_bytes(student) + count_image_bytes(student, (PATCH_PX * MERGE) ** 2)
+    return max(1, int(room_bytes / token_bytes))
+
+
 def count_worker_bytes(student: Model, *, length: int) -> int:
     """The least that a vLLM worker needs: weights in bfloat16, its own, and the keys of one prompt and response."""
     return 2 * student.parameters + VLLM_BYTES + student.kv_bytes_per_token * length

@@ -29,7 +29,7 @@ from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.files.hub import model_folder
 from vaopd.process import entry
-from vaopd.process.ranks import end_with_the_launcher
+from vaopd.process.ranks import check_devices, end_with_the_launcher
 from vaopd.vlm.families import ImageFeatures, PreparedImage
 from vaopd.vlm.model import Encode, Segment, Vlm
 from vaopd.vlm.prompts import PreparedPrompt
@@ -195,11 +195,7 @@ def check_heads(model: str, processes: int) -> None:
 def _load(config: Config, processes: int) -> Vlm:
     if (world := int(os.environ["WORLD_SIZE"])) != processes:
         raise ConfigError(f"teacher.processes = {processes}, but {world} ranks were started; start as many")
-    if torch.cuda.is_available() and (there := torch.cuda.device_count()) < processes:
-        raise ConfigError(
-            f"teacher.processes = {processes} needs a GPU for each rank, and this process sees {there}; give it as "
-            f"many (`vaopd up --gpus`, CUDA_VISIBLE_DEVICES, VAOPD_TEACHER_GPUS), or --set teacher.processes={there}"
-        )
+    check_devices("teacher", processes, there=torch.cuda.device_count())
     end_with_the_launcher()
     check_heads(config.teacher.model, processes)
     vlm = Vlm.load(

@@ -47,7 +47,7 @@ class _Part:
         return self.segment.tokens
 
     def split_in_half(self) -> list[_Part]:
-        """Returns two parts with half of the siblings each; a single rollout stays whole."""
+        """Returns two parts with half of the siblings each; of a single rollout, itself."""
         responses = self.segment.responses
         middle = (len(responses) + 1) // 2
         return [self.take(half) for half in (responses[:middle], responses[middle:]) if half]
@@ -97,10 +97,11 @@ class GroupEngine:
         yield from map(_finish, leaving)
 
     @torch.inference_mode()
-    def _run(
-        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool = True
-    ) -> None:
-        """Runs one forward; out of memory, two of half the size, then each group by itself, which fails at last."""
+    def _run(self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress]) -> None:
+        """Runs one forward; out of memory, two of half the size, down to a single rollout, whose group then fails."""
+        batch = [part for part in batch if progress[part.group].error is None]
+        if not batch:
+            return
         try:
             hidden, logprobs = self._forward(batch)
         except torch.OutOfMemoryError:
@@ -109,7 +110,11 @@ class GroupEngine:
         if hidden is None:  # outside the handler: its traceback would keep the failed forward's tensors alive
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._run_smaller(batch, groups, progress, halve)
+            if len(halves := _split_batch(batch)) == 1:
+                progress[batch[0].group].error = _make_memory_error(groups[batch[0].group])
+                return
+            for half in halves:
+                self._run(half, groups, progress)
             return
         start = 0
         for part in batch:
@@ -118,20 +123,6 @@ class GroupEngine:
             if part.view in _choose_views(groups[part.group]):
                 state.hidden[part.view].append(hidden[start:end])
             start = end
-
-    def _run_smaller(
-        self, batch: Sequence[_Part], groups: Sequence[PreparedGroup], progress: Sequence[_Progress], halve: bool
-    ) -> None:
-        if halve:
-            for half in _split_batch(batch):
-                self._run(half, groups, progress, halve=False)
-            return
-        indices = list(dict.fromkeys(part.group for part in batch))
-        if len(indices) > 1:
-            for index in indices:
-                self._run([part for part in batch if part.group == index], groups, progress, halve=False)
-            return
-        progress[indices[0]].error = _make_memory_error(groups[indices[0]])
 
     def _forward(self, batch: Sequence[_Part]) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns hidden states (M', D) and log-probs (M',) of the batch's response tokens, part after part."""
@@ -151,24 +142,27 @@ class GroupEngine:
         """Computes what a group's answer needs besides log-probs, and queues the copies of all of it to the host."""
         if state.error is not None:
             return _Leaving(group, state.error)
+        try:
+            return _Leaving(group, self._compute_answer(group, state))
+        except torch.OutOfMemoryError:
+            return _Leaving(group, _make_memory_error(group))
+
+    def _compute_answer(self, group: PreparedGroup, state: _Progress) -> Download:
         hidden = {view: torch.cat(rows) for view, rows in state.hidden.items() if rows}
         computed = {name: torch.cat(state.logprobs[view]) for view, name in _LOGPROBS.items()}
         options: dict[str, int] = {"vocab_size": self._vlm.vocab_size, "chunk_tokens": HEAD_CHUNK_TOKENS}
-        try:
-            computed |= columns.compute(group.columns, hidden, self._head, **options)
-            of_payload = payloads.compute(
-                group.payload,
-                hidden.get("original", torch.empty(0)),
-                self._head,
-                top_k=group.top_k,
-                degraded_hidden=hidden.get("degraded"),
-                **options,
-            )
-        except torch.OutOfMemoryError:
-            return _Leaving(group, _make_memory_error(group))
+        computed |= columns.compute(group.columns, hidden, self._head, **options)
+        of_payload = payloads.compute(
+            group.payload,
+            hidden.get("original", torch.empty(0)),
+            self._head,
+            top_k=group.top_k,
+            degraded_hidden=hidden.get("degraded"),
+            **options,
+        )
         # The extremes are NaN if any number is; on a CPU they take a tenth of the time of testing each number.
         extremes: dict[str, torch.Tensor] = {view: torch.stack(rows.aminmax()) for view, rows in hidden.items()}
-        return _Leaving(group, Download(computed, of_payload, extremes))
+        return Download(computed, of_payload, extremes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -241,7 +235,7 @@ def _split(part: _Part, batch_tokens: int) -> Iterator[_Part]:
 
 
 def _split_batch(batch: Sequence[_Part]) -> list[Sequence[_Part]]:
-    """Returns two batches with half of the parts each; of a single part, with half of its siblings each."""
+    """Returns two batches with half of the parts each, of a single part with half of its siblings; one of a rollout."""
     if len(batch) == 1:
         return [[half] for half in batch[0].split_in_half()]
     middle = (len(batch) + 1) // 2
