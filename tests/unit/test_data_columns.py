@@ -50,7 +50,7 @@ def test_a_configuration_names_the_columns(tmp_path: Path) -> None:
 
 
 def test_turns_as_chat_templates_and_llava_have_them(tmp_path: Path) -> None:
-    parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]
+    parts = [{"type": "image_url", "image_url": {"url": "red.png"}}, "Which ", {"type": "text", "text": "colour?"}]
     chat = [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": parts},
         {"role": "assistant", "content": "Red."}, {"role": "user", "content": "Sure?"},
@@ -73,7 +73,13 @@ def test_turns_as_chat_templates_and_llava_have_them(tmp_path: Path) -> None:
         ([], "don't end with the user's"),
         ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "turn 2 has no role of system, user"),
         ([{"role": "user", "content": ""}], "turn 1: the text is missing or empty"),
-        ("Where?", "don't end with the user's"),
+        (None, "don't end with the user's"),
+        ("Where?", "of type str where a list of turns belongs"),
+        ([{"role": ["user"], "content": "a"}], "turn 1 has no role of system, user"),
+        (
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}],
+            "turn 1: a part is 'video'",
+        ),
     ],
 )
 def test_turns_that_are_none(tmp_path: Path, turns: object, words: str) -> None:

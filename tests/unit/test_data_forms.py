@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import json
@@ -95,6 +96,10 @@ def test_a_record_of_a_later_shard_is_named_by_its_number_in_the_split(tmp_path:
         ("one struct, `image`", column([{"bytes": RED}, None, None], pa.struct([("bytes", pa.binary())]), "image")),
         ("bytes", column([RED, None, None], pa.binary())),
         ("path", column(["red.png", None, None], pa.string())),
+        ("path of few values", column(["red.png", None, None], pa.dictionary(pa.int8(), pa.string()))),
+        ("base64", column([base64.b64encode(RED).decode(), None, None], pa.string())),
+        ("base64 in lines", column([[base64.encodebytes(RED).decode()], [], None], pa.list_(pa.string()))),
+        ("data URI", column(["data:image/png;base64," + base64.b64encode(RED).decode(), None, None], pa.string())),
         ("paths", column([["red.png"], [], None], pa.list_(pa.string()))),
         ("a path beside no bytes", column([[{"bytes": b"", "path": "red.png"}], [], None], pa.list_(STRUCT))),
         ("a path alone", column([[{"path": "red.png"}], [], None], pa.list_(pa.struct([("path", pa.string())])))),
@@ -218,7 +223,7 @@ def test_a_label_that_is_not_given_is_a_missing_answer(tmp_path: Path) -> None:
         ["train_0.parquet", "train_1.parquet"],
         ["data/train.parquet"],
         ["train/0000.parquet", "train/0001.parquet"],
-        ["data/train/a.parquet"],
+        ["data/train/a-00000-of-00001.parquet", "data/train/b-00000-of-00001.parquet"],
         ["default/train/0000.parquet"],
         ["whatever.parquet"],
     ],
@@ -229,6 +234,14 @@ def test_the_places_of_a_split(tmp_path: Path, names: list[str]) -> None:
     assert answers_and_images(tmp_path) == [(str(index), [RED]) for index in range(len(names))]
     with pytest.raises(NotFound, match="no Parquet file of split 'validation'"):
         load_prompts(str(tmp_path), split="validation")
+
+
+@pytest.mark.parametrize("names", [["00000-of-00003", "00002-of-00003"], ["00000-of-00001", "00000-of-00002"]])
+def test_shards_that_are_not_all_there_or_of_two_versions_are_refused(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        write(tmp_path / f"train-{name}.parquet", [A])
+    with pytest.raises(InvalidInput, match=r"has 2 shards train-…, and their names say (3|1 and 2); download"):
+        load_prompts(str(tmp_path), split="train")
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -254,7 +267,7 @@ def lines(path: Path, *records: Any) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train-0.jsonl", "data/train.jsonl", "train/0000.jsonl", "mine.jsonl"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train-0.jsonl", "train/0000.jsonl", "mine.jsonl", "train.json"])
 def test_json_lines(tmp_path: Path, name: str) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures/r.png").write_bytes(RED)
@@ -273,6 +286,16 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(f"{good}\n\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(InvalidInput, match=r"train\.jsonl(, line 3: not a JSON object| is not UTF-8)"):
         load_prompts(str(tmp_path), split="train")
+
+
+def test_an_array_of_records_in_json(tmp_path: Path) -> None:
+    good = {"problem": "a", "answer": "1", "images": []}
+    (tmp_path / "train.json").write_text(json.dumps([good, good]))
+    assert answers_and_images(tmp_path) == [("1", []), ("1", [])]
+    for text, words in (("[{]", "is not JSON"), ("[1]", "record 0: not a JSON object")):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(InvalidInput, match=words):
+            answers_and_images(tmp_path)
 
 
 def test_half_of_a_character_in_json_is_a_bad_record(tmp_path: Path) -> None:

@@ -191,10 +191,16 @@ def test_bytes_that_are_no_image_are_named_when_taken(tmp_path: Path, data: byte
         ("../secret.png", "leads out of"),
         ("/etc/hostname", "leads out of"),
         ("", "neither image bytes nor a path"),
+        ("images/a\nb.png", r"there is no file '.*a\\nb\.png'"),
+        ("https://example.com/a.png", "is a URL, and none is fetched"),
+        ("loop.png", "is no path"),
+        ("data:image/png;base64,iVBOR", "base64 that ends early"),
     ],
 )
 def test_a_path_must_name_a_file_inside_the_folder(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "secret.png").write_bytes(RED)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "loop.png").symlink_to("loop.png")
     row = {"question": "<image>Which?", "answer": "A", "image": [path], "qid": "q"}
     prompts = load_prompts(parquet(tmp_path / "set", [row], VIRL39K, "train.parquet"), split="train")
 

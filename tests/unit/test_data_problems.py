@@ -344,4 +344,18 @@ def test_the_command_reads_a_run_s_configuration(tmp_path: Path, capsys: pytest.
 
 def test_the_command_says_when_there_is_no_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", str(tmp_path)]) == 2
-    assert "no Parquet file of split 'test'" in capsys.readouterr().err
+    assert "none of the splits train, validation, test, val, dev: " in capsys.readouterr().err
+
+
+def test_the_command_reads_splits_of_other_names_and_counts_unusable_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "set", [record("a") | {"answer": None}, record("b")], [record("c")])
+    (source / "validation.parquet").rename(source / "val.parquet")
+    code, shown = check(capsys, str(source))
+    assert code == 0
+    assert f"{source}, Geometry3K split 'val': 1 records, 0 of them bad" in shown
+    assert "  answers        1 of 2 without an answer that can be compared with" in shown
+    assert main(["data", "convert", str(source), str(tmp_path / "new")]) == 0
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["train.parquet", "val.parquet"]
+    assert "train.parquet: 2 records, 1 of 2 without an answer" in capsys.readouterr().out

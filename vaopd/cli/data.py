@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SHOWN = 20
 """So many bad records of a split are printed; --json has all."""
 SPLITS = ("train", "validation", "test")
+OTHER_SPLITS = ("val", "dev")
+"""Names that data sets also give their validation split; a run needs `data.validation_split` for these."""
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -62,7 +64,7 @@ def add_parsers(subparsers: Subparsers) -> None:
             "--split",
             action="append",
             metavar="SPLIT",
-            help="a split of DATASET (repeatable; default: those of train, validation and test that it has)",
+            help="a split of DATASET (repeatable; default: those of train, validation, test, val and dev that it has)",
         )
         parser.add_argument("--subset", default="", metavar="NAME", help="the configuration of a hub id")
         parser.add_argument(
@@ -125,8 +127,8 @@ def _open_splits(arguments: argparse.Namespace, control_tokens: Sequence[str]) -
     from vaopd.data.loaders import open_split
 
     names = dict(column.partition("=")[::2] for column in arguments.column)
-    found = False
-    for name in arguments.split or SPLITS:
+    found, reason = False, ""
+    for name in arguments.split or (*SPLITS, *OTHER_SPLITS):
         try:
             yield open_split(
                 arguments.source,
@@ -137,9 +139,12 @@ def _open_splits(arguments: argparse.Namespace, control_tokens: Sequence[str]) -
                 needs_answer=name != "train",
             )
             found = True
-        except NotFound:
-            if arguments.split or (name == SPLITS[-1] and not found):
+        except NotFound as error:
+            if arguments.split:
                 raise
+            reason = reason or str(error)
+    if not found and not arguments.split:
+        raise NotFound(f"none of the splits {', '.join((*SPLITS, *OTHER_SPLITS))}: {reason}")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -149,8 +154,13 @@ def _convert(arguments: argparse.Namespace) -> int:
         if faults := prompts.find_faults():
             raise InvalidInput(f"{prompts.describe_faults(faults)}; `vaopd data check` lists all")
         file = arguments.folder / f"{prompts.split}.parquet"
-        emit(f"{file}: {write_split(prompts, file)} records")
+        emit(f"{file}: {write_split(prompts, file)} records{_count_answers(prompts)}")
     return 0
+
+
+def _count_answers(prompts: Prompts) -> str:
+    missing = prompts.count_without_answer()
+    return f", {missing} of {len(prompts)} without an answer that can be compared with" if missing else ""
 
 
 def _describe(split: CheckedSplit) -> dict[str, Any]:
@@ -162,6 +172,7 @@ def _describe(split: CheckedSplit) -> dict[str, Any]:
         "split": split.prompts.split,
         "records": split.total,
         "usable": len(split.prompts),
+        "without_answer": split.prompts.count_without_answer(),
         "pictures": len(sizes),
         "prompt_tokens": _spread(tokens),
         "pixels": _spread([width * height for width, height in sizes]),
@@ -183,6 +194,8 @@ def _format(split: CheckedSplit) -> Iterator[str]:
     """Yields the lines on a split."""
     shown = _describe(split)
     yield f"{shown['source']}, {split.prompts.name}: {split.total} records, {len(split.faults)} of them bad"
+    if answers := _count_answers(split.prompts):
+        yield f"  answers        {answers[2:]}; the report has no verdict on these"
     if lengths := shown["prompt_tokens"]:
         yield "  prompt tokens  min {min}, median {median:g}, max {max}; image tokens included".format(**lengths)
     by_area = sorted(

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -117,10 +117,10 @@ def open_split(
                 f"the {words} holds {found!r}, a control token of the model; take it out", field=f"data.{name}"
             )
     files = read_split(source, split, cache_dir, subset=subset, named=columns.model_dump().values())
-    shards = recognise(files, source, columns=columns, needs_answer=needs_answer)
-    num_records = sum(len(rows) for rows, _ in shards)
+    num_records = sum(map(len, files))
     if num_records == 0:
         raise InvalidInput(f"{source}: split {split!r} has no records; give a split that has some")
+    shards = recognise(files, source, columns=columns, needs_answer=needs_answer)
     folder = Path(source) if Path(source).is_dir() else None
     order = np.arange(num_records)
     return Prompts(
@@ -192,6 +192,16 @@ class Prompts(Sequence[Prompt]):
         """Returns the other prompts, in the same order."""
         return self._with_order(self._order[~np.isin(self._order, [fault.index for fault in faults])])
 
+    def count_without_answer(self) -> int:
+        """Counts the records without an answer that could be compared with."""
+        chosen, missing = set(self.indices), 0
+        for (rows, schema), end in zip(self._shards, self._ends, strict=True):
+            answers = rows.read_column(schema.answer) if schema.answer in rows.columns else [None] * len(rows)
+            missing += sum(
+                index in chosen and not _read_answer(answer) for index, answer in enumerate(answers, end - len(rows))
+            )
+        return missing
+
     def find_faults(self, control_tokens: Sequence[str] = ()) -> list[Fault]:
         """Checks text, answer and number of images of the records, all at once; not the images."""
         chosen = set(self.indices)
@@ -247,7 +257,9 @@ class Prompts(Sequence[Prompt]):
             prompt_id=str(next(given, f"{self.split}-{index}")),
             messages=make_messages(turns, [image.sha256 for image in images]),
             images=tuple({image.sha256: image for image in images}.values()),
-            answer=as_answer(record.get(schema.answer)) if schema.needs_answer else _read_answer(record, schema),
+            answer=as_answer(record.get(schema.answer))
+            if schema.needs_answer
+            else _read_answer(record.get(schema.answer)),
         )
 
     def make_picture_fault(self, index: int, position: int, message: str) -> Fault:
@@ -270,9 +282,9 @@ class Prompts(Sequence[Prompt]):
         return rows, schema, index - self._ends[shard] + len(rows)
 
 
-def _read_answer(record: dict[str, Any], schema: Schema) -> str:
+def _read_answer(value: object) -> str:
     """Returns the reference of a record that is only trained on; "" for one that couldn't be compared with."""
     try:
-        return as_answer(record.get(schema.answer))
+        return as_answer(value)
     except InvalidInput:
         return ""

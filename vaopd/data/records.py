@@ -7,7 +7,10 @@ other names, a system prompt, and turns in place of the text (`vaopd.config.Colu
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -21,9 +24,12 @@ from vaopd.types import EncodedImage, ImagePart, Message, TextPart
 
 IMAGE_MARKER = "<image>"
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+# A data URI, or the base64 of one of these beginnings; "/9j/" alone could be a path.
+_BASE64 = re.compile(r"(?:data:[^,]*;base64,|(?=iVBORw0KGgo|UklGR|/9j/[\w+/]{100}))(?P<data>[\w+/=\s-]+)")
+_URL = re.compile(r"[a-z][a-z0-9+]+:/", re.IGNORECASE)
 
 Role = Literal["system", "user", "assistant"]
-_ROLES: dict[object, Role] = {
+_ROLES: dict[str, Role] = {
     "system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant",
 }  # fmt: skip
 FaultKind = Literal["text", "answer", "image markers", "control token", "picture", "over-long", "overlap"]
@@ -180,20 +186,17 @@ def read_turns(value: object) -> list[tuple[Role, str]]:
     >>> read_turns([{"from": "human", "value": "<image>Where?"}, {"role": "assistant", "content": "Here."}])
     [('user', '<image>Where?')]
     """
+    if value is not None and not isinstance(value, list):
+        raise InvalidInput(f"{_describe(value)} where a list of turns belongs")
     turns = []
-    for number, turn in enumerate(value if isinstance(value, list) else [], 1):
-        role = _ROLES.get(turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
+    for number, turn in enumerate(value or [], 1):
+        role = _ROLES.get(str(turn.get("role") or turn.get("from"))) if isinstance(turn, dict) else None
         if role is None:
-            raise InvalidInput(f"turn {number} has no role of {', '.join(map(str, _ROLES))}; give role and content")
+            raise InvalidInput(f"turn {number} has no role of {', '.join(_ROLES)}; give role and content")
         content = turn.get("content") or turn.get("value")
-        if isinstance(content, list):
-            content = "".join(
-                IMAGE_MARKER if part.get("type") == "image" else str(part.get("text") or "")
-                for part in content
-                if isinstance(part, dict)
-            )
         try:
-            turns.append((role, check_text(content)))
+            text = "".join(map(_read_part, content)) if isinstance(content, list) else content
+            turns.append((role, check_text(text)))
         except InvalidInput as error:
             raise InvalidInput(f"turn {number}: {error}") from None
     if turns and turns[-1][0] == "assistant":
@@ -201,6 +204,18 @@ def read_turns(value: object) -> list[tuple[Role, str]]:
     if not turns or turns[-1][0] != "user":
         raise InvalidInput("the turns don't end with the user's; give at least one question")
     return turns
+
+
+def _read_part(part: object) -> str:
+    """Returns the text of a part of a turn, or the marker of an image. Raises InvalidInput for any other part."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else _describe(part)
+    if isinstance(part, dict) and kind in ("image", "image_url"):
+        return IMAGE_MARKER
+    if isinstance(part, dict) and kind in ("text", None):
+        return check_text(part.get("text"))
+    raise InvalidInput(f"a part is {kind!r}, neither text nor image")
 
 
 def make_messages(turns: Sequence[tuple[Role, str]], image_sha256: Sequence[str]) -> tuple[Message, ...]:
@@ -274,13 +289,23 @@ def content_parts(text: str, image_sha256: Sequence[str]) -> tuple[TextPart | Im
 
 
 def read_image(entry: object, *, folder: Path | None, table: Path | None) -> EncodedImage:
-    """Reads an image's bytes, from the record itself or from the file inside `folder` that it names.
+    """Reads an image's bytes, from the record itself (base64 too) or from the file inside `folder` that it names.
 
     table: the file that holds the record; None for the hub's. Raises InvalidInput; nothing is decoded.
     """
     stored, path = (entry.get("bytes"), entry.get("path")) if isinstance(entry, dict) else (entry, entry)
+    encoded = next(
+        (found for text in (stored, path) if isinstance(text, str) and (found := _BASE64.fullmatch(text))), None
+    )
     if isinstance(stored, bytes) and (stored or not path):
         data = stored
+    elif encoded:
+        try:
+            data = base64.b64decode(encoded["data"].translate({45: "+", 95: "/"}))
+        except binascii.Error:
+            raise InvalidInput(
+                f"base64 that ends early ({len(encoded['data'])} characters); correct or drop it"
+            ) from None
     elif isinstance(path, str) and path:
         data = _read_file(path, folder, table)
     else:
@@ -296,17 +321,19 @@ def _read_file(path: str, folder: Path | None, table: Path | None) -> bytes:
             f"the image {path!r} is a file beside the Parquet file, which the hub's loader doesn't deliver; download "
             "the data set, unpack its images, and give the folder as the source"
         )
+    if _URL.match(path):
+        raise InvalidInput(f"{path[:80]!r} is a URL, and none is fetched; download the picture and give its path")
     try:
         beside = (table.parent / path).resolve()
         file = beside if beside.is_file() else (folder / path).resolve()
         found = file.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a loop of links
         raise InvalidInput(f"{path[:80]!r} is no path; correct or drop the record") from None
     # A record may name files of its own folder only, since the files are sent to other machines.
     if not file.is_relative_to(folder.resolve()):
         raise InvalidInput(f"the path {path!r} leads out of {folder}; use paths inside the folder")
     if not found:
-        raise InvalidInput(f"there is no file {file}; unpack the data set's images beside its Parquet file")
+        raise InvalidInput(f"there is no file {str(file)!r}; unpack the data set's images beside its Parquet file")
     try:
         return file.read_bytes()
     except OSError as error:

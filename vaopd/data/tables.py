@@ -25,6 +25,7 @@ IN_MEMORY_BYTES = 256 * 2**20
 """Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"(.+)-\d+-of-(\d+)(?:-\w+)?")
 _KNOWN_COLUMNS = ("problem", "question", "messages", "conversations", "answer", "images", "image", "qid", "id")
 _METADATA = "metadata.jsonl"
 
@@ -155,24 +156,39 @@ def _read_folder(folder: Path, split: str, cache_dir: Path | None, named: Collec
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     parents = (folder, folder / "data", folder / "default")  # the last in the hub's own conversions to Parquet
-    for suffix in (".parquet", ".jsonl"):
+    for suffix in (".parquet", ".jsonl", ".json"):
         for parent in parents:
-            for pattern in (f"{split}{suffix}", f"{split}-*{suffix}", f"{split}_[0-9]*{suffix}", f"{split}/*{suffix}"):
+            patterns = (f"{split}{suffix}", f"{split}-*{suffix}", f"{split}_[0-9]*{suffix}", f"{split}/*{suffix}")
+            for pattern in patterns if suffix != ".json" else patterns[:1]:  # others may describe pictures one by one
                 if files := [file for file in sorted(parent.glob(pattern)) if file.name != _METADATA]:
-                    return files
+                    return _require_all_shards(files)
     for parent in parents:
         if (found := parent / split / _METADATA).is_file():
             return [found]
     if (found := folder / _METADATA).is_file() and (split == "train" or (folder / split).is_dir()):
         return [found]
-    lone = sorted(folder.glob("*.parquet")) or sorted(folder.glob("*.jsonl"))
+    lone = next(filter(None, (sorted(folder.glob(f"*.{kind}")) for kind in ("parquet", "jsonl", "json"))), [])
     if split == "train" and len(lone) == 1:  # ViRL39K is published as one file, without splits
         return lone
     raise NotFound(
         f"{folder} has no Parquet file of split {split!r} and no JSON Lines: looked for {split}.parquet, "
-        f"{split}-*.parquet and {split}/*.parquet (or .jsonl, or {split}/{_METADATA}), here, in data/ and in default/; "
-        f"it has {', '.join(file.name for file in lone) or 'none at all'}"
+        f"{split}-*.parquet and {split}/*.parquet (or .jsonl, .json, or {split}/{_METADATA}), here, in data/ and in "
+        f"default/; it has {', '.join(sorted(file.name for file in folder.iterdir())[:20]) or 'no file at all'}"
     )
+
+
+def _require_all_shards(files: list[Path]) -> list[Path]:
+    """Returns the files. Raises InvalidInput where their names say that there are more or fewer of them."""
+    totals: dict[str, list[int]] = {}
+    for found in filter(None, (_SHARD.fullmatch(file.stem) for file in files)):
+        totals.setdefault(found[1], []).append(int(found[2]))
+    for name, said in totals.items():
+        if set(said) != {len(said)}:
+            raise InvalidInput(
+                f"{files[0].parent} has {len(said)} shards {name}-…, and their names say "
+                f"{' and '.join(map(str, sorted(set(said))))}; download all of them, and of one version only"
+            )
+    return files
 
 
 def _read_parquet(files: Sequence[Path], named: Collection[str]) -> Iterator[Rows]:
@@ -209,11 +225,13 @@ def _map_parquet(files: Sequence[Path], split: str, cache_dir: Path | None, name
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a byte order mark
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError:
         raise InvalidInput(f"{file} is not UTF-8 text; write it again") from None
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        return _read_json_array(file, text)
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             record = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError):
@@ -223,6 +241,17 @@ def _read_json_lines(file: Path) -> list[dict[str, Any]]:
         if line.strip():
             records.append(record)
     return records
+
+
+def _read_json_array(file: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{file} is not JSON ({_cut_first_line(error)}); write it again") from None
+    for number, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise InvalidInput(f"{file}, record {number}: not a JSON object; write an array of objects")
+    return list(records)
 
 
 def _read_pictures(folder: Path, file: Path, split: str) -> Rows:
@@ -243,6 +272,7 @@ def _check_image_type(kind: pa.DataType, name: str, file: Path | None) -> bool:
     import pyarrow as pa
 
     types = pa.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     image = kind.value_type if is_list else kind
     binary = types.is_binary(image) or types.is_large_binary(image) or types.is_binary_view(image)

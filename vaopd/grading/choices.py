@@ -9,8 +9,8 @@ from vaopd.grading.commitment import cut_reason
 
 _OPTION = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:option|choice|answer|选项|选择|选)(?: is)?:? ?)?"
-    r"(?:\( ?(?P<round>[A-Za-z]) ?\)|\[ ?(?P<square>[A-Za-z]) ?\]"
-    r"|(?P<bare>[A-Z])(?![\w'^(])|(?P<small>[a-z])(?=[).]|$))"
+    r"(?:\( ?(?P<round>[A-Ja-j]) ?\)|\[ ?(?P<square>[A-Ja-j]) ?\]"
+    r"|(?P<bare>[A-J])(?![\w'^(])|(?P<small>[a-j])(?=[).]|$))"
 )
 _TEXT = re.compile(r" ?[.):、，,] ?(?P<text>.+)")
 # After a bracket the option's text may follow at once.
@@ -19,18 +19,20 @@ _NEXT_OPTION = re.compile(
 )
 _REMARK = re.compile(
     r" (?:is|are|was) (?:the )?(?:only )?(?:correct|right|true|answer|best)"
-    r"| \([^()]{2,}\)$| -+ ?(?:\d|[A-Za-z\\]{2})| ?=> "
+    r"| \((?!or\b)[^()]{2,}\)$| -+ ?(?:\d|[A-Za-z\\]{2})| ?=> "
 )
 _FOLLOWS = re.compile(r" (?:[\d$]|\\(?:frac|sqrt|pi)(?![a-z])|[A-Z]?[a-z]{2})|, [a-z]{2}")
 _CHOSEN = re.compile(
     r"(?:(?i:\b(?:option|choice|choose|select|pick)\b(?: is)?:?(?: option| choice)?) ?"
     r"|(?:选项|选择|选)(?:是|为|：|:)? ?)[(（*]*(?P<letter>[A-J])(?![A-Za-z0-9']| as\b)"
+    r"|(?<![\w(])[(*]*(?P<named>[A-J])[)*]* is (?:correct|the (?:correct |right |best )?(?:answer|option|choice))\b"
 )
 _DENIED = re.compile(
     r" (?:can't|cannot|(?:is|are|was|can|could|does|do|would|will)(?:n't| not| wrong| incorrect| false))\b"
 )
 _DOUBT = re.compile(
-    r"\b(?:not|isn't|can't|cannot|wrong|incorrect|false|neither|nor|except|eliminate\w*|or|either)\b|[不错非或]|[?？]",
+    r"\b(?:not|isn't|can't|cannot|wrong|incorrect|false|neither|nor|except|eliminate\w*|rul\w+ out|reject\w*"
+    r"|discard\w*|or|either)\b|[不错非或]|[?？]",
     re.IGNORECASE,
 )
 _SEVERAL = re.compile(r"[A-J](?: ?(?:,|;|&|and) ?[A-J])+")
@@ -76,14 +78,15 @@ def find_option(answer: str, *, strict: bool = False) -> Option | None:
 def find_chosen(response: str) -> str | None:
     """Returns the option that the last sentence with one chooses: "So I choose B.", "选项B正确"; None in doubt."""
     for sentence in reversed(re.split(r"(?<=[.!?])\s+|[\n。！；;]", response[-MAX_SEARCHED_CHARS:])):
-        letters = {found["letter"] for found in _CHOSEN.finditer(sentence)}
+        letters = {found["letter"] or found["named"] for found in _CHOSEN.finditer(sentence)}
         if letters:
             return letters.pop() if len(letters) == 1 and not _DOUBT.search(sentence) else None
     return None
 
 
 def find_options(answer: str) -> frozenset[str] | None:
-    """Returns the letters of "A, C", "A and C" or "AC" (in alphabetical order, so no points of a figure)."""
+    """Returns the letters of "A, C", "(A) and (C)" or "AC" (in alphabetical order, so no points of a figure)."""
+    answer = re.sub(r"\(([A-J])\)", r"\1", answer)
     if _SEVERAL.fullmatch(answer):
         return frozenset(re.findall("[A-J]", answer))
     if re.fullmatch("[A-J]{2,}", answer) and list(answer) == sorted(set(answer)):

@@ -15,8 +15,8 @@ _BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 # "The answer is", "Answer:", a heading "Final Answer", "答案是", "故选", <answer>.
 _MARKER = re.compile(
-    r"\banswers?\b[*_`]*\s*(?:[:：]|(?:is|are|(?:should|would|must|will)\s+be)\b"
-    r"(?!\s+not\b)|(?:is|are)\s+not\b[^.;\n]{1,40}?\bbut\b(?:\s+(?:rather|is))?)"
+    r"\banswers?\b(?: to (?:the|this) \w+)?[*_`]*\s*(?:[:：]|(?:is|are|(?:should|would|must|will)\s+be)\b"
+    r"(?!\s+not\b)|(?:is|are)(?:\s+not|n't)\b[^.;\n]{1,40}?\bbut\b(?:\s+(?:rather|is))?)"
     r"|^[#*_ \t]*(?:final[ ]+)?answer[*_ \t]*$"
     r"|答案\s*(?:应该|应当|应|就|便)?\s*(?:[为是选]|[:：])|【\s*答案\s*】|故选|<answer>",
     re.IGNORECASE | re.MULTILINE,
@@ -25,9 +25,12 @@ _OPENING = re.compile(r"(?:[\s*_`:：$]|\\\(|\\\[)*")
 # A point ends a sentence unless a digit follows: "3.5", ".5". A "!" may be a factorial and stays.
 _SENTENCE_END = re.compile(r"\.(?!\d)|[\n;。；]|(?<=[!?])\s+(?=[A-Z])|</answer>|$")
 _REASON = re.compile(
-    r"[ ,;，(-]*[ (](?:because|since|as|due to|given that|when|where|for the|and that|I (?:think|believe)) ?.*"
+    r"[ ,;，(-]*[ (](?:because|since|as|due to|given that|when|where|for the|and that"
+    r"|rather than|instead of|I (?:think|believe)) ?.*"
     r"| ?[,;，] ?(?:so|which|hence|therefore|thus|but|not)(?: .*|$)"
-    r"| ?\((?:i(?:\.?e\b.*)?$|approx.*|(?:rounded|correct) to .*|to (?:the nearest|\w+ (?:decimal|significant)) .*)"
+    r"| [—–] (?=[a-z]{2}).*| ?,? or (?:about|approximately) .*"
+    r"| ?\((?:i(?:\.?e\b.*)?$|approx.*|about .*"
+    r"|(?:rounded|correct) to .*|to (?:the nearest|\w+ (?:decimal|significant)) .*)"
     r"| ?,? (?:rounded to|correct to|to the nearest|to \w+ (?:decimal|significant)) .*"
     r"| ?[,;，]? ?(?:因为|由于|理由|所以|因此|故选).*",
     re.IGNORECASE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Pairs; a command is followed by a space.
@@ -17,27 +18,35 @@ _PAIRS = r"""
 − - – - — - ‐ - ﹣ - ⁄ / ∶ : 、 , 。 . ’ ' ‘ ' “ " ” " × \times · \cdot ⋅ \cdot ∙ \cdot ÷ \div ± \pm √ \sqrt ∛ \sqrt[3]
 ≤ \leq ≥ \geq ⩽ \leq ⩾ \geq ≠ \neq ≈ \approx ∈ \in ∞ \infty ∪ \cup ∩ \cap ∅ \emptyset ∠ \angle △ \triangle
 ° ^\circ º ^\circ 度 ^\circ π \pi α \alpha β \beta γ \gamma θ \theta λ \lambda φ \phi 平方 square 立方 cubic
-∥ \parallel ⊥ \perp ≅ \cong ∼ \sim Ω \Omega Ω \Omega µ \mu μ \mu ⟨ ( ⟩ ) ′ ' ″ ''
+∥ \parallel ⊥ \perp ≅ \cong ∼ \sim ∽ \sim Ω \Omega Ω \Omega µ \mu μ \mu ⟨ ( ⟩ ) ′ ' ″ ''
 """.split()  # noqa: SIM905
 _SYMBOLS = {
     symbol: plain if len(plain) == 1 else f" {plain} " for symbol, plain in zip(_PAIRS[::2], _PAIRS[1::2], strict=True)
 }
 _SYMBOL = re.compile("|".join(_SYMBOLS))
-_CURRENCY = {"£": "gbp", "€": "euro", "¥": "yuan"}
+_CURRENCY = {r"\$": "dollar", "₹": "rupee", "£": "gbp", "€": "euro", "¥": "yuan"}
 _SCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
 _STYLED = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal|color\s*\{[^{}]*\})?|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|underline|operatorname"
     r"|f?box(?:ed)?|overline(?=\s*\{[A-Z]{2}\}))\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_GROUPS_OF_THREE = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+|(?:\{,\}\d{3})+|(?:(?:\\[,; ]| )\d{3})+)(?!\d|,\d)")
-_STEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+_GROUPS_OF_THREE = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+|(?:\{,\}\d{3})+|(?:(?:\\[,; ]|[ ~])\d{3})+)(?!\d|,\d)")
+_STEPS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"(\\sqrt(?:\[3\])?)\s*(\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z]))", r"\1{\2}"),
         (r"\\?(?<![A-Za-z])sqrt\s*\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])sqrt\s*(\d+)", r"\\sqrt{\1}"),
-        (r"\\varnothing", r"\\emptyset"),
-        (r"\\checkmark(?![A-Za-z])|[✓✔✅☑\ufe0f]|\\(?:tiny|small|normalsize|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])", ""),
+        (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset"),
+        (r"\\([lg])t(?![A-Za-z])", lambda found: "<>"[found[1] == "g"]),
+        (r"(?<=[A-Z]) ?// ?(?=[A-Z])", r" \\parallel "),
+        (r"(?i:\ball real (?:number|value)s\b)", r"\\mathbb{R}"),
+        (r"(?i:\b([ap])\.\s?m\b\.?)", r"\1m"),
+        (r"(?<=\d)(?: ?\^ ?\{?)? ?(?:st|nd|rd|th)(?![A-Za-z]) ?\}?", ""),
+        (
+            r"\\checkmark(?![A-Za-z])|[✓✔✅☑\ufe0f\U0001f300-\U0001faff]|\\(?:tiny|small|normalsize|[Ll]arge|LARGE|[Hh]uge)(?![A-Za-z])",
+            "",
+        ),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\color\s*\{[^{}]*\}", ""),
@@ -49,7 +58,7 @@ _STEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\\(?:thin)?space(?![A-Za-z])", " "),
         (r"(\d)[eE]([+-]?\d{1,9})(?![\dA-Za-z.])", r"\1\\times 10^{\2}"),
         (r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)", r"\\times "),
-        (r"(?<![A-Za-z])(?:negative|minus) (?=[\d\\])", "-"),
+        (r"(?<![A-Za-z])(?:negative|minus) +(?=[\d\\])", "-"),
         (r"\s*\b(?:percent(?:age)?|pct)\b|\s*(?<!\\)%", r"\\%"),
         (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])", " deg "),
         (r" deg ([CF])\b", r" deg\1"),
@@ -59,12 +68,23 @@ _STEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d) ?\\mu ?(?=[gms](?![A-Za-z]))", " u"),
         (r"(?<=\d) ?([kM]?) ?\\Omega(?![A-Za-z])", r" \1ohm"),
         (r"(?<![A-Za-z\\])N *\\cdot *m(?![A-Za-z])", "Nm"),
-        (r"(?<![A-Za-z\\])(k?m|cm) s ?\^ ?\{? ?-(?:1|(2)) ?\}?", r"\1/s^\2"),
+        (r"(?<![A-Za-z\\])(k?m|cm) (?:\\cdot ?)?s ?\^ ?\{? ?-(?:1|(2)) ?\}?", r"\1/s^\2"),
         (r"(?<=/s)\^(?!\s*[\d{])", ""),
     )
 )
-_TENS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "百": 2, "千": 3, "万": 4, "亿": 8}
-_TEN = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|[百千万亿](?![克米升瓦]))(?![a-z])")
+_TENS = {
+    "hundred": 2,
+    "thousand": 3,
+    "million": 6,
+    "billion": 9,
+    "lakh": 5,
+    "crore": 7,
+    "百": 2,
+    "千": 3,
+    "万": 4,
+    "亿": 8,
+}
+_TEN = re.compile(r"(?<=\d) ?(hundred|thousand|million|billion|lakh|crore|[百千万亿](?![克米升瓦]))(?![a-z])")
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()  # noqa: SIM905
 _ROUND = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
@@ -74,13 +94,15 @@ _NUMBER_WORDS |= {
     for tens, word in enumerate(_ROUND, 2)
     for ones in range(10)
 }
+_CIRCLED = re.compile("[①-⑳](?:(?:[\\s,，、;；和与]|and)*[①-⑳])+")
 _SYSTEM = re.compile(r"\\begin\s*\{(cases|aligned)\}(.*?)\\end\s*\{\1\}", re.DOTALL)
 _FUNCTIONS = frozenset(
     """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp lim max min gcd lcm""".split()  # noqa: SIM905
 )
 # A number beside one of these is not the answer itself.
 _CHANGES_A_NUMBER = frozenset(
-    """or and nor not no never isn't without between less more fewer least most greater than over above below under plus
+    """or and nor not no never isn't cannot can't may might
+    without between less more fewer least most greater than over above below under plus
     minus divided multiplied half third quarter twice double triple negative squared cubed square cube root
     factorial power to hundred thousand million billion trillion dozen am pm mod base
     january february march april may june july august september october november december""".split()  # noqa: SIM905
@@ -98,12 +120,16 @@ def _normalize(text: str) -> str:
 def clean(text: str) -> str:
     """Returns the answer in plain LaTeX: no dollar signs, Markdown, styles or thin spaces; Unicode as commands."""
     text = _SYSTEM.sub(_join_lines, text)
+    text = re.sub(r"\\textcircled ?\{?(\d)\}?", lambda found: chr(0x245F + int(found[1])), text)
+    text = _CIRCLED.sub(_name_statements, text)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{found[0].translate(_SCRIPTS)}}}", text)
     text = re.sub("[₀-₉]+", lambda found: f"_{{{found[0].translate(_SCRIPTS)}}}", text)
     text = re.sub("[¼-¾⅐-⅞]", lambda found: r"\frac{{{}}}{{{}}}".format(*_normalize(found[0]).split("⁄")), text)
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)  # before, too: º would be an o
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], _normalize(text))
-    text = re.sub("([£€¥]) ?(\\d(?:[\\d.,]*\\d)?)", lambda found: f"{found[2]} {_CURRENCY[found[1]]}", text)
+    text = re.sub(
+        r"(\\\$|[£€¥₹]) ?(\d(?:[\d.,{}]*\d)?)(?! ?\\?\$)", lambda found: f"{found[2]} {_CURRENCY[found[1]]}", text
+    )
     text = re.sub(r"(\.\d*)\\(?:overline|dot)\s*\{?(\d+)\}?", r"\1(\2)", text)  # a repeating decimal: 0.(3)
     while (plain := _STYLED.sub(r" \1 ", text)) != text:
         text = plain
@@ -111,7 +137,13 @@ def clean(text: str) -> str:
     for pattern, replacement in _STEPS:
         text = pattern.sub(replacement, text)
     text = _TEN.sub(lambda found: rf"\times 10^{{{_TENS[found[1]]}}}", text).strip(' ,;:"').rstrip(" .,;:")
+    text = text[1:-1] if text[:1] == text[-1:] == "'" else text
     return str(_NUMBER_WORDS.get(text.lower().replace(" ", "-"), text))
+
+
+def _name_statements(found: re.Match[str]) -> str:
+    """Returns "①, ③" as words, since digits would make the number 13 or a product of it."""
+    return "".join(f"第{_normalize(number)}" for number in found[0] if "①" <= number <= "⑳")
 
 
 def _join_lines(found: re.Match[str]) -> str:
@@ -123,11 +155,17 @@ def _join_lines(found: re.Match[str]) -> str:
 
 
 def text_key(text: str) -> str:
-    """Returns what equal texts share: no spaces, articles or hyphens; words in one case; commas in place of "and"."""
+    """Returns what equal texts share: words in one case, no articles, commas in place of "and", no spaces.
+
+    Spaces between digits and hyphens between letters stay: "3 1/2" is not 31/2, and "a-b" not "ab".
+    """
     text = re.sub(r"^(?:the|an?) (?=[a-z])", "", text, flags=re.IGNORECASE)
     text = re.sub(r"\s*(?:,\s*and\b|[,;&]|\band\b)\s*", ",", text)
-    text = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|\s", "", text).rstrip(".")
-    return text.casefold() if re.search("[A-Za-z]{2}", text) else text
+    text = re.sub(r"(?<=[A-Z]) ?_\{?(\d+)\}?", r"\1", text)  # CO_2 is CO2
+    text = re.sub(
+        r"\\[A-Za-z]+|[^\W\d_]{2,}", lambda found: found[0] if found[0][0] == "\\" else found[0].casefold(), text
+    )
+    return re.sub(r"(?<=[a-z]{3})-(?=[a-z]{3})|(?<!\d)\s|\s(?!\d)", "", text).rstrip(".")
 
 
 def is_wordy(text: str) -> bool:

@@ -22,10 +22,14 @@ m 1/1000000 um micrometer;g 1/1000000 ug;s 1/1000000 us;ohm 1 ohm;ohm 1000 kohm;
 m 1/1000 mm millimeter millimetre 毫米;m 1/100 cm centimeter centimetre 厘米;m 1/10 dm decimeter decimetre 分米
 m 1 m meter metre 米;m 1000 km kilometer kilometre 千米 公里;m 0.0254 in inch;m 0.3048 ft foot feet;m 0.9144 yd yard
 m 1609.344 mi mile;g 1/1000 mg milligram;g 1 g gram 克;g 1000 kg kilogram 千克 公斤;lb 1 lb pound
-s 1 s sec second 秒;s 60 min minute 分钟;s 3600 h hr hour 小时;d 1 day 天;m/s 0.44704 mph
+s 1 s sec second 秒;s 60 min minute 分钟;s 3600 h hr hour 小时;s 86400 day 天
+s 604800 week;month 1 month;month 12 year;m/s 0.44704 mph
 L 1/1000 ml mL milliliter 毫升;L 1 L l liter litre 升;rad 1 rad radian;degC 1 degC;degF 1 degF
 dollar 1 dollar usd USD;yuan 1 yuan 元;euro 1 euro;N 1 N newton;J 1 J joule;W 1 W watt;V 1 V volt;Hz 1 Hz hertz;Pa 1 Pa
-Pa 1000 kPa;gbp 1 gbp;dollar 1/100 cent
+Pa 1000 kPa;Pa 1000000 MPa
+A 1/1000 mA;V 1/1000 mV;V 1000 kV;N 1000 kN;J 1000 kJ;J 1000000 MJ;W 1000 kW;W 1000000 MW;Hz 1000 kHz;Hz 1000000 MHz
+m 1/1000000000 nm;s 1/1000 ms;eV 1 eV;eV 1000 keV;eV 1000000 MeV;J 3600000 kWh;cal 1 cal;cal 1000 kcal;atm 1 atm
+mol 1 mol mole;rupee 1 rupee Rs;gbp 1 gbp;dollar 1/100 cent
 C 1 C coulomb;K 1 K kelvin;A 1 A ampere;unit 1 unit 单位
 """
 _UNITS = {
@@ -39,6 +43,8 @@ _UNIT = re.compile(
     rf"(?<=[\w)}}\]]) ?-?(?:(square|sq|cubic|cu)\.? )?({_NAME})(?:es|s)?(?:{_POWER})?"
     rf"(?: ?(?:/|per ) ?(?:({_NAME})(?:es|s)?)(?:{_POWER})?)?(?=\s*(?:$|[-+<>=,;)}}\]]|and\b|or\b)|(?<! in) [a-z]{{3}})"
 )
+_FRACTION_OF_UNITS = re.compile(rf" ?\\[dt]?frac ?\{{ ?({_NAME}) ?\}} ?\{{ ?({_NAME}) ?(\^ ?\{{? ?[23] ?\}}?)? ?\}}")
+_BRACKETED = re.compile(rf"(?<=\d) ?(?:\( ?({_NAME}) ?\)|\[ ?({_NAME}) ?\])$")
 _COMPOUND = re.compile(
     rf"(\d+) ?({_NAME})s? (?:and )?(\d+(?:\.\d+)?) ?({_NAME})s?(?: (?:and )?(\d+(?:\.\d+)?) ?({_NAME})s?)?"
 )
@@ -52,7 +58,7 @@ _DECIMAL = re.compile(
 _POWER_OF_TEN = re.compile(r"10 ?\^ ?\{? ?(-? ?\d+) ?\}?")
 _FRACTION = re.compile(
     r"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) ?)?\\[dtc]?frac"
-    r" ?(?:\{ ?(?P<above>-?\d+) ?\} ?\{ ?(?P<below>\d+) ?\}|(?P<a>\d)(?P<b>\d))"
+    r" ?(?:\{ ?(?P<above>-?\d+) ?\} ?\{ ?(?P<below>\d+) ?\}|(?P<a>\d) ?(?P<b>\d))"
     r"(?P<percent> ?\\%)?"
 )
 _SLASHED = re.compile(r"(?P<sign>[-+]?) ?(?:(?P<whole>\d+) )?(?P<above>\d+) ?/ ?(?P<below>\d+)(?P<percent> ?\\%)?")
@@ -134,8 +140,10 @@ def nearly_equal(one: Fraction, other: Fraction, *, rounded: bool) -> bool:
 
 
 def join_units(text: str) -> str:
-    """Returns an amount in two or three units in the first of them: "3 h 30 min" as 7/2 h, "45 deg 30'" as 91/2 deg."""
+    r"""Returns an amount in two or three units in the first of them: "3 h 30 min" as 7/2 h, "\frac{m}{s}" as m/s."""
     text = _MINUTES.sub(lambda found: _write_fraction([found[1], found[2], found[3]], [1, 60, 3600]) + " deg", text)
+    text = _FRACTION_OF_UNITS.sub(lambda found: f" {found[1]}/{found[2]}{found[3] or ''}", text)
+    text = _BRACKETED.sub(lambda found: f" {found[1] or found[2]}", text)
     found = _COMPOUND.fullmatch(text)
     if not found:
         return text

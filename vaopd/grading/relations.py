@@ -8,6 +8,7 @@ r"""Brings inequalities, systems and ratios into the form that the other side ha
 
 from __future__ import annotations
 
+import math
 import re
 
 _OPERATOR = r"\s*(<=|>=|<|>|\\leq?(?![A-Za-z])|\\geq?(?![A-Za-z])|\\leqslant|\\geqslant)\s*"
@@ -17,7 +18,8 @@ _TURNED = re.compile(rf"{_SIDE}{_OPERATOR}([a-zA-Z])")
 _TWO_SIDED = re.compile(rf"{_SIDE}{_OPERATOR}([a-zA-Z]){_OPERATOR}{_SIDE}")
 _BUILDER = re.compile(r"\\\{\s*([a-zA-Z])\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\\vert|\||:)\s*(.+?)\s*\\\}")
 _ASSIGNED = re.compile(r"\s*([a-zA-Z])\s*=\s*([^=]+?)\s*")
-_RATIO = re.compile(r"\d+ ?(?::| to ) ?\d+")
+_RATIO = re.compile(r"\d+(?: ?(?::| to ) ?\d+)+")
+_POINT = re.compile(r"[A-Z]'?(?:_\{?\w\}?)? ?=? ?(\([^()]+,[^()]+\))")
 _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?: ?\^ ?\{? ?\d ?\}?)?) ?[({]? ?(\d+(?:\.\d+)?) ?deg\b ?[)}]?")
 
 
@@ -25,10 +27,10 @@ def align_relations(given: str, wanted: str) -> tuple[str, str]:
     """Returns both sides, as intervals or points where one of them has those; set builders are conditions."""
     sides = [_BUILDER.sub(r"\2", given), _BUILDER.sub(r"\2", wanted)]
     if _RATIO.fullmatch(given) and _RATIO.fullmatch(wanted):
-        return given.replace(" to ", ":"), wanted.replace(" to ", ":")
+        return _write_ratio(given), _write_ratio(wanted)
     for index, other in ((0, sides[1]), (1, sides[0])):
         if other.startswith("(") and other.endswith(")"):
-            sides[index] = _write_point(sides[index])
+            sides[index] = _POINT.sub(r"\1", _write_point(sides[index]))
     unions = [_write_union(side) for side in sides]
     if any(union and r"\cup" in union for union in (*unions, *sides)):
         sides = [union or side for union, side in zip(unions, sides, strict=True)]
@@ -38,6 +40,18 @@ def align_relations(given: str, wanted: str) -> tuple[str, str]:
 def read_degrees_of_angles(text: str) -> str:
     r"""Writes the angle of a trigonometric function in radians: "\sin 30 deg" as \sin(30\pi/180)."""
     return _ANGLE.sub(lambda found: rf"{found[1]}(\frac{{{found[2]}\pi}}{{180}})", text)
+
+
+def split_signs(text: str) -> str:
+    r"""Writes "1 \pm x" as "1 + x, 1 - x"; a list stays."""
+    one = text.count(r"\pm") == 1 and "," not in text
+    return ", ".join(text.replace(r"\pm", sign) for sign in "+-") if one else text
+
+
+def _write_ratio(text: str) -> str:
+    """Writes "4:6" and "2 to 3" as 2:3."""
+    parts = [int(part) for part in re.findall(r"\d+", text)]
+    return ":".join(str(part // (math.gcd(*parts) or 1)) for part in parts)
 
 
 def _write_point(text: str) -> str:

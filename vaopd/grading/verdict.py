@@ -24,11 +24,12 @@ from vaopd.grading.commitment import cut_reason, drop_reasoning, find_commitment
 from vaopd.grading.forms import clean, take_apart, text_key
 from vaopd.grading.pool import Question
 from vaopd.grading.quantities import equal_lists, join_units, read_numbers, split_units
-from vaopd.grading.relations import align_relations, read_degrees_of_angles
+from vaopd.grading.relations import align_relations, read_degrees_of_angles, split_signs
 
-VERSION = 3
+VERSION = 4
 """Counts changes of a verdict. 1 was judged in the calling process, and by text where that could take for ever; 2
-lacked compound units, unions of inequalities, systems, matrices with spaces, and options chosen in a sentence."""
+lacked compound units, unions of inequalities, systems, matrices with spaces, and options chosen in a sentence; 3
+took "a-b" for "ab", "3 1/2" for 31/2, a set for an interval, `A'` for A, and lacked many units."""
 
 MAX_ANSWER_CHARS = 1000
 """A longer answer goes to math-verify as it is; a longer reference is compared as text only."""
@@ -41,12 +42,17 @@ _DATE = re.compile(
     r"|\d+-\d+-\d+|\d+\.\d+\.\d+|\d{4}-\d{1,2}|\d{4}-\d{4}|\d{3}-\d{4})(?![\d/-]|\.\d)"
 )
 _MAYBE_A_LIST = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # "(115,187)" is a point, though 115,187 is a number
-_NOT_MEANT = re.compile(r"(?:\bnot\b|不是)\W{0,3}[\d.,]+")
+_NOT_MEANT = re.compile(r"(?:\bnot\b|n't\b|\bcannot\b(?: be)?|不是)\W{0,3}[\d.,]+")
+_AFTER_HAN = re.compile(r"(?<=[\u4e00-\u9fff])(?=-?[\d\\$])")
 _APPROXIMATELY = re.compile(r"\\approx|\\simeq")
 _EQUALS = re.compile(r"(?<![<>!\\])=(?![=>])(?![^{]*\})")  # outside braces
 _COMPUTED = re.compile(r"[-+*/^]|\\(?:frac|sqrt|times|cdot)|^\s*\d")
 # math-verify would add, divide or drop these.
 _SEPARATE_NUMBERS = re.compile(r"(?<!_)\d [\d.]|\d ?: ?\d+ ?:|\d ?'|\\[lc]?dots|\.\.\.")
+
+
+_SET = re.compile(r"\\\{[^()\[\]]+,[^()\[\]]+\\\}")
+_TUPLE = re.compile(r"[(\[][^()\[\]]+,[^()\[\]]+[)\]]")
 
 
 class Verdict(Enum):
@@ -116,7 +122,7 @@ def _ask_for_all(response: str, reference: str) -> Iterator[Question]:
     wanted, _ = split_units(clean(reference))
     parts = take_apart(wanted)
     if parts and not find_option(wanted, strict=True) and not _DATE.search(wanted) and re.search(r"[\d\\$]", response):
-        end = response[-MAX_RESPONSE_CHARS:]
+        end = _AFTER_HAN.sub(" ", response[-MAX_RESPONSE_CHARS:])  # math-verify wants a space before a number
         yield Question(_NOT_MEANT.sub(" ", _DATE.sub(" ", end)), parts.core, extract=True)
 
 
@@ -150,7 +156,8 @@ def _pair_right_sides(given: str, wanted: str) -> Iterator[tuple[str, str]]:
     for one, other in itertools.product(_APPROXIMATELY.split(given), _APPROXIMATELY.split(wanted)):
         left, right = _EQUALS.split(one), _EQUALS.split(other)
         named = len(right) == 1 or not _COMPUTED.search(right[0])  # what the reference's left side is: a name
-        same = len(left) == 1 or len(right) == 1 or text_key(left[0]) == text_key(right[0])
+        keys = [re.sub(r"^f\(x\)$", "y", text_key(side[0])) for side in (left, right)]
+        same = len(left) == 1 or len(right) == 1 or keys[0] == keys[1]
         if named and same and not re.search(r"[,;]|\b(?:and|or)\b", one + other):
             one, other = left[-1], right[-1]
         yield one.strip(), other.strip()
@@ -166,8 +173,20 @@ def _compare_values(given: str, wanted: str) -> Verdict | Question:
     parts, wanted_parts = take_apart(given), take_apart(wanted)
     if parts is None or wanted_parts is None:
         return _compare_texts(given, wanted)
-    given, wanted = parts.core, wanted_parts.core
-    names, wanted_names = ({unit.name for unit in found} for found in (units, wanted_units))
+    given, wanted = (split_signs(part.core) for part in (parts, wanted_parts))
+    if given.count("'") != wanted.count("'"):  # math-verify drops primes
+        return _compare_texts(given, wanted)
+    pair = {bool(_SET.fullmatch(text)): text for text in (given, wanted)}
+    if len(pair) == 2 and _TUPLE.fullmatch(pair[False]):  # it takes an interval or a point for a set
+        return Verdict.WRONG
+    if _TUPLE.fullmatch(given) and not re.search(r"[()\[\]{]", wanted) and "," in wanted:
+        wanted = f"({wanted})"
+    if _TUPLE.fullmatch(wanted) and not re.search(r"[()\[\]{]", given) and "," in given:
+        given = f"({given})"
+    names, wanted_names = (
+        {unit.name for unit in found} | set(re.findall(r"\\%", text))
+        for found, text in ((units, given), (wanted_units, wanted))
+    )
     if (names, wanted_names) == ({"rad"}, {"deg"}):
         given, names = rf"\frac{{180({given})}}{{\pi}}", wanted_names
     if (names, wanted_names) == ({"deg"}, {"rad"}):
@@ -192,7 +211,8 @@ def _compare_values(given: str, wanted: str) -> Verdict | Question:
         given = rf"\frac{{({given})\pi}}{{180}}"
     if (names, wanted_names) == (set(), {"deg"}) and r"\pi" in given:
         wanted = rf"\frac{{({wanted})\pi}}{{180}}"
-    return _compare_texts(given, wanted) if text_key(given) == text_key(wanted) else Question(given, wanted)
+    same_but_for_case = "".join(given.split()).casefold() == "".join(wanted.split()).casefold()  # so does math-verify
+    return _compare_texts(given, wanted) if same_but_for_case else Question(given, wanted)
 
 
 def _compare_texts(given: str, wanted: str) -> Verdict:
