@@ -28,7 +28,6 @@ from vaopd.errors import (
     TlsRefused,
     Unauthenticated,
     Unavailable,
-    VaopdError,
 )
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import PayloadKind, TeacherDescription
@@ -213,16 +212,12 @@ async def _describe(address: str, *, job: str | None, environment: Mapping[str, 
 
 
 async def _check_job(replica: Replica, *, job: str, metadata: tuple[tuple[str, str], ...]) -> None:
-    """Raises PermissionDenied when the key is another job's. A call without groups is refused, but later."""
-    call = replica.stub.ScoreGroups(pb.ScoreGroupsRequest(job=job), metadata=metadata, timeout=CALL_S)
+    """Raises PermissionDenied when the key is another job's. To ask for no image is the cheapest call with a job."""
+    call = replica.stub.MissingImages(pb.MissingImagesRequest(job=job), metadata=metadata, timeout=CALL_S)
     try:
-        await await_answer(call.read(), replica.target)
+        await await_answer(call, replica.target)
     except PermissionDenied:
         raise PermissionDenied(
             f"the teacher at {replica.target}: the key in the file of {API_KEY_FILE} is another job's than {job!r}; "
             f"set {API_KEY_FILE} to a file with the key of job {job!r}, or run.name to the key's job"
         ) from None
-    except (Unauthenticated, Unavailable, Busy):
-        raise
-    except VaopdError:
-        pass  # the call is empty, and refused for that
