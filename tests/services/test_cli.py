@@ -129,8 +129,11 @@ def test_a_run_that_is_there_already_is_not_overwritten(
 ) -> None:
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "metrics.jsonl").touch()
-    assert main(["up", str(config)]) == 2
-    assert "--resume, or name another one: --set run.name=NAME" in capsys.readouterr().err
+    for command, code in (["up", str(config)], 2), (["up", str(config), "--dry-run"], 1):
+        assert main(command) == code
+        assert "--resume, or name another one: --set run.name=NAME" in capsys.readouterr().err
+    assert main(["up", "--resume", str(tmp_path / "runs" / "frist")]) == 2
+    assert "frist: no such folder; RUN is a run's folder" in capsys.readouterr().err
 
 
 def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

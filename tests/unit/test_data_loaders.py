@@ -164,7 +164,7 @@ def test_a_bad_record_is_named_at_once(tmp_path: Path, bad: Any, message: str) -
     with pytest.raises(InvalidInput) as caught:
         load_prompts(source, split="train")
 
-    assert f"Geometry3K split 'train', record 1, field {message}" in str(caught.value)
+    assert f"split 'train', record 1, field {message}" in str(caught.value)
 
 
 def test_bad_records_can_be_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,6 +83,9 @@ def test_before_the_first_step_it_shows_what_the_processes_say(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "none")]) == 2
     assert "none is no folder; RUN is a run's folder" in capsys.readouterr().err
+    (tmp_path / "notes.txt").touch()
+    assert main(["watch", str(tmp_path), "--once"]) == 2
+    assert "has no config.toml and no launch.json and no metrics.jsonl and no logs; RUN is" in capsys.readouterr().err
 
 
 def test_the_student_s_own_va_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,9 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _list_dead(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
+        found = _list_all(letters)
         emit(f"{'id':<22}  {'group':<22}{'policy':>7}  {'stream':<8}{'deliveries':>11}  reason")
-        for letter in _list_all(letters):
+        for letter in found:
             version = "–" if letter.policy_version is None else letter.policy_version
             emit(
                 f"{letter.entry_id:<22}  {escape(letter.group_id):<22}{version:>7}  {escape(letter.stream):<8}"

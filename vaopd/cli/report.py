@@ -14,10 +14,10 @@ def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd report`."""
     report = subparsers.add_parser("report", help="write curves, configuration and rollouts of a run as one HTML file")
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders; several are compared")
-    report.add_argument(
+    instead = report.add_mutually_exclusive_group()
+    instead.add_argument(
         "--output", type=Path, metavar="FILE", help="the file to write (default: report.html in the first run's folder)"
     )
-    instead = report.add_mutually_exclusive_group()
     instead.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="write only the accuracy curves, as an image (.png, .svg or .pdf)"
     )
@@ -33,6 +33,8 @@ def add_parsers(subparsers: Subparsers) -> None:
     report.add_argument(
         "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="of --figures (default: figures)"
     )
+    report.tie("--out", to="--figures")
+    report.tie("--band", to="--figures", apart=True)
     report.set_defaults(command=_report, extra="report")
 
 

@@ -114,8 +114,10 @@ def _check_connection(address: str, environment: Mapping[str, str]) -> None:
     host = host.strip("[]")
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-    except OverflowError:
-        raise ConfigError(f"teacher address {address}: a port is a number from 0 to 65535") from None
+    except (OverflowError, ValueError):
+        raise ConfigError(
+            f"teacher address {address!r} is not HOST:PORT with a port from 0 to 65535, e.g. 127.0.0.1:50051"
+        ) from None
     except OSError as error:
         reason = "it did not answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
         raise Unavailable(

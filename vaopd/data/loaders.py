@@ -93,12 +93,14 @@ def open_split(
     control_tokens: Sequence[str] = (),
     subset: str = "",
     columns: ColumnsConfig = ColumnsConfig(),
+    may_differ: bool = False,
     needs_answer: bool = True,
     cache_dir: Path | None = None,
 ) -> Prompts:
     """Opens a split with all of its records in order, none of them checked; arguments as in `load_prompts`.
 
-    system_prompt: before every question. needs_answer: whether a record without a reference is bad.
+    system_prompt: before every question. may_differ: `columns` are another data set's, and this one may have the known
+    names. needs_answer: whether a record without a reference is bad.
 
     Raises NotFound or InvalidInput for files that can't be read, columns that are missing, a split without records and
     an instruction that no prompt may hold.
@@ -114,7 +116,7 @@ def open_split(
                 f"the {words} holds {found!r}, a control token of the model; take it out", field=f"data.{name}"
             )
     files = read_split(source, split, cache_dir, subset=subset, named=columns.model_dump().values())
-    shards = recognise(files, source, columns=columns, needs_answer=needs_answer)
+    shards = recognise(files, source, columns=columns, may_differ=may_differ, needs_answer=needs_answer)
     num_records = sum(len(rows) for rows, _ in shards)
     if num_records == 0:
         raise InvalidInput(f"{source}: split {split!r} has no records; give a split that has some")
@@ -173,8 +175,8 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def name(self) -> str:
-        """The data set's kind and the split, for messages."""
-        return f"{self._shards[0][1].name} split {self.split!r}"
+        """The split, for messages."""
+        return f"split {self.split!r}"
 
     @property
     def indices(self) -> list[int]:
@@ -218,7 +220,7 @@ class Prompts(Sequence[Prompt]):
 
     def describe_place(self, index: int) -> str:
         """Names a record of the split by its index."""
-        return f"{self._locate(index)[1].name} split {self.split!r}, record {index}"
+        return f"{self.name}, record {index}"
 
     def read(self, index: int) -> Prompt | Fault:
         """Reads a record that `find_faults` finds sound, or returns the fault of one of its images."""

@@ -7,6 +7,7 @@ as they were configured (a start puts free ports and the embedded Redis's into c
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,8 @@ def check_start(config: Config, *, resume: bool, accept_teacher: str | None, say
     status = read_status(folder) if folder.is_dir() else None
     if status is not None and status.alive:
         raise ConfigError(
-            f"run {name!r} is {status.state}: {status.writer} works on it; `vaopd watch {folder}` shows it. Stop that "
-            "process first, or choose another run.name"
+            f"run {name!r} is {status.state}: {status.writer} works on it; `vaopd watch "
+            f"{shlex.quote(str(folder))}` shows it. Stop that process first, or choose another run.name"
         )
     if (folder / "metrics.jsonl").exists() and not resume:
         state = f" ({status.label})" if status is not None else ""
