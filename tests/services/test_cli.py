@@ -240,3 +240,17 @@ def test_doctor_tells_what_is_missing_and_makes_nothing(
     assert re.search(r"^MISS +demo configuration", told, re.MULTILINE)
     assert "run this in the repository's root" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_judges_by_the_configuration_that_it_is_given(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_everything(tmp_path)
+    main(["doctor", config.name])
+    told = capsys.readouterr().out
+    assert re.search(r"^ok +models +.*tiny-student, .*tiny-teacher$", told, re.MULTILINE)
+    assert f"`vaopd up {config.name}` " in told
+    assert "demo" not in told.partition("API port")[0]
+    assert main(["doctor", "none.toml"]) == 1
+    assert "`vaopd up none.toml` can't run yet. Missing: configuration" in capsys.readouterr().out

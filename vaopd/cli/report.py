@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vaopd.cli.common import Subparsers
-from vaopd.cli.output import emit
+from vaopd.cli.output import emit, say
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -41,12 +41,15 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from vaopd.report import plot_accuracy, write_report
 
+    runs = list({folder.resolve(): folder for folder in arguments.runs}.values())
+    if len(runs) < len(arguments.runs):
+        say("a run that is given twice counts once")
     if arguments.figures:
-        return _draw_figures(arguments.runs, arguments.out)
+        return _draw_figures(runs, arguments.out)
     if arguments.plot is not None:
-        emit(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
+        emit(plot_accuracy(runs, arguments.plot, band=arguments.band))
     else:
-        emit(write_report(arguments.runs, output=arguments.output, band=arguments.band))
+        emit(write_report(runs, output=arguments.output, band=arguments.band))
     return 0
 
 
