@@ -64,7 +64,6 @@ def test_without_a_command_it_shows_all_of_them_in_groups(capsys: pytest.Capture
         # An option that would have no effect.
         (["up", "run.toml", "--offline"], "--offline has no effect without --dry-run"),
         (["up", "run.toml", "--accept-teacher"], "--accept-teacher has no effect without --resume"),
-        (["train", "run.toml", "--accept-teacher", "9c1d"], "--accept-teacher has no effect without --resume"),
         (["report", "runs/a", "--out", "a.html"], "--out has no effect without --figures"),
         (["report", "runs/a", "--figures", "--band", "standard-error"], "--band has no effect with --figures"),
         (["report", "runs/a", "--output", "a.html", "--plot", "a.png"], "not allowed with argument"),

@@ -207,7 +207,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(NotFound, match=r"no Parquet file of split 'test'.*train.parquet"):
         load_prompts(source, split="test")
-    with pytest.raises(NotFound, match="neither a folder nor a hub id"):
+    with pytest.raises(NotFound, match="no such folder, and it is not a hub id"):
         load_prompts("/no/such/folder", split="train")
     with pytest.raises(NotFound, match="nobody/nothing"):
         load_prompts("nobody/nothing", split="train", cache_dir=tmp_path)  # the tests run offline

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from vaopd.cli.output import emit
 from vaopd.cli.parser import Parser
 from vaopd.errors import ConfigError, VaopdError
-from vaopd.files.hub import is_hub_id
+from vaopd.files.hub import is_hub_id, no_folder
 from vaopd.net.ports import find_port_problem
 from vaopd.telemetry.progress_line import Progress
 
@@ -144,11 +144,6 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
         known = folder.name.removeprefix("tiny-")
         made = f"; `vaopd models make {known} {name}` makes it" if known in MODELS else ""
         yield f"{key} = {name}: {no_folder(name)}{made or ', and it is not a hub id of the form ORG/NAME'}"
-
-
-def no_folder(name: str) -> str:
-    """Returns that there is no such folder and, for a relative path, where it was looked for."""
-    return "no such folder" + ("" if Path(name).is_absolute() else f" in {Path.cwd()}, where the command runs")
 
 
 def make_progress(task: str) -> Callable[[int, int], None]:

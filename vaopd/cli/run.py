@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaopd.cli.common import Needs, Subparsers, add_config_arguments, check, dry_run, no_folder
+from vaopd.cli.common import Needs, Subparsers, add_config_arguments, check, dry_run
 from vaopd.cli.output import emit, say
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, VaopdError
+from vaopd.files.hub import no_folder
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS

@@ -38,8 +38,6 @@ def add_parsers(subparsers: Subparsers) -> None:
         parser = subparsers.add_parser(name, help=text)
         add_config_arguments(parser)
         add_flags(parser, role)
-        if role == "trainer":
-            parser.tie("--accept-teacher", to="--resume")
         parser.set_defaults(command=_run, role=role)
 
 

@@ -74,6 +74,11 @@ def read_launch(run: Path) -> Launch:
     )
 
 
+def has_own_redis(run: Path) -> bool:
+    """Returns whether `up` started the run with a Redis of its own, which ends with it."""
+    return bool(_read_table(run / FILE).get("addresses", {}).get("queue.url") == "embedded")
+
+
 def write_launch(
     config: Config, *, teacher: str | None, service: Path | None, gpus: Mapping[str, tuple[str, ...]]
 ) -> None:
