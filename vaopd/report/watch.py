@@ -170,7 +170,8 @@ def _format_progress(run: Run) -> str:
     share = run.steps_done / run.steps_planned
     filled = round(share * CURVE_WIDTH)
     bar = "█" * filled + "░" * (CURVE_WIDTH - filled)
-    return f"step {run.steps_done}/{run.steps_planned}  {bar} {share:.0%}  {_format_time_left(run)}"
+    # The bar comes last, since a narrow terminal cuts the line.
+    return f"step {run.steps_done}/{run.steps_planned}  {share:>4.0%}  {_format_time_left(run):<12}  {bar}"
 
 
 def _format_time_left(run: Run) -> str:
