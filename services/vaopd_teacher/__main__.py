@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from vaopd import process
 from vaopd.config import Config
 from vaopd.telemetry import metrics_port
+
+log = logging.getLogger("vaopd_teacher")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +28,7 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
         code = _as_one_of(processes, config)
         if code is not None:
             return code
+    log.info("loading %s", config.teacher.model)  # which takes minutes for a large one
     with process.loading():
         from vaopd_teacher.metrics import TeacherMetrics
         from vaopd_teacher.server import serve

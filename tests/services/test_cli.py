@@ -129,8 +129,11 @@ def test_a_run_that_is_there_already_is_not_overwritten(
 ) -> None:
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "runs" / "first" / "metrics.jsonl").touch()
-    assert main(["up", str(config)]) == 2
-    assert "--resume, or name another one: --set run.name=NAME" in capsys.readouterr().err
+    for command, code in (["up", str(config)], 2), (["up", str(config), "--dry-run"], 1):
+        assert main(command) == code
+        assert "--resume, or name another one: --set run.name=NAME" in capsys.readouterr().err
+    assert main(["up", "--resume", str(tmp_path / "runs" / "frist")]) == 2
+    assert "frist: no such folder; RUN is a run's folder" in capsys.readouterr().err
 
 
 def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,3 +242,17 @@ def test_doctor_tells_what_is_missing_and_makes_nothing(
     assert re.search(r"^MISS +demo configuration", told, re.MULTILINE)
     assert "run this in the repository's root" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_judges_by_the_configuration_that_it_is_given(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_everything(tmp_path)
+    main(["doctor", config.name])
+    told = capsys.readouterr().out
+    assert re.search(r"^ok +models +.*tiny-student, .*tiny-teacher$", told, re.MULTILINE)
+    assert f"`vaopd up {config.name}` " in told
+    assert "demo" not in told.partition("API port")[0]
+    assert main(["doctor", "none.toml"]) == 1
+    assert "`vaopd up none.toml` can't run yet. Missing: configuration" in capsys.readouterr().out

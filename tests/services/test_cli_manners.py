@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -38,6 +39,12 @@ logging.warning("noise")
     assert done.stderr.count("noise") == 5
 
 
+def test_a_terminal_without_utf_8_gets_what_it_can_show() -> None:
+    code = "from vaopd.cli import output\nwith output.reserve_stdout():\n    output.emit('mean VA \u2588')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=environment) == "mean VA ?\n"
+
+
 def test_without_a_command_it_shows_all_of_them_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
@@ -54,9 +61,28 @@ def test_without_a_command_it_shows_all_of_them_in_groups(capsys: pytest.Capture
         (["data", "chekc"], "'chekc' is unknown; did you mean check?"),
         (["up", "run.toml", "--offlin"], "unrecognized arguments: --offlin; did you mean --offline?"),
         (["train", "run.toml", "--step=3"], "unrecognized arguments: --step=3"),
+        # An option that would have no effect.
+        (["up", "run.toml", "--offline"], "--offline has no effect without --dry-run"),
+        (["up", "run.toml", "--accept-teacher"], "--accept-teacher has no effect without --resume"),
+        (["report", "runs/a", "--out", "a.html"], "--out has no effect without --figures"),
+        (["report", "runs/a", "--figures", "--band", "standard-error"], "--band has no effect with --figures"),
+        (["report", "runs/a", "--output", "a.html", "--plot", "a.png"], "not allowed with argument"),
+        (["score", "--question", "a", "--response", "b", "--seed", "3"], "--seed has no effect without --generate"),
+        (["eval", "run.toml", "--samples", "3"], "--samples has no effect without --benchmark"),
+        (["eval", "--benchmark", "all", "--judge-model", "m"], "--judge-model has no effect without --judge-url"),
+        (["eval", "--benchmark", "all", "--dry-run"], "--dry-run has no effect with --benchmark"),
+        (["certs", "folder", "--client", "a", "--host", "b"], "--host has no effect with --client"),
+        # A number out of its bounds.
+        (["init", "--cards", "-1"], "--cards: '-1' is not a whole number from 0 up"),
+        (["demo", "--steps", "0"], "--steps: '0' is not a whole number from 1 up"),
+        (["up", "run.toml", "--metrics-port", "70000"], "'70000' is not a whole number from 0 to 65535"),
+        (["watch", "runs/a", "--every", "nan"], "--every: 'nan' is not a number from 0.1 up"),
+        (["keys", "add", "job", "--expires", "soon"], "--expires: 'soon' is not a number from 0.0 up"),
     ],
 )
-def test_the_nearest_word_is_named(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_is_wrong_or_in_vain_is_named(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(words)
     assert exit_.value.code == 2
@@ -86,6 +112,18 @@ def test_init_writes_a_file_that_is_a_run(tmp_path: Path, capsys: pytest.Capture
     jsonschema.validate(tomllib.loads(file.read_text()), json.loads((tmp_path / "vaopd.schema.json").read_text()))
     assert main(["init", str(file)]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_init_names_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "Übung 1.toml"
+    assert main(["init", str(file), "--student", "a/b", "--teacher", "/no/teacher", "--data", "here"]) == 0
+    told = capsys.readouterr().err
+    assert "teacher.model = /no/teacher: no such folder" in told
+    assert f"data.source = here: no such folder in {Path.cwd()}, where the command runs" in told
+    assert f"vaopd data check '{file}', then" in told
+    assert load_config(file).run.name == "Ubung-1"
+    assert main(["init", str(tmp_path / "b.toml"), "--student", "", "--teacher", "c", "--data", "d"]) == 2
+    assert "--student is missing" in capsys.readouterr().err
 
 
 def test_init_plans_for_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,11 @@ import pytest
 
 from tests.support.groups import a_request, answer, take_one
 from tests.support.queue_jobs import Job
+from tests.support.runs import MINIMAL
 from vaopd.cli import main
+from vaopd.config import load_config
+from vaopd.launch.resume import write_launch
+from vaopd.run.status import StatusWriter
 
 
 @pytest.fixture
@@ -67,3 +71,15 @@ def test_a_runs_folder_names_job_and_redis(
     assert two_letters.dead_letters().list() == []
     assert main(["queue", "dead"]) == 2
     assert "use --job JOB or --run RUN" in capsys.readouterr().err
+
+
+def test_the_redis_of_a_run_that_has_ended_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = tmp_path / "test", tmp_path / "test" / "config.toml"
+    folder.mkdir()
+    file.write_text(MINIMAL)
+    here = [f"run.folder={tmp_path}", "queue.url=embedded"]
+    write_launch(load_config(file, here), teacher=None, service=None, gpus={})
+    with StatusWriter(folder, role="trainer") as status:
+        status.conclude()
+    assert main(["queue", "dead", "--run", str(folder)]) == 2
+    assert "has a Redis of its own, which ended with the run: `vaopd ledger --groups`" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_a_question_that_cannot_be_asked_is_never_wrong(
     shown = capsys.readouterr()
     told = json.loads(shown.out)
     assert (told["prompts"], told["not_asked"]) == (4, {"picture": 4})
-    assert "not asked: Geometry3K split 'validation', record 2, field 'images[0]': image " in shown.err
+    assert "not asked: split 'validation', record 2, field 'images[0]': image " in shown.err
     assert "4 of 8 not asked: 4 picture; --allow-unasked accepts that" in shown.err
 
     rows = pq.read_table(source / "validation.parquet").slice(0, 8).to_pylist()

@@ -167,6 +167,7 @@ def test_texts_are_no_markup_in_the_html() -> None:
         (["--response", "a", "--image", "nowhere.png"], "image 'nowhere.png' can't be read (No such file"),
         (["--response", "a", "--columns", "warmth"], "column 'warmth' can't be asked for"),
         (["--generate"], "--generate needs --student MODEL"),
+        (["--response", "a", "--teacher", "localhost"], "teacher address 'localhost' is not HOST:PORT"),
         (["--response", "a", "--png", "/nowhere/a.png"], "can't be written (No such file"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -208,7 +209,8 @@ def test_the_api_says_it_of_its_own_certificate_too(
     assert "[api.tls] has expired: clients refuse it; renew it" in over
 
 
-def test_keys(tmp_path: Path) -> None:
+def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vaopd.audit")
     store = tmp_path / "keys.json"
     files = {job: tmp_path / job for job in ("geometry", "other", "unknown")}
     for job in ("geometry", "other"):
@@ -223,7 +225,10 @@ def test_keys(tmp_path: Path) -> None:
         assert "the file of VAOPD_API_KEY_FILE needs to hold the key of job 'geometry'" in told
         told = refusal(teacher.target, PermissionDenied, {"VAOPD_API_KEY_FILE": str(files["other"])})
         assert "the key in the file of VAOPD_API_KEY_FILE is another job's than 'geometry'" in told
+        # A client that fits leaves no refused call behind, which its team's usage would count.
+        caplog.clear()
         examine_teacher(teacher.target, job="geometry", environment={"VAOPD_API_KEY_FILE": str(files["geometry"])})
+        assert caplog.messages == []
 
 
 def test_a_payload_that_it_does_not_offer(plain: str) -> None:

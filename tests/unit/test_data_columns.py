@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.test_data_forms import RED, answers_and_images
+from vaopd.cli import main
 from vaopd.config import ColumnsConfig
 from vaopd.data.convert import write_split
 from vaopd.data.loaders import Prompts, open_split
@@ -47,6 +48,11 @@ def test_a_configuration_names_the_columns(tmp_path: Path) -> None:
         open_train(source)
     with pytest.raises(InvalidInput, match=r"needed: data\.columns\.text = querry; "):
         open_train(source, columns=ColumnsConfig(text="querry"))
+    # A name that is not there isn't passed over for a known one, except where the names are another data set's.
+    source = write(tmp_path / "usual", {"problem": "Where?", "images": ["red.png"], "answer": "here"})
+    with pytest.raises(InvalidInput, match=r"needed: data\.columns\.text = querry; "):
+        open_train(source, columns=ColumnsConfig(text="querry"))
+    assert open_train(source, columns=columns, may_differ=True)[0].answer == "here"
 
 
 def test_turns_as_chat_templates_and_llava_have_them(tmp_path: Path) -> None:
@@ -98,11 +104,13 @@ def test_only_evaluation_needs_answers(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_converted_data_set_needs_no_settings(tmp_path: Path) -> None:
+def test_a_converted_data_set_needs_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one with turns, which keeps them."""
     source = write(tmp_path / "own", {"prompt": "Is <image> red?", "picture": "red.png", "label": "yes"})
-    columns = ColumnsConfig(text="prompt", images="picture", answer="label")
-    assert write_split(open_train(source, columns=columns), tmp_path / "new" / "train.parquet") == 1
+    command = ["data", "convert", source, str(tmp_path / "new"), "--column", "text=prompt", "--column"]
+    assert main([*command, "images=picture", "--column", "answer=label"]) == 0
+    assert main([*command, "images=picture"]) == 2  # what is there stays
+    assert "train.parquet already exists" in capsys.readouterr().err
     assert answers_and_images(tmp_path / "new") == [("yes", [RED])]
     assert show(open_train(str(tmp_path / "new"))[0]) == [("user", "Is # red?")]
     turns = [{"role": "system", "content": "Look."}, {"role": "user", "content": "<image>Red?"}]

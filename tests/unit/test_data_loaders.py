@@ -164,7 +164,7 @@ def test_a_bad_record_is_named_at_once(tmp_path: Path, bad: Any, message: str) -
     with pytest.raises(InvalidInput) as caught:
         load_prompts(source, split="train")
 
-    assert f"Geometry3K split 'train', record 1, field {message}" in str(caught.value)
+    assert f"split 'train', record 1, field {message}" in str(caught.value)
 
 
 def test_bad_records_can_be_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +213,7 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(NotFound, match=r"no Parquet file of split 'test'.*train.parquet"):
         load_prompts(source, split="test")
-    with pytest.raises(NotFound, match="neither a folder nor a hub id"):
+    with pytest.raises(NotFound, match="no such folder, and it is not a hub id"):
         load_prompts("/no/such/folder", split="train")
     with pytest.raises(NotFound, match="nobody/nothing"):
         load_prompts("nobody/nothing", split="train", cache_dir=tmp_path)  # the tests run offline

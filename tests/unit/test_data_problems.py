@@ -98,7 +98,7 @@ def test_lengths_are_those_of_the_prompts_that_a_run_reads(tmp_path: Path) -> No
         (record("<image>"), "text", "the text is missing or empty"),
         (record("<image>mark"), "image markers", "the text has 1 <image> markers and the record 0 images"),
         (record("a <|im_end|> b"), "control token", r"the text holds '<\|im_end\|>', a control token"),
-        (record("held  out"), "overlap", "the same question and pictures as .* split 'validation', record 0"),
+        (record("held  out"), "overlap", "the same question and pictures as split 'validation', record 0"),
         (
             record("so many words " * 40),
             "over-long",
@@ -311,17 +311,24 @@ def test_the_command_names_every_bad_record(tmp_path: Path, capsys: pytest.Captu
     code, shown = check(capsys, str(source))
     assert code == 1
     lines = shown.splitlines()
-    assert lines[0] == f"{source}, Geometry3K split 'train': 4 records, 2 of them bad"
+    assert lines[0] == f"{source}, split 'train': 4 records, 2 of them bad"
     assert lines[1] == "  pictures       2: smallest 40×30, median 40×30, largest 40×30 px"
     assert lines[2] == "  duplicates     1: records 2 = 0"
     assert lines[3:5] == ["  bad: picture             1   record 1", "  bad: text                1   record 3"]
     assert lines[5].startswith("  train, record 1, field 'images[0]': image ")
     assert lines[6] == "  train, record 3, field 'problem': the text is missing or empty"
-    assert f"{source}, Geometry3K split 'validation': 2 records, 0 of them bad" in lines
+    assert f"{source}, split 'validation': 2 records, 0 of them bad" in lines
 
     code, shown = check(capsys, str(source), "--split", "validation", "--model", str(model_folder("student")))
     assert code == 0
     assert "prompt tokens  min " in shown
+    for arguments, told in (
+        ((str(source), "--set", "data.columns.text=a"), "--set is for a CONFIG, and "),
+        (("run.toml", "--split", "train"), "--split is for a DATASET, and run.toml is none"),
+        ((str(source), "--column", "text"), "--column 'text' is not of the form KEY=NAME"),
+    ):
+        assert main(["data", "check", *arguments]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_the_command_reads_a_run_s_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from tests.support.runs import MINIMAL
+from tests.support.runs import MINIMAL, make_run
 from vaopd import process
 from vaopd.cli import main
 from vaopd.config import Config
@@ -58,6 +58,12 @@ def test_a_command_says_it_in_one_line(
     assert main(["report", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"vaopd: {tmp_path / 'report.html'}: Read-only file system; choose")
+
+
+def test_a_folder_where_a_file_belongs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"vaopd: {tmp_path}: Is a directory; name a file in it\n"
 
 
 def test_other_errors_keep_their_traceback() -> None:

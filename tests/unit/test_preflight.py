@@ -79,6 +79,9 @@ def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refusal(capsys, "up", str(config), "--set", "student.model=/none/student", "--set", "data.source=/none/data")
     assert "student.model = /none/student: no such folder" in told
     assert "data.source = /none/data: no such folder; give a folder" in told
+    told = refusal(capsys, "up", str(config), "--set", "student.model=tiny-studen", "--set", "data.source=datum")
+    assert f"student.model = tiny-studen: no such folder in {Path.cwd()}, where the command runs, and it is not" in told
+    assert f"data.source = datum: no such folder in {Path.cwd()}, where the command runs; give a folder" in told
 
 
 @pytest.mark.parametrize(

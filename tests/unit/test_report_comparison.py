@@ -147,6 +147,9 @@ def test_a_change_on_the_way_and_another_teacher_make_another_configuration(tmp_
         "VA-OPD, learning_rate at step 8 0.5 → 0.25",
         "VA-OPD, teacher at step 8 bbbbbbbb",
     ]
+    page = write_report(runs, output=tmp_path / "page.html").read_text()
+    rows = page[page.index("configurations differ") : page.index("<details>")]
+    assert re.findall(r"<td>(.+? at step 8)</td>", rows) == ["trainer.learning_rate at step 8", "teacher at step 8"]
     page = write_report(runs[1:2]).read_text()
     assert "From step 8 on, trainer.learning_rate is 0.25; before, it was 0.5." in page
     page = write_report(runs[2:]).read_text()

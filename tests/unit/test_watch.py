@@ -38,7 +38,7 @@ def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run), "--once"]) == 0
     head, progress, loss, *_, accuracy, quiet = capsys.readouterr().out.splitlines()
     assert head == "first   va_opd, seed 3"
-    assert progress == f"step 3/4  {'█' * 30}{'░' * 10} 75%  0:10 left"
+    assert progress == f"step 3/4   75%  0:10 left     {'█' * 30}{'░' * 10}"
     assert loss == "loss                    2  █▅▁"
     assert accuracy == "accuracy            40.0%  ▁█  ± 3.0%, step 2"
     assert quiet.startswith("no step for ")  # its last step was in 1970
@@ -83,6 +83,9 @@ def test_before_the_first_step_it_shows_what_the_processes_say(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "none")]) == 2
     assert "none is no folder; RUN is a run's folder" in capsys.readouterr().err
+    (tmp_path / "notes.txt").touch()
+    assert main(["watch", str(tmp_path), "--once"]) == 2
+    assert "has no config.toml and no launch.json and no metrics.jsonl and no logs; RUN is" in capsys.readouterr().err
 
 
 def test_the_student_s_own_va_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +111,7 @@ def test_it_ends_with_a_run_that_failed_and_says_why(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.rstrip().endswith("failed at step 3: the teacher is not the one revision: a → b")
     assert main(["watch", str(run), "--once"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith("75%  failed")
+    assert " 75%  failed " in lines[1]
     assert lines[2:4] == ["failed at step 3: the teacher is not the one", "  revision: a → b"]
     assert not any("no step for" in line for line in lines)
 

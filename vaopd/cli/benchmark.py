@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 
 from vaopd.cli.output import emit, say
-from vaopd.errors import ConfigError, Interrupted, InvalidInput
+from vaopd.cli.parser import Parser, bounded
+from vaopd.errors import ConfigError, Interrupted
 from vaopd.telemetry.progress_line import Progress
 
 DATA = Path("~/.cache/vaopd/benchmarks").expanduser()
@@ -16,7 +17,7 @@ EVALUATOR = Path("~/.cache/vaopd/evaluator").expanduser()
 JUDGE_MODEL = "gpt-4o-2024-08-06"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the options of the benchmarks."""
     group = parser.add_argument_group("benchmarks", "the paper's, with the official evaluators (docs/benchmarks.md)")
     group.add_argument("--benchmark", metavar="NAME,…", help='e.g. mathvista,ocrbench, or "all" eight')
@@ -26,13 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge-url", metavar="URL", help="an OpenAI-compatible judge up to /v1; its key: OPENAI_API_KEY"
     )
     group.add_argument("--judge-model", default=JUDGE_MODEL, help="default: %(default)s, the paper's")
-    group.add_argument("--samples", type=int, default=8, help="answers per question (default: %(default)s)")
-    group.add_argument("--max-tokens", type=int, default=8192, help="of an answer (default: %(default)s)")
+    group.add_argument("--samples", type=bounded(int, 1), default=8, help="answers per question (default: %(default)s)")
+    group.add_argument("--max-tokens", type=bounded(int, 1), default=8192, help="of an answer (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--concurrency", type=int, default=64, help="requests at a time (default: %(default)s)")
+    group.add_argument(
+        "--concurrency", type=bounded(int, 1), default=64, help="requests at a time (default: %(default)s)"
+    )
     group.add_argument("--benchmark-data", type=Path, default=DATA, metavar="FOLDER", help="the evaluator's data sets")
     group.add_argument("--evaluator", metavar="COMMAND", help="another program with the contract of docs/benchmarks.md")
     group.add_argument("--install", action="store_true", help="make the evaluator's own environment, and end")
+    own = [option for action in group._group_actions for option in action.option_strings]
+    parser.tie(*(option for option in own if option not in ("--benchmark", "--install")), to="--benchmark")
+    parser.tie("--judge-model", to="--judge-url")
+    general = ("--set", "--dry-run", "--split", "--allow-unasked", "--json")
+    parser.tie(*general, to="--benchmark", apart=True)
 
 
 def run_install() -> int:
@@ -49,9 +57,8 @@ def run_benchmarks(arguments: argparse.Namespace) -> int:
     from vaopd.benchmarks_eval.evaluator import Evaluator, Judge, find_command
     from vaopd.benchmarks_eval.run import Plan, evaluate_benchmarks
 
-    for name in ("samples", "max_tokens", "concurrency"):
-        if (value := getattr(arguments, name)) < 1:
-            raise InvalidInput(f"--{name.replace('_', '-')} = {value} must be at least 1")
+    if arguments.config is not None:
+        raise ConfigError(f"CONFIG {arguments.config} has no effect with --benchmark; leave it out, and give --model")
     out = arguments.out
     if out is None:
         if arguments.endpoint or not arguments.model or not Path(arguments.model).is_dir():

@@ -31,6 +31,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         "--keep-authority", action="store_true", help="also write ca.key, with which --client signs more certificates"
     )
     certs.add_argument("--client", metavar="NAME", help="only add a client's NAME.pem and NAME.key to FOLDER")
+    certs.tie("--host", "--keep-authority", to="--client", apart=True)
     certs.set_defaults(command=_make, extra="certs")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from vaopd.cli.output import emit
+from vaopd.cli.parser import Parser
 from vaopd.errors import ConfigError, VaopdError
-from vaopd.files.hub import is_hub_id
+from vaopd.files.hub import is_hub_id, no_folder
 from vaopd.net.ports import find_port_problem
 from vaopd.telemetry.progress_line import Progress
 
@@ -36,7 +37,7 @@ Needs = Literal[
 OVER_THE_NETWORK: tuple[Needs, ...] = ("redis", "running teacher", "later teacher")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def add_config_arguments(parser: Parser, *, optional: bool = False) -> None:
     """Declares CONFIG, `--set`, `--dry-run` and `--offline`."""
     nargs = "?" if optional else None
     parser.add_argument("config", metavar="CONFIG", type=Path, nargs=nargs, help="a TOML file, e.g. configs/tiny.toml")
@@ -45,6 +46,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, optional: bool = Fa
         "--dry-run", action="store_true", help="print the resolved configuration, check its requirements, start nothing"
     )
     parser.add_argument("--offline", action="store_true", help="with --dry-run, contact no teacher and no Redis")
+    parser.tie("--offline", to="--dry-run")
 
 
 def add_set_argument(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +61,17 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False, notes: Iterable[str] = ()) -> int:
+def dry_run(
+    config: Config,
+    needs: Iterable[Needs],
+    *,
+    offline: bool = False,
+    notes: Iterable[str] = (),
+    problems: Iterable[str] = (),
+) -> int:
     """Prints the configuration as TOML, and its problems on standard error; returns 1 if there are any.
 
-    notes: lines that follow as comments.
+    notes: lines that follow as comments. problems: those that the caller has found.
     """
     from vaopd.config import to_toml
 
@@ -70,7 +79,7 @@ def dry_run(config: Config, needs: Iterable[Needs], *, offline: bool = False, no
     for note in notes:
         emit(f"# {note}")
     needs = [need for need in needs if not offline or need not in OVER_THE_NETWORK]
-    problems = list(find_problems(config, needs, ask_hub=False))
+    problems = [*problems, *find_problems(config, needs, ask_hub=False)]
     for problem in problems:
         print(f"vaopd: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -130,12 +139,11 @@ def _find_model_problems(key: str, name: str) -> Iterator[str]:
         if missing:
             yield f"{key} = {name}: the folder has no {' and no '.join(missing)}; it isn't a saved model"
     elif not is_hub_id(name):
-        made = (
-            f"; `vaopd models make {folder.name.removeprefix('tiny-')} {name}` makes it"
-            if folder.name.startswith("tiny-")
-            else ""
-        )
-        yield f"{key} = {name}: no such folder{made or ', and it is not a hub id of the form ORG/NAME'}"
+        from vaopd.tiny.config import MODELS
+
+        known = folder.name.removeprefix("tiny-")
+        made = f"; `vaopd models make {known} {name}` makes it" if known in MODELS else ""
+        yield f"{key} = {name}: {no_folder(name)}{made or ', and it is not a hub id of the form ORG/NAME'}"
 
 
 def make_progress(task: str) -> Callable[[int, int], None]:
@@ -155,17 +163,19 @@ def make_progress(task: str) -> Callable[[int, int], None]:
 def _find_data_problems(config: Config, *, ask_hub: bool) -> Iterator[str]:
     from vaopd.data.problems import check_local_problems, load_problems
 
-    data = config.data
-    missing = False
-    for key in ("source", "validation_source"):
-        source = getattr(data, key)
-        if source and not Path(source).is_dir() and not is_hub_id(source):
-            missing = True
-            made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
-            yield f"data.{key} = {source}: no such folder; {made}"
-    if missing:
+    if missing := list(find_missing_data(config)):
+        yield from missing
         return
     try:
         (load_problems if ask_hub else check_local_problems)(config, make_report=make_progress)
     except VaopdError as error:
         yield str(error)
+
+
+def find_missing_data(config: Config) -> Iterator[str]:
+    """Yields the data sets that are neither a folder nor a hub id."""
+    for key in ("source", "validation_source"):
+        source = getattr(config.data, key)
+        if source and not Path(source).is_dir() and not is_hub_id(source):
+            made = f"`vaopd data handwritten-geometry {source}` makes one" if "geometry" in source else "give a folder"
+            yield f"data.{key} = {source}: {no_folder(source)}; {made}"

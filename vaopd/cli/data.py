@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vaopd.cli.common import Subparsers, add_set_argument, make_progress
 from vaopd.cli.output import emit
-from vaopd.errors import InvalidInput, NotFound
+from vaopd.errors import ConfigError, InvalidInput, NotFound
 from vaopd.files.hub import read_control_tokens
 
 if TYPE_CHECKING:
@@ -88,7 +88,12 @@ def _make_problems(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    splits = list(_check_config(arguments) if arguments.source.endswith(".toml") else _check_data_set(arguments))
+    is_config = arguments.source.endswith(".toml")
+    for name in ("split", "subset", "column", "model") if is_config else ("overrides",):
+        if getattr(arguments, name):
+            option, kind = ("--set", "CONFIG") if name == "overrides" else (f"--{name}", "DATASET")
+            raise ConfigError(f"{option} is for a {kind}, and {arguments.source} is none; leave {option} out")
+    splits = list(_check_config(arguments) if is_config else _check_data_set(arguments))
     if arguments.json:
         emit(json.dumps({"splits": [_describe(split) for split in splits]}, indent=2))
     else:
@@ -126,6 +131,8 @@ def _open_splits(arguments: argparse.Namespace, control_tokens: Sequence[str]) -
     from vaopd.config import ColumnsConfig, validate
     from vaopd.data.loaders import open_split
 
+    if wrong := [column for column in arguments.column if "=" not in column]:
+        raise ConfigError(f"--column {wrong[0]!r} is not of the form KEY=NAME, e.g. text=prompt")
     names = dict(column.partition("=")[::2] for column in arguments.column)
     found, reason = False, ""
     for name in arguments.split or (*SPLITS, *OTHER_SPLITS):
@@ -154,6 +161,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         if faults := prompts.find_faults():
             raise InvalidInput(f"{prompts.describe_faults(faults)}; `vaopd data check` lists all")
         file = arguments.folder / f"{prompts.split}.parquet"
+        if file.exists():
+            raise ConfigError(f"{file} already exists; name another FOLDER, or remove the file first")
         emit(f"{file}: {write_split(prompts, file)} records{_count_answers(prompts)}")
     return 0
 

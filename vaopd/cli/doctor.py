@@ -6,6 +6,7 @@ import argparse
 import ctypes.util
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ MARKS = {"ok": ("ok  ", 32), "note": ("note", 33), "missing": ("MISS", 31)}
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report. With "missing", the demo can't run; a "note" is for information."""
+    """One line of the report. With "missing", the demo or CONFIG can't run; a "note" is for information."""
 
     status: Literal["ok", "note", "missing"]
     what: str
@@ -64,10 +65,11 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
         if finding.remedy:
             emit(f"{'':6}{'':<24} → {finding.remedy}")
     missing = [finding.what for finding in found if finding.status == "missing"]
+    command = f"vaopd up {shlex.quote(str(arguments.config))}" if arguments.config else "vaopd demo"
     if missing:
-        emit(f"\n`vaopd demo` can't run yet. Missing: {', '.join(missing)}")
+        emit(f"\n`{command}` can't run yet. Missing: {', '.join(missing)}")
         return 1
-    emit("\nEverything that `vaopd demo` needs is installed.")
+    emit(f"\nEverything that `{command}` needs is installed.")
     return 0
 
 
@@ -81,7 +83,7 @@ def make_findings(runs: Path, config: Path | None = None) -> Iterator[Finding]:
     yield from _check_cards(config)
     yield _check_redis()
     yield _check_run_folder(runs)
-    yield from _check_models_and_data()
+    yield from _check_models_and_data(config)
     yield from _check_ports()
 
 
@@ -192,6 +194,8 @@ def _check_placement(path: Path, cards: Sequence[Card]) -> Finding:
     """Says where `vaopd up CONFIG --gpus auto` would place the processes, or why it can't."""
     from vaopd.launch.placement import place_run
 
+    if not cards:
+        return Finding(status="note", what=path.stem, detail="there are no cards to place its processes on")
     try:
         chosen = place_run(cards, path)
     except VaopdError as error:
@@ -263,24 +267,26 @@ def _check_run_folder(folder: Path) -> Finding:
     )
 
 
-def _check_models_and_data() -> Iterator[Finding]:
-    from vaopd.cli.common import find_problems
+def _check_models_and_data(path: Path | None) -> Iterator[Finding]:
+    """Looks for the models and data of a configuration, by default the demo's, whose data are made if missing."""
+    from vaopd.cli.common import find_missing_data, find_problems
     from vaopd.cli.run import DEMO_CONFIG
     from vaopd.config import load_config
 
     try:
-        config = load_config(DEMO_CONFIG)
+        config = load_config(path or DEMO_CONFIG)
     except ConfigError as error:
-        yield Finding(
-            status="missing", what="demo configuration", detail=str(error), remedy="run this in the repository's root"
-        )
+        what, remedy = ("configuration", None) if path else ("demo configuration", "run this in the repository's root")
+        yield Finding(status="missing", what=what, detail=str(error), remedy=remedy)
         return
-    problems = list(find_problems(config, ("student", "teacher")))
+    problems = [*find_problems(config, ("student", "teacher")), *(find_missing_data(config) if path else ())]
     for problem in problems:
         text, _, remedy = problem.partition("; ")
-        yield Finding(status="missing", what="tiny models", detail=text, remedy=remedy or None)
+        yield Finding(status="missing", what="models and data", detail=text, remedy=remedy or None)
     if not problems:
-        yield Finding(status="ok", what="tiny models", detail=f"{config.student.model}, {config.teacher.model}")
+        yield Finding(status="ok", what="models", detail=f"{config.student.model}, {config.teacher.model}")
+    if path:
+        return
     exists = Path(config.data.source).is_dir()
     detail = config.data.source if exists else f"{config.data.source} doesn't exist yet; `vaopd demo` makes it"
     yield Finding(status="ok", what="demo data", detail=detail)

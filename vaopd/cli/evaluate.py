@@ -7,7 +7,15 @@ import json
 from dataclasses import asdict
 
 from vaopd.cli import benchmark
-from vaopd.cli.common import Needs, Subparsers, add_config_arguments, dry_run, find_problems, make_progress
+from vaopd.cli.common import (
+    Needs,
+    Subparsers,
+    add_config_arguments,
+    dry_run,
+    find_missing_data,
+    find_problems,
+    make_progress,
+)
 from vaopd.cli.output import emit, say
 from vaopd.errors import ConfigError
 from vaopd.telemetry.progress_line import Progress
@@ -52,8 +60,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     overrides += [f"data.validation_split={json.dumps(arguments.split)}"] if arguments.split else []
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        return dry_run(config, NEEDS)
-    if problems := list(find_problems(config, NEEDS)):
+        return dry_run(config, NEEDS, problems=find_missing_data(config))
+    if problems := [*find_problems(config, NEEDS), *find_missing_data(config)]:
         raise ConfigError("\n  ".join(["the model can't be evaluated:", *problems]))
     from vaopd.data.problems import check_held_out
     from vaopd.evaluation import describe_unasked

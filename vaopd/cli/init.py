@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import re
+import shlex
 import sys
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaopd.cli.common import Subparsers
+from vaopd.cli.common import Subparsers, find_missing_data, find_problems
 from vaopd.cli.output import emit, say
+from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput, NotFound, VaopdError
 
 if TYPE_CHECKING:
@@ -49,8 +54,10 @@ def add_parsers(subparsers: Subparsers) -> None:
     for name, question in QUESTIONS.items():
         init.add_argument(f"--{name}", metavar="MODEL" if name != "data" else "DATASET", help=question)
     init.add_argument("--name", help="the run's name (default: that of FILE)")
-    init.add_argument("--steps", type=int, default=200, help="optimizer steps (default %(default)s)")
-    init.add_argument("--cards", type=int, metavar="N", help="80 GB cards to plan for (default: those of this host)")
+    init.add_argument("--steps", type=bounded(int, 1), default=200, help="optimizer steps (default %(default)s)")
+    init.add_argument(
+        "--cards", type=bounded(int, 0), metavar="N", help="80 GB cards to plan for (default: those of this host)"
+    )
     init.add_argument("--force", action="store_true", help="overwrite FILE")
     init.set_defaults(command=_init, extra="trainer")
 
@@ -61,17 +68,15 @@ def _init(arguments: argparse.Namespace) -> int:
     if arguments.file.exists() and not arguments.force:
         raise ConfigError(f"{arguments.file} already exists; name another file, or --force overwrites it")
     for name, question in QUESTIONS.items():
-        if getattr(arguments, name) is None:
-            if not sys.stdin.isatty():
-                raise ConfigError(f"--{name} is missing: the {question}")
+        if getattr(arguments, name) is None and sys.stdin.isatty():
             print(f"{question}: ", end="", file=sys.stderr, flush=True)
-            try:
+            with contextlib.suppress(EOFError):
                 setattr(arguments, name, input().strip())
-            except EOFError:
-                raise ConfigError(f"--{name} is missing: the {question}") from None
+        if not getattr(arguments, name):
+            raise ConfigError(f"--{name} is missing: the {question}")
     data, has_answers = _read_data(arguments.data)
     values: dict[str, Any] = {
-        "run": {"name": arguments.name or arguments.file.stem},
+        "run": {"name": arguments.name or _make_name(arguments.file.stem)},
         "data": {"source": arguments.data, **data},
         "student": {"model": arguments.student},
         "teacher": {"model": arguments.teacher},
@@ -88,13 +93,16 @@ def _init(arguments: argparse.Namespace) -> int:
         values["teacher"]["device_map"] = "cpu"
     config = validate(Config, values, origin="vaopd init")
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    arguments.file.write_text("\n".join(write_commented(config, values)) + "\n")
+    arguments.file.write_text("\n".join(write_commented(config, values)) + "\n", encoding="utf-8")
     (arguments.file.parent / SCHEMA).write_text(json.dumps(make_schema(), indent=1) + "\n")
     emit(arguments.file)
+    for problem in (*find_problems(config, ("student", "teacher")), *find_missing_data(config)):
+        say(problem)
     for line in _describe_fit(arguments.file, cards):
         say(line)
     auto = " --gpus auto" if cards else ""
-    say(f"next: vaopd data check {arguments.file}, then vaopd up {arguments.file}{auto} --dry-run")
+    file = shlex.quote(str(arguments.file))
+    say(f"next: vaopd data check {file}, then vaopd up {file}{auto} --dry-run")
     return 0
 
 
@@ -135,6 +143,16 @@ def make_schema() -> dict[str, Any]:
         return {"anyOf" if key == "oneOf" else key: relax(item) for key, item in node.items() if key != "discriminator"}
 
     return {"$schema": "http://json-schema.org/draft-07/schema#", **relax(Config.model_json_schema())}
+
+
+def _make_name(text: str) -> str:
+    """Returns a text with only such characters as a run's name may have.
+
+    >>> _make_name("Übung 1")
+    'Ubung-1'
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("._-") or "run"
 
 
 def _read_data(source: str) -> tuple[dict[str, Any], bool]:

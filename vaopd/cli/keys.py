@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
+from vaopd.cli.parser import bounded
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -39,7 +40,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 
 def _parse_days(text: str) -> float | None:
-    return None if text == "never" else float(text)
+    return None if text == "never" else bounded(float, 0.0)(text)
 
 
 def _add(arguments: argparse.Namespace) -> int:
@@ -57,8 +58,9 @@ def _add(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from vaopd.access.keys import read_keys
 
+    entries = read_keys(arguments.file)
     emit(f"{'id':<12}  {'job':<24}  {'state':<8}  {'created':<25}  expires")
-    for entry in read_keys(arguments.file):
+    for entry in entries:
         emit(f"{entry.id:<12}  {entry.job:<24}  {entry.state():<8}  {entry.created:<25}  {entry.expires or 'never'}")
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit
+from vaopd.cli.parser import bounded
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -17,7 +18,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     make.add_argument("name", metavar="NAME", help="e.g. teacher or student; an unknown name prints the list")
     make.add_argument("folder", metavar="FOLDER", type=Path, help="the folder to write to")
     make.add_argument("--seed", type=int, help="seed of weights and data (default: the recipe's)")
-    make.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    make.add_argument("--steps", type=bounded(int, 1), help="training steps (default: the recipe's)")
     make.set_defaults(command=_make_model, extra="tiny")
 
 

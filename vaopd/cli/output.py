@@ -27,8 +27,9 @@ def reserve_stdout() -> Iterator[None]:
             own.flush()
             moved = os.dup(1)
             os.dup2(2, 1)
-    # A path of any bytes is printed as it is.
-    _results = own if moved is None else open(moved, "w", encoding=own.encoding, errors="surrogateescape")  # noqa: SIM115
+    # A path of any bytes is printed as it is; what a terminal without UTF-8 lacks, such as the bars, becomes "?".
+    errors = "surrogateescape" if str(own.encoding).lower().startswith("utf") else "replace"
+    _results = own if moved is None else open(moved, "w", encoding=own.encoding, errors=errors)  # noqa: SIM115
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

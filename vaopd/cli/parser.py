@@ -1,11 +1,13 @@
-"""The argument parser of `vaopd`: commands in groups, and the nearest word for one that is unknown."""
+"""The argument parser of `vaopd`: commands in groups, the nearest word for an unknown one, no option in vain."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +18,11 @@ class Parser(argparse.ArgumentParser):
         # An abbreviation that works today may mean another option tomorrow, and a typing error is named.
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
         self._groups = groups or {}
+        self._ties: list[tuple[str, str, bool]] = []
+
+    def tie(self, *options: str, to: str, apart: bool = False) -> None:
+        """Refuses options without the option `to`, or, if `apart`, with it: they would have no effect."""
+        self._ties += [(option, to, apart) for option in options]
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -25,6 +32,11 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             hints = filter(None, (suggest(word.partition("=")[0], self._option_string_actions) for word in unknown))
             self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
+        for option, other, apart in self._ties:
+            first, second = (self._option_string_actions[name] for name in (option, other))
+            with_other = getattr(found, second.dest) != second.default
+            if getattr(found, first.dest) != first.default and with_other == apart:
+                self.error(f"{option} has no effect {'with' if apart else 'without'} {other}; leave {option} out")
         return found, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -55,6 +67,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the message and how to get help, and exits with 2; the usage of `up` alone has 12 lines."""
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists what there is\n")
+
+
+def bounded(kind: Callable[[str], Number], low: Number, high: Number | None = None) -> Callable[[str], Number]:
+    """Returns the `type` of an option that is a number of `kind` between bounds."""
+    name = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> Number:
+        try:
+            value = kind(text)
+            if low <= value and (high is None or value <= high):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} {'up' if high is None else f'to {high}'}")
+
+    return read
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -50,8 +50,9 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _list_dead(arguments: argparse.Namespace) -> int:
     with closing(_open_letters(arguments)) as letters:
+        found = _list_all(letters)
         emit(f"{'id':<22}  {'group':<22}{'policy':>7}  {'stream':<8}{'deliveries':>11}  reason")
-        for letter in _list_all(letters):
+        for letter in found:
             version = "–" if letter.policy_version is None else letter.policy_version
             emit(
                 f"{letter.entry_id:<22}  {escape(letter.group_id):<22}{version:>7}  {escape(letter.stream):<8}"
@@ -71,11 +72,19 @@ def _settle(arguments: argparse.Namespace) -> int:
 
 def _open_letters(arguments: argparse.Namespace) -> DeadLetters:
     from vaopd.config import load_config
+    from vaopd.launch.resume import has_own_redis
     from vaopd.queue import DeadLetters
+    from vaopd.run.status import read_status
 
     job, url = arguments.job, arguments.url
     if arguments.run is not None:
         config = load_config(arguments.run / "config.toml")
+        status = read_status(arguments.run)
+        if url is None and has_own_redis(arguments.run) and status is not None and not status.alive:
+            raise ConfigError(
+                f"{arguments.run} has a Redis of its own, which ended with the run: `vaopd ledger --groups` names the "
+                "groups that were given up; while the run is resumed (`vaopd up --resume`), the letters are there again"
+            )
         job, url = job or config.run.name, url or config.queue.find_url()
     if not job:
         raise ConfigError("no job is given; use --job JOB or --run RUN")

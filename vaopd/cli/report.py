@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 from vaopd.cli.common import Subparsers
-from vaopd.cli.output import emit
+from vaopd.cli.output import emit, say
 
 
 def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd report`."""
     report = subparsers.add_parser("report", help="write curves, configuration and rollouts of a run as one HTML file")
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders; several are compared")
-    report.add_argument(
+    instead = report.add_mutually_exclusive_group()
+    instead.add_argument(
         "--output", type=Path, metavar="FILE", help="the file to write (default: report.html in the first run's folder)"
     )
-    instead = report.add_mutually_exclusive_group()
     instead.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="write only the accuracy curves, as an image (.png, .svg or .pdf)"
     )
@@ -33,18 +33,23 @@ def add_parsers(subparsers: Subparsers) -> None:
     report.add_argument(
         "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="of --figures (default: figures)"
     )
+    report.tie("--out", to="--figures")
+    report.tie("--band", to="--figures", apart=True)
     report.set_defaults(command=_report, extra="report")
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from vaopd.report import plot_accuracy, write_report
 
+    runs = list({folder.resolve(): folder for folder in arguments.runs}.values())
+    if len(runs) < len(arguments.runs):
+        say("a run that is given twice counts once")
     if arguments.figures:
-        return _draw_figures(arguments.runs, arguments.out)
+        return _draw_figures(runs, arguments.out)
     if arguments.plot is not None:
-        emit(plot_accuracy(arguments.runs, arguments.plot, band=arguments.band))
+        emit(plot_accuracy(runs, arguments.plot, band=arguments.band))
     else:
-        emit(write_report(arguments.runs, output=arguments.output, band=arguments.band))
+        emit(write_report(runs, output=arguments.output, band=arguments.band))
     return 0
 
 

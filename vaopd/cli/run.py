@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Needs, Subparsers, add_config_arguments, check, dry_run
 from vaopd.cli.output import emit, say
-from vaopd.errors import ConfigError
+from vaopd.cli.parser import bounded
+from vaopd.errors import ConfigError, VaopdError
+from vaopd.files.hub import no_folder
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
@@ -37,7 +39,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     """Adds `vaopd demo` and `vaopd up`."""
     demo = subparsers.add_parser("demo", help="run the tiny pair on two CPU cores, in about nine minutes")
     demo.add_argument("--name", help="the run's name (default: demo-DATE-TIME)")
-    demo.add_argument("--steps", type=int, help="optimizer steps (default: those of configs/tiny.toml)")
+    demo.add_argument("--steps", type=bounded(int, 1), help="optimizer steps (default: those of configs/tiny.toml)")
     demo.add_argument("--variant", choices=("va_opd", "standard"), default="va_opd", help="the loss (default va_opd)")
     demo.add_argument("--lora", action="store_true", help="train adapters (LoRA) in place of all weights")
     demo.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of sampling (default 0)")
@@ -57,6 +59,7 @@ def add_parsers(subparsers: Subparsers) -> None:
         "and option is the run's, and --set may change what a resume may change, e.g. trainer.steps",
     )
     add_accept_teacher_flag(up)
+    up.tie("--accept-teacher", to="--resume")
     up.add_argument(
         "--restart-trainer",
         action="store_true",
@@ -83,7 +86,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     )
     up.add_argument(
         "--metrics-port",
-        type=int,
+        type=bounded(int, 0, 65535),
         metavar="N",
         help="serve Prometheus metrics of teacher, workers and trainer on 127.0.0.1, from port N on; 0: on free ports",
     )
@@ -112,6 +115,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
         if options.teacher is not None:
             overrides.append(f"teacher.address={options.teacher}")
         from vaopd.launch.estimate import describe_cost
+        from vaopd.launch.resume import check_start
         from vaopd.launch.teacher import check_ranks
 
         config = load_config(options.config_path, overrides)
@@ -121,7 +125,12 @@ def _run_up(arguments: argparse.Namespace) -> int:
         starts_teacher = not shared and not config.teacher.shared_base
         check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher)
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
-        return dry_run(config, needs, offline=arguments.offline, notes=notes)
+        try:
+            check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say)
+            problems = []
+        except VaopdError as error:
+            problems = [str(error)]
+        return dry_run(config, needs, offline=arguments.offline, notes=notes, problems=problems)
     if arguments.log_format:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it
     roles = ["rollout", "trainer", *([] if shared else ["teacher"]), *(["api"] if arguments.api else [])]
@@ -138,6 +147,8 @@ def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, .
 
     config, run = arguments.config, arguments.resume
     if config is None and isinstance(run, str) and not Path(run).is_dir():
+        if Path(run).suffix != ".toml":
+            raise ConfigError(f"--resume {run}: {no_folder(run)}; RUN is a run's folder, e.g. runs/first")
         config, run = Path(run), True  # `up --resume CONFIG`
     if config is None and run in (True, False):
         raise ConfigError("give a CONFIG, e.g. configs/tiny.toml, or --resume RUN with a run's folder")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, get_results, wants_colour
+from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput
 
 if TYPE_CHECKING:
@@ -36,10 +37,16 @@ def add_parsers(subparsers: Subparsers) -> None:
     what = score.add_mutually_exclusive_group(required=True)
     what.add_argument("--response", action="append", help="a response to score (repeatable, to compare several)")
     what.add_argument(
-        "--generate", nargs="?", type=int, const=4, metavar="K", help="let --student answer K times (default 4)"
+        "--generate",
+        nargs="?",
+        type=bounded(int, 1),
+        const=4,
+        metavar="K",
+        help="let --student answer K times (default 4)",
     )
     score.add_argument("--student", metavar="MODEL", help="the student of --generate: a folder or hub id")
     score.add_argument("--seed", type=int, default=0, help="seed of --generate (default 0)")
+    score.tie("--student", "--seed", to="--generate")
     score.add_argument(
         "--teacher", default="127.0.0.1:50051", metavar="HOST:PORT", help="the teacher (default %(default)s)"
     )
@@ -72,14 +79,15 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if arguments.degradation not in DEGRADATIONS:
         raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
+    if arguments.generate is not None and arguments.student is None:
+        raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
-    responses: Sequence[str | list[int]] = arguments.response or _generate(arguments, images)
     reply, description = ask(
         arguments.teacher,
         images=images,
         question=arguments.question,
-        responses=responses,
+        get_responses=lambda: arguments.response or _generate(arguments, images),
         degradation=degradation,
         columns=arguments.columns,
     )
@@ -97,11 +105,14 @@ def ask(
     *,
     images: Sequence[EncodedImage],
     question: str,
-    responses: Sequence[str | list[int]],
+    get_responses: Callable[[], Sequence[str | list[int]]],
     degradation: Degradation,
     columns: Sequence[str] = (),
 ) -> tuple[ScoreReply, TeacherDescription]:
-    """Scores one group; also returns who scored it. Raises the teacher's error if it refuses."""
+    """Scores one group; also returns who scored it. Raises the teacher's error if it refuses.
+
+    get_responses: called once the teacher can be used, since loading a student takes long.
+    """
     import numpy as np
 
     from vaopd.client import ClientOptions, GroupFailure, SyncTeacherClient, from_environment
@@ -110,17 +121,17 @@ def ask(
     from vaopd.scoring.reply import make_reply
     from vaopd.types import ScoreRequest, unique_images, user_turn
 
-    request = ScoreRequest(
-        group_id="score",
-        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in responses),
-        images=unique_images(images),
-        messages=user_turn(question, images),
-    )
     credentials = from_environment()
     # With a key, the job is the key's.
     options: ClientOptions = {**credentials} if "api_key" in credentials else {**credentials, "job": "score"}
     options |= {"timeout_s": TIMEOUT_S, "payload": "none", "degradation": degradation}
     examine_teacher(teacher, job=options.get("job"))  # at once and in plain words, where the client would try again
+    request = ScoreRequest(
+        group_id="score",
+        responses=tuple(item if isinstance(item, str) else np.array(item, np.int32) for item in get_responses()),
+        images=unique_images(images),
+        messages=user_turn(question, images),
+    )
     with SyncTeacherClient(teacher, **options) as client:
         description = client.describe()
         (result,) = client.score([request], with_token_texts=True, columns=columns)
@@ -131,8 +142,6 @@ def ask(
 
 
 def _generate(arguments: argparse.Namespace, images: Sequence[EncodedImage]) -> list[list[int]]:
-    if arguments.student is None:
-        raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
     from vaopd.sampling.adhoc import AdHocStudent
     from vaopd.types import SamplingSettings
 

@@ -46,6 +46,7 @@ def _print_usage(arguments: argparse.Namespace) -> int:
     emit(f"{'job':<32}{'share':>8}{''.join(f'{name:>16}' for name in COLUMNS.values())}")
     for job, numbers in sorted(used.items(), key=lambda item: -item[1]["tokens"]):
         share = f"{numbers['tokens'] / total:.1%}" if total else "–"
+        job = "(without a valid key)" if job == "-" else job
         emit(f"{job:<32}{share:>8}{''.join(f'{number:>16,}' for number in numbers.values())}")
     return 0
 
@@ -60,6 +61,8 @@ def _read_metrics(address: str) -> list[tuple[str, str, int]]:
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise Unavailable(f"no metrics at {address} ({reason}); name the teacher's --metrics-address") from None
+    if "vaopd_teacher_" not in text:
+        raise Unavailable(f"what {address} serves are no metrics of a teacher; name the teacher's --metrics-address")
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return [
         (sample.labels[JOB], COLUMNS[sample.name], int(sample.value))

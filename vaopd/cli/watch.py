@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import get_results
+from vaopd.cli.parser import bounded
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -17,7 +18,11 @@ def add_parsers(subparsers: Subparsers) -> None:
     watch.add_argument("run", metavar="RUN", type=Path, help="the run's folder, e.g. runs/demo-…")
     watch.add_argument("--once", action="store_true", help="print it once and exit")
     watch.add_argument(
-        "--every", type=float, default=2.0, metavar="SECONDS", help="seconds between two updates (default 2)"
+        "--every",
+        type=bounded(float, 0.1),
+        default=2.0,
+        metavar="SECONDS",
+        help="seconds between two updates (default 2)",
     )
     watch.set_defaults(command=_watch)
 

@@ -28,7 +28,6 @@ from vaopd.errors import (
     TlsRefused,
     Unauthenticated,
     Unavailable,
-    VaopdError,
 )
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.types import PayloadKind, TeacherDescription
@@ -114,8 +113,10 @@ def _check_connection(address: str, environment: Mapping[str, str]) -> None:
     host = host.strip("[]")
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-    except OverflowError:
-        raise ConfigError(f"teacher address {address}: a port is a number from 0 to 65535") from None
+    except (OverflowError, ValueError):
+        raise ConfigError(
+            f"teacher address {address!r} is not HOST:PORT with a port from 0 to 65535, e.g. 127.0.0.1:50051"
+        ) from None
     except OSError as error:
         reason = "it did not answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
         raise Unavailable(
@@ -212,16 +213,12 @@ async def _describe(address: str, *, job: str | None, environment: Mapping[str, 
 
 
 async def _check_job(replica: Replica, *, job: str, metadata: tuple[tuple[str, str], ...]) -> None:
-    """Raises PermissionDenied when the key is another job's. A call without groups is refused, but later."""
-    call = replica.stub.ScoreGroups(pb.ScoreGroupsRequest(job=job), metadata=metadata, timeout=CALL_S)
+    """Raises PermissionDenied when the key is another job's. To ask for no image is the cheapest call with a job."""
+    call = replica.stub.MissingImages(pb.MissingImagesRequest(job=job), metadata=metadata, timeout=CALL_S)
     try:
-        await await_answer(call.read(), replica.target)
+        await await_answer(call, replica.target)
     except PermissionDenied:
         raise PermissionDenied(
             f"the teacher at {replica.target}: the key in the file of {API_KEY_FILE} is another job's than {job!r}; "
             f"set {API_KEY_FILE} to a file with the key of job {job!r}, or run.name to the key's job"
         ) from None
-    except (Unauthenticated, Unavailable, Busy):
-        raise
-    except VaopdError:
-        pass  # the call is empty, and refused for that

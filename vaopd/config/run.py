@@ -17,7 +17,7 @@ import tomli_w
 from pydantic import Field
 
 from vaopd.config.method import DegradationConfig, ObjectiveConfig, ScaledDegradation, TeacherConfig, VaOpd
-from vaopd.config.toml import Address, Fraction, Section, apply_overrides, read_toml, validate
+from vaopd.config.toml import NAME, QUEUE_URL, Address, Fraction, Section, apply_overrides, read_toml, validate
 from vaopd.config.training import (
     EvaluationConfig,
     FolderWeights,
@@ -34,7 +34,7 @@ from vaopd.net.passwords import add_password, split_password
 class RunConfig(Section):
     """A run's name and folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    name: str = Field(pattern=NAME, max_length=128)
     """Names the run's folder and, in Redis and at the teacher, its job."""
     folder: Path = Path("runs")
     """Where run folders are made; metrics, checkpoints, policy snapshots and logs lie in FOLDER/NAME."""
@@ -125,7 +125,7 @@ QUEUE_PASSWORD, QUEUE_PASSWORD_FILE = "VAOPD_QUEUE_PASSWORD", "VAOPD_QUEUE_PASSW
 class QueueConfig(Section):
     """The queue between the trainer and the workers."""
 
-    url: str = Field("redis://127.0.0.1:6379/0", pattern=r"^(rediss?|unix)://|^embedded$")
+    url: str = Field("redis://127.0.0.1:6379/0", pattern=QUEUE_URL)
     """Redis or Valkey; `embedded` lets `vaopd up` start a Valkey of its own. A password in it is never written down."""
     password_file: Path | None = None
     """The file with Redis's password, readable by its owner alone; also `VAOPD_QUEUE_PASSWORD_FILE`."""
@@ -268,7 +268,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies overrides such as "trainer.steps=10". Raises ConfigError with key and remedy."""
     values = read_toml(path)
     apply_overrides(Config, values, overrides)
-    return validate(Config, values, origin=str(path))
+    return validate(Config, values, origin=f"{path} and the command line" if overrides else str(path))
 
 
 def to_toml(config: Config) -> str:

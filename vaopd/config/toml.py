@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
+import types
 import typing
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,28 @@ from vaopd.net.passwords import remove_passwords
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ADDRESS = r"(?:[^:,\s]+|\[[0-9a-fA-F:]+\]):\d+"
 Address = Annotated[str, Field(pattern=rf"^{_ADDRESS}$")]
-Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
+_ADDRESSES = rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$"
+Addresses = Annotated[str, Field(pattern=_ADDRESSES)]
+QUEUE_URL = r"^(rediss?|unix)://|^embedded$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(pydantic.BaseModel):
     """A table of a TOML file. It refuses unknown keys; the docstring under a field describes it."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, values: Any) -> Any:
+        """Makes words of true and false where a number belongs: pydantic takes them for 1 and 0, a rate of 1.0."""
+        if not isinstance(values, dict):
+            return values
+        kinds = {key: _list_kinds(field) for key, field in cls.model_fields.items()}
+        wrong = [
+            key for key, value in values.items() if isinstance(value, bool) and {int, float} & kinds.get(key, set())
+        ]
+        return values | {key: str(values[key]).lower() for key in wrong}
 
 
 S = TypeVar("S", bound=Section)
@@ -78,12 +94,18 @@ def find_section(field: FieldInfo) -> type[Section] | None:
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
+def _list_kinds(field: FieldInfo) -> set[Any]:
+    """Returns the types that a field may have: several for a union."""
+    kind = field.annotation
+    return set(typing.get_args(kind)) if typing.get_origin(kind) in (typing.Union, types.UnionType) else {kind}
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Parses a file. Raises ConfigError if it can't be read or is not TOML."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror}); see configs/") from None
+        raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"configuration {str(path)!r} is not UTF-8 ({error.reason} at byte {error.start})") from None
     try:
@@ -111,25 +133,47 @@ def apply_overrides(model: type[Section], values: dict[str, Any], overrides: Seq
     effect any more, and the file need not be changed for that.
     """
     written = copy.deepcopy(values)
-    overridden = [_apply_override(values, override) for override in overrides]
+    overridden = [_apply_override(model, values, override) for override in overrides]
     _drop_left_variants(model, values, written, (), overridden)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+def _apply_override(model: type[Section], values: dict[str, Any], override: str) -> tuple[str, ...]:
     key, separator, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not separator or len(parts) < 2:
-        raise ConfigError(f"--set {remove_passwords(override)!r} is not of the form section.key=value")
+        owners = [name for name, field in model.model_fields.items() if _knows(field, parts[0])]
+        hint = f"; do you mean {' or '.join(f'{owner}.{parts[0]}' for owner in owners)}?" if owners else ""
+        raise ConfigError(f"--set {remove_passwords(override)!r} is not of the form section.key=value{hint}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if not isinstance(value, str) and _takes_text(model, values, parts):
+        value = text  # a name such as 7 or 2026-11-27, as it was written
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {remove_passwords(override)!r}: {part!r} is a value, not a section")
     values[parts[-1]] = value
     return parts
+
+
+def _knows(field: FieldInfo, key: str) -> bool:
+    variants, section = find_variants(field), find_section(field)
+    return any(key in member.model_fields for member in (variants.members if variants else (section,)) if member)
+
+
+def _takes_text(model: type[Section], values: Any, parts: Sequence[str]) -> bool:
+    """Returns whether the field at `parts` is a text or a path, and not also a number."""
+    section: type[Section] | None = model
+    kinds: set[Any] = set()
+    for part in parts:
+        if (field := section.model_fields.get(part) if section is not None else None) is None:
+            return False
+        values = values.get(part, {}) if isinstance(values, dict) else {}
+        variants, kinds = find_variants(field), _list_kinds(field)
+        section = variants.find_member(values) if variants and isinstance(values, dict) else find_section(field)
+    return bool(kinds & {str, Path}) and not kinds & {int, float}
 
 
 def _drop_left_variants(
@@ -171,10 +215,31 @@ def _describe(model: type[Section], error: Any) -> str:
         return f"{key}: no such key; {hint}{', '.join(place.section.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_pattern_mismatch":
+        message = _FORMS.get(error["ctx"]["pattern"], message)
+    message = message.replace("Input should", "should")
     return f"{key}: {message}" + (
         "" if error["type"] == "value_error" else remove_passwords(f", got {error['input']!r}")
     )
+
+
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "should be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "should be true or false"),
+    **dict.fromkeys(("string_type", "path_type"), "should be a text"),
+    **dict.fromkeys(("tuple_type", "list_type"), 'should be a list, e.g. ["one", "two"]'),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "should be a table, e.g. { key = value }"),
+}
+"""pydantic's kinds of error, in words of TOML in place of Python's."""
+_FORMS = {
+    NAME: "should begin with a letter or digit and have only letters (a to z), digits, '.', '_' and '-'",
+    f"^{_ADDRESS}$": "should be HOST:PORT, e.g. 127.0.0.1:50051",
+    QUEUE_URL: "should begin with redis://, rediss:// or unix://, or be embedded",
+    _ADDRESSES: "should be HOST:PORT, or several with commas between, e.g. 127.0.0.1:50051",
+}
+"""What each pattern asks for."""
 
 
 class _Place(NamedTuple):

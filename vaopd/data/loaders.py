@@ -96,12 +96,14 @@ def open_split(
     control_tokens: Sequence[str] = (),
     subset: str = "",
     columns: ColumnsConfig = ColumnsConfig(),
+    may_differ: bool = False,
     needs_answer: bool = True,
     cache_dir: Path | None = None,
 ) -> Prompts:
     """Opens a split with all of its records in order, none of them checked; arguments as in `load_prompts`.
 
-    system_prompt: before every question. needs_answer: whether a record without a reference is bad.
+    system_prompt: before every question. may_differ: `columns` are another data set's, and this one may have the known
+    names. needs_answer: whether a record without a reference is bad.
 
     Raises NotFound or InvalidInput for files that can't be read, columns that are missing, a split without records and
     an instruction that no prompt may hold.
@@ -120,7 +122,7 @@ def open_split(
     num_records = sum(map(len, files))
     if num_records == 0:
         raise InvalidInput(f"{source}: split {split!r} has no records; give a split that has some")
-    shards = recognise(files, source, columns=columns, needs_answer=needs_answer)
+    shards = recognise(files, source, columns=columns, may_differ=may_differ, needs_answer=needs_answer)
     folder = Path(source) if Path(source).is_dir() else None
     order = np.arange(num_records)
     return Prompts(
@@ -176,8 +178,8 @@ class Prompts(Sequence[Prompt]):
 
     @property
     def name(self) -> str:
-        """The data set's kind and the split, for messages."""
-        return f"{self._shards[0][1].name} split {self.split!r}"
+        """The split, for messages."""
+        return f"split {self.split!r}"
 
     @property
     def indices(self) -> list[int]:
@@ -234,7 +236,7 @@ class Prompts(Sequence[Prompt]):
 
     def describe_place(self, index: int) -> str:
         """Names a record of the split by its index."""
-        return f"{self._locate(index)[1].name} split {self.split!r}, record {index}"
+        return f"{self.name}, record {index}"
 
     def read(self, index: int) -> Prompt | Fault:
         """Reads a record that `find_faults` finds sound, or returns the fault of one of its images."""

@@ -255,6 +255,7 @@ def _open(config: Config, source: str, split: str, *, subset: str, needs_answer:
         control_tokens=read_control_tokens(config.student.model),
         subset=subset,
         columns=config.data.columns,
+        may_differ=source != config.data.source,
         needs_answer=needs_answer,
     )
 

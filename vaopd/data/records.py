@@ -42,7 +42,6 @@ class Schema:
     has_turns: whether the text is a list of turns. needs_answer: whether a record without a reference is bad.
     """
 
-    name: str
     text: str
     images: str
     answer: str = "answer"
@@ -69,13 +68,13 @@ class Schema:
 
 
 SCHEMAS = (
-    Schema(name="Geometry3K", text="problem", images="images"),
-    Schema(name="ViRL39K", text="question", images="image"),
-    Schema(name="data set", text="problem", images="image"),
-    Schema(name="data set", text="question", images="images"),
-    Schema(name="chat", text="messages", images="images", has_turns=True),
-    Schema(name="chat", text="messages", images="image", has_turns=True),
-    Schema(name="LLaVA", text="conversations", images="image", has_turns=True),
+    Schema(text="problem", images="images"),
+    Schema(text="question", images="image"),
+    Schema(text="problem", images="image"),
+    Schema(text="question", images="images"),
+    Schema(text="messages", images="images", has_turns=True),
+    Schema(text="messages", images="image", has_turns=True),
+    Schema(text="conversations", images="image", has_turns=True),
 )
 
 
@@ -97,17 +96,25 @@ class Fault:
 
 
 def recognise(
-    files: Sequence[Rows], source: str, *, columns: ColumnsConfig = ColumnsConfig(), needs_answer: bool = True
+    files: Sequence[Rows],
+    source: str,
+    *,
+    columns: ColumnsConfig = ColumnsConfig(),
+    may_differ: bool = False,
+    needs_answer: bool = True,
 ) -> list[tuple[Rows, Schema]]:
     """Finds the columns of each file; a file may lack images if another has them.
 
-    columns: names that come before the known ones. Raises InvalidInput, naming file and columns, where text, images
-    or, if it is needed, the answer is missing.
+    columns: names that come before the known ones. may_differ: they are another data set's, and this one may have the
+    known names. Raises InvalidInput, naming file and columns, where text, images or, if it is needed, the answer is
+    missing.
     """
     names = {name for rows in files for name in rows.columns}
     given = {key: name for key, name in columns.model_dump().items() if name}
-    renamed = [schema.rename(columns) for schema in SCHEMAS] if names.issuperset(given.values()) else []
-    schemas = [replace(schema, needs_answer=needs_answer) for schema in dict.fromkeys((*renamed, *SCHEMAS))]
+    absent = {key: name for key, name in given.items() if name not in names}
+    renamed = [] if absent else [schema.rename(columns) for schema in SCHEMAS]
+    known = SCHEMAS if may_differ or not absent else ()
+    schemas = [replace(schema, needs_answer=needs_answer) for schema in dict.fromkeys((*renamed, *known))]
     shards = []
     for rows in (rows for rows in files if len(rows) or len(files) == 1):
         for needs_images in (True, False):
@@ -121,18 +128,18 @@ def recognise(
                 shards.append((rows, fitting[0]))
                 break
         else:
-            known = (
+            unknown = (
+                k for k in ("text", "images", "answer") if names.isdisjoint(getattr(each, k) for each in SCHEMAS)
+            )
+            usual = (
                 "problem or question (or turns: messages or conversations), answer (unless it is only trained on), and "
                 "images or image (an empty list where a problem has none)"
             )
-            has = ", ".join(rows.columns) or "none"
-            missing = ", ".join(f"data.columns.{key} = {name}" for key, name in given.items() if name not in names)
-            unknown = [
-                key for key in ("text", "images", "answer") if names.isdisjoint(getattr(each, key) for each in schemas)
-            ]
+            needed = ", ".join(f"data.columns.{key} = {name}" for key, name in absent.items()) or usual
+            has, key = ", ".join(rows.columns) or "none", next(iter(absent or unknown), "text")
             raise InvalidInput(
-                f"{rows.file or source} has columns {has}; needed: {missing or known}; name them, e.g. "
-                f"--set data.columns.{unknown[0] if unknown else 'text'}=NAME"
+                f"{rows.file or source} has columns {has}; needed: {needed}; name them, e.g. "
+                f"--set data.columns.{key}=NAME (vaopd data: --column {key}=NAME)"
             )
     return shards
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vaopd.errors import InvalidInput, NotFound
+from vaopd.files.hub import no_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -131,7 +132,7 @@ def read_split(
             raise InvalidInput(f"{source} is a folder, and the subset {subset!r} is for hub ids; leave it out")
         return _read_folder(folder, split, cache_dir, named)
     if not _HUB_ID.fullmatch(source):
-        raise NotFound(f"{source!r} is neither a folder nor a hub id (owner/name); check the path")
+        raise NotFound(f"{source!r}: {no_folder(source)}, and it is not a hub id of the form OWNER/NAME")
     from datasets import load_dataset
 
     try:

@@ -16,6 +16,11 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).parent.exists()
 
 
+def no_folder(name: str) -> str:
+    """Returns that there is no such folder and, for a relative path, where it was looked for."""
+    return "no such folder" + ("" if Path(name).is_absolute() else f" in {Path.cwd()}, where the command runs")
+
+
 def model_folder(name: str, *, role: str) -> Path:
     """Returns the folder of a model, downloading a hub id first.
 

@@ -7,6 +7,7 @@ as they were configured (a start puts free ports and the embedded Redis's into c
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,11 @@ def read_launch(run: Path) -> Launch:
     )
 
 
+def has_own_redis(run: Path) -> bool:
+    """Returns whether `up` started the run with a Redis of its own, which ends with it."""
+    return bool(_read_table(run / FILE).get("addresses", {}).get("queue.url") == "embedded")
+
+
 def write_launch(
     config: Config, *, teacher: str | None, service: Path | None, gpus: Mapping[str, tuple[str, ...]]
 ) -> None:
@@ -96,8 +102,8 @@ def check_start(config: Config, *, resume: bool, accept_teacher: str | None, say
     status = read_status(folder) if folder.is_dir() else None
     if status is not None and status.alive:
         raise ConfigError(
-            f"run {name!r} is {status.state}: {status.writer} works on it; `vaopd watch {folder}` shows it. Stop that "
-            "process first, or choose another run.name"
+            f"run {name!r} is {status.state}: {status.writer} works on it; `vaopd watch "
+            f"{shlex.quote(str(folder))}` shows it. Stop that process first, or choose another run.name"
         )
     if (folder / "metrics.jsonl").exists() and not resume:
         state = f" ({status.label})" if status is not None else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -87,6 +88,7 @@ def up(
     if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
         return 0
     check_ports(config, options)
+    say(f"run {config.run.name}: checking models and data")
     check(config)
     check_ranks(config, options.service, options.gpus, with_teacher=_starts_teacher(config, options))
     if _starts_teacher(config, options):
@@ -103,7 +105,7 @@ def up(
             status.conclude("" if code in (0, EXIT_STOPPED) else f"the trainer {describe_exit(code)}")
         except Interrupted as interrupted:
             status.conclude()
-            say(f"{interrupted}; every process has ended. Continue with `vaopd up --resume {folder}`")
+            say(f"{interrupted}; every process has ended. Continue with `vaopd up --resume {shlex.quote(str(folder))}`")
             return interrupted.exit_code
         except VaopdError as error:
             status.conclude(str(error).partition("\n")[0])
@@ -112,7 +114,9 @@ def up(
             if options.metrics_port is not None:
                 locate_targets_file(config).unlink(missing_ok=True)
     if code == 0:
-        say(f"finished: the model is in {folder / 'model'}; `vaopd report {folder}` writes its report")
+        say(
+            f"finished: the model is in {folder / 'model'}; `vaopd report {shlex.quote(str(folder))}` writes its report"
+        )
     return code
 
 
@@ -233,7 +237,8 @@ class _Launch:
         self._supervisor.set_restart_argv("api", again.argv)
         name = self._config.run.name
         self._say(f"view the teacher's visual advantage: {url}/ (the API: {url}/docs)")
-        self._say(f"follow the run: {url}/runs/{name}/report, or `vaopd watch {self._config.run_folder}`")
+        folder = shlex.quote(str(self._config.run_folder))
+        self._say(f"follow the run: {url}/runs/{name}/report, or `vaopd watch {folder}`")
 
     def _run_trainer(self) -> int:
         devices = self._options.gpus.get("trainer", (None,))[0]

@@ -29,18 +29,26 @@ _DISK = {
     errno.EPERM: "choose a folder that this account may write",
     errno.EIO: "the disk is damaged; choose another one",
 }
+_PATH = {
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "a part of this path is a file; choose another one",
+    errno.EEXIST: "choose another name",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 def explain_disk(error: BaseException) -> str | None:
     """Returns one line for a file that can't be written or read, as the disk or its rights are; None for the rest."""
-    code, path = getattr(error, "errno", None), getattr(error, "filename", None)
+    code = getattr(error, "errno", None)
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a rename, where it should go
     if type(error).__name__ == "SafetensorError" and (found := _RUST_ERRNO.search(str(error))):
         code = int(found[1])
-    if code not in _DISK:
+    if code not in _DISK and code not in _PATH:
         return None
     place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
-    return f"{place}{os.strerror(code)}; {_DISK[code]}, then continue with --resume or run the command again"
+    remedy = _PATH.get(code) or f"{_DISK[code]}, then continue with --resume or run the command again"
+    return f"{place}{os.strerror(code)}; {remedy}"
 
 
 def explain(error: BaseException, role: str) -> str | None:

@@ -100,9 +100,13 @@ def _list_settings(run: Run) -> dict[str, Any]:
     found = {key: value for key, value in flatten(run.config).items() if key != _SEED and not is_among(key, MACHINE)}
     found.pop("objective.token_score", None)
     found[_VARIANT] = run.variant  # which names the score, unless it is VA
-    for step, key, old, new in run.list_changes():
-        if not is_among(key, MACHINE):
-            found[f"{key} at step {step}"] = f"{_format(old)} → {_format(new)}"
+    history = list_history(run)
+    return found | {name: value for name, value in history.items() if not is_among(name.partition(" ")[0], MACHINE)}
+
+
+def list_history(run: Run) -> dict[str, str]:
+    """Returns the settings that changed on the way, and the teachers, by name and step."""
+    found = {f"{key} at step {step}": f"{_format(old)} → {_format(new)}" for step, key, old, new in run.list_changes()}
     for index, (step, revision) in enumerate(run.list_teachers()):
         found[f"teacher at step {step}" if index else "teacher"] = revision[:_REVISION_CHARACTERS]
     return found

@@ -27,13 +27,13 @@ from vaopd.files.durable import atomic_file
 from vaopd.report import charts
 from vaopd.report.advice import describe_regime
 from vaopd.report.curves import SMOOTHING_STEPS
-from vaopd.report.groups import group_runs, name_variant
+from vaopd.report.groups import group_runs, list_history, name_variant
 from vaopd.report.rollouts import FULL_COLOUR_NATS, TOKENS_SHOWN, select_samples
 from vaopd.run.records import Run, is_number, read_run
 from vaopd.telemetry.progress_line import format_duration
 
 # Different in every run, and never the reason for a different curve.
-OWN_TO_A_RUN = ("run.name", "teacher.address", "queue.url", "api.address")
+OWN_TO_A_RUN = ("run.name", "run.folder", "teacher.address", "queue.url", "api.address")
 SCRIPTS = ("charts.js", "samples.js", "page.js")
 REVISION_CHARACTERS = 12
 _TEMPLATES = jinja2.Environment(
@@ -176,6 +176,9 @@ def _compare(runs: Sequence[Run], *, band: str) -> dict[str, Any]:
     """Returns the comparison of several runs as the template takes it."""
     # Settings that differ between the runs, names and addresses aside.
     flat = [{f"{section}.{key}": value for section, key, value in _list_settings(run.config)} for run in runs]
+    flat = [values | list_history(run) for values, run in zip(flat, runs, strict=True)]
+    if any(not run.history for run in runs):  # one of an earlier vaopd doesn't name its teacher
+        flat = [{key: value for key, value in values.items() if key != "teacher"} for values in flat]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key not in OWN_TO_A_RUN]
     differing = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     return {

@@ -25,6 +25,8 @@ from vaopd.telemetry.visible import escape
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 40
+OF_A_RUN = ("config.toml", "launch.json", "metrics.jsonl", "logs")
+"""Each start writes one of them first."""
 LAST_BYTES = 64 * 2**10  # of a log, for its last line
 QUIET_S = 120.0  # a step that takes longer than this, and three times as long as usual, is mentioned
 CURVES = (
@@ -52,6 +54,8 @@ def watch(
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} is no folder; RUN is a run's folder, e.g. runs/demo-…")
+    if any(folder.iterdir()) and not any(os.path.lexists(folder / name) for name in OF_A_RUN):
+        raise NotFound(f"{folder} has no {' and no '.join(OF_A_RUN)}; RUN is a run's folder, e.g. runs/demo-…")
     terminal = stream.isatty() and not once
     drawn, last_line = 0, ""
     while True:
@@ -166,7 +170,8 @@ def _format_progress(run: Run) -> str:
     share = run.steps_done / run.steps_planned
     filled = round(share * CURVE_WIDTH)
     bar = "█" * filled + "░" * (CURVE_WIDTH - filled)
-    return f"step {run.steps_done}/{run.steps_planned}  {bar} {share:.0%}  {_format_time_left(run)}"
+    # The bar comes last, since a narrow terminal cuts the line.
+    return f"step {run.steps_done}/{run.steps_planned}  {share:>4.0%}  {_format_time_left(run):<12}  {bar}"
 
 
 def _format_time_left(run: Run) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def write_model_card(run_folder: Path, model: Path, *, step: int, base: Path) ->
 
 def upload_hint(model: Path) -> str:
     """Returns the line that says how to publish a model folder."""
-    return f"to publish it: vaopd push {model.parent} YOUR_NAME/{model.resolve().parent.name} --which {model.name}"
+    run, name = shlex.quote(str(model.parent)), model.resolve().parent.name
+    return f"to publish it: vaopd push {run} YOUR_NAME/{name} --which {model.name}"
 
 
 def _front_matter(run: Run, licence: str | None) -> Iterator[str]:

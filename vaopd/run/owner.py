@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -122,6 +123,6 @@ def _refuse(folder: Path, owner: dict[str, object]) -> ConfigError:
     role, pid, host, since = (owner.get(key, "unknown") for key in ("role", "pid", "host", "since"))
     role = "vaopd up" if role == "up" else role
     return ConfigError(
-        f"run folder {folder} is in use by {role}, process {pid} on {host}, since {since}; `vaopd watch {folder}` "
-        "shows it. Stop that process first, or choose another run.name"
+        f"run folder {folder} is in use by {role}, process {pid} on {host}, since {since}; `vaopd watch "
+        f"{shlex.quote(str(folder))}` shows it. Stop that process first, or choose another run.name"
     )
