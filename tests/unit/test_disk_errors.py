@@ -13,6 +13,7 @@ from tests.support.runs import MINIMAL
 from vaopd import process
 from vaopd.cli import main
 from vaopd.config import Config
+from vaopd.files.plain import UnfitFile
 from vaopd.process.failures import explain_disk
 
 FAILURES = {
@@ -25,6 +26,8 @@ FAILURES = {
         PermissionError(errno.EACCES, "", "/runs/r"),
         "/runs/r: Permission denied; choose a folder that this",
     ),
+    "a pipe": (UnfitFile(errno.EINVAL, "not a regular file", "/runs/r/x"), "/runs/r/x: not a regular file; move it"),
+    "a folder": (IsADirectoryError(errno.EISDIR, "", "/runs/r/x"), "/runs/r/x: Is a directory; move that folder away"),
     "a library's": (
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         "No space left on device; free some space there, then continue with --resume",

@@ -16,6 +16,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from vaopd.errors import ConfigError
+from vaopd.files.plain import read_plain
 from vaopd.net.passwords import remove_passwords
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -27,7 +28,9 @@ Addresses = Annotated[str, Field(pattern=rf"^{_ADDRESS}(?:, ?{_ADDRESS})*$")]
 class Section(pydantic.BaseModel):
     """A table of a TOML file. It refuses unknown keys; the docstring under a field describes it."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -79,9 +82,9 @@ def find_section(field: FieldInfo) -> type[Section] | None:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses a file. Raises ConfigError if it can't be read or is not TOML."""
+    """Parses a file. Raises ConfigError if it can't be read, is not a plain file, or is not TOML."""
     try:
-        text = Path(path).read_text()
+        text = read_plain(Path(path))
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror}); see configs/") from None
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ import os
 import re
 
 from vaopd.errors import ConfigError, VaopdError
+from vaopd.files.plain import UnfitFile
 from vaopd.process.extras import explain_missing_module
 
 NO_VLLM = (
@@ -28,6 +29,9 @@ _DISK = {
     errno.EACCES: "choose a folder that this account may write",
     errno.EPERM: "choose a folder that this account may write",
     errno.EIO: "the disk is damaged; choose another one",
+    errno.EISDIR: "move that folder away",
+    errno.ELOOP: "remove that loop of links",
+    errno.ENOTDIR: "move the file that lies in a folder's place away",
 }
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
@@ -37,9 +41,11 @@ def explain_disk(error: BaseException) -> str | None:
     code, path = getattr(error, "errno", None), getattr(error, "filename", None)
     if type(error).__name__ == "SafetensorError" and (found := _RUST_ERRNO.search(str(error))):
         code = int(found[1])
+    place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
+    if isinstance(error, UnfitFile):
+        return f"{place}{error.strerror}; move it away, and copy the file back from a backup if it matters"
     if code not in _DISK:
         return None
-    place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
     return f"{place}{os.strerror(code)}; {_DISK[code]}, then continue with --resume or run the command again"
 
 
