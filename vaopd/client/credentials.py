@@ -50,7 +50,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Credentials
 
 
 def make_tls_context(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext:
-    """Returns a context with the environment's certificates. Raises ConfigError, naming the variable, where they fail.
+    """Returns a context with the environment's certificates. Raises ConfigError by name for those that don't fit.
 
     gRPC would only log that, or ask for a key's pass phrase on the terminal.
     """
