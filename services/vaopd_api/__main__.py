@@ -15,8 +15,10 @@ from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from vaopd import process
-from vaopd.config import ApiServiceConfig, Config
+from vaopd.config import ApiServiceConfig, Config, TlsConfig
 from vaopd.errors import ConfigError
+from vaopd.files.plain import read_plain_bytes
+from vaopd.files.secret import read_secret
 from vaopd.net.ports import allow_connections, is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry
@@ -53,6 +55,23 @@ def _run(arguments: argparse.Namespace, config: Config) -> int:
             metrics_route=address is None,  # else only that address serves them
         )
     return 0
+
+
+def read_tls_expiry(tls: TlsConfig) -> float:
+    """Returns when the certificate expires; infinity without TLS. Raises ConfigError for files that can't be used."""
+    if not (tls.cert and tls.key):
+        return math.inf
+    try:
+        for file in (tls.cert, tls.key):
+            read_plain_bytes(file)  # ssl would wait for a pipe
+        expires = read_expiry(tls.cert, tls.key, section="api")
+        read_secret(tls.key, what="[api.tls] key")
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"[api.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} must be PEM files that belong together, "
+            f"the key without a pass phrase ({error.strerror})"
+        ) from None
+    return expires
 
 
 def serve(
@@ -118,14 +137,8 @@ def serve(
         access_log=False,  # vaopd_api.middleware writes a line of its own
         log_config=None,  # uvicorn's lines look like all others
     )
-    try:
-        settings.load()
-        expires = read_expiry(tls.cert, tls.key, section="api") if tls.cert and tls.key else math.inf
-    except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(
-            f"[api.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} must be PEM files that belong together "
-            f"({error.strerror})"
-        ) from None
+    expires = read_tls_expiry(tls)  # first of all, since `load` would ask for a key's pass phrase on the terminal
+    settings.load()
     try:
         listener = settings.bind_socket()
     except SystemExit:  # uvicorn's answer to a port that it can't have, logged by it

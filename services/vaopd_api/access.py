@@ -81,10 +81,12 @@ class HostNames:
                 421,
                 f"Host {', '.join(given)[:128]!r} is not this server's name; to allow it, add it to [api] hosts",
             )
-        origin = headers.get("origin")
-        if origin is not None and not self._same_origin(origin, host):
-            raise ApiError(403, f"Origin {origin[:128]!r} is another site; requests are taken from this server's pages")
-        if origin is None and headers.get("sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
+        origins = headers.getlist("origin")
+        if foreign := [origin for origin in origins if not self._same_origin(origin, host)]:
+            raise ApiError(
+                403, f"Origin {foreign[0][:128]!r} is another site; requests are taken from this server's pages"
+            )
+        if not origins and headers.get("sec-fetch-site") == "cross-site" and scope["method"] not in ("GET", "HEAD"):
             raise ApiError(403, "the request comes from a page of another site")
 
     def _allows(self, name: str) -> bool:

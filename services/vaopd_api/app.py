@@ -39,7 +39,7 @@ from vaopd.scoring.views import make_views
 from vaopd.types import Degradation, EncodedImage, SamplingSettings
 from vaopd_api import batch, openapi, problems
 from vaopd_api.access import Access
-from vaopd_api.bodies import read_batch, read_score, require_json
+from vaopd_api.bodies import JsonRoute, read_batch, read_score, require_json
 from vaopd_api.metrics import Metrics
 from vaopd_api.middleware import NO_FRAMES, BodyLimit, Envelope, Gate
 from vaopd_api.problems import ApiError
@@ -100,6 +100,7 @@ def create_app(
     metrics = metrics or Metrics()
     access = access or Access()
     app = FastAPI(title="vaopd scoring API", version=vaopd.__version__, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
     problems.install(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(Gate, access=access)

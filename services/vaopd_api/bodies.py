@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -30,6 +32,37 @@ class _InMemory(MultiPartParser):
     """Keeps files in memory: the body's size is capped already, and the container's file system is read-only."""
 
     spool_max_size = 2**40
+    ended = False
+
+    def on_part_end(self) -> None:
+        """Takes a field that is UTF-8; Starlette would take the bytes of any other for Latin-1."""
+        self._charset = "utf-8"
+        if self._current_part.file is None:
+            self._current_part.data.decode()
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        """Notes the last boundary."""
+        self.ended = True
+        super().on_end()
+
+
+class JsonRoute(APIRoute):
+    """A route whose body, where FastAPI reads it, is read as by `read_json`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Returns the handler, with a request that reads its JSON so."""
+        handle = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return read
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        return await read_json(self)
 
 
 async def read_score(request: Request) -> tuple[ScoreBody, list[EncodedImage]]:
@@ -61,7 +94,10 @@ async def require_json(request: Request) -> None:
 
 
 async def read_json(request: Request) -> Any:
-    """Returns the body's JSON. Raises ApiError: 415 for another content type, 400 for malformed JSON."""
+    """Returns the body's JSON.
+
+    Raises ApiError: 415 for another content type, 400 for malformed JSON, 422 for a key that occurs twice.
+    """
     kind = read_content_type(request)
     if kind != "application/json":
         raise ApiError(415, f"content type {kind or 'none'!r} is neither application/json nor {FORM}")
@@ -69,11 +105,21 @@ async def read_json(request: Request) -> Any:
     if not content:
         raise RequestValidationError([{"type": "missing", "loc": (), "msg": "the body is empty"}])
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_make_object)
     except (ValueError, RecursionError) as error:  # the messages contain positions, never the body's text
         rest = "not UTF-8, nested too deep, or a number is too long"
         reason = error.msg if isinstance(error, json.JSONDecodeError) else rest
         raise ApiError(400, f"the body is not valid JSON: {reason}") from None
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises ApiError for a key that occurs twice: readers differ on which one counts."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ApiError(422, f"{twice[:64]!r} occurs twice in one object; send it once")
+    return made
 
 
 def read_content_type(request: Request) -> str:
@@ -87,20 +133,24 @@ def read_content_type(request: Request) -> str:
 
 
 async def _read_form(request: Request) -> FormData:
+    parser = _InMemory(
+        request.headers,
+        request.stream(),
+        max_files=MAX_FORM_PARTS,
+        max_fields=MAX_FORM_PARTS,
+        max_part_size=MAX_FORM_FIELD_BYTES,
+    )
     try:
-        return await _InMemory(
-            request.headers,
-            request.stream(),
-            max_files=MAX_FORM_PARTS,
-            max_fields=MAX_FORM_PARTS,
-            max_part_size=MAX_FORM_FIELD_BYTES,
-        ).parse()
+        form = await parser.parse()
+        if not parser.ended:
+            raise ValueError("cut short")
     except (MultiPartException, KeyError, ValueError):
         raise ApiError(
             400,
-            f"the body is not a valid {FORM} with a boundary, at most {MAX_FORM_PARTS} parts and "
-            f"{MAX_FORM_FIELD_BYTES} bytes in a field",
+            f"the body is not a valid {FORM} in UTF-8 with a boundary, also at its end, at most {MAX_FORM_PARTS} parts "
+            f"and {MAX_FORM_FIELD_BYTES} bytes in a field",
         ) from None
+    return form
 
 
 def _from_form(form: FormData) -> tuple[ScoreBody, list[EncodedImage]]:

@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vaopd import errors
 from vaopd.http_types import Problem
@@ -103,6 +104,8 @@ def describe(error: Exception) -> tuple[Problem, dict[str, str]]:
         case HTTPException():
             problem = make_problem(error.status_code, str(error.detail), field=getattr(error, "field", None))
             return problem, dict(error.headers or {})
+        case ClientDisconnect():  # during the body, or refused there by the HTTP server
+            return make_problem(499, "the client disconnected"), {}
         case errors.Busy():
             seconds = max(1, math.ceil(error.retry_after_s))
             return make_problem(429, error.message), {"Retry-After": str(seconds)}

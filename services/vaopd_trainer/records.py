@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from vaopd.errors import LimitExceeded
+from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.files.durable import atomic_file
 from vaopd.run.json_lines import read_json_lines
 from vaopd.telemetry.progress_line import Progress, draw, format_duration
@@ -38,7 +38,12 @@ class JsonLines:
 
     def drop_from(self, step: int) -> None:
         """Removes the records of `step` and later ones: a resumed run takes those steps again."""
-        kept = [record for record in self.read() if record["step"] < step]
+        kept = []
+        for number, record in enumerate(self.read(), start=1):
+            if type(done := record.get("step")) is not int:
+                raise InvalidInput(f"{self.path}:{number}: step is {str(done)[:40]!r}, not a number; remove the line")
+            if done < step:
+                kept.append(record)
         with atomic_file(self.path) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
 

@@ -146,6 +146,19 @@ def test_a_body_of_very_many_small_chunks_is_refused(orphan_server: tuple[str, i
         assert (b"chunks" in answer) == (size == 1)
 
 
+def test_a_body_that_breaks_off_or_off_the_rules_is_no_error_of_the_server(
+    orphan_server: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for rest in (b"ZZ\r\n", b""):
+        with socket.create_connection(orphan_server, timeout=60) as connection:
+            connection.sendall(CHUNKED + b"\r\n2\r\n{}\r\n" + rest)
+            connection.shutdown(socket.SHUT_WR)
+            read_to_end(connection)
+    wait_until("both are in the log", lambda: sum("/v1/score 499" in line for line in caplog.messages) == 2)
+    assert "unexpected error" not in caplog.messages
+
+
 def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(orphan_server: tuple[str, int]) -> None:
     with socket.create_connection(orphan_server, timeout=60) as connection:
         connection.sendall(CHUNKED + b"Content-Length: 4\r\n\r\n2\r\n{}\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n")
@@ -244,6 +257,8 @@ def test_other_hosts_and_pages_of_other_sites_are_refused(api: Api) -> None:
     assert error_of(form)["status"] == 403
     assert error_of(api.http.post("/v1/score", json=BODY, headers={"Sec-Fetch-Site": "cross-site"}))["status"] == 403
     assert api.http.post("/v1/score", json=BODY, headers={"Origin": f"http://{host}"}).status_code == 200
+    both = [("Origin", f"http://{host}"), ("Origin", "http://evil.example")]
+    assert error_of(api.http.post("/v1/score", json=BODY, headers=both))["status"] == 403
     for name in ("localhost", "LOCALHOST:8080", "[::1]:8080"):
         assert api.http.get("/v1/teachers", headers={"Host": name}).status_code == 200
     assert api.http.get("/healthz", headers={"Host": "10.0.0.7:8080"}).status_code == 200  # a probe's

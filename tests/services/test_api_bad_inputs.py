@@ -154,9 +154,17 @@ def test_more_responses_than_the_teacher_takes(api: Api) -> None:
     ids=["empty", "cut", "single quotes", "no UTF-8", "no UTF-8 within", "nested too deep"],
 )
 def test_a_body_that_is_no_json(api: Api, content: bytes) -> None:
-    answer = api.http.post("/v1/score", content=content, headers=JSON)
-    assert answer.status_code == (422 if content == b"" else 400)
-    error_of(answer)
+    for route in ("/v1/score", "/v1/degrade") if content else ("/v1/score",):
+        answer = api.http.post(route, content=content, headers=JSON)
+        assert answer.status_code == (422 if content == b"" else 400)
+        assert "the body is" in error_of(answer)["detail"]
+
+
+@pytest.mark.parametrize("route", ["/v1/score", "/v1/score/batch", "/v1/degrade", "/v1/regions"])
+def test_a_key_that_occurs_twice(api: Api, route: str) -> None:
+    answer = api.http.post(route, content=b'{"image": {"a": 1, "a": 2}}', headers=JSON)
+    assert answer.status_code == 422
+    assert error_of(answer)["detail"] == "'a' occurs twice in one object; send it once"
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

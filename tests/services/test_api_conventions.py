@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,26 @@ def test_a_form_that_can_t_be_scored(api: Api, fields: dict[str, Any], field: st
 def test_a_form_s_image_is_looked_at_like_any_other(api: Api) -> None:
     answer = api.http.post("/v1/score", data={"question": "?", "response": "a"}, files={"image": ("a.gif", b"GIF89a")})
     assert (answer.status_code, error_of(answer)["field"]) == (415, "image.0")
-    torn = api.http.post(
-        "/v1/score", content=b"--x\r\nbroken", headers={"Content-Type": "multipart/form-data; boundary=x"}
-    )
-    assert torn.status_code in (400, 422)
-    assert error_of(torn)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        pytest.param(lambda form: form[:8], "", id="torn"),
+        pytest.param(lambda form: form.removesuffix(b"--x--\r\n"), "", id="no end"),
+        pytest.param(lambda form: form.replace(b"?", b"\xff"), "", id="no UTF-8"),
+        pytest.param(lambda form: form.replace(b"?", b"\xff"), "; charset=latin-1", id="no UTF-8, and says so"),
+        pytest.param(lambda form: form.replace(b"name", b"nome"), "", id="no names"),
+    ],
+)
+def test_a_form_that_is_none(api: Api, change: Callable[[bytes], bytes], kind: str) -> None:
+    parts = [b'Content-Disposition: form-data; name="%s"\r\n\r\n?' % name for name in (b"response", b"question")]
+    form = b"".join(b"--x\r\n" + part + b"\r\n" for part in parts) + b"--x--\r\n"
+    headers = {"Content-Type": f"multipart/form-data; boundary=x{kind}"}
+    answer = api.http.post("/v1/score", content=change(form), headers=headers)
+    assert answer.status_code == 400
+    assert "not a valid multipart/form-data in UTF-8" in error_of(answer)["detail"]
+    assert api.http.post("/v1/score", content=form, headers=headers).status_code == 200
 
 
 # ------------------------------------------------------------------------------------------- batches

@@ -137,7 +137,7 @@ def test_a_run_that_is_there_already_is_not_overwritten(
 
 
 def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vaopd.launch.up import parse_gpus
+    from vaopd.launch.placement import parse_gpus
 
     assert parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"]) == {"teacher": ("0,1",), "rollout": ("2", "3")}
     assert main(["up", str(config), "--gpus", "student=1"]) == 2

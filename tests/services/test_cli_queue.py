@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.support.groups import a_request, answer, take_one
 from tests.support.queue_jobs import Job
@@ -46,6 +47,19 @@ def test_one_is_dropped_and_one_sent_again(two_letters: Job, capsys: pytest.Capt
     assert f"has no dead letter '{second}'" in capsys.readouterr().err
     assert two_letters.dead_letters().list() == []
     assert answer(two_letters.worker("w2")).group_id == "g2"
+
+
+@pytest.mark.parametrize("fields", [{"x": b"\xff"}, {"key": b"k", "letter": b"\xff"}, {"letter": b""}])
+def test_what_is_no_letter_is_listed_and_can_only_be_dropped(
+    fields: dict[str, bytes], a_job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = redis.Redis.from_url(a_job.url).xadd(f"vaopd:{{{a_job.name}}}:dead", fields).decode()
+    assert run(a_job, "dead") == 0
+    assert "not a dead letter: another program has written" in capsys.readouterr().out
+    assert run(a_job, "retry", name) == 2
+    assert f"`vaopd queue drop {name}` removes it" in capsys.readouterr().err
+    assert run(a_job, "drop", name) == 0
+    assert a_job.dead_letters().list() == []
 
 
 def test_all_are_sent_again(two_letters: Job) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import closing
 
 import pytest
+import redis
 
 from tests.support.groups import a_request
 from tests.support.queue_contract import QueueContract
 from tests.support.queue_jobs import Job
-from vaopd.errors import ConfigError, InvalidInput
+from vaopd.errors import ConfigError, InvalidInput, VaopdError
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis
 
@@ -41,6 +42,33 @@ def test_a_redis_that_evicts_is_refused(tmp_path: object) -> None:
             pytest.raises(ConfigError, match="noeviction"),
         ):
             worker_queue.take(block_s=0)
+
+
+@pytest.mark.parametrize(
+    "key", ["epoch", "trainer", "requests", "groups", "seen:requests", "policies", "workers", "dead"]
+)
+@pytest.mark.parametrize("kind", ["SET", "RPUSH"])
+def test_what_another_program_wrote_to_its_keys_is_named(
+    key: str, kind: str, redis_server: EmbeddedRedis, a_job: Job
+) -> None:
+    trainer, worker = a_job.trainer(), a_job.worker("w")
+    server = redis.Redis(port=redis_server.port)
+    place = f"vaopd:{{{a_job.name}}}:{key}"
+    server.delete(place)
+    server.execute_command(kind, place, b"\xff")
+
+    def use_all() -> None:
+        trainer.acquire()
+        trainer.renew()
+        trainer.enqueue(a_request("g1"))
+        trainer.dead_letters()
+        trainer.policy(0)
+        trainer.workers_alive()
+
+    with pytest.raises(VaopdError, match="another program has written to the job's keys; use a Redis"):
+        use_all()
+    worker.close()
+    server.delete(place)
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "{x}", "a b", "x" * 201])

@@ -183,8 +183,11 @@ def test_an_empty_redis_gives_no_job_back_to_a_trainer_whose_successor_has_begun
         successor.acquire()  # at once: nobody holds it
 
 
-def test_a_redis_that_came_back_empty_gets_policy_and_missing_requests_again(make_collector: MakeCollector) -> None:
-    """What is in the trainer's hands already isn't asked for again."""
+@pytest.mark.parametrize("gone", ["all", "requests", "groups", "epoch", "group of requests", "group of groups"])
+def test_a_redis_that_came_back_empty_gets_policy_and_missing_requests_again(
+    gone: str, make_collector: MakeCollector
+) -> None:
+    """Or in part: somebody removed a key. What is in the trainer's hands already isn't asked for again."""
     with EmbeddedRedis() as server, closing(TrainerQueue(url=server.url, job="job", lease_s=5)) as queue:
         queue.acquire()
         collector = make_collector(queue)
@@ -192,9 +195,16 @@ def test_a_redis_that_came_back_empty_gets_policy_and_missing_requests_again(mak
         with closing(WorkerQueue(url=server.url, job="job", worker="w0")) as worker:
             answer(worker)
             assert [group.group_id for group in collect(collector, "g1")] == ["g1"]
+            answer(worker)  # g2, which is lost before the trainer reads it
 
-        server.kill()
-        server.start()  # without an append-only file: empty
+        key = f"vaopd:{{job}}:{gone.rpartition(' ')[2]}"
+        if gone == "all":
+            server.kill()
+            server.start()  # without an append-only file: empty
+        elif gone.startswith("group of"):
+            redis.Redis(port=server.port).xgroup_destroy(key, "rollout" if gone.endswith("requests") else "trainer")
+        else:
+            redis.Redis(port=server.port).delete(key)
 
         with closing(WorkerQueue(url=server.url, job="job", worker="w1")) as worker:
             answered: list[str] = []

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
+import shutil
 import ssl
 import stat
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from vaopd.access.certificates import FILES, make_certificates
 from vaopd.client import from_environment
-from vaopd.config import load_service_config
+from vaopd.config import TeacherTlsConfig, TlsConfig, load_config, load_service_config
 from vaopd.errors import ConfigError
+from vaopd_api.__main__ import read_tls_expiry
+from vaopd_teacher.rpc.tls import make_server_credentials
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +57,77 @@ def test_a_file_that_holds_no_key_is_named_by_its_variable_and_not_quoted(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["VAOPD_API_KEY_FILE", "VAOPD_TLS_CA"])
-def test_a_missing_file_is_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} = '/nowhere/x' can't be read"):
-        from_environment({name: "/nowhere/x"})
+@pytest.mark.parametrize(
+    "damage", [lambda path: None, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir]
+)
+def test_a_file_that_can_t_be_read_is_named_at_once(
+    name: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    damage(tmp_path / "x")
+    with pytest.raises(ConfigError, match=f"{name} = '{tmp_path}/x' can't be read"):
+        from_environment({name: str(tmp_path / "x")})
+
+
+@pytest.mark.parametrize("damage", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_neither_is_a_configuration_waited_for(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    damage(tmp_path / "x.toml")
+    for read in (load_config, load_service_config):
+        with pytest.raises(ConfigError, match=r"x\.toml' can't be read \(not a regular file\)"):
+            read(tmp_path / "x.toml")
 
 
 def test_a_client_certificate_needs_its_key(folder: Path) -> None:
     with pytest.raises(ConfigError, match="VAOPD_TLS_CERT and VAOPD_TLS_KEY go together"):
         from_environment({"VAOPD_TLS_CERT": str(folder / "client.pem")})
+
+
+def lock(folder: Path, out: Path) -> Path:
+    """Writes the client's key with a pass phrase."""
+    key = serialization.load_pem_private_key((folder / "client.key").read_bytes(), None)
+    encryption = serialization.BestAvailableEncryption(b"secret")
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    out.write_bytes(key.private_bytes(pem, pkcs8, encryption))
+    out.chmod(0o600)
+    return out
+
+
+@pytest.mark.parametrize("content", ["", "no PEM", "server.key"])
+def test_what_is_no_certificate_is_named(content: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text((folder / content).read_text() if content.endswith(".key") else content)
+    with pytest.raises(ConfigError, match=r"VAOPD_TLS_CA = '.*/x' holds no certificate"):
+        from_environment({"VAOPD_TLS_CA": str(tmp_path / "x")})
+
+
+@pytest.mark.parametrize("key", ["server.key", "ca.pem", "locked"])
+def test_a_key_that_doesn_t_fit_is_named_and_no_pass_phrase_asked_for(key: str, folder: Path, tmp_path: Path) -> None:
+    path = lock(folder, tmp_path / key) if key == "locked" else shutil.copy(folder / key, tmp_path / key)
+    path.chmod(0o600)
+    with pytest.raises(
+        ConfigError, match=r"VAOPD_TLS_CERT = '.*' and VAOPD_TLS_KEY = '.*' must be PEM .*without a pass"
+    ):
+        from_environment({"VAOPD_TLS_CERT": str(folder / "client.pem"), "VAOPD_TLS_KEY": str(path)})
+
+
+@pytest.mark.parametrize("damage", ["open", "a pipe", "locked"])
+@pytest.mark.parametrize("server", ["teacher", "api"])
+def test_a_server_refuses_such_a_key_too(server: str, damage: str, folder: Path, tmp_path: Path) -> None:
+    cert, key = shutil.copy(folder / "client.pem", tmp_path / "cert"), tmp_path / "key"
+    if damage == "a pipe":
+        os.mkfifo(key, 0o600)
+    else:
+        lock(folder, key) if damage == "locked" else shutil.copy(folder / "client.key", key)
+        key.chmod(0o604 if damage == "open" else 0o600)
+    words = {
+        "open": rf"\[{server}\.tls\] key '{key}' has mode 0604 .* chmod go-w,o-r {key}",
+        "a pipe": "not a regular file",
+        "locked": "without a pass phrase",
+    }
+    start: dict[str, Callable[[], object]] = {
+        "teacher": lambda: make_server_credentials(TeacherTlsConfig(cert=cert, key=key), "localhost:0"),
+        "api": lambda: read_tls_expiry(TlsConfig(cert=cert, key=key)),
+    }
+    with pytest.raises(ConfigError, match=words[damage]):
+        start[server]()
 
 
 def test_an_authority_turns_tls_on(folder: Path) -> None:

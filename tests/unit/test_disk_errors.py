@@ -13,6 +13,7 @@ from tests.support.runs import MINIMAL, make_run
 from vaopd import process
 from vaopd.cli import main
 from vaopd.config import Config
+from vaopd.files.plain import UnfitFile
 from vaopd.process.failures import explain_disk
 
 FAILURES = {
@@ -24,6 +25,11 @@ FAILURES = {
     "another's": (
         PermissionError(errno.EACCES, "", "/runs/r"),
         "/runs/r: Permission denied; choose a folder that this",
+    ),
+    "a pipe": (UnfitFile(errno.EINVAL, "not a regular file", "/runs/r/x"), "/runs/r/x: not a regular file; move it"),
+    "a folder": (
+        IsADirectoryError(errno.EISDIR, "", "/runs/r/x"),
+        "/runs/r/x: Is a directory; name a file in it, or move that folder away",
     ),
     "a library's": (
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -63,7 +69,9 @@ def test_a_command_says_it_in_one_line(
 def test_a_folder_where_a_file_belongs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run")
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"vaopd: {tmp_path}: Is a directory; name a file in it\n"
+    assert (
+        capsys.readouterr().err == f"vaopd: {tmp_path}: Is a directory; name a file in it, or move that folder away\n"
+    )
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import threading
@@ -94,7 +95,12 @@ def test_a_running_service_notices_new_and_revoked_keys(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "[]", '{"version": 1}', '{"version": 2, "keys": []}', '{"version": 1, "keys": [{}]}']
+    "content",
+    [
+        *(None, "{", "[]", '{"version": 1}', '{"version": 2, "keys": []}', '{"version": 1, "keys": [{}]}'),
+        *("[" * 100_000, "a pipe", "open to others"),
+    ],
+    ids=lambda content: str(content)[:20],
 )
 def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | None) -> None:
     """Not even who was let in before: the change may have been a revocation."""
@@ -103,10 +109,17 @@ def test_while_the_file_is_unreadable_nobody_gets_in(file: Path, content: str | 
     good = file.read_text()
     if content is None:
         file.unlink()
+    elif content == "a pipe":
+        file.unlink()
+        os.mkfifo(file, 0o600)
+    elif content == "open to others":
+        file.chmod(0o644)
     else:
         file.write_text(content)
-    with pytest.raises(Unavailable, match="fix the key file"):
-        store.find_job(key)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="fix the key file"):
+            store.find_job(key)
+    file.unlink(missing_ok=True)
     file.write_text(good)
     file.chmod(0o600)
     assert store.find_job(key) == "geometry"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
+from vaopd.files.plain import UnfitFile
 from vaopd.run.checkpoints import LedgerLine, RunState, write_run_state
 from vaopd.run.ledger import Audit, Ledger, audit
 
@@ -161,11 +163,27 @@ def test_a_line_that_a_crash_cut_short_is_neither_read_nor_written_on(ledger: Le
     assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["published", "delivered"]
 
 
-def test_a_damaged_line_is_named(ledger: Ledger, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event":"deli',
+        '{"event":"published","group":"b","step":"x","policy":0}',
+        '{"event":"published","group":1,"step":1,"policy":0}',
+        '{"event":"dropped","group":"a","reason":1}',
+        '{"event":"checkpoint","step":"x"}',
+    ],
+)
+def test_a_damaged_line_is_named(line: str, ledger: Ledger, tmp_path: Path) -> None:
     published(ledger, "a", step=0)
-    (tmp_path / "ledger.jsonl").write_text((tmp_path / "ledger.jsonl").read_text() + '{"event":"deli\n')
-    with pytest.raises(InvalidInput, match=r"ledger.jsonl:2 is not a JSON object"):
+    (tmp_path / "ledger.jsonl").write_text((tmp_path / "ledger.jsonl").read_text() + line + "\n")
+    with pytest.raises(InvalidInput, match=r"ledger.jsonl:2 is not a (JSON object|ledger event)"):
         audit(tmp_path)
+
+
+def test_a_pipe_in_its_place_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ledger.jsonl")
+    with pytest.raises(UnfitFile, match="not a regular file"):
+        Ledger(tmp_path / "ledger.jsonl", owner="t", fresh=False)
 
 
 def test_a_folder_without_books_is_no_run(tmp_path: Path) -> None:

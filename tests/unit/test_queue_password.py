@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import MINIMAL, make_run
-from vaopd.config import load_config, to_toml
+from vaopd.config import QueueConfig, load_config, to_toml
 from vaopd.errors import ConfigError
 from vaopd.launch.up import make_environment, make_service_argv
 from vaopd.net.passwords import add_password, remove_passwords, split_password
@@ -22,6 +22,8 @@ URLS = (
     "unix://:s3cret%2F@/run/redis.sock?db=1",
     "unix:///run/redis.sock?password=s3cret%2F&db=1",
 )
+ENDED = ("pa ss", "pa#ss", "pa/ss", "pa?ss", "pa[ss", "pa\tss", "pa\u2100ss")
+"""Passwords with a character that ends them in a URL, or that a URL can't have: the rest was shown, or lost."""
 
 
 @pytest.fixture
@@ -51,6 +53,42 @@ def test_a_child_finds_the_password_in_its_environment(file: Path, monkeypatch: 
     assert child.queue.find_url() == URLS[0]
 
 
+@pytest.mark.parametrize("password", ["it's", 'a"b', "pässwörd", "p@ss", "p%zz", "a:b"])
+def test_a_password_may_have_any_other_character(password: str, file: Path) -> None:
+    url = f"redis://me:{password}@db:6380/1"
+    config = load_config(file, [f"queue.url={url}"])
+    shown = [
+        to_toml(config),
+        *make_service_argv("trainer", file, [f"queue.url={url}"]),
+        remove_passwords(f"got {url!r}"),
+    ]
+    assert not [text for text in shown if password in text]
+    assert split_password(config.queue.find_url()) == ("redis://me@db:6380/1", password)
+
+
+@pytest.mark.parametrize("password", ENDED)
+@pytest.mark.parametrize("url", ["redis://me:{}@db:6380/1", "unix://:{}@/run/redis.sock"])
+def test_one_that_would_end_the_url_is_refused_unquoted(url: str, password: str, file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"queue: url can't be used: .*%2F for /.*queue\.password_file") as refused:
+        load_config(file, ["queue.url=" + url.format(password)])
+    assert "ss@" not in str(refused.value)
+    with pytest.raises(ValueError) as library:  # noqa: PT011
+        QueueConfig(url=url.format(password))
+    assert "ss@" not in str(library.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", None])
+def test_a_file_without_a_password_is_named(content: bytes | None, tmp_path: Path) -> None:
+    secret = tmp_path / "redis.password"
+    if content is None:
+        os.mkfifo(secret, 0o600)
+    else:
+        secret.write_bytes(content)
+        secret.chmod(0o600)
+    with pytest.raises(ConfigError, match=rf"queue.password_file '{secret}' (is empty|can't be read \((it is )?not)"):
+        QueueConfig(url="redis://db/0", password_file=secret).find_url()
+
+
 @pytest.mark.parametrize("by", ["the configuration", "the environment"])
 def test_a_file_holds_the_password(by: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = file.with_name("redis.password")
@@ -75,7 +113,11 @@ def test_a_file_holds_the_password(by: str, file: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "url", ["http://me:s3cret@db/0", "redis://me:s3cret@db:port/0", "redis://[me:s3cret@db", "s3cret://x:s3cret@"]
+    "url",
+    [
+        *("http://me:s3cret@db/0", "redis://me:s3cret@db:port/0", "redis://[me:s3cret@db", "s3cret://x:s3cret@"),
+        *("redis://me:s3cret@db?nosuch=1", "redis://db?Password=:s3cret"),
+    ],
 )
 def test_no_message_about_a_wrong_url_quotes_the_password(url: str, file: Path) -> None:
     with pytest.raises(ConfigError) as refused:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.runs import MINIMAL
 from vaopd.config import Config, validate
 from vaopd.errors import ConfigError, Mismatch
+from vaopd.launch.resume import read_launch
 from vaopd.run import settings
 from vaopd.run.checkpoints import RunState
 from vaopd.run.teacher import ANY, TeacherRecord, check_teacher
@@ -166,3 +169,25 @@ def test_a_command_line_that_is_repeated_accepts_no_later_teacher() -> None:
     with pytest.raises(Mismatch, match="name the revision: --accept-teacher bbbbbbbbbbbbbbbb"):
         is_accepted(NEW, accept=ANY, before=(None, ANY))
     assert is_accepted(NEW, accept=ANY, before=(ANY, None))
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        ({"addresses": ["x"]}, "addresses: "),
+        ({"addresses": {"queue.url": ["x"]}}, "addresses.queue.url: "),
+        ({"gpus": {"teacher": 1}}, "gpus.teacher: "),
+        ({"service": 1}, "service: "),
+        ({"teacher": [1]}, "teacher: "),
+        ({"other": 1}, "other: no such key"),
+    ],
+)
+def test_options_of_other_types_are_named_when_a_run_is_resumed(
+    written: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "test"
+    run.mkdir()
+    (run / "config.toml").write_text(MINIMAL)
+    (run / "launch.json").write_text(json.dumps(written))
+    with pytest.raises(ConfigError, match=rf"launch\.json:\n  {named}"):
+        read_launch(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -189,6 +190,9 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "the file of another step": lambda file, other: shutil.copy(other, file),
     "missing": lambda file, other: file.unlink(),
     "empty": lambda file, other: file.write_bytes(b""),
+    "a pipe": lambda file, other: (file.unlink(), os.mkfifo(file)),
+    "a folder": lambda file, other: (file.unlink(), file.mkdir()),
+    "a loop of links": lambda file, other: (file.unlink(), file.symlink_to(file.name)),
 }
 
 

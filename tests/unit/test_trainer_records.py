@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.terminal import Terminal
-from vaopd.errors import LimitExceeded
+from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd_trainer.records import JsonLines, ProgressLine
 
 METRICS = {"loss": 1.25, "mean_va": 0.5, "rollouts_per_s": 20.0}
@@ -47,6 +47,13 @@ def test_a_resumed_run_drops_what_it_will_do_again_and_a_torn_last_line(tmp_path
     lines.drop_from(3)
     lines.write({"step": 3})
     assert [json.loads(line)["step"] for line in lines.path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["{}", '{"step": "3"}', '{"step": null}'])
+def test_a_line_of_no_step_is_named_when_a_run_resumes(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(InvalidInput, match=r"metrics.jsonl:2: step is .*, not a number; remove the line"):
+        JsonLines(tmp_path / "metrics.jsonl").drop_from(1)
 
 
 class Clock:

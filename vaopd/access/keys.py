@@ -118,12 +118,12 @@ class KeyStore:
 
 
 def _read_signature(path: Path) -> tuple[int, int, int] | None:
-    """Returns a value that changes when the file is replaced or written; None where there is no file."""
+    """Returns a value that changes when the file is replaced, written or opened to others; None without a file."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_ctime_ns, status.st_size
 
 
 def _index_by_id(entries: Sequence[KeyEntry]) -> dict[str, KeyEntry]:
@@ -148,7 +148,7 @@ def read_keys(path: Path) -> list[KeyEntry]:
         entries = [KeyEntry(**item) for item in content["keys"]]
         for entry in entries:
             _check(entry)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"key file {str(path)!r} is malformed; restore it, or make one by `vaopd keys add`") from None
     return entries
 

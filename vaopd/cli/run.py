@@ -96,7 +96,8 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.launch.up import parse_gpus, up
+    from vaopd.launch.placement import parse_gpus
+    from vaopd.launch.up import up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
     auto = "auto" in arguments.gpus

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vaopd.client.channel import await_answer
-from vaopd.client.credentials import API_KEY_FILE, CA, CERT, KEY, from_environment
+from vaopd.client.credentials import API_KEY_FILE, CA, CERT, KEY, from_environment, make_tls_context
 from vaopd.client.replicas import PROBE_S, Replica, speaks_tls, split_addresses
 from vaopd.errors import (
     Busy,
@@ -142,17 +142,9 @@ def _check_connection(address: str, environment: Mapping[str, str]) -> None:
 def _check_certificates(host: str, port: int, environment: Mapping[str, str]) -> None:
     """Raises ConfigError for a certificate that isn't good, of the server or of this client."""
     address = f"{host}:{port}"
-    ca, cert, key = (environment.get(name) or None for name in (CA, CERT, KEY))
-    try:
-        context = ssl.create_default_context(cafile=ca)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"{CA} = {ca!r} holds no certificate that can be read ({error})") from None
+    from_environment(environment)  # reads the files, within bounds
+    context = make_tls_context(environment)
     context.set_alpn_protocols(["h2"])
-    if cert and key:
-        try:
-            context.load_cert_chain(cert, key)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"{CERT} and {KEY} don't go together or can't be read ({error})") from None
     agreed = False
     try:
         with (
@@ -180,7 +172,7 @@ def _check_certificates(host: str, port: int, environment: Mapping[str, str]) ->
         if not agreed:
             return
         reason = "it hung up"
-    given = f"refuses the certificate of {CERT}" if cert else "wants a client's certificate"
+    given = f"refuses the certificate of {CERT}" if environment.get(CERT) else "wants a client's certificate"
     raise ConfigError(
         f"the teacher at {address} {given} ({reason}); set {CERT} and {KEY} to one that its authority signed (`vaopd "
         "certs` makes them)"

@@ -141,7 +141,10 @@ class QueueConfig(Section):
         """Takes the password out of the URL, so that no dump, message or file holds it."""
         password = None
         if isinstance(values, dict) and isinstance(values.get("url"), str):
-            url, password = split_password(values["url"])
+            try:
+                url, password = split_password(values["url"])
+            except ValueError as error:
+                raise ValueError(f"url can't be used: {error}") from None
             values = values | {"url": url}
         section = validate(values)
         if password is not None:
@@ -156,7 +159,7 @@ class QueueConfig(Section):
     def find_url(self) -> str:
         """Returns the URL with the password, to open it with; the URL's own, else from file or environment.
 
-        Raises ConfigError for a file that can't be read, or is open to others.
+        Raises ConfigError for a file that can't be read, is empty or is open to others.
         """
         password = self._password or os.environ.get(QUEUE_PASSWORD)
         file = os.environ.get(QUEUE_PASSWORD_FILE) or self.password_file
@@ -164,7 +167,10 @@ class QueueConfig(Section):
             try:
                 password = read_secret(Path(file), what="password file").decode().strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"queue.password_file {str(file)!r} can't be read ({error})") from None
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+                raise ConfigError(f"queue.password_file {str(file)!r} can't be read ({reason})") from None
+            if not password:
+                raise ConfigError(f"queue.password_file {str(file)!r} is empty; write Redis's password into it")
         return add_password(self.url, password) if password else self.url
 
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from vaopd.errors import ConfigError
+from vaopd.files.plain import read_plain
 from vaopd.net.passwords import remove_passwords
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +32,9 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class Section(pydantic.BaseModel):
     """A table of a TOML file. It refuses unknown keys; the docstring under a field describes it."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -101,9 +104,9 @@ def _list_kinds(field: FieldInfo) -> set[Any]:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses a file. Raises ConfigError if it can't be read or is not TOML."""
+    """Parses a file. Raises ConfigError if it can't be read, is not a plain file, or is not TOML."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain(Path(path))
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} can't be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

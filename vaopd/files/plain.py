@@ -11,19 +11,23 @@ from typing import BinaryIO
 MIB = 2**20
 
 
+class UnfitFile(OSError):
+    """A pipe, device or folder lies in a file's place, or the file is larger than what is read."""
+
+
 def open_plain(path: Path, *, limit_bytes: int | None) -> BinaryIO:
     """Opens a regular file of at most `limit_bytes` for reading.
 
-    Raises OSError also for a larger one, and for a pipe, device or folder: a pipe without a writer would never open.
+    Raises UnfitFile for a larger one, and for a pipe, device or folder: a pipe without a writer would never open.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+            raise UnfitFile(errno.EINVAL, "not a regular file", str(path))
         if limit_bytes is not None and status.st_size > limit_bytes:
             reason = f"{status.st_size / MIB:.1f} MiB, more than the {limit_bytes / MIB:g} MiB that are read"
-            raise OSError(errno.EFBIG, reason, str(path))
+            raise UnfitFile(errno.EFBIG, reason, str(path))
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)

@@ -7,21 +7,24 @@ import stat
 from pathlib import Path
 
 from vaopd.errors import ConfigError
+from vaopd.files.plain import MIB, open_plain
 
 _OPEN = stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH
 """A group may read: containers get their secrets so."""
 
 
 def read_secret(path: Path, *, what: str) -> bytes:
-    """Returns a file's content. Raises ConfigError, with the chmod to do, for one that is open to others; OSError.
+    """Returns a file's content. Raises ConfigError, with the chmod to do, for one that is open to others.
+
+    Raises OSError as `open_plain` too: a service reads its keys again while it serves, and must not hang on a pipe.
 
     what: the file's part in messages, such as "key file".
     """
-    with path.open("rb") as file:
+    with open_plain(path, limit_bytes=MIB) as file:
         mode = os.fstat(file.fileno()).st_mode
         if mode & _OPEN:
             raise ConfigError(
                 f"{what} {str(path)!r} has mode {stat.S_IMODE(mode):04o} and may be read or written by others; "
                 f"chmod go-w,o-r {path}"
             )
-        return file.read()
+        return file.read(MIB)

@@ -22,6 +22,7 @@ from vaopd.errors import ConfigError
 from vaopd.vlm import memory
 from vaopd.vlm.memory import GIB, MARGIN, Model
 
+ROLES = ("teacher", "rollout", "trainer")
 VLLM_SHARE = 0.85
 """vLLM's share of a card of its own (gpu_memory_utilization); it never gets more."""
 GROUP_TOKENS = 20_000
@@ -116,6 +117,26 @@ def assume_cards(text: str) -> list[Card]:
         return [Card(index=index, gib=float(gib), name="assumed") for index in range(int(number))]
     except ValueError:
         raise ConfigError(f"--cards {text!r} is not NUMBERxGIB, such as 8x79.1") from None
+
+
+def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Reads the values of `--gpus`; a role given several times has as many processes. Raises ConfigError.
+
+    >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
+    {'teacher': ('0,1',), 'rollout': ('2', '3')}
+    """
+    placed: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        role, separator, devices = value.partition("=")
+        if not separator or role not in ROLES:
+            raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
+        placed[role] = (*placed.get(role, ()), devices)
+    if len(placed.get("trainer", ())) > 1:
+        raise ConfigError(
+            f"--gpus trainer is given {len(placed['trainer'])} times; it is one process or one group of ranks: "
+            f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
+        )
+    return placed
 
 
 def _count_adapters(config: Config, student: Model) -> int:

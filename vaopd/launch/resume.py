@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vaopd.config import Config, load_config
+from pydantic import Field
+
+from vaopd.config import Config, Section, load_config, validate
 from vaopd.errors import ConfigError, InvalidInput, NotFound
 from vaopd.files.durable import atomic_file
 from vaopd.files.plain import read_plain
@@ -25,6 +27,15 @@ from vaopd.run.teacher import TeacherRecord, check_teacher
 from vaopd.types import TeacherDescription
 
 FILE = "launch.json"
+
+
+class _Recorded(Section):
+    """RUN/launch.json."""
+
+    addresses: dict[str, str] = Field(default_factory=dict)
+    teacher: str | None = None
+    service: Path | None = None
+    gpus: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +72,15 @@ def read_launch(run: Path) -> Launch:
             f"--resume {run}: this is run {recorded.run.name!r}, whose requests and checkpoints name it; rename the "
             f"folder to {recorded.run.name}"
         )
-    values = _read_table(run / FILE)
+    launch = validate(_Recorded, _read_table(run / FILE), origin=str(run / FILE))
     overrides = [f"run.folder={run.resolve().parent}"]
-    overrides += [f"{key}={value}" for key, value in values.get("addresses", {}).items()]
-    service = values.get("service")
+    overrides += [f"{key}={value}" for key, value in launch.addresses.items()]
     return Launch(
         config_path=path,
         overrides=tuple(overrides),
-        teacher=values.get("teacher"),
-        service=Path(service) if service else None,
-        gpus={role: tuple(devices) for role, devices in values.get("gpus", {}).items()},
+        teacher=launch.teacher,
+        service=launch.service,
+        gpus=launch.gpus,
     )
 
 
@@ -157,7 +167,7 @@ def _dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def _read_table(path: Path) -> Mapping[str, Any]:
+def _read_table(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(read_plain(path))
     except FileNotFoundError:

@@ -40,7 +40,6 @@ TRAINER_GRACE_S = 300.0  # it finishes the step in hand and checkpoints; a secon
 AFTER_DRAIN_S = 10.0  # from drain_s, if the service file sets it, to SIGKILL
 EXIT_STOPPED = 130  # the trainer's, after a signal
 RESTART_S = 1.0  # before the trainer's first restart; each further one waits twice as long
-ROLES = ("teacher", "rollout", "trainer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,26 +367,6 @@ def check_ports(config: Config, options: UpOptions) -> None:
             raise ConfigError(
                 f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
             )
-
-
-def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the values of `--gpus`; a role given several times has as many processes. Raises ConfigError.
-
-    >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
-    {'teacher': ('0,1',), 'rollout': ('2', '3')}
-    """
-    placed: dict[str, tuple[str, ...]] = {}
-    for value in values:
-        role, separator, devices = value.partition("=")
-        if not separator or role not in ROLES:
-            raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
-        placed[role] = (*placed.get(role, ()), devices)
-    if len(placed.get("trainer", ())) > 1:
-        raise ConfigError(
-            f"--gpus trainer is given {len(placed['trainer'])} times; it is one process or one group of ranks: "
-            f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
-        )
-    return placed
 
 
 def may_be_cured(code: int) -> bool:

@@ -6,7 +6,8 @@ import re
 from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
 
 _UP_TO_PASSWORD = re.compile(r"(?i)[a-z][a-z0-9+.-]{0,31}://[^:/@]*:")
-_IN_QUERY = re.compile(r"(?P<mark>[?&])password=[^&]*(?P<more>&?)")
+# Of a URL in quotes the last one is not the password's.
+_IN_QUERY = re.compile(r"(?i)(?P<mark>[?&])password=[^&]*?(?P<more>&|(?=[\"']?$))")
 
 
 def remove_passwords(text: str) -> str:
@@ -15,18 +16,26 @@ def remove_passwords(text: str) -> str:
     >>> remove_passwords("redis://me:secret@host/0 and redis://:secret@host, unix:///run/redis?db=1&password=secret")
     'redis://me@host/0 and redis://host, unix:///run/redis?db=1'
     """
-    return "".join(_remove_from_word(word) for word in re.split(r"""([\s"']+)""", text))
+    return "".join(map(_remove_from_word, re.split(r"(\s+)", text)))
 
 
 def split_password(url: str) -> tuple[str, str | None]:
-    """Returns a URL without its password, and the password; None when it has none."""
+    """Returns a URL without its password, and the password; None when it has none.
+
+    Raises ValueError, which quotes nothing, where a character of the password ends it: it would be shown, or be lost.
+    """
+    rest = remove_passwords(url)
     try:
         parts = urlsplit(url)
-        password = unquote(parts.password) if parts.password else None
-        asked = parse_qs(parts.query).get("password")
+        password = unquote(parts.password or "") or next(iter(parse_qs(parts.query).get("password", ())), None)
     except ValueError:
-        return remove_passwords(url), None
-    return remove_passwords(url), asked[0] if asked else password
+        password = None
+    if re.search(r"\s", url) or (rest != url and not password):
+        raise ValueError(
+            "write spaces, and each character of the password other than letters, digits, '-', '.', '_' and '~', as % "
+            "and two hexadecimal digits (%2F for /, %40 for @), or put the password into queue.password_file"
+        )
+    return rest, password
 
 
 def add_password(url: str, password: str) -> str:

@@ -7,6 +7,7 @@ import os
 import re
 
 from vaopd.errors import ConfigError, VaopdError
+from vaopd.files.plain import UnfitFile
 from vaopd.process.extras import explain_missing_module
 
 NO_VLLM = (
@@ -28,10 +29,11 @@ _DISK = {
     errno.EACCES: "choose a folder that this account may write",
     errno.EPERM: "choose a folder that this account may write",
     errno.EIO: "the disk is damaged; choose another one",
+    errno.ELOOP: "remove that loop of links",
 }
 _PATH = {
-    errno.EISDIR: "name a file in it",
-    errno.ENOTDIR: "a part of this path is a file; choose another one",
+    errno.EISDIR: "name a file in it, or move that folder away",
+    errno.ENOTDIR: "a part of this path is a file; choose another one, or move that file away",
     errno.EEXIST: "choose another name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -44,9 +46,11 @@ def explain_disk(error: BaseException) -> str | None:
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a rename, where it should go
     if type(error).__name__ == "SafetensorError" and (found := _RUST_ERRNO.search(str(error))):
         code = int(found[1])
+    place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
+    if isinstance(error, UnfitFile):
+        return f"{place}{error.strerror}; move it away, and copy the file back from a backup if it matters"
     if code not in _DISK and code not in _PATH:
         return None
-    place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
     remedy = _PATH.get(code) or f"{_DISK[code]}, then continue with --resume or run the command again"
     return f"{place}{os.strerror(code)}; {remedy}"
 

@@ -124,11 +124,13 @@ class Connection:
                 retry=Retry(NoBackoff(), 0),
                 **({} if unix else {"socket_keepalive": True}),
             )
-        except ValueError:
+            pool = self.redis.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # options that redis-py doesn't know fail here only
+        except (ValueError, TypeError, redis.RedisError):
             raise ConfigError(
                 # Never the library's message: of a malformed URL it may quote the password.
                 "the Redis URL can't be used; write redis://HOST:PORT/0, rediss://… or unix:///PATH, and the password, "
-                "percent-encoded, in it or in queue.password_file"
+                "percent-encoded, in it or in queue.password_file; after ? only options of redis-py"
             ) from None
         self.key = {name: f"vaopd:{{{job}}}:{name}" for name in scripts.KEY_NAMES}
         self._scripts: dict[str, Any] = {}
@@ -170,7 +172,9 @@ class Connection:
                     raise GroupMissing from None
                 if text.startswith("MISCONF"):
                     raise Unavailable(f"Redis at {self.where} can't write to its disk; free some space there") from None
-                raise VaopdError(f"Redis at {self.where} refused a command: {text}") from None
+                if text.startswith("WRONGTYPE"):
+                    text = scripts.FOREIGN
+                raise VaopdError(f"Redis at {self.where} refused a command of job {self.job!r}: {text}") from None
 
     def _note_silence(self, error: Exception) -> None:
         """Says once in an outage what is waited for; waiting itself is silent until the patience is over."""

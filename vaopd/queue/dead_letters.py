@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-from vaopd.errors import NotFound
+from google.protobuf.message import DecodeError
+
+from vaopd.errors import InvalidInput, NotFound
 from vaopd.pb import queue_pb2
 from vaopd.queue import scripts
 from vaopd.queue.connection import Connection
@@ -28,11 +30,16 @@ def _read_letters(connection: Connection, start: str, end: str, limit: int) -> l
     found = connection.call(lambda: connection.redis.xrange(connection.key["dead"], start, end, count=limit))
     letters = []
     for entry_id, fields in found:
-        letter = queue_pb2.DeadLetter.FromString(fields[b"letter"])
+        try:
+            letter = queue_pb2.DeadLetter.FromString(fields.get(b"letter", b""))
+        except DecodeError:
+            letter = queue_pb2.DeadLetter()
+        if letter.stream not in ("requests", "groups"):
+            letter = queue_pb2.DeadLetter(reason=f"not a dead letter: {scripts.FOREIGN}")
         letters.append(
             DeadLetter(
                 entry_id=entry_id.decode(),
-                key=fields[b"key"].decode(errors="replace"),
+                key=fields.get(b"key", b"").decode(errors="replace"),
                 stream=letter.stream,
                 reason=letter.reason,
                 deliveries=letter.deliveries,
@@ -56,6 +63,8 @@ class DeadLetters:
     def retry(self, entry_id: str) -> None:
         """Publishes a letter's body again, as a new entry without deliveries. Raises NotFound when it is gone."""
         letter = self._find(entry_id)
+        if not letter.stream:
+            raise InvalidInput(f"{entry_id} is {letter.reason}; `vaopd queue drop {entry_id}` removes it")
         self._connection.join()
         # A letter that is gone by now was published by this call, with its reply lost, or by another process.
         scripts.retry_dead(self._connection.run, entry_id, letter.stream, letter.body)

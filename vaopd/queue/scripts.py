@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vaopd.errors import InvalidInput
+
 FOLDER = Path(__file__).parent / "lua"
 KEY_NAMES = (
     "requests",  # stream, group "rollout": one entry per request that is not yet answered
@@ -33,6 +35,7 @@ Run = Callable[..., Any]
 
 `Connection.run` is the one in use.
 """
+FOREIGN = "another program has written to the job's keys; use a Redis, or a number of a database, of vaopd's own"
 _INCLUDE = re.compile(r"^-- include (\S+)\n", re.MULTILINE)
 
 
@@ -85,13 +88,13 @@ def read_script(name: str) -> str:
 
 def join(run: Run, new_epoch: str) -> str:
     """Creates streams and groups where they are missing; returns the epoch, `new_epoch` where there was none."""
-    return run("join", new_epoch)[1].decode()
+    return _name(run("join", new_epoch)[1])
 
 
 def acquire(run: Run, owner: str, lease_ms: int) -> tuple[str, int] | None:
     """Takes the job. Returns None, or its present holder and for how many ms at least it holds the job."""
     reply = run("acquire", owner, lease_ms)
-    return None if reply[0] == b"ok" else (reply[1].decode(), reply[2])
+    return None if reply[0] == b"ok" else (_name(reply[1]), reply[2])
 
 
 def retry_dead(run: Run, entry_id: str, stream: str, body: bytes) -> None:
@@ -101,7 +104,7 @@ def retry_dead(run: Run, entry_id: str, stream: str, body: bytes) -> None:
 
 def workers_alive(run: Run) -> list[str]:
     """Returns the workers seen in the last half minute."""
-    return [name.decode() for name in run("workers_alive", 30_000)]
+    return [_name(name) for name in run("workers_alive", 30_000)]
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------
@@ -200,8 +203,16 @@ def _run_fenced(run: Run, name: str, fence: Fence, *args: str | int | bytes) -> 
     if reply[0] == b"epoch":
         raise EpochGone
     if reply[0] == b"lost":
-        raise JobLost(reply[1].decode())
+        raise JobLost(_name(reply[1]))
     return reply
+
+
+def _name(value: bytes) -> str:
+    """Returns the name that a script found. Raises InvalidInput for what vaopd can't have written."""
+    try:
+        return value.decode("ascii")
+    except UnicodeDecodeError:
+        raise InvalidInput(f"Redis has {value[:40]!r} in place of a name: {FOREIGN}") from None
 
 
 def _read_entries(reply: Iterable[tuple[bytes, int, bytes, bytes]]) -> list[Entry]:

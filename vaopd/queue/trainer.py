@@ -205,7 +205,7 @@ class TrainerQueue(TrainerEnd):
                     self.lease_s,
                 )
                 return script(run, fence, *args, **kwargs)
-        except scripts.EpochGone:
+        except (scripts.EpochGone, GroupMissing):
             raise self._make_empty_error() from None
         except scripts.JobLost as lost:
             now = f"trainer {lost.holder!r} holds it" if lost.holder else "another one had it since"
@@ -217,8 +217,8 @@ class TrainerQueue(TrainerEnd):
     def _make_empty_error(self) -> Mismatch:
         return Mismatch(
             f"Redis at {self._connection.where} is not the one that job {self._connection.job!r} began with (epoch "
-            f"{self._epoch or 'none'} is gone: it came back empty, or acquire() was not called); acquire() again and "
-            "enqueue what is in flight again"
+            f"{self._epoch or 'none'} or a stream is gone: it came back empty, keys were removed, or acquire() was not "
+            "called); acquire() again and enqueue what is in flight again"
         )
 
     def _parse(self, entries: Iterable[scripts.Entry]) -> list[Delivered]:

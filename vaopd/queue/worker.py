@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from vaopd.errors import InvalidInput, LeaseLost, Mismatch, Unavailable
+from vaopd.errors import InvalidInput, LeaseLost, Mismatch, VaopdError
 from vaopd.queue import scripts
 from vaopd.queue.connection import BLOCK_SLICE_S, Connection, GroupMissing, check_key, check_name, make_dedupe_key
 from vaopd.queue.dead_letters import encode_letter
@@ -148,7 +148,7 @@ class WorkerQueue(WorkerEnd):
         connection = self._connection
         try:
             connection.call(lambda: connection.redis.zrem(connection.key["workers"], self.worker), patience_s=0)
-        except Unavailable:
+        except VaopdError:
             pass  # a process that ends does not wait for Redis; its name drops off the list after a while
         finally:
             connection.close()

@@ -29,10 +29,14 @@ from typing import Any, Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 from vaopd.files.durable import atomic_file
+from vaopd.files.plain import open_plain
 from vaopd.run.checkpoints import FILE, LedgerLine, find_latest_checkpoint, read_checkpoint
 from vaopd.run.json_lines import read_json_lines
 
 log = logging.getLogger(__name__)
+
+_TYPES = {"step": int | None, "policy": int, "group": str, "worker": str, "reason": str}
+"""Of an event's values, which are compared and sorted."""
 
 
 class Ledger:
@@ -93,7 +97,7 @@ class Ledger:
 
     def _drop_torn_line(self) -> None:
         """Removes a last line that a crash cut short."""
-        with self._path.open("rb") as file:
+        with open_plain(self._path, limit_bytes=None) as file:
             size = len(file.read().rpartition(b"\n")[0])
         os.ftruncate(self._handle, size + 1 if size else 0)
 
@@ -204,6 +208,9 @@ def _read_events(path: Path) -> tuple[dict[str, Fate], list[int]]:
     for where, event in read_json_lines(path, limit_bytes=None):
         try:
             kind = event["event"]
+            wrong = [key for key, value in event.items() if not isinstance(value, _TYPES.get(key, object))]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is {event[wrong[0]]!r}"[:100])
             if kind == "checkpoint":
                 checkpoints.append(event["step"])
             elif kind == "resumed":

@@ -19,6 +19,8 @@ from typing import TypeVar
 
 import torch
 
+from vaopd.files.plain import open_plain
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -94,8 +96,8 @@ def write_tensors(
 
 
 def compute_digest(path: Path) -> str:
-    """Returns the SHA-256, in hex, of the SHA-256 of each 32 MiB of a file. Raises OSError."""
-    with path.open("rb") as file:
+    """Returns the SHA-256, in hex, of the SHA-256 of each 32 MiB of a file. Raises OSError as `open_plain`."""
+    with open_plain(path, limit_bytes=None) as file:
         size = os.fstat(file.fileno()).st_size
 
         def read(start: int) -> bytes:

@@ -9,6 +9,8 @@ import grpc
 
 from vaopd.config import TeacherTlsConfig
 from vaopd.errors import ConfigError
+from vaopd.files.plain import read_plain_bytes
+from vaopd.files.secret import read_secret
 from vaopd.net.ports import is_loopback
 from vaopd.net.tls import ExpiryWatch, read_expiry
 
@@ -67,17 +69,17 @@ class _Files:
         assert tls.cert is not None
         assert tls.key is not None
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(
-                tls.cert, tls.key, password=""
-            )  # an encrypted key would be asked for on the terminal
-            if tls.client_ca is not None:
-                context.load_verify_locations(tls.client_ca)
+            # First of all, since ssl would wait for a pipe.
+            cert, key = read_plain_bytes(tls.cert), read_plain_bytes(tls.key)
+            client_ca = read_plain_bytes(tls.client_ca) if tls.client_ca else None
+            if client_ca is not None:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=client_ca.decode("ascii"))
             expires = read_expiry(tls.cert, tls.key, section="teacher")
+            read_secret(tls.key, what="[teacher.tls] key")
             if self._expiry is None or self._expiry.expires != expires:
                 self._expiry = ExpiryWatch(expires, section="teacher")
-            return tls.key.read_bytes(), tls.cert.read_bytes(), tls.client_ca.read_bytes() if tls.client_ca else None
-        except ssl.SSLError:
+            return key, cert, client_ca
+        except (ssl.SSLError, UnicodeDecodeError):
             raise ConfigError(
                 f"[teacher.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} (and client_ca) must be PEM files "
                 "that belong together, the key without a pass phrase; `vaopd certs FOLDER` makes a set"
