@@ -58,7 +58,10 @@ def save(folder: Path, state: RunState, weights: StudentWeights, *, keep: int) -
         ) from None
     kill_points.pass_point("renamed", state.step)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # a link, or another account's: no reason to end a run
+            log.warning("checkpoint %s can't be removed (%s); remove it by hand", old, error)
     return target
 
 

@@ -110,10 +110,18 @@ def test_the_ledger_holds_each_trained_group_with_its_step_and_policy(tmp_path: 
 
 def test_the_newest_are_kept_and_the_newest_of_all_is_found(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) is None
-    for step in (2, 4, 10):
+    for step in (2, 999_999, 1_000_000):  # the last one's name has a digit more
         Run().save(tmp_path, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000004", "step_000010"]
-    assert find_latest_checkpoint(tmp_path) == tmp_path / "step_000010"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1000000", "step_999999"]
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "step_1000000"
+
+
+def test_an_old_one_that_cannot_be_removed_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """rmtree follows no link."""
+    (tmp_path / "step_000001").symlink_to(tmp_path)
+    saved = Run().save(tmp_path, 2, keep=1)
+    assert find_latest_checkpoint(tmp_path) == saved
+    assert f"checkpoint {tmp_path / 'step_000001'} can't be removed" in caplog.text
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:

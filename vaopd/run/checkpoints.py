@@ -38,7 +38,8 @@ class LedgerLine:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints of RUN/checkpoints, oldest first; one that has lost its files, too."""
-    return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=lambda path: path.name)
+    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find_latest_checkpoint(folder: Path) -> Path | None:

@@ -65,7 +65,6 @@ MACHINE = (
     "trainer.processes",
     "trainer.sharding",
     "trainer.forward_tokens",
-    "trainer.groups_per_forward",
     "trainer.chunk_tokens",
     "trainer.checkpoint_every",
     "trainer.keep_checkpoints",
