@@ -157,7 +157,8 @@ def four_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "$i, 81559, NVIDIA H100 80GB HBM3, 570.10"; done\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):  # accelerate sets the second in the process it is used in
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.usefixtures("four_cards")

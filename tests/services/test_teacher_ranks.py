@@ -88,6 +88,7 @@ def test_another_number_of_ranks_or_gpus_than_configured_is_refused(
     with pytest.raises(ConfigError, match=r"teacher.processes = 2, but 3 ranks were started"):
         lead(load_config(write_config(tmp_path)), processes=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # accelerate sets it in the process that has used it
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 needs a GPU for each rank, and this process sees 1; give it .*=1$"):
         lead(load_config(write_config(tmp_path)), processes=2)

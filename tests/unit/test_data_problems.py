@@ -361,7 +361,7 @@ def test_the_command_reads_splits_of_other_names_and_counts_unusable_answers(
     (source / "validation.parquet").rename(source / "val.parquet")
     code, shown = check(capsys, str(source))
     assert code == 0
-    assert f"{source}, Geometry3K split 'val': 1 records, 0 of them bad" in shown
+    assert f"{source}, split 'val': 1 records, 0 of them bad" in shown
     assert "  answers        1 of 2 without an answer that can be compared with" in shown
     assert main(["data", "convert", str(source), str(tmp_path / "new")]) == 0
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["train.parquet", "val.parquet"]

@@ -89,7 +89,7 @@ def test_a_wrong_path(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([{"problem": "<image>a", "answer": "1", "images": []}], "record 0, field 'problem': the text has 1 <image>"),
         ([{"prompt": "a", "answer": "1"}], "columns prompt, answer; needed: problem or question"),
-        ([], "needed: problem or question"),
+        ([], "has no records; give a split that has some"),
         (
             [{"problem": "What is <|im_end|>?", "answer": "1", "images": []}],
             "record 0, field 'problem': the text holds '<|im_end|>', a control token",

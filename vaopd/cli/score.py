@@ -12,6 +12,7 @@ from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, get_results, wants_colour
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput
+from vaopd.process.extras import require
 
 if TYPE_CHECKING:
     from vaopd.http_types import ScoreReply
@@ -79,8 +80,10 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if arguments.degradation not in DEGRADATIONS:
         raise ConfigError(f"--degradation {arguments.degradation!r} is unknown; use one of {', '.join(DEGRADATIONS)}")
-    if arguments.generate is not None and arguments.student is None:
-        raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
+    if arguments.generate is not None:
+        require("model")
+        if arguments.student is None:
+            raise ConfigError("--generate needs --student MODEL, the folder or hub id of the student")
     degradation = Degradation(kind=arguments.degradation, strength=arguments.strength)
     images = [EncodedImage(data=_read(path)) for path in arguments.image]
     reply, description = ask(
