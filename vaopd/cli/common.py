@@ -24,6 +24,7 @@ QUICK_S = 2.0
 Needs = Literal[
     "student",
     "teacher",
+    "data folders",
     "data",
     "engine",
     "trackers",
@@ -107,6 +108,8 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
                 yield from filter(None, [find_adapters_problem(config)])
             case "teacher":
                 yield from _find_model_problems("teacher.model", config.teacher.model)
+            case "data folders":
+                yield from _find_missing_data(config)
             case "data":
                 yield from _find_data_problems(config, ask_hub=ask_hub)
             case "engine":
@@ -163,7 +166,7 @@ def make_progress(task: str) -> Callable[[int, int], None]:
 def _find_data_problems(config: Config, *, ask_hub: bool) -> Iterator[str]:
     from vaopd.data.problems import check_local_problems, load_problems
 
-    if missing := list(find_missing_data(config)):
+    if missing := list(_find_missing_data(config)):
         yield from missing
         return
     try:
@@ -172,7 +175,7 @@ def _find_data_problems(config: Config, *, ask_hub: bool) -> Iterator[str]:
         yield str(error)
 
 
-def find_missing_data(config: Config) -> Iterator[str]:
+def _find_missing_data(config: Config) -> Iterator[str]:
     """Yields the data sets that are neither a folder nor a hub id."""
     for key in ("source", "validation_source"):
         source = getattr(config.data, key)

@@ -163,13 +163,13 @@ def _convert(arguments: argparse.Namespace) -> int:
         file = arguments.folder / f"{prompts.split}.parquet"
         if file.exists():
             raise ConfigError(f"{file} already exists; name another FOLDER, or remove the file first")
-        emit(f"{file}: {write_split(prompts, file)} records{_count_answers(prompts)}")
+        answers = _count_answers(len(prompts), prompts.count_without_answer())
+        emit(f"{file}: {write_split(prompts, file)} records{answers}")
     return 0
 
 
-def _count_answers(prompts: Prompts) -> str:
-    missing = prompts.count_without_answer()
-    return f", {missing} of {len(prompts)} without an answer that can be compared with" if missing else ""
+def _count_answers(records: int, missing: int) -> str:
+    return f", {missing} of {records} without an answer that can be compared with" if missing else ""
 
 
 def _describe(split: CheckedSplit) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _format(split: CheckedSplit) -> Iterator[str]:
     """Yields the lines on a split."""
     shown = _describe(split)
     yield f"{shown['source']}, {split.prompts.name}: {split.total} records, {len(split.faults)} of them bad"
-    if answers := _count_answers(split.prompts):
+    if answers := _count_answers(shown["usable"], shown["without_answer"]):
         yield f"  answers        {answers[2:]}; the report has no verdict on these"
     if lengths := shown["prompt_tokens"]:
         yield "  prompt tokens  min {min}, median {median:g}, max {max}; image tokens included".format(**lengths)

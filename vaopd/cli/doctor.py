@@ -269,7 +269,7 @@ def _check_run_folder(folder: Path) -> Finding:
 
 def _check_models_and_data(path: Path | None) -> Iterator[Finding]:
     """Looks for the models and data of a configuration, by default the demo's, whose data are made if missing."""
-    from vaopd.cli.common import find_missing_data, find_problems
+    from vaopd.cli.common import Needs, find_problems
     from vaopd.cli.run import DEMO_CONFIG
     from vaopd.config import load_config
 
@@ -279,7 +279,8 @@ def _check_models_and_data(path: Path | None) -> Iterator[Finding]:
         what, remedy = ("configuration", None) if path else ("demo configuration", "run this in the repository's root")
         yield Finding(status="missing", what=what, detail=str(error), remedy=remedy)
         return
-    problems = [*find_problems(config, ("student", "teacher")), *(find_missing_data(config) if path else ())]
+    needs: tuple[Needs, ...] = ("student", "teacher", "data folders")
+    problems = list(find_problems(config, needs if path else needs[:2]))
     for problem in problems:
         text, _, remedy = problem.partition("; ")
         yield Finding(status="missing", what="models and data", detail=text, remedy=remedy or None)

@@ -12,7 +12,6 @@ from vaopd.cli.common import (
     Subparsers,
     add_config_arguments,
     dry_run,
-    find_missing_data,
     find_problems,
     make_progress,
 )
@@ -20,7 +19,10 @@ from vaopd.cli.output import emit, say
 from vaopd.errors import ConfigError
 from vaopd.telemetry.progress_line import Progress
 
-NEEDS: tuple[Needs, ...] = ("student",)  # the data are checked question by question: a bad one is not asked
+NEEDS: tuple[Needs, ...] = (
+    "student",
+    "data folders",
+)  # the data are checked question by question: a bad one is not asked
 SHOWN = 20
 """So many questions that can't be asked are named; all are counted."""
 
@@ -60,8 +62,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     overrides += [f"data.validation_split={json.dumps(arguments.split)}"] if arguments.split else []
     config = load_config(arguments.config, overrides)
     if arguments.dry_run:
-        return dry_run(config, NEEDS, problems=find_missing_data(config))
-    if problems := [*find_problems(config, NEEDS), *find_missing_data(config)]:
+        return dry_run(config, NEEDS)
+    if problems := list(find_problems(config, NEEDS)):
         raise ConfigError("\n  ".join(["the model can't be evaluated:", *problems]))
     from vaopd.data.problems import check_held_out
     from vaopd.evaluation import describe_unasked

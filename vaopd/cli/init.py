@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaopd.cli.common import Subparsers, find_missing_data, find_problems
+from vaopd.cli.common import Subparsers, find_problems
 from vaopd.cli.output import emit, say
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput, NotFound, VaopdError
@@ -96,7 +96,7 @@ def _init(arguments: argparse.Namespace) -> int:
     arguments.file.write_text("\n".join(write_commented(config, values)) + "\n", encoding="utf-8")
     (arguments.file.parent / SCHEMA).write_text(json.dumps(make_schema(), indent=1) + "\n")
     emit(arguments.file)
-    for problem in (*find_problems(config, ("student", "teacher")), *find_missing_data(config)):
+    for problem in find_problems(config, ("student", "teacher", "data folders")):
         say(problem)
     for line in _describe_fit(arguments.file, cards):
         say(line)

@@ -97,7 +97,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch.placement import parse_gpus
-    from vaopd.launch.up import up
+    from vaopd.launch.up import starts_teacher, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
     auto = "auto" in arguments.gpus
@@ -120,11 +120,9 @@ def _run_up(arguments: argparse.Namespace) -> int:
         from vaopd.launch.teacher import check_ranks
 
         config = load_config(options.config_path, overrides)
-        if not config.teacher.shared_base:  # of which neither is started
-            needs += [] if shared else ["teacher port"]
-            needs += ["api port"] if arguments.api else []
-        starts_teacher = not shared and not config.teacher.shared_base
-        check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher)
+        needs += ["teacher port"] if (starts := starts_teacher(config, options)) else []
+        needs += ["api port"] if arguments.api and not config.teacher.shared_base else []
+        check_ranks(config, options.service, options.gpus, with_teacher=starts)
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
         try:
             check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say)

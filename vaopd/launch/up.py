@@ -89,8 +89,8 @@ def up(
     check_ports(config, options)
     say(f"run {config.run.name}: checking models and data")
     check(config)
-    check_ranks(config, options.service, options.gpus, with_teacher=_starts_teacher(config, options))
-    if _starts_teacher(config, options):
+    check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher(config, options))
+    if starts_teacher(config, options):
         check_credentials(options.service)
     elif options.teacher is not None:
         _describe_teacher(config, options, options.teacher, say)
@@ -119,7 +119,8 @@ def up(
     return code
 
 
-def _starts_teacher(config: Config, options: UpOptions) -> bool:
+def starts_teacher(config: Config, options: UpOptions) -> bool:
+    """Whether the launch starts a teacher: none runs already, and the trainer computes none itself."""
     return options.teacher is None and not config.teacher.shared_base
 
 
@@ -153,7 +154,7 @@ class _Launch:
         self._start_workers()
         if self._options.teacher is not None:
             self._overrides.append(f"teacher.address={self._options.teacher}")
-        elif _starts_teacher(self._config, self._options):
+        elif starts_teacher(self._config, self._options):
             address = self._start_teachers()
             _describe_teacher(self._config, self._options, address, self._say)
             self._overrides.append(f"teacher.address={address}")
@@ -359,7 +360,7 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
 
 def check_ports(config: Config, options: UpOptions) -> None:
     """Raises ConfigError for an address on which another process listens."""
-    wanted = {"teacher.address": config.teacher.address} if _starts_teacher(config, options) else {}
+    wanted = {"teacher.address": config.teacher.address} if starts_teacher(config, options) else {}
     if options.api:
         wanted["api.address"] = config.api.address
     for key, address in wanted.items():
