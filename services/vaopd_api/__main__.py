@@ -15,12 +15,10 @@ from socket import socket
 from typing import TYPE_CHECKING, Any
 
 from vaopd import process
+from vaopd.access.tls import ExpiryWatch, read_expiry
 from vaopd.config import ApiServiceConfig, Config, TlsConfig
 from vaopd.errors import ConfigError
-from vaopd.files.plain import read_plain_bytes
-from vaopd.files.secret import read_secret
 from vaopd.net.ports import allow_connections, is_loopback
-from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd.process import entry
 from vaopd.process.memory import give_back, use_one_arena
 from vaopd.telemetry import metrics_port
@@ -62,16 +60,12 @@ def read_tls_expiry(tls: TlsConfig) -> float:
     if not (tls.cert and tls.key):
         return math.inf
     try:
-        for file in (tls.cert, tls.key):
-            read_plain_bytes(file)  # ssl would wait for a pipe
-        expires = read_expiry(tls.cert, tls.key, section="api")
-        read_secret(tls.key, what="[api.tls] key")
+        return read_expiry(tls.cert, tls.key, section="api")
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(
             f"[api.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} must be PEM files that belong together, "
             f"the key without a pass phrase ({error.strerror})"
         ) from None
-    return expires
 
 
 def serve(

@@ -21,6 +21,7 @@ from tests.support.teacher import teacher_in_process
 from tests.support.waiting import wait_until
 from vaopd.access.certificates import make_certificates
 from vaopd.access.keys import add_key
+from vaopd.access.tls import ExpiryWatch, read_expiry
 from vaopd.cli import main
 from vaopd.client import SyncTeacherClient, from_environment
 from vaopd.client.diagnosis import examine_teacher, wait_for_teacher
@@ -45,7 +46,6 @@ from vaopd.errors import (
     VaopdError,
 )
 from vaopd.launch.teacher import find_credentials_problem
-from vaopd.net.tls import ExpiryWatch, read_expiry
 from vaopd_api import __main__ as api_main
 from vaopd_api.metrics import Metrics
 from vaopd_teacher.rpc.tls import make_server_credentials
@@ -194,7 +194,7 @@ def test_the_api_says_it_of_its_own_certificate_too(
 
     def tick(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
         for now in (expires - 86_400, expires + 1):
-            monkeypatch.setattr("vaopd.net.tls.time.time", lambda: now)  # noqa: B023
+            monkeypatch.setattr("vaopd.access.tls.time.time", lambda: now)  # noqa: B023
             asyncio.run(server.on_tick(1))
         sockets[0].close()
 

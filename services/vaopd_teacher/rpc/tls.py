@@ -7,12 +7,11 @@ import ssl
 
 import grpc
 
+from vaopd.access.tls import ExpiryWatch, read_expiry
 from vaopd.config import TeacherTlsConfig
 from vaopd.errors import ConfigError
 from vaopd.files.plain import read_plain_bytes
-from vaopd.files.secret import read_secret
 from vaopd.net.ports import is_loopback
-from vaopd.net.tls import ExpiryWatch, read_expiry
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +68,13 @@ class _Files:
         assert tls.cert is not None
         assert tls.key is not None
         try:
-            # First of all, since ssl would wait for a pipe.
-            cert, key = read_plain_bytes(tls.cert), read_plain_bytes(tls.key)
             client_ca = read_plain_bytes(tls.client_ca) if tls.client_ca else None
             if client_ca is not None:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=client_ca.decode("ascii"))
             expires = read_expiry(tls.cert, tls.key, section="teacher")
-            read_secret(tls.key, what="[teacher.tls] key")
             if self._expiry is None or self._expiry.expires != expires:
                 self._expiry = ExpiryWatch(expires, section="teacher")
-            return key, cert, client_ca
+            return read_plain_bytes(tls.key), read_plain_bytes(tls.cert), client_ca
         except (ssl.SSLError, UnicodeDecodeError):
             raise ConfigError(
                 f"[teacher.tls] cert = {str(tls.cert)!r} and key = {str(tls.key)!r} (and client_ca) must be PEM files "

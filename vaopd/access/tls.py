@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 from vaopd.errors import ConfigError
+from vaopd.files.plain import read_plain_bytes
+from vaopd.files.secret import read_secret
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +21,17 @@ _NOT_YET, _EXPIRED = 9, 10  # X509_V_ERR_*
 def read_expiry(cert: Path, key: Path, *, section: str) -> float:
     """Returns when a certificate expires, in seconds since the epoch; infinity where that can't be known.
 
-    Raises ConfigError for one that has expired or isn't valid yet, ssl.SSLError and OSError for unusable files.
+    Raises ConfigError for one that has expired or isn't valid yet, and for a key that everyone may read; ssl.SSLError
+    and OSError for unusable files.
     """
+    for file in (cert, key):
+        read_plain_bytes(file)  # ssl would wait for a pipe
+    expires = _find_end(cert, key, section=section)
+    read_secret(key, what=f"[{section}.tls] key")
+    return expires
+
+
+def _find_end(cert: Path, key: Path, *, section: str) -> float:
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(cert, key, password="")  # an encrypted key would be asked for on the terminal
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
