@@ -1,4 +1,4 @@
-"""One group's forward and backward on the 2B as the trainer does it, with activation checkpointing; the optimizer."""
+"""A forward and backward on the 2B as the trainer does it, one group or packed, with checkpointing; the optimizer."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ TARGETS_MS = {
     (4150, 4000, 4): 1333,
 } if timing.ON_GPU else {(60, 8, 4): 0}  # fmt: skip
 SMALL = (650, 100, 4) if timing.ON_GPU else (60, 8, 4)
+FORWARD_TOKENS = TrainerConfig(steps=1).forward_tokens if timing.ON_GPU else 2 * (60 + 4 * 8)
 TARGET_GIB = 74
 TEACHER_WIDTH = 4096 if timing.ON_GPU else 256
 
@@ -48,6 +49,11 @@ def run(check: Check) -> None:
     for shape in TARGETS_MS:
         if check.has_time("P {}, R {}, K {}".format(*shape), 8):
             measure_group(check, student, loss, *shape)
+    for shape in TARGETS_MS:
+        prompt, response, rollouts = shape
+        groups = FORWARD_TOKENS // (prompt + rollouts * response)
+        if groups > 1 and check.has_time(f"{groups} groups of P {prompt}, R {response}", 12):
+            measure_group(check, student, loss, *shape, groups=groups, name=f", of {groups} in a forward")
     if timing.ON_GPU:
         profile.report(check, "a step, P {}, R {}, K {}".format(*middle), make_step(loss, student, middle))
     del optimizer
@@ -78,28 +84,37 @@ def report_checkpointing(check: Check) -> None:
     )
 
 
-def make_step(loss: StudentLoss, student: Vlm, shape: tuple[int, int, int]) -> Callable[[], None]:
+def make_step(loss: StudentLoss, student: Vlm, shape: tuple[int, int, int], *, groups: int = 1) -> Callable[[], None]:
     prompt, response, rollouts = shape
-    weighted = make_weighted(student, prompt, [response] * rollouts, width=TEACHER_WIDTH)
+    weighted = [make_weighted(student, prompt, [response] * rollouts, width=TEACHER_WIDTH) for _ in range(groups)]
 
     def step() -> None:
         with torch.autocast(timing.DEVICE, torch.bfloat16, enabled=timing.ON_GPU):
-            value, _ = loss([weighted])
+            value, _ = loss(weighted)
         value.backward()
 
     return step
 
 
 def measure_group(
-    check: Check, student: Vlm, loss: StudentLoss, prompt: int, response: int, rollouts: int, name: str = ""
+    check: Check,
+    student: Vlm,
+    loss: StudentLoss,
+    prompt: int,
+    response: int,
+    rollouts: int,
+    *,
+    groups: int = 1,
+    name: str = "",
 ) -> None:
+    """Measures a group's share of a forward and backward of so many groups."""
     name = f"P {prompt}, R {response}, K {rollouts}{name}"
-    step = make_step(loss, student, (prompt, response, rollouts))
+    step = make_step(loss, student, (prompt, response, rollouts), groups=groups)
     loss.zero_grad(set_to_none=True)
     try:
         with measure_peak() as peak:
             step()
-        seconds = measure_s(step, warm=0)
+        seconds = measure_s(step, warm=0) / groups
     except torch.OutOfMemoryError as error:
         check.tell(name, f"out of memory: {str(error)[:90]}", target=f"≤ {TARGET_GIB} GiB", ok=False)
         loss.zero_grad(set_to_none=True)

@@ -299,6 +299,8 @@ def test_a_delta_is_lossless(tmp_path: Path, size: int) -> None:
     digest = apply_delta(tmp_path / "old", tmp_path / "delta", tmp_path / "patched")
     assert (tmp_path / "patched").read_bytes() == new.tobytes()
     assert digest == compute_digest(tmp_path / "new")
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):  # by a memory map it would be SIGBUS
+        apply_delta(tmp_path / "old", tmp_path / "delta", Path("/dev/full"))
     (tmp_path / "longer").write_bytes(bytes(size + 2 * BLOCK))
     with pytest.raises(ValueError, match="another file"):
         apply_delta(tmp_path / "longer", tmp_path / "delta", tmp_path / "patched")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import weakref
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_the_file_takes_the_place_of_a_longer_one(tmp_path: Path) -> None:
     write_tensors({"a": torch.zeros(1000)}, path)
     write_tensors({"a": torch.ones(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
+
+
+def test_writes_that_are_cut_short_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, data[:7], offset))
+    path = tmp_path / "model.safetensors"
+    assert write_tensors({"a": torch.arange(100)}, path) == compute_digest(path)
+    assert torch.equal(load_file(path)["a"], torch.arange(100))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file() -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        write_tensors({"a": torch.arange(100)}, Path("/dev/full"))
 
 
 def test_a_stream_is_written_while_few_of_its_tensors_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

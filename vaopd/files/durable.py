@@ -62,6 +62,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def write_at(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at that place of a file, beside other threads. Raises OSError, which names the file.
+
+    Never through a memory map: where no room is left, it ends the process (SIGBUS).
+    """
+    data = memoryview(data)
+    try:
+        while data:
+            written = os.pwrite(file.fileno(), data, offset)
+            offset, data = offset + written, data[written:]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file's content; the mode is the umask's. File systems that can share the blocks do so.
 

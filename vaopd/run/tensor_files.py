@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+from vaopd.files.durable import write_at
 from vaopd.files.plain import open_plain
 
 T = TypeVar("T")
@@ -78,18 +79,15 @@ def write_tensors(
         yield memoryview(start)
         for _, tensor in stream:
             if tensor.nbytes:
-                yield _read_bytes(tensor)
+                yield from _read_bytes(tensor)
 
     with path.open("wb") as file:
-        file.truncate(len(start) + (ends[-1] if ends else 0))
 
         def write(piece: list[tuple[int, memoryview]]) -> bytes:
             digest = hashlib.sha256()
             for offset, data in piece:
                 digest.update(data)
-                while data:
-                    written = os.pwrite(file.fileno(), data, offset)
-                    offset, data = offset + written, data[written:]
+                write_at(file, data, offset)
             return digest.digest()
 
         return join_digests(map_on_threads(write, _cut(list_parts())))
@@ -111,8 +109,17 @@ def compute_digest(path: Path) -> str:
         return join_digests(map_on_threads(read, range(0, size, PIECE_BYTES)))
 
 
-def _read_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+def _read_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yields a tensor's bytes, those of a GPU in pieces: pinned memory of one size, which torch keeps and gives again.
+
+    New memory for each tensor would cost a page fault every 4 KiB, and a copy into it goes through another buffer.
+    """
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    if not data.is_cuda:
+        yield data.numpy().data
+        return
+    for piece in data.split(PIECE_BYTES):
+        yield torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece).numpy().data
 
 
 def _cut(parts: Iterable[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:

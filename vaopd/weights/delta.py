@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from vaopd.files.durable import write_at
 from vaopd.run.tensor_files import PIECE_BYTES, join_digests, map_on_threads
 
 BLOCK = 2**16
@@ -58,7 +59,6 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
     if len(counts) != -(-len(old_words) // BLOCK) or not counts.sum() == len(places) == len(values):
         raise ValueError(f"{delta} belongs to another file than {base}")
     ends = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
-    new_words = np.memmap(target, np.uint16, "w+", shape=old_words.shape)
 
     def patch(start: int) -> bytes:
         words = np.array(old_words[start : start + _PIECE])
@@ -67,12 +67,11 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
         own = slice(ends[first], ends[blocks.stop])
         offsets = np.repeat(np.arange(len(blocks)) * BLOCK, counts[first : blocks.stop])
         words[offsets + places[own]] = values[own]
-        new_words[start : start + _PIECE] = words
+        write_at(file, words.data.cast("B"), start * words.itemsize)
         return sha256(words.data).digest()
 
-    digest = join_digests(map_on_threads(patch, range(0, len(old_words), _PIECE)))
-    new_words.flush()
-    return digest
+    with target.open("wb") as file:
+        return join_digests(map_on_threads(patch, range(0, len(old_words), _PIECE)))
 
 
 def find_weights(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from vaopd.errors import Mismatch, NotFound, Unavailable
+from vaopd.files.durable import write_at
 from vaopd.net.backoff import Backoff
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
@@ -104,13 +105,12 @@ class PolicyFetcher:
 
     def _fetch_ranges(self, policy: PolicyVersion, target: Path, size: int) -> None:
         with target.open("wb") as file, ThreadPoolExecutor(STREAMS) as threads:
-            file.truncate(size)
 
             def fetch(start: int) -> None:
                 end = min(start + RANGE_BYTES, size)
                 headers = {"Range": f"bytes={start}-{end - 1}"}
                 answer = self._ask(policy, f"{policy.path}/files/{target.name}", headers)
-                os.pwrite(file.fileno(), answer.content, start)
+                write_at(file, answer.content, start)
 
             list(threads.map(fetch, range(0, size, RANGE_BYTES)))
         self.fetched_bytes += size
