@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,7 +24,7 @@ from serving import ROOT, TINY_TEACHER, encoded, teacher_server
 from vaopd.client import SyncTeacherClient
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.queue.embedded import EmbeddedRedis
-from vaopd.run.snapshots import make_snapshot
+from vaopd.run.snapshots import describe_model
 from vaopd.sampling.engine import Ended
 from vaopd.sampling.vllm_engine import VllmEngine
 from vaopd.types import (
@@ -163,7 +161,7 @@ def never_stop(engine: VllmEngine) -> None:
 def main() -> None:
     parser = tables.parser(__doc__)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vaopd-benchmark-") as scratch, EmbeddedRedis() as redis:
+    with EmbeddedRedis() as redis:
         student = ROOT / "models" / "tiny-student"
         fingerprint = tokenizer_fingerprint(load_processor(student).tokenizer)
         with (
@@ -172,7 +170,7 @@ def main() -> None:
             closing(VllmEngine(str(student), worker="w", dtype="float32")) as engine,
         ):
             never_stop(engine)
-            engine.load_policy(make_snapshot(student, Path(scratch)))
+            engine.load_policy(describe_model(student))
             sides = {"batch": Batches(engine), "stream": engine}
             for side in sides.values():
                 run_step(side, 10_000, redis.url, teacher)  # everything is loaded

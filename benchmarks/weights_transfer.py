@@ -3,7 +3,7 @@
     python benchmarks/weights_transfer.py                          # both processes on this host
     sudo python benchmarks/weights_transfer.py --rate 10gbit       # in two network namespaces, over a link of that rate
 
-A matrix of random bf16 weights is trained by AdamW at the recipe's learning rate, on gradients that are half constant.
+Random bf16 weights are trained by AdamW at the recipe's learning rate, on gradients that are half constant.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def serve(options: argparse.Namespace, folder: Path) -> None:
         new = weights.detach().bfloat16()
         changed = (new.view(torch.int16) != last.view(torch.int16)).float().mean().item()
         started = time.perf_counter()
-        policy = publish_snapshot(folder, version, {"weight": new}, model_files_from=folder / "student")
+        layers = {f"layer.{n}": part for n, part in enumerate(new.chunk(32))}
+        policy = publish_snapshot(folder, version, layers, model_files_from=folder / "student")
         seconds = time.perf_counter() - started
         print(json.dumps([version, server.offer(policy).path, policy.sha256, changed, seconds]), flush=True)
         last = new

@@ -210,7 +210,7 @@ class RolloutGroup:
 class PolicyVersion:
     """A published policy snapshot: a folder, or its http:// address, and the digest of its weights.
 
-    The weights are model.safetensors, with LoRA adapter_model.safetensors; sha256: `tensor_files.compute_digest`.
+    sha256: `tensor_files.compute_digest` of its safetensors files, the model's or, with LoRA, the adapters'.
 
     >>> PolicyVersion(version=12, path="runs/tiny/policy/12", sha256="9f86…").version
     12

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.gpu.measure import Check
-from vaopd.run.snapshots import WEIGHTS_FILE, publish_snapshot, verify_snapshot
+from vaopd.run.snapshots import list_weights, publish_snapshot, verify_snapshot
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -46,12 +46,12 @@ def measure(check: Check, model: torch.nn.Module, folder: Path, place: Path) -> 
     note("publish")
     verify_snapshot(policy)
     note("verify")
-    read = load_file(Path(policy.path) / WEIGHTS_FILE)
-    for tensor in read.values():
+    read = [tensor for file in list_weights(Path(policy.path)) for tensor in load_file(file).values()]
+    for tensor in read:
         tensor.to(timing.DEVICE)
     note("read and copy")
     whole = sum(parts.values())
-    size_gb = sum(tensor.nbytes for tensor in read.values()) / 1e9
+    size_gb = sum(tensor.nbytes for tensor in read) / 1e9
     check.tell(
         f"{size_gb:.2f} GB by {place}",
         f"{whole:.2f} s: " + ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items()),

@@ -23,7 +23,7 @@ from vaopd.config import Config, load_config
 from vaopd.data.loaders import load_prompts
 from vaopd.degradation import degrade
 from vaopd.files.hub import model_folder
-from vaopd.run.snapshots import make_snapshot
+from vaopd.run.snapshots import describe_model
 from vaopd.sampling.build import build_engine
 from vaopd.types import Degradation, GroupId, Prompt, RolloutGroup
 from vaopd.vlm.model import Vlm
@@ -41,11 +41,11 @@ def run(check: Check) -> None:
         config = load_config(CONFIG, [*list_settings(Path(name)), *engine])
         data = config.data
         prompts = load_prompts(data.source, split=data.train_split, limit=GROUPS, instruction=data.instruction or None)
-        sampled = sample(check, config, list(prompts), Path(name))
+        sampled = sample(check, config, list(prompts))
         score(check, config, list(prompts), sampled)
 
 
-def sample(check: Check, config: Config, prompts: Sequence[Prompt], folder: Path) -> list[RolloutGroup]:
+def sample(check: Check, config: Config, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
     """Samples every prompt's rollouts at once, with weights that are loaded as a policy version's are."""
     requests = [
         make_request(prompt, group=GroupId(purpose="train", step=0, index=index), version=0, config=config)
@@ -54,7 +54,7 @@ def sample(check: Check, config: Config, prompts: Sequence[Prompt], folder: Path
     start = time.perf_counter()
     with closing(build_engine(config, worker="benchmark")) as engine:
         started = time.perf_counter()
-        policy = make_snapshot(model_folder(config.student.model, role="student"), folder)
+        policy = describe_model(model_folder(config.student.model, role="student"))
         written = time.perf_counter()
         engine.load_policy(policy)
         loaded = time.perf_counter()

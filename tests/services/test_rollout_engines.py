@@ -11,6 +11,7 @@ import pytest
 from tests.support.rollouts import MAX_PIXELS, PlainStudent, ask, noise_image, random_student
 from tests.support.tolerance import assert_noticed, assert_within
 from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, VaopdError
+from vaopd.run.snapshots import list_weights
 from vaopd.sampling.engine import RolloutEngine, open_stream, sample_all
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
 
@@ -265,10 +266,10 @@ def test_a_damaged_snapshot_is_refused_and_the_old_weights_stay(engine, policies
     request = ask(images=(noise_image(0),))
     before = answer(engine, request)
     announced = random_student(tmp_path, version=1)
-    weights = tmp_path / "v000001" / "model.safetensors"
+    *_, weights = list_weights(tmp_path / "v000001")
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x00\x01")
 
-    with pytest.raises(Mismatch, match="has digest"):
+    with pytest.raises(Mismatch, match="have digest"):
         engine.load_policy(announced)
 
     assert engine.policy == policies[0]

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file, save_file
 
 from tests.support.models import model_folder
 from tests.support.rollouts import MAX_PIXELS, PlainStudent
@@ -18,7 +17,6 @@ from vaopd.config import load_config
 from vaopd.data import handwritten_geometry
 from vaopd.data.problems import check_held_out
 from vaopd.evaluation import held_out_requests, is_correct, judge_version
-from vaopd.run.snapshots import make_snapshot
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
 
@@ -144,21 +142,6 @@ def test_a_question_that_the_engine_refuses_was_not_asked(
     assert json.loads(shown.out)["not_asked"] == {"refused by the engine": 8}
     assert json.loads(shown.out)["accuracy"] is None
     assert shown.err.count("vaopd: not asked: validation-") == 8
-
-
-def test_a_model_in_several_files_becomes_one_snapshot(tmp_path: Path) -> None:
-    whole = model_folder("student")
-    tensors = load_file(whole / "model.safetensors")
-    names = sorted(tensors)
-    parted = tmp_path / "parted"
-    parted.mkdir()
-    (parted / "config.json").write_bytes((whole / "config.json").read_bytes())
-    for number, part in enumerate((names[::2], names[1::2])):
-        save_file({name: tensors[name] for name in part}, parted / f"model-{number}.safetensors")
-    policy = make_snapshot(parted, tmp_path / "scratch")
-    joined = load_file(Path(policy.path) / "model.safetensors")
-    assert sorted(joined) == names
-    assert all((joined[name] == tensors[name]).all() for name in names)
 
 
 def test_a_model_that_is_not_there_is_named(config_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import PIL.Image
 import torch
 
 from tests.support import tolerance
-from vaopd.run.tensor_files import compute_digest
+from vaopd.run.snapshots import describe_model
 from vaopd.tiny.build import build_model
 from vaopd.tiny.config import TinySize
 from vaopd.tiny.tokenizer import build_processor
@@ -26,7 +27,7 @@ MAX_PIXELS = 64 * 64
 
 
 def random_student(folder: Path, *, version: int) -> PolicyVersion:
-    """A snapshot with weights of its own for each version; two EOS ids, as Qwen3-VL has."""
+    """A snapshot with weights of its own for each version, odd ones in several files; two EOS ids, as Qwen3-VL has."""
     processor = build_processor()
     tokenizer = processor.tokenizer
     torch.manual_seed(version)
@@ -36,10 +37,9 @@ def random_student(folder: Path, *, version: int) -> PolicyVersion:
     model.generation_config.do_sample = True
     model.generation_config.top_k = 1
     path = folder / f"v{version:06d}"
-    model.save_pretrained(path)
+    model.save_pretrained(path, max_shard_size="100KB" if version % 2 else "5GB")
     processor.save_pretrained(path)
-    digest = compute_digest(path / "model.safetensors")
-    return PolicyVersion(version=version, path=str(path), sha256=digest)
+    return replace(describe_model(path), version=version)
 
 
 def noise_image(seed: int) -> EncodedImage:

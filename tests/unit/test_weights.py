@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.files import durable
 from vaopd.files.durable import atomic_folder
-from vaopd.run.snapshots import keep_snapshot, prune_snapshots, publish_snapshot, verify_snapshot
+from vaopd.run import snapshots
+from vaopd.run.snapshots import (
+    describe_model,
+    keep_snapshot,
+    list_weights,
+    prune_snapshots,
+    publish_snapshot,
+    verify_snapshot,
+)
 from vaopd.vlm.torchvision_compat import ensure_torchvision
 
 
@@ -71,20 +79,38 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_snapshot_holds_what_save_pretrained_writes(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "file_bytes"), [(True, 10_000), (False, 10_000), (True, 2**28)])
+def test_a_snapshot_holds_what_save_pretrained_writes(
+    tmp_path: Path, tied: bool, file_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "FILE_BYTES", file_bytes)
     model = a_model(tied=tied)
     model.save_pretrained(tmp_path / "student")
     policy = publish_snapshot(tmp_path / "run", 7, model.state_dict(), model_files_from=tmp_path / "student")
 
     expected = load_file(tmp_path / "student" / "model.safetensors")
-    written = load_file(Path(policy.path) / "model.safetensors")
+    files = list_weights(Path(policy.path))
+    parts = [load_file(file) for file in files]
+    assert (len(files) > 3) is (file_bytes == 10_000)
+    assert all(sum(tensor.nbytes for tensor in part.values()) <= file_bytes or len(part) == 1 for part in parts)
+    verify_snapshot(policy)
+    written = {name: tensor for part in parts for name, tensor in part.items()}
     assert written.keys() == expected.keys()
     assert ("lm_head.weight" in written) is not tied
     assert all(torch.equal(written[name], expected[name]) for name in expected)
 
     loaded = type(model).from_pretrained(policy.path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_model_in_several_files_is_described_by_one_digest(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="holds no safetensors files"):
+        describe_model(tmp_path)
+    contents = b"the first", b"the second"
+    for number, content in enumerate(contents, 1):
+        (tmp_path / f"model-{number:05d}-of-00002.safetensors").write_bytes(content)
+    of_pieces = b"".join(hashlib.sha256(content).digest() for content in contents)
+    assert describe_model(tmp_path).sha256 == hashlib.sha256(of_pieces).hexdigest()
 
 
 def test_a_gathered_state_holds_the_tied_head_twice(tmp_path: Path, student: Path) -> None:

@@ -1,6 +1,7 @@
 """Writes and checks policy snapshots: the student's weights as folders that transformers and vLLM can load.
 
 run/policy/v000042/model.safetensors     (written beside, fsynced, renamed: a reader sees all of it or nothing)
+                   model-00001-of-00017.safetensors, …, model.safetensors.index.json    (of a large model)
 run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
 
 With LoRA adapter_model.safetensors and adapter_config.json alone, as PEFT writes them: what the student's own folder
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.files.durable import atomic_folder, copy_file
@@ -29,6 +29,8 @@ WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 HEAD = "lm_head.weight"
+FILE_BYTES = 256 * 2**20
+"""Of one file of weights: enough files that several are written at once."""
 # All files of a model folder but its weights, and the index of weights in several files.
 MODEL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 VERSION_FOLDER = re.compile(r"v(\d{6,})")
@@ -57,7 +59,7 @@ def write_model(folder: Path, state: Mapping[str, torch.Tensor] | TensorStream, 
         stream = state
     else:
         stream = TensorStream(drop_tied_head(state, tied=has_tied_head(model_files_from)))
-    digest = write_tensors(stream, folder / WEIGHTS_FILE)
+    digest = write_tensors(stream, folder / WEIGHTS_FILE, file_bytes=FILE_BYTES)
     for source in list_model_files(model_files_from):
         copy_file(source, folder / source.name)
     _name_dtype(folder / "config.json", stream.shapes.values())
@@ -80,15 +82,16 @@ def is_adapter(folder: Path | str) -> bool:
     return (Path(folder) / ADAPTER_CONFIG).is_file()
 
 
-def make_snapshot(model: Path, scratch: Path) -> PolicyVersion:
-    """Returns a model folder as policy version 0; joins weights in several files into one, in `scratch`."""
-    if (model / WEIGHTS_FILE).is_file():
-        return PolicyVersion(version=0, path=str(model), sha256=compute_digest(model / WEIGHTS_FILE))
-    parts = sorted(model.glob("*.safetensors"))
-    if not parts:
+def describe_model(model: Path) -> PolicyVersion:
+    """Returns a model folder as policy version 0. Raises NotFound for one without safetensors files."""
+    if not (files := list_weights(model)):
         raise NotFound(f"{model} holds no safetensors files; save the model with `save_pretrained`")
-    state = {name: tensor for part in parts for name, tensor in load_file(part).items()}
-    return publish_snapshot(scratch, 0, state, model_files_from=model)
+    return PolicyVersion(version=0, path=str(model), sha256=compute_digest(*files))
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Lists a snapshot's files of weights, a model's or an adapter's, in the order of their digest."""
+    return sorted(folder.glob("*.safetensors"))
 
 
 def keep_snapshot(policy: PolicyVersion, target: Path) -> None:
@@ -134,18 +137,19 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
 
 def verify_snapshot(policy: PolicyVersion) -> None:
     """Raises NotFound when the snapshot is missing, Mismatch when its weights are not those that were announced."""
-    weights = Path(policy.path) / (ADAPTER_FILE if is_adapter(policy.path) else WEIGHTS_FILE)
     try:
-        digest = compute_digest(weights)
+        if not (files := list_weights(Path(policy.path))):
+            raise FileNotFoundError
+        digest = compute_digest(*files)
     except FileNotFoundError:
         raise NotFound(
-            f"policy version {policy.version}: no {weights}; it was pruned (take the latest version), or the trainer's "
-            "folder is not mounted here under the same path"
+            f"policy version {policy.version}: no weights in {policy.path}; it was pruned (take the latest version), "
+            "or the trainer's folder is not mounted here under the same path"
         ) from None
     if digest != policy.sha256:
         raise Mismatch(
-            f"policy version {policy.version}: {weights} has digest {digest[:12]}…, not {policy.sha256[:12]}…; "
-            "it was replaced or damaged: take the latest version"
+            f"policy version {policy.version}: the weights in {policy.path} have digest {digest[:12]}…, not "
+            f"{policy.sha256[:12]}…; they were replaced or damaged: take the latest version"
         )
 
 

@@ -1,21 +1,24 @@
 """Writes safetensors files, and digests them, on several threads at once.
 
 A policy of 4 GB is on the critical path of every step, so its bytes are written and digested in one pass, piece by
-piece. The digest is the SHA-256 of the pieces' SHA-256, since a plain one can use only one core.
+piece, and it becomes several files, since a file takes one writer at a time (of memory, 3 GB/s). The digest is the
+SHA-256 of the pieces' SHA-256, since a plain one can use only one core.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
+from contextlib import ExitStack
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 
@@ -56,57 +59,98 @@ class TensorStream:
 
 
 def write_tensors(
-    tensors: Mapping[str, torch.Tensor] | TensorStream, path: Path, *, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor] | TensorStream,
+    path: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    file_bytes: float = math.inf,
 ) -> str:
-    """Writes contiguous tensors on any device as a safetensors file, with the umask's mode -> `compute_digest` of it.
+    """Writes contiguous tensors on any device as safetensors, with the umask's mode -> `compute_digest` of the files.
 
-    Of a stream, only the tensors whose pieces are being written exist. The library's own function goes over the bytes
+    What is larger than `file_bytes` becomes several files with an index, under the names of `save_pretrained`. Of a
+    stream, only the tensors whose pieces are being written exist. The library's own function goes over the bytes
     three times, on one thread. Raises OSError, and KeyError for a dtype that the format doesn't have.
     """
     stream = tensors if isinstance(tensors, TensorStream) else TensorStream(tensors)
-    shapes = stream.shapes
-    ends = list(accumulate(tensor.nbytes for tensor in shapes.values()))
+    shares = _share_out(stream.shapes, file_bytes)
+    paths = [path]
+    if len(shares) > 1:
+        paths = [path.with_stem(f"{path.stem}-{n:05d}-of-{len(shares):05d}") for n in range(1, len(shares) + 1)]
+        _write_index(path, dict(zip(paths, shares, strict=True)))
+
+    def list_pieces() -> Iterator[tuple[BinaryIO, _Piece]]:
+        made = iter(stream)
+        for file, share in zip(files, shares, strict=True):
+            parts = (part for _, tensor in islice(made, len(share)) if tensor.nbytes for part in _read_bytes(tensor))
+            for piece in _cut(chain([_make_header(share, metadata or {})], parts)):
+                yield file, piece
+
+    def write(item: tuple[BinaryIO, _Piece]) -> bytes:
+        file, piece = item
+        digest = hashlib.sha256()
+        for offset, data in piece:
+            digest.update(data)
+            write_at(file, data, offset)
+        return digest.digest()
+
+    with ExitStack() as opened:
+        files = [opened.enter_context(path.open("wb")) for path in paths]
+        return _join_digests(map_on_threads(write, list_pieces()))
+
+
+def compute_digest(*paths: Path) -> str:
+    """Returns the SHA-256, in hex, of the SHA-256 of each 32 MiB of each file. Raises OSError as `open_plain`."""
+
+    def read(piece: tuple[BinaryIO, int, int]) -> bytes:
+        file, at, end = piece
+        digest = hashlib.sha256()
+        while at < end and (data := os.pread(file.fileno(), min(2**20, end - at), at)):
+            digest.update(data)
+            at += len(data)
+        return digest.digest()
+
+    with ExitStack() as opened:
+        files = [opened.enter_context(open_plain(path, limit_bytes=None)) for path in paths]
+        sizes = [os.fstat(file.fileno()).st_size for file in files]
+        pieces = (
+            (file, start, min(start + PIECE_BYTES, size))
+            for file, size in zip(files, sizes, strict=True)
+            for start in range(0, size, PIECE_BYTES)
+        )
+        return _join_digests(map_on_threads(read, pieces))
+
+
+def _share_out(shapes: Mapping[str, torch.Tensor], most: float) -> list[dict[str, torch.Tensor]]:
+    """Deals tensors out, in order, to files of at most `most` bytes; only a single tensor may exceed that."""
+    shares: list[dict[str, torch.Tensor]] = [{}]
+    room = most
+    for name, tensor in shapes.items():
+        if tensor.nbytes > room and shares[-1]:
+            shares.append({})
+            room = most
+        shares[-1][name] = tensor
+        room -= tensor.nbytes
+    return shares
+
+
+def _write_index(path: Path, files: Mapping[Path, Mapping[str, torch.Tensor]]) -> None:
+    """Writes PATH.index.json, by which transformers and vLLM find each tensor's file."""
+    size = sum(tensor.nbytes for share in files.values() for tensor in share.values())
+    places = {name: file.name for file, share in files.items() for name in share}
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _make_header(share: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> memoryview:
+    ends = accumulate(tensor.nbytes for tensor in share.values())
     entries = {
         name: {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end - tensor.nbytes, end]}
-        for (name, tensor), end in zip(shapes.items(), ends, strict=True)
+        for (name, tensor), end in zip(share.items(), ends, strict=True)
     }
-    about = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    about = {"__metadata__": {"format": "pt", **metadata}}
     header = json.dumps(about | entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    start = struct.pack("<Q", len(header)) + header
-
-    def list_parts() -> Iterator[memoryview]:
-        yield memoryview(start)
-        for _, tensor in stream:
-            if tensor.nbytes:
-                yield from _read_bytes(tensor)
-
-    with path.open("wb") as file:
-
-        def write(piece: list[tuple[int, memoryview]]) -> bytes:
-            digest = hashlib.sha256()
-            for offset, data in piece:
-                digest.update(data)
-                write_at(file, data, offset)
-            return digest.digest()
-
-        return join_digests(map_on_threads(write, _cut(list_parts())))
-
-
-def compute_digest(path: Path) -> str:
-    """Returns the SHA-256, in hex, of the SHA-256 of each 32 MiB of a file. Raises OSError as `open_plain`."""
-    with open_plain(path, limit_bytes=None) as file:
-        size = os.fstat(file.fileno()).st_size
-
-        def read(start: int) -> bytes:
-            digest = hashlib.sha256()
-            at, end = start, min(start + PIECE_BYTES, size)
-            while at < end and (data := os.pread(file.fileno(), min(2**20, end - at), at)):
-                digest.update(data)
-                at += len(data)
-            return digest.digest()
-
-        return join_digests(map_on_threads(read, range(0, size, PIECE_BYTES)))
+    return memoryview(struct.pack("<Q", len(header)) + header)
 
 
 def _read_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -122,9 +166,13 @@ def _read_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece).numpy().data
 
 
-def _cut(parts: Iterable[memoryview]) -> Iterator[list[tuple[int, memoryview]]]:
-    """Yields the pieces of a file that holds these parts one after the other: each as offsets with their bytes."""
-    piece: list[tuple[int, memoryview]] = []
+_Piece = list[tuple[int, memoryview]]
+"""Bytes of a file with their offsets."""
+
+
+def _cut(parts: Iterable[memoryview]) -> Iterator[_Piece]:
+    """Yields the pieces of a file that holds these parts one after the other."""
+    piece: _Piece = []
     at = 0
     for part in parts:
         while part:
@@ -151,6 +199,6 @@ def map_on_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R
             yield pending.popleft().result()
 
 
-def join_digests(digests: Iterator[bytes]) -> str:
-    """Returns the digest of a file from those of its pieces, in their order."""
+def _join_digests(digests: Iterator[bytes]) -> str:
+    """Returns the digest of files from those of their pieces, in order."""
     return hashlib.sha256(b"".join(digests)).hexdigest()

@@ -6,7 +6,6 @@ The student is loaded at the first question; until then it needs neither memory 
 from __future__ import annotations
 
 import logging
-import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +75,7 @@ class _Loaded:
     """The model in memory; only the thread that made it may use it."""
 
     def __init__(self, model: str, *, dtype: str) -> None:
-        from vaopd.run.snapshots import make_snapshot
+        from vaopd.run.snapshots import describe_model
         from vaopd.sampling.transformers_engine import TransformersEngine  # torch
         from vaopd.vlm.prompts import load_processor, tokenizer_fingerprint
 
@@ -85,7 +84,6 @@ class _Loaded:
         self.tokenizer: Any = load_processor(folder).tokenizer
         self.fingerprint = tokenizer_fingerprint(self.tokenizer)
         self.engine: TransformersEngine = TransformersEngine(folder, worker="api", dtype=dtype)
-        with tempfile.TemporaryDirectory(prefix="vaopd-student-") as scratch:
-            self.policy: PolicyVersion = make_snapshot(folder, Path(scratch))
-            self.engine.load_policy(self.policy)
+        self.policy: PolicyVersion = describe_model(folder)
+        self.engine.load_policy(self.policy)
         log.info("the student %s is loaded", model)

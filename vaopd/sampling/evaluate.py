@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from vaopd.config import Config
 from vaopd.evaluation import HeldOutResult, held_out_requests, held_out_result
 from vaopd.files.hub import model_folder
 from vaopd.grading import Verdict, judge, prepare
-from vaopd.run.snapshots import make_snapshot
+from vaopd.run.snapshots import describe_model
 from vaopd.sampling.build import build_engine
 from vaopd.sampling.engine import open_stream, sample_all
 from vaopd.types import Prompt, RolloutGroup
@@ -39,23 +37,22 @@ def evaluate_model(
     tokenizer = load_processor(folder).tokenizer
     prepare()
 
-    with tempfile.TemporaryDirectory(prefix="vaopd-eval-") as scratch:
-        policy = make_snapshot(folder, Path(scratch))
-        engine = build_engine(config, worker="eval")
-        try:
-            engine.load_policy(policy)
-            verdicts: dict[str, list[Verdict]] = {}
-            requests = list(held_out_requests(prompts, version=policy.version, config=config))
-            at_once = config.rollout.requests_per_batch
-            ended = sample_all(open_stream(engine), requests, at_once=at_once)
-            for done, (index, outcome) in enumerate(ended, 1):
-                if isinstance(outcome, RolloutGroup):
-                    texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in outcome.rollouts]
-                    verdicts[requests[index].group_id] = [judge(text, prompts[index].answer) for text in texts]
-                else:
-                    unasked["refused by the engine"] += 1
-                    on_refused(prompts[index], outcome)
-                on_progress(done)
-            return held_out_result(verdicts, samples=config.evaluation.samples, not_asked=unasked)
-        finally:
-            engine.close()
+    policy = describe_model(folder)
+    engine = build_engine(config, worker="eval")
+    try:
+        engine.load_policy(policy)
+        verdicts: dict[str, list[Verdict]] = {}
+        requests = list(held_out_requests(prompts, version=policy.version, config=config))
+        at_once = config.rollout.requests_per_batch
+        ended = sample_all(open_stream(engine), requests, at_once=at_once)
+        for done, (index, outcome) in enumerate(ended, 1):
+            if isinstance(outcome, RolloutGroup):
+                texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in outcome.rollouts]
+                verdicts[requests[index].group_id] = [judge(text, prompts[index].answer) for text in texts]
+            else:
+                unasked["refused by the engine"] += 1
+                on_refused(prompts[index], outcome)
+            on_progress(done)
+        return held_out_result(verdicts, samples=config.evaluation.samples, not_asked=unasked)
+    finally:
+        engine.close()

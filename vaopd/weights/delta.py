@@ -1,13 +1,12 @@
-"""Turns a snapshot into the next one by the 16-bit words that differ.
+"""Turns a file of weights into the next version's by the 16-bit words that differ.
 
 At learning rates of 1e-6 few bf16 weights change in a step. Files are compared word by word, in blocks of 65 536, so a
-place within its block has 16 bits too: a changed weight takes 4 bytes. Nothing is rounded: the patched file has the
-digest of the new one.
+place within its block has 16 bits too: a changed weight takes 4 bytes. Nothing is rounded: the patched file is the new
+one, bit for bit.
 """
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from vaopd.files.durable import write_at
-from vaopd.run.tensor_files import PIECE_BYTES, join_digests, map_on_threads
+from vaopd.run.tensor_files import PIECE_BYTES, map_on_threads
 
 BLOCK = 2**16
-"""Words of a block. A piece of the digest, 32 MiB, holds 256 of them."""
+"""Words of a block. A thread's piece, 32 MiB, holds 256 of them."""
 _PIECE = PIECE_BYTES // 2
 
 
@@ -48,11 +47,8 @@ def write_delta(base: Path, new: Path, target: Path) -> int | None:
     return target.stat().st_size
 
 
-def apply_delta(base: Path, delta: Path, target: Path) -> str:
-    """Writes the file that `base` becomes -> its `compute_digest`.
-
-    Raises OSError, and ValueError for the delta of another file.
-    """
+def apply_delta(base: Path, delta: Path, target: Path) -> None:
+    """Writes the file that `base` becomes. Raises OSError, and ValueError for the delta of another file."""
     old_words = np.memmap(base, np.uint16, "r")
     with safe_open(delta, "numpy") as file:
         counts, places, values = (file.get_tensor(name) for name in ("counts", "places", "values"))
@@ -60,7 +56,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
         raise ValueError(f"{delta} belongs to another file than {base}")
     ends = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
 
-    def patch(start: int) -> bytes:
+    def patch(start: int) -> None:
         words = np.array(old_words[start : start + _PIECE])
         first = start // BLOCK
         blocks = range(first, min(first + _PIECE // BLOCK, len(counts)))
@@ -68,13 +64,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> str:
         offsets = np.repeat(np.arange(len(blocks)) * BLOCK, counts[first : blocks.stop])
         words[offsets + places[own]] = values[own]
         write_at(file, words.data.cast("B"), start * words.itemsize)
-        return sha256(words.data).digest()
 
     with target.open("wb") as file:
-        return join_digests(map_on_threads(patch, range(0, len(old_words), _PIECE)))
-
-
-def find_weights(folder: Path) -> Path:
-    """Returns a snapshot's one file of weights, the model's or an adapter's."""
-    [path] = folder.glob("*.safetensors")
-    return path
+        for _ in map_on_threads(patch, range(0, len(old_words), _PIECE)):
+            pass

@@ -14,17 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+from safetensors import SafetensorError
 
 from vaopd.errors import Mismatch, NotFound, Unavailable
 from vaopd.files.durable import write_at
 from vaopd.net.backoff import Backoff
+from vaopd.run.snapshots import list_weights
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
-from vaopd.weights.delta import apply_delta, find_weights
+from vaopd.weights.delta import apply_delta
 
 STREAMS = 4
-"""Ranges of the weights that are fetched beside each other."""
+"""Files that are fetched beside each other."""
 RANGE_BYTES = 64 * 2**20
+"""Of a file, at a time."""
 PATIENCE_S = 30.0
 """A trainer that doesn't answer for so long is away; the request goes back to the queue."""
 _PREFIX = "vaopd-weights-"
@@ -45,7 +48,7 @@ class PolicyFetcher:
         self._kept: list[PolicyVersion] = []
         self._patience_s = patience_s
         self.fetched_bytes = 0
-        """All bytes of weights so far."""
+        """All bytes so far."""
 
     def fetch(self, policy: PolicyVersion) -> PolicyVersion:
         """Returns the policy with a path on this host; what was fetched has the digest that was announced.
@@ -58,19 +61,15 @@ class PolicyFetcher:
             if kept.sha256 == policy.sha256:
                 return replace(kept, version=policy.version)
         aside = self._folder / "aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name, size in self._ask(policy, policy.path).json().items():
-            target = aside / Path(name).name
-            if target.suffix != ".safetensors":
-                target.write_bytes(self._ask(policy, f"{policy.path}/files/{name}").content)
-            elif not self._fetch_delta(policy, target):
-                self._fetch_ranges(policy, target, size)
-                if (digest := compute_digest(target)) != policy.sha256:
-                    raise Mismatch(
-                        f"policy version {policy.version}: the weights from {policy.path} have digest "
-                        f"{digest[:12]}…, not {policy.sha256[:12]}…"
-                    )
+        base = Path(self._kept[-1].path) if self._kept else None
+        digest = self._fetch_files(policy, aside, base)
+        if base is not None and digest != policy.sha256:  # a damaged delta
+            digest = self._fetch_files(policy, aside, None)
+        if digest != policy.sha256:
+            raise Mismatch(
+                f"policy version {policy.version}: the weights from {policy.path} have digest {digest[:12]}…, not "
+                f"{policy.sha256[:12]}…"
+            )
         found = replace(policy, path=str(aside.rename(self._folder / policy.sha256)))
         self._kept.append(found)
         for old in self._kept[:-2]:
@@ -84,36 +83,44 @@ class PolicyFetcher:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
-    def _fetch_delta(self, policy: PolicyVersion, target: Path) -> bool:
-        """Writes the weights from the newest kept ones and what changed; False where that is not to be had."""
-        if not self._kept:
-            return False
-        base = self._kept[-1]
-        delta = target.with_suffix(".delta")
+    def _fetch_files(self, policy: PolicyVersion, folder: Path, base: Path | None) -> str:
+        """Writes all files into a new `folder` -> the digest of its weights. base: the weights that may be patched."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+        def fetch(name: str, size: int) -> int:
+            target = folder / Path(name).name
+            patched = self._fetch_delta(policy, base, target) if base and target.suffix == ".safetensors" else 0
+            return patched or self._fetch_file(policy, target, size)
+
+        sizes = self._ask(policy, policy.path).json()
+        with ThreadPoolExecutor(STREAMS) as threads:
+            self.fetched_bytes += sum(threads.map(fetch, sizes, sizes.values()))
+        return compute_digest(*list_weights(folder))
+
+    def _fetch_delta(self, policy: PolicyVersion, base: Path, target: Path) -> int:
+        """Patches the base's file -> the bytes that this took; 0, and no file, where what changed is not to be had."""
         try:
-            answer = self._ask(policy, f"{policy.path}/delta/{base.sha256}")
+            answer = self._ask(policy, f"{policy.path}/delta/{base.name}/{target.name}")
         except NotFound:
-            return False
+            return 0
+        delta = target.with_suffix(".delta")
         delta.write_bytes(answer.content)
-        self.fetched_bytes += len(answer.content)
         try:
-            return apply_delta(find_weights(Path(base.path)), delta, target) == policy.sha256
-        except ValueError:
-            return False
+            apply_delta(base / target.name, delta, target)
+        except (ValueError, IndexError, SafetensorError):
+            return 0
         finally:
             delta.unlink()
+        return len(answer.content)
 
-    def _fetch_ranges(self, policy: PolicyVersion, target: Path, size: int) -> None:
-        with target.open("wb") as file, ThreadPoolExecutor(STREAMS) as threads:
-
-            def fetch(start: int) -> None:
-                end = min(start + RANGE_BYTES, size)
-                headers = {"Range": f"bytes={start}-{end - 1}"}
+    def _fetch_file(self, policy: PolicyVersion, target: Path, size: int) -> int:
+        with target.open("wb") as file:
+            for start in range(0, size, RANGE_BYTES):
+                headers = {"Range": f"bytes={start}-{min(start + RANGE_BYTES, size) - 1}"}
                 answer = self._ask(policy, f"{policy.path}/files/{target.name}", headers)
                 write_at(file, answer.content, start)
-
-            list(threads.map(fetch, range(0, size, RANGE_BYTES)))
-        self.fetched_bytes += size
+        return size
 
     def _ask(self, policy: PolicyVersion, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
         """Asks until there is an answer. Raises NotFound and Unavailable."""

@@ -2,7 +2,7 @@
 
     GET URL                    names and sizes of the snapshot's files
     GET URL/files/NAME         a file, whole or in ranges
-    GET URL/delta/SHA256       what turns the weights with that digest into these; 404: take the file
+    GET URL/delta/SHA256/NAME  what turns that file of the weights with that digest into this one; 404: take the file
 
 The address of a snapshot, with a secret of this process in it, is its path in the queue: who reads the queue may read
 the weights. It is plain HTTP, for a network that is trusted as the queue's is.
@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from vaopd.errors import ConfigError
 from vaopd.types import PolicyVersion
-from vaopd.weights.delta import find_weights, write_delta
+from vaopd.weights.delta import write_delta
 
 
 class SnapshotServer:
@@ -50,7 +50,7 @@ class SnapshotServer:
         routes = [
             Route("/{secret}/{digest}", self._list_files),
             Route("/{secret}/{digest}/files/{name}", self._send_file),
-            Route("/{secret}/{digest}/delta/{base}", self._send_delta),
+            Route("/{secret}/{digest}/delta/{base}/{name}", self._send_delta),
         ]
         settings = uvicorn.Config(Starlette(routes=routes), log_config=None, access_log=False, lifespan="off")
         self._server = uvicorn.Server(settings)
@@ -76,22 +76,20 @@ class SnapshotServer:
         return JSONResponse({path.name: path.stat().st_size for path in sorted(folder.iterdir())})
 
     def _send_file(self, request: Request) -> Response:
-        path = self._find_folder(request) / Path(request.path_params["name"]).name
-        if not path.is_file():
-            raise HTTPException(404)
-        return FileResponse(path)
+        return FileResponse(_find_file(self._find_folder(request), request))
 
     def _send_delta(self, request: Request) -> Response:
         folder, base = self._find_folder(request), self._folders.get(request.path_params["base"])
         if base is None:
             raise HTTPException(404)
+        old, new = _find_file(base, request), _find_file(folder, request)
         # Beside the snapshot, where pruning removes it with the older ones.
-        delta = folder.parent / f".{folder.name}.tmp-deltas" / request.path_params["base"]
-        with self._making_delta:  # all workers ask for the same one
+        delta = folder.parent / f".{folder.name}.tmp-deltas" / request.path_params["base"] / new.name
+        with self._making_delta:  # all workers ask for the same ones
             if not delta.exists():
-                delta.parent.mkdir(exist_ok=True)
+                delta.parent.mkdir(parents=True, exist_ok=True)
                 aside = delta.with_suffix(".part")
-                if write_delta(find_weights(base), find_weights(folder), aside) is None:
+                if write_delta(old, new, aside) is None:
                     aside.touch()  # empty: not worth it, and the other workers need not wait for that again
                 aside.rename(delta)
         if not delta.stat().st_size:
@@ -104,3 +102,10 @@ class SnapshotServer:
         if not known or folder is None or not folder.is_dir():
             raise HTTPException(404)
         return folder
+
+
+def _find_file(folder: Path, request: Request) -> Path:
+    path = folder / Path(request.path_params["name"]).name
+    if not path.is_file():
+        raise HTTPException(404)
+    return path
