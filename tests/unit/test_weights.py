@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.waiting import wait_until
 from vaopd.errors import InvalidInput, Mismatch, NotFound
 from vaopd.files import durable
 from vaopd.files.durable import atomic_folder
@@ -184,6 +186,24 @@ def test_publishing_a_version_again_replaces_it(tmp_path: Path, student: Path) -
     with pytest.raises(Mismatch, match=r"policy version 3: .* take the latest version"):
         verify_snapshot(first)
     assert names_in(tmp_path / "policy") == ["v000003"]
+
+
+def test_a_snapshot_is_there_before_the_disk_has_it(
+    tmp_path: Path, student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, may_end = threading.Event(), threading.Event()
+
+    def take_long(handle: int) -> None:
+        asked.set()
+        assert may_end.wait(180)
+
+    monkeypatch.setattr(durable.os, "fsync", take_long)
+    verify_snapshot(publish_snapshot(tmp_path, 1, state(), model_files_from=student))
+    assert asked.wait(180)
+    prune_snapshots(tmp_path, keep=1, current=0)
+    assert names_in(tmp_path / "policy") == []
+    may_end.set()
+    wait_until("the thread has ended", lambda: all(t.name != "vaopd-fsync" for t in threading.enumerate()))
 
 
 def test_a_snapshot_that_is_not_there_says_why_that_may_be(tmp_path: Path, student: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +39,13 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, wait_for_disk: bool = True) -> Iterator[Path]:
     """Yields a new folder beside `path`; once the block ends well it is on disk and takes the place of `path`.
 
     If the block raises, or the process dies, `path` stays as it was. One writer per path: what an earlier one left
     behind is removed first. On Linux file systems without RENAME_EXCHANGE (NFS), a `path` that exists is missing for a
-    moment while it is replaced.
+    moment while it is replaced. wait_for_disk: False for what has a digest and can be made again: it is brought to the
+    disk afterwards, on a thread, and a power cut in these seconds may damage it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
@@ -51,12 +54,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     aside.mkdir()
     try:
         yield aside
-        for folder, _, files in os.walk(aside):
-            for name in files:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
+        if wait_for_disk:
+            _fsync_all(aside)
         _take_place(aside, path)
-        _fsync(path.parent)
+        if wait_for_disk:
+            _fsync(path.parent)
+        else:
+            threading.Thread(target=_fsync_later, args=(path,), name="vaopd-fsync", daemon=True).start()
     finally:
         # Removes the unfinished folder, or the one that was replaced.
         shutil.rmtree(aside, ignore_errors=True)
@@ -89,6 +93,18 @@ def copy_file(source: Path, target: Path) -> None:
             read.seek(0)
             written.seek(0)
             shutil.copyfileobj(read, written)
+
+
+def _fsync_all(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _fsync(Path(parent) / name)
+        _fsync(Path(parent))
+
+
+def _fsync_later(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # removed meanwhile; or damaged, which its digest tells
+        _fsync_all(folder)
 
 
 def _fsync(path: Path) -> None:

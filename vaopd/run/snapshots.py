@@ -1,6 +1,6 @@
 """Writes and checks policy snapshots: the student's weights as folders that transformers and vLLM can load.
 
-run/policy/v000042/model.safetensors     (written beside, fsynced, renamed: a reader sees all of it or nothing)
+run/policy/v000042/model.safetensors     (written beside, then renamed: a reader sees all of it or nothing)
                    model-00001-of-00017.safetensors, …, model.safetensors.index.json    (of a large model)
 run/policy/v000042/config.json, …        (tokenizer, processor, chat template: the student's own)
 
@@ -48,7 +48,7 @@ def publish_snapshot(
     if version < 0:
         raise InvalidInput(f"policy version is {version}; it must be 0 or more")
     path = locate_snapshot(folder, version)
-    with atomic_folder(path) as aside:
+    with atomic_folder(path, wait_for_disk=False) as aside:
         digest = write_model(aside, state, model_files_from=model_files_from)
     return PolicyVersion(version=version, path=str(path), sha256=digest)
 
@@ -71,7 +71,7 @@ def publish_adapter(
 ) -> PolicyVersion:
     """Writes adapters, under PEFT's names, as `folder`/policy/v{version}; settings: adapter_config.json's table."""
     path = locate_snapshot(folder, version)
-    with atomic_folder(path) as aside:
+    with atomic_folder(path, wait_for_disk=False) as aside:
         digest = write_tensors(adapters, aside / ADAPTER_FILE)
         (aside / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return PolicyVersion(version=version, path=str(path), sha256=digest)
