@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+from safetensors import SafetensorError
 
 from vaopd.errors import Mismatch, NotFound, Unavailable
 from vaopd.files.durable import write_at
@@ -25,6 +27,8 @@ from vaopd.weights.delta import apply_delta, find_weights
 STREAMS = 4
 """Ranges of the weights that are fetched beside each other."""
 RANGE_BYTES = 64 * 2**20
+LIST_BYTES = 2**20
+"""The longest list of a snapshot's files."""
 PATIENCE_S = 30.0
 """A trainer that doesn't answer for so long is away; the request goes back to the queue."""
 _PREFIX = "vaopd-weights-"
@@ -60,12 +64,13 @@ class PolicyFetcher:
         aside = self._folder / "aside"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        for name, size in self._ask(policy, policy.path).json().items():
+        for name, size in self._list_files(policy).items():
             target = aside / Path(name).name
             if target.suffix != ".safetensors":
-                target.write_bytes(self._ask(policy, f"{policy.path}/files/{name}").content)
-            elif not self._fetch_delta(policy, target):
                 self._fetch_ranges(policy, target, size)
+            elif not self._fetch_delta(policy, target, size):
+                self._fetch_ranges(policy, target, size)
+                self.fetched_bytes += size
                 if (digest := compute_digest(target)) != policy.sha256:
                     raise Mismatch(
                         f"policy version {policy.version}: the weights from {policy.path} have digest "
@@ -84,21 +89,28 @@ class PolicyFetcher:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
-    def _fetch_delta(self, policy: PolicyVersion, target: Path) -> bool:
+    def _list_files(self, policy: PolicyVersion) -> dict[str, int]:
+        try:
+            return {str(name): int(size) for name, size in json.loads(self._ask(policy, policy.path)).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise Unavailable(f"policy version {policy.version}: {policy.path} lists no files ({error})") from None
+
+    def _fetch_delta(self, policy: PolicyVersion, target: Path, size: int) -> bool:
         """Writes the weights from the newest kept ones and what changed; False where that is not to be had."""
         if not self._kept:
             return False
         base = self._kept[-1]
         delta = target.with_suffix(".delta")
         try:
-            answer = self._ask(policy, f"{policy.path}/delta/{base.sha256}")
+            data = self._ask(policy, f"{policy.path}/delta/{base.sha256}", most=size)
         except NotFound:
             return False
-        delta.write_bytes(answer.content)
-        self.fetched_bytes += len(answer.content)
+        self.fetched_bytes += len(data)
         try:
+            with delta.open("wb") as file:
+                write_at(file, data, 0)
             return apply_delta(find_weights(Path(base.path)), delta, target) == policy.sha256
-        except ValueError:
+        except (ValueError, IndexError, SafetensorError):  # cut short or damaged on its way
             return False
         finally:
             delta.unlink()
@@ -107,27 +119,44 @@ class PolicyFetcher:
         with target.open("wb") as file, ThreadPoolExecutor(STREAMS) as threads:
 
             def fetch(start: int) -> None:
-                end = min(start + RANGE_BYTES, size)
-                headers = {"Range": f"bytes={start}-{end - 1}"}
-                answer = self._ask(policy, f"{policy.path}/files/{target.name}", headers)
-                write_at(file, answer.content, start)
+                length = min(RANGE_BYTES, size - start)
+                headers = {"Range": f"bytes={start}-{start + length - 1}"}
+                url = f"{policy.path}/files/{target.name}"
+                write_at(file, self._ask(policy, url, headers, least=length, most=length), start)
 
             list(threads.map(fetch, range(0, size, RANGE_BYTES)))
-        self.fetched_bytes += size
 
-    def _ask(self, policy: PolicyVersion, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
-        """Asks until there is an answer. Raises NotFound and Unavailable."""
+    def _ask(
+        self,
+        policy: PolicyVersion,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        least: int = 0,
+        most: int = LIST_BYTES,
+    ) -> bytearray:
+        """Asks until there is an answer of `least` to `most` bytes. Raises NotFound and Unavailable."""
         backoff = Backoff(self._patience_s)
         while True:
             try:
-                answer = self._client.get(url, headers=headers)
-                if answer.status_code == 404:
-                    raise NotFound(f"policy version {policy.version}: its trainer serves it no more; take the latest")
-                answer.raise_for_status()
-                return answer
+                with self._client.stream("GET", url, headers=headers) as answer:
+                    if answer.status_code == 404:
+                        raise NotFound(
+                            f"policy version {policy.version}: its trainer serves it no more; take the latest"
+                        )
+                    answer.raise_for_status()
+                    data = bytearray()
+                    for part in answer.iter_bytes():
+                        data += part
+                        if len(data) > most:  # of a proxy that knows no ranges: all of the weights, into memory
+                            break
+                if least <= len(data) <= most:
+                    return data
+                problem = f"{url} sent {len(data)} bytes, where {least} to {most} belong"
             except httpx.HTTPError as error:
-                problem = f"policy version {policy.version} can't be fetched from its trainer: {error!r}"
-                time.sleep(backoff.delay_s(Unavailable(problem)))
+                problem = repr(error)
+            away = f"policy version {policy.version} can't be fetched from its trainer: {problem}"
+            time.sleep(backoff.delay_s(Unavailable(away)))
 
 
 def _make_folder(parent: Path) -> tuple[Path, int]:
