@@ -123,7 +123,7 @@ class RolloutWorker:
     stop: Stop
     metrics: WorkerMetrics = field(default_factory=lambda: WorkerMetrics(job=""))
     stuck_after_s: float = STUCK_AFTER_S
-    """An engine that takes longer for a step hangs; the process ends, and its leases run out."""
+    """An engine that takes longer for a step or for new weights hangs; the process ends, and its leases run out."""
     fetch: Callable[[PolicyVersion], PolicyVersion] = lambda policy: policy
     """See `PolicyFetcher`."""
 
@@ -239,7 +239,8 @@ class RolloutWorker:
         if self._is_loaded(policy):
             return True
         try:
-            with self.metrics.time_load(policy.version):
+            # The keeper renews the leases all the while, as in `_use_engine`.
+            with self.metrics.time_load(policy.version), hang_timer.limit_time(self.stuck_after_s):
                 self.engine.load_policy(self.fetch(policy))
         except Unavailable as error:  # the trainer is away; another one announces its weights again
             log.warning("%s", error)

@@ -104,11 +104,14 @@ class ShardedWeights(StudentWeights):
         self._root = cast(FSDPModule, loss)
 
     def plan(self, own: Sequence[frozenset[Part]]) -> list[frozenset[Part]]:
-        """As many forwards as the rank with the most has, each through all parts that any rank's goes through."""
+        """As many forwards as the rank with the most has, each through all parts that any rank's goes through.
+
+        The last one also through those of the others: copies exchange a part's gradient in it, or lose that gradient.
+        """
         everyone = self.ranks.gather([sorted(parts) for parts in own])
         most = max(len(forwards) for forwards in everyone)
         at = [[part for forwards in everyone for part in (*forwards, *[[]] * most)[number]] for number in range(most)]
-        return [frozenset(parts) for parts in at]
+        return [*map(frozenset, at[:-1]), frozenset().union(*at)] if at else []
 
     def accumulate(self, *, last: bool) -> AbstractContextManager[None]:
         """Each backward leaves the sum over the ranks in this rank's part; copies exchange theirs in the last one."""

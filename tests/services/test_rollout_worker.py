@@ -6,19 +6,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.support import preloaded
+from tests.support.memory_jobs import MemoryJob
 from tests.support.preloaded import Child
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
 from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
 from vaopd.queue import TrainerQueue, WorkerQueue
+from vaopd.sampling.engine import Outcome
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd_rollout.worker import RolloutWorker, Stop
 
 CONFIG = """
 [run]
@@ -164,6 +167,41 @@ def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_ove
 
     start_worker(*short_lease, name="w2")
     assert_sampled_by(policies[0], request, collect(trainer, 1)["g"])
+
+
+@pytest.mark.parametrize("call", ["load_policy", "generate"])
+def test_it_ends_whichever_call_of_the_engine_hangs(call: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The leases of one that lived on would be renewed for ever."""
+
+    class Engine:
+        policy: PolicyVersion | None = None
+
+        def load_policy(self, policy: PolicyVersion) -> None:
+            self.hang("load_policy")
+            self.policy = policy
+
+        def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+            self.hang("generate")
+            return []
+
+        def hang(self, name: str) -> None:
+            if name == call:
+                signal.pause()
+
+        def close(self) -> None: ...
+
+    job, stop = MemoryJob(), Stop(drain_s=1)
+    trainer = job.trainer()
+    trainer.publish_policy(PolicyVersion(version=0, path="/nowhere", sha256="0"))
+    trainer.enqueue(ask("g", images=()))
+    worker = RolloutWorker(engine=Engine(), queue=job.worker("w"), requests_per_batch=1, stop=stop, stuck_after_s=0.01)
+    if (pid := os.fork()) == 0:
+        try:
+            worker.run()
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert "in hang" in capfd.readouterr().err
 
 
 def test_help_needs_nothing_heavy():

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
+from starlette.responses import Response
 
 from tests.support.waiting import wait_until
 from vaopd.errors import ConfigError, Mismatch, NotFound, Unavailable
@@ -30,6 +32,7 @@ from vaopd.run.snapshots import (
 )
 from vaopd.types import PolicyVersion
 from vaopd.weights import fetch as fetching
+from vaopd.weights import serve as serving
 from vaopd.weights.delta import BLOCK, apply_delta, write_delta
 from vaopd.weights.fetch import PolicyFetcher
 from vaopd.weights.serve import SnapshotServer
@@ -131,7 +134,22 @@ def test_pruning_removes_deltas(server: SnapshotServer, fetcher: PolicyFetcher, 
     for version in range(3):
         fetcher.fetch(server.offer(publish(tmp_path, version, changed=version)))
         prune_snapshots(tmp_path, keep=2)
-    assert [path.name for path in sorted((tmp_path / "policy").glob("*"))] == ["v000001", "v000002"]
+    assert {path.name for path in (tmp_path / "policy").iterdir()} == {".v000002.tmp-deltas", "v000001", "v000002"}
+
+
+def test_a_delta_may_be_made_while_older_versions_are_pruned(
+    fetcher: PolicyFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer prunes right behind the announcement."""
+
+    def prune_first(*paths: Path) -> int | None:
+        prune_snapshots(tmp_path, keep=2, current=1)
+        return write_delta(*paths)
+
+    monkeypatch.setattr(serving, "write_delta", prune_first)
+    with closing(SnapshotServer("127.0.0.1:0")) as server:
+        for version in range(2):
+            verify_snapshot(fetcher.fetch(server.offer(publish(tmp_path, version, changed=version))))
 
 
 def test_damaged_weights_are_named_and_not_kept(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:
@@ -160,6 +178,56 @@ def test_a_delta_that_was_damaged_is_not_used(
         delta.write_bytes(b"<html>")
 
     verify_snapshot(fetcher.fetch(announced))
+
+
+@contextmanager
+def answered_first(monkeypatch: pytest.MonkeyPatch, method: str, *bodies: bytes) -> Iterator[SnapshotServer]:
+    """A server behind a proxy that answers the first questions of one kind by itself, with a status of 200."""
+    real, rest = getattr(SnapshotServer, method), list(bodies)
+
+    def answer(self: SnapshotServer, request: Request) -> Response:
+        return Response(rest.pop(0)) if rest else real(self, request)
+
+    monkeypatch.setattr(SnapshotServer, method, answer)
+    with closing(SnapshotServer("127.0.0.1:0")) as server:
+        yield server
+    assert not rest
+
+
+def test_an_answer_of_another_length_is_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of config.json, which has no digest, and of the first range: nothing, half, all of the weights."""
+    monkeypatch.setattr(fetching, "RANGE_BYTES", 2 * ELEMENTS)
+    published = publish(tmp_path, 0, changed=0)
+    config, weights = ((Path(published.path) / name).read_bytes() for name in ("config.json", WEIGHTS_FILE))
+    for bodies in ([b"", b"<html>"], [config, b"", weights[:1000], weights]):
+        with (
+            answered_first(monkeypatch, "_send_file", *bodies) as server,
+            closing(PolicyFetcher(tmp_path)) as fetcher,
+        ):
+            found = fetcher.fetch(server.offer(published))
+            verify_snapshot(found)
+            assert (Path(found.path) / "config.json").read_bytes() == config
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", bytes(100)])
+def test_where_what_came_is_no_delta_all_travels(
+    fetcher: PolicyFetcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: bytes
+) -> None:
+    with answered_first(monkeypatch, "_send_delta", body) as server:
+        for version in range(2):
+            verify_snapshot(fetcher.fetch(server.offer(publish(tmp_path, version, changed=version))))
+
+
+def test_a_list_of_files_that_is_none_is_a_trainer_that_is_away(
+    fetcher: PolicyFetcher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The worker's request goes back to the queue, and is tried again."""
+    with answered_first(monkeypatch, "_list_files", b"<html>", b"[]", b'{"config.json": "2') as server:
+        announced = server.offer(publish(tmp_path, 0, changed=0))
+        for _ in range(3):
+            with pytest.raises(Unavailable, match=r"version 0: http://.* lists no files"):
+                fetcher.fetch(announced)
+        verify_snapshot(fetcher.fetch(announced))
 
 
 def test_a_policy_that_is_gone_and_a_trainer_that_is_gone(

@@ -1,7 +1,7 @@
 """Students that ranks train together, held in every way, against one plain process, for test_sharded_students.py.
 
-`main` is one of the ranks (tests/support/rank_processes.py). The trainer's own loop shares five groups out, one of
-them without an image; rank 0 compares. Four ranks resume each other's checkpoints, too.
+`main` is one of the ranks (tests/support/rank_processes.py). The trainer's own loop shares five groups out, two of
+them without an image, one in the step's last forward; rank 0 compares. Four ranks resume each other's checkpoints, too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def make_config(kind: str, *, dtype: str = "float32", lora: bool = False) -> Con
 
 
 def make_groups(student: Vlm) -> list[WeightedGroup]:
-    return [a_weighted_group(student, index, lengths, image=index != 2) for index, lengths in enumerate(LENGTHS)]
+    return [
+        a_weighted_group(student, index, lengths, image=index not in (2, 4)) for index, lengths in enumerate(LENGTHS)
+    ]
 
 
 def load(

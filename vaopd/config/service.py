@@ -173,7 +173,8 @@ class RolloutServiceConfig(Section):
     stuck_after_s: PositiveFloat = 1800.0
     """Seconds after which a step of the engine counts as hanging: the process ends, and another worker takes over.
 
-    With vLLM a step is a token of each rollout, with transformers a whole group.
+    With vLLM a step is a token of each rollout, with transformers a whole group. New weights, fetched and loaded, may
+    take as long.
     """
     drain_s: PositiveFloat = 10.0
     """Seconds that the groups in progress may take after SIGTERM; unfinished requests are handed back."""

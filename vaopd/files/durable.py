@@ -66,7 +66,7 @@ def atomic_folder(path: Path, *, wait_for_disk: bool = True) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_at(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+def write_at(file: BinaryIO, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Writes all of `data` at that place of a file, beside other threads. Raises OSError, which names the file.
 
     Never through a memory map: where no room is left, it ends the process (SIGBUS).

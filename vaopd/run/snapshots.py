@@ -130,8 +130,11 @@ def prune_snapshots(folder: Path, keep: int, *, current: int | None = None) -> l
         # Renamed first, so that no worker begins to read a folder that is half removed.
         doomed = policies / f".v{version:06d}.tmp-pruned"
         locate_snapshot(folder, version).rename(doomed)
+    newest = locate_snapshot(folder, max(valid, default=0)).name
     for leftover in policies.glob(".v*.tmp-*"):
-        shutil.rmtree(leftover)
+        if leftover.name != f".{newest}.tmp-deltas":  # announced before: workers fetch them already
+            # A worker's late question may write a delta to it at this moment; then the next pruning removes it.
+            shutil.rmtree(leftover, ignore_errors=True)
     return removed
 
 

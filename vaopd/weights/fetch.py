@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ STREAMS = 4
 """Files that are fetched beside each other."""
 RANGE_BYTES = 64 * 2**20
 """Of a file, at a time."""
+LIST_BYTES = 2**20
+"""The longest list of a snapshot's files."""
 PATIENCE_S = 30.0
 """A trainer that doesn't answer for so long is away; the request goes back to the queue."""
 _PREFIX = "vaopd-weights-"
@@ -90,51 +93,78 @@ class PolicyFetcher:
 
         def fetch(name: str, size: int) -> int:
             target = folder / Path(name).name
-            patched = self._fetch_delta(policy, base, target) if base and target.suffix == ".safetensors" else 0
+            is_weights = target.suffix == ".safetensors"
+            patched = self._fetch_delta(policy, base, target, size) if base and is_weights else 0
             return patched or self._fetch_file(policy, target, size)
 
-        sizes = self._ask(policy, policy.path).json()
+        sizes = self._list_files(policy)
         with ThreadPoolExecutor(STREAMS) as threads:
             self.fetched_bytes += sum(threads.map(fetch, sizes, sizes.values()))
         return compute_digest(*list_weights(folder))
 
-    def _fetch_delta(self, policy: PolicyVersion, base: Path, target: Path) -> int:
+    def _list_files(self, policy: PolicyVersion) -> dict[str, int]:
+        try:
+            return {str(name): int(size) for name, size in json.loads(self._ask(policy, policy.path)).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise Unavailable(f"policy version {policy.version}: {policy.path} lists no files ({error})") from None
+
+    def _fetch_delta(self, policy: PolicyVersion, base: Path, target: Path, size: int) -> int:
         """Patches the base's file -> the bytes that this took; 0, and no file, where what changed is not to be had."""
         try:
-            answer = self._ask(policy, f"{policy.path}/delta/{base.name}/{target.name}")
+            data = self._ask(policy, f"{policy.path}/delta/{base.name}/{target.name}", most=size)
         except NotFound:
             return 0
         delta = target.with_suffix(".delta")
-        delta.write_bytes(answer.content)
         try:
+            with delta.open("wb") as file:
+                write_at(file, data, 0)
             apply_delta(base / target.name, delta, target)
-        except (ValueError, IndexError, SafetensorError):
+        except (ValueError, IndexError, SafetensorError):  # cut short or damaged on its way
             return 0
         finally:
             delta.unlink()
-        return len(answer.content)
+        return len(data)
 
     def _fetch_file(self, policy: PolicyVersion, target: Path, size: int) -> int:
+        url = f"{policy.path}/files/{target.name}"
         with target.open("wb") as file:
             for start in range(0, size, RANGE_BYTES):
-                headers = {"Range": f"bytes={start}-{min(start + RANGE_BYTES, size) - 1}"}
-                answer = self._ask(policy, f"{policy.path}/files/{target.name}", headers)
-                write_at(file, answer.content, start)
+                length = min(RANGE_BYTES, size - start)
+                headers = {"Range": f"bytes={start}-{start + length - 1}"}
+                write_at(file, self._ask(policy, url, headers, least=length, most=length), start)
         return size
 
-    def _ask(self, policy: PolicyVersion, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
-        """Asks until there is an answer. Raises NotFound and Unavailable."""
+    def _ask(
+        self,
+        policy: PolicyVersion,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        least: int = 0,
+        most: int = LIST_BYTES,
+    ) -> bytearray:
+        """Asks until there is an answer of `least` to `most` bytes. Raises NotFound and Unavailable."""
         backoff = Backoff(self._patience_s)
         while True:
             try:
-                answer = self._client.get(url, headers=headers)
-                if answer.status_code == 404:
-                    raise NotFound(f"policy version {policy.version}: its trainer serves it no more; take the latest")
-                answer.raise_for_status()
-                return answer
+                with self._client.stream("GET", url, headers=headers) as answer:
+                    if answer.status_code == 404:
+                        raise NotFound(
+                            f"policy version {policy.version}: its trainer serves it no more; take the latest"
+                        )
+                    answer.raise_for_status()
+                    data = bytearray()
+                    for part in answer.iter_bytes():
+                        data += part
+                        if len(data) > most:  # of a proxy that knows no ranges: all of the weights, into memory
+                            break
+                if least <= len(data) <= most:
+                    return data
+                problem = f"{url} sent {len(data)} bytes, where {least} to {most} belong"
             except httpx.HTTPError as error:
-                problem = f"policy version {policy.version} can't be fetched from its trainer: {error!r}"
-                time.sleep(backoff.delay_s(Unavailable(problem)))
+                problem = repr(error)
+            away = f"policy version {policy.version} can't be fetched from its trainer: {problem}"
+            time.sleep(backoff.delay_s(Unavailable(away)))
 
 
 def _make_folder(parent: Path) -> tuple[Path, int]:
