@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 
 from vaopd.errors import Mismatch, NotFound, Unavailable
-from vaopd.files.durable import write_at
+from vaopd.files.durable import name_errors, write_at
 from vaopd.net.backoff import Backoff
 from vaopd.run.tensor_files import compute_digest
 from vaopd.types import PolicyVersion
@@ -63,7 +63,7 @@ class PolicyFetcher:
         for name, size in self._ask(policy, policy.path).json().items():
             target = aside / Path(name).name
             if target.suffix != ".safetensors":
-                target.write_bytes(self._ask(policy, f"{policy.path}/files/{name}").content)
+                _write(target, self._ask(policy, f"{policy.path}/files/{name}").content)
             elif not self._fetch_delta(policy, target):
                 self._fetch_ranges(policy, target, size)
                 if (digest := compute_digest(target)) != policy.sha256:
@@ -94,7 +94,7 @@ class PolicyFetcher:
             answer = self._ask(policy, f"{policy.path}/delta/{base.sha256}")
         except NotFound:
             return False
-        delta.write_bytes(answer.content)
+        _write(delta, answer.content)
         self.fetched_bytes += len(answer.content)
         try:
             return apply_delta(find_weights(Path(base.path)), delta, target) == policy.sha256
@@ -128,6 +128,11 @@ class PolicyFetcher:
             except httpx.HTTPError as error:
                 problem = f"policy version {policy.version} can't be fetched from its trainer: {error!r}"
                 time.sleep(backoff.delay_s(Unavailable(problem)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with name_errors(path):
+        path.write_bytes(content)
 
 
 def _make_folder(parent: Path) -> tuple[Path, int]:
