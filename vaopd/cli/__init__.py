@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has closed its end; without this, Python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.get_results().fileno())
         return 0
-    except OSError as error:
+    except Exception as error:  # safetensors has its own class for a full disk
         if (problem := explain_disk(error)) is None:
             raise
         print(f"vaopd: {escape_lines(problem)}", file=sys.stderr)
