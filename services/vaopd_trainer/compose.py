@@ -21,6 +21,7 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from vaopd.client.diagnosis import wait_for_teacher
 from vaopd.config import Config, HttpWeights, NoSharding
 from vaopd.data.problems import load_problems
 from vaopd.errors import LeaseLost, Mismatch, Unavailable, VaopdError
+from vaopd.files.durable import name_errors
 from vaopd.payloads import to_torch
 from vaopd.process.ranks import check_devices
 from vaopd.queue import LeaseKeeper, TrainerQueue
@@ -136,7 +138,7 @@ def run(
                 progress_line=progress_line,
                 metrics=metrics,
                 server=_serve_snapshots(config, stack),
-                track=lambda values, step: accelerator.log(values, step=step),
+                track=lambda values, step: _try_trackers(lambda: accelerator.log(values, step=step)),
                 stop=stop,
             )
         loss = make_loss(config, student, teacher_head=head, device=accelerator.device)
@@ -156,7 +158,8 @@ def run(
         settings = {"name": config.run.name, "config": config.model_dump(mode="json")}
         remote = {name: settings for name in config.trainer.trackers if name != "tensorboard"}
         project = os.environ.get("WANDB_PROJECT", "vaopd") if remote else config.run.name
-        accelerator.init_trackers(project, init_kwargs=remote)
+        with name_errors(config.run_folder / "trackers"):
+            accelerator.init_trackers(project, init_kwargs=remote)
         scorer = GroupScorer(
             teacher=teacher,
             student=student,
@@ -172,8 +175,16 @@ def run(
         except Mismatch as error:
             raise _explain(error, teacher, config, record, step=trainer.state.step) from error
         finally:
-            accelerator.end_training()
+            _try_trackers(accelerator.end_training)
     return 0
+
+
+def _try_trackers(call: Callable[[], None]) -> None:
+    """A full disk costs the trackers' curves, not the run, nor the error that ends it."""
+    try:
+        call()
+    except OSError as error:
+        log.warning("the trackers take nothing (%s); metrics.jsonl has the same numbers", error)
 
 
 def _end_stopped(status: StatusWriter | None, step: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vaopd.config import Config, load_config, to_toml
 from vaopd.errors import ConfigError, Mismatch, VaopdError
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.run import settings
 from vaopd.run.checkpoints import find_latest_checkpoint, read_checkpoint, read_checkpoint_teacher
 from vaopd.run.settings import Changes
@@ -62,8 +62,7 @@ def find_done(start: Path | None) -> int:
 
 def write_config(config: Config) -> None:
     """Writes RUN/config.toml: the settings that hold from now on."""
-    with atomic_file(config.run_folder / "config.toml") as file:
-        file.write(to_toml(config).encode())
+    write_atomic(config.run_folder / "config.toml", to_toml(config))
 
 
 def begin(config: Config, found: TeacherRecord, *, start: Path | None, changes: Changes, accept: str | None) -> None:

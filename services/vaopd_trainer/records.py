@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vaopd.errors import InvalidInput, LimitExceeded
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.run.json_lines import read_json_lines
 from vaopd.telemetry.progress_line import Progress, draw, format_duration
 
@@ -44,8 +44,7 @@ class JsonLines:
                 raise InvalidInput(f"{self.path}:{number}: step is {str(done)[:40]!r}, not a number; remove the line")
             if done < step:
                 kept.append(record)
-        with atomic_file(self.path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 PLAIN_EVERY, EVALUATION_EVERY_S = 10, 30.0

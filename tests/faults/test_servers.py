@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from tests.support.api import Api, error_of, start_api
 from tests.support.models import tiny_vlm
+from tests.support.runs import MINIMAL
 from tests.support.teacher import TeacherInProcess, drawing, teacher_process, token_request
 from vaopd.client import SyncTeacherClient
 from vaopd.types import GroupScore
@@ -36,6 +39,31 @@ def test_a_teacher_that_can_not_write_its_log_goes_on_serving(tmp_path: Path) ->
             assert np.array_equal(after.teacher_logprobs[0], before.teacher_logprobs[0])
         assert teacher.process.poll() is None
         assert (tmp_path / "teacher.log").stat().st_size == size  # lines were dropped, nothing else
+
+
+PROCESS = """
+import argparse, sys
+from vaopd import process
+from vaopd.errors import ConfigError
+def run(arguments, config):
+    print("ready", flush=True)
+    print("no such model", file=sys.stderr)
+    if config.run.seed:
+        raise ConfigError("seed")
+    return 0
+sys.exit(process.main(run, process.make_parser("teacher", "Serves.")))
+"""
+
+
+@pytest.mark.parametrize(("seed", "code"), [(0, 0), (1, 2)])
+def test_a_process_that_can_log_nothing_from_its_start_runs_and_ends_as_it_would(
+    seed: int, code: int, tmp_path: Path
+) -> None:
+    """The code says to `vaopd up` whether to start it again."""
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    command = [sys.executable, "-c", PROCESS, "--config", str(tmp_path / "run.toml"), "--set", f"run.seed={seed}"]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == code
 
 
 def test_an_api_that_can_not_write_its_log_goes_on_serving(teacher: TeacherInProcess, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from prometheus_client import start_http_server
 
 from tests.support.data_sets import write_both_splits
+from tests.support.runs import make_run
 from vaopd.access.certificates import add_client, make_certificates
 from vaopd.cli import GROUPS, build_parser, main
 from vaopd.cli.init import make_schema
@@ -220,3 +221,11 @@ def test_a_dry_run_ends_with_an_estimate(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert tomllib.loads(shown)["trainer"]["steps"] == 655
     assert "# estimate for H100s: 3 cards" in shown
+
+
+def test_results_that_find_no_room(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "vaopd.cli", "report", str(tmp_path / "run")]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr[:48]) == (2, "vaopd: standard output: No space left on device;")

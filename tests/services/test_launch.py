@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,17 @@ def test_a_child_that_dies_later_is_restarted(supervisor: Supervisor, tmp_path: 
         os.kill(first, signal.SIGKILL)
         wait_until("the second one is up", lambda: supervisor.check() or log.read_text().count("up") == 2)
     assert any("worker was killed by SIGKILL; it is restarted" in line for line in said)
+
+
+def test_logs_that_were_removed_end_it_in_plain_words(supervisor: Supervisor, tmp_path: Path) -> None:
+    with supervisor:
+        supervisor.start(Child(name="other", argv=python("raise SystemExit(3)"), restarts=0))
+        supervisor.start(Child(name="main", argv=python(SLEEPER), stop_order=0))
+        shutil.rmtree(tmp_path / "logs")
+        with pytest.raises(ChildFailed, match=r"code 3 .*other.log:\n  \(nothing: its disk may be full, or it was rem"):
+            supervisor.run_until_exit("main")
+        with pytest.raises(ChildFailed, match=r"third can't be started: '.*/logs/third.log': No such file or direct"):
+            supervisor.start(Child(name="third", argv=python(SLEEPER)))
 
 
 def test_restarts_are_bounded(supervisor: Supervisor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -169,6 +170,18 @@ def test_a_redis_whose_disk_is_full_refuses_and_goes_on_when_there_is_room(small
                 return False
 
         wait_until("there is room, and Redis has noticed", goes_on)
+
+
+def test_a_redis_that_finds_its_disk_full_says_so_at_once(small_disk: Path) -> None:
+    """Not that its port is taken: other ports were tried for 20 s."""
+    (small_disk / "redis").mkdir()
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(b"x" * 4096):
+            pass
+    server = EmbeddedRedis(folder=small_disk / "redis", append_only="everysec")
+    with pytest.raises(Unavailable, match=r"ended at once: no log, so the disk of .*/redis may be full"):
+        server.start()
+    server.stop()
 
 
 def test_a_frozen_redis_is_noticed_and_what_it_answers_later_does_no_harm(

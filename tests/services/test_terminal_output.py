@@ -13,7 +13,7 @@ import pytest
 from tests.support.runs import make_run
 from tests.support.terminal import Terminal
 from vaopd.cli import main
-from vaopd.cli.output import emit
+from vaopd.cli.output import emit, say
 
 FORGED = "a\x1b[2J\x9b8m\u202e"
 
@@ -26,6 +26,12 @@ def test_a_result_is_escaped_in_a_terminal_and_whole_in_a_pipe(monkeypatch: pyte
         monkeypatch.setattr(sys, "stdout", stream)
         emit(f"x\t{FORGED}\ny")
         assert stream.getvalue() == expected
+
+
+def test_what_is_said_in_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """The end of a process's log, of which each line is escaped already."""
+    say("the trainer ended; the end of trainer.log:\n  no space")
+    assert capsys.readouterr().err == "vaopd: the trainer ended; the end of trainer.log:\n  no space\n"
 
 
 def test_a_job_that_names_itself_after_a_control_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

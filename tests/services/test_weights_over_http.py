@@ -113,7 +113,7 @@ def test_weights_in_several_files_travel_as_one_policy(
     assert 400 < fetcher.fetched_bytes - whole < 1400
 
 
-@pytest.mark.parametrize("case", ["its base was pruned", "most has changed"])
+@pytest.mark.parametrize("case", ["its base was pruned", "most has changed", "it can't be written"])
 def test_where_a_delta_is_not_to_be_had_all_travels(
     server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path, case: str
 ) -> None:
@@ -121,6 +121,9 @@ def test_where_a_delta_is_not_to_be_had_all_travels(
     whole = fetcher.fetched_bytes
     if case == "most has changed":
         announced = server.offer(publish(tmp_path, 1, changed=ELEMENTS // 2))
+    elif case == "it can't be written":  # as on a full disk: the worker would wait for it for ever
+        announced = server.offer(publish(tmp_path, 1, changed=3))
+        (tmp_path / "policy/.v000001.tmp-deltas").touch()
     else:
         newest = publish(tmp_path, 1, changed=3)
         prune_snapshots(tmp_path, keep=1)

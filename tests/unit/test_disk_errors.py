@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import errno
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from safetensors import SafetensorError
 
+from tests.support.disks import full_disk
+from tests.support.models import model_folder
 from tests.support.runs import MINIMAL, make_run
 from vaopd import process
 from vaopd.cli import main
 from vaopd.config import Config
+from vaopd.data import handwritten_cards
+from vaopd.files.hub import model_folder as find_model_folder
 from vaopd.files.plain import UnfitFile
 from vaopd.process.failures import explain_disk
+from vaopd_trainer.compose import _try_trackers
 
 FAILURES = {
     "full": (
@@ -30,6 +36,11 @@ FAILURES = {
     "a folder": (
         IsADirectoryError(errno.EISDIR, "", "/runs/r/x"),
         "/runs/r/x: Is a directory; name a file in it, or move that folder away",
+    ),
+    "too large": (OSError(errno.EFBIG, "", "/runs/r/x"), "/runs/r/x: File too large; raise the limit on a file's size"),
+    "removed": (
+        FileNotFoundError(errno.ENOENT, "", "/no/folder/x"),
+        "/no/folder/x: its folder doesn't exist, or was removed meanwhile; make it, or name another one",
     ),
     "a library's": (
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -54,16 +65,18 @@ def test_a_process_says_it_in_one_line(
     assert words in line
 
 
+@pytest.mark.parametrize(("error", "words"), FAILURES.values(), ids=FAILURES)
 def test_a_command_says_it_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "", str(tmp_path / "report.html"))
+        raise error
 
     monkeypatch.setattr("vaopd.report.write_report", refuse)
     assert main(["report", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"vaopd: {tmp_path / 'report.html'}: Read-only file system; choose")
+    assert line.startswith("vaopd: ")
+    assert words in line
 
 
 def test_a_folder_where_a_file_belongs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +85,43 @@ def test_a_folder_where_a_file_belongs(tmp_path: Path, capsys: pytest.CaptureFix
     assert (
         capsys.readouterr().err == f"vaopd: {tmp_path}: Is a directory; name a file in it, or move that folder away\n"
     )
+
+
+def test_no_half_file_bears_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "run")
+    handwritten_cards.write(tmp_path / "cards", seed=0, train=1, validation=1, test=0)
+    model = str(model_folder("student"))
+    options = ["--student", model, "--teacher", model, "--data", str(tmp_path / "cards")]
+    commands = {
+        "vaopd.schema.json": ["init", str(tmp_path / "x.toml"), "--cards", "1", *options],
+        "report.html": ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")],
+        "plot.png": ["report", str(tmp_path / "run"), "--plot", str(tmp_path / "plot.png")],
+        "cards/train.parquet": ["data", "handwritten-cards", str(tmp_path / "cards"), "--train", "2"],
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for name, command in commands.items():
+        with full_disk():
+            assert main(command) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"vaopd: {tmp_path / name}: File too large; raise the limit"), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hub_s_cache_without_room_is_no_missing_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device", f"/cache/{name}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(OSError, match="No space left on device: '/cache/org/model'"):
+        find_model_folder("org/model", role="student")
+
+
+def test_trackers_without_room_cost_their_curves_and_hide_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _try_trackers(refuse)
+    assert "the trackers take nothing ([Errno 28] No space left on device)" in caplog.text
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.disks import full_disk
 from vaopd.files import durable
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import atomic_file, atomic_folder, write_atomic
 
 
 def test_readers_see_the_old_file_until_the_block_ends(tmp_path: Path) -> None:
@@ -36,6 +37,33 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path: Path) -> None:
         fail_half_way()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_an_error_names_what_was_to_be_written(name: str, tmp_path: Path) -> None:
+    """`write` names no file, and the one beside it is gone when the message is read."""
+
+    def write() -> None:
+        if name == "file":
+            write_atomic(tmp_path / name, b"x" * 200)
+        else:
+            with atomic_folder(tmp_path / name) as aside:
+                (aside / "file").write_bytes(b"x" * 200)
+
+    with full_disk(), pytest.raises(OSError, match=f"File too large: '{tmp_path / name}'"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_stays_and_a_device_is_written_to(tmp_path: Path) -> None:
+    """As root, /dev/null would be replaced for all processes."""
+    (tmp_path / "target").write_text("old")
+    for name, target in (("link", tmp_path / "target"), ("device", Path("/dev/null"))):
+        (tmp_path / name).symlink_to(target)
+        write_atomic(tmp_path / name, "new")
+        assert (tmp_path / name).readlink() == target
+    assert (tmp_path / "target").read_text() == "new"
+    assert Path("/dev/null").is_char_device()
 
 
 def test_content_and_folder_are_on_disk_in_the_right_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

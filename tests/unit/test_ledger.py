@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.disks import full_disk
 from vaopd.cli import main
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
 from vaopd.files.plain import UnfitFile
@@ -209,21 +208,21 @@ def test_a_trainer_that_was_taken_for_dead_learns_it_from_the_books(ledger: Ledg
 def test_a_full_disk_holds_up_no_event_and_loses_none(
     ledger: Ledger, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The limit on a file's size stands for the full disk; half a line fits, so the rest must follow it later."""
+    """Half a line fits, so the rest must follow it later."""
     published(ledger, "a", step=0)
-    size = (tmp_path / "ledger.jsonl").stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    with full_disk((tmp_path / "ledger.jsonl").stat().st_size + 10):
         published(ledger, "b", step=0)
         published(ledger, "c", step=0)
         with pytest.raises(LimitExceeded, match="nothing was acknowledged: make room, and resume"):
             ledger.sync()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
     assert list(outcomes(audit(tmp_path))) == ["a"]
     assert len(caplog.records) == 1  # told once
     ledger.sync()
     assert list(outcomes(audit(tmp_path))) == ["a", "b", "c"]
+
+
+def test_a_run_whose_folder_was_removed_commits_nothing(ledger: Ledger, tmp_path: Path) -> None:
+    """Its events would go to a file that nobody finds."""
+    (tmp_path / "ledger.owner").unlink()
+    with pytest.raises(NotFound, match=r"ledger.owner is gone: the run's folder was removed .* nothing was ack"):
+        ledger.check_owner()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.disks import full_disk
 from vaopd.config import TrainerConfig
 from vaopd.errors import InvalidInput, LimitExceeded
 from vaopd.run.checkpoints import (
@@ -151,18 +150,10 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path, file: str) -> N
 
 
 def test_a_full_disk_is_told_and_the_old_checkpoint_is_intact(tmp_path: Path) -> None:
-    """The limit on a file's size stands for the full disk; all else that pytest writes is smaller."""
     run = Run()
     saved = run.save(tmp_path, 2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        with pytest.raises(LimitExceeded, match=r"step_000004 can't be written .* make room, and resume"):
-            run.save(tmp_path, 4, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
+    with full_disk(), pytest.raises(LimitExceeded, match=r"step_000004 can't be written .* make room, and resume"):
+        run.save(tmp_path, 4, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
     assert run.restore(saved).step == 2
 

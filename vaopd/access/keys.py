@@ -224,10 +224,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _write(path: Path, entries: Sequence[KeyEntry]) -> None:
     """Replaces the file atomically, with mode 0600. Run as root, it keeps the file's owner."""
     content = {"version": _VERSION, "keys": [asdict(entry) for entry in entries]}
-    try:
-        with atomic_file(path, mode=0o600) as file:
-            if os.geteuid() == 0 and path.exists():
-                os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
-            file.write(json.dumps(content, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise ConfigError(f"key file {str(path)!r} can't be written ({error.strerror})") from None
+    with atomic_file(path, mode=0o600) as file:
+        if os.geteuid() == 0 and path.exists():
+            os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+        file.write(json.dumps(content, indent=2).encode() + b"\n")

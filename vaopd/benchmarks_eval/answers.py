@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaopd.errors import InvalidInput
+from vaopd.files.durable import name_errors
 from vaopd.grading.commitment import committed_answer
 from vaopd.run.json_lines import read_json_lines
 
@@ -68,8 +69,9 @@ class AnswerFile:
         found = committed_answer(text)
         answer = {"answer": text if found is None else found, "committed": found is not None, "cut_off": cut_off}
         line = memoryview((json.dumps({"question": question, "sample": sample, "text": text} | answer) + "\n").encode())
-        while line:  # a full disk may take a part; the rest raises OSError, and the torn line is dropped later
-            line = line[self.file.write(line) :]
+        with name_errors(self.file.name):
+            while line:  # a full disk may take a part; the rest raises OSError, and the torn line is dropped later
+                line = line[self.file.write(line) :]
         os.fsync(self.file.fileno())
         self.done[question, sample] = cut_off
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import ChildFailed, ConfigError
+from vaopd.files.durable import write_atomic
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.vlm import torchvision_compat
 
@@ -57,7 +58,7 @@ class Evaluator:
         for folder in (self.data, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         file = self.logs / "tasks.jsonl"
-        file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+        write_atomic(file, "".join(json.dumps(task) + "\n" for task in tasks))
         # Our own packages must not be found there: it pins others.
         environment = {"PYTHONPATH": "", "LMUData": str(self.data)}
         child = Child(name=_NAME, argv=(*self.command, str(file)), environment=environment, restarts=0)

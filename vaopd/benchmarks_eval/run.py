@@ -24,7 +24,7 @@ from vaopd.benchmarks_eval.endpoint import OpenAIEndpoint, serve
 from vaopd.benchmarks_eval.evaluator import Evaluator, Judge
 from vaopd.benchmarks_eval.results import BenchmarkResult, format_table, make_official, make_summary
 from vaopd.errors import ConfigError, InvalidInput, Mismatch
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import name_errors, write_atomic
 
 SERVED_NAME = "student"
 
@@ -77,8 +77,7 @@ def evaluate_benchmarks(
         official = make_official(results, samples=plan.samples, judge_model=judge.model if judge else None)
         texts = {"table.md": table, "summary.json": make_summary(results), "results.json": official}
         for name, value in texts.items():
-            with atomic_file(plan.out / name) as written:
-                written.write((value if isinstance(value, str) else _to_json(value)).encode())
+            write_atomic(plan.out / name, value if isinstance(value, str) else _to_json(value))
     return table
 
 
@@ -190,10 +189,11 @@ def _own(plan: Plan) -> Iterator[None]:
                 names = ", ".join(differing)
                 raise Mismatch(f"{plan.out} has answers with other settings ({names}); choose another --out")
         else:  # a new file, or one that a kill tore before there were answers
-            file.truncate(0)
-            file.write(_to_json(settings))
-            file.flush()
-            os.fsync(file.fileno())
+            with name_errors(file.name):
+                file.truncate(0)
+                file.write(_to_json(settings))
+                file.flush()
+                os.fsync(file.fileno())
         yield
 
 

@@ -32,6 +32,7 @@ from vaopd.cli.parser import Parser
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
 from vaopd.process.failures import explain_disk
+from vaopd.telemetry.streams import drop_when_full
 from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
@@ -47,6 +48,7 @@ GROUPS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
     disable_usage_reports()
+    drop_when_full("stderr")
     parser = build_parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help()
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has closed its end; without this, Python would raise again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.get_results().fileno())
         return 0
-    except OSError as error:
+    except Exception as error:  # safetensors has its own class for a full disk
         if (problem := explain_disk(error)) is None:
             raise
         print(f"vaopd: {escape_lines(problem)}", file=sys.stderr)

@@ -18,6 +18,7 @@ from vaopd.cli.common import Subparsers, find_problems
 from vaopd.cli.output import emit, say
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput, NotFound, VaopdError
+from vaopd.files.durable import write_atomic
 
 if TYPE_CHECKING:
     from vaopd.config import Config
@@ -93,8 +94,9 @@ def _init(arguments: argparse.Namespace) -> int:
         values["teacher"]["device_map"] = "cpu"
     config = validate(Config, values, origin="vaopd init")
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    arguments.file.write_text("\n".join(write_commented(config, values)) + "\n", encoding="utf-8")
-    (arguments.file.parent / SCHEMA).write_text(json.dumps(make_schema(), indent=1) + "\n")
+    # Last, since a file that exists is not written again without --force.
+    write_atomic(arguments.file.parent / SCHEMA, json.dumps(make_schema(), indent=1) + "\n")
+    write_atomic(arguments.file, "\n".join(write_commented(config, values)) + "\n")
     emit(arguments.file)
     for problem in find_problems(config, ("student", "teacher", "data folders")):
         say(problem)

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from vaopd.files.durable import name_errors
 from vaopd.telemetry.visible import escape
 
+_STDOUT = "standard output"
 _results: TextIO | None = None
 
 
@@ -35,7 +37,8 @@ def reserve_stdout() -> Iterator[None]:
             yield
     finally:
         try:
-            get_results().flush()
+            with name_errors(_STDOUT):
+                get_results().flush()
         finally:
             if moved is not None:
                 os.dup2(moved, 1)
@@ -50,7 +53,8 @@ def emit(value: object, *, end: str = "\n", flush: bool = False, coloured: bool 
     stream, text = get_results(), str(value)
     if stream.isatty() and not coloured:
         text = "\n".join("\t".join(map(escape, line.split("\t"))) for line in text.split("\n"))
-    print(text, end=end, flush=flush, file=stream)
+    with name_errors(_STDOUT):
+        print(text, end=end, flush=flush, file=stream)
 
 
 def get_results() -> TextIO:
@@ -59,10 +63,11 @@ def get_results() -> TextIO:
 
 
 def say(line: str) -> None:
-    """Prints a line on what happens, to standard error; in a terminal over a line that didn't stay."""
+    """Prints on standard error what happens; in a terminal over a line that didn't stay."""
     from vaopd.telemetry.progress_line import draw
 
-    draw(sys.stderr, f"vaopd: {line}", stays=True)
+    for part in f"vaopd: {line}".split("\n"):
+        draw(sys.stderr, part, stays=True)
 
 
 def wants_colour(terminal: bool) -> bool:

@@ -12,6 +12,7 @@ from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, get_results, wants_colour
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, InvalidInput
+from vaopd.files.durable import atomic_file, write_atomic
 from vaopd.process.extras import require
 
 if TYPE_CHECKING:
@@ -169,9 +170,10 @@ def _write_files(
     views = [make_views(image, degradation, min_pixels=min_pixels, max_pixels=max_pixels) for image in images]
     try:
         if arguments.png is not None:
-            draw_picture(reply, question=arguments.question, views=views).save(arguments.png, "PNG")
+            with atomic_file(arguments.png) as file:
+                draw_picture(reply, question=arguments.question, views=views).save(file, "PNG")
         if arguments.html is not None:
-            arguments.html.write_text(render_html(reply, question=arguments.question, views=views))
+            write_atomic(arguments.html, render_html(reply, question=arguments.question, views=views))
     except OSError as error:
         raise ConfigError(f"{error.filename} can't be written ({error.strerror})") from None
 

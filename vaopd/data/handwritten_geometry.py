@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from vaopd.errors import InvalidInput
+from vaopd.files.durable import atomic_file
 from vaopd.telemetry.progress_line import Progress
 
 if TYPE_CHECKING:
@@ -198,7 +199,8 @@ def write_problems(
             # A generator of its own for each problem: the first n problems don't depend on how many follow.
             rows.append(make(split, np.random.default_rng([seed, number, index])))
             progress.report(index + 1)
-        pq.write_table(_make_table(rows), folder / f"{split}.parquet", row_group_size=256)
+        with atomic_file(folder / f"{split}.parquet") as file:
+            pq.write_table(_make_table(rows), file, row_group_size=256)
 
 
 def make_row(asked: str, answer: str, image: Image.Image, solution: str) -> dict[str, object]:

@@ -30,7 +30,7 @@ import PIL.Image
 from vaopd.data.loaders import Prompts
 from vaopd.data.records import Fault
 from vaopd.errors import ConfigError, ImageRefused, InvalidInput, LimitExceeded
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.files.hub import find_file
 from vaopd.images import decode
 from vaopd.process.extras import find_version
@@ -239,8 +239,7 @@ class _Cache:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self._file) as file:
-                file.write(json.dumps(self._entries).encode())
+            write_atomic(self._file, json.dumps(self._entries))
         except OSError as error:
             log.debug("%s can't be written (%s); the next start measures again", self._file, error)
 

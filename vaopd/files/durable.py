@@ -25,17 +25,30 @@ def atomic_file(path: Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     Always fsynced, file and folder: a rename may reach the disk before the content does, and after a power cut the file
     would be empty. A revoked key, the owner of a run's ledger and a metrics file that is shortened for a resume must
     survive that. An announced address and a report could do without, but are written once or twice in a process's life.
+    A link stays, and its target is replaced; a device, such as a terminal or /dev/null, is written to.
     """
-    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    path = path.resolve() if path.is_symlink() else path
+    if path.is_char_device():
+        with name_errors(path), path.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _fsync(path.parent)
+        return
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with name_errors(path, aside):
+        try:
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file, as `atomic_file` does; a text in UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -51,19 +64,32 @@ def atomic_folder(path: Path, *, wait_for_disk: bool = True) -> Iterator[Path]:
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
         shutil.rmtree(leftover)
     aside = path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:8]}"
-    aside.mkdir()
+    with name_errors(path, aside):
+        aside.mkdir()
+        try:
+            yield aside
+            if wait_for_disk:
+                _fsync_all(aside)
+            _take_place(aside, path)
+            if wait_for_disk:
+                _fsync(path.parent)
+            else:
+                threading.Thread(target=_fsync_later, args=(path,), name="vaopd-fsync", daemon=True).start()
+        finally:
+            # Removes the unfinished folder, or the one that was replaced.
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def name_errors(path: Path | str, aside: Path | None = None) -> Iterator[None]:
+    """Names `path` in an OSError that names no file, as those of `write` don't, or the one beside it."""
     try:
-        yield aside
-        if wait_for_disk:
-            _fsync_all(aside)
-        _take_place(aside, path)
-        if wait_for_disk:
-            _fsync(path.parent)
-        else:
-            threading.Thread(target=_fsync_later, args=(path,), name="vaopd-fsync", daemon=True).start()
-    finally:
-        # Removes the unfinished folder, or the one that was replaced.
-        shutil.rmtree(aside, ignore_errors=True)
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else its text is all that it has
+            named = str(error.filename or path)
+            error.filename = named if aside is None else named.replace(str(aside), str(path))
+        raise
 
 
 def write_at(file: BinaryIO, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -72,12 +98,10 @@ def write_at(file: BinaryIO, data: bytes | bytearray | memoryview, offset: int) 
     Never through a memory map: where no room is left, it ends the process (SIGBUS).
     """
     data = memoryview(data)
-    try:
+    with name_errors(file.name):
         while data:
             written = os.pwrite(file.fileno(), data, offset)
             offset, data = offset + written, data[written:]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def copy_file(source: Path, target: Path) -> None:

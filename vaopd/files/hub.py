@@ -33,7 +33,9 @@ def model_folder(name: str, *, role: str) -> Path:
 
     try:
         return Path(snapshot_download(name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the hub's cache: no room, or no right to write there
+            raise
         raise NotFound(f"{role} {name!r} is no folder here and can't be had from the hub; give a folder") from None
 
 

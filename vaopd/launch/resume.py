@@ -17,7 +17,7 @@ from pydantic import Field
 
 from vaopd.config import Config, Section, load_config, validate
 from vaopd.errors import ConfigError, InvalidInput, NotFound
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.files.plain import read_plain
 from vaopd.run import settings
 from vaopd.run.checkpoints import find_readable_checkpoint, read_checkpoint, read_checkpoint_teacher
@@ -102,8 +102,7 @@ def write_launch(
         "service": str(service.resolve()) if service else None,
         "gpus": {role: list(devices) for role, devices in gpus.items()},
     }
-    with atomic_file(config.run_folder / FILE) as file:
-        file.write(json.dumps(values, indent=1).encode())
+    write_atomic(config.run_folder / FILE, json.dumps(values, indent=1))
 
 
 def check_start(config: Config, *, resume: bool, accept_teacher: str | None, say: Callable[[str], None]) -> Start:

@@ -26,7 +26,7 @@ from vaopd.telemetry.visible import escape
 
 POLL_S = 0.1
 STEADY_S = 300.0  # a child that lived this long after a restart has its restarts forgiven
-LOG_TAIL_LINES = 15
+LOG_TAIL_LINES, LOG_TAIL_BYTES = 15, 2**16
 SAY_EVERY_S = 10.0  # how often the children that are still starting are listed
 SHOW_EVERY_S = 1.0  # the same in a terminal, where the line can be drawn over
 ENDING_SILENT_S = 1.0  # an end that takes longer is listed in the same way
@@ -180,7 +180,7 @@ class Supervisor:
         }
         if starting and self._show:
             names = ", ".join(f"{name} {now - running.started:.0f} s" for name, running in starting.items())
-            last = max(starting.values(), key=lambda running: running.log.stat().st_mtime)
+            last = max(starting.values(), key=lambda running: running.log.exists() and running.log.stat().st_mtime)
             self._show(f"starting: {names}  {self._read_last_line(last)}")
         elif starting:
             names = ", ".join(f"{name} ({now - running.started:.0f} s)" for name, running in starting.items())
@@ -198,28 +198,32 @@ class Supervisor:
         self._last_listed = now
         return True
 
-    @staticmethod
-    def _read_last_line(running: _Running) -> str:
+    def _read_last_line(self, running: _Running) -> str:
         """Returns the message that the child logged last, such as the progress of loading a model."""
-        with running.log.open("rb") as file:
-            file.seek(max(running.log_start, running.log.stat().st_size - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
-        messages = (LOG_PREFIX.sub("", line).strip() for line in reversed(lines))
+        messages = (LOG_PREFIX.sub("", line).strip() for line in reversed(self._read_log(running)))
         return next((escape(message)[:LAST_LINE_CHARACTERS] for message in messages if message), "")
 
     def log_tail(self, name: str) -> str:
         """Returns the last lines that the child wrote since it was started, with the log's path."""
         running = self._running[name]
-        with running.log.open("rb") as file:
-            file.seek(running.log_start)
-            lines = file.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        lines = self._read_log(running)[-LOG_TAIL_LINES:] or ["(nothing: its disk may be full, or it was removed)"]
         return f"the end of {running.log}:\n" + "\n".join(f"  {escape(line)}" for line in lines)
+
+    @staticmethod
+    def _read_log(running: _Running) -> list[str]:
+        """Returns the last lines that the child wrote since it was started; none when its log was removed."""
+        try:
+            with running.log.open("rb") as file:
+                file.seek(max(running.log_start, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
 
     def _launch(self, child: Child, argv: Sequence[str]) -> _Running:
         log = self._logs / f"{child.name}.log"
-        with log.open("ab") as file:
-            start = file.tell()
-            try:
+        try:
+            with log.open("ab") as file:
+                start = file.tell()
                 process = subprocess.Popen(
                     argv,
                     stdin=subprocess.DEVNULL,
@@ -228,8 +232,8 @@ class Supervisor:
                     env={**os.environ, **child.environment},
                     start_new_session=True,
                 )
-            except OSError as error:
-                raise ChildFailed(f"{child.name} can't be started: {argv[0]!r}: {error.strerror}") from None
+        except OSError as error:  # of the log, too
+            raise ChildFailed(f"{child.name} can't be started: {str(error.filename)!r}: {error.strerror}") from None
         self._send_to_guard("+", process.pid)
         return _Running(
             child=child,

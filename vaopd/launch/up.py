@@ -24,6 +24,7 @@ from pathlib import Path
 from vaopd.config import Config, load_config, load_service_config
 from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
+from vaopd.files.durable import write_atomic
 from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import STEADY_S, Child, Supervisor
 from vaopd.launch.teacher import check_credentials, check_ranks, count_ranks, describe_teacher
@@ -316,7 +317,7 @@ class _Launch:
             {"targets": [address], "labels": {"role": name.partition("-")[0], "process": name}}
             for name, address in self._metrics.items()
         ]
-        entry.announce(json.dumps(targets, indent=1), locate_targets_file(self._config))
+        write_atomic(locate_targets_file(self._config), json.dumps(targets, indent=1))
 
     def _announce_file(self, name: str) -> Path:
         path = self._config.run_folder / "logs" / f"{name}.address"

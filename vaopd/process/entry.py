@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.errors import Busy, Unavailable, VaopdError
-from vaopd.files.durable import atomic_file
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
+from vaopd.telemetry.streams import drop_when_full
 from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
@@ -56,6 +56,8 @@ def main(
     """
     arguments = parser.parse_args(argv)
     disable_usage_reports()
+    drop_when_full("stdout")  # a log, too
+    drop_when_full("stderr")
     role = parser.prog.removeprefix("vaopd_")
     log_format = arguments.log_format or os.environ.get(logs.FORMAT_VARIABLE) or "text"
     from vaopd.config import load_config
@@ -93,9 +95,3 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def announce(text: str, path: Path) -> None:
-    """Writes a file for another process, which sees all of the text or no file."""
-    with atomic_file(path) as file:
-        file.write(text.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from pathlib import Path
 
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.files.plain import UnfitFile
@@ -28,6 +29,7 @@ _DISK = {
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "choose a folder that this account may write",
     errno.EPERM: "choose a folder that this account may write",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or choose another disk",
     errno.EIO: "the disk is damaged; choose another one",
     errno.ELOOP: "remove that loop of links",
 }
@@ -49,6 +51,8 @@ def explain_disk(error: BaseException) -> str | None:
     place = f"{os.fspath(path)}: " if isinstance(path, str | os.PathLike) else ""
     if isinstance(error, UnfitFile):
         return f"{place}{error.strerror}; move it away, and copy the file back from a backup if it matters"
+    if code == errno.ENOENT and isinstance(path, str | os.PathLike) and not Path(path).parent.exists():
+        return f"{place}its folder doesn't exist, or was removed meanwhile; make it, or name another one"
     if code not in _DISK and code not in _PATH:
         return None
     remedy = _PATH.get(code) or f"{_DISK[code]}, then continue with --resume or run the command again"

@@ -123,12 +123,12 @@ class EmbeddedRedis:
                     self.kill()
                     raise Unavailable(f"the Redis server on port {self.port} did not answer within {timeout_s:g} s")
                 time.sleep(0.02)
-            if self._wanted_port or time.monotonic() > deadline:
-                log = (self._folder / "redis.log").read_text(errors="replace").strip().splitlines()
-                raise Unavailable(
-                    f"the Redis server on port {self.port} ended at once: "
-                    f"{log[-1] if log else 'no log'}; is the port taken?"
-                )
+            log = (self._folder / "redis.log").read_text(errors="replace").strip()
+            taken = "Address already in use" in log
+            if self._wanted_port or not taken or time.monotonic() > deadline:
+                last = log.splitlines()[-1] if log else f"no log, so the disk of {self._folder} may be full"
+                hint = "; is the port taken?" if taken else ""
+                raise Unavailable(f"the Redis server on port {self.port} ended at once: {last}{hint}")
             # Another process took the port after `free_port` found it and before the server bound it.
             self.port = 0
 

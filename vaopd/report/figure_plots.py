@@ -21,7 +21,7 @@ from vaopd.errors import NotFound
 from vaopd.report import figures
 from vaopd.report.curves import compute_seed_band, list_student_va, smooth_series
 from vaopd.report.groups import Group, group_runs, keep_finished
-from vaopd.report.plots import COLOURS, MEAN_VA, RC, choose_colour, choose_styles, draw_band, finish
+from vaopd.report.plots import COLOURS, MEAN_VA, RC, choose_colour, choose_styles, draw_band, finish, save
 from vaopd.report.rollouts import FULL_COLOUR_NATS, make_run_views
 from vaopd.run.records import Run
 
@@ -45,7 +45,6 @@ class Drawn(NamedTuple):
 def write_figures(runs: Sequence[Run], folder: Path) -> Iterator[Drawn]:
     """Writes the figures that these runs have the data of into `folder`, and yields all of them in order."""
     groups = group_runs(keep_finished(runs))
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (title, draw) in FIGURES.items():
         with matplotlib.rc_context(RC):
             try:
@@ -55,7 +54,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> Iterator[Drawn]:
                 continue
             finish(figure)
             path = folder / f"figure-{name}.png"
-            figure.savefig(path, dpi=110)
+            save(figure, path, dpi=110)
         yield Drawn(name, title, path)
 
 

@@ -23,7 +23,7 @@ import jinja2
 from markupsafe import Markup
 
 from vaopd.errors import InvalidInput, VaopdError
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.report import charts
 from vaopd.report.advice import describe_regime
 from vaopd.report.curves import SMOOTHING_STEPS
@@ -53,8 +53,7 @@ def write_report(folders: Sequence[Path], *, output: Path | None = None, band: s
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
     # A browser may reload the page at any moment, and must not see half of it.
-    with atomic_file(output) as file:
-        file.write(page.encode())
+    write_atomic(output, page)
     return output
 
 

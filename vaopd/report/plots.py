@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vaopd.errors import InvalidInput
+from vaopd.files.durable import atomic_file
 from vaopd.report.charts import COLOURS, MEAN_VA, choose_colour, describe_band, style_groups
 from vaopd.report.curves import Band, seed_band
 from vaopd.report.groups import Group, group_runs, keep_finished
@@ -46,10 +47,16 @@ def save_comparison(runs: Sequence[Run], path: Path, *, band: str) -> None:
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         draw_comparison(figure.subplots(), runs, band=band)
         finish(figure)
-        try:
-            figure.savefig(path, dpi=160)
-        except ValueError:
-            raise InvalidInput(f"{path} has no suffix that matplotlib can write; use .png, .svg or .pdf") from None
+        save(figure, path, dpi=160)
+
+
+def save(figure: Figure, path: Path, *, dpi: int) -> None:
+    """Writes a figure as an image file. Raises InvalidInput for a suffix that names no format."""
+    if (suffix := path.suffix[1:].lower()) not in figure.canvas.get_supported_filetypes():
+        raise InvalidInput(f"{path} has no suffix that matplotlib can write; use .png, .svg or .pdf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=suffix, dpi=dpi)
 
 
 def draw_comparison(axes: Axes, runs: Sequence[Run], *, band: str) -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, LimitExceeded, NotFound
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.files.plain import open_plain
 from vaopd.run.checkpoints import FILE, LedgerLine, find_latest_checkpoint, read_checkpoint
 from vaopd.run.json_lines import read_json_lines
@@ -49,16 +49,24 @@ class Ledger:
         self._path = path
         self._owner = owner
         self._owner_file = path.with_suffix(".owner")
-        with atomic_file(self._owner_file) as file:
-            file.write(owner.encode())
+        write_atomic(self._owner_file, owner)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._drop_torn_line()
         self._pending = b""
         self._warned = False
 
     def check_owner(self) -> None:
-        """Raises LeaseLost when another trainer has opened the ledger since: only that one may continue the run."""
-        owner = self._owner_file.read_text()
+        """Raises LeaseLost when another trainer has opened the ledger since: only that one may continue the run.
+
+        Raises NotFound when the run's folder was removed: events still go to the open file, and are lost with it.
+        """
+        try:
+            owner = self._owner_file.read_text()
+        except FileNotFoundError:
+            raise NotFound(
+                f"{self._owner_file} is gone: the run's folder was removed while the trainer used it; nothing was "
+                "acknowledged. Begin the run again"
+            ) from None
         if owner != self._owner:
             raise LeaseLost(
                 f"trainer {self._owner!r} was taken for dead, and {owner!r} has continued {self._path.parent}; "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vaopd
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.files.hub import is_hub_id
 from vaopd.run.records import Evaluation, Run, read_run
 
@@ -37,8 +37,7 @@ def write_model_card(run_folder: Path, model: Path, *, step: int, base: Path) ->
     """
     run = read_run(run_folder)
     text = "\n".join([*_front_matter(run, _read_license(base)), *_body(run, step=step)]) + "\n"
-    with atomic_file(model / CARD) as file:
-        file.write(text.encode())
+    write_atomic(model / CARD, text)
 
 
 def upload_hint(model: Path) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vaopd.errors import ConfigError, InvalidInput
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.run.json_lines import read_json_lines
 
 FILE = "settings.jsonl"
@@ -134,8 +134,7 @@ def check_resume(
 def append(folder: Path, line: Mapping[str, Any]) -> None:
     """Appends a line to RUN/settings.jsonl; the file is replaced as a whole, so that no line is ever torn."""
     lines = [*read_history(folder), line]
-    with atomic_file(folder / FILE) as file:
-        file.write("".join(json.dumps(each, allow_nan=False) + "\n" for each in lines).encode())
+    write_atomic(folder / FILE, "".join(json.dumps(each, allow_nan=False) + "\n" for each in lines))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from vaopd.errors import InvalidInput, LeaseLost, VaopdError
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.files.plain import read_plain
 
 log = logging.getLogger(__name__)
@@ -204,8 +204,7 @@ class StatusWriter:
         if self._silent:
             return
         try:
-            with atomic_file(self._folder / FILE) as file:
-                file.write(json.dumps(asdict(self._status), indent=1).encode())
+            write_atomic(self._folder / FILE, json.dumps(asdict(self._status), indent=1))
         except OSError as error:
             if not self._warned:
                 log.warning("%s can't be written (%s); the run continues without it", self._folder / FILE, error)

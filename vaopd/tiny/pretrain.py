@@ -65,6 +65,7 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
     steps = recipe.steps if steps is None else steps
     if steps < 1:
         raise InvalidInput(f"steps must be at least 1, got {steps}")
+    folder.mkdir(parents=True, exist_ok=True)  # before the ten minutes, after which it may turn out that it can't be
     torch.manual_seed(seed)
     processor = build_processor(model_of_table.task)
     model = build_model(model_of_table.size, processor.tokenizer)
@@ -73,7 +74,6 @@ def make(name: str, folder: Path, *, seed: int | None = None, steps: int | None 
     training_s = time.monotonic() - started
 
     measure = measure_cards if model_of_table.task == "cards" else measure_accuracy
-    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     report: dict[str, object] = {

@@ -11,6 +11,7 @@ the weights. It is plain HTTP, for a network that is trusted as the queue's is.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import secrets
 import socket
 import threading
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
+from safetensors import SafetensorError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,6 +29,8 @@ from starlette.routing import Route
 from vaopd.errors import ConfigError
 from vaopd.types import PolicyVersion
 from vaopd.weights.delta import write_delta
+
+log = logging.getLogger(__name__)
 
 
 class SnapshotServer:
@@ -87,11 +91,15 @@ class SnapshotServer:
         delta = folder.parent / f".{folder.name}.tmp-deltas" / request.path_params["base"] / new.name
         with self._making_delta:  # all workers ask for the same ones
             if not delta.exists():
-                delta.parent.mkdir(parents=True, exist_ok=True)
                 aside = delta.with_suffix(".part")
-                if write_delta(old, new, aside) is None:
-                    aside.touch()  # empty: not worth it, and the other workers need not wait for that again
-                aside.rename(delta)
+                try:
+                    delta.parent.mkdir(parents=True, exist_ok=True)
+                    if write_delta(old, new, aside) is None:
+                        aside.touch()  # empty: not worth it, and the other workers need not wait for that again
+                    aside.rename(delta)
+                except (OSError, SafetensorError) as error:  # no room beside the snapshot: workers take the file
+                    log.warning("%s can't be written (%s); the weights are sent whole", delta, error)
+                    raise HTTPException(404) from None
         if not delta.stat().st_size:
             raise HTTPException(404)
         return FileResponse(delta)

@@ -33,7 +33,7 @@ from torch import Tensor
 from worlds import WORLDS, Draws, Eye, Pictures, pixelate
 
 from vaopd import objective as library
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "claims" / "lab.json"
@@ -361,8 +361,7 @@ def write(runs: Sequence[dict[str, Any]], path: Path) -> None:
     parse: dict[str, Any] = {"parse_float": lambda x: round(float(x), 4), "parse_constant": lambda _: None}
     lines = ",\n".join(json.dumps(json.loads(json.dumps(run), **parse), allow_nan=False) for run in runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n'.encode())
+    write_atomic(path, f'{{"steps": {STEPS}, "runs": [\n{lines}\n]}}\n')
 
 
 def identify(run: dict[str, Any]) -> Run:

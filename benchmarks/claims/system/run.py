@@ -25,7 +25,7 @@ from typing import Any
 from table import ARMS, PROBLEMS, TEACHERS, Run, list_runs
 
 from vaopd.data import handwritten_cards
-from vaopd.files.durable import atomic_file
+from vaopd.files.durable import write_atomic
 from vaopd.report import read_run
 from vaopd.tiny.cards import measure_cards
 from vaopd.tiny.pretrain import make
@@ -135,8 +135,7 @@ def tidy(value: Any, name: str = "") -> Any:
 def write_results(results: dict[str, Any], path: Path) -> None:
     """Replaces the results, one run on each line."""
     lines = ",\n".join(json.dumps(run, allow_nan=False) for run in results["runs"])
-    with atomic_file(path) as file:
-        file.write(f'{{"before": {json.dumps(results["before"])}, "runs": [\n{lines}\n]}}\n'.encode())
+    write_atomic(path, f'{{"before": {json.dumps(results["before"])}, "runs": [\n{lines}\n]}}\n')
 
 
 def identify(line: dict[str, Any]) -> Run:
