@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,24 @@ def test_what_was_fetched_is_what_was_published(
     }
     assert fetcher.fetch(server.offer(published)) == found
     assert fetcher.fetched_bytes == (Path(found.path) / WEIGHTS_FILE).stat().st_size
+
+
+def test_four_ranges_travel_at_once(
+    server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = publish(tmp_path, 7, changed=0)
+    size = (Path(published.path) / WEIGHTS_FILE).stat().st_size
+    monkeypatch.setattr(fetching, "RANGE_BYTES", -(-size // 4))
+    on_their_way = threading.Barrier(4, timeout=30)
+    ask = fetcher._ask
+
+    def ask_together(policy: PolicyVersion, url: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
+        if headers:
+            on_their_way.wait()
+        return ask(policy, url, headers)
+
+    monkeypatch.setattr(fetcher, "_ask", ask_together)
+    verify_snapshot(fetcher.fetch(server.offer(published)))
 
 
 def test_only_what_changed_travels(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:

@@ -135,7 +135,9 @@ def test_out_of_memory_begins_again_with_half_and_leaves_no_partial_gradient(
     most = max(group.select(k, k + 1).tokens for group in groups for k in range(len(group.rollout_weights)))
     found = Step(student, groups, forward_tokens=10_000, tokens=most, fails_in=fails_in)
     assert_same_step(student, found, expected)
-    assert found.module.tokens_of_forwards[0] == total
+    first, second, *_ = found.module.tokens_of_forwards
+    assert first == total
+    assert second <= total // 2
     assert found.accumulator.forward_tokens <= max(total // 2, most)
     assert max(found.module.tokens_of_forwards[-len(groups) :]) <= most
 
