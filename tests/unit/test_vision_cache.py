@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,11 @@ def test_an_entry_takes_the_bytes_of_embeddings_and_deepstack_features() -> None
     image = prepared(vlm, 1)
     layers = 1 + len(vlm.config.vision_config.deepstack_visual_indexes)
     assert bytes_of_one(vlm) == image.num_tokens * vlm.hidden_size * layers * 4
+
+
+def test_pinned_memory_counts_in_powers_of_two() -> None:
+    rows: Any = SimpleNamespace(nbytes=5, is_pinned=lambda: True)
+    assert vision_cache._Entry(rows, 1, None).nbytes == 8
 
 
 def test_what_never_fits_is_not_kept() -> None:
