@@ -15,6 +15,7 @@ from tests.support import tolerance
 from tests.support.families import family_folder
 from tests.support.tolerance import assert_noticed, assert_within
 from tests.support.weighted import Scarce, a_weighted_group, teacher_head
+from vaopd import divergence
 from vaopd.config import TrainerConfig
 from vaopd.errors import LimitExceeded
 from vaopd.vlm.model import Vlm
@@ -125,6 +126,22 @@ def test_packing_and_splitting_change_no_gradient(
     assert found.module.tokens_of_forwards == [
         sum(g.tokens for g in forward) for forward in plan_forwards(groups, forward_tokens)
     ]
+
+
+def test_the_loss_takes_the_head_as_it_is_stored(
+    student: Vlm, groups: list[WeightedGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a view of it would be copied."""
+    given: list[torch.Tensor] = []
+    fused = divergence.fused_loss_and_logprobs
+
+    def note(hidden: torch.Tensor, head: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        given.append(head)
+        return fused(hidden, head, *rest, **options)
+
+    monkeypatch.setattr(divergence, "fused_loss_and_logprobs", note)
+    Step(student, groups[:1], forward_tokens=10_000)
+    assert [head is student.padded_head for head in given] == [True]
 
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
