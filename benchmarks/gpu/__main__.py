@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from vaopd_trainer.__main__ import set_environment
+
 # Phase -> seconds it may take; the order is that of a part. The first line of each module says what it measures.
 PARTS = {
     "1": {"facts": 40, "teacher": 110, "exact": 20, "attention": 30, "profile": 20, "oom": 15, "vision": 20},
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     else:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        set_environment(processes=1)  # as the trainer does
     if options.cpu or not options.full:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

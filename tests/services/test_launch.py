@@ -34,6 +34,21 @@ def gone(pid: int) -> bool:
         return True
 
 
+def test_processes_share_the_host_s_cores_and_count_gpus_as_nvidia_smi_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 cores for a teacher, two workers and three ranks."""
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    config = load_config(tmp_path / "run.toml", ["rollout.workers=2", "trainer.processes=3"])
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = up.make_environment(config, devices="2,3")
+    expected = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "2,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert {name: found[name] for name in expected} == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert "OMP_NUM_THREADS" not in up.make_environment(config, devices=None)
+
+
 @pytest.fixture
 def said() -> list[str]:
     return []

@@ -40,12 +40,17 @@ vllm = types.ModuleType("vllm")
 vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
 vllm.LLM = LLM
 sys.modules["vllm"] = vllm
+for name in ("entrypoints", "entrypoints.cli", "entrypoints.cli.serve", "utils", "utils.argparse_utils"):
+    sys.modules[f"vllm.{name}"] = types.ModuleType(name)
+sys.modules["vllm.entrypoints.cli.serve"].cmd_init = LLM
+sys.modules["vllm.utils.argparse_utils"].FlexibleArgumentParser = None
 from vaopd.config import load_config, load_service_config
 config = load_config("configs/tiny.toml")
 """
 STARTS = {
     "rollout": "from vaopd.sampling.build import build_engine; build_engine(config, worker='w')",
     "teacher": ("from vaopd_teacher.engines.load import load; load(config, load_service_config(sys.argv[1]).teacher)"),
+    "server": "from vaopd.vlm.vllm_start import serve; serve(config.student.model, host='', port=0, name='')",
 }
 
 

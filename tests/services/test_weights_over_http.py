@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -81,6 +82,23 @@ def test_what_was_fetched_is_what_was_published(
     }
     assert fetcher.fetch(server.offer(published)) == found
     assert fetcher.fetched_bytes == sum(path.stat().st_size for path in Path(found.path).iterdir())
+
+
+def test_four_files_travel_at_once(
+    server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "FILE_BYTES", 4 * BLOCK)
+    published = publish(tmp_path, 7, changed=0)
+    assert len(list(Path(published.path).iterdir())) == 4  # weights, their index, config.json
+    on_their_way = threading.Barrier(4, timeout=180)
+    fetch_one = fetcher._fetch_file
+
+    def fetch_together(policy: PolicyVersion, target: Path, size: int) -> int:
+        on_their_way.wait()
+        return fetch_one(policy, target, size)
+
+    monkeypatch.setattr(fetcher, "_fetch_file", fetch_together)
+    verify_snapshot(fetcher.fetch(server.offer(published)))
 
 
 def test_only_what_changed_travels(server: SnapshotServer, fetcher: PolicyFetcher, tmp_path: Path) -> None:

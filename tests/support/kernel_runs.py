@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vaopd.divergence import FullTarget, fused, fused_loss_and_logprobs
+from vaopd.divergence import FullTarget, fused, fused_loss_and_logprobs, head, targets
 from vaopd.divergence.kernels import compare_logits
 
 
@@ -30,17 +30,19 @@ def main(folder: Path) -> None:
             found |= {f"{name}.values": values, f"{name}.log_sum": log_sum, f"{name}.slope.{dtype}": slope}
         found[f"{name}.values_alone"] = compare_logits(*logits)[0]
 
-    fused.is_padded = lambda device: True
-    hidden, head = given["hidden"].requires_grad_(), given["head"].requires_grad_()
-    target = FullTarget(hidden=given["teacher_hidden"], head=given["teacher_head"], vocab_size=int(given["vocabulary"]))
+    for module in (fused, head, targets):
+        module.is_padded = lambda device: True  # type: ignore[attr-defined]
+    hidden, student_head = given["hidden"].requires_grad_(), given["head"].requires_grad_()
+    vocabulary = int(given["vocabulary"])
+    target = FullTarget(hidden=given["teacher_hidden"], head=given["teacher_head"], vocab_size=vocabulary)
     loss, values, logprobs = fused_loss_and_logprobs(
-        hidden, head, target, given["weights"], given["ids"], vocab_size=int(given["vocabulary"]), chunk_tokens=7
+        hidden, student_head, target, given["weights"], given["ids"], vocab_size=vocabulary, chunk_tokens=7
     )
     loss.backward()
     assert hidden.grad is not None
-    assert head.grad is not None
+    assert student_head.grad is not None
     found |= {"loss": loss.detach(), "values": values, "logprobs": logprobs}
-    save_file(found | {"by_hidden": hidden.grad, "by_head": head.grad}, folder / "outputs.safetensors")
+    save_file(found | {"by_hidden": hidden.grad, "by_head": student_head.grad}, folder / "outputs.safetensors")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,14 @@ from vaopd.divergence import (
     SampledTarget,
     Target,
     TopKTarget,
+    fused,
     fused_divergence,
     fused_loss,
+    targets,
     token_logprobs,
     top_k_logprobs,
 )
+from vaopd.divergence import head as heads
 from vaopd.errors import InvalidInput
 
 pytestmark = pytest.mark.numeric
@@ -340,11 +343,13 @@ class LogitProducts:
 
         counter = self
         self.count = 0
+        self.widths: set[int] = set()
 
         class Mode(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
                     counter.count += 1
+                    counter.widths.add(max(side for factor in args for side in factor.shape))
                 return func(*args, **(kwargs or {}))
 
         self._mode = Mode()
@@ -353,6 +358,20 @@ class LogitProducts:
 
     def __exit__(self, *exception: Any) -> None:
         self._mode.__exit__(*exception)
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_products_as_wide_as_padded_heads_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: 40 rows become 64."""
+    target, (hidden, head) = target_of(kind), student()
+    for module in (fused, heads, targets):
+        monkeypatch.setattr(module, "is_padded", lambda device: True)
+    with LogitProducts() as products:
+        loss, found = fused_loss(hidden, head, target, weights(), chunk_tokens=7)
+    assert products.widths == {64}
+    expected = plain(kind, hidden, head)
+    close(found, expected.detach())
+    close(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad((weights() * expected).sum(), (hidden, head)))
 
 
 @pytest.fixture

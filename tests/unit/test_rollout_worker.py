@@ -12,6 +12,7 @@ from tests.support.memory_jobs import MemoryJob
 from vaopd.errors import InvalidInput, Mismatch
 from vaopd.sampling.engine import Ended, Outcome
 from vaopd.types import GroupId, PolicyVersion, RolloutRequest
+from vaopd_rollout import worker
 from vaopd_rollout.worker import HandBack, RolloutWorker, Stop
 
 POLICIES = [PolicyVersion(version=version, path="/nowhere", sha256=f"{version:064d}") for version in range(2)]
@@ -203,6 +204,30 @@ def test_weights_change_once_the_groups_of_the_old_version_have_ended(a_job: Mem
     assert engine.added == [trained[0], trained[1], *held_out]
     assert engine.together == [{trained[0]}] * 5 + [{trained[1]}] * 2 + [set(held_out)] + [{held_out[0]}] * 2
     assert [collect_one(trainer).group.group_id for _ in range(4)] == [*trained, held_out[1], held_out[0]]
+
+
+def test_weights_that_are_announced_again_wait_for_the_groups_in_flight(
+    a_job: MemoryJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a trainer that resumed: the same version with other weights."""
+    monkeypatch.setattr(worker, "POLL_S", 0.0)
+    trainer, stop = a_job.trainer(), Stop(drain_s=1)
+    again = dataclasses.replace(POLICIES[0], sha256="f" * 64)
+
+    def announce_again(number: int) -> None:
+        if number == 2:
+            trainer.publish_policy(again)
+            trainer.enqueue(steps("new", 1))
+        if "new" in engine.added:
+            stop.request()
+
+    engine = FakeStream(stop, announce_again)
+    trainer.publish_policy(POLICIES[0])
+    trainer.enqueue(steps("old", 5))
+    RolloutWorker(engine=engine, queue=a_job.worker("w1"), requests_per_batch=8, stop=stop).run()
+
+    assert engine.together == [{"old"}] * 5 + [{"new"}]
+    assert engine.policy == again
 
 
 def test_requests_of_the_loaded_version_run_beside_each_other_up_to_the_budget(a_job: MemoryJob) -> None:

@@ -68,8 +68,8 @@ class Held(TorchDispatchMode):
             del self._alive[place]
 
 
-def hold(family: str, *, lora: bool) -> tuple[Vlm, StudentWeights]:
-    folder, config = family_folder(family), make_config("full")
+def hold(family: str, *, lora: bool = False, dtype: str = "float32") -> tuple[Vlm, StudentWeights]:
+    folder, config = family_folder(family), make_config("full", dtype=dtype)
     student = Vlm.load(folder, device="meta")
     if lora:
         add_adapters(student, LoraConfig(rank=2), vision_tower=True)
@@ -99,3 +99,27 @@ def test_a_rank_reads_its_rows_and_never_holds_the_whole(family: str, lora: bool
         teacher_head(student).nbytes + 1024 + sum(t.numel() * 4 for t in name_adapters(weights._list_state()).values())
     )
     assert share <= held.most <= share + one + others < whole
+
+
+class Exchanged(TorchDispatchMode):
+    """The precision of what ranks gather and sum, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[torch.dtype]] = {"_allgather_base_": set(), "_reduce_scatter_base_": set()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := str(func.overloadpacket).partition(".")[2]) in self.found:
+            self.found[name].add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_of_a_bfloat16_student_are_gathered_rounded_and_its_gradients_summed_in_float32() -> None:
+    """But for the rest of the vision tower, which is small."""
+    with one_of_four(), Exchanged() as exchanged:
+        _, weights = hold("qwen3_vl", dtype="bfloat16")
+        with torch.autocast("cpu", torch.bfloat16):
+            nothing, _ = weights.loss([], parts=frozenset({"text", "vision"}))
+        nothing.backward()
+    both = {torch.bfloat16, torch.float32}
+    assert exchanged.found == {"_allgather_base_": both, "_reduce_scatter_base_": {torch.float32}}

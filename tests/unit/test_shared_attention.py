@@ -16,7 +16,7 @@ from tests.support.tolerance import assert_noticed, assert_within, gamma
 from vaopd.errors import ConfigError
 from vaopd.vlm import shared_attention
 from vaopd.vlm.shared_attention import BUCKET_FILL, Layout, attend
-from vaopd.vlm.varlen_attention import choose_kernel
+from vaopd.vlm.varlen_attention import _Gather, choose_kernel
 
 pytestmark = pytest.mark.numeric
 
@@ -162,6 +162,13 @@ def test_a_row_of_prompts_needs_no_gathering(calls: list[int]) -> None:
     packed, _ = attend(torch.nn.Module(), *inputs, None, layout=layout, scaling=DIM**-0.5)
     torch.testing.assert_close(packed, dense(*inputs, may_see([(5, ()), (2, (0,))])), rtol=1e-6, atol=1e-10)
     assert calls == [2]
+
+
+def test_gradients_of_a_row_that_is_gathered_often_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones stops growing at 256; a CPU adds rows of two axes in float32 by itself."""
+    row = torch.ones(1, dtype=torch.bfloat16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_Gather.apply(row, torch.zeros(512, dtype=torch.long)).sum(), row)
+    assert gradient.item() == 512
 
 
 def test_a_sliding_window_goes_by_the_buckets(calls: list[int]) -> None:

@@ -96,7 +96,7 @@ def test_activation_checkpointing_computes_layers_twice_and_changes_no_gradient(
 def test_checkpointing_is_decided_by_where_accelerate_will_put_the_student(
     student: Vlm, device: str, checkpoints: bool
 ) -> None:
-    """It is on the CPU when the trainer is composed."""
+    """It is on the CPU when the trainer is composed. A GPU's layers will be compiled, too, in their first forward."""
     config = validate(
         Config,
         {
@@ -112,6 +112,8 @@ def test_checkpointing_is_decided_by_where_accelerate_will_put_the_student(
     assert student.device.type == "cpu"
     assert student.model.is_gradient_checkpointing == checkpoints
     assert student.model.training == checkpoints  # transformers checkpoints in this mode only
+    layers = [*student.model.model.language_model.layers, *student.model.model.visual.blocks]
+    assert {layer._compiled_call_impl is not None for layer in layers} == {checkpoints}
 
 
 def test_where_the_student_is_decides_without_a_device(student: Vlm) -> None:

@@ -84,6 +84,13 @@ def test_where_forwards_overlap_the_next_one_begins_before_a_result_is_made() ->
             assert np.array_equal(mine.columns["visual_advantage"], theirs.columns["visual_advantage"])
 
 
+def test_the_head_is_used_as_it_is_stored() -> None:
+    """Of its logical rows, a GPU would make a padded copy."""
+    vlm = tiny_vlm()
+    assert len(vlm.padded_head) > vlm.vocab_size
+    assert GroupEngine(vlm, batch_tokens=1)._head.shape == vlm.padded_head.shape
+
+
 def test_groups_that_fit_share_a_forward_with_both_views_each() -> None:
     score(batch_tokens=10_000)
     assert [[lengths for _, lengths in segments] for segments in FORWARDS] == [

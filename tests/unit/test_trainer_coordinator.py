@@ -94,7 +94,13 @@ class World:
     def sync(self) -> None:
         self.events.append(("sync", sorted(path.name for path in self._checkpoints.glob("step_*"))))
 
-    # The line of progress.
+    # The status, and the line of progress.
+    def note_step(self, step: int) -> None:
+        self.events.append(("note", step))
+
+    def show_step(self, step: int, values: dict[str, float]) -> None:
+        self.events.append(("show", step, values))
+
     accuracy: float | None = None
 
     def print_line(self, text: str) -> None:
@@ -163,6 +169,19 @@ def test_a_checkpoint_is_durable_before_its_groups_are_acknowledged_and_each_is_
         ("acknowledge", names(1, 0, 1), "step_000002"),
         ("forget", 2),
     ]
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.05, []), (0.06, ["step 2: 6 % of the sampled tokens"])])
+def test_log_probs_that_differ_from_the_worker_s_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: float, warned: list[str]
+) -> None:
+    values = {"rollouts": 24.0, "response_tokens_mean": 9.0, "policy_drift_share": share, "policy_drift_mean": 0.2}
+    monkeypatch.setattr(coordinator.step_numbers, "average_ranks", lambda sums: dict(values))
+    (tmp_path / "r").mkdir()
+    times = dict.fromkeys([*coordinator.step_numbers.STEP_TIMES, "scoring_s"], 1.0)
+    with caplog.at_level("WARNING"):
+        World(tmp_path).coordinator.record(2, [], times, trained=[], weighted=[], kl=[])
+    assert [record.getMessage()[: len("step 2: 6 % of the sampled tokens")] for record in caplog.records] == warned
 
 
 def test_a_signal_ends_the_waits_of_all_ranks(tmp_path: Path) -> None:

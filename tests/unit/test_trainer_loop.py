@@ -117,6 +117,7 @@ class Coordinator:
         self.events += [("give up", *group) for group in refused]
 
     def record(self, step: int, sums: Any, own: Any, *, trained: Sequence[LedgerLine], **rest: Any) -> None:
+        self.sums = sums
         self.events.append(("record", step, [line.group_id for line in trained], own.get("skipped")))
 
     def save_checkpoint(self, state: RunState, weights: StudentWeights) -> None:
@@ -197,6 +198,14 @@ def test_what_is_saved_after_a_step_is_what_is_published_after_it() -> None:
     assert [version for version, _ in published] == [0, 1, 2]
     assert 1.0 == published[0][1] > published[1][1] > published[2][1]
     assert {event[1:] for event in coordinator.events if event[0] == "save"} == set(published[1:])
+
+
+def test_a_step_compares_its_log_probs_with_those_of_the_groups_that_its_own_policy_sampled() -> None:
+    """The student's are 0 (`Loss`); two groups of six tokens that were sampled with −1 to −0.25."""
+    coordinator = Coordinator()
+    Run(coordinator).start()
+    [sums] = coordinator.sums
+    assert (sums["drift_tokens"], sums["drift_max"]) == (2 * RESPONSE_TOKENS, 1.0)
 
 
 def test_a_refused_group_is_given_up_before_the_step_and_not_in_the_ledger() -> None:

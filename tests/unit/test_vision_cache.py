@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,14 +135,26 @@ def test_epochs_over_more_images_than_fit_hit_those_that_do() -> None:
     assert (cache.hits, cache.misses) == (2 * 3, 3 * 5 - 2 * 3)
 
 
-def test_a_gpu_s_tower_runs_over_several_images_up_to_its_room() -> None:
-    vlm = family_vlm("qwen3_vl")
-    images = [prepared(vlm, seed) for seed in range(5)]
-    tokens = images[0].num_tokens
-    batches = list(vision_cache._make_batches(images, 2 * tokens))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert [image for batch in batches for image in batch] == images
-    assert [len(batch) for batch in vision_cache._make_batches(images, tokens - 1)] == [1] * 5
+class Tower:
+    """A GPU's, as the cache sees it; notes the images of each of its runs."""
+
+    device = torch.device("cuda")
+
+    def __init__(self) -> None:
+        self.runs: list[list[PreparedImage]] = []
+
+    def encode_images(self, images: list[PreparedImage]) -> list[tuple[torch.Tensor]]:
+        self.runs.append(images)
+        return [(torch.zeros(image.num_tokens, 1),) for image in images]
+
+
+def test_a_gpu_s_tower_runs_over_several_images_up_to_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [prepared(family_vlm("qwen3_vl"), seed) for seed in range(5)]
+    for room, runs in ((2 * images[0].num_tokens, [images[:2], images[2:4], images[4:]]), (1, [[i] for i in images])):
+        monkeypatch.setattr(vision_cache, "TOWER_TOKENS", room)
+        tower: Any = Tower()
+        VisionCache(tower, capacity_bytes=0).features(images)
+        assert tower.runs == runs
 
 
 def test_an_entry_takes_the_bytes_of_embeddings_and_deepstack_features() -> None:
@@ -148,6 +162,11 @@ def test_an_entry_takes_the_bytes_of_embeddings_and_deepstack_features() -> None
     image = prepared(vlm, 1)
     layers = 1 + len(vlm.config.vision_config.deepstack_visual_indexes)
     assert bytes_of_one(vlm) == image.num_tokens * vlm.hidden_size * layers * 4
+
+
+def test_pinned_memory_counts_in_powers_of_two() -> None:
+    rows: Any = SimpleNamespace(nbytes=5, is_pinned=lambda: True)
+    assert vision_cache._Entry(rows, 1, None).nbytes == 8
 
 
 def test_what_never_fits_is_not_kept() -> None:

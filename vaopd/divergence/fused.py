@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from vaopd.divergence.head import choose_product_dtype, head_logits, pad_head
+from vaopd.divergence.head import choose_product_dtype, head_logits, is_padded, pad_head
 from vaopd.divergence.products import add_product, multiply
 from vaopd.divergence.targets import FullTarget, LogProbTarget, Target
 from vaopd.errors import InvalidInput
@@ -301,11 +301,6 @@ class _Results:
             by_hidden=torch.empty_like(hidden, dtype=job.wide) if wanted[0] else None,
             by_head=hidden.new_empty(head_rows, hidden.shape[1], dtype=job.wide) if wanted[1] else None,
         )
-
-
-def is_padded(device: torch.device) -> bool:
-    """Whether products on this device are as wide as the padded head: cuBLAS' fast kernels want aligned rows."""
-    return device.type == "cuda"
 
 
 def has_kernels(device: torch.device) -> bool:

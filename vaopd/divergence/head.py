@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vaopd.divergence.products import multiply
+
 ALIGNED_ROWS = 64
 """A head with a multiple of so many rows is aligned for every kernel and dtype; published checkpoints are."""
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 def head_logits(hidden: Tensor, head: Tensor, vocab_size: int | None = None) -> Tensor:
@@ -28,14 +29,17 @@ def head_logits(hidden: Tensor, head: Tensor, vocab_size: int | None = None) -> 
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtype = choose_product_dtype(hidden, head, autocast)
+    wide = torch.promote_types(dtype, torch.float32)
     with torch.no_grad(), torch.autocast(kind, enabled=False):
-        if kind != "cuda":
+        if not is_padded(hidden.device):
             head = head[:vocab_size]
-        hidden, columns = hidden.to(dtype), head.to(dtype).T
-        if kind == "cuda" and dtype in _HALVES:
-            return torch.mm(hidden, columns, out_dtype=torch.float32)[:, :vocab_size]
-        logits = hidden @ columns
-        return logits.to(torch.promote_types(dtype, torch.float32))[:, :vocab_size]
+        logits = multiply(hidden.to(dtype), head.to(dtype).T, wide).to(wide)
+        return logits.narrow(1, 0, len(head) if vocab_size is None else vocab_size)
+
+
+def is_padded(device: torch.device) -> bool:
+    """Whether products on this device are as wide as the head is stored."""
+    return device.type == "cuda"
 
 
 def pad_head(head: Tensor) -> Tensor:

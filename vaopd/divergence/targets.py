@@ -11,7 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from vaopd.divergence.head import choose_product_dtype, head_logits, pad_head
+from vaopd.divergence.head import choose_product_dtype, head_logits, is_padded, pad_head
 from vaopd.divergence.measures import DIVERGENCES, Divergence
 from vaopd.errors import InvalidInput
 
@@ -65,7 +65,7 @@ class FullTarget:
         return replace(
             self,
             hidden=self.hidden.detach().to(dtype),
-            head=pad_head(head) if head.is_cuda else head,
+            head=pad_head(head) if is_padded(head.device) else head,
             vocab_size=vocabulary,
         )
 
