@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vaopd.config import load_config
-from vaopd.launch.placement import Card, Demand, Placement, place
+from vaopd.launch.cards import Card
+from vaopd.launch.placement import Demand, Placement, place
 from vaopd.vlm.memory import (
     BATCH_TOKENS,
     CHUNK_TOKENS,
@@ -45,7 +46,7 @@ LORA_RANK = 32  # of geometry3k-8b-lora.toml
 
 def group_tokens(student: Model, teacher: Model, *, ranks: int, pixels: int, taken_gib: float = 0.0) -> int:
     """The longest group whose forward and backward fit on a card beside everything else."""
-    fixed = count_trainer_fixed_bytes(student, teacher.head_parameters, ranks=ranks)
+    fixed = count_trainer_fixed_bytes(student, 2 * teacher.head_parameters, ranks=ranks)
     return count_group_tokens(student, room_bytes=(usable() - taken_gib) * GIB - fixed, pixels=pixels)
 
 
@@ -107,7 +108,7 @@ def trainer_table() -> str:
 
 def group_table() -> str:
     """Longest groups beside a student that is whole on its rank; the next table has sharded ones."""
-    rows, teacher = [], MODELS["8B"].head_parameters
+    rows, head_bytes = [], 2 * MODELS["8B"].head_parameters
     for student in (MODELS[name] for name in STUDENTS):
         adapters = student.count_adapter_parameters(LORA_RANK, vision_tower=True)
         for name, options in (
@@ -116,7 +117,7 @@ def group_table() -> str:
             ("one rank, moments of 8 bits", {"moment_bytes": 2}),
             (f"one rank, LoRA of rank {LORA_RANK}", {"adapters": adapters}),
         ):
-            fixed = count_trainer_fixed_bytes(student, teacher, **{"ranks": 1, **options})
+            fixed = count_trainer_fixed_bytes(student, head_bytes, **{"ranks": 1, **options})
             fits = [count_group_tokens(student, room_bytes=usable() * GIB - fixed, pixels=pixels) for pixels in PIXELS]
             rows.append((student.name, name, gib(fixed), *(f"{tokens:,}" if tokens else "–" for tokens in fits)))
     sizes = (f"tokens of a group, image of {pixels:,} px" for pixels in PIXELS)
@@ -130,7 +131,7 @@ def sharding_table() -> str:
     for student in MODELS.values():
         row = [student.name]
         for shards in (1, 2, 4, 8):
-            fixed = count_trainer_fixed_bytes(student, teacher.head_parameters, ranks=shards, shards=shards)
+            fixed = count_trainer_fixed_bytes(student, 2 * teacher.head_parameters, ranks=shards, shards=shards)
             tokens = count_group_tokens(student, room_bytes=usable() * GIB - fixed, pixels=pixels)
             row.append(f"{gib(fixed)}: {tokens:,}" if tokens else f"{gib(fixed)}: –")
         rows.append(tuple(row))

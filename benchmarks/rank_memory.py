@@ -168,7 +168,7 @@ def run_cell(folder: Path, kind: str, *, lora: bool, layers: int) -> dict[str, A
     adapters = sizes.count_adapter_parameters(LORA_RANK, vision_tower=True) if lora else 0
     learning = adapters or sizes.parameters
     counted = memory.count_trainer_fixed_bytes(
-        sizes, head.numel(), ranks=ranks.world, shards=shards, chunk_tokens=CHUNK_TOKENS, adapters=adapters
+        sizes, 2 * head.numel(), ranks=ranks.world, shards=shards, chunk_tokens=CHUNK_TOKENS, adapters=adapters
     ) - head.nbytes  # fmt: skip
     height, width = groups.IMAGE_SIDES[QUICK.prompt]
     counted += memory.count_image_bytes(sizes, height * width * (PATCH_PX * groups.MERGE) ** 2)

@@ -18,9 +18,10 @@ import timing
 from benchmarks.gpu.measure import Check
 from benchmarks.gpu.up import VAOPD, run_bounded
 from vaopd.config import Config, load_config
+from vaopd.launch.cards import list_cards
 from vaopd.launch.checks import find_engine_problem
 from vaopd.launch.estimate import estimate_step
-from vaopd.launch.placement import list_cards, place_run, suggest
+from vaopd.launch.placement import place_run, suggest
 from vaopd.report import read_run
 
 CONFIG = timing.ROOT / "configs" / ("geometry3k-8b.toml" if timing.ON_GPU else "tiny.toml")

@@ -137,7 +137,7 @@ def test_a_run_that_is_there_already_is_not_overwritten(
 
 
 def test_gpus_are_given_by_role(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from vaopd.launch.placement import parse_gpus
+    from vaopd.launch.cards import parse_gpus
 
     assert parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"]) == {"teacher": ("0,1",), "rollout": ("2", "3")}
     assert main(["up", str(config), "--gpus", "student=1"]) == 2
@@ -195,6 +195,22 @@ def test_a_teacher_of_32b_is_split_over_two_cards(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().err
     assert "teacher.processes = 3 doesn't divide the 8 key and value heads of Qwen/Qwen3-VL-8B-Instruct" in told
     assert "--set teacher.processes=2, or give the teacher 1, 2, 4, 8 devices" in told
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("--gpus teacher=0 --gpus rollout=1 --gpus trainer=2,3", "leaves 1 of 2 devices idle; --set trainer.processes=2"),
+    ("--gpus teacher=0 --gpus rollout=1 --gpus rollout=2 --gpus trainer=3", "--set rollout.workers=2, or give fewer"),
+    ("--gpus teacher=0 --gpus rollout=1,2 --gpus trainer=3", "engine_options.tensor_parallel_size=2"),
+    ("--gpus rollout=1 --gpus trainer=2", "teacher would take card 0, whatever else is on it; add --gpus teacher=DEV"),
+    ("--gpus teacher=0 --gpus rollout=1 --gpus trainer=2 --teacher h:1", "--teacher h:1 none; leave out one"),
+    ("--gpus teacher=0,0", "'0' is given twice; list each device once"),
+    ("--gpus rollout=x", "'x' is neither a number nor GPU-"),
+])  # fmt: skip
+def test_devices_that_no_process_would_use_are_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["up", str(ROOT / "configs" / "geometry3k-8b.toml"), "--dry-run", "--offline", *options.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("four_cards")

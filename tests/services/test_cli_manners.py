@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import jsonschema
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from prometheus_client import start_http_server
 
@@ -19,7 +21,9 @@ from vaopd.access.certificates import add_client, make_certificates
 from vaopd.cli import GROUPS, build_parser, main
 from vaopd.cli.init import make_schema
 from vaopd.config import load_config
+from vaopd.data.loaders import load_prompts
 from vaopd.errors import ConfigError
+from vaopd.types import TextPart
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +78,6 @@ def test_without_a_command_it_shows_all_of_them_in_groups(capsys: pytest.Capture
         (["eval", "--benchmark", "all", "--dry-run"], "--dry-run has no effect with --benchmark"),
         (["certs", "folder", "--client", "a", "--host", "b"], "--host has no effect with --client"),
         # A number out of its bounds.
-        (["init", "--cards", "-1"], "--cards: '-1' is not a whole number from 0 up"),
         (["demo", "--steps", "0"], "--steps: '0' is not a whole number from 1 up"),
         (["up", "run.toml", "--metrics-port", "70000"], "'70000' is not a whole number from 0 to 65535"),
         (["watch", "runs/a", "--every", "nan"], "--every: 'nan' is not a number from 0.1 up"),
@@ -115,6 +118,31 @@ def test_init_writes_a_file_that_is_a_run(tmp_path: Path, capsys: pytest.Capture
     assert "already exists" in capsys.readouterr().err
 
 
+TURNS = [{"role": "user", "content": "Where?"}]
+
+
+@pytest.mark.parametrize(("split", "record", "columns"), [
+    ("validation", {"prompt": TURNS, "images": [], "solution": "3"},
+     {"messages": "prompt", "answer": "solution"}),  # TRL
+    ("test", {"prompt": TURNS, "images": [], "reward_model": {"style": "rule", "ground_truth": "3"}},
+     {"messages": "prompt", "answer": "reward_model.ground_truth"}),  # verl
+    ("validation", {"messages": TURNS, "images": [], "solution": "3"}, {"answer": "solution"}),  # ms-swift
+])  # fmt: skip
+def test_init_reads_the_data_of_other_trainers(
+    split: str, record: dict[str, object], columns: dict[str, str], tmp_path: Path
+) -> None:
+    table = pa.Table.from_pylist([record], schema=pa.Table.from_pylist([{**record, "images": [b""]}]).schema)
+    for name in ("train", split):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    models = ["--student", str(ROOT / "models/tiny-student"), "--teacher", str(ROOT / "models/tiny-teacher")]
+    assert main(["init", str(tmp_path / "run.toml"), *models, "--data", str(tmp_path)]) == 0
+    config = load_config(tmp_path / "run.toml")
+    assert config.data.columns.model_dump(exclude_defaults=True) == columns
+    assert (config.data.validation_split, config.evaluation.every) == (split, 50)
+    prompt = load_prompts(str(tmp_path), split=split, columns=config.data.columns)[0]
+    assert (prompt.messages[-1].content[-1], prompt.answer) == (TextPart(text="Where?"), "3")
+
+
 def test_init_names_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "Übung 1.toml"
     assert main(["init", str(file), "--student", "a/b", "--teacher", "/no/teacher", "--data", "here"]) == 0
@@ -133,7 +161,7 @@ def test_init_plans_for_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["init", str(file), *models, "--data", "hiyouga/geometry3k", "--cards", "4"]) == 0
     shown = capsys.readouterr().err
     assert "teacher on card 0: Qwen/Qwen3-VL-8B-Instruct needs" in shown
-    assert "estimate for H100s: 4 cards, 1 workers, 2 trainer ranks" in shown
+    assert "estimate for H100s: 4 cards, 1 worker, 2 trainer ranks" in shown
     assert load_config(file).student.dtype == "bfloat16"
 
 

@@ -17,7 +17,7 @@ from tests.support.data_sets import write_both_splits
 from tests.support.documents import PAGES, ROOT, Block, blocks, script
 from vaopd.cli import build_parser, main
 from vaopd.config import ServiceConfig, validate
-from vaopd.launch.placement import Card
+from vaopd.launch.cards import Card
 
 STARTS = ("up", "train", "teacher", "rollout", "api")
 
@@ -42,7 +42,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "service.toml").write_text("[teacher.sharing]\nweights = { main-run = 3.0 }\n")
     monkeypatch.chdir(tmp_path)
     cards = [Card(index=index, gib=79.1) for index in range(4)]
-    monkeypatch.setattr("vaopd.launch.placement.list_cards", lambda: cards)
+    monkeypatch.setattr("vaopd.launch.cards.list_cards", lambda: cards)
     return tmp_path
 
 

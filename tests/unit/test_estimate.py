@@ -49,6 +49,17 @@ def test_a_step_by_part_by_hand() -> None:
     )
 
 
+def test_adapters_and_what_the_trainer_scores_by_hand() -> None:
+    """No gradients of the base, 2 of 3 parts; 4 bytes a weight of the adapters travel; each rank scores its groups."""
+    whole = estimate_step(load_config("configs/geometry3k-8b.toml"), response=1000, workers=1, ranks=1)
+    lora = load_config("configs/geometry3k-8b-lora.toml", ["rollout.engine_options.tensor_parallel_size=2"])
+    adapters = estimate_step(lora, response=1000, workers=1, ranks=1)
+    assert adapters.training_s == pytest.approx(whole.training_s * 2 / 3)
+    assert adapters.sampling_s == pytest.approx(whole.sampling_s / 2)
+    weights = MODELS["2B"].count_adapter_parameters(32, vision_tower=True)
+    assert adapters.publishing_s == pytest.approx(whole.publishing_s * 2 * weights / MODELS["2B"].parameters)
+
+
 def test_card_hours_are_hours_times_cards() -> None:
     config = load_config("configs/geometry3k-8b.toml")
     gpus = {"teacher": ("0,1",), "rollout": ("2", "3"), "trainer": ("2",)}

@@ -8,7 +8,8 @@ import pytest
 
 from vaopd.config import load_config
 from vaopd.errors import ConfigError
-from vaopd.launch.placement import Card, Demand, parse_cards, place, place_run
+from vaopd.launch.cards import Card, assume_cards, parse_cards
+from vaopd.launch.placement import Demand, place, place_run
 from vaopd.vlm.memory import GIB, MODELS, Model, find_model
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ H100 = 79.1
 
 def demand(teacher: str = "8b", *overrides: str, with_teacher: bool = True) -> Demand:
     config = load_config(ROOT / "configs" / f"geometry3k-{teacher}.toml", overrides)
-    return Demand.of(config, with_teacher=with_teacher)
+    return Demand.of(config, overrides, with_teacher=with_teacher)
 
 
 def cards(count: int, gib: float = H100) -> list[Card]:
@@ -62,6 +63,8 @@ def test_two_cards_are_not_taken_from_a_trainer_that_needs_them() -> None:
     (1, H100, "8b", r"\. It fits with --set trainer\.optimizer=adamw_8bit$"),
     (4, 48, "32b", r"\. It fits with --set data\.max_pixels=1048576$"),
     (2, 23.6, "4b", r"\. It fits with --set student\.lora\.rank=32 --set trainer\.learning_rate=1e-5$"),
+    (2, 23.99, "8b", r"rank=32 --set trainer\.learning_rate=1e-5 .*1048576 --set trainer\.forward_tokens=8192$"),
+    (2, 23.99, "8b-lora", r"\. It fits with --set data\.max_pixels=1048576 --set trainer\.forward_tokens=8192$"),
     (1, 23.6, "4b", "the worker finds|a trainer rank of"),
 ])  # fmt: skip
 def test_settings_with_which_a_recipe_fits_are_named(count: int, gib: float, teacher: str, remedy: str) -> None:
@@ -127,10 +130,12 @@ def test_a_teacher_on_the_student_s_own_weights_needs_no_card() -> None:
 
 
 def test_everything_on_one_card_if_it_fits() -> None:
-    tiny = Demand.of(load_config(ROOT / "configs" / "tiny.toml"), with_teacher=True)
-    chosen = place(cards(1, 24), tiny)
+    tiny = load_config(ROOT / "configs" / "tiny.toml", ["teacher.device_map=auto"])
+    chosen = place(cards(1, 24), Demand.of(tiny, with_teacher=True))
     assert chosen.gpus == {"teacher": ("0",), "rollout": ("0",), "trainer": ("0",)}
-    with pytest.raises(ConfigError, match=r"don't fit on 1 × 73\.6 GiB: the worker finds \d+\.\d; add a card"):
+    on_cpu = Demand.of(load_config(ROOT / "configs" / "tiny.toml"), with_teacher=True)
+    assert place(cards(2, 24), on_cpu).gpus == {"rollout": ("0",), "trainer": ("1",)}  # by its teacher.device_map
+    with pytest.raises(ConfigError, match=r"don't fit on 73\.6 GiB: the worker finds \d+\.\d; add a card"):
         place(cards(1), demand())
 
 
@@ -140,13 +145,58 @@ def test_everything_on_one_card_if_it_fits() -> None:
     (2, 24, "32b", [], r"needs 36\.5 GiB on each of 2 cards, of which 22\.3 are usable"),
     # 16 bytes for each of 33.4e9 weights are 124.3 GiB on each of four ranks, before what they gather.
     (8, H100, "8b", ["student.model=Qwen/Qwen3-VL-32B-Instruct"],
-     r"rank of \S+32B\S+ needs 1\d\d\.\d GiB .* sharded over 4 ranks, 73\.6 GiB"),
+     r"rank of \S+32B\S+ needs 1\d\d\.\d GiB .* sharded over 4 ranks, .* 73\.6 GiB"),
+    (4, H100, "8b", ["trainer.processes=4"], "5 cards are asked for by trainer.processes, .* and 3 of 4 are left"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named_with_its_figures(
     count: int, gib: float, teacher: str, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         place(cards(count, gib), demand(teacher, *overrides))
+
+
+def test_numbers_that_are_set_by_hand_are_the_choice_s() -> None:
+    """Two ranks leave four of six cards to workers; three workers leave three, of which two ranks share 16 groups."""
+    ranks = place(cards(8), demand("8b", "trainer.processes=2"))
+    assert (ranks.gpus["rollout"], ranks.gpus["trainer"]) == (("2", "3", "4", "5"), ("6,7",))
+    assert ranks.overrides == ("rollout.workers=4",)
+    workers = place(cards(8), demand("8b", "rollout.workers=3"))
+    assert (workers.gpus["rollout"], workers.gpus["trainer"]) == (("2", "3", "4"), ("6,7",))
+    assert workers.reasons[-1] == "card 5 stays idle"
+
+
+def test_a_worker_has_as_many_cards_as_hold_it() -> None:
+    """32B: 62.1 GiB of weights, 4 of vLLM's and 3 of keys exceed 85 % of 79.1 GiB; a half of them doesn't."""
+    large = ["student.model=Qwen/Qwen3-VL-32B-Instruct", "student.lora.rank=32"]
+    chosen = place(cards(8), demand("8b", *large))
+    assert (chosen.gpus["rollout"], chosen.gpus["trainer"]) == (("2,3",), ("4,5,6,7",))
+    assert "rollout.engine_options.tensor_parallel_size=2" in chosen.overrides
+    configured = place(cards(8), demand("8b", "rollout.engine_options.tensor_parallel_size=2"))
+    assert configured.gpus["rollout"] == ("2,3",)
+    assert not any("tensor_parallel" in setting for setting in configured.overrides)
+
+
+def test_of_unequal_cards_the_teacher_has_the_smallest_and_the_trainer_the_largest() -> None:
+    """8B: 19.6 GiB are less than 93 % of 23.6; a trainer of a 2B needs 40.3 before any group."""
+    assert assume_cards("1x79.1,2x23.6") == [
+        Card(index=i, gib=g, name="assumed") for i, g in enumerate((79.1, 23.6, 23.6))
+    ]
+    chosen = place(assume_cards("2x79.1,2x23.6"), demand())
+    assert chosen.gpus == {"teacher": ("2",), "rollout": ("3",), "trainer": ("0,1",)}
+    assert place(assume_cards("1,1x23.6"), demand()).gpus == {"teacher": ("1",), "rollout": ("0",), "trainer": ("0",)}
+    for text in ("2xnan", "-1x80", "8x", "2x0", "x80", ""):
+        with pytest.raises(ConfigError, match="is not NUMBER or NUMBERxGIB"):
+            assume_cards(text)
+
+
+def test_float32_takes_twice_the_memory_of_bfloat16() -> None:
+    """But the sums of the log-softmax: 8 bytes for each of 1024 · 151 936 logits; the student's master weights, too."""
+    short, long = demand(), demand("8b", "teacher.dtype=float32", "student.dtype=float32")
+    logits = 8 * 1024 * 151_936
+    assert long.count_teacher_bytes(1) == 2 * (short.count_teacher_bytes(1) - logits) + logits
+    student, head = MODELS["2B"].parameters, MODELS["8B"].head_parameters
+    more = long.count_trainer_bytes(1, sharded=False) - short.count_trainer_bytes(1, sharded=False)
+    assert more == 2 * head + 4 * 1024 * 151_936 - 2 * student  # no copies for autocast
 
 
 def test_the_flags_say_the_same_by_hand() -> None:

@@ -21,7 +21,7 @@ from vaopd.process.extras import ROLES, find_missing_packages, find_version, lis
 from vaopd.telemetry.visible import escape
 
 if TYPE_CHECKING:
-    from vaopd.launch.placement import Card
+    from vaopd.launch.cards import Card
 
 INSTALL = "make setup   (with an NVIDIA GPU: pip install -e '.[gpu]')"
 RECIPES = [Path(f"configs/geometry3k-{teacher}.toml") for teacher in ("4b", "8b", "32b")]
@@ -156,7 +156,7 @@ def _check_torch() -> Iterator[Finding]:
 
 def _check_cards(config: Path | None) -> Iterator[Finding]:
     """Yields the cards that the driver shows, whether it is new enough for torch, and what of the recipes fits."""
-    from vaopd.launch.placement import list_cards
+    from vaopd.launch.cards import list_cards
 
     try:
         cards = list_cards()

@@ -31,11 +31,11 @@ QUESTIONS = {
 }
 EXAMPLES = {"data.columns": '{ text = "prompt" }', "data.max_pixels": "1048576"}
 SHOWN = (
-    "run.name", "run.seed", "data.source", "data.columns", "data.validation_source", "data.instruction",
-    "data.max_pixels", "student.model", "student.dtype", "teacher.model", "teacher.dtype", "teacher.device_map",
-    "objective.variant", "rollout.engine", "rollout.max_new_tokens", "trainer.steps", "trainer.prompts_per_step",
-    "trainer.rollouts_per_prompt", "trainer.learning_rate", "trainer.checkpoint_every", "trainer.trackers",
-    "evaluation.every", "evaluation.prompts", "queue.url",
+    "run.name", "run.seed", "data.source", "data.columns", "data.validation_source", "data.validation_split",
+    "data.instruction", "data.max_pixels", "student.model", "student.dtype", "teacher.model", "teacher.dtype",
+    "teacher.device_map", "objective.variant", "rollout.engine", "rollout.max_new_tokens", "trainer.steps",
+    "trainer.prompts_per_step", "trainer.rollouts_per_prompt", "trainer.learning_rate", "trainer.checkpoint_every",
+    "trainer.trackers", "evaluation.every", "evaluation.prompts", "queue.url",
 )  # fmt: skip
 """The keys that a new file has; those that have their defaults are commented out."""
 ROOM = 8192 + 4096
@@ -43,9 +43,11 @@ ROOM = 8192 + 4096
 LIKELY = {
     "text": ("prompt", "query", "instruction", "input"),
     "images": ("picture", "pictures", "img", "photo", "image_path", "file"),
-    "answer": ("label", "solution", "target", "reference", "gt"),
+    "answer": ("label", "solution", "target", "reference", "gt", "reward_model.ground_truth"),
 }
 """Names of columns that a data set may have in place of the known ones."""
+SPLITS = ("validation", "val", "test")
+"""Names that the held-out split may have; verl's is test."""
 
 
 def add_parsers(subparsers: Subparsers) -> None:
@@ -57,7 +59,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     init.add_argument("--name", help="the run's name (default: that of FILE)")
     init.add_argument("--steps", type=bounded(int, 1), default=200, help="optimizer steps (default %(default)s)")
     init.add_argument(
-        "--cards", type=bounded(int, 0), metavar="N", help="80 GB cards to plan for (default: those of this host)"
+        "--cards", metavar="NUMBER[xGIB]", help="cards to plan for, e.g. 8 (of 80 GB) or 2x23.6 (default: this host's)"
     )
     init.add_argument("--force", action="store_true", help="overwrite FILE")
     init.set_defaults(command=_init, extra="trainer")
@@ -65,6 +67,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _init(arguments: argparse.Namespace) -> int:
     from vaopd.config import Config, validate
+    from vaopd.launch.cards import assume_cards, list_cards
 
     if arguments.file.exists() and not arguments.force:
         raise ConfigError(f"{arguments.file} already exists; name another file, or --force overwrites it")
@@ -88,7 +91,7 @@ def _init(arguments: argparse.Namespace) -> int:
         values["evaluation"] = {"every": 0}
     if (context := _read_context(arguments.student)) < ROOM:
         values["rollout"] = {"max_new_tokens": int(context // 2)}
-    cards = _list_cards(arguments.cards)
+    cards = list_cards() if arguments.cards is None else assume_cards(arguments.cards)
     if not cards:
         values["student"]["dtype"] = values["teacher"]["dtype"] = "float32"
         values["teacher"]["device_map"] = "cpu"
@@ -168,21 +171,31 @@ def _read_data(source: str) -> tuple[dict[str, Any], bool]:
         return {}, True
     named = [name for names in LIKELY.values() for name in names]
     files = read_split(source, "train", None, named=named)
-    settings: dict[str, Any] = {}
+    present = {name for rows in files for name in rows.columns}
+    found = {key: name for key, names in LIKELY.items() if (name := next((n for n in names if n in present), None))}
     try:
         recognise(files, source, needs_answer=False)
+        found = {key: name for key, name in found.items() if key == "answer" and "answer" not in present}
     except InvalidInput:
-        present = {name for rows in files for name in rows.columns}
-        found = ((key, next((name for name in names if name in present), None)) for key, names in LIKELY.items())
-        settings["columns"] = {key: name for key, name in found if name}
-        recognise(files, source, columns=ColumnsConfig(**settings["columns"]), needs_answer=False)
-        say(f"columns: {', '.join(f'{key} = {name}' for key, name in settings['columns'].items())}; please check them")
-    try:
-        open_split(source, split="validation", columns=ColumnsConfig(**settings.get("columns", {})))
-    except (NotFound, InvalidInput) as error:
-        say(f"evaluation.every = 0, since there is no validation split with answers ({error})")
-        return settings, False
-    return settings, True
+        if isinstance(files[0].read(0).get(found.get("text", "")), list):
+            found["messages"] = found.pop("text")
+        recognise(files, source, columns=ColumnsConfig(**found), needs_answer=False)
+    if found:
+        say(f"columns: {', '.join(f'{key} = {name}' for key, name in found.items())}; please check them")
+    settings: dict[str, Any] = {"columns": found} if found else {}
+    problem: VaopdError | None = None
+    for split in SPLITS:
+        try:
+            open_split(source, split=split, columns=ColumnsConfig(**found))
+        except NotFound as error:
+            problem = problem or error
+        except InvalidInput as error:
+            problem = error
+            break
+        else:
+            return settings if split == SPLITS[0] else {**settings, "validation_split": split}, True
+    say(f"evaluation.every = 0, since there is no validation split with answers ({problem})")
+    return settings, False
 
 
 def _read_context(student: str) -> float:
@@ -192,13 +205,6 @@ def _read_context(student: str) -> float:
     except (OSError, ValueError):
         return math.inf
     return float(config.get("text_config", config).get("max_position_embeddings") or math.inf)
-
-
-def _list_cards(wanted: int | None) -> Sequence[Any]:
-    from vaopd.launch.estimate import H100_GIB
-    from vaopd.launch.placement import Card, list_cards
-
-    return list_cards() if wanted is None else [Card(index=index, gib=H100_GIB) for index in range(wanted)]
 
 
 def _describe_fit(file: Path, cards: Sequence[Any]) -> Iterator[str]:
@@ -218,5 +224,5 @@ def _describe_fit(file: Path, cards: Sequence[Any]) -> Iterator[str]:
             yield from placement.reasons
             gpus, config = placement.gpus, load_config(file, placement.overrides)
     else:
-        yield "this host shows no GPU, so the file is for the CPU; --cards N plans for 80 GB cards"
+        yield "this host shows no GPU, so the file is for the CPU; --cards NUMBERxGIB plans for cards"
     yield from describe_cost(config, gpus)

@@ -82,7 +82,7 @@ def add_parsers(subparsers: Subparsers) -> None:
     up.add_argument(
         "--cards",
         metavar="NUMBERxGIB",
-        help="with --gpus auto --dry-run: plan for these cards, e.g. 8x79.1, instead of those of this host",
+        help="with --gpus auto --dry-run: plan for these cards, e.g. 8x79.1 or 2x79.1,4x23.6, instead of this host's",
     )
     up.add_argument(
         "--metrics-port",
@@ -96,14 +96,17 @@ def add_parsers(subparsers: Subparsers) -> None:
 
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
-    from vaopd.launch.placement import parse_gpus
+    from vaopd.launch.cards import parse_gpus
     from vaopd.launch.up import starts_teacher, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
     auto = "auto" in arguments.gpus
     if arguments.cards is not None and not (auto and arguments.dry_run):
         raise ConfigError("--cards assumes cards for a plan; give it with --gpus auto --dry-run")
-    options = _make_options(arguments, gpus={} if auto else parse_gpus(arguments.gpus))
+    gpus = {} if auto else parse_gpus(arguments.gpus)
+    if arguments.teacher is not None and "teacher" in gpus:
+        raise ConfigError(f"--gpus teacher=… starts a teacher, and --teacher {arguments.teacher} none; leave out one")
+    options = _make_options(arguments, gpus=gpus)
     if auto:
         if arguments.gpus != ["auto"]:
             raise ConfigError("--gpus auto places every process; leave out the other --gpus, or auto")
@@ -180,7 +183,8 @@ def _make_options(arguments: argparse.Namespace, *, gpus: dict[str, tuple[str, .
 
 def _place_on_gpus(options: UpOptions, assumed: str | None) -> UpOptions:
     """Chooses the cards by memory and says why; returns the options with them."""
-    from vaopd.launch.placement import assume_cards, list_cards, place_run
+    from vaopd.launch.cards import assume_cards, list_cards
+    from vaopd.launch.placement import place_run
 
     cards = list_cards() if assumed is None else assume_cards(assumed)
     chosen = place_run(cards, options.config_path, options.overrides, with_teacher=options.teacher is None)

@@ -64,7 +64,13 @@ class ArrowRows:
 
     def __init__(self, table: pa.Table, file: Path | None, named: Collection[str] = ()) -> None:
         """file: None for the hub's. named: columns that a configuration names, besides those of known data sets."""
+        import pyarrow.compute as pc
+
         self.file = file
+        for name in named:  # a field of a struct, such as verl's reward_model.ground_truth
+            outer, _, inner = name.partition(".")
+            if inner and name not in table.column_names and _has_field(table.schema, outer, inner):
+                table = table.append_column(name, pc.struct_field(table[outer], inner))
         self.columns: Sequence[str] = table.column_names
         known = [name for name in self.columns if name in (*_KNOWN_COLUMNS, *named)]
         if len(known) > len(set(known)):
@@ -102,6 +108,15 @@ class ArrowRows:
         is_list = _check_image_type(column.type, name, self.file)
         counts = pc.list_value_length(column).to_pylist() if is_list else [1] * len(self)
         return [count if valid else 0 for count, valid in zip(counts, column.is_valid().to_pylist(), strict=True)]
+
+
+def _has_field(schema: pa.Schema, column: str, field: str) -> bool:
+    import pyarrow as pa
+
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return bool(pa.types.is_struct(kind) and kind.get_field_index(field) >= 0)
 
 
 Rows = JsonRows | ArrowRows

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError
-from vaopd.launch.placement import IMAGE_PX, Demand
+from vaopd.launch.cards import H100_GIB, Card, count_worker_cards
+from vaopd.launch.placement import IMAGE_PX, Demand, count_adapters
 from vaopd.telemetry.progress_line import format_duration
 from vaopd.vlm import memory
-from vaopd.vlm.memory import GIB, MARGIN, MERGE, PATCH_PX, Model
+from vaopd.vlm.memory import GIB, MERGE, PATCH_PX, Model
 
 PEAK_FLOPS, MEMORY_BYTES_PER_S = 989e12, 3.35e12
 """Of an H100 SXM, by its data sheet."""
@@ -28,7 +29,6 @@ SHARED_MEMORY = "/dev/shm"
 PUBLISHING_BYTES_PER_S, BY_MEMORY_BYTES_PER_S = 4.26e9 / 7.2, 4.26e9 / 4.6
 """Measured: the 2B student's weights from trainer to worker by /tmp, and by /dev/shm."""
 PROMPT_TEXT = 50
-H100_GIB = 79.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ def count_forward(model: Model, *, prompt: int, response: int, siblings: int, pi
 def estimate_step(config: Config, *, response: int, workers: int, ranks: int, teacher_cards: int = 1) -> Step:
     """Estimates a step on H100s. Raises ConfigError for models whose sizes are not known here.
 
-    teacher_cards: of all teachers; those that share one are taken to be as fast as replicas.
+    teacher_cards: of all teachers; those that share one are taken to be as fast as replicas, and so are workers' cards.
     """
     student, teacher = memory.find_model(config.student.model), memory.find_model(config.teacher.model)
     groups, siblings = config.trainer.prompts_per_step, config.trainer.rollouts_per_prompt
@@ -73,13 +73,16 @@ def estimate_step(config: Config, *, response: int, workers: int, ranks: int, te
     scored = count_forward(teacher, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
     trained = count_forward(student, prompt=prompt, response=response, siblings=siblings, pixels=pixels)
     rollouts = math.ceil(groups * siblings / workers)
+    # Adapters leave out the gradients of the weights that they are added to; only they are handed over, in float32.
+    adapters = count_adapters(config, student)
+    published, passes = (4 * adapters, 2) if adapters else (2 * student.parameters, 3)
     moved = 2 * student.parameters + rollouts * (prompt + response / 2) * student.kv_bytes_per_token
     return Step(
         response=response,
-        sampling_s=response * moved / MEMORY_BYTES_PER_S,
+        sampling_s=response * moved / MEMORY_BYTES_PER_S / count_worker_cards(config),
         scoring_s=groups * views * scored / (SCORING_SHARE * PEAK_FLOPS) / teacher_cards,
-        training_s=groups * 3 * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
-        publishing_s=2 * student.parameters / (BY_MEMORY_BYTES_PER_S if in_memory else PUBLISHING_BYTES_PER_S),
+        training_s=groups * passes * trained / (TRAINING_SHARE * PEAK_FLOPS) / ranks,
+        publishing_s=published / (BY_MEMORY_BYTES_PER_S if in_memory else PUBLISHING_BYTES_PER_S),
         overlaps=config.trainer.max_policy_lag > 0,
     )
 
@@ -94,6 +97,7 @@ def describe_cost(
     workers, ranks = config.rollout.workers, config.trainer.processes
     teachers = gpus.get("teacher", ())
     teacher_cards = sum(value.count(",") + 1 for value in teachers) if teachers else config.teacher.processes or 1
+    teacher_cards = ranks if config.teacher.shared_base else teacher_cards  # each scores its own groups
     try:
         longest = config.rollout.max_new_tokens
         steps = [
@@ -105,7 +109,10 @@ def describe_cost(
         yield f"no estimate: {error}"
         return
     prompt = count_prompt_tokens(config)
-    yield f"estimate for H100s: {cards} cards, {workers} workers, {ranks} trainer ranks; prompts of {prompt} tokens"
+    yield (
+        f"estimate for H100s: {cards} card{'s' * (cards > 1)}, {workers} worker{'s' * (workers > 1)}, {ranks} trainer "
+        f"rank{'s' * (ranks > 1)}; prompts of {prompt} tokens"
+    )
     for step in steps:
         hours = config.trainer.steps * step.total_s / 3600
         yield (
@@ -141,5 +148,5 @@ def count_cards(config: Config, gpus: Mapping[str, Sequence[str]], *, with_teach
     if gpus:
         return len({card for values in gpus.values() for value in values for card in value.split(",")})
     demand = Demand.of(config, with_teacher=with_teacher)
-    teacher = demand.list_teacher_cards(8, H100_GIB * (1 - MARGIN))[0]
-    return teacher + config.rollout.workers + config.trainer.processes
+    teacher = demand.list_teacher_cards([Card(index=index, gib=H100_GIB) for index in range(8)])[0]
+    return teacher + config.rollout.workers * count_worker_cards(config) + config.trainer.processes

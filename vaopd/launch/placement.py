@@ -4,25 +4,24 @@ In: the cards, the configuration. Out: devices by role, the settings that go wit
 teacher gets as many cards as its `processes`, if two are left beside them, otherwise as few as hold it; on several it
 is split by tensor parallelism. Where four more are left, there are two such teachers: by the measured rates, scoring is
 the longest part of a step. Of the others, most go to the trainer, the rest to rollout workers. With one card left, or
-none, processes share one. `vaopd.vlm.memory` counts the bytes.
+none, processes share one. Where cards differ, the smallest that hold it are the teacher's and the largest the
+trainer's. `vaopd.vlm.memory` counts the bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vaopd.config import Config, load_config
 from vaopd.errors import ConfigError
+from vaopd.launch.cards import Card, count_worker_cards
 from vaopd.vlm import memory
-from vaopd.vlm.memory import GIB, MARGIN, Model
+from vaopd.vlm.memory import GIB, Model
 
-ROLES = ("teacher", "rollout", "trainer")
 VLLM_SHARE = 0.85
 """vLLM's share of a card of its own (gpu_memory_utilization); it never gets more."""
 GROUP_TOKENS = 20_000
@@ -36,24 +35,11 @@ REMEDIES = (
     ("trainer.optimizer=adamw_8bit", "data.max_pixels=1048576"),
     ("student.lora.rank=32", "trainer.learning_rate=1e-5"),
     ("student.lora.rank=32", "trainer.learning_rate=1e-5", "data.max_pixels=1048576"),
+    ("student.lora.rank=32", "trainer.learning_rate=1e-5", "data.max_pixels=1048576", "trainer.forward_tokens=8192"),
 )
 """Settings that take less memory, the least change of a run first."""
-_BY_HAND = "; place the processes by --gpus ROLE=DEVICES"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Card:
-    """A GPU: its number as nvidia-smi counts, its memory, and the driver's version where it is known."""
-
-    index: int
-    gib: float
-    name: str = "GPU"
-    driver: str = ""
-
-    @property
-    def usable_gib(self) -> float:
-        """The memory without the margin."""
-        return self.gib * (1 - MARGIN)
+WIDTHS = {"float32": 4, "bfloat16": 2}
+"""Bytes of a number by dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,71 +61,7 @@ class Placement:
         return " ".join((*devices, *map("--set {}".format, self.overrides)))
 
 
-def list_cards() -> list[Card]:
-    """Returns the host's NVIDIA cards, those in CUDA_VISIBLE_DEVICES if that is set; none without a driver."""
-    fields = "index,memory.total,name,driver_version"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_cards(done.stdout, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_cards(text: str, *, visible: str | None) -> list[Card]:
-    """Reads nvidia-smi's lines, MiB in the second field. Raises ConfigError unless `visible` lists numbers.
-
-    >>> parse_cards("0, 81559, NVIDIA H100 80GB HBM3, 580.159.04", visible=None)[0].name
-    'NVIDIA H100 80GB HBM3'
-    """
-    cards = []
-    for line in text.splitlines():
-        index, mib, name, driver = (part.strip() for part in line.split(",", 3))
-        if mib.isdigit():  # "[N/A]" for a card without memory of its own
-            cards.append(Card(index=int(index), gib=int(mib) / 1024, name=name, driver=driver))
-    if visible is None:
-        return cards
-    wanted = [part.strip() for part in visible.split(",") if part.strip()]
-    if strange := [part for part in wanted if not part.isdigit()]:
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES names {strange[0]!r}, not a number{_BY_HAND}")
-    by_index = {card.index: card for card in cards}
-    return [by_index[int(part)] for part in wanted if int(part) in by_index]
-
-
-def assume_cards(text: str) -> list[Card]:
-    """Reads NUMBERxGIB: cards to plan for, which needn't be here. Raises ConfigError for another form.
-
-    >>> len(assume_cards("8x79.1"))
-    8
-    """
-    number, _, gib = text.partition("x")
-    try:
-        return [Card(index=index, gib=float(gib), name="assumed") for index in range(int(number))]
-    except ValueError:
-        raise ConfigError(f"--cards {text!r} is not NUMBERxGIB, such as 8x79.1") from None
-
-
-def parse_gpus(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Reads the values of `--gpus`; a role given several times has as many processes. Raises ConfigError.
-
-    >>> parse_gpus(["teacher=0,1", "rollout=2", "rollout=3"])
-    {'teacher': ('0,1',), 'rollout': ('2', '3')}
-    """
-    placed: dict[str, tuple[str, ...]] = {}
-    for value in values:
-        role, separator, devices = value.partition("=")
-        if not separator or role not in ROLES:
-            raise ConfigError(f"--gpus {value!r} is not of the form ROLE=DEVICES with ROLE out of {', '.join(ROLES)}")
-        placed[role] = (*placed.get(role, ()), devices)
-    if len(placed.get("trainer", ())) > 1:
-        raise ConfigError(
-            f"--gpus trainer is given {len(placed['trainer'])} times; it is one process or one group of ranks: "
-            f"--gpus trainer={','.join(placed['trainer'])}, with --set trainer.processes"
-        )
-    return placed
-
-
-def _count_adapters(config: Config, student: Model) -> int:
+def count_adapters(config: Config, student: Model) -> int:
     """Returns the weights of LoRA on all layers: an upper bound where `target_modules` names some."""
     lora = config.student.lora
     vision_tower = config.student.train_vision_tower
@@ -157,8 +79,14 @@ class Demand:
     teacher_ranks: int
     """Those that the configuration asks for."""
     batch_tokens: int
-    teacher_head: int
-    worker_bytes: int
+    teacher_width: int
+    teacher_head_bytes: int
+    width: int
+    """Bytes of a number in the student's dtype; `teacher_width`: in the teacher's."""
+    length: int
+    """Tokens of a worker's longest prompt and response."""
+    worker_cards: int
+    """On how many cards one worker runs, by the configuration."""
     smallest_bytes: int
     """Activations of the smallest forward that the trainer can't split: one response after its prompt."""
     group_bytes: int
@@ -174,23 +102,32 @@ class Demand:
     adapters: int
     """LoRA's weights; 0: the student learns whole."""
     moment_bytes: int
+    ranks: int | None
+    """Trainer ranks that `--set` asks for; None: to be chosen. `workers`: likewise."""
+    workers: int | None
 
     @classmethod
-    def of(cls, config: Config, *, with_teacher: bool) -> Demand:
-        """Counts for a configuration; `with_teacher`: whether one is started here. Raises ConfigError if it can't."""
+    def of(cls, config: Config, overrides: Sequence[str] = (), *, with_teacher: bool) -> Demand:
+        """Counts for a configuration; `with_teacher`: whether one is started here. Raises ConfigError if it can't.
+
+        overrides: the settings in it that are the command line's.
+        """
         student = memory.find_model(config.student.model)
-        with_teacher = with_teacher and not config.teacher.shared_base
+        with_teacher = with_teacher and not config.teacher.shared_base and config.teacher.device_map != "cpu"
         hidden = config.teacher.needs_head and not config.teacher.shared_base  # whose head is the student's
         teacher = memory.find_model(config.teacher.model) if with_teacher or hidden else None
         image_px = config.data.max_pixels or IMAGE_PX
-        image_bytes = memory.count_image_bytes(student, image_px)
+        width, teacher_width = WIDTHS[config.student.dtype], WIDTHS[config.teacher.dtype]
+        image_bytes = memory.count_image_bytes(student, image_px, width=width)
+        set_by_hand = {override.partition("=")[0] for override in overrides}
         vllm = config.rollout.engine == "vllm"
         options = getattr(config.rollout, "engine_options", {})
         length = options.get("max_model_len", config.rollout.max_new_tokens + 2048)
         prompt = image_px // (memory.PATCH_PX * memory.MERGE) ** 2 + 512
         smallest = prompt + config.rollout.max_new_tokens
-        group = min(GROUP_TOKENS, prompt + config.trainer.rollouts_per_prompt * config.rollout.max_new_tokens)
-        token_bytes = memory.count_token_bytes(student)
+        group = prompt + config.trainer.rollouts_per_prompt * config.rollout.max_new_tokens
+        group = min(GROUP_TOKENS, config.trainer.forward_tokens, group)
+        token_bytes = memory.count_token_bytes(student, width=width)
         return cls(
             student_name=config.student.model,
             teacher_name=config.teacher.model if with_teacher else None,
@@ -198,8 +135,11 @@ class Demand:
             teacher=teacher if with_teacher else None,
             teacher_ranks=config.teacher.processes or 1,
             batch_tokens=config.teacher.batch_tokens,
-            teacher_head=teacher.head_parameters if teacher is not None and hidden else 0,
-            worker_bytes=memory.count_worker_bytes(student, length=length) if vllm else 4 * student.parameters,
+            teacher_width=teacher_width,
+            teacher_head_bytes=teacher_width * teacher.head_parameters if teacher is not None and hidden else 0,
+            width=width,
+            length=length,
+            worker_cards=count_worker_cards(config),
             smallest_bytes=smallest * token_bytes + image_bytes,
             group_bytes=max(smallest, group) * token_bytes + image_bytes,
             image_px=image_px,
@@ -210,50 +150,80 @@ class Demand:
             configured_share=float(options.get("gpu_memory_utilization", 0.9)),
             sharded=config.trainer.sharding.kind != "none",
             ranks_per_copy=getattr(config.trainer.sharding, "ranks_per_copy", None),
-            adapters=_count_adapters(config, student),
+            adapters=count_adapters(config, student),
             moment_bytes=2 if config.trainer.optimizer == "adamw_8bit" else 8,
+            ranks=config.trainer.processes if "trainer.processes" in set_by_hand else None,
+            workers=config.rollout.workers if "rollout.workers" in set_by_hand else None,
         )
 
     def count_teacher_bytes(self, ranks: int) -> int:
         """Counts what each card of a teacher on so many holds; 0 where none is started."""
         if self.teacher is None:
             return 0
-        return memory.count_teacher_bytes(self.teacher, batch_tokens=self.batch_tokens, ranks=ranks)
+        return memory.count_teacher_bytes(
+            self.teacher, batch_tokens=self.batch_tokens, ranks=ranks, width=self.teacher_width
+        )
 
-    def list_teacher_cards(self, cards: int, usable_gib: float) -> list[int]:
-        """Returns on how many cards the teacher can be, the best first; [0] where none is started."""
+    def list_teacher_cards(self, cards: Sequence[Card]) -> list[int]:
+        """Returns on how many of the cards the teacher can be, the best first; [0] where none is started."""
         if self.teacher is None:
             return [0]
-        fitting = [n for n in self.teacher.ranks if n <= cards and self.count_teacher_bytes(n) / GIB <= usable_gib]
-        asked = [self.teacher_ranks] if self.teacher_ranks in fitting and self.teacher_ranks <= cards - 2 else []
+        fitting = [n for n in self.teacher.ranks if len(self.list_holding(cards, n)) >= n]
+        asked = [self.teacher_ranks] if self.teacher_ranks in fitting and self.teacher_ranks <= len(cards) - 2 else []
         return [*asked, *fitting[:1]]
+
+    def list_holding(self, cards: Sequence[Card], ranks: int) -> list[Card]:
+        """Returns the cards that hold a teacher's rank out of so many."""
+        return [card for card in cards if self.count_teacher_bytes(ranks) / GIB <= card.usable_gib]
+
+    def count_worker_bytes(self, cards: int) -> int:
+        """Counts the least that each card of a rollout worker on so many holds."""
+        if not self.vllm:
+            return 2 * self.width * self.student.parameters
+        return memory.count_worker_bytes(self.student, length=self.length, ranks=cards, width=self.width)
+
+    def choose_workers(self, cards: Sequence[Card]) -> list[tuple[Card, ...]]:
+        """Deals cards to rollout workers: as few for each as hold it, or as many as configured; [] if none holds it."""
+        share = min(VLLM_SHARE, self.configured_share)
+        for each in (self.worker_cards,) if self.worker_cards > 1 or not self.vllm else self.student.ranks:
+            needed = self.count_worker_bytes(each) / GIB
+            holding = [card for card in cards if needed <= (share * card.gib if self.vllm else card.usable_gib)]
+            most = len(holding) // each
+            if most >= (self.workers or 1):
+                return [tuple(holding[i * each : (i + 1) * each]) for i in range(self.workers or most)]
+        return []
 
     def count_trainer_bytes(self, ranks: int, *, sharded: bool) -> int:
         """Counts a trainer rank's memory before any group."""
         shards = min(ranks, self.ranks_per_copy or ranks) if sharded else 1
         return memory.count_trainer_fixed_bytes(
             self.student,
-            self.teacher_head,
+            self.teacher_head_bytes,
             ranks=ranks,
             shards=shards,
             chunk_tokens=self.chunk_tokens,
             adapters=self.adapters,
             moment_bytes=self.moment_bytes,
+            width=self.width,
         )
 
-    def choose_ranks(self, cards: int, usable_gib: float) -> tuple[int, bool] | None:
-        """Returns the number of trainer ranks, and whether the student is sharded; None if no forward fits.
+    def list_ranks(self, cards: int) -> list[int]:
+        """Returns the possible numbers of trainer ranks, the most first; one card is left for a worker, if possible."""
+        if self.ranks is not None:
+            return [self.ranks] if self.ranks <= max(1, cards - 1) else []
+        return [n for n in (8, 4, 2, 1) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
 
-        It is sharded if that is configured, or if no rank holds it whole. One card is left for a worker, if there are
-        two.
+    def find_sharding(self, trainer: Sequence[Card]) -> bool | None:
+        """Returns whether ranks on these cards shard the student; None if no forward fits.
+
+        They do if that is configured, or if no rank holds it whole.
         """
-        allowed = [n for n in (1, 2, 4, 8) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
-        for ranks in reversed(allowed):
-            # Moments of 8 bits can't be sharded.
-            kinds = (False,) if ranks == 1 or self.moment_bytes == 2 else (True,) if self.sharded else (False, True)
-            for sharded in kinds:
-                if (self.count_trainer_bytes(ranks, sharded=sharded) + self.smallest_bytes) / GIB <= usable_gib:
-                    return ranks, sharded
+        ranks, usable_gib = len(trainer), min(card.usable_gib for card in trainer)
+        # Moments of 8 bits can't be sharded.
+        kinds = (False,) if ranks == 1 or self.moment_bytes == 2 else (True,) if self.sharded else (False, True)
+        for sharded in kinds:
+            if (self.count_trainer_bytes(ranks, sharded=sharded) + self.smallest_bytes) / GIB <= usable_gib:
+                return sharded
         return None
 
 
@@ -262,7 +232,7 @@ def place_run(
 ) -> Placement:
     """Chooses the cards for a run's file. Raises ConfigError, if possible with settings with which it would fit."""
     try:
-        return place(cards, Demand.of(load_config(config_path, overrides), with_teacher=with_teacher))
+        return place(cards, Demand.of(load_config(config_path, overrides), overrides, with_teacher=with_teacher))
     except ConfigError as error:
         remedy = suggest(cards, config_path, overrides, with_teacher=with_teacher)
         if not remedy:
@@ -276,12 +246,12 @@ def suggest(
     """Returns settings of `REMEDIES` with which a run fits, none where it fits as it is or nothing helps."""
     whole = load_config(config_path, overrides).student.lora is None
     for remedy in ((), *REMEDIES) if cards else ():
-        if remedy and not whole and remedy[0].startswith("student.lora"):
-            continue
+        # A student with adapters has its own learning rate.
+        settings = tuple(part for part in remedy if whole or not part.startswith(("student.lora", "trainer.learning")))
         with contextlib.suppress(ConfigError):
-            config = load_config(config_path, (*overrides, *remedy))
-            place(cards, Demand.of(config, with_teacher=with_teacher))
-            return remedy
+            config = load_config(config_path, (*overrides, *settings))
+            place(cards, Demand.of(config, overrides, with_teacher=with_teacher))
+            return settings
     return ()
 
 
@@ -289,108 +259,122 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
     """Chooses the cards of each role. Raises ConfigError, with the figures, when the processes don't fit."""
     if not cards:
         raise ConfigError("--gpus auto: this host shows no NVIDIA card; `vaopd doctor` says what it finds")
-    smallest = min(card.usable_gib for card in cards)
-    counts = demand.list_teacher_cards(len(cards), smallest)
+    ordered = sorted(cards, key=lambda card: card.gib)
+    counts = demand.list_teacher_cards(ordered)
     if not counts:
         assert demand.teacher is not None
         most = max(n for n in demand.teacher.ranks if n <= len(cards))
         raise ConfigError(
             f"--gpus auto: the teacher {demand.teacher_name} needs {demand.count_teacher_bytes(most) / GIB:.1f} GiB"
-            f"{f' on each of {most} cards' if most > 1 else ''}, of which {smallest:.1f} are usable; take a smaller "
-            "teacher, lower teacher.batch_tokens, or use a teacher on another host (--teacher)"
+            f"{f' on each of {most} cards' if most > 1 else ''}, of which {ordered[-most].usable_gib:.1f} are usable; "
+            "take a smaller teacher, lower teacher.batch_tokens, or use a teacher on another host (--teacher)"
         )
     for count, replicas in [(count, replicas) for count in counts for replicas in (2, 1)]:
         if replicas > 1 and (not count or len(cards) < replicas * count + LEFT_BY_REPLICAS):
             continue
-        teachers = [tuple(cards[index * count : (index + 1) * count]) for index in range(replicas)]
-        rest = tuple(cards[replicas * count :])
-        if (chosen := demand.choose_ranks(len(rest), smallest)) is not None:
-            break
-    else:
-        most = max(n for n in (1, 2, 4, 8) if n <= max(1, len(rest) - 1))
-        shards = most > 1 and demand.moment_bytes != 2
-        needed = demand.count_trainer_bytes(most, sharded=shards) + demand.smallest_bytes
+        taken = demand.list_holding(ordered, count)[: replicas * count] if count else []
+        if len(taken) < replicas * count:
+            continue
+        rest = [card for card in ordered if card not in taken]
+        for ranks in demand.list_ranks(len(rest)) if len(rest) > 1 else ():
+            workers = demand.choose_workers(rest[:-ranks])
+            if workers and (sharded := demand.find_sharding(rest[-ranks:])) is not None:
+                teachers = [tuple(taken[index * count : (index + 1) * count]) for index in range(replicas)]
+                return _describe(demand, teachers if count else [], workers, rest[-ranks:], None, sharded, cards)
+    trainer = rest[-1:] or taken[:1]
+    if max(demand.ranks or 1, demand.workers or 1) == 1 and demand.find_sharding(trainer) is not None:
+        return _share(demand, taken, trainer, cards)
+    if (asked := (demand.ranks or 1) + (demand.workers or 1) * demand.worker_cards) > max(2, len(rest)):
         raise ConfigError(
-            f"--gpus auto: a trainer rank of {demand.student_name} needs {needed / GIB:.1f} GiB for its shortest "
-            f"forward{f', sharded over {most} ranks' if shards else ''}, {smallest:.1f} GiB of a card are usable; "
-            "take a smaller student or more cards, or lower data.max_pixels, rollout.max_new_tokens or "
-            "trainer.chunk_tokens"
+            f"--gpus auto: {asked} cards are asked for by trainer.processes, rollout.workers and "
+            f"rollout.engine_options, and {len(rest)} of {len(cards)} are left beside the teacher; lower one of them"
         )
-    ranks, sharded = chosen
-    if len(rest) >= 2:
-        return _describe(demand, teachers, rest[:-ranks], rest[-ranks:], VLLM_SHARE, smallest, sharded)
-    return _share(demand, teachers[0], rest, smallest)
+    most = max(demand.list_ranks(len(rest)), default=1)
+    shards = most > 1 and demand.moment_bytes != 2
+    needed = demand.count_trainer_bytes(most, sharded=shards) + demand.smallest_bytes
+    usable_gib = min(card.usable_gib for card in rest[-most:] or taken[:1])
+    worker = demand.count_worker_bytes(demand.worker_cards) / GIB
+    raise ConfigError(
+        f"--gpus auto: a trainer rank of {demand.student_name} needs {needed / GIB:.1f} GiB for its shortest "
+        f"forward{f', sharded over {most} ranks' if shards else ''}, and a rollout worker {worker:.1f}; "
+        f"{usable_gib:.1f} GiB of a card are usable; take a smaller student or more cards, or lower data.max_pixels, "
+        "rollout.max_new_tokens or trainer.chunk_tokens"
+    )
 
 
-def _share(demand: Demand, teacher: tuple[Card, ...], rest: tuple[Card, ...], usable_gib: float) -> Placement:
+def _share(demand: Demand, teacher: Sequence[Card], trainer: Sequence[Card], cards: Sequence[Card]) -> Placement:
     """Places the worker beside the teacher or the trainer, or all three on one card."""
     trainer_gib = (demand.count_trainer_bytes(1, sharded=False) + demand.group_bytes) / GIB
     teacher_gib = demand.count_teacher_bytes(len(teacher)) / GIB
-    trainer = rest or teacher[:1]
-    rooms = {}
-    if rest:
-        rooms[trainer[0]] = usable_gib - trainer_gib
-        rooms |= {teacher[0]: usable_gib - teacher_gib} if teacher else {}
-    else:
-        rooms[teacher[0]] = usable_gib - teacher_gib - trainer_gib
+    rooms = {trainer[0]: trainer[0].usable_gib - trainer_gib}
+    if teacher:
+        rooms[teacher[0]] = rooms.get(teacher[0], teacher[0].usable_gib) - teacher_gib
     card, room = max(rooms.items(), key=lambda item: item[1])
-    needed = demand.worker_bytes / GIB
+    needed = demand.count_worker_bytes(1) / GIB
     if room < needed:
         raise ConfigError(
             f"--gpus auto: teacher ({teacher_gib:.1f} GiB a card), trainer ({trainer_gib:.1f} GiB with a group) and a "
-            f"rollout worker ({needed:.1f} GiB) don't fit on {len(teacher) + len(rest)} × {usable_gib:.1f} GiB: the "
-            f"worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or rollout.max_new_tokens"
+            f"rollout worker ({needed:.1f} GiB) don't fit on {' + '.join(f'{card.usable_gib:.1f}' for card in cards)} "
+            f"GiB: the worker finds {max(0.0, room):.1f}; add a card, or lower data.max_pixels or "
+            "rollout.max_new_tokens"
         )
     share = math.floor(min(VLLM_SHARE, room / card.gib) * 20) / 20
-    return _describe(demand, [teacher], (card,), trainer, share, usable_gib, False)
+    return _describe(demand, [tuple(teacher)] if teacher else [], [(card,)], trainer, share, False, cards)
 
 
 def _describe(
     demand: Demand,
-    teachers: Sequence[tuple[Card, ...]],
-    workers: Sequence[Card],
+    teachers: Sequence[Sequence[Card]],
+    workers: Sequence[Sequence[Card]],
     trainer: Sequence[Card],
-    share: float,
-    usable_gib: float,
+    share: float | None,
     sharded: bool,
+    cards: Sequence[Card],
 ) -> Placement:
-    teacher = teachers[0]
-    gpus: dict[str, tuple[str, ...]] = {"teacher": tuple(map(_join, teachers))} if teacher else {}
-    gpus |= {"rollout": tuple(str(card.index) for card in workers), "trainer": (_join(trainer),)}
-    overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 else []
-    overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 else []
+    """Puts a choice into words. share: vLLM's, of a card that another process uses too; None: of one of its own."""
+    teacher, each = teachers[0] if teachers else (), len(workers[0])
+    gpus: dict[str, tuple[str, ...]] = {"teacher": tuple(map(_join, teachers))} if teachers else {}
+    gpus |= {"rollout": tuple(map(_join, workers)), "trainer": (_join(trainer),)}
+    overrides = [f"rollout.workers={len(workers)}"] if len(workers) > 1 and not demand.workers else []
+    overrides += [f"trainer.processes={len(trainer)}"] if len(trainer) > 1 and not demand.ranks else []
     overrides += ["trainer.sharding.kind=full"] if sharded and not demand.sharded else []
     overrides += [f"teacher.processes={len(teacher)}"] if teacher and len(teacher) != demand.teacher_ranks else []
+    if each != demand.worker_cards:
+        overrides.append(f"rollout.engine_options.tensor_parallel_size={each}")
     # The configuration's own share stays where the card is the worker's.
-    shared = workers[0] in (*teacher, *trainer)
-    wanted = share if shared else min(share, demand.configured_share)
+    wanted = share if share is not None else min(VLLM_SHARE, demand.configured_share)
     if demand.vllm and wanted != demand.configured_share:
         overrides.append(f"rollout.engine_options.gpu_memory_utilization={wanted:.2f}")
     fixed_gib = demand.count_trainer_bytes(len(trainer), sharded=sharded) / GIB
     taken_gib = 0.0
-    if trainer[0] in workers:
-        taken_gib = wanted * workers[0].gib if demand.vllm else demand.worker_bytes / GIB
+    if trainer[0] in workers[0]:
+        taken_gib = wanted * trainer[0].gib if demand.vllm else demand.count_worker_bytes(1) / GIB
     if trainer[0] in teacher:
         taken_gib += demand.count_teacher_bytes(len(teacher)) / GIB
-    room_bytes = (usable_gib - taken_gib - fixed_gib) * GIB
-    tokens = memory.count_group_tokens(demand.student, room_bytes=room_bytes, pixels=demand.image_px)
+    room_bytes = (min(card.usable_gib for card in trainer) - taken_gib - fixed_gib) * GIB
+    width = demand.width
+    tokens = memory.count_group_tokens(demand.student, room_bytes=room_bytes, pixels=demand.image_px, width=width)
     # A rank of a sharded student that runs out of memory can't begin its step again: the others wait for it.
-    most = memory.count_forward_tokens(demand.student, room_bytes=room_bytes)
+    most = memory.count_forward_tokens(demand.student, room_bytes=room_bytes, width=width)
     overrides += [f"trainer.forward_tokens={most}"] if sharded and most < demand.forward_tokens else []
     reasons = [
         f"teacher on card {' and on card '.join(map(_join, teachers))}: {demand.teacher_name} needs "
         f"{demand.count_teacher_bytes(len(teacher)) / GIB:.1f} GiB"
         + (" of each, its layers split over them" if len(teacher) > 1 else "")
-        + f", {usable_gib:.1f} of a card are usable"
+        + f", {min(card.usable_gib for card in teacher):.1f} of a card are usable"
     ] if teacher else []  # fmt: skip
-    place = "on the card of the " + ("trainer" if workers[0] in trainer else "teacher") if shared else "for each"
+    beside = f"on the card of the {'trainer' if trainer[0] in workers[0] else 'teacher'}"
+    place = beside if share is not None else "one for each" if each == 1 else f"{each} for each, which share its layers"
     reasons += [
-        f"rollout workers on card {_join(workers)}, {place}"
+        f"rollout workers on card {' and on card '.join(map(_join, workers))}, {place}"
         + (f": vLLM gets {wanted:.0%} of it" if demand.vllm else ""),
         f"trainer on card {_join(trainer)}, the student {'sharded' if sharded else 'whole on each'}: {fixed_gib:.1f} "
         f"GiB before the first token; a group of {tokens:,} tokens with an image of {demand.image_px:,} pixels fits "
         "beside it",
     ]
+    used = {card.index for group in (*teachers, *workers, trainer) for card in group}
+    if idle := [card for card in cards if card.index not in used]:
+        reasons.append(f"card {_join(idle)} stays idle")
     return Placement(gpus=gpus, overrides=tuple(overrides), reasons=tuple(reasons), utilization=wanted)
 
 

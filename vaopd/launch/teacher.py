@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vaopd.config import Config, ServiceConfig, TeacherServiceConfig, load_service_config
 from vaopd.errors import ConfigError
+from vaopd.launch.cards import check_gpus
 from vaopd.launch.resume import check_same_teacher
 from vaopd.process.ranks import check_devices
 from vaopd.vlm import memory
@@ -42,8 +43,12 @@ def check_ranks(config: Config, service: Path | None, gpus: Mapping[str, Sequenc
     """
     for devices in gpus.get("trainer", ()):
         check_devices("trainer", config.trainer.processes, there=devices.count(",") + 1)
-    if not with_teacher:
-        return
+    if with_teacher:
+        _check_teacher_ranks(config, service, gpus)
+    check_gpus(config, gpus, with_teacher=with_teacher)
+
+
+def _check_teacher_ranks(config: Config, service: Path | None, gpus: Mapping[str, Sequence[str]]) -> None:
     teacher = load_service_config(service).teacher
     for visible in gpus.get("teacher", ()) or (None,):
         ranks = count_ranks(config, teacher, visible)

@@ -208,102 +208,112 @@ def find_kept(model: Model) -> Kept:
     )
 
 
-def count_teacher_working_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
-    """One forward in bfloat16: the widest layer's tensors, and one chunk of logits in float32 (on rank 0 alone)."""
+def count_teacher_working_bytes(
+    model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1, width: int = 2
+) -> int:
+    """One forward: the widest layer's tensors, and one chunk of logits in float32 (on rank 0 alone).
+
+    width: bytes of a number in the teacher's dtype, here and below.
+    """
     split = 3 * model.mlp + (model.heads + 2 * model.kv_heads) * model.head_dim
     layer = 4 * model.hidden + split // ranks
-    return 2 * batch_tokens * layer + CHUNK_TOKENS * model.vocabulary * (2 + 4 + 4)
+    return width * batch_tokens * layer + CHUNK_TOKENS * model.vocabulary * (width + 4 + 4)
 
 
-def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1) -> int:
-    """A rank's weights in bfloat16 and one forward: its share of the layers; embeddings, LM head and tower whole."""
+def count_teacher_bytes(model: Model, *, batch_tokens: int = BATCH_TOKENS, ranks: int = 1, width: int = 2) -> int:
+    """A rank's weights and one forward: its share of the layers; embeddings, LM head and tower whole."""
     whole = model.parameters - model.split_parameters
-    weights = 2 * (whole + model.split_parameters // ranks)
-    return weights + count_teacher_working_bytes(model, batch_tokens=batch_tokens, ranks=ranks)
+    weights = width * (whole + model.split_parameters // ranks)
+    return weights + count_teacher_working_bytes(model, batch_tokens=batch_tokens, ranks=ranks, width=width)
 
 
 def count_trainer_fixed_bytes(
     student: Model,
-    teacher_head: int,
+    teacher_head_bytes: int,
     *,
     ranks: int,
     shards: int = 1,
     chunk_tokens: int = CHUNK_TOKENS,
     adapters: int = 0,
     moment_bytes: int = 8,
+    width: int = 2,
 ) -> int:
     """A rank without any group: its part of the student, the teacher's head, and one chunk of the divergence.
 
-    teacher_head: weights of the teacher's LM head, 0 for a payload that doesn't need it. shards: ranks that hold one
-    copy of the student together. adapters: LoRA's weights, which learn in place of the student's; 0: it learns whole.
-    moment_bytes: of AdamW for a weight; 2 with `trainer.optimizer = "adamw_8bit"`.
+    teacher_head_bytes: 0 for a payload that doesn't need it. shards: ranks that hold one copy of the student together.
+    adapters: LoRA's weights, which learn in place of the student's; 0: it learns whole. moment_bytes: of AdamW for a
+    weight; 2 with `trainer.optimizer = "adamw_8bit"`. width: bytes of a number in the student's dtype.
     """
     if adapters:
-        # The student in bfloat16, spread over the shards; adapters whole, as an upper bound.
-        held = -(-2 * student.parameters // shards) + _count_whole_bytes(adapters, ranks=ranks, moment_bytes=8)
+        # The student in its dtype, spread over the shards; adapters whole, as an upper bound.
+        held = -(-width * student.parameters // shards)
+        held += _count_whole_bytes(adapters, ranks=ranks, moment_bytes=8, width=width)
     elif shards == 1:
-        held = _count_whole_bytes(student.parameters, ranks=ranks, moment_bytes=moment_bytes)
+        held = _count_whole_bytes(student.parameters, ranks=ranks, moment_bytes=moment_bytes, width=width)
     else:
-        held = _count_sharded_bytes(student, shards=shards)
+        held = _count_sharded_bytes(student, shards=shards, width=width)
     return (
         held
-        + 2 * teacher_head
+        + teacher_head_bytes
         + (0 if adapters else 4 * student.head_parameters)  # the head's gradient, summed over the chunks
-        + (_count_gathered_bytes(student) if adapters and shards > 1 else 0)
-        + count_chunk_bytes(student, chunk_tokens=chunk_tokens)
+        + (_count_gathered_bytes(student, width=width) if adapters and shards > 1 else 0)
+        + count_chunk_bytes(student, chunk_tokens=chunk_tokens, width=width)
     )
 
 
-def _count_whole_bytes(parameters: int, *, ranks: int, moment_bytes: int) -> int:
+def _count_whole_bytes(parameters: int, *, ranks: int, moment_bytes: int, width: int) -> int:
     """Float32 weights and gradients, moments, and autocast's copies; with several ranks, DDP's buckets."""
-    return (4 + 4 + moment_bytes + 2 + (4 if ranks > 1 else 0)) * parameters
+    return (4 + 4 + moment_bytes + (2 if width == 2 else 0) + (4 if ranks > 1 else 0)) * parameters
 
 
-def _count_gathered_bytes(student: Model) -> int:
-    """What FSDP2 gathers of weights that don't learn: embeddings and LM head, and two layers, in bfloat16."""
+def _count_gathered_bytes(student: Model, *, width: int) -> int:
+    """What FSDP2 gathers of weights that don't learn: embeddings and LM head, and two layers."""
     ends = student.head_parameters * (1 if student.tied else 2)
-    return 2 * ends + 2 * 2 * (student.text_parameters - ends) // student.layers
+    return width * ends + 2 * width * (student.text_parameters - ends) // student.layers
 
 
-def _count_sharded_bytes(student: Model, *, shards: int) -> int:
-    """A share of float32 weights, gradients and moments; and what FSDP2 gathers, in bfloat16.
+def _count_sharded_bytes(student: Model, *, shards: int, width: int) -> int:
+    """A share of float32 weights, gradients and moments; and what FSDP2 gathers, in the student's dtype.
 
     Embeddings and LM head from the forward to the end of the backward, two layers at a time; with their gradients,
     which are summed over the ranks in float32.
     """
     ends = student.head_parameters * (1 if student.tied else 2)
     layer = (student.text_parameters - ends) // student.layers
-    return -(-16 * student.parameters // shards) + (2 + 2 + 4) * ends + (2 * 2 + 2 + 4) * layer
+    return -(-16 * student.parameters // shards) + (2 * width + 4) * ends + (3 * width + 4) * layer
 
 
-def count_chunk_bytes(student: Model, *, chunk_tokens: int = CHUNK_TOKENS) -> int:
+def count_chunk_bytes(student: Model, *, chunk_tokens: int = CHUNK_TOKENS, width: int = 2) -> int:
     """One chunk of the fused loss: both models' logits as the product leaves them, three matrices in float32."""
-    return chunk_tokens * student.vocabulary * (2 * 2 + 3 * 4)
+    return chunk_tokens * student.vocabulary * (2 * width + 3 * 4)
 
 
-def count_image_bytes(student: Model, pixels: int) -> int:
+def count_image_bytes(student: Model, pixels: int, *, width: int = 2) -> int:
     """Each block's input in float32, and one block at a time computed again."""
     patches = pixels // PATCH_PX**2
     kept = find_kept(student)
-    return patches * (student.vision_depth * 4 * student.vision_hidden + kept.patch_block + kept.patch)
+    # Counted in bfloat16; in float32 at most twice as much.
+    return patches * (student.vision_depth * 4 * student.vision_hidden + (kept.patch_block + kept.patch) * width // 2)
 
 
-def count_token_bytes(student: Model) -> int:
+def count_token_bytes(student: Model, *, width: int = 2) -> int:
     """Each layer's input in float32, and one layer at a time computed again."""
-    return student.layers * 4 * student.hidden + find_kept(student).text_token
+    return student.layers * 4 * student.hidden + find_kept(student).text_token * width // 2
 
 
-def count_group_tokens(student: Model, *, room_bytes: float, pixels: int) -> int:
+def count_group_tokens(student: Model, *, room_bytes: float, pixels: int, width: int = 2) -> int:
     """The longest group (prompt and all responses) whose forward and backward fit into `room_bytes` with its image."""
-    return max(0, int((room_bytes - count_image_bytes(student, pixels)) / count_token_bytes(student)))
+    room_bytes -= count_image_bytes(student, pixels, width=width)
+    return max(0, int(room_bytes / count_token_bytes(student, width=width)))
 
 
-def count_forward_tokens(student: Model, *, room_bytes: float) -> int:
+def count_forward_tokens(student: Model, *, room_bytes: float, width: int = 2) -> int:
     """The most tokens whose forward and backward fit into `room_bytes` even if all of them are of images."""
-    token_bytes = count_token_bytes(student) + count_image_bytes(student, (PATCH_PX * MERGE) ** 2)
+    image_bytes = count_image_bytes(student, (PATCH_PX * MERGE) ** 2, width=width)
+    token_bytes = count_token_bytes(student, width=width) + image_bytes
     return max(1, int(room_bytes / token_bytes))
 
 
-def count_worker_bytes(student: Model, *, length: int) -> int:
-    """The least that a vLLM worker needs: weights in bfloat16, its own, and the keys of one prompt and response."""
-    return 2 * student.parameters + VLLM_BYTES + student.kv_bytes_per_token * length
+def count_worker_bytes(student: Model, *, length: int, ranks: int = 1, width: int = 2) -> int:
+    """The least that each card of a vLLM worker holds: weights, vLLM's own, and the keys of one prompt and response."""
+    return VLLM_BYTES + width * (student.parameters + student.kv_bytes_per_token // 2 * length) // ranks
