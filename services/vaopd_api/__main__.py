@@ -18,8 +18,8 @@ from vaopd import process
 from vaopd.access.tls import ExpiryWatch, read_expiry
 from vaopd.config import ApiServiceConfig, Config, TlsConfig
 from vaopd.errors import ConfigError
-from vaopd.files.durable import write_atomic
 from vaopd.net.ports import allow_connections, is_loopback
+from vaopd.process import entry
 from vaopd.process.memory import give_back, use_one_arena
 from vaopd.telemetry import metrics_port
 
@@ -141,7 +141,7 @@ def serve(
     listener.listen()  # uvicorn only binds here, and a client may read the announced address at once
     address = f"{host}:{listener.getsockname()[1]}"
     if announce is not None:
-        write_atomic(announce, address)
+        entry.announce(address, announce)
     print(f"api ready on {address}", flush=True)
 
     expiry = ExpiryWatch(expires, section="api")

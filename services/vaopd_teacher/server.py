@@ -23,7 +23,6 @@ from grpc_reflection.v1alpha import reflection
 from vaopd.access.keys import KeyStore
 from vaopd.config import Config, TeacherServiceConfig
 from vaopd.errors import ConfigError
-from vaopd.files.durable import write_atomic
 from vaopd.net.ports import allow_connections
 from vaopd.pb import teacher_pb2, teacher_pb2_grpc
 from vaopd.process import entry
@@ -267,7 +266,7 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signalled.set)
     if announce is not None:
-        write_atomic(announce, address)
+        entry.announce(address, announce)
     print(f"teacher ready on {address}", flush=True)
     ends = [asyncio.create_task(event.wait()) for event in (signalled, server.failed)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -19,6 +19,7 @@ from vaopd.config import Config
 from vaopd.data import handwritten_cards
 from vaopd.files.hub import model_folder as find_model_folder
 from vaopd.files.plain import UnfitFile
+from vaopd.process.entry import announce
 from vaopd.process.failures import explain_disk
 from vaopd_trainer.compose import _try_trackers
 
@@ -114,6 +115,15 @@ def test_a_hub_s_cache_without_room_is_no_missing_model(monkeypatch: pytest.Monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(OSError, match="No space left on device: '/cache/org/model'"):
         find_model_folder("org/model", role="student")
+
+
+def test_a_restart_finds_its_address_announced_already(tmp_path: Path) -> None:
+    with full_disk(5), pytest.raises(OSError, match=r"teacher\.address"):
+        announce("127.0.0.1:50051", tmp_path / "teacher.address")
+    announce("127.0.0.1:50051", tmp_path / "teacher.address")
+    with full_disk(5):
+        announce("127.0.0.1:50051", tmp_path / "teacher.address")
+    assert (tmp_path / "teacher.address").read_text() == "127.0.0.1:50051"
 
 
 def test_trackers_without_room_cost_their_curves_and_hide_no_error(caplog: pytest.LogCaptureFixture) -> None:

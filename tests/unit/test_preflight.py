@@ -16,6 +16,7 @@ import torch
 from tests.support.data_sets import write_both_splits
 from tests.support.models import model_folder
 from vaopd.cli import main
+from vaopd.errors import Unavailable
 from vaopd.launch import checks
 from vaopd.process.failures import as_config_error
 
@@ -147,7 +148,6 @@ def test_no_redis(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_process_that_waited_for_redis_in_vain_says_where() -> None:
-    from vaopd.errors import Unavailable
     from vaopd.queue import TrainerQueue
 
     queue = TrainerQueue(url="redis://127.0.0.1:1/0", job="first", patience_s=0.0)
@@ -172,6 +172,15 @@ def test_what_libraries_raise_in_words(role: str, error: Exception, what: str, r
     told = str(as_config_error(error, role))
     assert what in told
     assert remedy in told
+
+
+def test_a_rank_that_lost_another_hides_no_reason_of_it() -> None:
+    """Its traceback took all of the log's end that is shown; it may be cured by a resume, as a kill may."""
+    gloo = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:60632"
+    told = as_config_error(RuntimeError(f"{gloo}. This is typically caused by a crash.\nGLHF!"), "trainer")
+    assert isinstance(told, Unavailable)
+    assert str(told).startswith("another rank has ended, and its own lines say why ([/__w/")
+    assert "GLHF" not in str(told)
 
 
 def test_an_unknown_error_keeps_its_traceback() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.disks import full_disk
 from vaopd.errors import ConfigError
 from vaopd.run import owner
 from vaopd.run.owner import LAUNCHER, TRAINER, UP, own
@@ -70,6 +71,16 @@ def test_a_lock_without_words_still_refuses(content: bytes, tmp_path: Path) -> N
         (tmp_path / TRAINER).write_bytes(content)
         with pytest.raises(ConfigError, match="process unknown on unknown"), own(tmp_path, UP):
             pass
+
+
+def test_a_full_disk_lets_no_second_process_in(tmp_path: Path) -> None:
+    with (
+        full_disk(0),
+        pytest.raises(OSError, match=rf"File too large: '{tmp_path}/trainer.lock'"),
+        own(tmp_path, TRAINER),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pipe_in_the_locks_place_holds_nothing_up(tmp_path: Path) -> None:

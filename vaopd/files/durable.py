@@ -109,7 +109,7 @@ def copy_file(source: Path, target: Path) -> None:
 
     Never a hard link: an editor that writes in place would change both, for example a model in the hub's cache.
     """
-    with source.open("rb") as read, target.open("wb") as written:
+    with name_errors(target), source.open("rb") as read, target.open("wb") as written:
         try:
             while os.copy_file_range(read.fileno(), written.fileno(), 2**30):
                 pass

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaopd.errors import Busy, Unavailable, VaopdError
+from vaopd.files.durable import write_atomic
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
 from vaopd.telemetry.streams import drop_when_full
@@ -95,3 +96,9 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def announce(address: str, path: Path) -> None:
+    """Writes an address for another process; after a restart on a full disk it is there already."""
+    if not (path.is_file() and path.read_text() == address):
+        write_atomic(path, address)

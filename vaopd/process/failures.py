@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from vaopd.errors import ConfigError, VaopdError
+from vaopd.errors import ConfigError, Unavailable, VaopdError
 from vaopd.files.plain import UnfitFile
 from vaopd.process.extras import explain_missing_module
 
@@ -39,6 +39,7 @@ _PATH = {
     errno.EEXIST: "choose another name",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+_LOST_RANK = re.compile(r"gloo/transport|ncclRemoteError")
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -79,6 +80,8 @@ def explain(error: BaseException, role: str) -> str | None:
 
 def as_config_error(error: Exception, role: str) -> VaopdError:
     """Returns the error with its explanation; re-raises one without, so that its traceback stays."""
+    if _LOST_RANK.search(str(error)):
+        return Unavailable(f"another rank has ended, and its own lines say why ({str(error).splitlines()[0][:200]})")
     explanation = explain(error, role)
     if explanation is None:
         raise error

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vaopd.errors import ConfigError
+from vaopd.files.durable import name_errors
 from vaopd.files.plain import read_plain
 from vaopd.run.status import is_silent
 
@@ -48,26 +49,29 @@ def own(folder: Path, name: str) -> Iterator[None]:
 
 
 def _lock(folder: Path, name: str) -> int | None:
-    """Returns the locked file with this process's words; None on a file system without locks."""
+    """Returns the locked file with this process's words; None on a file system without locks.
+
+    Raises OSError where nothing can be written: without its lock a second process would be let in.
+    """
     path = folder / name
     if (owner := _find_owner(path)) is not None:
         raise _refuse(folder, owner)
     # A file of its own: a frozen owner keeps the lock of the one before.
     aside = path.with_name(f".{name}.tmp-{os.getpid()}")
-    handle = None
-    try:
+    with name_errors(path, aside), contextlib.ExitStack() as undo:
         handle = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        undo.callback(aside.unlink)
+        undo.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # no locks here
+            return None
         since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         words = {"role": name.partition(".")[0], "pid": os.getpid(), "host": socket.gethostname(), "since": since}
         os.write(handle, json.dumps(words).encode())
         aside.replace(path)
-    except OSError:  # no locks here, or a full disk
-        if handle is not None:
-            os.close(handle)
-        aside.unlink(missing_ok=True)
-        return None
-    return handle
+        undo.pop_all()
+        return handle
 
 
 @contextlib.contextmanager
