@@ -1,8 +1,8 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
-`main` takes a model's folder and B: the trainer's own loop shares B groups out, and every rank compares loss and
-gradient with those of all groups in this process. Rank 1 runs out of memory, in a backward. Then the run ends, and is
-stopped in its last evaluation.
+`main` takes a model's folder, B, and where rank 1 runs out of memory, in a "forward" or a "backward". The trainer's own
+loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then the
+run ends, and is stopped in its last evaluation.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Coordinator:
         self.numbers = average_ranks(sums)
 
 
-def main(folder: str, number: str) -> None:
+def main(folder: str, number: str, fails_in: str) -> None:
     torch.set_num_threads(1)
     count = int(number)
     student = Vlm.load(folder, dtype="float64")
@@ -115,7 +115,7 @@ def main(folder: str, number: str) -> None:
     loss = make_loss(config, student, teacher_head=teacher_head(student).double(), device=accelerator.device)
     mine = groups[ranks.rank :: ranks.world]
     short = sum(group.tokens for group in mine) - 1
-    scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in="backward")
+    scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in=fails_in)
     coordinator = Coordinator(groups, ranks) if ranks.is_coordinator else None
     weights = hold_weights(config, scarce, student, accelerator, ranks)  # type: ignore[arg-type]
     trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, weights=weights, coordinator=coordinator)  # type: ignore[arg-type]
@@ -124,7 +124,10 @@ def main(folder: str, number: str) -> None:
     found: dict[str, torch.Tensor] = {}
 
     def keep_gradients() -> None:
-        found.update({name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
+        places = {gradient.untyped_storage().data_ptr() for gradient in gradients.values()}
+        assert len(places) < len(gradients), "each gradient has memory of its own, beside DDP's buckets"
+        found.update({name: gradient.clone() for name, gradient in gradients.items()})
 
     trainer.optimizer.step = keep_gradients
     scored, timings = trainer._collect(0, scorer)  # type: ignore[arg-type]

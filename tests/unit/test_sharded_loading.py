@@ -24,10 +24,9 @@ from torch.utils._pytree import tree_leaves
 from tests.support.families import FAMILIES, family_folder
 from tests.support.sharded_training import make_config
 from tests.support.weighted import teacher_head
-from vaopd.config import LoraConfig
-from vaopd.vlm.adapters import add_adapters, name_adapters, name_base
+from vaopd.vlm.adapters import name_adapters, name_base
 from vaopd.vlm.model import Vlm
-from vaopd_trainer.compose import hold_weights
+from vaopd_trainer.compose import hold_weights, load_student
 from vaopd_trainer.student_loss import StudentLoss
 from vaopd_trainer.student_weights import StudentWeights
 
@@ -69,10 +68,10 @@ class Held(TorchDispatchMode):
 
 
 def hold(family: str, *, lora: bool = False, dtype: str = "float32") -> tuple[Vlm, StudentWeights]:
-    folder, config = family_folder(family), make_config("full", dtype=dtype)
-    student = Vlm.load(folder, device="meta")
-    if lora:
-        add_adapters(student, LoraConfig(rank=2), vision_tower=True)
+    config = make_config("full", dtype=dtype, lora=lora)
+    of_family = config.student.model_copy(update={"model": str(family_folder(family))})
+    config = config.model_copy(update={"student": of_family})
+    student = load_student(config)
     loss = StudentLoss(student, teacher_head=teacher_head(student), trainer=config.trainer)
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
     ranks: Any = SimpleNamespace(rank=RANK, world=WORLD, group=None)
