@@ -296,5 +296,12 @@ def test_doctor_judges_by_the_configuration_that_it_is_given(
     assert re.search(r"^ok +models +.*tiny-student, .*tiny-teacher$", told, re.MULTILINE)
     assert f"`vaopd up {config.name}` " in told
     assert "demo" not in told.partition("API port")[0]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        Path("ports.toml").write_text(
+            config.read_text().replace('[api]\naddress = "127.0.0.1:0"', f'[api]\naddress = "{address}"')
+        )
+        main(["doctor", "ports.toml"])
+    assert re.search(rf"^note +API port +{address}: Address already in use$", capsys.readouterr().out, re.MULTILINE)
     assert main(["doctor", "none.toml"]) == 1
     assert "`vaopd up none.toml` can't run yet. Missing: configuration" in capsys.readouterr().out
