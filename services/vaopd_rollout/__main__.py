@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from vaopd import process
 from vaopd.config import Config, RolloutServiceConfig
-from vaopd.errors import ConfigError
 from vaopd.sampling.build import build_engine
 from vaopd.telemetry import logs, metrics_port
 
@@ -27,11 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, config: Config) -> int:
-    if config.queue.url == "embedded":
-        raise ConfigError(
-            'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; '
-            "name a running one: --set queue.url=redis://HOST:PORT/0"
-        )
     service = process.read_service_config(arguments).rollout
     worker = arguments.worker or f"{socket.gethostname()}-{os.getpid()}"
     logs.share(job=config.run.name, worker=worker)

@@ -92,7 +92,8 @@ def test_dry_run_prints_the_resolved_configuration(
     command: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_everything(tmp_path)
-    assert main([command, str(config), "--set", "trainer.steps=99", "--dry-run"]) == 0
+    redis = ["--set", "queue.url=redis://127.0.0.1:6379/0"] if command in ("train", "rollout") else []
+    assert main([command, str(config), "--set", "trainer.steps=99", *redis, "--dry-run"]) == 0
     shown = capsys.readouterr()
     assert "steps = 99\n" in shown.out
     assert "learning_rate = 1e-06\n" in shown.out  # a default
@@ -107,7 +108,7 @@ def test_dry_run_names_all_that_is_missing_with_the_remedy(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert main(["up", str(config), "--set", f"api.address={address}", "--dry-run"]) == 1
-    student, data, teacher, port = capsys.readouterr().err.splitlines()
+    port, student, data, teacher = capsys.readouterr().err.splitlines()
     assert re.search(r"student\.model = .*: the folder has no config\.json", student)
     assert re.search(r"data\.source = .*: no such folder", data)
     assert re.search(r"teacher\.model = .*`vaopd models make teacher .*` makes it", teacher)
@@ -120,8 +121,32 @@ def test_a_taken_port_is_named_before_anything_starts(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert main(["up", str(config), "--set", f"teacher.address={address}"]) == 2
-    assert "--set teacher.address=127.0.0.1:0 takes a free one" in capsys.readouterr().err
+        assert "--set teacher.address=127.0.0.1:0 takes a free one" in capsys.readouterr().err
+        free = ["--set", "teacher.address=127.0.0.1:0"]
+        over_http = ["--set", "weights.transport=http", "--set", f"weights.address={address}"]
+        assert main(["up", str(config), *free, *over_http]) == 2
+        assert f"weights.address = {address}: Address already in use; --set weights" in capsys.readouterr().err
+        first = taken.getsockname()[1] - 1  # the worker's; the teacher's is the next one
+        assert main(["up", str(config), *free, "--metrics-port", str(first)]) == 2
+        assert "in use; --metrics-port 0 takes a free one" in capsys.readouterr().err
+    same = ["--set", f"teacher.address={address}", "--set", f"api.address={address}"]
+    assert main(["up", str(config), "--dry-run", *same]) == 1
+    assert f"api.address = {address}: teacher.address has it too" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_process_by_itself_lacks_is_named_before_it_starts(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in ("train", "rollout"):
+        assert main([command, str(config), "--dry-run", "--offline"]) == 1
+        assert 'queue.url = "embedded" is for `vaopd up`' in capsys.readouterr().err
+    monkeypatch.setattr("vaopd.launch.checks.find_version", lambda name: None if name == "bitsandbytes" else "1")
+    assert main(["train", str(config), "--dry-run", "--offline", "--set", "trainer.optimizer=adamw_8bit"]) == 1
+    assert "needs bitsandbytes; pip install 'vaopd[adamw-8bit]'" in capsys.readouterr().err
+    hybrid = ["--set", "trainer.sharding.kind=hybrid", "--set", "trainer.sharding.ranks_per_copy=2"]
+    assert main(["up", str(config), "--dry-run", *hybrid, "--set", "trainer.processes=3"]) == 2
+    assert "3 ranks are no whole number of copies; set trainer.processes to a multiple of 2" in capsys.readouterr().err
 
 
 def test_a_run_that_is_there_already_is_not_overwritten(
@@ -271,5 +296,12 @@ def test_doctor_judges_by_the_configuration_that_it_is_given(
     assert re.search(r"^ok +models +.*tiny-student, .*tiny-teacher$", told, re.MULTILINE)
     assert f"`vaopd up {config.name}` " in told
     assert "demo" not in told.partition("API port")[0]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        Path("ports.toml").write_text(
+            config.read_text().replace('[api]\naddress = "127.0.0.1:0"', f'[api]\naddress = "{address}"')
+        )
+        main(["doctor", "ports.toml"])
+    assert re.search(rf"^note +API port +{address}: Address already in use$", capsys.readouterr().out, re.MULTILINE)
     assert main(["doctor", "none.toml"]) == 1
     assert "`vaopd up none.toml` can't run yet. Missing: configuration" in capsys.readouterr().out

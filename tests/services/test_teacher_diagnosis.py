@@ -293,6 +293,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+REDIS = ("--set", "queue.url=redis://127.0.0.1:6379/0")
+"""A trainer alone needs one; it isn't asked before the teacher."""
+
+
 def test_up_and_train_start_nothing_for_a_teacher_that_can_not_be_used(
     config: Path, tmp_path: Path, with_tls: str, nobody: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +304,7 @@ def test_up_and_train_start_nothing_for_a_teacher_that_can_not_be_used(
     assert "set VAOPD_TLS_CA" in capsys.readouterr().err
     assert main(["up", str(config), "--teacher", nobody]) == 2
     assert f"no teacher listens at {nobody}" in capsys.readouterr().err
-    assert main(["train", str(config), "--set", f"teacher.address={with_tls}"]) == 2
+    assert main(["train", str(config), *REDIS, "--set", f"teacher.address={with_tls}"]) == 2
     assert "set VAOPD_TLS_CA" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -314,5 +318,5 @@ def test_a_dry_run_asks_the_teacher_unless_it_is_offline(
         assert told in capsys.readouterr().err
         assert main(["up", str(config), "--teacher", target, "--dry-run", "--offline"]) == 0
     # A trainer alone waits for its teacher.
-    assert main(["train", str(config), "--set", f"teacher.address={nobody}", "--dry-run"]) == 0
-    assert main(["train", str(config), "--set", f"teacher.address={with_tls}", "--dry-run"]) == 1
+    assert main(["train", str(config), *REDIS, "--set", f"teacher.address={nobody}", "--dry-run"]) == 0
+    assert main(["train", str(config), *REDIS, "--set", f"teacher.address={with_tls}", "--dry-run"]) == 1

@@ -215,6 +215,8 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         load_prompts(source, split="test")
     with pytest.raises(NotFound, match="no such folder, and it is not a hub id"):
         load_prompts("/no/such/folder", split="train")
+    with pytest.raises(NotFound, match="where the command runs, and it is not a hub id"):
+        load_prompts("tests/misspelt", split="train")  # as tests/ is a folder here
     with pytest.raises(NotFound, match="nobody/nothing"):
         load_prompts("nobody/nothing", split="train", cache_dir=tmp_path)  # the tests run offline
 

@@ -52,7 +52,7 @@ def test_every_command_is_one(block: Block, elsewhere: Path, capsys: pytest.Capt
     for arguments in commands(block):
         parsed = build_parser().parse_args(arguments)
         if arguments[0] in STARTS and parsed.config is not None and Path(parsed.config).exists():
-            here = ("teacher.address=127.0.0.1:0", "api.address=127.0.0.1:0", "queue.url=embedded")
+            here = ("teacher.address=127.0.0.1:0", "api.address=127.0.0.1:0", "queue.url=redis://127.0.0.1:6379/0")
             settings = [word for setting in here for word in ("--set", setting)]
             assert main([*arguments, *settings, "--dry-run", "--offline"]) == 0, capsys.readouterr().err
 

@@ -13,7 +13,6 @@ from vaopd.cli.output import emit
 from vaopd.cli.parser import Parser
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.files.hub import is_hub_id, no_folder
-from vaopd.net.ports import find_port_problem
 from vaopd.telemetry.progress_line import Progress
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ Needs = Literal[
     "data",
     "engine",
     "trackers",
+    "queue",
     "device",
     "redis",
     "running teacher",
@@ -95,6 +95,9 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
         find_adapters_problem,
         find_engine_problem,
         find_gpu_problem,
+        find_optimizer_problem,
+        find_port_problems,
+        find_queue_problem,
         find_redis_problem,
         find_teacher_problem,
         find_tokenizer_problem,
@@ -115,7 +118,9 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
             case "engine":
                 yield from filter(None, [find_engine_problem(config)])
             case "trackers":
-                yield from filter(None, [find_tracker_problem(config)])
+                yield from filter(None, [find_tracker_problem(config), find_optimizer_problem(config)])
+            case "queue":
+                yield from filter(None, [find_queue_problem(config)])
             case "redis":
                 yield from filter(None, [find_redis_problem(config)])
             case "running teacher" | "later teacher":
@@ -125,8 +130,7 @@ def find_problems(config: Config, needs: Iterable[Needs], *, ask_hub: bool = Tru
             case "teacher port" | "api port":
                 key = need.replace(" port", ".address")
                 address = config.teacher.address if need == "teacher port" else config.api.address
-                if problem := find_port_problem(address):
-                    yield f"{key} = {address}: {problem}; stop what listens there, or --set {key}=HOST:PORT"
+                yield from find_port_problems({key: address})
 
 
 def check(config: Config, needs: Iterable[Needs]) -> None:

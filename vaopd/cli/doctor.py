@@ -84,7 +84,7 @@ def make_findings(runs: Path, config: Path | None = None) -> Iterator[Finding]:
     yield _check_redis()
     yield _check_run_folder(runs)
     yield from _check_models_and_data(config)
-    yield from _check_ports()
+    yield from _check_ports(config)
 
 
 def _check_python() -> Finding:
@@ -279,7 +279,7 @@ def _check_models_and_data(path: Path | None) -> Iterator[Finding]:
         what, remedy = ("configuration", None) if path else ("demo configuration", "run this in the repository's root")
         yield Finding(status="missing", what=what, detail=str(error), remedy=remedy)
         return
-    needs: tuple[Needs, ...] = ("student", "teacher", "data folders")
+    needs: tuple[Needs, ...] = ("student", "teacher", "data folders", "trackers")
     problems = list(find_problems(config, needs if path else needs[:2]))
     for problem in problems:
         text, _, remedy = problem.partition("; ")
@@ -293,17 +293,23 @@ def _check_models_and_data(path: Path | None) -> Iterator[Finding]:
     yield Finding(status="ok", what="demo data", detail=detail)
 
 
-def _check_ports() -> Iterator[Finding]:
-    from vaopd.config import ApiConfig
+def _check_ports(path: Path | None) -> Iterator[Finding]:
+    """Looks at the ports of a configuration, by default the demo's; nothing where it can't be read, which was said."""
+    from vaopd.cli.run import DEMO_CONFIG
+    from vaopd.config import load_config
 
+    try:
+        config = load_config(path or DEMO_CONFIG)
+    except ConfigError:
+        return
     for name, key, address in (
-        ("teacher port", "teacher.address", "127.0.0.1:50051"),
-        ("API port", "api.address", ApiConfig().address),
+        ("teacher port", "teacher.address", config.teacher.address),
+        ("API port", "api.address", config.api.address),
     ):
         problem = find_port_problem(address)
         yield Finding(
             status="note" if problem else "ok",
             what=name,
             detail=f"{address}: {problem or 'free'}",
-            remedy=f"--set {key}=127.0.0.1:0 takes a free one, as `vaopd demo` does" if problem else None,
+            remedy=f"--set {key}={address.rpartition(':')[0]}:0 takes a free one" if problem else None,
         )

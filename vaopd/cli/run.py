@@ -97,7 +97,7 @@ def add_parsers(subparsers: Subparsers) -> None:
 def _run_up(arguments: argparse.Namespace) -> int:
     from vaopd.config import load_config
     from vaopd.launch.cards import parse_gpus
-    from vaopd.launch.up import starts_teacher, up
+    from vaopd.launch.up import list_addresses, starts_teacher, up
 
     read_service_config(arguments)  # raises for an invalid file before anything is started
     auto = "auto" in arguments.gpus
@@ -118,20 +118,20 @@ def _run_up(arguments: argparse.Namespace) -> int:
         overrides = list(options.overrides)
         if options.teacher is not None:
             overrides.append(f"teacher.address={options.teacher}")
+        from vaopd.launch.checks import find_port_problems
         from vaopd.launch.estimate import describe_cost
         from vaopd.launch.resume import check_start
         from vaopd.launch.teacher import check_ranks
 
         config = load_config(options.config_path, overrides)
-        needs += ["teacher port"] if (starts := starts_teacher(config, options)) else []
-        needs += ["api port"] if arguments.api and not config.teacher.shared_base else []
-        check_ranks(config, options.service, options.gpus, with_teacher=starts)
+        check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher(config, options))
         notes = describe_cost(config, options.gpus, with_teacher=not shared)
         try:
             check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say)
             problems = []
         except VaopdError as error:
             problems = [str(error)]
+        problems += find_port_problems(list_addresses(config, options))
         return dry_run(config, needs, offline=arguments.offline, notes=notes, problems=problems)
     if arguments.log_format:
         os.environ[FORMAT_VARIABLE] = arguments.log_format  # the processes inherit it

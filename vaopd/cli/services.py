@@ -25,9 +25,9 @@ COMMANDS: dict[str, tuple[Role, str]] = {
     "api": ("api", "run the scoring API (HTTP)"),
 }
 NEEDS: dict[Role, tuple[Needs, ...]] = {
-    "trainer": ("student", "data", "trackers", "later teacher"),
+    "trainer": ("student", "data", "trackers", "queue", "later teacher"),
     "teacher": ("teacher", "device", "teacher port"),
-    "rollout": ("student", "engine"),
+    "rollout": ("student", "engine", "queue"),
     "api": ("api port",),
 }
 

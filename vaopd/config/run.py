@@ -159,8 +159,13 @@ class QueueConfig(Section):
     def find_url(self) -> str:
         """Returns the URL with the password, to open it with; the URL's own, else from file or environment.
 
-        Raises ConfigError for a file that can't be read, is empty or is open to others.
+        Raises ConfigError for a file that can't be read, is empty or is open to others, and for no URL of a server.
         """
+        if self.url == "embedded":
+            raise ConfigError(
+                'queue.url = "embedded" is for `vaopd up`, which starts a Valkey; name a running one: --set '
+                "queue.url=redis://HOST:PORT/0"
+            )
         password = self._password or os.environ.get(QUEUE_PASSWORD)
         file = os.environ.get(QUEUE_PASSWORD_FILE) or self.password_file
         if password is None and file:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vaopd.errors import InvalidInput, NotFound
-from vaopd.files.hub import no_folder
+from vaopd.files.hub import is_hub_id, no_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 IN_MEMORY_BYTES = 256 * 2**20
 """Larger local sets are memory-mapped through `datasets`, which keeps an Arrow copy in its cache."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"(.+)-\d+-of-(\d+)(?:-\w+)?")
 _KNOWN_COLUMNS = ("problem", "question", "messages", "conversations", "answer", "images", "image", "qid", "id")
 _METADATA = "metadata.jsonl"
@@ -146,7 +145,7 @@ def read_split(
         if subset:
             raise InvalidInput(f"{source} is a folder, and the subset {subset!r} is for hub ids; leave it out")
         return _read_folder(folder, split, cache_dir, named)
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise NotFound(f"{source!r}: {no_folder(source)}, and it is not a hub id of the form OWNER/NAME")
     from datasets import load_dataset
 

@@ -6,10 +6,13 @@ Each function returns a message that names the key and the remedy, or None. Torc
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vaopd.config import Config
+from vaopd.errors import ConfigError
+from vaopd.net.ports import find_port_problem
 from vaopd.process.extras import find_version
 from vaopd.process.failures import NO_VLLM
 
@@ -39,6 +42,29 @@ def find_adapters_problem(config: Config) -> str | None:
     if not start or start.is_dir():
         return None
     return f"student.lora.start = {start}: there is no such folder; name one in PEFT's form, e.g. RUN/adapter"
+
+
+def find_queue_problem(config: Config) -> str | None:
+    """Checks that a process which is started by itself has a Redis to open; what it takes for that is not tried."""
+    try:
+        config.queue.find_url()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def find_port_problems(addresses: Mapping[str, str]) -> Iterator[str]:
+    """Yields a problem for each key's address on which another process listens, or that another key has."""
+    keys: dict[str, str] = {}
+    for key, address in addresses.items():
+        host, _, port = address.rpartition(":")
+        problem = find_port_problem(address)
+        if problem is None and port != "0" and address in keys:
+            problem = f"{keys[address]} has it too"
+        keys[address] = key
+        if problem:
+            option = "--metrics-port 0" if key.startswith("--") else f"--set {key}={host}:0"
+            yield f"{key} = {address}: {problem}; {option} takes a free one"
 
 
 def find_redis_problem(config: Config) -> str | None:
@@ -98,6 +124,13 @@ def find_tracker_problem(config: Config) -> str | None:
         f"trainer.trackers: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; pip install "
         f"'vaopd[{extras}]', or leave {'it' if len(missing) == 1 else 'them'} out (metrics.jsonl is always written)"
     )
+
+
+def find_optimizer_problem(config: Config) -> str | None:
+    """Checks that the optimizer is installed."""
+    if config.trainer.optimizer != "adamw_8bit" or find_version("bitsandbytes"):
+        return None
+    return "trainer.optimizer = \"adamw_8bit\" needs bitsandbytes; pip install 'vaopd[adamw-8bit]'"
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int] | None:

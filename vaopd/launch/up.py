@@ -21,15 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vaopd.config import Config, load_config, load_service_config
+from vaopd.config import Config, HttpWeights, load_config, load_service_config
 from vaopd.config.run import QUEUE_PASSWORD, QUEUE_PASSWORD_FILE
 from vaopd.errors import ConfigError, Interrupted, VaopdError
 from vaopd.files.durable import write_atomic
+from vaopd.launch.checks import find_port_problems
 from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import STEADY_S, Child, Supervisor
 from vaopd.launch.teacher import check_credentials, check_ranks, count_ranks, describe_teacher
 from vaopd.net.passwords import remove_passwords
-from vaopd.net.ports import LOOPBACK, find_port_problem, free_port
+from vaopd.net.ports import LOOPBACK, free_port
 from vaopd.process import entry
 from vaopd.run.owner import LAUNCHER, UP, own
 from vaopd.run.status import StatusWriter
@@ -87,7 +88,8 @@ def up(
     folder = config.run_folder
     if check_start(config, resume=options.resume, accept_teacher=options.accept_teacher, say=say).finished:
         return 0
-    check_ports(config, options)
+    if problem := next(find_port_problems(list_addresses(config, options)), None):
+        raise ConfigError(problem)
     say(f"run {config.run.name}: checking models and data")
     check(config)
     check_ranks(config, options.service, options.gpus, with_teacher=starts_teacher(config, options))
@@ -359,16 +361,17 @@ def make_environment(config: Config, *, devices: str | None) -> dict[str, str]:
     return added
 
 
-def check_ports(config: Config, options: UpOptions) -> None:
-    """Raises ConfigError for an address on which another process listens."""
-    wanted = {"teacher.address": config.teacher.address} if starts_teacher(config, options) else {}
-    if options.api:
-        wanted["api.address"] = config.api.address
-    for key, address in wanted.items():
-        if problem := find_port_problem(address):
-            raise ConfigError(
-                f"{key} = {address}: {problem}; --set {key}={address.rpartition(':')[0]}:0 takes a free one"
-            )
+def list_addresses(config: Config, options: UpOptions) -> dict[str, str]:
+    """Returns where the launch's processes will listen, by key."""
+    teachers = len(options.gpus.get("teacher", ("",))) if starts_teacher(config, options) else 0
+    wanted = {"teacher.address": config.teacher.address} if teachers else {}
+    wanted |= {"api.address": config.api.address} if options.api and not config.teacher.shared_base else {}
+    if isinstance(config.weights, HttpWeights):
+        wanted["weights.address"] = config.weights.address
+    if port := options.metrics_port:
+        processes = config.rollout.workers + teachers + int(options.api) + 1
+        wanted |= {f"--metrics-port {port + index}": f"{LOOPBACK}:{port + index}" for index in range(processes)}
+    return wanted
 
 
 def may_be_cured(code: int) -> bool:
