@@ -102,6 +102,8 @@ def test_a_student_that_no_card_holds_whole_is_sharded() -> None:
     assert chosen.gpus == {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}
     assert "trainer.sharding.kind=full" in chosen.overrides
     assert "the student sharded: 49.5 GiB" in chosen.reasons[-1]
+    with pytest.raises(ConfigError, match=r"needs 1\d\d\.\d GiB for its shortest forward, and"):
+        place(cards(8), demand("8b", "student.model=Qwen/Qwen3-VL-8B-Instruct", "trainer.sharding.kind=none"))
 
 
 def test_no_forward_of_a_sharded_student_runs_out_of_memory() -> None:

@@ -96,8 +96,8 @@ class Demand:
     prompts_per_step: int
     vllm: bool
     configured_share: float
-    sharded: bool
-    """Whether the configuration shards the student."""
+    sharded: bool | None
+    """Whether the configuration shards the student; None: as memory demands, unless `--set` says."""
     ranks_per_copy: int | None
     adapters: int
     """LoRA's weights; 0: the student learns whole."""
@@ -119,6 +119,7 @@ class Demand:
         image_px = config.data.max_pixels or IMAGE_PX
         width, teacher_width = WIDTHS[config.student.dtype], WIDTHS[config.teacher.dtype]
         image_bytes = memory.count_image_bytes(student, image_px, width=width)
+        kind = config.trainer.sharding.kind
         set_by_hand = {override.partition("=")[0] for override in overrides}
         vllm = config.rollout.engine == "vllm"
         options = getattr(config.rollout, "engine_options", {})
@@ -148,7 +149,7 @@ class Demand:
             prompts_per_step=config.trainer.prompts_per_step,
             vllm=vllm,
             configured_share=float(options.get("gpu_memory_utilization", 0.9)),
-            sharded=config.trainer.sharding.kind != "none",
+            sharded=True if kind != "none" else False if "trainer.sharding.kind" in set_by_hand else None,
             ranks_per_copy=getattr(config.trainer.sharding, "ranks_per_copy", None),
             adapters=count_adapters(config, student),
             moment_bytes=2 if config.trainer.optimizer == "adamw_8bit" else 8,
@@ -220,8 +221,8 @@ class Demand:
         """
         ranks, usable_gib = len(trainer), min(card.usable_gib for card in trainer)
         # Moments of 8 bits can't be sharded.
-        kinds = (False,) if ranks == 1 or self.moment_bytes == 2 else (True,) if self.sharded else (False, True)
-        for sharded in kinds:
+        chosen = False if ranks == 1 or self.moment_bytes == 2 else self.sharded
+        for sharded in (False, True) if chosen is None else (chosen,):
             if (self.count_trainer_bytes(ranks, sharded=sharded) + self.smallest_bytes) / GIB <= usable_gib:
                 return sharded
         return None
@@ -290,7 +291,7 @@ def place(cards: Sequence[Card], demand: Demand) -> Placement:
             f"rollout.engine_options, and {len(rest)} of {len(cards)} are left beside the teacher; lower one of them"
         )
     most = max(demand.list_ranks(len(rest)), default=1)
-    shards = most > 1 and demand.moment_bytes != 2
+    shards = most > 1 and demand.moment_bytes != 2 and demand.sharded is not False
     needed = demand.count_trainer_bytes(most, sharded=shards) + demand.smallest_bytes
     usable_gib = min(card.usable_gib for card in rest[-most:] or taken[:1])
     worker = demand.count_worker_bytes(demand.worker_cards) / GIB
