@@ -58,7 +58,7 @@ from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, pre
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
-from vaopd_trainer.rank_messages import Ranks, Stopped
+from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
 from vaopd_trainer.records import ProgressLine
 from vaopd_trainer.scorer import GroupScorer, Teacher
 from vaopd_trainer.sharded_weights import ShardedWeights, is_sharded, make_mesh, shard
@@ -87,8 +87,11 @@ def run(
             status = stack.enter_context(StatusWriter(config.run_folder, role=ROLE))
             stack.enter_context(status.record_failure())
             status.write("starting")
-        ranks.barrier()
-        start = find_latest_checkpoint(config.run_folder / "checkpoints") if resume else None
+        stack.enter_context(ranks.explain_loss())
+        found = find_latest_checkpoint(config.run_folder / "checkpoints") if resume and ranks.is_coordinator else None
+        # Rank 0's choice: another host may see the shared folder as it was a minute ago.
+        name = ranks.gather(None if found is None else found.name)[COORDINATOR]
+        start = None if name is None else config.run_folder / "checkpoints" / name
         with process.loading():
             student = load_student(config)
             if config.teacher.shared_base:
@@ -148,6 +151,7 @@ def run(
             ranks=ranks,
             weights=hold_weights(config, loss, student, accelerator, ranks),
             coordinator=coordinator,
+            stop=stop,
         )
         if start is not None:
             trainer.resume(start)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -50,13 +51,16 @@ class Trainer:
         ranks: Ranks,
         weights: StudentWeights,
         coordinator: Coordinator | None,
+        stop: threading.Event | None = None,
     ) -> None:
+        """stop: set by a signal to this process; rank 0's coordinator has its own eye on it."""
         self.config = config
         self.ranks = ranks
         self.coordinator = coordinator
         self.state = RunState()
         self.weights = weights
         self.optimizer = weights.optimizer
+        self._stop = stop or threading.Event()
         settings = config.trainer
         self.schedule = make_schedule(self.optimizer, warmup_steps=settings.warmup_steps, steps=settings.steps)
         self._accumulator = Accumulator(accelerator=accelerator, weights=weights, settings=settings)
@@ -141,7 +145,12 @@ class Trainer:
         results, failure = self._wait_for_scores(scorer)
         kill_points.pass_point("scored", step)
         refused = [[r.group_id, r.reason] for r in results if isinstance(r, Refused)]
-        everyone = self.ranks.gather({"refused": refused, "failure": None if failure is None else str(failure)})
+        told = self.coordinator is None and self._stop.is_set()
+        everyone = self.ranks.gather(
+            {"refused": refused, "failure": None if failure is None else str(failure), "stop": told}
+        )
+        if any(part["stop"] for part in everyone):  # one host of several is being drained
+            raise Stopped
         failed = [part["failure"] for part in everyone if part["failure"] is not None]
         if failed:
             # Weights and ledger are those after the last step, on every rank: none of its work is lost.

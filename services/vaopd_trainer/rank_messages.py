@@ -6,12 +6,15 @@ Rank 0, the coordinator, is the only one that talks to Redis; it hands whole pro
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from vaopd.errors import Unavailable
 from vaopd.types import RolloutGroup
 from vaopd.wire.queue import rollout_group_from_bytes, rollout_group_to_bytes
 
@@ -70,6 +73,19 @@ class Ranks:
         return [
             json.loads(part[: int(length)].numpy().tobytes()) for part, length in zip(everyone, lengths, strict=True)
         ]
+
+    @contextmanager
+    def explain_loss(self) -> Iterator[None]:
+        """Raises Unavailable for gloo's error, within the block, about a peer that has gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "gloo/transport" not in str(error):
+                raise
+            raise Unavailable(
+                f"rank {self.rank} has lost another of the {self.world} ranks: it has ended, for a reason that its own "
+                "lines or the launcher's show, or its host is unreachable; --resume continues from the last checkpoint"
+            ) from error
 
     def barrier(self) -> None:
         """Waits until every rank has called this."""

@@ -192,6 +192,7 @@ def test_two_ranks_of_a_sharded_student_die_in_a_checkpoint_and_one_whole_rank_g
     sharded = system.job("sharded", trainer__processes=2, trainer__sharding__kind="full", **settings)
     worker = sharded.start_worker()
     assert sharded.start_trainer(stop_at="backward:1").kill_rank(1, world=2) == -signal.SIGKILL
+    assert "rank 0 has lost another of the 2 ranks" in (sharded.folder / "status.json").read_text()
     assert sharded.start_trainer(resume=True, kill_at="written:2").exit_code() == -signal.SIGKILL
     (checkpoint,) = (sharded.folder / "checkpoints").glob("step_*")
     assert [len(list(checkpoint.glob(f"shard-0000{rank}.safetensors"))) for rank in range(3)] == [1, 1, 0]

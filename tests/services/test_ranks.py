@@ -33,6 +33,19 @@ told.wait()
 sys.exit(130)
 """
 
+# Rank 1 ends with 3, and rank 0, which misses it, with 75 before the launcher looks.
+MISSING = """
+import os, pathlib, sys, time
+own, other = (pathlib.Path(name) for name in ("pid-" + os.environ["RANK"], "pid-1"))
+own.with_suffix(".new").write_text(str(os.getpid()))
+own.with_suffix(".new").rename(own)
+if os.environ["RANK"] == "1":
+    sys.exit(3)
+while not other.exists() or pathlib.Path("/proc", other.read_text(), "stat").read_text().split()[2] != "Z":
+    time.sleep(0.001)
+os._exit(75)
+"""
+
 
 def start(script: str, folder: Path) -> subprocess.Popen[bytes]:
     root = Path(__file__).parents[2]
@@ -51,6 +64,7 @@ def wait_for_ranks(folder: Path) -> list[int]:
         ("pass", 0),
         ("import os, sys; sys.exit(3 * int(os.environ['RANK']))", 3),
         ("import os, signal; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        (MISSING, 3),
     ],
 )
 def test_it_ends_as_its_ranks_do(script: str, code: int, tmp_path: Path) -> None:
@@ -73,11 +87,12 @@ def test_sigterm_is_passed_on(tmp_path: Path) -> None:
     assert launcher.wait(60) == 130
 
 
-def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_is_named_and_ends_the_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     launcher = start(WAITING, tmp_path)
     _, second = wait_for_ranks(tmp_path)
     subprocess.run(["kill", "-KILL", str(second)], check=True)
     assert launcher.wait(60) == -signal.SIGKILL  # reached only once every rank has been waited for
+    assert "rank 1 ended first, by SIGKILL" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

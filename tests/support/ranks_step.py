@@ -1,12 +1,13 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
 `main` takes a model's folder, B, and where rank 1 runs out of memory, in a "forward" or a "backward". The trainer's own
-loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then the
-run ends, and is stopped in its last evaluation.
+loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then rank 1
+alone is asked to stop. At last the run ends, and is stopped in its last evaluation.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -118,7 +119,15 @@ def main(folder: str, number: str, fails_in: str) -> None:
     scarce = Scarce(loss, tokens=short if ranks.rank == 1 else None, fails_in=fails_in)
     coordinator = Coordinator(groups, ranks) if ranks.is_coordinator else None
     weights = hold_weights(config, scarce, student, accelerator, ranks)  # type: ignore[arg-type]
-    trainer = Trainer(config=config, accelerator=accelerator, ranks=ranks, weights=weights, coordinator=coordinator)  # type: ignore[arg-type]
+    stop = threading.Event()
+    trainer = Trainer(
+        config=config,
+        accelerator=accelerator,
+        ranks=ranks,
+        weights=weights,
+        coordinator=coordinator,  # type: ignore[arg-type]
+        stop=stop,
+    )
     whole, expected = gradients_of_all(folder, groups)
     scorer = Scorer(groups)
     found: dict[str, torch.Tensor] = {}
@@ -140,6 +149,12 @@ def main(folder: str, number: str, fails_in: str) -> None:
         assert coordinator.numbers["rollouts"] == sum(len(LENGTHS[index]) for index in range(count))
     if ranks.rank == 1:
         assert scarce.tokens_of_forwards[0] == short + 1, "memory was never short"
+    if ranks.rank == 1:
+        stop.set()
+    with pytest.raises(Stopped):  # on every rank, before it trains
+        trainer.run(scorer)  # type: ignore[arg-type]
+    assert coordinator is None or coordinator.saved == 1
+    stop.clear()
     trainer.state.step = STEPS
     with pytest.raises(Stopped):  # on every rank
         trainer.run(scorer)  # type: ignore[arg-type]

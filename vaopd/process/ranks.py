@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from vaopd.errors import ConfigError
 from vaopd.net.ports import LOOPBACK, free_port
+from vaopd.process.entry import UNAVAILABLE
 
 GRACE_S = 15.0  # less than the time that `vaopd up` leaves between SIGTERM and SIGKILL
 _POLL_S = 0.05
@@ -37,7 +38,11 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
         ranks.append(subprocess.Popen(argv, env={**os.environ, **shared, **place}))
     while True:
         codes = [rank.poll() for rank in ranks]
-        if failed := next((code for code in codes if code), 0):
+        if failures := [(code == UNAVAILABLE, rank, code) for rank, code in enumerate(codes) if code]:
+            # Of several at once, one that misses another rank is not the first.
+            _, rank, failed = min(failures)
+            how = f"by {signal.Signals(-failed).name}" if failed < 0 else f"with status {failed}"
+            print(f"rank {rank} ended first, {how}", file=sys.stderr, flush=True)
             _end(ranks)
             return failed
         if None not in codes:
