@@ -1,8 +1,8 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
 `main` takes a model's folder, B, and where rank 1 runs out of memory, in a "forward" or a "backward". The trainer's own
-loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then rank 1
-alone is asked to stop. At last the run ends, and is stopped in its last evaluation.
+loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then
+rank 1 alone is asked to stop. At last the run ends, and is stopped in its last evaluation.
 """
 
 from __future__ import annotations
