@@ -51,6 +51,7 @@ from vaopd.vlm.adapters import add_adapters, load_adapters, name_base, read_adap
 from vaopd.vlm.model import Vlm, find_file_names
 from vaopd.vlm.prompts import check_same_tokenizer
 from vaopd.weights.serve import SnapshotServer
+from vaopd_trainer.alike import check_alike
 from vaopd_trainer.base_teacher import BaseTeacher
 from vaopd_trainer.collector import Collector
 from vaopd_trainer.coordinator import Coordinator
@@ -58,7 +59,7 @@ from vaopd_trainer.folder import begin, explain_replaced_teacher, find_done, pre
 from vaopd_trainer.loop import Trainer
 from vaopd_trainer.metrics import TrainerMetrics
 from vaopd_trainer.prompt_order import TrainingPrompts
-from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped
+from vaopd_trainer.rank_messages import COORDINATOR, Ranks, Stopped, watch_connections
 from vaopd_trainer.records import ProgressLine
 from vaopd_trainer.scorer import GroupScorer, Teacher
 from vaopd_trainer.sharded_weights import ShardedWeights, is_sharded, make_mesh, shard
@@ -101,6 +102,7 @@ def run(
         problems = load_problems(config)
         if ranks.is_coordinator:
             ranks.barrier()
+        check_alike(ranks, config, student=student.path, prompts=problems.training.prompts)
         prompts = TrainingPrompts(
             problems.training.prompts, per_step=config.trainer.prompts_per_step, seed=config.run.seed
         )
@@ -246,6 +248,7 @@ def hold_weights(
     if isinstance(sharding, NoSharding) or not is_sharded(settings):
         return WholeWeights(accelerator.prepare(loss), **keywords)
     mesh = make_mesh(sharding, world=ranks.world, device=accelerator.device.type)
+    watch_connections()  # those of the mesh, too
     own = name_base(student.model.state_dict())
     file_names = find_file_names(list_tensors(student.path), student.model, own)
     shard(loss, student, mesh=mesh, compute=getattr(torch, config.student.dtype))

@@ -7,23 +7,29 @@ rank 1 alone is asked to stop. At last the run ends, and is stopped in its last 
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from tests.support import tolerance
 from tests.support.weighted import Scarce, a_weighted_group, teacher_head
 from vaopd.config import Config, TrainerConfig, validate
+from vaopd.errors import Mismatch
 from vaopd.run.checkpoints import RunState
 from vaopd.run.tensor_files import TensorStream
-from vaopd.types import GroupId, RolloutGroup
+from vaopd.types import GroupId, Prompt, RolloutGroup, user_turn
 from vaopd.vlm.model import Vlm
+from vaopd_trainer.alike import check_alike
 from vaopd_trainer.compose import hold_weights, make_accelerator, make_loss
 from vaopd_trainer.loop import Trainer
-from vaopd_trainer.rank_messages import Ranks, Stopped
+from vaopd_trainer.rank_messages import SILENCE_S, Ranks, Stopped
 from vaopd_trainer.scorer import BusyTime
 from vaopd_trainer.step_numbers import average_ranks
 from vaopd_trainer.student_loss import ScoredGroup, StudentLoss, WeightedGroup
@@ -95,6 +101,29 @@ class Coordinator:
         self.numbers = average_ranks(sums)
 
 
+def check_connections() -> None:
+    """All of this process notice a host that is gone."""
+    mine = [connection for connection in psutil.Process().net_connections("tcp") if connection.status == "ESTABLISHED"]
+    assert mine
+    for connection in mine:
+        with socket.socket(fileno=os.dup(connection.fd)) as found:
+            assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * SILENCE_S
+
+
+def refuse_what_differs(ranks: Ranks, config: Config, student: Path) -> None:
+    """Rank 1 reads another configuration, and other data; then only its places are others."""
+    last = ranks.rank == 1
+    trainer = config.trainer.model_copy(update={"learning_rate": 2e-6 if last else 1e-6})
+    prompts = [Prompt(prompt_id="p", messages=user_turn("How many?", ()), images=(), answer="")]
+    with pytest.raises(Mismatch, match=r"rank 1 has trainer\.learning_rate = 2e-06, not 1e-06: give every host"):
+        check_alike(ranks, config.model_copy(update={"trainer": trainer}), student=student, prompts=prompts)
+    with pytest.raises(Mismatch, match="rank 1 has another set of prompts: give every host"):
+        check_alike(ranks, config, student=student, prompts=prompts * (1 + last))
+    places = config.run.model_copy(update={"folder": Path("elsewhere" if last else "runs")})
+    check_alike(ranks, config.model_copy(update={"run": places}), student=student, prompts=prompts)
+
+
 def main(folder: str, number: str, fails_in: str) -> None:
     torch.set_num_threads(1)
     count = int(number)
@@ -113,6 +142,8 @@ def main(folder: str, number: str, fails_in: str) -> None:
     )
     accelerator = make_accelerator(config)
     ranks = Ranks()
+    check_connections()
+    refuse_what_differs(ranks, config, Path(folder))
     loss = make_loss(config, student, teacher_head=teacher_head(student).double(), device=accelerator.device)
     mine = groups[ranks.rank :: ranks.world]
     short = sum(group.tokens for group in mine) - 1
