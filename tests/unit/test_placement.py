@@ -32,7 +32,8 @@ def cards(count: int, gib: float = H100) -> list[Card]:
     (4, "8b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2,3",)}),
     (3, "32b", {"teacher": ("0",), "rollout": ("1",), "trainer": ("2",)}),
     (4, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3",)}),
-    (7, "32b", {"teacher": ("0,1",), "rollout": ("2",), "trainer": ("3,4,5,6",)}),
+    (7, "8b", {"teacher": ("0", "1"), "rollout": ("2", "3", "4"), "trainer": ("5,6",)}),
+    (7, "32b", {"teacher": ("0,1",), "rollout": ("2", "3", "4"), "trainer": ("5,6",)}),
     (8, "32b", {"teacher": ("0,1", "2,3"), "rollout": ("4", "5"), "trainer": ("6,7",)}),
     (8, "8b", {"teacher": ("0", "1"), "rollout": ("2", "3"), "trainer": ("4,5,6,7",)}),
 ])  # fmt: skip

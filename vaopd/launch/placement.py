@@ -3,7 +3,7 @@
 In: the cards, the configuration. Out: devices by role, the settings that go with them, and the reasons in words. The
 teacher gets as many cards as its `processes`, if two are left beside them, otherwise as few as hold it; on several it
 is split by tensor parallelism. Where four more are left, there are two such teachers: by the measured rates, scoring is
-the longest part of a step. Of the others, most go to the trainer, the rest to rollout workers. With one card left, or
+the longest part of a step. Of the others, up to two thirds go to the trainer, the rest to workers. With one left, or
 none, processes share one. Where cards differ, the smallest that hold it are the teacher's and the largest the
 trainer's. `vaopd.vlm.memory` counts the bytes.
 """
@@ -209,10 +209,14 @@ class Demand:
         )
 
     def list_ranks(self, cards: int) -> list[int]:
-        """Returns the possible numbers of trainer ranks, the most first; one card is left for a worker, if possible."""
+        """Returns the possible numbers of trainer ranks, the best first; one card is left for a worker, if possible.
+
+        The most are best, but not over two for each card of a worker, which would be the slower part.
+        """
         if self.ranks is not None:
             return [self.ranks] if self.ranks <= max(1, cards - 1) else []
-        return [n for n in (8, 4, 2, 1) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
+        fitting = [n for n in (8, 4, 2, 1) if n <= max(1, cards - 1) and (n == 1 or self.prompts_per_step % n == 0)]
+        return sorted(fitting, key=lambda n: n > 2 * (cards - n))
 
     def find_sharding(self, trainer: Sequence[Card]) -> bool | None:
         """Returns whether ranks on these cards shard the student; None if no forward fits.
