@@ -15,7 +15,7 @@ import httpx
 
 from vaopd.benchmarks_eval.answers import Question
 from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
-from vaopd.http_client import read_retry_after
+from vaopd.http_client import NO_PROXY, read_retry_after
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
 from vaopd.net.ports import LOOPBACK, free_port
@@ -37,7 +37,9 @@ class OpenAIEndpoint:
         """
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
+        self.http = httpx.Client(
+            base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits, mounts=NO_PROXY
+        )
         self._url = url
         listed = self._send("GET", "/models")
         try:
@@ -98,7 +100,7 @@ def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> I
 
 def _is_healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=1.0).is_success
+        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False).is_success
     except httpx.TransportError:
         return False
 
