@@ -18,7 +18,7 @@ from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
 from vaopd.http_client import NO_PROXY, read_retry_after
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
-from vaopd.net.ports import LOOPBACK, free_port
+from vaopd.net.ports import LOOPBACK, free_port, join_address
 
 SERVER = "vllm"
 START_TIMEOUT_S = 1800.0
@@ -89,7 +89,7 @@ def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> I
     Raises ChildFailed, with the end of its log, if the server doesn't start.
     """
     port = free_port()
-    url = f"http://{LOOPBACK}:{port}"
+    url = f"http://{join_address(LOOPBACK, port)}"
     argv = (sys.executable, "-m", "vaopd.benchmarks_eval.serve_vllm", model, str(port), name)
     child = Child(name=SERVER, argv=argv, is_ready=lambda: _is_healthy(url), restarts=2)
     with Supervisor(logs=logs, say=say) as supervisor:
