@@ -1,4 +1,4 @@
-"""Keeps a process alive whose log is on a full disk: its lines are dropped."""
+"""Keeps a process alive whose log is on a full disk, or in an encoding of few characters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ class _Dropping(io.FileIO):
 
 
 def drop_when_full(name: Literal["stdout", "stderr"]) -> None:
-    """Lets writing to a standard stream succeed on a full disk; for what may be lost, never for results."""
+    """Lets writing to a standard stream succeed on a full disk, and of text that its encoding hasn't got.
+
+    For what may be lost, never for results.
+    """
     stream = getattr(sys, name)
     try:
         raw = _Dropping(stream.fileno(), "w", closefd=False)
     except (AttributeError, OSError):  # no such stream, or a test's that is no file
         return
     stream.flush()
-    kept = {"encoding": stream.encoding, "errors": stream.errors}
-    setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **kept, line_buffering=True))
+    buffer = io.BufferedWriter(raw)
+    text = io.TextIOWrapper(buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+    setattr(sys, name, text)
