@@ -64,6 +64,8 @@ def test_a_process_that_can_log_nothing_from_its_start_runs_and_ends_as_it_would
     command = [sys.executable, "-c", PROCESS, "--config", str(tmp_path / "run.toml"), "--set", f"run.seed={seed}"]
     with open("/dev/full", "wb") as full:
         assert subprocess.run(command, stdout=full, stderr=full).returncode == code
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-']
+    assert subprocess.run([*closed, *command]).returncode == code
 
 
 def test_an_api_that_can_not_write_its_log_goes_on_serving(teacher: TeacherInProcess, tmp_path: Path) -> None:

@@ -257,3 +257,10 @@ def test_results_that_find_no_room(tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr[:48]) == (2, "vaopd: standard output: No space left on device;")
+
+
+def test_standard_streams_that_were_closed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "vaopd.cli", "report", str(tmp_path / "run")]
+    subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command], check=True)
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -32,7 +32,7 @@ from vaopd.cli.parser import Parser
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
 from vaopd.process.failures import explain_disk
-from vaopd.telemetry.streams import drop_when_full
+from vaopd.telemetry.streams import drop_when_full, replace_closed
 from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
@@ -47,6 +47,7 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
+    replace_closed()
     disable_usage_reports()
     drop_when_full("stderr")
     parser = build_parser()

@@ -1,9 +1,10 @@
-"""Keeps a process alive whose log is on a full disk, or in an encoding of few characters."""
+"""Keeps a process alive whose log is on a full disk, in an encoding of few characters, or closed."""
 
 from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,18 @@ class _Dropping(io.FileIO):
             if error.errno not in _FULL:
                 raise
             return memoryview(data).nbytes
+
+
+def replace_closed() -> None:
+    """Opens /dev/null as each standard stream that was closed (`>&-`).
+
+    The next files would get its number, and with it what libraries print.
+    """
+    for name in ("stdin", "stdout", "stderr"):  # in this order, since the lowest free number is taken
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(handle, True)
+            setattr(sys, name, open(handle, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
 def drop_when_full(name: Literal["stdout", "stderr"]) -> None:
