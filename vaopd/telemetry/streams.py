@@ -1,4 +1,4 @@
-"""Keeps a process alive whose log is on a full disk, in an encoding of few characters, or closed."""
+"""Keeps a process alive whose log is on a full disk, in an encoding of few characters, closed, or read no more."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_LOST = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 
 
 class _Dropping(io.FileIO):
     def write(self, data: ReadableBuffer, /) -> int:
-        """Writes; what the disk doesn't take counts as written, or it would be tried again for ever."""
+        """Writes; what isn't taken counts as written, or it would be tried again for ever."""
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in _LOST:
                 raise
             return memoryview(data).nbytes
 
@@ -38,7 +38,7 @@ def replace_closed() -> None:
 
 
 def drop_when_full(name: Literal["stdout", "stderr"]) -> None:
-    """Lets writing to a standard stream succeed on a full disk, and of text that its encoding hasn't got.
+    """Lets writing to a standard stream succeed on a full disk, without a reader, and of characters it hasn't got.
 
     For what may be lost, never for results.
     """
