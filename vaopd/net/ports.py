@@ -55,6 +55,12 @@ LOOPBACK = "::1" if find_port_problem("127.0.0.1:0") and not find_port_problem("
 """This host's own address; ::1 where it has no IPv4."""
 
 
+def find_free_address(address: str) -> str:
+    """Returns HOST:0 for HOST:PORT, or for a host whose address this one hasn't got, LOOPBACK's."""
+    same = f"{address.rpartition(':')[0]}:0"
+    return join_address(LOOPBACK, 0) if find_port_problem(same) else same
+
+
 def allow_connections(count: int) -> None:
     """Raises this process's limit of open files to what `count` connections need, as far as the account may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
