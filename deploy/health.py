@@ -18,9 +18,13 @@ def grpc_serving(address: str) -> bool:
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from vaopd.client import from_environment
+    from vaopd.client.channel import make_channel_options
 
     tls = from_environment().get("tls")
-    with grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls) as channel:
+    options = make_channel_options()
+    with (
+        grpc.insecure_channel(address, options) if tls is None else grpc.secure_channel(address, tls, options)
+    ) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError:
@@ -30,7 +34,9 @@ def grpc_serving(address: str) -> bool:
 
 def http_ok(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+        # Docker hands its proxy to every container.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(url, timeout=TIMEOUT_S) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, TimeoutError):
         return False

@@ -49,6 +49,8 @@ except ModuleNotFoundError:
 __all__ = ["AsyncScoringClient", "ImageSource", "ScoringClient", "ask"]
 
 LOCAL = "http://127.0.0.1:8080"
+NO_PROXY: dict[str, None] = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+"""httpx's mounts for this host: it would ask a proxy of the environment, which is another host."""
 ImageSource = bytes | Path
 """A PNG, JPEG or WEBP file: its bytes or its path."""
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -105,7 +107,7 @@ class AsyncScoringClient:
     ) -> None:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=headers, timeout=check_timeout("timeout_s", timeout_s)
+            base_url=base_url, headers=headers, timeout=check_timeout("timeout_s", timeout_s), mounts=NO_PROXY
         )
         self._patience_s = patience_s
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import subprocess
@@ -64,6 +65,12 @@ def test_a_process_that_can_log_nothing_from_its_start_runs_and_ends_as_it_would
     command = [sys.executable, "-c", PROCESS, "--config", str(tmp_path / "run.toml"), "--set", f"run.seed={seed}"]
     with open("/dev/full", "wb") as full:
         assert subprocess.run(command, stdout=full, stderr=full).returncode == code
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(command, stdout=writer, stderr=writer).returncode == code
+    os.close(writer)
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-']
+    assert subprocess.run([*closed, *command]).returncode == code
 
 
 def test_an_api_that_can_not_write_its_log_goes_on_serving(teacher: TeacherInProcess, tmp_path: Path) -> None:

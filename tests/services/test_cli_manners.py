@@ -257,3 +257,21 @@ def test_results_that_find_no_room(tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr[:48]) == (2, "vaopd: standard output: No space left on device;")
+
+
+def test_standard_streams_that_were_closed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    command = [sys.executable, "-m", "vaopd.cli", "report", str(tmp_path / "run")]
+    subprocess.run(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command], check=True)
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_locale_without_utf_8(tmp_path: Path) -> None:
+    """Files and paths are in UTF-8 all the same; the terminal gets what it can show."""
+    run = make_run(tmp_path / "中")
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    command = [sys.executable, "-m", "vaopd.cli", "report", str(run)]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=os.environ | locale, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == f"{tmp_path}/?/report.html\n".encode()
+    assert (run / "report.html").read_bytes() == (tmp_path / "report.html").read_bytes()

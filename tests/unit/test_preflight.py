@@ -18,6 +18,7 @@ from tests.support.models import model_folder
 from vaopd.cli import main
 from vaopd.errors import Unavailable
 from vaopd.launch import checks
+from vaopd.launch.checks import find_port_problems
 from vaopd.process.failures import as_config_error
 
 ROOT = Path(__file__).parents[2]
@@ -201,3 +202,8 @@ def test_a_trainer_out_of_memory_ends_with_one_line(
         runpy.run_module("vaopd_trainer", run_name="__main__")
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("trainer: out of memory (CUDA out of memory.")
+
+
+def test_an_address_of_another_host_has_no_free_port_here() -> None:
+    (told,) = find_port_problems({"api.address": "192.0.2.1:8080"})
+    assert told.endswith("Cannot assign requested address; --set api.address=127.0.0.1:0 takes a free one")

@@ -15,10 +15,10 @@ import httpx
 
 from vaopd.benchmarks_eval.answers import Question
 from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
-from vaopd.http_client import read_retry_after
+from vaopd.http_client import NO_PROXY, read_retry_after
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
-from vaopd.net.ports import LOOPBACK, free_port
+from vaopd.net.ports import LOOPBACK, free_port, join_address
 
 SERVER = "vllm"
 START_TIMEOUT_S = 1800.0
@@ -37,7 +37,9 @@ class OpenAIEndpoint:
         """
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)
-        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits)
+        self.http = httpx.Client(
+            base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits, mounts=NO_PROXY
+        )
         self._url = url
         listed = self._send("GET", "/models")
         try:
@@ -87,7 +89,7 @@ def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> I
     Raises ChildFailed, with the end of its log, if the server doesn't start.
     """
     port = free_port()
-    url = f"http://{LOOPBACK}:{port}"
+    url = f"http://{join_address(LOOPBACK, port)}"
     argv = (sys.executable, "-m", "vaopd.benchmarks_eval.serve_vllm", model, str(port), name)
     child = Child(name=SERVER, argv=argv, is_ready=lambda: _is_healthy(url), restarts=2)
     with Supervisor(logs=logs, say=say) as supervisor:
@@ -98,7 +100,7 @@ def serve(model: str, *, name: str, logs: Path, say: Callable[[str], None]) -> I
 
 def _is_healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=1.0).is_success
+        return httpx.get(f"{url}/health", timeout=1.0, trust_env=False).is_success
     except httpx.TransportError:
         return False
 

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import vaopd
 from vaopd.cli import (
@@ -32,7 +33,7 @@ from vaopd.cli.parser import Parser
 from vaopd.errors import VaopdError
 from vaopd.process.extras import explain_missing_module
 from vaopd.process.failures import explain_disk
-from vaopd.telemetry.streams import drop_when_full
+from vaopd.telemetry.streams import drop_when_full, replace_closed
 from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
@@ -47,6 +48,9 @@ GROUPS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if a check found a problem, 2 after an error message, 130 after Ctrl-C."""
+    replace_closed()
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        _start_again_in_utf8()
     disable_usage_reports()
     drop_when_full("stderr")
     parser = build_parser()
@@ -79,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"vaopd: {escape_lines(problem)}", file=sys.stderr)
         return FAILED
+
+
+def _start_again_in_utf8() -> NoReturn:
+    """Starts this process again, and its children so, in Python's UTF-8 mode: files and paths are in it in any locale.
+
+    The terminal keeps its encoding.
+    """
+    added = {"PYTHONIOENCODING": sys.stdout.encoding, **os.environ, "PYTHONUTF8": "1"}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], added)
 
 
 def build_parser() -> Parser:

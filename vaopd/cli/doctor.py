@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from vaopd.cli.common import Subparsers
 from vaopd.cli.output import emit, paint
 from vaopd.errors import ConfigError, VaopdError
-from vaopd.net.ports import find_port_problem
+from vaopd.net.ports import find_free_address, find_port_problem
 from vaopd.process.extras import ROLES, find_missing_packages, find_version, list_packages
 from vaopd.telemetry.visible import escape
 
@@ -311,5 +311,5 @@ def _check_ports(path: Path | None) -> Iterator[Finding]:
             status="note" if problem else "ok",
             what=name,
             detail=f"{address}: {problem or 'free'}",
-            remedy=f"--set {key}={address.rpartition(':')[0]}:0 takes a free one" if problem else None,
+            remedy=f"--set {key}={find_free_address(address)} takes a free one" if problem else None,
         )

@@ -17,6 +17,7 @@ from vaopd.cli.output import emit, say
 from vaopd.cli.parser import bounded
 from vaopd.errors import ConfigError, VaopdError
 from vaopd.files.hub import no_folder
+from vaopd.net.ports import LOOPBACK, join_address
 from vaopd.process.extras import require
 from vaopd.process.flags import add_accept_teacher_flag, add_service_flag, read_service_config
 from vaopd.telemetry.logs import FORMAT_VARIABLE, FORMATS
@@ -208,8 +209,8 @@ def _run_demo(arguments: argparse.Namespace) -> int:
         f"run.seed={arguments.seed}",
         f"objective.variant={arguments.variant}",
         # Free ports, so that a second run or another program on this host isn't disturbed.
-        "teacher.address=127.0.0.1:0",
-        "api.address=127.0.0.1:0",
+        f"teacher.address={join_address(LOOPBACK, 0)}",
+        f"api.address={join_address(LOOPBACK, 0)}",
     ]
     if arguments.lora:
         overrides += DEMO_LORA

@@ -56,7 +56,8 @@ def _read_metrics(address: str) -> list[tuple[str, str, int]]:
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as reply:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the teacher is a neighbour
+        with direct.open(f"http://{address}/metrics", timeout=TIMEOUT_S) as reply:
             text = reply.read().decode()
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error

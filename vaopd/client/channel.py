@@ -33,6 +33,8 @@ def make_channel_options() -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.use_local_subchannel_pool", 1),
+        # Of the environment, which gRPC would use for the loopback too: the teacher is a neighbour.
+        ("grpc.enable_http_proxy", 0),
         # If a name resolves to several servers, a client stays with one, as its images do; `replicas.py` balances.
         ("grpc.service_config", json.dumps(policy)),
     ]

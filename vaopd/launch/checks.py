@@ -12,7 +12,7 @@ from typing import Any
 
 from vaopd.config import Config
 from vaopd.errors import ConfigError
-from vaopd.net.ports import find_port_problem
+from vaopd.net.ports import find_free_address, find_port_problem
 from vaopd.process.extras import find_version
 from vaopd.process.failures import NO_VLLM
 
@@ -57,13 +57,13 @@ def find_port_problems(addresses: Mapping[str, str]) -> Iterator[str]:
     """Yields a problem for each key's address on which another process listens, or that another key has."""
     keys: dict[str, str] = {}
     for key, address in addresses.items():
-        host, _, port = address.rpartition(":")
+        port = address.rpartition(":")[2]
         problem = find_port_problem(address)
         if problem is None and port != "0" and address in keys:
             problem = f"{keys[address]} has it too"
         keys[address] = key
         if problem:
-            option = "--metrics-port 0" if key.startswith("--") else f"--set {key}={host}:0"
+            option = "--metrics-port 0" if key.startswith("--") else f"--set {key}={find_free_address(address)}"
             yield f"{key} = {address}: {problem}; {option} takes a free one"
 
 

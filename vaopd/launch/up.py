@@ -30,7 +30,7 @@ from vaopd.launch.resume import check_start, write_launch
 from vaopd.launch.supervisor import STEADY_S, Child, Supervisor
 from vaopd.launch.teacher import check_credentials, check_ranks, count_ranks, describe_teacher
 from vaopd.net.passwords import remove_passwords
-from vaopd.net.ports import LOOPBACK, free_port
+from vaopd.net.ports import LOOPBACK, free_port, join_address
 from vaopd.process import entry
 from vaopd.run.owner import LAUNCHER, UP, own
 from vaopd.run.status import StatusWriter
@@ -307,7 +307,7 @@ class _Launch:
     def _choose_metrics_address(self, name: str) -> str:
         """Chooses the address of a process that is started for the first time; a restart takes the same again."""
         port = self._options.metrics_port
-        address = f"{LOOPBACK}:{port + len(self._metrics) if port else free_port()}"
+        address = join_address(LOOPBACK, port + len(self._metrics) if port else free_port())
         self._list_target(name, address)
         self._say(f"metrics of {name}: http://{address}/metrics")
         return address
@@ -370,7 +370,7 @@ def list_addresses(config: Config, options: UpOptions) -> dict[str, str]:
         wanted["weights.address"] = config.weights.address
     if port := options.metrics_port:
         processes = config.rollout.workers + teachers + int(options.api) + 1
-        wanted |= {f"--metrics-port {port + index}": f"{LOOPBACK}:{port + index}" for index in range(processes)}
+        wanted |= {f"--metrics-port {port + index}": join_address(LOOPBACK, port + index) for index in range(processes)}
     return wanted
 
 

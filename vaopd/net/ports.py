@@ -7,16 +7,23 @@ import os
 import resource
 import socket
 
-LOOPBACK = "127.0.0.1"
 OWN_FILES = 512
 """Descriptors that a server needs beside its connections, at most."""
 
 
-def free_port(host: str = LOOPBACK) -> int:
-    """Returns a port that was free a moment ago; another process may take it before the caller does."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+def free_port(host: str | None = None) -> int:
+    """Returns a port of LOOPBACK, or of `host`, that was free a moment ago; another process may take it meanwhile."""
+    with _bind(host or LOOPBACK, 0) as probe:
         return int(probe.getsockname()[1])
+
+
+def join_address(host: str, port: int) -> str:
+    """Returns HOST:PORT.
+
+    >>> join_address("::1", 50051)
+    '[::1]:50051'
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def find_port_problem(address: str) -> str | None:
@@ -24,17 +31,34 @@ def find_port_problem(address: str) -> str | None:
     if "," in address:
         return "a teacher listens on one address; clients of running ones may be given several (--teacher)"
     host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            return error.strerror or str(error)
-        except OverflowError:
-            return "a port is a number from 0 to 65535"
+    try:
+        _bind(host.strip("[]"), int(port)).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    except OverflowError:
+        return "a port is a number from 0 to 65535"
     return None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    except BaseException:
+        probe.close()
+        raise
+    return probe
+
+
+LOOPBACK = "::1" if find_port_problem("127.0.0.1:0") and not find_port_problem("[::1]:0") else "127.0.0.1"
+"""This host's own address; ::1 where it has no IPv4."""
+
+
+def find_free_address(address: str) -> str:
+    """Returns HOST:0 for HOST:PORT, or for a host whose address this one hasn't got, LOOPBACK's."""
+    same = f"{address.rpartition(':')[0]}:0"
+    return join_address(LOOPBACK, 0) if find_port_problem(same) else same
 
 
 def allow_connections(count: int) -> None:

@@ -24,7 +24,7 @@ from vaopd.errors import Busy, Unavailable, VaopdError
 from vaopd.files.durable import write_atomic
 from vaopd.process.flags import Role, add_flags
 from vaopd.telemetry import logs, tracing
-from vaopd.telemetry.streams import drop_when_full
+from vaopd.telemetry.streams import drop_when_full, replace_closed
 from vaopd.telemetry.usage import disable_usage_reports
 from vaopd.telemetry.visible import escape_lines
 
@@ -55,6 +55,7 @@ def main(
     Returns 2 after a VaopdError, or a library's error that `failures` can explain, printed in one line; 75 after
     Unavailable or Busy.
     """
+    replace_closed()
     arguments = parser.parse_args(argv)
     disable_usage_reports()
     drop_when_full("stdout")  # a log, too

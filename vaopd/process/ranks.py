@@ -28,6 +28,7 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
 
     When a rank fails, the others are ended, which would wait for it for ever. −n stands for a death by signal n.
     """
+    # By gloo's default they would meet at the address that this host's name resolves to, if it does.
     shared = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     ranks: list[subprocess.Popen[bytes]] = []
     # SIGINT from a terminal reaches the ranks by itself, since they are in its process group; twice does no harm.
@@ -35,7 +36,7 @@ def launch(argv: Sequence[str], *, processes: int) -> int:
         signal.signal(number, lambda number, _: _pass_on(number, ranks))
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
-        ranks.append(subprocess.Popen(argv, env={**os.environ, **shared, **place}))
+        ranks.append(subprocess.Popen(argv, env={"GLOO_SOCKET_IFNAME": "lo", **os.environ, **shared, **place}))
     while True:
         codes = [rank.poll() for rank in ranks]
         if failures := [(code == UNAVAILABLE, rank, code) for rank, code in enumerate(codes) if code]:

@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from vaopd.errors import ConfigError, InvalidInput, Unavailable, VaopdError
 from vaopd.net.backoff import Backoff
+from vaopd.net.ports import join_address
 from vaopd.queue import scripts
 from vaopd.types import PolicyVersion
 from vaopd.wire.queue import policy_version_from_bytes
@@ -74,7 +75,7 @@ def find_problem(url: str) -> str | None:
         socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S).close()
     except OSError as error:
         return (
-            f"Redis at {host}:{port} can't be reached ({error.strerror or error}); start it, or let "
+            f"Redis at {join_address(host, port)} can't be reached ({error.strerror or error}); start it, or let "
             "`vaopd up` start one: --set queue.url=embedded"
         )
     return None
@@ -115,7 +116,7 @@ class Connection:
             # For messages: without the user and password that a URL may hold.
             parts = urlsplit(url)
             unix = parts.scheme == "unix"
-            self.where = parts.path if unix else f"{parts.hostname}:{parts.port or 6379}"
+            self.where = parts.path if unix else join_address(str(parts.hostname), parts.port or 6379)
             self.redis: Any = redis.Redis.from_url(
                 url,
                 protocol=2,  # replies keep their shape if redis-py's default changes

