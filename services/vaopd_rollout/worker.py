@@ -244,6 +244,7 @@ class RolloutWorker:
                 self.engine.load_policy(self.fetch(policy))
         except Unavailable as error:  # the trainer is away; another one announces its weights again
             log.warning("%s", error)
+            self.stop.wait(RETRY_S)
             return False
         except VaopdError:
             # A trainer withdraws a version before it deletes the snapshot: that is no error of this worker.

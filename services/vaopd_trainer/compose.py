@@ -102,7 +102,6 @@ def run(
         problems = load_problems(config)
         if ranks.is_coordinator:
             ranks.barrier()
-        check_alike(ranks, config, student=student.path, prompts=problems.training.prompts)
         prompts = TrainingPrompts(
             problems.training.prompts, per_step=config.trainer.prompts_per_step, seed=config.run.seed
         )
@@ -115,6 +114,7 @@ def run(
         if fetched is not None:
             head = student.head.detach() if config.teacher.shared_base else to_torch(fetched).to(accelerator.device)
         record = TeacherRecord.of(description, payload=config.teacher.payload, head=fetched)
+        check_alike(ranks, config, student=student.path, teacher=record, prompts=problems.training.prompts)
         coordinator = None
         if status is not None:
             grading.prepare()  # the judge's process, so that no evaluation waits for it

@@ -27,7 +27,7 @@ _STOP = b"stop"  # no protobuf message of a group: those begin with the tag of g
 # A rank may wait for a whole evaluation; a dead peer ends the wait at once, since its connection closes.
 _PATIENCE = timedelta(hours=12)
 SILENCE_S = 60
-"""A host that answers nothing for so long is gone, with its ranks."""
+"""A host that answers or takes nothing for so long is gone, with its ranks."""
 
 
 class Stopped(Exception):
@@ -35,21 +35,28 @@ class Stopped(Exception):
 
 
 def watch_connections() -> None:
-    """Makes this process's TCP connections fail when the other host has been silent for SILENCE_S; gloo's never would.
+    """Makes this process's connections to other hosts fail after SILENCE_S of silence; gloo's never would. On Linux.
 
-    The kernel answers for a process that is frozen or busy. On Linux.
+    A kernel answers for a process that is busy; for one that is frozen, until its receive buffer is full.
     """
     for link in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
             if not os.readlink(link).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(link.name))) as connection:
                 if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
                     continue
+                if is_on_this_host(connection):
+                    continue
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+
+
+def is_on_this_host(connection: socket.socket) -> bool:
+    """Whether both ends are here: the kernel closes it with either process, so a silent one is frozen, not gone."""
+    return bool(connection.getpeername()[0] == connection.getsockname()[0])
 
 
 class Ranks:

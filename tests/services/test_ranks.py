@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from vaopd.config import TrainerConfig
 from vaopd.errors import ConfigError
 from vaopd.process.ranks import check_devices
 from vaopd_trainer.compose import make_accelerator
+from vaopd_trainer.rank_messages import SILENCE_S, watch_connections
 
 LAUNCH = """
 import sys
@@ -93,6 +95,25 @@ def test_a_rank_that_is_killed_is_named_and_ends_the_other(tmp_path: Path, capfd
     subprocess.run(["kill", "-KILL", str(second)], check=True)
     assert launcher.wait(60) == -signal.SIGKILL  # reached only once every rank has been waited for
     assert "rank 1 ended first, by SIGKILL" in capfd.readouterr().err
+
+
+def test_connections_to_other_hosts_alone_end_in_silence() -> None:
+    """A rank of this host may be frozen for long: it would end the run once its peer's transfer fills its buffer."""
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        with (
+            socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.1", 0)) as near,
+            socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)) as far,
+        ):
+            watch_connections()
+            found = [
+                (
+                    end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+                )
+                for end in (listener, near, far)
+            ]
+    assert found == [(0, 0), (0, 0), (1, 1000 * SILENCE_S)]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from starlette.responses import Response
 
 from tests.support import preloaded
 from tests.support.memory_jobs import MemoryJob
@@ -18,9 +21,15 @@ from tests.support.preloaded import Child
 from tests.support.rollouts import PlainStudent, ask, noise_image, random_student
 from tests.support.tolerance import assert_within
 from tests.support.waiting import wait_until
+from vaopd.errors import InvalidInput
+from vaopd.net.ports import free_port
 from vaopd.queue import TrainerQueue, WorkerQueue
 from vaopd.sampling.engine import Outcome
 from vaopd.types import EncodedImage, PolicyVersion, RolloutGroup, RolloutRequest
+from vaopd.weights import fetch as fetching
+from vaopd.weights.fetch import PolicyFetcher
+from vaopd.weights.serve import SnapshotServer
+from vaopd_rollout import worker as worker_module
 from vaopd_rollout.worker import RolloutWorker, Stop
 
 CONFIG = """
@@ -202,6 +211,88 @@ def test_it_ends_whichever_call_of_the_engine_hangs(call: str, capfd: pytest.Cap
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert "in hang" in capfd.readouterr().err
+
+
+class Idle:
+    """An engine that samples nothing; its worker is stopped once it has weights."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.policy: PolicyVersion | None = None
+        self._stop = stop
+
+    def load_policy(self, policy: PolicyVersion) -> None:
+        self.policy = policy
+        self._stop.request()
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Outcome]:
+        return [InvalidInput("nothing is sampled here") for _ in requests]
+
+    def close(self) -> None: ...
+
+
+def test_a_trainer_that_begins_again_at_its_address_is_waited_for_until_it_announces(policies, tmp_path, monkeypatch):
+    """It has another secret: what its predecessor announced isn't served."""
+    monkeypatch.setattr(worker_module, "RETRY_S", 0.0)
+    address = f"127.0.0.1:{free_port()}"
+    job, stop = MemoryJob(), Stop(drain_s=1)
+    trainer = job.trainer()
+    with closing(SnapshotServer(address)) as old:
+        trainer.publish_policy(old.offer(policies[0]))
+    trainer.enqueue(ask("g", images=()))
+    tries = itertools.count(1)
+    with closing(SnapshotServer(address)) as new, closing(PolicyFetcher(tmp_path)) as fetcher:
+
+        def fetch(policy: PolicyVersion) -> PolicyVersion:
+            if next(tries) == 3:
+                trainer.publish_policy(new.offer(policies[0]))
+            return fetcher.fetch(policy)
+
+        engine = Idle(stop)
+        worker = RolloutWorker(engine=engine, queue=job.worker("w"), requests_per_batch=1, stop=stop, fetch=fetch)
+        worker.run()
+    assert next(tries) == 5
+    assert engine.policy is not None
+    assert engine.policy.sha256 == policies[0].sha256
+
+
+def test_a_worker_hands_back_what_it_holds_when_it_is_stopped_while_its_trainer_is_silent(
+    policies, tmp_path, monkeypatch
+):
+    """SIGTERM amid a range of the weights that doesn't come."""
+    monkeypatch.setattr(fetching, "_TIMEOUT", None)
+    asked, over = threading.Event(), threading.Event()
+
+    def say_nothing(*_: object) -> Response:
+        asked.set()
+        over.wait()
+        return Response()
+
+    monkeypatch.setattr(SnapshotServer, "_send_file", say_nothing)
+    job = MemoryJob()
+    trainer = job.trainer()
+    with closing(SnapshotServer("127.0.0.1:0")) as server:
+        trainer.publish_policy(server.offer(policies[0]))
+        trainer.enqueue(ask("g", images=()))
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                stop = Stop(drain_s=0.01)
+                stop.install()
+                held = job.worker("w")
+                fetch = PolicyFetcher(tmp_path).fetch
+                RolloutWorker(engine=Idle(stop), queue=held, requests_per_batch=1, stop=stop, fetch=fetch).run()
+                code = len(held.held())
+            finally:
+                os._exit(code)
+        try:
+            wait_until("a file is asked for", asked.is_set)
+            os.kill(pid, signal.SIGTERM)
+            wait_until("it has ended", lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        finally:
+            over.set()
+            os.kill(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_help_needs_nothing_heavy():

@@ -17,5 +17,7 @@ def test_a_number_of_ranks_that_does_not_divide_the_groups_takes_the_step_of_one
 ) -> None:
     """With 3 ranks and 2 groups the last rank has none. The second one runs out of memory."""
     folder = family_folder("qwen3_vl")
-    codes, said = run_ranks("tests.support.ranks_step", folder, groups, fails_in, world=world, folder=tmp_path)
+    codes, said = run_ranks(
+        "tests.support.ranks_step", folder, tmp_path, groups, fails_in, world=world, folder=tmp_path
+    )
     assert codes == [0] * world, said

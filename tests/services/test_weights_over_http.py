@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tests.support.waiting import wait_until
-from vaopd.errors import ConfigError, Mismatch, NotFound, Unavailable
+from vaopd.errors import ConfigError, Mismatch, Unavailable
 from vaopd.run import snapshots, tensor_files
 from vaopd.run.snapshots import (
     WEIGHTS_FILE,
@@ -256,7 +256,7 @@ def test_a_policy_that_is_gone_and_a_trainer_that_is_gone(
 ) -> None:
     announced = [server.offer(publish(tmp_path, version, changed=version)) for version in range(2)]
     prune_snapshots(tmp_path, keep=1)
-    with pytest.raises(NotFound, match="version 0: its trainer serves it no more"):
+    with pytest.raises(Unavailable, match="version 0: its trainer serves it no more"):
         fetcher.fetch(announced[0])
     server.close()
     with pytest.raises(Unavailable, match="version 1 can't be fetched from its trainer"):
@@ -267,7 +267,7 @@ def test_without_the_secret_nothing_is_served(server: SnapshotServer, fetcher: P
     announced = server.offer(publish(tmp_path, 0, changed=0))
     secret = announced.path.split("/")[3]
     guessed = PolicyVersion(version=0, path=announced.path.replace(secret, "guess"), sha256=announced.sha256)
-    with pytest.raises(NotFound):
+    with pytest.raises(Unavailable, match="serves it no more"):
         fetcher.fetch(guessed)
 
 

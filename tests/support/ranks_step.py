@@ -1,16 +1,18 @@
 """One of several ranks that take a training step together, for test_trainer_ranks.py.
 
-`main` takes a model's folder, B, and where rank 1 runs out of memory, in a "forward" or a "backward". The trainer's own
-loop shares B groups out, and every rank compares loss and gradient with those of all groups in this process. Then
-rank 1 alone is asked to stop. At last the run ends, and is stopped in its last evaluation.
+`main` takes a model's folder, one for its own files, B, and where rank 1 runs out of memory, in a "forward" or a
+"backward". The trainer's own loop shares B groups out, and every rank compares loss and gradient with those of all
+groups in this process. Then rank 1 alone is asked to stop. At last the run ends, and is stopped in its last evaluation.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from tests.support.weighted import Scarce, a_weighted_group, teacher_head
 from vaopd.config import Config, TrainerConfig, validate
 from vaopd.errors import Mismatch
 from vaopd.run.checkpoints import RunState
+from vaopd.run.teacher import TeacherRecord
 from vaopd.run.tensor_files import TensorStream
-from vaopd.types import GroupId, Prompt, RolloutGroup, user_turn
+from vaopd.types import EncodedImage, GroupId, Prompt, RolloutGroup, user_turn
 from vaopd.vlm.model import Vlm
+from vaopd_trainer import rank_messages
 from vaopd_trainer.alike import check_alike
 from vaopd_trainer.compose import hold_weights, make_accelerator, make_loss
 from vaopd_trainer.loop import Trainer
@@ -111,20 +115,39 @@ def check_connections() -> None:
             assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1000 * SILENCE_S
 
 
-def refuse_what_differs(ranks: Ranks, config: Config, student: Path) -> None:
-    """Rank 1 reads another configuration, and other data; then only its places are others."""
+def refuse_what_differs(ranks: Ranks, config: Config, student: Path, scratch: Path) -> None:
+    """Rank 1 reads another configuration, then other contents; then only its places are others."""
     last = ranks.rank == 1
     trainer = config.trainer.model_copy(update={"learning_rate": 2e-6 if last else 1e-6})
-    prompts = [Prompt(prompt_id="p", messages=user_turn("How many?", ()), images=(), answer="")]
+    teacher = TeacherRecord(model="m", revision="r", tokenizer_fingerprint="t", dtype="float32", payload="hidden")
+    another_image = EncodedImage(data=bytes([last]))
+    same: Any = {"student": student, "teacher": teacher, "prompts": []}
     with pytest.raises(Mismatch, match=r"rank 1 has trainer\.learning_rate = 2e-06, not 1e-06: give every host"):
-        check_alike(ranks, config.model_copy(update={"trainer": trainer}), student=student, prompts=prompts)
-    with pytest.raises(Mismatch, match="rank 1 has another set of prompts: give every host"):
-        check_alike(ranks, config, student=student, prompts=prompts * (1 + last))
+        check_alike(ranks, config.model_copy(update={"trainer": trainer}), **same)
+    others = {
+        "set of prompts": {
+            "prompts": [Prompt(prompt_id="p", messages=user_turn("?", [another_image]), images=(), answer="")]
+        },
+        "teacher": {"teacher": replace(teacher, revision=f"r{last}")},
+        r"chat_template\.jinja": {"student": copy_student(student, scratch) if last else student},
+    }
+    for what, other in others.items():
+        with pytest.raises(Mismatch, match=f"rank 1 has another {what}: give every host"):
+            check_alike(ranks, config, **same | other)
     places = config.run.model_copy(update={"folder": Path("elsewhere" if last else "runs")})
-    check_alike(ranks, config.model_copy(update={"run": places}), student=student, prompts=prompts)
+    teacher = replace(teacher, model="a path of this host" if last else "m")
+    check_alike(ranks, config.model_copy(update={"run": places}), **same | {"teacher": teacher})
 
 
-def main(folder: str, number: str, fails_in: str) -> None:
+def copy_student(student: Path, folder: Path) -> Path:
+    """A student that reads its chats otherwise."""
+    other = folder / "other"
+    shutil.copytree(student, other)
+    (other / "chat_template.jinja").open("a").write(" ")
+    return other
+
+
+def main(folder: str, scratch: str, number: str, fails_in: str) -> None:
     torch.set_num_threads(1)
     count = int(number)
     student = Vlm.load(folder, dtype="float64")
@@ -141,9 +164,10 @@ def main(folder: str, number: str, fails_in: str) -> None:
         origin="test",
     )
     accelerator = make_accelerator(config)
+    rank_messages.is_on_this_host = lambda _: False
     ranks = Ranks()
     check_connections()
-    refuse_what_differs(ranks, config, Path(folder))
+    refuse_what_differs(ranks, config, Path(folder), Path(scratch))
     loss = make_loss(config, student, teacher_head=teacher_head(student).double(), device=accelerator.device)
     mine = groups[ranks.rank :: ranks.world]
     short = sum(group.tokens for group in mine) - 1

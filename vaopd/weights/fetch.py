@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 from safetensors import SafetensorError
 
-from vaopd.errors import Mismatch, NotFound, Unavailable
+from vaopd.errors import Mismatch, Unavailable
 from vaopd.files.durable import write_at
 from vaopd.net.backoff import Backoff
 from vaopd.run.snapshots import list_weights
@@ -35,6 +35,10 @@ PATIENCE_S = 30.0
 """A trainer that doesn't answer for so long is away; the request goes back to the queue."""
 _PREFIX = "vaopd-weights-"
 _TIMEOUT = httpx.Timeout(10.0, read=60.0)  # a delta of 4 GB is made in seconds, before its first byte
+
+
+class _NotServed(Unavailable):
+    """The trainer has withdrawn it; or another trainer is there, with another secret, and announces its own soon."""
 
 
 class PolicyFetcher:
@@ -56,7 +60,7 @@ class PolicyFetcher:
     def fetch(self, policy: PolicyVersion) -> PolicyVersion:
         """Returns the policy with a path on this host; what was fetched has the digest that was announced.
 
-        Raises NotFound for one that was withdrawn, Unavailable when the trainer doesn't answer, else Mismatch.
+        Raises Unavailable when the trainer doesn't answer or serves it no more, else Mismatch.
         """
         if not policy.path.startswith("http://"):
             return policy
@@ -98,8 +102,16 @@ class PolicyFetcher:
             return patched or self._fetch_file(policy, target, size)
 
         sizes = self._list_files(policy)
-        with ThreadPoolExecutor(STREAMS) as threads:
+        threads, wait = ThreadPoolExecutor(STREAMS), True
+        try:
             self.fetched_bytes += sum(threads.map(fetch, sizes, sizes.values()))
+        except Exception:
+            raise
+        except BaseException:  # the worker is stopped: it hands its requests back, however silent the trainer is
+            wait = False
+            raise
+        finally:
+            threads.shutdown(wait, cancel_futures=True)
         return compute_digest(*list_weights(folder))
 
     def _list_files(self, policy: PolicyVersion) -> dict[str, int]:
@@ -112,7 +124,7 @@ class PolicyFetcher:
         """Patches the base's file -> the bytes that this took; 0, and no file, where what changed is not to be had."""
         try:
             data = self._ask(policy, f"{policy.path}/delta/{base.name}/{target.name}", most=size)
-        except NotFound:
+        except _NotServed:
             return 0
         delta = target.with_suffix(".delta")
         try:
@@ -143,13 +155,13 @@ class PolicyFetcher:
         least: int = 0,
         most: int = LIST_BYTES,
     ) -> bytearray:
-        """Asks until there is an answer of `least` to `most` bytes. Raises NotFound and Unavailable."""
+        """Asks until there is an answer of `least` to `most` bytes. Raises Unavailable."""
         backoff = Backoff(self._patience_s)
         while True:
             try:
                 with self._client.stream("GET", url, headers=headers) as answer:
                     if answer.status_code == 404:
-                        raise NotFound(
+                        raise _NotServed(
                             f"policy version {policy.version}: its trainer serves it no more; take the latest"
                         )
                     answer.raise_for_status()
