@@ -17,10 +17,12 @@ import base64
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import urlsplit
 
 import pydantic
 
 from vaopd import errors
+from vaopd.files.secret import parse_api_key
 from vaopd.http_types import (
     MAX_BATCH_ITEMS,
     BatchResult,
@@ -98,6 +100,8 @@ def ask(question: str, responses: Sequence[str | Sequence[int]], **options: Unpa
 class AsyncScoringClient:
     """A client of the scoring API, for one event loop. Methods raise the errors of `vaopd.errors`.
 
+    Raises ConfigError for an address that isn't HTTP, a key that can't be one, and times out of range.
+
     timeout_s: for each request.
     patience_s: how long requests to an API that is down or busy are repeated.
     """
@@ -105,11 +109,13 @@ class AsyncScoringClient:
     def __init__(
         self, base_url: str = LOCAL, *, api_key: str | None = None, timeout_s: float = 120.0, patience_s: float = 30.0
     ) -> None:
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._http = httpx.AsyncClient(
-            base_url=base_url, headers=headers, timeout=check_timeout("timeout_s", timeout_s), mounts=NO_PROXY
+            base_url=check_url(base_url),
+            headers=make_headers(api_key),
+            timeout=check_timeout("timeout_s", timeout_s),
+            mounts=NO_PROXY,
         )
-        self._patience_s = patience_s
+        self._patience_s = patience_s and check_timeout("patience_s", patience_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -178,6 +184,8 @@ class AsyncScoringClient:
     async def _send(self, request: httpx.Request) -> httpx.Response:
         backoff = Backoff(self._patience_s)
         while True:
+            if self._http.is_closed:
+                raise errors.Unavailable("this client of the scoring API is closed")
             try:
                 answer = await self._http.send(request, stream=True)
                 if answer.is_success:
@@ -267,6 +275,23 @@ class _Events:
     def end(self) -> None:
         if not self._done:
             raise errors.Unavailable("the API ended a batch early; send the requests without a result again")
+
+
+def check_url(url: str) -> str:
+    """Returns an address that httpx takes. Raises ConfigError for any other."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            httpx.URL(url)
+            return url
+    except (ValueError, httpx.InvalidURL):
+        pass
+    raise errors.ConfigError(f"address {url!r} is no http://HOST:PORT or https://HOST:PORT")
+
+
+def make_headers(api_key: str | None) -> dict[str, str]:
+    """Returns the headers of requests with this key. Raises ConfigError for what can't be one."""
+    return {} if api_key is None else {"Authorization": f"Bearer {parse_api_key(api_key, origin='api_key')}"}
 
 
 def _encode_body(body: pydantic.BaseModel | None) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def _read_orientation(data: bytes | None) -> int:
 def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int) -> PIL.Image.Image:
     """Scales a picture to pixel bounds, each side floored, as the paper's code does.
 
-    A picture within the bounds is returned as it is. The floor may leave it a little below `min_pixels`.
+    A picture within the bounds is returned as it is. The floor may leave it a little below `min_pixels`. It may also
+    leave 4×904 of 1×200: the longer side is then shortened to MAX_ASPECT_RATIO, beyond which processors refuse it.
 
     >>> scale_to_bounds(PIL.Image.new("RGB", (200, 150)), min_pixels=262_144, max_pixels=4_194_304).size
     (591, 443)
@@ -183,7 +184,9 @@ def scale_to_bounds(image: PIL.Image.Image, *, min_pixels: int, max_pixels: int)
     if wanted == pixels:
         return image
     factor = math.sqrt(wanted / pixels)
-    return image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor))))
+    width, height = (max(1, int(side * factor)) for side in image.size)
+    longest = MAX_ASPECT_RATIO * min(width, height)
+    return image.resize((min(width, longest), min(height, longest)))
 
 
 class _Structure(NamedTuple):

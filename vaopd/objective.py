@@ -4,12 +4,13 @@ Shapes: N = B·K rollouts, siblings adjacent; T response tokens, padded; respons
 ones. The loss is `(token_weights * kl).sum() / B`, where kl (N, T) is the per-token divergence of `vaopd.divergence`.
 `group_weights` does all of it for one prompt group; the other functions are its parts.
 
-Results are float32, or float64 for float64 inputs. A mask is bool, or integers 0 and 1. `vaopd.scoring.weights` has the
-parts that are needed without torch, in numpy.
+Results are float32, or float64 for float64 inputs (`group_weights`: always float32). A mask is bool, or integers 0 and
+1. `vaopd.scoring.weights` has the parts that are needed without torch, in numpy.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -66,8 +67,7 @@ def group_weights(
     va_KT = visual_advantage_KT.detach().double()
     _refuse_not_finite(va_KT, valid_KT, "visual advantage")
     scores_KT = va_KT if token_score_KT is None else token_score_KT.detach()
-    if scores_KT.shape != va_KT.shape:
-        raise InvalidInput(f"token_score_KT has shape {tuple(scores_KT.shape)}, the VA has {tuple(va_KT.shape)}")
+    _refuse_shape("token_score_KT", scores_KT.shape, va_KT.shape)
     _refuse_not_finite(scores_KT, valid_KT, "score")
 
     means_K = mean_visual_advantage(va_KT, valid_KT)
@@ -91,7 +91,8 @@ def pad_rows(rows: Sequence[Tensor | np.ndarray]) -> tuple[Tensor, Tensor]:
     _refuse_empty(len(rows))
     # Copied, since arrays that came over the wire are read-only, which torch can't represent.
     tensors = [row if isinstance(row, Tensor) else torch.from_numpy(np.array(row)) for row in rows]
-    values = pad_sequence(tensors, batch_first=True)
+    dtype = functools.reduce(torch.promote_types, (row.dtype for row in tensors))
+    values = pad_sequence([row.to(dtype) for row in tensors], batch_first=True)  # by itself it takes the first's dtype
     lengths = torch.tensor([len(row) for row in tensors], device=values.device)
     return values, torch.arange(values.shape[1], device=values.device) < lengths[:, None]
 
@@ -99,7 +100,7 @@ def pad_rows(rows: Sequence[Tensor | np.ndarray]) -> tuple[Tensor, Tensor]:
 def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """Returns VA, a_t = max(log p_T(y_t | v) − log p_T(y_t | ṽ), 0), in nats, 0 on masked tokens: (N, T). Detached.
 
-    Raises NumericalError when a valid token's log-prob is not finite.
+    Raises InvalidInput for shapes that differ, NumericalError when a valid token's log-prob is not finite.
     """
     return _compare_views(teacher_logprobs, degraded_logprobs, response_mask).clamp_min(0)
 
@@ -107,7 +108,7 @@ def visual_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, respon
 def absolute_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """Returns |log p_T(y_t | v) − log p_T(y_t | ṽ)|, which is also large where the image speaks against a token.
 
-    In nats, 0 on masked tokens: (N, T). Detached. Raises NumericalError as `visual_advantage` does.
+    In nats, 0 on masked tokens: (N, T). Detached. Raises as `visual_advantage` does.
     """
     return _compare_views(teacher_logprobs, degraded_logprobs, response_mask).abs()
 
@@ -115,29 +116,38 @@ def absolute_advantage(teacher_logprobs: Tensor, degraded_logprobs: Tensor, resp
 def view_divergence(teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tensor:
     """Returns KL(p_T(·|v) ‖ p_T(·|ṽ)) in nats, from both views' log-probs of the whole vocabulary: (..., V) -> (...).
 
-    How much the teacher's next-token distribution depends on the image, whatever token was sampled. Detached.
+    How much the teacher's next-token distribution depends on the image, whatever token was sampled. Detached. A token
+    of −∞ in the original view adds 0; of −∞ in the degraded view alone, ∞. Raises InvalidInput for shapes that differ.
     """
     teacher, degraded = _widen(teacher_logprobs.detach()), _widen(degraded_logprobs.detach())
+    _refuse_shape("degraded_logprobs", degraded.shape, teacher.shape)
+    gap = (teacher - degraded).masked_fill_(teacher.isneginf(), 0)  # 0·log 0 is 0
     # Rounding can bring equal distributions slightly below 0, which no divergence is.
-    return teacher.exp().mul_(teacher - degraded).sum(-1).clamp_min(0)
+    return teacher.exp().mul_(gap).sum(-1).clamp_min(0)
 
 
 def expected_advantage(student_logprobs: Tensor, teacher_logprobs: Tensor, degraded_logprobs: Tensor) -> Tensor:
     """Returns Σ_y p_S(y)·max(log p_T(y | v) − log p_T(y | ṽ), 0): VA as it is expected of the student at each place.
 
-    From log-probs of the whole vocabulary: (..., V) -> (...), nats. Detached.
+    From log-probs of the whole vocabulary: (..., V) -> (...), nats. Detached. A token of −∞ in the student's or the
+    teacher's original view adds 0. Raises InvalidInput for shapes that differ.
     """
+    _refuse_shape("teacher_logprobs", teacher_logprobs.shape, student_logprobs.shape)
+    _refuse_shape("degraded_logprobs", degraded_logprobs.shape, student_logprobs.shape)
     # In place: the trainer has memory for two further matrices of this size.
     gap = (_widen(teacher_logprobs.detach()) - _widen(degraded_logprobs.detach())).clamp_min_(0)
+    for logprobs in (student_logprobs, teacher_logprobs):
+        gap.masked_fill_(logprobs.isneginf(), 0)
     return _widen(student_logprobs.detach()).exp().mul_(gap).sum(-1)
 
 
 def mean_visual_advantage(visual_advantage: Tensor, response_mask: Tensor) -> Tensor:
     """Returns m_k, the mean of a_t over each rollout's valid tokens: (N, T) -> (N,).
 
-    Raises InvalidInput for an empty response.
+    Raises InvalidInput for an empty response, NumericalError for a valid token's VA that is not finite.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
+    _refuse_not_finite(visual_advantage, response_mask, "visual advantage")
     lengths = _count_tokens(response_mask)
     return torch.where(response_mask, _widen(visual_advantage), 0.0).sum(-1) / lengths
 
@@ -152,23 +162,31 @@ def rollout_weights(
     mean_va: in nats. deviation_floor: in nats; a smaller standard deviation counts as this. Without it (the paper),
     siblings that hardly differ get weights as unequal as those that differ much.
 
-    Raises InvalidInput for an empty group and for settings out of range.
+    Raises InvalidInput for an empty group and for settings out of range, NumericalError for a mean that isn't finite.
     """
     _refuse_empty(mean_va.shape[-1])
     if not temperature > 0:
         raise InvalidInput(f"the temperature of the rollout weights must be above 0 (the paper: 1), got {temperature}")
     if not deviation_floor >= 0:
         raise InvalidInput(f"the floor of the deviation must be at least 0 nats (the paper: 0), got {deviation_floor}")
-    mean_va = _widen(mean_va.detach())
-    centred = mean_va - mean_va.mean(-1, keepdim=True)
+    if not eps > 0:
+        raise InvalidInput(f"eps must be above 0, since the deviation of equal means is 0, got {eps}")
+    if not bool(mean_va.isfinite().all()):
+        raise NumericalError("a rollout's mean visual advantage is not finite")
+    wide_va = mean_va.detach().double()
+    centred = wide_va - wide_va.mean(-1, keepdim=True)
     deviation = centred.square().mean(-1, keepdim=True).sqrt()  # population: divided by K
-    return torch.softmax(centred / (deviation.clamp_min(deviation_floor) + eps) / temperature, dim=-1)
+    z = centred / (deviation.clamp_min(deviation_floor) + eps)
+    # Less the largest before the division: a tiny temperature makes ∞ of the others only, which weigh 0.
+    weights = torch.softmax((z - z.amax(-1, keepdim=True)) / temperature, dim=-1)
+    return weights.to(torch.promote_types(mean_va.dtype, torch.float32))
 
 
 def high_group(visual_advantage: Tensor, response_mask: Tensor, *, high_fraction: float = 0.2) -> Tensor:
     """Marks V, each rollout's ⌈high_fraction·T⌉ tokens of largest VA, of equal ones the earlier: (N, T) -> (N, T) bool.
 
-    Raises InvalidInput for a mask or fraction out of range, and for an empty response.
+    Raises InvalidInput for a mask or fraction out of range, and for an empty response; NumericalError for a valid
+    token's VA that is not finite.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 < high_fraction <= 1.0:
@@ -189,7 +207,8 @@ def token_weights(
     """Weights each token's KL: (N, T), (N, T), (N,) -> (N, T); a rollout's tokens sum to its rollout weight.
 
     The `high_group` shares `high_weight`, the other tokens the rest. Where there are no others (T = 1), the high group
-    takes all of it. Raises InvalidInput as `high_group` does, and for weights of another shape.
+    takes all of it. Raises as `high_group` does, InvalidInput for weights of another shape, NumericalError for weights
+    that are not finite.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 <= high_weight <= 1.0:
@@ -224,7 +243,8 @@ def masked_response(
     ties: of equal VA the "earlier" token counts as the larger one, or a "random" one. VA is 0 on most tokens, so with
     "earlier" the bottom ones are the last tokens, which hold the answer. seed: of what is random.
 
-    Raises InvalidInput for an unknown word, a fraction out of range, and an empty response.
+    Raises InvalidInput for an unknown word, a fraction out of range, and an empty response; NumericalError for a VA by
+    which tokens are ranked and that is not finite.
     """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
     if not 0.0 <= fraction < 1.0:
@@ -247,8 +267,14 @@ def masked_response(
 
 
 def va_share_of_top(visual_advantage: Tensor, response_mask: Tensor, *, fraction: float = 0.1) -> float:
-    """Returns the share of all VA that the top `fraction` of all valid tokens carries; NaN when there is no VA."""
+    """Returns the share of all VA that the top `fraction` of all valid tokens carries; NaN when there is no VA.
+
+    Raises InvalidInput for a mask or fraction out of range, NumericalError for a valid token's VA that is not finite.
+    """
     response_mask = _read_mask(response_mask, visual_advantage.shape)
+    _refuse_not_finite(visual_advantage, response_mask, "visual advantage")
+    if not 0.0 < fraction <= 1.0:
+        raise InvalidInput(f"fraction must be above 0 and at most 1, got {fraction}")
     values = visual_advantage[response_mask].double().sort(descending=True).values
     count = math.ceil(_read_decimal(fraction) * len(values))
     return float(values[:count].sum() / values.sum())
@@ -259,6 +285,12 @@ def _refuse_empty(num_rollouts: int) -> None:
         raise InvalidInput("the prompt group has no rollouts; it needs at least one")
 
 
+def _refuse_shape(name: str, shape: torch.Size, expected: torch.Size) -> None:
+    """Refuses what torch would spread over tokens or siblings without an error."""
+    if shape != expected:
+        raise InvalidInput(f"{name} has shape {tuple(shape)}, the tokens have {tuple(expected)}")
+
+
 def _refuse_not_finite(values: Tensor, valid: Tensor, name: str) -> None:
     if not bool((values.isfinite() | ~valid).all()):
         raise NumericalError(f"a valid token's {name} is not finite")
@@ -267,6 +299,7 @@ def _refuse_not_finite(values: Tensor, valid: Tensor, name: str) -> None:
 def _compare_views(teacher_logprobs: Tensor, degraded_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """Returns log p_T(y_t | v) − log p_T(y_t | ṽ), 0 on masked tokens: (N, T), detached; see `visual_advantage`."""
     response_mask = _read_mask(response_mask, teacher_logprobs.shape)
+    _refuse_shape("degraded_logprobs", degraded_logprobs.shape, teacher_logprobs.shape)
     finite = teacher_logprobs.isfinite() & degraded_logprobs.isfinite()
     if not bool((finite | ~response_mask).all()):
         raise NumericalError("a valid token has a teacher log-prob that is not finite in one of the views")
@@ -278,8 +311,9 @@ def _read_mask(response_mask: Tensor, shape: torch.Size) -> Tensor:
 
     Floats are refused even as 0.0 and 1.0: an additive mask, 0 and −∞, would be read as its opposite.
     """
-    if response_mask.shape != shape:
-        raise InvalidInput(f"response_mask has shape {tuple(response_mask.shape)}, the tokens have {tuple(shape)}")
+    _refuse_shape("response_mask", response_mask.shape, shape)
+    if len(shape) != 2:
+        raise InvalidInput(f"response_mask has shape {tuple(shape)}; give one row per rollout, (N, T)")
     if response_mask.dtype == torch.bool:
         return response_mask
     if response_mask.is_floating_point() or response_mask.is_complex():
@@ -301,6 +335,8 @@ def _check_weights(rollout_weights: Tensor, response_mask: Tensor) -> Tensor:
             f"rollout_weights have shape {tuple(rollout_weights.shape)}, expected one per rollout, "
             f"({len(response_mask)},)"
         )
+    if not bool(rollout_weights.isfinite().all()):
+        raise NumericalError("a rollout weight is not finite")
     return _widen(rollout_weights)
 
 
@@ -321,6 +357,7 @@ def _rank(values: Tensor, response_mask: Tensor, noise: Tensor | None = None) ->
 
     Of equal values the earlier comes first, or with `noise` (N, T) the one with the larger noise.
     """
+    _refuse_not_finite(values, response_mask, "score")
     values = torch.where(response_mask, _widen(values), -math.inf)
     if noise is None:
         order = torch.sort(values, stable=True, dim=-1, descending=True).indices

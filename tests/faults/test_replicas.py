@@ -74,6 +74,10 @@ def test_a_target_lists_addresses_by_name_or_number() -> None:
     for wrong in ("", "one:1,", "one:1,one:1"):
         with pytest.raises(ConfigError, match="must list addresses host:port, each once"):
             split_addresses(wrong)
+    for wrong in ("one", "one:", ":1", "one:1,two", "http://one:1", "one:65536", "one:-1", "[::1]"):  # 65536 would be 0
+        with pytest.raises(ConfigError, match="is not HOST:PORT with a port from 0 to 65535"):
+            split_addresses(wrong)
+    assert split_addresses("dns:///one:1,unix:/run/teacher") == ["dns:///one:1", "unix:/run/teacher"]
 
 
 async def test_calls_go_to_who_has_least_to_do_and_each_replica_gets_the_images_it_needs(

@@ -77,6 +77,18 @@ def test_the_padding_of_a_head_is_outside_the_distribution() -> None:
     assert_noticed(expected + math.log1p(math.exp(-7) / 4), expected, error)
 
 
+def test_an_id_that_is_masked_out_adds_nothing() -> None:
+    """KL = 0.5·log(0.5 / 0.25) + 0.5·log(0.5 / 0.75); by the logits, p·(gap − KL) = ±0.25·log 3."""
+    student = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64).log().requires_grad_()
+    kl = divergence.reverse_kl(student, torch.tensor([0.25, 0.75, 0.0], dtype=torch.float64).log())
+    assert kl.item() == pytest.approx(0.5 * math.log(4 / 3), rel=1e-14)
+    kl.backward()
+    assert student.grad is not None
+    assert student.grad.tolist() == pytest.approx([0.25 * math.log(3), -0.25 * math.log(3), 0.0], rel=1e-14)
+    with pytest.raises(InvalidInput, match=r"logits have shape \(1, 3\), the teacher's \(1, 1\)"):
+        divergence.reverse_kl(student[None], torch.zeros(1, 1))
+
+
 def test_no_gradient_flows_into_the_teacher() -> None:
     student, teacher = (torch.randn(4, 3).requires_grad_() for _ in range(2))
     divergence.reverse_kl(student, teacher).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from tests.support.api import BODY, IMAGE, QUESTION, Api, start_api, with_keys
 from tests.support.http_server import Answer, http_server
 from tests.support.teacher import TeacherInProcess
 from vaopd.access.keys import add_key
-from vaopd.errors import InvalidInput, LimitExceeded, Mismatch, NotFound, Unauthenticated, Unavailable
+from vaopd.errors import ConfigError, InvalidInput, LimitExceeded, Mismatch, NotFound, Unauthenticated, Unavailable
 from vaopd.http_client import AsyncScoringClient, ScoringClient, ask
 from vaopd.http_types import DegradationModel, ScoreBody
 
@@ -80,6 +81,26 @@ def test_an_api_with_keys(teacher: TeacherInProcess, tmp_path: Path) -> None:
             stranger.teachers()
         with ScoringClient(str(api.http.base_url), api_key=key) as known:
             assert known.teachers()
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:1", "ftp://one", "http://one:65536", "http://[::1", "http://a\nb"])
+def test_an_address_that_is_not_http_is_refused_at_once(address: str) -> None:
+    """As lost connections they would be tried again, for all of `patience_s`."""
+    with pytest.raises(ConfigError, match="is no http://HOST:PORT or https://HOST:PORT"):
+        AsyncScoringClient(address)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_a_time_out_of_range_is_named(wrong: float) -> None:
+    with pytest.raises(ConfigError, match=f"patience_s = {wrong} must be above 0"):
+        AsyncScoringClient(patience_s=wrong)
+
+
+async def test_a_closed_client_says_so() -> None:
+    client = AsyncScoringClient()
+    await client.close()
+    with pytest.raises(Unavailable, match="this client of the scoring API is closed"):
+        await client.teachers()
 
 
 def test_what_is_busy_or_starting_is_asked_again() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from tests.support.models import tiny_vlm
-from tests.support.teacher import TeacherInProcess, drawing, question, teacher_in_process, token_request
+from tests.support.teacher import TeacherInProcess, drawing, encoded, question, teacher_in_process, token_request
+from tests.support.waiting import wait_until
 from vaopd.client import GroupFailure, SyncTeacherClient, TeacherClient
 from vaopd.client.replicas import Replica
 from vaopd.config import ImagesConfig, TeacherServiceConfig
@@ -21,7 +27,7 @@ from vaopd.errors import ImageRefused, InvalidInput, LimitExceeded, Mismatch, No
 from vaopd.payloads import to_torch
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.pb import teacher_pb2_grpc
-from vaopd.types import EncodedImage, GroupScore, ScoreRequest, TeacherLimits
+from vaopd.types import Degradation, EncodedImage, GroupScore, ScoreRequest, TeacherLimits
 from vaopd.wire.errors import group_error_of
 
 
@@ -157,6 +163,43 @@ async def test_a_group_that_can_not_be_encoded_fails_alone(client: TeacherClient
     assert isinstance(results["good"], GroupScore)
 
 
+@pytest.mark.parametrize("response", [np.array([5.0]), np.array([[5, 6]]), np.array([True]), "\ud800"], ids=str)
+async def test_a_response_that_protobuf_can_not_hold_fails_its_group(
+    client: TeacherClient, response: np.ndarray | str
+) -> None:
+    wrong = replace(request("wrong"), responses=(response,))
+    results = await scored(client, wrong, request("good"))
+    assert isinstance(results["good"], GroupScore)
+    assert isinstance(failure := results["wrong"], GroupFailure)
+    assert isinstance(failure.error, InvalidInput)
+    assert "group 'wrong' can't be sent" in str(failure.error)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"payload": "hiden"}, "payload"),
+        ({"degradation": Degradation(kind="blurr")}, "degradation.kind"),  # type: ignore[arg-type]
+        ({"top_k": -1}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": 2**31}, "top_k"),
+    ],
+)
+async def test_an_unknown_setting_is_named(teacher: TeacherInProcess, options: dict[str, Any], field: str) -> None:
+    async with TeacherClient(teacher.target, **options) as client:
+        with pytest.raises(InvalidInput, match=f"^{field} = ") as caught:
+            await scored(client, request("g"))
+    assert caught.value.field == field
+
+
+async def test_the_longest_image_that_may_be_sent_is_scored(client: TeacherClient) -> None:
+    """1×200 scaled up to the tiny teacher's bounds and floored would be above 200 to 1, which its processor refuses."""
+    image = encoded(PIL.Image.new("RGB", (1, 200)))
+    group = ScoreRequest(group_id="g", responses=("12",), images=(image,), messages=question("How long?", [image]))
+    results = await scored(client, group)
+    assert isinstance(results["g"], GroupScore)
+
+
 async def test_another_tokenizer_is_a_mismatch_that_names_both(teacher: TeacherInProcess) -> None:
     async with TeacherClient(teacher.target, tokenizer_fingerprint="f" * 64) as client:
         with pytest.raises(Mismatch, match=f"ffffffffffff.*{tiny_vlm().fingerprint[:12]}"):
@@ -196,6 +239,33 @@ def test_leaving_the_synchronous_iterator_early_leaves_the_client_usable(teacher
         for _ in client.score([request(f"g{n}") for n in range(20)]):
             break
         assert isinstance(next(iter(client.score([request("g")]))), GroupScore)
+
+
+def test_a_client_that_is_never_closed_ends_its_thread(teacher: TeacherInProcess) -> None:
+    client = SyncTeacherClient(teacher.target)
+    client.describe()
+    thread = client._loop._thread
+    del client
+    gc.collect()
+    wait_until("the thread ends", lambda: not thread.is_alive())
+
+
+def test_a_client_is_refused_in_a_forked_child() -> None:
+    """The child lacks the client's thread: a call, and closing it, would wait for ever."""
+    code = """if True:
+        import os
+        from vaopd.client import SyncTeacherClient
+        from vaopd.errors import Unavailable
+        with SyncTeacherClient("127.0.0.1:1") as client:
+            if (child := os.fork()) == 0:
+                try:
+                    client.describe()
+                except Unavailable as error:
+                    print(error, flush=True)
+            else:
+                os.waitpid(child, 0)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "this client of the teacher belongs to process " in done.stdout
 
 
 def test_reflection_and_health_are_the_standard_ones(teacher: TeacherInProcess) -> None:

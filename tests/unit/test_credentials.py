@@ -17,9 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from vaopd.access.certificates import FILES, make_certificates
-from vaopd.client import from_environment
+from vaopd.client import TeacherClient, from_environment
 from vaopd.config import TeacherTlsConfig, TlsConfig, load_config, load_service_config
 from vaopd.errors import ConfigError
+from vaopd.http_client import ScoringClient
 from vaopd_api.__main__ import read_tls_expiry
 from vaopd_teacher.rpc.tls import make_server_credentials
 
@@ -54,6 +55,13 @@ def test_a_file_that_holds_no_key_is_named_by_its_variable_and_not_quoted(tmp_pa
     with pytest.raises(ConfigError, match="VAOPD_API_KEY_FILE must hold one API key and nothing else") as caught:
         from_environment({"VAOPD_API_KEY_FILE": str(tmp_path / "key")})
     assert "words" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "a\nb", "schlüssel", "\ud800"])
+def test_a_key_that_no_header_can_hold_is_refused_by_both_clients(key: str) -> None:
+    for make in (lambda: TeacherClient("127.0.0.1:1", api_key=key), lambda: ScoringClient(api_key=key)):
+        with pytest.raises(ConfigError, match="api_key must hold one API key and nothing else"):
+            make()
 
 
 @pytest.mark.parametrize("name", ["VAOPD_API_KEY_FILE", "VAOPD_TLS_CA"])

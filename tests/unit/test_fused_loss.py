@@ -310,6 +310,19 @@ def test_bfloat16_weights_get_gradients_that_were_summed_in_float32() -> None:
     assert_within(total, 512 * single, gamma(2, torch.bfloat16) * 512 * single.abs())  # both are rounded at the end
 
 
+@pytest.mark.parametrize("weight", [2.0**-30, 0.0])
+def test_small_weights_reach_a_head_in_float16(weight: float) -> None:
+    """2^-30 is 0 in float16. The loss's scale, as a scaler sets it, brings them back, exactly."""
+    gradients = []
+    for each, scale in ((1.0, 1.0), (weight, 2.0**30)):
+        hidden, head = student(torch.float16)
+        loss, _ = fused_loss(hidden, head, target_of("full", torch.float16), torch.full((M,), each), chunk_tokens=7)
+        gradients.append(torch.autograd.grad(loss * scale, (hidden, head)))
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        assert expected.any()
+        assert torch.equal(found, expected if weight else torch.zeros_like(expected))
+
+
 def test_a_tail_too_small_for_float32_adds_nothing() -> None:
     """The student is sure of the teacher's only id: the mass of the rest is e^-200."""
     hidden, head = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [0.0]])
@@ -333,6 +346,37 @@ def test_what_does_not_fit_together_is_refused_by_name() -> None:
         fused_loss(hidden, head[:39], target_of("full"), weights())
     with pytest.raises(InvalidInput, match="top k = 5 exceeds the student's vocabulary of 4"):
         fused_loss(hidden, head[:4], target_of("top_k"), weights())
+    with pytest.raises(InvalidInput, match=r"hidden states have shape \(1, 23, 6\); give one row per token"):
+        top_k_logprobs(hidden[None], head, 1)
+    with pytest.raises(InvalidInput, match="23 tokens have 22 ids"):
+        token_logprobs(hidden, head, IDS[:22])
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, V + 1])
+def test_a_vocabulary_that_a_head_does_not_have_is_refused(wrong: int) -> None:
+    hidden, head = student()
+    for use in (
+        lambda: fused_loss(hidden, head, target_of("full"), weights(), vocab_size=wrong),
+        lambda: token_logprobs(hidden.detach(), head.detach(), IDS, vocab_size=wrong),
+        lambda: top_k_logprobs(hidden, head, 1, vocab_size=wrong),
+        lambda: heads.head_logits(hidden, head, wrong),
+    ):
+        with pytest.raises(InvalidInput, match=rf"vocab_size = {wrong} is outside \[1, 40\], the rows of the"):
+            use()
+    short = FullTarget(hidden=made(2, M, D_T), head=made(3, 3, D_T), vocab_size=V)
+    with pytest.raises(InvalidInput, match=r"vocab_size = 40 is outside \[1, 3\], the rows of the teacher's head"):
+        fused_loss(hidden, head, short, weights())
+    with pytest.raises(InvalidInput, match=f"chunk_tokens = {min(wrong, 0)} must be at least 1"):
+        fused_loss(hidden, head, target_of("full"), weights(), chunk_tokens=min(wrong, 0))
+
+
+@pytest.mark.parametrize("rows", [1, M + 1])
+def test_a_target_of_other_lengths_is_neither_cut_nor_spread(rows: int) -> None:
+    hidden, head = student()
+    listed = TopKTarget(token_ids=IDS[:, None], logprobs=-torch.ones(M, 1), tail_logprobs=-torch.ones(rows))
+    for target in (SampledTarget(token_ids=IDS, logprobs=-torch.ones(rows)), listed):
+        with pytest.raises(InvalidInput, match=rf"logprobs have shape \({rows},\), its ids ask for \(23,\)"):
+            fused_loss(hidden, head, target, weights())
 
 
 class LogitProducts:

@@ -126,6 +126,44 @@ def test_an_empty_group_an_empty_response_and_a_missing_number_are_errors() -> N
     objective.group_weights(torch.where(MASK, VA, math.nan), MASK)  # padding may hold anything
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_no_part_takes_a_number_that_is_not_finite(number: float) -> None:
+    va = VA.index_put((tensor(0), tensor(0)), tensor(number))
+    for part in (
+        lambda: objective.mean_visual_advantage(va, MASK),
+        lambda: objective.rollout_weights(va[:1, :2]),
+        lambda: objective.high_group(va, MASK),
+        lambda: objective.token_weights(va, MASK, WEIGHTS),
+        lambda: objective.token_weights(VA, MASK, va[:, 0]),
+        lambda: objective.mean_weights(MASK, va[:, 0]),
+        lambda: objective.masked_response(va, MASK, which="top", fraction=0.5),
+        lambda: objective.va_share_of_top(va, MASK),
+    ):
+        with pytest.raises(NumericalError, match="not finite"):
+            part()
+
+
+def test_another_shape_is_refused_and_never_spread() -> None:
+    for spread in (VA[:, :1], VA[0]):
+        with pytest.raises(InvalidInput, match=r"degraded_logprobs has shape .*, the tokens have \(2, 3\)"):
+            objective.visual_advantage(-VA, spread, MASK)
+    for groups in (torch.ones(3), torch.ones(3, 3, 3)):  # one rollout; several groups
+        with pytest.raises(InvalidInput, match=r"give one row per rollout, \(N, T\)"):
+            objective.high_group(groups, groups.bool())
+
+
+def test_the_smallest_temperature_leaves_the_largest_mean_alone() -> None:
+    assert objective.rollout_weights(tensor([[0.0, 1.0, 1.0]]), temperature=1e-300).tolist() == [[0.0, 0.5, 0.5]]
+    with pytest.raises(InvalidInput, match=r"eps must be above 0, .* got 0"):
+        objective.rollout_weights(tensor([[1.0, 1.0]]), eps=0)
+
+
+def test_a_share_of_more_than_all_tokens_is_refused() -> None:
+    for fraction in (-0.4, 2.0, math.nan):
+        with pytest.raises(InvalidInput, match=f"at most 1, got {fraction}"):
+            objective.va_share_of_top(VA, MASK, fraction=fraction)
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -148,6 +186,8 @@ def test_rows_are_padded_and_may_be_read_only() -> None:
     values, mask = objective.pad_rows([first, tensor([3.0])])
     assert values.tolist() == [[1.0, 2.0], [3.0, 0.0]]
     assert mask.tolist() == [[True, True], [True, False]]
+    mixed, _ = objective.pad_rows([np.array([0, 0]), np.array([0.5], np.float32)])
+    assert mixed.tolist() == [[0.0, 0.0], [0.5, 0.0]]  # in integers it would be 0
 
 
 def test_the_configuration_s_variants_are_the_objective_s() -> None:

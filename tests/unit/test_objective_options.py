@@ -54,6 +54,19 @@ def test_expected_advantage_is_va_over_the_student_s_own_distribution() -> None:
     assert_within(found, [0.2 * LOG2], ROUNDED)
 
 
+def test_a_token_that_can_not_occur_adds_nothing() -> None:
+    """0·log 0 is 0, in both views and in the original one; a token that only the degraded view rules out costs ∞."""
+    never = tensor([0.5, 0.5, 0.0]).log()
+    both = tensor([0.25, 0.75, 0.0]).log()  # 0.5·log 2 + 0.5·log(2/3)
+    found = objective.view_divergence(torch.stack([never, never]), torch.stack([both, DEGRADED]))
+    assert_within(found, [0.5 * math.log(4 / 3), 0.5 * LOG2], ROUNDED)  # 0.5·log(0.5 / 0.25) + 0.5·log(0.5 / 0.5)
+    assert objective.view_divergence(TEACHER, never) == math.inf
+    assert_within(objective.expected_advantage(never, never, both), 0.5 * LOG2, ROUNDED)
+    assert_within(objective.expected_advantage(never, TEACHER, never), 0.0, ROUNDED)  # the student rules it out
+    with pytest.raises(InvalidInput, match=r"degraded_logprobs has shape \(3,\), the tokens have \(1, 3\)"):
+        objective.view_divergence(TEACHER[None], DEGRADED)
+
+
 def test_absolute_advantage_also_sees_where_the_image_speaks_against_a_token() -> None:
     mask = tensor([[True, True, False]])
     teacher, degraded = tensor([[-1.0, -4.0, 0.0]]), tensor([[-3.0, -1.0, math.nan]])
@@ -86,7 +99,7 @@ def test_a_token_score_chooses_the_high_group_and_leaves_the_rollout_weights() -
 @pytest.mark.parametrize(
     ("score", "error", "words"),
     [
-        (torch.zeros(2, 2), InvalidInput, r"token_score_KT has shape \(2, 2\), the VA has \(2, 3\)"),
+        (torch.zeros(2, 2), InvalidInput, r"token_score_KT has shape \(2, 2\), the tokens have \(2, 3\)"),
         (tensor([[0.0, math.inf, 0.0], [0.0, 0.0, 0.0]]), NumericalError, "a valid token's score is not finite"),
     ],
 )

@@ -15,7 +15,7 @@ import httpx
 
 from vaopd.benchmarks_eval.answers import Question
 from vaopd.errors import Busy, InvalidInput, NotFound, Unavailable
-from vaopd.http_client import NO_PROXY, read_retry_after
+from vaopd.http_client import NO_PROXY, check_url, make_headers, read_retry_after
 from vaopd.launch.supervisor import Child, Supervisor
 from vaopd.net.backoff import Backoff
 from vaopd.net.ports import LOOPBACK, free_port, join_address
@@ -35,10 +35,13 @@ class OpenAIEndpoint:
 
         Raises NotFound for a model that it doesn't have, Unavailable if it doesn't answer.
         """
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None)
         self.http = httpx.Client(
-            base_url=url.rstrip("/"), headers=headers, timeout=ANSWER_TIMEOUT_S, limits=limits, mounts=NO_PROXY
+            base_url=check_url(url).rstrip("/"),
+            headers=make_headers(api_key or None),
+            timeout=ANSWER_TIMEOUT_S,
+            limits=limits,
+            mounts=NO_PROXY,
         )
         self._url = url
         listed = self._send("GET", "/models")

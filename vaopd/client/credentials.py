@@ -20,7 +20,7 @@ import grpc
 
 from vaopd.errors import ConfigError
 from vaopd.files.plain import read_plain_bytes
-from vaopd.files.secret import read_secret
+from vaopd.files.secret import parse_api_key, read_secret
 
 API_KEY_FILE, CA, CERT, KEY = "VAOPD_API_KEY_FILE", "VAOPD_TLS_CA", "VAOPD_TLS_CERT", "VAOPD_TLS_KEY"
 
@@ -68,17 +68,6 @@ def make_tls_context(environment: Mapping[str, str] = os.environ) -> ssl.SSLCont
                 f"phrase ({error.strerror})"
             ) from None
     return context
-
-
-def parse_api_key(content: bytes, *, origin: str) -> str:
-    """Returns the key in a file's content: one word of visible ASCII, since it travels in a header.
-
-    Raises ConfigError, naming `origin`, for any other content.
-    """
-    words = content.split()
-    if len(words) != 1 or not words[0].isascii() or not words[0].decode("ascii").isprintable():
-        raise ConfigError(f"{origin} must hold one API key and nothing else; `vaopd keys add JOB` prints one")
-    return words[0].decode()
 
 
 def _read(environment: Mapping[str, str], name: str) -> bytes | None:

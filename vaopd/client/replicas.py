@@ -68,7 +68,7 @@ def speaks_tls(host: str, port: int) -> bool | None:
 
 
 def split_addresses(target: str) -> list[str]:
-    """Returns the replicas that a target names. Raises ConfigError when it names none, or one twice.
+    """Returns the replicas that a target names. Raises ConfigError for none, for one twice, and for no HOST:PORT.
 
     >>> split_addresses("first:50051, second:50051")
     ['first:50051', 'second:50051']
@@ -78,6 +78,14 @@ def split_addresses(target: str) -> list[str]:
     found = [part.strip() for part in re.sub(r"^ipv[46]:", "", target).split(",")]
     if not all(found) or len(set(found)) < len(found):
         raise ConfigError(f"teacher {target!r} must list addresses host:port, each once, with commas between them")
+    for address in found:
+        host, _, port = address.rpartition(":")
+        # gRPC would take 443 for a missing port, and a larger one modulo 65536.
+        sound = host and port.isascii() and port.isdecimal() and int(port) <= 65535 and "://" not in host
+        if not sound and not address.startswith(("dns:", "unix:")):  # names that only gRPC reads
+            raise ConfigError(
+                f"teacher address {address!r} is not HOST:PORT with a port from 0 to 65535, e.g. 127.0.0.1:50051"
+            )
     return found
 
 

@@ -35,6 +35,7 @@ from vaopd.errors import (
     Unavailable,
     VaopdError,
 )
+from vaopd.files.secret import parse_api_key
 from vaopd.net.backoff import Backoff, check_timeout
 from vaopd.pb import teacher_pb2 as pb
 from vaopd.telemetry.logs import REQUEST_ID_KEY
@@ -104,7 +105,8 @@ class TeacherClient:
         self._payload = payload
         self._top_k = top_k
         self._fingerprint = tokenizer_fingerprint
-        metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+        key = api_key if api_key is None else parse_api_key(api_key, origin="api_key")
+        metadata = () if key is None else (("authorization", f"Bearer {key}"),)
         self._replicas = Replicas(target, tls=tls, metadata=metadata, timeout_s=timeout_s, job=self._job)
 
     async def __aenter__(self) -> Self:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from vaopd.divergence.head import choose_product_dtype, head_logits, is_padded, pad_head
+from vaopd.divergence.head import choose_product_dtype, count_ids, head_logits, is_padded, pad_head
 from vaopd.divergence.products import add_product, multiply
 from vaopd.divergence.targets import FullTarget, LogProbTarget, Target
 from vaopd.errors import InvalidInput
@@ -119,8 +119,11 @@ def token_logprobs(
 ) -> Tensor:
     """Returns log p(y_t) of the given ids (M,), from hidden states (M, D) and a head (V, D): -> (M,) float32.
 
-    vocab_size: V, where the head has rows of padding beyond it.
+    vocab_size: V, where the head has rows of padding beyond it. Raises InvalidInput for another number of ids, and for
+    a V beyond the head.
     """
+    if len(token_ids) != len(hidden):
+        raise InvalidInput(f"{len(hidden)} tokens have {len(token_ids)} ids; give one per token")
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         target = LogProbTarget(token_ids=token_ids)
         return fused_divergence(hidden, head, target, vocab_size=vocab_size, chunk_tokens=chunk_tokens)
@@ -147,9 +150,9 @@ def top_k_logprobs(
     """Returns the k likeliest ids (M, k) int32, their log-probs (M, k), descending, and the tail's log-mass (M,).
 
     From hidden states (M, D) and a head (V, D). vocab_size: V, where the head has rows of padding beyond it. Raises
-    InvalidInput for a k beyond V.
+    InvalidInput for a k beyond V, and for a V beyond the head.
     """
-    if not 1 <= k <= (vocabulary := vocab_size or len(head)):
+    if not 1 <= k <= (vocabulary := count_ids(head, vocab_size)):
         raise InvalidInput(f"top_k = {k} is outside [1, {vocabulary}], the vocabulary")
     chunks = hidden.split(_choose_chunk(len(hidden), len(head), chunk_tokens))
     ids, values, tails = zip(*(_compute_top_k_logprobs(rows, head, k, vocab_size) for rows in chunks), strict=True)
@@ -190,9 +193,7 @@ class _Job:
             raise InvalidInput(f"the student has {len(hidden)} response tokens, the teacher's payload {len(target)}")
         if isinstance(head, DTensor):
             raise InvalidInput("the student's head is spread over ranks; call this inside the module that FSDP wraps")
-        vocabulary = len(head) if vocab_size is None else vocab_size
-        if vocabulary > len(head):
-            raise InvalidInput(f"vocab_size = {vocabulary} exceeds the {len(head)} rows of the student's head")
+        vocabulary = count_ids(head, vocab_size, of="student's ")
         target.check(vocabulary)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -222,8 +223,16 @@ class _Job:
             found = _Results.allocate(self, hidden, max(len(padded), len(head)), wanted, token_ids)
             if found.by_head is not None:
                 found.by_head[len(padded) if len(hidden) else 0 :] = 0  # the first chunk writes the others
+            peak = None
+            if weights is not None and self.dtype == torch.float16 and len(weights):
+                # Weights of 1e-7 are 0 in float16, and a scaler multiplies the loss too late to help.
+                peak = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+                weights = weights / peak
             for start in range(0, len(hidden), self.chunk_tokens):
                 self._chunk(hidden, padded, weights, slice(start, start + self.chunk_tokens), token_ids, found)
+            for gradient in (found.by_hidden, found.by_head):
+                if gradient is not None and peak is not None:
+                    gradient *= peak
         if found.by_head is not None:
             found.by_head = found.by_head[: len(head)]
         return found
@@ -353,6 +362,8 @@ class _Divergence(torch.autograd.Function):
 
 def _choose_chunk(tokens: int, vocabulary: int, chunk_tokens: int | None = None) -> int:
     """Returns the tokens of a chunk, at most `chunk_tokens`, so that all chunks are about equally long."""
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise InvalidInput(f"chunk_tokens = {chunk_tokens} must be at least 1")
     most = max(1, CHUNK_LOGITS // max(1, vocabulary)) if chunk_tokens is None else chunk_tokens
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vaopd.divergence.products import multiply
+from vaopd.errors import InvalidInput
 
 ALIGNED_ROWS = 64
 """A head with a multiple of so many rows is aligned for every kernel and dtype; published checkpoints are."""
@@ -24,8 +25,11 @@ def head_logits(hidden: Tensor, head: Tensor, vocab_size: int | None = None) -> 
 
     vocab_size: V, default V_pad. The product runs in autocast's precision, or else the inputs'. The result is new and
     may be overwritten, its rows may lie V_pad apart. Not differentiable: for use under `no_grad` or in an
-    `autograd.Function`.
+    `autograd.Function`. Raises InvalidInput for a V out of range, and for hidden states that are no matrix.
     """
+    vocab_size = count_ids(head, vocab_size)
+    if hidden.ndim != 2:
+        raise InvalidInput(f"hidden states have shape {tuple(hidden.shape)}; give one row per token, (M, D)")
     kind = hidden.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     dtype = choose_product_dtype(hidden, head, autocast)
@@ -34,7 +38,18 @@ def head_logits(hidden: Tensor, head: Tensor, vocab_size: int | None = None) -> 
         if not is_padded(hidden.device):
             head = head[:vocab_size]
         logits = multiply(hidden.to(dtype), head.to(dtype).T, wide).to(wide)
-        return logits.narrow(1, 0, len(head) if vocab_size is None else vocab_size)
+        return logits.narrow(1, 0, vocab_size)
+
+
+def count_ids(head: Tensor, vocab_size: int | None, *, of: str = "") -> int:
+    """Returns V: `vocab_size`, or all rows of the head. Raises InvalidInput for more of them, or none.
+
+    of: the owner, for the message.
+    """
+    found = len(head) if vocab_size is None else vocab_size
+    if not 1 <= found <= len(head):
+        raise InvalidInput(f"vocab_size = {found} is outside [1, {len(head)}], the rows of the {of}head")
+    return found
 
 
 def is_padded(device: torch.device) -> bool:

@@ -12,15 +12,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vaopd.errors import InvalidInput
+
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, vocab_size: int | None = None) -> Tensor:
     """Returns KL_t = KL(p_S ‖ p_T) over the first `vocab_size` ids (default: all): (..., V) -> (...).
 
-    Gradients flow into the student only. In float32, or in float64 for float64 logits.
+    Gradients flow into the student only. In float32, or in float64 for float64 logits. An id of −∞ in the student's
+    logits adds 0; of −∞ in the teacher's alone, ∞. Raises InvalidInput for shapes that differ.
     """
     student = torch.log_softmax(widen(student_logits[..., :vocab_size]), dim=-1)
     teacher = torch.log_softmax(widen(teacher_logits[..., :vocab_size].detach()), dim=-1)
-    return (student.exp() * (student - teacher)).sum(-1)
+    if student.shape != teacher.shape:
+        raise InvalidInput(
+            f"the student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; give the "
+            "same tokens, and the shared vocab_size"
+        )
+    gap = (student - teacher).masked_fill(student.isneginf(), 0)  # 0·log 0 is 0
+    return (student.exp() * gap).sum(-1)
 
 
 class Divergence(Protocol):

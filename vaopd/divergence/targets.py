@@ -11,7 +11,7 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from vaopd.divergence.head import choose_product_dtype, head_logits, is_padded, pad_head
+from vaopd.divergence.head import choose_product_dtype, count_ids, head_logits, is_padded, pad_head
 from vaopd.divergence.measures import DIVERGENCES, Divergence
 from vaopd.errors import InvalidInput
 
@@ -55,7 +55,7 @@ class FullTarget:
 
     def check(self, vocabulary: int) -> None:
         """Raises InvalidInput when the heads' numbers of rows differ."""
-        if vocabulary != (rows := len(self.head) if self.vocab_size is None else self.vocab_size):
+        if vocabulary != (rows := count_ids(self.head, self.vocab_size, of="teacher's ")):
             raise InvalidInput(f"student's head has {vocabulary} rows, teacher's {rows}; give the shared vocab_size")
 
     def in_precision(self, autocast: torch.dtype | None) -> FullTarget:
@@ -98,7 +98,9 @@ class TopKTarget:
         return len(self.token_ids)
 
     def check(self, vocabulary: int) -> None:
-        """Raises InvalidInput when k exceeds the vocabulary."""
+        """Raises InvalidInput when k exceeds the vocabulary, and for log-probs of another shape than the ids."""
+        _check_shape("logprobs", self.logprobs, self.token_ids.shape)
+        _check_shape("tail_logprobs", self.tail_logprobs, self.token_ids.shape[:1])
         if (k := self.token_ids.shape[-1]) > vocabulary:
             raise InvalidInput(f"the teacher's top k = {k} exceeds the student's vocabulary of {vocabulary}")
 
@@ -151,7 +153,8 @@ class SampledTarget:
         return len(self.token_ids)
 
     def check(self, vocabulary: int) -> None:
-        """Does nothing: a token outside the vocabulary is an error of the gather itself."""
+        """Raises InvalidInput for other than one log-prob per id; an id out of range is an error of the gather."""
+        _check_shape("logprobs", self.logprobs, self.token_ids.shape)
 
     def in_precision(self, autocast: torch.dtype | None) -> SampledTarget:
         """Returns it with ids as indices; there is no product."""
@@ -187,6 +190,12 @@ class LogProbTarget:
         ids = self.token_ids[rows, None]
         values = log_p.gather(-1, ids)[:, 0]
         return values, _differentiate_logprob(log_p, ids, torch.ones_like(values)) if differentiate else None
+
+
+def _check_shape(name: str, values: Tensor, expected: torch.Size) -> None:
+    """Refuses what would be cut or spread over tokens without an error."""
+    if values.shape != expected:
+        raise InvalidInput(f"the target's {name} have shape {tuple(values.shape)}, its ids ask for {tuple(expected)}")
 
 
 def _find(divergence: str) -> Divergence:

@@ -28,3 +28,15 @@ def read_secret(path: Path, *, what: str) -> bytes:
                 f"chmod go-w,o-r {path}"
             )
         return file.read(MIB)
+
+
+def parse_api_key(content: bytes | str, *, origin: str) -> str:
+    """Returns the key in a file's content: one word of visible ASCII, since it travels in a header.
+
+    Raises ConfigError, naming `origin`, for any other content.
+    """
+    text = content if isinstance(content, str) else content.decode("latin-1")
+    words = text.split()
+    if len(words) != 1 or not words[0].isascii() or not words[0].isprintable():
+        raise ConfigError(f"{origin} must hold one API key and nothing else; `vaopd keys add JOB` prints one")
+    return words[0]

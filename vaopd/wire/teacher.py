@@ -45,7 +45,15 @@ def score_request_to_pb(
     with_token_texts: bool = False,
     columns: Sequence[str] = (),
 ) -> teacher_pb2.ScoreGroupsRequest:
-    """One ScoreGroups call. Raises InvalidInput for a group that has no prompt, or two."""
+    """One ScoreGroups call. Raises InvalidInput for an unknown setting, and as `prompt_group_to_pb`."""
+    for name, value, known in (
+        ("payload", payload, PAYLOAD_KINDS),
+        ("degradation.kind", degradation.kind, DEGRADATION_KINDS),
+    ):
+        if value not in known:
+            raise InvalidInput(f"{name} = {value!r} is unknown; use one of {', '.join(known)}", field=name)
+    if not isinstance(top_k, int | np.integer) or not 0 <= top_k < 2**31:
+        raise InvalidInput(f"top_k = {top_k} must be a whole number from 0 to 2147483647", field="top_k")
     return teacher_pb2.ScoreGroupsRequest(
         job=job,
         groups=[prompt_group_to_pb(request) for request in requests],
@@ -60,18 +68,23 @@ def score_request_to_pb(
 
 
 def prompt_group_to_pb(request: t.ScoreRequest) -> teacher_pb2.PromptGroup:
-    """One group of a call. Raises InvalidInput when it has no prompt, or two."""
-    group = teacher_pb2.PromptGroup(
-        group_id=request.group_id,
-        rollouts=[_encode_rollout(str(k), response) for k, response in enumerate(request.responses)],
-    )
+    """One group of a call. Raises InvalidInput when it has no prompt, or two, or what protobuf can't hold."""
     if (request.prompt_token_ids is None) == (request.messages is None):
         raise InvalidInput(f"group {request.group_id!r} needs exactly one of prompt_token_ids and messages")
-    if request.messages is not None:
-        group.messages.messages.extend(messages_to_pb(request.messages))
-    else:
-        group.tokens.token_ids.extend(request.prompt_token_ids)
-        group.tokens.image_sha256.extend(image.sha256 for image in request.images)
+    try:
+        group = teacher_pb2.PromptGroup(
+            group_id=request.group_id,
+            rollouts=[_encode_rollout(str(k), response) for k, response in enumerate(request.responses)],
+        )
+        if request.messages is not None:
+            group.messages.messages.extend(messages_to_pb(request.messages))
+        else:
+            group.tokens.token_ids.extend(request.prompt_token_ids)
+            group.tokens.image_sha256.extend(image.sha256 for image in request.images)
+    except (TypeError, ValueError) as error:  # a lone surrogate's UnicodeEncodeError is one
+        raise InvalidInput(
+            f"group {request.group_id!r} can't be sent ({error}); give ids as rows of integers, and texts in Unicode"
+        ) from None
     return group
 
 
