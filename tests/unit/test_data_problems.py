@@ -138,13 +138,23 @@ def test_a_prompt_leaves_room_for_the_longest_response(tmp_path: Path) -> None:
         load_problems(config)
 
 
-def test_a_picture_that_the_processor_refuses_is_a_bad_record(tmp_path: Path) -> None:
-    """4000×20 has the ratio 200; scaled to 65536 pixels and floored, 3620×18, it has 201."""
+def test_the_longest_picture_is_taken(tmp_path: Path) -> None:
+    """4000×20 has the ratio 200, the processor's limit; scaled to 65536 pixels and floored, 3620×18, 201."""
     source = write(tmp_path / "set", [record("a", picture(size=(4000, 20)))])
-    split = check_training(configure(source, max_pixels=65536))
-    [fault] = split.faults
+    assert check_training(configure(source, max_pixels=65536)).faults == ()
+
+
+def test_a_picture_that_the_processor_refuses_is_a_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of another family might."""
+
+    def refuse(self: PromptReader, image: Image.Image) -> None:
+        raise ValueError(f"{image.width} is too wide")
+
+    monkeypatch.setattr(PromptReader, "prepare_image", refuse)
+    source = write(tmp_path / "set", [record("a", picture(size=(4000, 20)))])
+    [fault] = check_training(configure(source)).faults
     assert (fault.kind, fault.field) == ("picture", "images[0]")
-    assert fault.message.startswith("the model's processor refuses a picture of 4000×20: ")
+    assert fault.message == "the model's processor refuses a picture of 4000×20: 4000 is too wide"
 
 
 def test_a_prompt_of_exactly_the_limit_is_taken(tmp_path: Path) -> None:

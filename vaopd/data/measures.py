@@ -123,7 +123,7 @@ class Meter:
         if found is None:
             try:
                 found = reader.prepare_image(reader.scale_image(PIL.Image.new("RGB", size)))
-            except ValueError as error:  # e.g. an aspect ratio that scaling has pushed over the processor's limit
+            except ValueError as error:  # e.g. an aspect ratio that this family doesn't take
                 raise ImageRefused(f"the model's processor refuses a picture of {size[0]}×{size[1]}: {error}") from None
             found = dataclasses.replace(found, pixel_values=found.pixel_values[:0].clone())  # only the grid is kept
             self._prepared[size] = found
