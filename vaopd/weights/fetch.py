@@ -105,10 +105,9 @@ class PolicyFetcher:
         threads, wait = ThreadPoolExecutor(STREAMS), True
         try:
             self.fetched_bytes += sum(threads.map(fetch, sizes, sizes.values()))
-        except Exception:
-            raise
-        except BaseException:  # the worker is stopped: it hands its requests back, however silent the trainer is
-            wait = False
+        except BaseException as error:
+            # Else the worker is stopped: it hands its requests back, however silent the trainer is.
+            wait = isinstance(error, Exception)
             raise
         finally:
             threads.shutdown(wait, cancel_futures=True)
@@ -134,7 +133,7 @@ class PolicyFetcher:
         except (ValueError, IndexError, SafetensorError):  # cut short or damaged on its way
             return 0
         finally:
-            delta.unlink()
+            delta.unlink(missing_ok=True)
         return len(data)
 
     def _fetch_file(self, policy: PolicyVersion, target: Path, size: int) -> int:
