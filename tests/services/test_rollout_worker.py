@@ -162,7 +162,7 @@ def test_a_second_sigterm_hands_the_batch_back_at_once(start_worker, trainer, po
 def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_over(
     start_worker, trainer, policies, tmp_path
 ):
-    """For one with so little patience any engine hangs."""
+    """For one with so little patience any engine hangs: while it loads the weights, on threads that come and go."""
     short_lease = ("--set", "queue.lease_s=2")
     trainer.publish_policy(policies[0])
     service = tmp_path / "service.toml"
@@ -171,7 +171,7 @@ def test_a_worker_whose_engine_hangs_ends_and_another_one_takes_its_requests_ove
     log = tmp_path / "w1.log"
     request = ask("g", images=())
     trainer.enqueue(request)
-    assert impatient.wait(timeout=60) == 1
+    assert impatient.wait(timeout=60) in (1, -signal.SIGSEGV)  # of reading their stacks, see hang_timer
     assert b"Timeout (0:00:00.01" in log.read_bytes()  # above every thread's stack
 
     start_worker(*short_lease, name="w2")

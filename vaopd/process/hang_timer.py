@@ -1,8 +1,9 @@
 """Ends a process that hangs, so that its supervisor restarts it.
 
 A timer of the C runtime, which needs neither an event loop nor Python's lock, prints every thread's stack and exits
-with status 1. A process has one such timer; teacher and API, which live on an event loop, set it by themselves.
-Standard library only.
+with status 1. Stacks are read without a lock: where threads come and go meanwhile, that may crash, and the process ends
+by SIGSEGV. A process has one such timer; teacher and API, which live on an event loop, set it by themselves. Standard
+library only.
 """
 
 from __future__ import annotations
