@@ -39,6 +39,7 @@ START_S = 60.0
 AT_ONCE = 4
 """Comparisons in flight, each of up to 400 MB; further callers wait, within `LIMIT_S`."""
 _MARGIN_S = 0.1  # a child's alarm comes first
+_END_S = 0.25  # a worker that has closed the verdict's pipe, dying, closes its socket within
 _MAX_REQUEST_BYTES = 200_000
 """The kernel refuses messages of more than 212 992 bytes."""
 
@@ -159,15 +160,15 @@ class _Worker:
             verdict = os.read(receiver, 1) if ready else b""
         finally:
             os.close(receiver)
-        if not verdict and self._has_ended():
+        if not verdict and self._has_ended(by=min(until, time.monotonic() + _END_S)):
             raise ConnectionError
         return {b"1": True, b"0": False}.get(verdict)
 
-    def _has_ended(self) -> bool:
-        """Whether the other end of the socket is closed. The kernel shows that before the process counts as ended."""
+    def _has_ended(self, *, by: float) -> bool:
+        """Whether the other end of the socket is closed. The kernel closes a dying process's files in any order."""
         hung_up = select.poll()
         hung_up.register(self.socket, select.POLLHUP)
-        return bool(hung_up.poll(0))
+        return bool(hung_up.poll(max(0.0, by - time.monotonic()) * 1000))
 
     def close(self) -> None:
         """Ends the process; a comparison in it ends at its deadline."""
