@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vaopd.config import TrainerConfig
 from vaopd.errors import ConfigError
+from vaopd.process.failures import NO_BITSANDBYTES
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], settings: TrainerConfig) -> Optimizer:
@@ -52,9 +53,7 @@ def _make_8bit(parameters: Sequence[nn.Parameter], shared: dict[str, Any]) -> Op
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ConfigError(
-            f"trainer.optimizer = \"adamw_8bit\" needs bitsandbytes ({error}); pip install 'vaopd[adamw-8bit]'"
-        ) from None
+        raise ConfigError(f"{NO_BITSANDBYTES} ({error})") from None
 
     class CountingAdamW8bit(AdamW8bit):
         """Counts its steps in a tensor, as torch's optimizers do, so that a checkpoint holds and restores the count."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from vaopd.errors import Unavailable
+from vaopd.process.failures import is_lost_rank
 from vaopd.types import RolloutGroup
 from vaopd.wire.queue import rollout_group_from_bytes, rollout_group_to_bytes
 
@@ -109,11 +110,11 @@ class Ranks:
 
     @contextmanager
     def explain_loss(self) -> Iterator[None]:
-        """Raises Unavailable for gloo's error, within the block, about a peer that has gone."""
+        """Raises Unavailable, with this rank's number, for an error within the block of a rank that has gone."""
         try:
             yield
         except RuntimeError as error:
-            if "gloo/transport" not in str(error):
+            if not is_lost_rank(error):
                 raise
             raise Unavailable(
                 f"rank {self.rank} has lost another of the {self.world} ranks: it has ended, for a reason that its own "

@@ -31,6 +31,7 @@ from torch.futures import Future
 
 from vaopd.config import FullSharding, HybridSharding, TrainerConfig
 from vaopd.errors import ConfigError
+from vaopd.process.ranks import check_copies
 from vaopd.run.tensor_files import TensorStream, write_tensors
 from vaopd.vlm.adapters import name_base
 from vaopd.vlm.model import Vlm
@@ -44,10 +45,7 @@ def make_mesh(sharding: FullSharding | HybridSharding, *, world: int, device: st
     if isinstance(sharding, FullSharding):
         return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
     shards = sharding.ranks_per_copy or int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world % shards:
-        raise ConfigError(
-            f"trainer.sharding.ranks_per_copy = {shards}: {world} ranks are no whole number of copies; use a divisor"
-        )
+    check_copies(world, shards)
     return init_device_mesh(device, (world // shards, shards), mesh_dim_names=("copy", "shard"))
 
 

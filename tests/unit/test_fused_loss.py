@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support import divergences, tolerance
+from tests.support.logit_products import LogitProducts
 from tests.support.tolerance import assert_noticed, assert_within, gamma, product
 from vaopd.divergence import (
     DIVERGENCES,
@@ -379,31 +380,6 @@ def test_a_target_of_other_lengths_is_neither_cut_nor_spread(rows: int) -> None:
             fused_loss(hidden, head, target, weights())
 
 
-class LogitProducts:
-    """Counts matrix products that have the vocabulary on one side."""
-
-    def __enter__(self) -> LogitProducts:
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        counter = self
-        self.count = 0
-        self.widths: set[int] = set()
-
-        class Mode(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-                    counter.count += 1
-                    counter.widths.add(max(side for factor in args for side in factor.shape))
-                return func(*args, **(kwargs or {}))
-
-        self._mode = Mode()
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._mode.__exit__(*exception)
-
-
 @pytest.mark.parametrize("kind", TARGETS)
 def test_products_as_wide_as_padded_heads_change_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: 40 rows become 64."""
@@ -418,18 +394,12 @@ def test_products_as_wide_as_padded_heads_change_nothing(kind: str, monkeypatch:
     close(torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad((weights() * expected).sum(), (hidden, head)))
 
 
-@pytest.fixture
-def products() -> Iterator[LogitProducts]:
-    with LogitProducts() as counter:
-        yield counter
-
-
-def test_one_pass_over_the_heads_each_way(products: LogitProducts) -> None:
+def test_one_pass_over_the_heads_each_way() -> None:
     """Per chunk both models' logits and the student's two gradients; the backward pass multiplies no matrices."""
     hidden, head = student()
     target, chunks = target_of("full"), 4
-    before = products.count
-    loss, _ = fused_loss(hidden, head, target, weights(), chunk_tokens=-(-M // chunks))
-    assert products.count - before == 4 * chunks
-    loss.backward()
-    assert products.count - before == 4 * chunks
+    with LogitProducts() as products:
+        loss, _ = fused_loss(hidden, head, target, weights(), chunk_tokens=-(-M // chunks))
+        assert products.count == 4 * chunks
+        loss.backward()
+        assert products.count == 4 * chunks

@@ -19,10 +19,8 @@ from vaopd.cli.output import emit, say
 from vaopd.errors import ConfigError
 from vaopd.telemetry.progress_line import Progress
 
-NEEDS: tuple[Needs, ...] = (
-    "student",
-    "data folders",
-)  # the data are checked question by question: a bad one is not asked
+# The data are checked question by question: a bad one is not asked.
+NEEDS: tuple[Needs, ...] = ("student", "data folders")
 SHOWN = 20
 """So many questions that can't be asked are named; all are counted."""
 

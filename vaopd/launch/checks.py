@@ -14,7 +14,7 @@ from vaopd.config import Config
 from vaopd.errors import ConfigError
 from vaopd.net.ports import find_free_address, find_port_problem
 from vaopd.process.extras import find_version
-from vaopd.process.failures import NO_VLLM
+from vaopd.process.failures import NO_BITSANDBYTES, NO_VLLM
 
 # NVIDIA's driver, AMD's, and Windows' under WSL.
 GPU_FILES = (Path("/dev/nvidiactl"), Path("/dev/kfd"), Path("/dev/dxg"))
@@ -130,7 +130,7 @@ def find_optimizer_problem(config: Config) -> str | None:
     """Checks that the optimizer is installed."""
     if config.trainer.optimizer != "adamw_8bit" or find_version("bitsandbytes"):
         return None
-    return "trainer.optimizer = \"adamw_8bit\" needs bitsandbytes; pip install 'vaopd[adamw-8bit]'"
+    return NO_BITSANDBYTES
 
 
 def _read_vocabulary(folder: Path) -> dict[str, int] | None:

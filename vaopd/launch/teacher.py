@@ -10,7 +10,7 @@ from vaopd.config import Config, ServiceConfig, TeacherServiceConfig, load_servi
 from vaopd.errors import ConfigError
 from vaopd.launch.cards import check_gpus
 from vaopd.launch.resume import check_same_teacher
-from vaopd.process.ranks import check_devices
+from vaopd.process.ranks import check_copies, check_devices
 from vaopd.vlm import memory
 
 
@@ -43,12 +43,9 @@ def check_ranks(config: Config, service: Path | None, gpus: Mapping[str, Sequenc
     """
     for devices in gpus.get("trainer", ()):
         check_devices("trainer", config.trainer.processes, there=devices.count(",") + 1)
-    ranks, copy = config.trainer.processes, getattr(config.trainer.sharding, "ranks_per_copy", None)
-    if copy is not None and ranks > 1 and ranks % copy:
-        raise ConfigError(
-            f"trainer.sharding.ranks_per_copy = {copy}: {ranks} ranks are no whole number of copies; set "
-            f"trainer.processes to a multiple of {copy}, or another ranks_per_copy"
-        )
+    per_copy = getattr(config.trainer.sharding, "ranks_per_copy", None)
+    if per_copy is not None and config.trainer.processes > 1:  # one rank holds the student whole
+        check_copies(config.trainer.processes, per_copy)
     if with_teacher:
         _check_teacher_ranks(config, service, gpus)
     check_gpus(config, gpus, with_teacher=with_teacher)

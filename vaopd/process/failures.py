@@ -15,6 +15,7 @@ NO_VLLM = (
     "vLLM is not installed; pip install '.[gpu]' (without a GPU: '.[cpu]'), or do without it: "
     "--set rollout.engine=transformers"
 )
+NO_BITSANDBYTES = "trainer.optimizer = \"adamw_8bit\" needs bitsandbytes; pip install 'vaopd[adamw-8bit]'"
 LESS_MEMORY = {
     "trainer": "lower data.max_pixels, trainer.chunk_tokens or rollout.max_new_tokens, or give it a device of its own",
     "teacher": "spread it over more devices (--gpus teacher=0,1), or lower teacher.batch_tokens or data.max_pixels",
@@ -78,9 +79,14 @@ def explain(error: BaseException, role: str) -> str | None:
     return None
 
 
+def is_lost_rank(error: Exception) -> bool:
+    """Whether an error of a collective means that another rank, or its host, has gone."""
+    return _LOST_RANK.search(str(error)) is not None
+
+
 def as_config_error(error: Exception, role: str) -> VaopdError:
     """Returns the error with its explanation; re-raises one without, so that its traceback stays."""
-    if _LOST_RANK.search(str(error)):
+    if is_lost_rank(error):
         return Unavailable(f"another rank has ended, and its own lines say why ({str(error).splitlines()[0][:200]})")
     explanation = explain(error, role)
     if explanation is None:

@@ -92,6 +92,15 @@ def check_devices(role: str, processes: int, *, there: int) -> None:
         )
 
 
+def check_copies(ranks: int, per_copy: int) -> None:
+    """Raises ConfigError for ranks of a sharded student that are no whole number of copies."""
+    if ranks % per_copy:
+        raise ConfigError(
+            f"trainer.sharding.ranks_per_copy = {per_copy}: {ranks} ranks are no whole number of copies; set "
+            f"trainer.processes to a multiple of {per_copy}, or another ranks_per_copy"
+        )
+
+
 def end_with_the_launcher() -> None:
     """Asks the kernel, on Linux, to send this rank SIGTERM when the launcher is gone, even by SIGKILL."""
     if sys.platform == "linux":

@@ -27,6 +27,8 @@ from vaopd.files.plain import open_plain
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Piece = list[tuple[int, memoryview]]
+"""Bytes of a file with their offsets."""
 
 PIECE_BYTES = 32 * 2**20
 THREADS = min(16, os.cpu_count() or 1)
@@ -164,10 +166,6 @@ def _read_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
         return
     for piece in data.split(PIECE_BYTES):
         yield torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece).numpy().data
-
-
-_Piece = list[tuple[int, memoryview]]
-"""Bytes of a file with their offsets."""
 
 
 def _cut(parts: Iterable[memoryview]) -> Iterator[_Piece]:
